@@ -1,0 +1,39 @@
+"""The entropy probe: what a checkpoint's next update does to the policy's entropy, and how far to trust the numbers.
+
+    from entropy_probe import load_checkpoint, run_probe, ProbeConfig
+    report = run_probe("runs/checkpoint-500")
+    print(report.first_order.delta_h1, "±", report.first_order.delta_h1_se)
+
+Names are loaded on first use, so importing this package imports neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load_checkpoint": "entropy_probe.model.checkpoint",
+    "Checkpoint": "entropy_probe.model.checkpoint",
+    "run_probe": "entropy_probe.run",
+    "ProbeConfig": "entropy_probe.config",
+    "ProbeReport": "entropy_probe.report",
+    "Verdict": "entropy_probe.report",
+    "ProbeError": "entropy_probe.errors",
+}
+__all__ = ["Checkpoint", "ProbeConfig", "ProbeError", "ProbeReport", "Verdict", "load_checkpoint", "run_probe"]
+
+if TYPE_CHECKING:
+    from entropy_probe.config import ProbeConfig
+    from entropy_probe.errors import ProbeError
+    from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
+    from entropy_probe.report import ProbeReport, Verdict
+    from entropy_probe.run import run_probe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

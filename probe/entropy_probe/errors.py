@@ -1,0 +1,44 @@
+"""Every failure a user can cause, in one vocabulary.
+
+A message is one line, `where: what is wrong; what to do`. `where` names a file, an option or a configuration
+key; the last part is an instruction. Nothing else is raised on purpose by this library.
+"""
+
+from __future__ import annotations
+
+
+class ProbeError(Exception):
+    """`where: problem; remedy` on one line.
+
+    Parameters: `where`, the file, option or key at fault; `problem`, what was got and what was expected;
+    `remedy`, what the reader should do.
+    """
+
+    def __init__(self, where: object, problem: str, remedy: str) -> None:
+        self.where = str(where)
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(" ".join(f"{where}: {problem}; {remedy}".split()))
+
+    def __reduce__(self) -> tuple[type[ProbeError], tuple[str, str, str]]:
+        return type(self), (self.where, self.problem, self.remedy)
+
+
+class CheckpointError(ProbeError):
+    """A checkpoint that cannot be loaded exactly as its trainer left it."""
+
+
+class ConfigError(ProbeError):
+    """A configuration key, value or option that cannot be used."""
+
+
+class RolloutsError(ProbeError):
+    """A rollouts or prompts file that cannot be used; `where` names file and line."""
+
+
+class OverrideError(ProbeError):
+    """A direction v, or a mapping of parameters, that does not fit the model."""
+
+
+class MeasurementError(ProbeError):
+    """The measurement cannot be made as configured: too little memory, too few prompts, no gradient."""

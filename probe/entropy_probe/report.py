@@ -1,0 +1,266 @@
+"""The report: every number that is shown, judged, compared or stored passes through `ProbeReport`.
+
+The schema is part of the public contract (`schema_version` 1). Entropies and their changes are in nats. A field that
+is `None` was not measured; the criterion that needs it says so. Numbers are plain JSON numbers; NaN and the
+infinities are written as the strings "NaN", "Infinity", "-Infinity".
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from entropy_probe.errors import ProbeError
+
+SCHEMA_VERSION = 1
+
+Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
+
+
+class OptimizerSection(_Section):
+    """The optimizer as the checkpoint recorded it; `covered` of `total` trainable tensors have a second moment."""
+
+    type: str
+    lr: float
+    betas: tuple[float, float] | None
+    eps: float | None
+    weight_decay: float | None
+    step: int | None
+    covered: int
+    total: int
+    missing: list[str]
+
+
+class CheckpointSection(_Section):
+    name: str
+    path: str
+    fingerprint: str
+    model_type: str
+    num_parameters: int
+    num_trainable: int
+    weights_dtype: str
+    adapter: str | None
+    optimizer: OptimizerSection
+
+
+class BatchSection(_Section):
+    """One batch of responses; `num_tokens` counts the scored tokens."""
+
+    num_prompts: int
+    num_responses: int
+    num_tokens: int
+    source: str
+    same_batch: bool
+    mean_reward: float
+    zero_advantage_fraction: float
+    missing_gold: int
+
+
+class Estimate(_Section):
+    value: float
+    se: float
+
+
+class EntropySection(_Section):
+    """Ĥ per sequence (naive −S, and Rao-Blackwell R) and per token (ΣR/ΣT), in nats."""
+
+    naive: Estimate
+    rb: Estimate
+    per_token: Estimate
+
+
+class FirstOrderSection(_Section):
+    """One batch (U) on both sides: U_cross and δH₁ = −lr·U_cross, with their standard errors."""
+
+    mode: str
+    num_units: int
+    u_cross: float
+    bars_dot: float
+    diag_sum: float
+    row_means: list[float]
+    zeta1_plugin: float | None
+    zeta1_jackknife: float | None
+    se_plugin: float | None
+    se_jackknife: float | None
+    var_unbiased: float | None
+    norm_x_sum: float
+    norm_y_sum: float
+    lr: float
+    lr_source: str
+    delta_h1: float
+    delta_h1_se: float | None
+
+
+class TwoBatchSection(_Section):
+    """E against U: bars_dot = X̄_EᵀPȲ_U, with `projections` s_k = X_kᵀPȲ_U of every E prompt."""
+
+    bars_dot: float
+    delta_h1: float
+    delta_h1_se: float | None
+    conditional_se: float | None
+    projections: list[float]
+
+
+class UpdateSection(_Section):
+    """The update direction v per unit learning rate, and the slope of the entropy along it on the E batch."""
+
+    norm: float
+    grad_norm: float
+    delta_h1_per_lr_naive: float
+    delta_h1_per_lr_naive_se: float
+    delta_h1_per_lr_rb: float
+    delta_h1_per_lr_rb_se: float
+    delta_h1_per_lr_cross: float | None
+    curvature: float | None
+    curvature_se: float | None
+    eta_star: float | None
+    cosine_with_optimizer_step: float | None
+    norm_ratio_with_optimizer_step: float | None
+
+
+class EntropyChangeRow(_Section):
+    """The realised change at one η, by self-normalised importance sampling on the E batch."""
+
+    eta: float
+    delta_h: float
+    delta_h_se: float
+    delta_h_rb: float
+    delta_h_rb_se: float
+    ess: float
+    ess_fraction: float
+    pareto_k: float | None
+    clip_fraction: float
+    restricted: bool
+    predicted: float
+    predicted_se: float
+
+
+class ContinuitySection(_Section):
+    """Zero check in the configured precision; ratios in true float64, normalised so that 1 is perfect."""
+
+    zero_check_max_abs: float
+    zero_check_bitwise: bool
+    eta_main: float
+    eta_tiny: float
+    param_ratio: float
+    logit_ratio: float
+    taylor_order: float | None
+
+
+class WorstCase(_Section):
+    """The largest difference that was found, its bound from rounding, and where it was found."""
+
+    worst: float
+    bound: float
+    example: str
+
+
+class InvarianceSection(_Section):
+    padding: WorstCase
+
+
+class RegistrySection(_Section):
+    """Coverage is the share of trainable tensors that received a non-zero gradient from X and from Y.
+
+    `explained` holds the tensors without a gradient whose reason is known: name → reason.
+    """
+
+    num_tensors: int
+    num_parameters: int
+    x_coverage: float
+    y_coverage: float
+    uncovered: list[str]
+    explained: dict[str, str]
+
+
+class PreconditionerSection(_Section):
+    """P = 1/(√v̂+ε) over all trainable tensors: how many there are, which lack state, its range."""
+
+    num_tensors: int
+    missing: list[str]
+    num_nonfinite: int
+    smallest: float | None
+    largest: float | None
+
+
+class IntegritySection(_Section):
+    """The live module's checksum before and after the run, and the buffers that any mapping overrode."""
+
+    checksum_before: str
+    checksum_after: str
+    buffers_overridden: list[str]
+
+
+class Verdict(_Section):
+    """What one criterion concluded from the report; `hint` says what it means and what to do."""
+
+    criterion: str
+    family: str
+    status: Status
+    value: float | str | None
+    limit: float | str | None
+    hint: str
+
+
+class ProbeReport(_Section):
+    schema_version: int = SCHEMA_VERSION
+    probe_version: str
+    checkpoint: CheckpointSection
+    config: dict[str, Any]
+    batch: BatchSection
+    update_batch: BatchSection
+    entropy: EntropySection
+    first_order: FirstOrderSection
+    two_batch: TwoBatchSection | None
+    update: UpdateSection
+    entropy_change: list[EntropyChangeRow]
+    continuity: ContinuitySection
+    invariance: InvarianceSection
+    witness: dict[str, float] | None
+    registry: RegistrySection
+    preconditioner: PreconditionerSection
+    integrity: IntegritySection
+    verdicts: list[Verdict]
+    environment: dict[str, str | int]
+    timing: dict[str, float]
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report atomically: a kill at any moment leaves the old file or the new one."""
+        write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ProbeReport:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProbeError(path, f"cannot be read ({error})", "give a report.json") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ProbeError(path, f"is not a report: {key}: {first['msg']}", "write it again with this version") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to a temporary file beside `path`, then move it there."""
+    handle, temporary = -1, ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise ProbeError(path, f"cannot be written ({error.strerror})", "choose another path") from error
