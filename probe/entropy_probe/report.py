@@ -36,7 +36,6 @@ class OptimizerSection(_Section):
     step: int | None
     covered: int
     total: int
-    missing: list[str]
 
 
 class CheckpointSection(_Section):
@@ -119,6 +118,7 @@ class UpdateSection(_Section):
     delta_h1_per_lr_rb: float
     delta_h1_per_lr_rb_se: float
     delta_h1_per_lr_cross: float | None
+    delta_h1_per_lr_cross_se: float | None
     curvature: float | None
     curvature_se: float | None
     eta_star: float | None

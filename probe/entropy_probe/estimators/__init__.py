@@ -1,0 +1,12 @@
+"""Pure mathematics: tensors in, numbers out. Nothing here knows a network, a file or a configuration.
+
+    policy      logits → log π, log q, entropy of π
+    ustat       the matrix X_nᵀPY_m → U_cross, its standard errors
+    two_batch   the matrix of two independent batches → bars_dot, its standard errors
+    importance  log-weights and payloads → ΔĤ, ESS, cluster-robust standard errors
+    slope       per-token directional derivatives → slope and curvature of the entropy, per prompt
+    adam        moments and hyper-parameters → P, and the update direction v
+    advantages  rewards → A, and the weight of each response in Y
+
+Every quantity is in nats. Shapes: B prompts, G responses of each, T tokens, U units (prompts or blocks of prompts).
+"""

@@ -1,0 +1,1 @@
+"""One pure function a criterion, report → Verdict, one file a family."""

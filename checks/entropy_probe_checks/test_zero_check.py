@@ -1,0 +1,11 @@
+"""η = 0 changes nothing."""
+
+import pytest
+
+from entropy_probe_checks.criteria import zero_check
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.zero_check]
+
+
+def test_zero_check(probe_judge):
+    probe_judge(zero_check.zero_check)

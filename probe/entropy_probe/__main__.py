@@ -1,0 +1,75 @@
+"""`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from entropy_probe import __version__
+from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
+
+EXIT_FAILED, EXIT_USAGE = 1, 4
+
+
+def parser() -> argparse.ArgumentParser:
+    main_parser = argparse.ArgumentParser(prog="entropy-probe", description=__doc__)
+    main_parser.add_argument("--version", action="version", version=f"entropy-probe {__version__}")
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="measure a checkpoint and write its report")
+    run.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one")
+    run.add_argument("--out", type=Path, metavar="FILE", help="where report.json goes (default: standard output)")
+    run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
+    run.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
+    run.add_argument("--rollouts", type=Path, metavar="FILE", help="E batch: responses to use in place of sampling")
+    run.add_argument("--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from")
+    run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to sample from")
+    run.add_argument("--device", help="where it runs (default: cpu)")
+    run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 measured, 1 the checkpoint cannot be loaded or measured, 4 usage."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:
+        return EXIT_USAGE if stop.code else 0
+    try:
+        return _run(arguments)
+    except ProbeError as error:
+        print(f"entropy-probe: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError | RolloutsError) else EXIT_FAILED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from entropy_probe import ProbeConfig, run_probe
+    from entropy_probe.demo import checkpoint_path
+
+    overrides = {"device": arguments.device, "batch.seed": arguments.seed}
+    config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
+    is_demo = arguments.checkpoint == "demo"
+    report = run_probe(
+        checkpoint_path() if is_demo else arguments.checkpoint,
+        config,
+        arguments.rollouts,
+        arguments.update_rollouts,
+        prompts=arguments.prompts,
+        base_model=arguments.base_model,
+        name="demo" if is_demo else None,
+        progress=_print_progress if sys.stderr.isatty() else None,
+    )
+    if arguments.out is None:
+        print(report.model_dump_json(indent=2))
+    else:
+        report.to_json(arguments.out)
+    return 0
+
+
+def _print_progress(stage: str, done: int, total: int) -> None:
+    print(f"\r\033[K{stage} {done}/{total}", end="\n" if stage == "continuity" and done else "", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

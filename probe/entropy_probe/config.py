@@ -1,0 +1,205 @@
+"""Configuration: one frozen model per section, read from defaults < pyproject < YAML < command line.
+
+`ProbeConfig.load` is the only reader. Unknown keys and impossible values raise `ConfigError` on one line that
+names the key and, for a misspelt key, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from entropy_probe.errors import ConfigError
+
+DType = Literal["float32", "float64"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Only = Literal[True]
+Never = Literal[False]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GenerationSection(_Section):
+    """How responses are sampled. `do_sample` is always true: a greedy response has no probability to weight."""
+
+    temperature: PositiveFloat = 1.0
+    top_p: Probability = 1.0
+    max_new_tokens: PositiveInt = 200
+    do_sample: Only = True
+    num_return_sequences: Annotated[int, Field(ge=2)] = 8
+    gen_batch_size: PositiveInt = 32
+    tf_batch_size: PositiveInt = 8
+    rb_requires_grad: bool = False
+
+
+class FuncOverrideSection(_Section):
+    """The dtype of θ, v, θ+ηv and of the forward. Both are upcast before the addition, and autocast stays off."""
+
+    autocast: Never = False
+    cast_params: Only = True
+    dtype: DType = "float32"
+
+
+class TeacherForcingSection(_Section):
+    autocast: Never = False
+    dtype: DType = "float32"
+    cast_logits_fp32: Only = True
+
+
+class PrecisionSection(_Section):
+    allow_tf32: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    deterministic_probe: bool = True
+    entropy_fp64: bool = True
+    func_override: FuncOverrideSection = FuncOverrideSection()
+    tf_nograd: TeacherForcingSection = TeacherForcingSection()
+    tf_withgrad: TeacherForcingSection = TeacherForcingSection()
+
+    @model_validator(mode="after")
+    def _one_dtype(self) -> PrecisionSection:
+        dtypes = {self.func_override.dtype, self.tf_nograd.dtype, self.tf_withgrad.dtype}
+        if len(dtypes) > 1:
+            raise ValueError("func_override, tf_nograd and tf_withgrad must have the same dtype")
+        return self
+
+
+class BatchConfig(_Section):
+    """The prompts of the E batch (`num_prompts`) and of the U batch, drawn from one dataset with one seed."""
+
+    num_prompts: Annotated[int, Field(ge=2)] = 16
+    num_update_prompts: Annotated[int, Field(ge=2)] = 16
+    dataset: str = "arithmetic"
+    split: str = "train"
+    with_replacement: bool = False
+    seed: Seed = 0
+
+
+class FirstOrderConfig(_Section):
+    mode: Literal["exact", "block"] = "exact"
+    num_blocks: Annotated[int, Field(ge=2)] = 8
+    advantage: Literal["centered", "grpo", "raw"] = "centered"
+    loss: Literal["lmax", "sequence_mean", "token_mean", "constant"] = "lmax"
+    estimator: Literal["naive"] = "naive"
+    missing_state: Literal["raise", "identity"] = "raise"
+    lr: PositiveFloat | None = None
+    max_gradient_gib: PositiveFloat = 8.0
+
+
+class TrueDeltaHConfig(_Section):
+    etas: Literal["auto"] | list[FiniteFloat] = "auto"
+    clip_log_weight: PositiveFloat | None = None
+    normalize: Literal["per_sequence"] = "per_sequence"
+    min_ess_fraction: Probability = 0.5
+    max_pareto_k: PositiveFloat = 0.7
+    fallback: Literal["none"] = "none"
+
+
+class UpdateConfig(_Section):
+    max_grad_norm: PositiveFloat | None = None
+
+
+class ProbeConfig(_Section):
+    """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults."""
+
+    device: str = "cpu"
+    generation: GenerationSection = GenerationSection()
+    precision: PrecisionSection = PrecisionSection()
+    batch: BatchConfig = BatchConfig()
+    first_order: FirstOrderConfig = FirstOrderConfig()
+    true_delta_h: TrueDeltaHConfig = TrueDeltaHConfig()
+    update: UpdateConfig = UpdateConfig()
+    limits: dict[str, FiniteFloat] = {}
+    allow_inconclusive: list[str] = []
+
+    @classmethod
+    def load(
+        cls, file: Path | None = None, pyproject: Path | None = None, overrides: dict[str, Any] | None = None
+    ) -> ProbeConfig:
+        """Merge `[tool.entropy-probe]` of `pyproject`, the YAML `file` and dotted `overrides`; the last one wins."""
+        values: dict[str, Any] = {}
+        for path, read in ((pyproject, _read_pyproject), (file, _read_yaml)):
+            if path is not None:
+                table = read(path)
+                cls.from_mapping(table, where=path)  # so that an error names the file it stands in
+                values = _merge(values, table)
+        for dotted, value in (overrides or {}).items():
+            table: Any = value
+            for key in reversed(dotted.split(".")):
+                table = {key: table}
+            values = _merge(values, table)
+        return cls.from_mapping(values, where="configuration")
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], where: object = "configuration") -> ProbeConfig:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _one_line(error, where) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError(path, f"is not readable YAML ({reason})", "correct the file") from error
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        raise ConfigError(path, f"holds a {type(table).__name__}", "write sections such as `batch: {num_prompts: 16}`")
+    return table
+
+
+def _read_pyproject(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("entropy-probe", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(path, f"is not readable TOML ({error})", "correct the file") from error
+    if not isinstance(table, dict):
+        raise ConfigError(path, "tool.entropy-probe is not a table", "write [tool.entropy-probe] and keys below it")
+    return table
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the valid keys of the section in which the last part of `location` stands."""
+    section: Any = ProbeConfig
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+        candidates = [annotation, *get_args(annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _one_line(error: ValidationError, where: object) -> ConfigError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not re.fullmatch(r"literal\[.*\]|list\[.*\]", str(part)))
+    if first["type"] == "extra_forbidden":
+        valid = _fields_at(first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else f"valid keys are {', '.join(valid)}"
+        return ConfigError(where, f"unknown key `{key}`", remedy)
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return ConfigError(where, f"`{key}`: {message[0].lower()}{message[1:]}{got}", "correct the value")

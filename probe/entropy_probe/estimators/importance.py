@@ -1,0 +1,87 @@
+"""Self-normalised importance sampling of an entropy at θ⁺ on responses that were sampled at θ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Normalised weights ŵ [B, G] that sum to 1, ESS = (Σw)²/Σw², and the share of log-weights that were clipped."""
+
+    normalised: Float[Tensor, "B G"]
+    ess: float
+    clip_fraction: float
+
+
+def snis_weights(log_weights: Float[Tensor, "B G"], clip: float | None = None) -> Weights:
+    """ŵ = w/Σw with log w = S(θ⁺) − log q, clipped to [−c, c] only if `clip` is given.
+
+    ESS and ŵ do not change when a constant is added to all log-weights. Equal log-weights give ŵ = 1/N and ESS = N.
+    """
+    clipped = log_weights if clip is None else log_weights.clamp(-clip, clip)
+    w = (clipped - clipped.max()).exp()
+    total = w.sum()
+    return Weights(
+        normalised=w / total,
+        ess=float(total.square() / w.square().sum()),
+        clip_fraction=float((clipped != log_weights).double().mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """ΔĤ = Ĥ(θ⁺) − Ĥ(θ), its standard error, and the influence φ of every response on it [B, G]."""
+
+    value: float
+    se: float
+    influence: Float[Tensor, "B G"]
+
+
+def cluster_se(influence: Float[Tensor, "B G"]) -> float:
+    """√(B/(B−1)·Σ_prompts(Σ_g φ)²)/N: responses of one prompt are not independent. Intervals use t_{B−1}."""
+    size_b = influence.shape[0]
+    return math.sqrt(size_b / (size_b - 1) * float(influence.sum(1).square().sum())) / influence.numel()
+
+
+def entropy_change(
+    before: Float[Tensor, "B G"], after: Float[Tensor, "B G"], weights: Float[Tensor, "B G"]
+) -> Change:
+    """ΔĤ of a payload f per response (−S for the naive estimate, R for Rao-Blackwell), in nats.
+
+        Ĥ⁺ = Σŵf⁺,   Ĥ = mean f,   φ = N·ŵ(f⁺ − Ĥ⁺) − (f − Ĥ)
+
+    With equal weights and f⁺ = f the value is exactly 0: both terms are then the same expression.
+    """
+    uniform = torch.ones_like(weights) / weights.numel()
+    mean_after, mean_before = (weights * after).sum(), (uniform * before).sum()
+    influence = weights.numel() * weights * (after - mean_after) - (before - mean_before)
+    return Change(float(mean_after - mean_before), cluster_se(influence), influence)
+
+
+def mean_and_se(values: Float[Tensor, "B G"]) -> tuple[float, float]:
+    """Mean over all responses, and sd of the prompt means/√B."""
+    prompt_means = values.double().mean(1)
+    return float(prompt_means.mean()), float(prompt_means.std()) / math.sqrt(len(prompt_means))
+
+
+def ratio_and_se(values: Float[Tensor, "B G"], units: Int[Tensor, "B G"]) -> tuple[float, float]:
+    """Σf/ΣT and its cluster-robust standard error."""
+    ratio = values.double().sum() / units.sum()
+    return float(ratio), cluster_se((values - ratio * units) / units.double().mean())
+
+
+def pareto_k(log_weights: Float[Tensor, "B G"], ess: float) -> float | None:
+    """k̂ of the generalised Pareto tail (arviz-stats); `None` where N < 64 or ESS/N ≥ 0.95, where it means nothing."""
+    size = log_weights.numel()
+    if size < 64 or ess / size >= 0.95:
+        return None
+    from arviz_stats.base import array_stats
+
+    _, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
+    return float(k)

@@ -1,0 +1,56 @@
+"""Slope and curvature of the entropy along a direction v, from derivatives of log p and H_t at every token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_probe.estimators.advantages import leave_one_out_mean
+
+
+@dataclass(frozen=True)
+class PromptMean:
+    """A mean over prompts: its per-prompt terms [B]; SE = sd/√B."""
+
+    per_prompt: Float[Tensor, " B"]
+
+    @property
+    def value(self) -> float:
+        return float(self.per_prompt.mean())
+
+    @property
+    def se(self) -> float:
+        return float(self.per_prompt.std()) / math.sqrt(len(self.per_prompt))
+
+
+def naive_slope(seq_logp: Float[Tensor, "B G"], d_seq_logp: Float[Tensor, "B G"]) -> PromptMean:
+    """∇Hᵀv = −mean_{n,g}(S_ng − S̄_{n,−g})·D_vS_ng."""
+    return PromptMean(-((seq_logp - leave_one_out_mean(seq_logp)) * d_seq_logp).mean(1))
+
+
+def rb_slope(
+    entropy: Float[Tensor, "B G T"], d_logp: Float[Tensor, "B G T"], d_entropy: Float[Tensor, "B G T"]
+) -> PromptMean:
+    """∇Hᵀv = mean_i[Σ_t D_vH_t + Σ_t (R_{≥t} − b_t)·D_v log p_t] with R_{≥t} = Σ_{k≥t}H_k and the baseline b_t = H_t.
+
+    Entries past the end of a response are zero in all three.
+    """
+    later = entropy.flip(-1).cumsum(-1).flip(-1) - entropy
+    return PromptMean((d_entropy + later * d_logp).sum(-1).mean(1))
+
+
+def curvature(
+    rb_sum: Float[Tensor, "B G"],
+    d_seq_logp: Float[Tensor, "B G"],
+    d_rb_sum: Float[Tensor, "B G"],
+    d2_seq_logp: Float[Tensor, "B G"],
+    d2_rb_sum: Float[Tensor, "B G"],
+) -> PromptMean:
+    """vᵀ∇²Hv = E[D²_vR + 2·D_vR·D_vS + (R − R̄_{−i})(D²_vS + (D_vS)²)], R̄_{−i} the mean over the other N−1 responses."""
+    size = rb_sum.numel()
+    others = (rb_sum.sum() - rb_sum) / (size - 1)
+    terms = d2_rb_sum + 2 * d_rb_sum * d_seq_logp + (rb_sum - others) * (d2_seq_logp + d_seq_logp.square())
+    return PromptMean(terms.mean(1))

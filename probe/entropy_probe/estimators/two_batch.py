@@ -1,0 +1,42 @@
+"""The first-order term of two independent batches: X from E, Y from U."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TwoBatchMoments:
+    """X̄_EᵀPȲ_U, its projections s_k = X_kᵀPȲ_U, and standard errors given U and in all (`None` below two prompts)."""
+
+    bars_dot: float
+    projections: Float[Tensor, " E"]
+    conditional_se: float | None
+    total_se: float | None
+
+
+def two_batch_moments(gram: Float[Tensor, "E U"]) -> TwoBatchMoments:
+    """Moments of K_km = X_kᵀPY_m with k in E, m in U.
+
+        bars_dot = mean(K),  s_k = mean_m K_km,  t_m = mean_k K_km        (no diagonal to remove)
+        Var(· | U) = s²(s_k)/B_E
+        Var        = s²(s_k)/B_E + s²(t_m)/B_U − s²_int/(B_E·B_U),   not below the larger of the first two terms
+        s²_int     = Σ(K_km − s_k − t_m + mean)²/((B_E−1)(B_U−1))
+
+    Both s²(s_k)/B_E and s²(t_m)/B_U hold the interaction s²_int/(B_E·B_U): subtracting it once leaves it counted once.
+    """
+    gram = gram.double()
+    size_e, size_u = gram.shape
+    s, t, mean = gram.mean(1), gram.mean(0), gram.mean()
+    if size_e < 2 or size_u < 2:
+        return TwoBatchMoments(float(mean), s, None, None)
+    var_s = float(s.var()) / size_e
+    var_t = float(t.var()) / size_u
+    residual = gram - s[:, None] - t[None, :] + mean
+    interaction = float(residual.square().sum()) / ((size_e - 1) * (size_u - 1))
+    total = max(var_s + var_t - interaction / (size_e * size_u), var_s, var_t)
+    return TwoBatchMoments(float(mean), s, math.sqrt(var_s), math.sqrt(total))

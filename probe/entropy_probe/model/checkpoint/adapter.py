@@ -1,0 +1,82 @@
+"""A PEFT adapter (LoRA, DoRA, `modules_to_save`) over a base model that is found on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entropy_probe.errors import CheckpointError
+from entropy_probe.model.checkpoint.files import read_json, read_tensors
+from entropy_probe.model.checkpoint.pretrained import load_full_model
+
+_HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
+
+
+def find_base_model(folder: Path, base_model: Path | None) -> Path:
+    """The base model's folder: the one given, else `base_model_name_or_path` of adapter_config.json.
+
+    A relative path is tried against the current folder, the adapter's folder and its parents. Nothing is downloaded.
+    """
+    if base_model is not None:
+        if not (base_model / "config.json").is_file():
+            raise CheckpointError(base_model, "is not a model folder (no config.json)", _HOW_TO_NAME_A_BASE)
+        return base_model
+    config_path = folder / "adapter_config.json"
+    named = read_json(config_path).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(config_path, f"base_model_name_or_path is {named!r}", _HOW_TO_NAME_A_BASE)
+    places = [Path.cwd(), folder, *folder.parents]
+    for place in places:
+        candidate = place / named  # an absolute `named` replaces `place`
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(
+        config_path, f"the base model {named!r} is not on disk, and nothing is downloaded", _HOW_TO_NAME_A_BASE
+    )
+
+
+def load_adapter(folder: Path, base: Path) -> nn.Module:
+    """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode."""
+    import peft
+
+    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    kind = read_json(config_path).get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(config_path, f"peft_type is {kind!r}", "use a LoRA or DoRA adapter")
+    if not weights_path.is_file():
+        raise CheckpointError(weights_path, "is missing", "save the adapter with safe_serialization=True")
+    stored = read_tensors(weights_path)
+    base_model: Any = load_full_model(base)
+    try:
+        model = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:160]
+        raise CheckpointError(
+            weights_path, f"does not fit the base model {base} ({reason})", _HOW_TO_NAME_A_BASE
+        ) from error
+    model.float()  # modules_to_save stay in the base's dtype otherwise
+    adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    _require_same(stored, adapter, model.state_dict(), weights_path)
+    return model.eval()
+
+
+def _require_same(
+    stored: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], model: dict[str, torch.Tensor], path: Path
+) -> None:
+    """peft only warns about keys it misses: every adapter tensor must be in the file, and hold the file's values.
+
+    A file may also hold embeddings of the base model (peft saves them where the adapter targets them).
+    """
+    for name in adapter:
+        if name not in stored:
+            raise CheckpointError(path, f"{name} is not in the file", "save the adapter again with this peft version")
+    for name, tensor in stored.items():
+        loaded = adapter.get(name, model.get(name))
+        if loaded is None:
+            raise CheckpointError(path, f"{name} has no place in the model", "name the base model it was trained on")
+        if not torch.equal(loaded.detach().cpu(), tensor.to(loaded.dtype)):
+            raise CheckpointError(path, f"{name} was not loaded from the file", "install the peft that wrote it")

@@ -1,0 +1,247 @@
+"""Adam's state, mapped to parameters by name.
+
+An `optimizer.pt` numbers its parameters by position. The names come from `param_names` or string keys where the file
+has them; else every known grouping (which trainers used, in which order) is tried against group sizes and shapes, and
+exactly one assignment must fit. What cannot be mapped for sure is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import CheckpointError
+
+_NORM_OR_BIAS = [re.compile(p) for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")]
+MissingState = Literal["raise", "identity"]
+_IDENTITY = "set first_order.missing_state: identity to take P = 1 there"
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
+_DDP = re.compile(r"^module\.")
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Moments of one parameter in float32 or wider, and the hyper-parameters of its own group.
+
+    `decoupled`: AdamW's decay; `initial_lr`: the peak of the scheduler, where one was used.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    step: float
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    initial_lr: float | None = None
+    decoupled: bool = True
+    amsgrad: bool = False
+    maximize: bool = False
+
+
+def find_state(content: Any, path: Path) -> dict[str, Any]:
+    """The optimizer's state_dict in what the file holds: at top level, or under `optimizer`, `optimizer_state_dict`."""
+    nested = [content.get(key) for key in ("optimizer", "optimizer_state_dict")] if isinstance(content, dict) else []
+    for candidate in [content, *nested]:
+        if isinstance(candidate, dict) and "state" in candidate and "param_groups" in candidate:
+            if not isinstance(candidate["state"], dict) or not isinstance(candidate["param_groups"], list | tuple):
+                break
+            return candidate
+    raise CheckpointError(path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()")
+
+
+def map_adam_state(
+    state_dict: dict[str, Any], model: nn.Module, path: Path, missing_state: MissingState = "raise"
+) -> dict[str, AdamState]:
+    """`{parameter name: AdamState}` for the parameters the optimizer holds, in the order of the groups.
+
+    A parameter without moments raises, or under `missing_state="identity"` gets those of a fresh optimizer (step 0).
+
+    Raises `CheckpointError` where the order cannot be proved, where a shape differs, where a moment is missing or not
+    finite, or where the optimizer is not of Adam's kind.
+    """
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    parameters = dict(model.named_parameters())
+    keys = [_group_keys(group, path) for group in groups]
+    if not state:
+        raise CheckpointError(path, "was never stepped (its `state` is empty)", "save it after at least one step")
+    names = _names_of(keys, groups, state, parameters, model, path)
+    mapped: dict[str, AdamState] = {}
+    for group, group_keys in zip(groups, keys, strict=True):
+        for key in group_keys:
+            name = names[key]
+            if name in mapped:
+                raise CheckpointError(path, f"{name} stands in it twice", "save the optimizer's state_dict again")
+            mapped[name] = _adam_state(name, state.get(key), group, parameters[name], path, missing_state)
+    return mapped
+
+
+def _group_keys(group: Any, path: Path) -> list[int | str]:
+    if not isinstance(group, dict) or not isinstance(group.get("params"), list | tuple):
+        raise CheckpointError(path, "has a param_group without `params`", "save optimizer.state_dict()")
+    return list(group["params"])
+
+
+def _names_of(
+    keys: list[list[int | str]],
+    groups: list[dict[str, Any]],
+    state: dict[Any, Any],
+    parameters: dict[str, nn.Parameter],
+    model: nn.Module,
+    path: Path,
+) -> dict[int | str, str]:
+    named = _names_in_file(keys, groups)
+    if named is not None:
+        for name in named.values():
+            if name not in parameters:
+                raise CheckpointError(
+                    path, f"has state for {name}, which the model lacks", "use the optimizer saved with this model"
+                )
+        return named
+    flat = [key for group in keys for key in group]
+    sizes = [len(group) for group in keys if group]
+    fitting: dict[tuple[str, ...], str] = {}
+    for label, candidate in _candidate_orders(model).items():
+        order = [name for group in candidate for name in group]
+        if [len(group) for group in candidate if group] == sizes and _shapes_fit(flat, order, state, parameters):
+            fitting.setdefault(tuple(order), label)
+    if len(fitting) == 1:
+        return dict(zip(flat, next(iter(fitting)), strict=True))
+    count = sum(p.requires_grad for p in parameters.values())
+    if not fitting:
+        raise CheckpointError(
+            path,
+            f"its {len(flat)} tensors in groups of {sizes} fit no known order of this model's {count} trainable ones",
+            "use the optimizer saved with this model, or save it with `param_names`",
+        )
+    raise CheckpointError(
+        path,
+        f"its order of parameters is ambiguous ({', '.join(fitting.values())} all fit)",
+        "save the optimizer with names: AdamW(model.named_parameters())",
+    )
+
+
+def _names_in_file(keys: list[list[int | str]], groups: list[dict[str, Any]]) -> dict[int | str, str] | None:
+    """Names from `param_names` or from string keys, without the prefixes of wrappers; `None` where there are none."""
+    names: dict[int | str, str] = {}
+    for group_keys, group in zip(keys, groups, strict=True):
+        in_group = group.get("param_names")
+        if in_group is None and all(isinstance(key, str) for key in group_keys):
+            in_group = group_keys
+        if not isinstance(in_group, list | tuple) or len(in_group) != len(group_keys):
+            return None
+        for key, name in zip(group_keys, in_group, strict=True):
+            names[key] = _WRAPPERS.sub(r"\1", _DDP.sub("", str(name)))
+    return names or None
+
+
+def _candidate_orders(model: nn.Module) -> dict[str, list[list[str]]]:
+    """Groupings that trainers are known to use: label → names per group, in the optimizer's order."""
+    everything = [name for name, _ in model.named_parameters()]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = dict(model.named_parameters())
+
+    def split(decays: Callable[[str], bool]) -> list[list[str]]:
+        return [[n for n in trainable if decays(n)], [n for n in trainable if not decays(n)]]
+
+    in_layer_norm = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters()
+    }
+    return {
+        "transformers 5 decay split": split(
+            lambda n: n not in in_layer_norm and not any(p.search(n.lower()) for p in _NORM_OR_BIAS)
+        ),
+        "transformers 4.44 decay split": split(lambda n: n not in in_layer_norm and "bias" not in n),
+        "one group of trainable parameters": [trainable],
+        "one group of all parameters": [everything],
+        "matrices before vectors": split(lambda n: parameters[n].ndim > 1),
+    }
+
+
+def _shapes_fit(
+    keys: list[int | str], order: list[str], state: dict[Any, Any], parameters: dict[str, nn.Parameter]
+) -> bool:
+    if len(keys) != len(order):
+        return False
+    for key, name in zip(keys, order, strict=True):
+        entry = state.get(key)
+        moments = [m for m in entry.values() if isinstance(m, Tensor) and m.ndim > 0] if isinstance(entry, dict) else []
+        if any(m.shape != parameters[name].shape for m in moments if m.numel() != 1 or parameters[name].numel() == 1):
+            return False
+    return True
+
+
+def _adam_state(
+    name: str, entry: Any, group: dict[str, Any], parameter: nn.Parameter, path: Path, missing_state: MissingState
+) -> AdamState:
+    entry = entry if isinstance(entry, dict) else {}
+    if missing_state == "identity" and not {"exp_avg", "exp_avg_sq"} <= set(entry):
+        zeros = torch.zeros_like(parameter, dtype=torch.float32, device="cpu", requires_grad=False)
+        entry = {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros, "step": 0}
+    elif not entry:
+        raise CheckpointError(path, f"{name} has no state", f"save it after a step of every parameter, or {_IDENTITY}")
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if not isinstance(entry.get(moment), Tensor):
+            raise CheckpointError(
+                path, f"{name} has no `{moment}`, only {', '.join(sorted(map(str, entry)))}", f"use a checkpoint of Adam or AdamW, or {_IDENTITY}"
+            )
+    if group.get("amsgrad") and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
+        raise CheckpointError(path, f"{name} has no `max_exp_avg_sq` under amsgrad", "save the optimizer again")
+    moments: dict[str, Tensor] = {}
+    for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        tensor = entry.get(moment)
+        if tensor is None:
+            continue
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                path,
+                f"{name}: `{moment}` has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}",
+                "use the optimizer saved with this model",
+            )
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(path, f"{name}: `{moment}` is not finite", "use an earlier checkpoint")
+        if moment != "exp_avg" and bool((tensor < 0).any()):
+            raise CheckpointError(path, f"{name}: `{moment}` is negative somewhere", "use an earlier checkpoint")
+        moments[moment] = tensor
+    step = _number(entry.get("step"), f"{name}: `step`", path)
+    if step < 1 and missing_state == "raise":
+        raise CheckpointError(path, f"{name}: `step` is {step:g}", "save it after at least one step")
+    betas = group.get("betas")
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise CheckpointError(path, f"`betas` is {betas!r}", "use a checkpoint of Adam or AdamW")
+    initial_lr = group.get("initial_lr")
+    return AdamState(
+        exp_avg=moments["exp_avg"],
+        exp_avg_sq=moments["exp_avg_sq"],
+        max_exp_avg_sq=moments.get("max_exp_avg_sq"),
+        step=step,
+        lr=_number(group.get("lr"), "`lr`", path),
+        betas=(_number(betas[0], "`betas`", path), _number(betas[1], "`betas`", path)),
+        eps=_number(group.get("eps"), "`eps`", path),
+        weight_decay=_number(group.get("weight_decay", 0.0), "`weight_decay`", path),
+        initial_lr=None if initial_lr is None else _number(initial_lr, "`initial_lr`", path),
+        # torch's Adam and AdamW share a class since 2.8 and say which they are; older files come from AdamW.
+        decoupled=bool(group.get("decoupled_weight_decay", True)),
+        amsgrad=bool(group.get("amsgrad", False)),
+        maximize=bool(group.get("maximize", False)),
+    )
+
+
+def _number(value: Any, what: str, path: Path) -> float:
+    """A finite number from an int, a float, or a tensor with one element."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
+        raise CheckpointError(path, f"{what} is {value!r}, expected a finite number", "save optimizer.state_dict()")
+    return float(value)

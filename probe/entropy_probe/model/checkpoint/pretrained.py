@@ -1,0 +1,59 @@
+"""A full model as `save_pretrained` writes it: config.json and safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from entropy_probe.errors import CheckpointError
+from entropy_probe.model.checkpoint.files import read_json, read_tensors, weight_files
+from entropy_probe.model.quiet import quiet_transformers
+
+
+def load_full_model(folder: Path) -> nn.Module:
+    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random."""
+    config = read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise CheckpointError(
+            folder / "config.json", "asks for remote code (`auto_map`), which is never run", "use a model type of transformers"
+        )
+    if config.get("model_type") not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        raise CheckpointError(
+            folder / "config.json",
+            f"model_type is {config.get('model_type')!r}, unknown to transformers {transformers.__version__}",
+            "install a version that knows it",
+        )
+    files = weight_files(folder, "model")
+    stored = {name: path for path in files for name, path in dict.fromkeys(read_tensors(path), path).items()}
+    try:
+        with quiet_transformers():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise CheckpointError(folder, f"transformers cannot load it ({reason})", "restore config.json and weights") from error
+    _refuse_gaps(info, files, stored)
+    return model.eval()
+
+
+def _refuse_gaps(info: dict[str, Any], files: list[Path], stored: dict[str, Path]) -> None:
+    """transformers initialises what it misses at random and goes on: refuse instead."""
+    where = files[0] if len(files) == 1 else files[0].parent
+    for kind, problem in (("missing_keys", "is not in the file"), ("mismatched_keys", "has another shape in the file")):
+        for key in sorted(info.get(kind) or [], key=str):
+            name = key[0] if isinstance(key, tuple) else key
+            raise CheckpointError(
+                stored.get(name, where), f"{name} {problem}", "restore the weights that belong to config.json"
+            )
+    if info.get("error_msgs"):
+        raise CheckpointError(where, str(info["error_msgs"][0])[:160], "restore the weights that belong to config.json")

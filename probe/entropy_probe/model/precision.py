@@ -1,0 +1,156 @@
+"""Numerical contexts: float64 that is float64 to the end, autocast off everywhere, and true derivatives.
+
+`model.double()` alone is not a float64 forward: transformers casts to float32 inside RMSNorm, rotary embeddings and
+eager softmax, and at η = 1e-10 the logits then move by rounding noise alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from entropy_probe.errors import ConfigError
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+# Below this size the overhead of a second thread exceeds its work: 15× slower was measured on tiny models.
+_ONE_THREAD_BELOW = 20_000_000
+
+
+def str_to_dtype(name: str) -> torch.dtype:
+    """`"float32"` → `torch.float32`, and so on."""
+    try:
+        return _DTYPES[name.removeprefix("torch.").lower()]
+    except KeyError:
+        raise ConfigError(f"dtype {name!r}", "is not known", f"choose one of {', '.join(sorted(_DTYPES))}") from None
+
+
+def maybe_cast_logits_fp32(logits: Tensor) -> Tensor:
+    """Logits in float32 or wider: log-softmax in bf16 is off by up to 1e-2."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+@contextmanager
+def apply_global_precision(allow_tf32: bool = False, matmul_precision: str = "high") -> Iterator[None]:
+    """Set TF32 and matmul precision, and put the user's settings back.
+
+    `matmul_precision` takes effect only with `allow_tf32`: "high" *is* TF32 on NVIDIA hardware.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(matmul_precision if allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """`torch.use_deterministic_algorithms(True, warn_only=True)` for the length of the block."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if enabled:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def threads_for(num_parameters: int) -> Iterator[int]:
+    """One thread for a small model, the user's setting otherwise; the setting is put back."""
+    before = torch.get_num_threads()
+    chosen = 1 if num_parameters < _ONE_THREAD_BELOW else before
+    torch.set_num_threads(chosen)
+    try:
+        yield chosen
+    finally:
+        torch.set_num_threads(before)
+
+
+_INTEGRAL = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+class TrueFloat64(TorchFunctionMode):
+    """Turn every cast of a float64 tensor to float32, and `dtype=float32` on a float64 operand, into a no-op.
+
+    Casts of integers to float32 become casts to float64, so that positions meet float64 frequencies. Code that was
+    written for float32 islands thereby runs in float64 throughout, on a module whose parameters and floating buffers
+    are float64.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        operand = next((a for a in args if isinstance(a, Tensor)), kwargs.get("input"))
+        wide = isinstance(operand, Tensor) and operand.dtype in (torch.float64, *_INTEGRAL)
+        if not wide:
+            return func(*args, **kwargs)
+        if func in _NARROWING:
+            return operand.double()
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func is Tensor.type_as and args[1].dtype is torch.float32:
+            return operand.double()
+        if func in (Tensor.to, Tensor.type) and len(args) > 1:
+            target = args[1]
+            if isinstance(target, Tensor) and target.dtype is torch.float32:
+                return func(operand.double(), target.device, *args[2:], **kwargs)
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **kwargs)
+
+
+class DetachIsIdentity(TorchFunctionMode):
+    """Make `detach` the identity, so that the derivative is that of the function itself.
+
+    peft detaches DoRA's weight norm: autograd through it is not the derivative of what the module computes.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.detach, torch.detach):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def has_detached_norm(module: nn.Module) -> bool:
+    """Whether autograd through the module differs from its derivative (DoRA)."""
+    return any("lora_magnitude_vector" in name for name, _ in module.named_parameters())
+
+
+@contextmanager
+def forward_context(dtype: torch.dtype, *, true_derivative: bool = False) -> Iterator[None]:
+    """The one context of every forward: autocast off on every device type, true float64 where asked for.
+
+    `true_derivative`: attention by SDPA's MATH kernel, which alone has forward-mode and second derivatives, and
+    `detach` as the identity.
+    """
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if true_derivative:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(DetachIsIdentity())
+        if dtype is torch.float64:
+            stack.enter_context(TrueFloat64())
+        yield

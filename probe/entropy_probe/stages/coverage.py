@@ -1,0 +1,46 @@
+"""Which trainable parameters X and Y reach: a parameter without a gradient is missing from every dot product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from entropy_probe.model.registry import Registry
+from entropy_probe.stages.gradients import UnitGradients
+
+FRESH_LORA = "its lora_B is zero: the adapter has not learned anything yet, so lora_A has no gradient"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of the registry's tensors with a non-zero gradient from X and from Y; the others, explained where known."""
+
+    num_tensors: int
+    num_parameters: int
+    x_coverage: float
+    y_coverage: float
+    uncovered: list[str]
+    explained: dict[str, str]
+
+
+def gradient_coverage(registry: Registry, units: UnitGradients) -> Coverage:
+    """Count tensors with any non-zero entry in X and in Y over all units."""
+    trainable = registry.trainable
+    reached_x, reached_y = ({n for n, t in side.items() if bool(t.count_nonzero())} for side in (units.x, units.y))
+    uncovered = [name for name in trainable if name not in reached_x or name not in reached_y]
+    explained = {name: FRESH_LORA for name in uncovered if _lora_b_is_zero(name, registry.parameters)}
+    return Coverage(
+        num_tensors=len(trainable),
+        num_parameters=sum(p.numel() for p in trainable.values()),
+        x_coverage=len(reached_x) / len(trainable),
+        y_coverage=len(reached_y) / len(trainable),
+        uncovered=uncovered,
+        explained=explained,
+    )
+
+
+def _lora_b_is_zero(name: str, parameters: Mapping[str, Tensor]) -> bool:
+    partner = parameters.get(name.replace("lora_A", "lora_B")) if "lora_A" in name else None
+    return partner is not None and not bool(partner.detach().count_nonzero())

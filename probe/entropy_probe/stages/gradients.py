@@ -1,0 +1,125 @@
+"""Per-unit gradients X_u and Y_u, and the matrices X_nᵀPY_m that every first-order number comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entropy_probe.config import FirstOrderConfig, ProbeConfig
+from entropy_probe.errors import MeasurementError
+from entropy_probe.estimators.advantages import advantages, x_weights, y_weights
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages.rollouts import Progress, Rollouts
+from entropy_probe.stages.scores import Scores, score_rows
+
+# Columns of a Gram product that are held in float64 at once: U rows of 2^20 doubles are 8 U MiB.
+_GRAM_COLUMNS = 1 << 20
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit.
+
+    A unit is a prompt (`exact`), or the mean over a block of prompts whose sizes differ by at most one (`block`).
+    """
+
+    x: dict[str, Float[Tensor, "U D"]]
+    y: dict[str, Float[Tensor, "U D"]]
+    sizes: Int[Tensor, " U"]
+    mode: str
+
+
+def response_advantages(rollouts: Rollouts, config: FirstOrderConfig) -> Float[Tensor, "B G"]:
+    """The file's own `advantages`, where it has them, else the configured rule on the rewards."""
+    return rollouts.advantages if rollouts.advantages is not None else advantages(rollouts.rewards, config.advantage)
+
+
+def unit_gradients(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    config: ProbeConfig,
+    *,
+    stage: str = "gradients",
+    progress: Progress | None = None,
+) -> UnitGradients:
+    """X_n = Σ_g c_ng ∇S_ng and Y_n = Σ_g a_ng ∇S_ng of every prompt n, averaged within blocks in `block` mode.
+
+    c = (S − S̄_{−g})/G and a = A/(Lmax·G) (or as `loss` says) are constants of the derivative, taken from `scores`.
+    Where the module detaches a part of itself (DoRA), X is the true derivative and Y the module's own autograd, because
+    that is what the trainer's step uses; elsewhere both come from one forward.
+    """
+    first_order = config.first_order
+    size_b = rollouts.num_prompts
+    num_units = size_b if first_order.mode == "exact" else min(first_order.num_blocks, size_b)
+    parameters = bound.registry.trainable
+    _require_memory(2 * num_units * sum(p.numel() for p in parameters.values()), bound, first_order)
+    weights_x = x_weights(scores.seq_logp)
+    weights_y = y_weights(
+        response_advantages(rollouts, first_order), scores.gen_lens, first_order.loss, config.generation.max_new_tokens
+    )
+    names, tensors = list(parameters), list(parameters.values())
+    x, y = ({n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()} for _ in range(2))
+    unit_of = torch.arange(size_b) * num_units // size_b
+    sizes = torch.bincount(unit_of, minlength=num_units)
+
+    def add(into: dict[str, Tensor], unit: int, loss: Tensor, *, again: bool) -> None:
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=again)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                into[name][unit] += gradient.detach().reshape(-1).to("cpu", bound.dtype) / sizes[unit]
+
+    for n in range(size_b):
+        unit = int(unit_of[n])
+        rows_of_prompt = torch.arange(n * rollouts.num_responses, (n + 1) * rollouts.num_responses)
+        for rows in rows_of_prompt.split(config.generation.tf_batch_size):
+            g = rows - rows_of_prompt[0]
+            c, a = (w[n, g].to(bound.device) for w in (weights_x, weights_y))
+            seq_logp = score_rows(bound, rollouts, rows, config).logp.double().sum(-1)
+            if not seq_logp.requires_grad:
+                raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
+            add(y, unit, (a * seq_logp).sum(), again=bound.autograd_is_derivative)
+            if not bound.autograd_is_derivative:
+                seq_logp = score_rows(bound, rollouts, rows, config, true_derivative=True).logp.double().sum(-1)
+            add(x, unit, (c * seq_logp).sum(), again=False)
+        if progress is not None:
+            progress(stage, n + 1, size_b)
+    return UnitGradients(x, y, sizes, first_order.mode)
+
+
+def gram(
+    left: Mapping[str, Float[Tensor, "U D"]],
+    right: Mapping[str, Float[Tensor, "V D"]],
+    precond: Mapping[str, Float[Tensor, "..."]] | None = None,
+) -> Float[Tensor, "U V"]:
+    """Σ_names left_u · P ⊙ right_v in float64; P enters each product exactly once (P = 1 without `precond`)."""
+    first = next(iter(left.values()))
+    total = torch.zeros(first.shape[0], next(iter(right.values())).shape[0], dtype=torch.float64)
+    for name, a in left.items():
+        b = right[name]
+        p = None if precond is None else precond[name].reshape(-1)
+        for start in range(0, a.shape[1], _GRAM_COLUMNS):
+            part = slice(start, start + _GRAM_COLUMNS)
+            scaled = b[:, part].double() if p is None else b[:, part].double() * p[part].double()
+            total += a[:, part].double() @ scaled.T
+    return total
+
+
+def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]) -> dict[str, Float[Tensor, " D"]]:
+    """Mean over prompts, in float64: units weighted by the number of their prompts."""
+    share = (sizes.double() / sizes.sum())[:, None]
+    return {name: (share * values.double()).sum(0) for name, values in units.items()}
+
+
+def _require_memory(numbers: int, bound: BoundModel, config: FirstOrderConfig) -> None:
+    needed = numbers * torch.finfo(bound.dtype).bits / 8 / 2**30
+    if needed > config.max_gradient_gib:
+        raise MeasurementError(
+            "first_order.max_gradient_gib",
+            f"per-unit gradients need {needed:.1f} GiB, {config.max_gradient_gib:g} are allowed",
+            "set first_order.mode: block with few num_blocks, use fewer prompts, or raise it",
+        )

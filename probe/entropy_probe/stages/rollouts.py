@@ -1,0 +1,278 @@
+"""The responses on which everything is measured: read from a JSON-lines file, or sampled from the policy.
+
+One prompt a line, the same number G of responses on every line:
+
+    {"prompt_ids": [..], "response_ids": [[..], ..], "rewards": [..]}
+    {"prompt": "..", "responses": ["..", ..], "rewards": [..]}      # tokenised here; an EOS is added unless truncated
+    optional: "advantages": [..], "truncated": [bool, ..], "logprobs": [[..], ..], "gold": ".."
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from entropy_probe.config import GenerationSection
+from entropy_probe.errors import MeasurementError, RolloutsError
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages.tasks import Prompt, tag_pref
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B prompts with G responses each; row n·G + g is response g of prompt n.
+
+    `ids` [N, L] are right-padded: prompt, then response, then padding. The generated region of row i is
+    `prompt_lens[i] … prompt_lens[i] + gen_lens[i] − 1`; it ends with the first EOS (scored) or at the length limit.
+    """
+
+    ids: Int[Tensor, "N L"]
+    prompt_lens: Int[Tensor, " N"]
+    gen_lens: Int[Tensor, " N"]
+    rewards: Float[Tensor, "B G"]
+    advantages: Float[Tensor, "B G"] | None
+    source: str
+    missing_gold: int
+
+    @property
+    def num_prompts(self) -> int:
+        return self.rewards.shape[0]
+
+    @property
+    def num_responses(self) -> int:
+        return self.rewards.shape[1]
+
+    @property
+    def max_gen_len(self) -> int:
+        return int(self.gen_lens.max())
+
+    @cached_property
+    def gen_mask(self) -> Bool[Tensor, "N T"]:
+        return torch.arange(self.max_gen_len)[None, :] < self.gen_lens[:, None]
+
+    def per_prompt(self, values: Tensor) -> Tensor:
+        """[N, …] → [B, G, …]."""
+        return values.reshape(self.num_prompts, self.num_responses, *values.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Line:
+    prompt: list[int]
+    responses: list[list[int]]
+    rewards: list[float]
+    advantages: list[float] | None
+
+
+def _assemble(lines: Sequence[_Line], source: str, missing_gold: int) -> Rollouts:
+    rows = [line.prompt + response for line in lines for response in line.responses]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    group = len(lines[0].responses)
+    advantages = None
+    if all(line.advantages is not None for line in lines):
+        advantages = torch.tensor([line.advantages for line in lines], dtype=torch.float64)
+    return Rollouts(
+        ids=ids,
+        prompt_lens=torch.tensor([len(line.prompt) for line in lines]).repeat_interleave(group),
+        gen_lens=torch.tensor([len(response) for line in lines for response in line.responses]),
+        rewards=torch.tensor([line.rewards for line in lines], dtype=torch.float64),
+        advantages=advantages,
+        source=source,
+        missing_gold=missing_gold,
+    )
+
+
+def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
+    """EOS ids of generation_config, else of the model's config, else of the tokenizer."""
+    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+        eos = getattr(holder, "eos_token_id", None)
+        if eos is not None:
+            return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+    return []
+
+
+def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) -> Rollouts:
+    """Read a rollouts file. Raises `RolloutsError` naming the line: unequal G, an empty response, a token outside the
+    vocabulary, lists of different length, a reward that is not finite, G < 2."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
+    model: Any = bound.language_model
+    reader = _LineReader(int(model.get_input_embeddings().weight.shape[0]), eos_ids(model, tokenizer), tokenizer)
+    lines: list[_Line] = []
+    for number, content in enumerate(text.splitlines(), start=1):
+        if not content.strip():
+            continue
+        where = f"{path}:{number}"
+        line = reader.read(content, where)
+        if lines and len(line.responses) != len(lines[0].responses):
+            raise RolloutsError(
+                where,
+                f"has {len(line.responses)} responses, the first line {len(lines[0].responses)}",
+                "give the same number on every line",
+            )
+        if lines and (line.advantages is None) != (lines[0].advantages is None):
+            raise RolloutsError(where, "`advantages` stand on some lines only", "give them on every line or on none")
+        lines.append(line)
+    if len(lines) < 2:
+        raise RolloutsError(path, f"has {len(lines)} prompts, expected at least 2", "add lines")
+    return _assemble(lines, str(path), 0)
+
+
+@dataclass(frozen=True)
+class _LineReader:
+    vocabulary: int
+    eos: list[int]
+    tokenizer: Any | None
+
+    def read(self, content: str, where: str) -> _Line:
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise RolloutsError(where, f"is not JSON ({error})", "write one object per line") from error
+        if not isinstance(row, dict):
+            raise RolloutsError(where, f"is a {type(row).__name__}", "write one object per line")
+        if "prompt_ids" in row:
+            prompt = self._ids(row["prompt_ids"], "prompt_ids", where)
+            responses = [self._ids(r, "response_ids", where) for r in self._list(row, "response_ids", where)]
+        else:
+            prompt, responses = self._tokenise(row, where)
+        if len(responses) < 2:
+            raise RolloutsError(where, f"has {len(responses)} responses, expected at least 2", "give 2 or more")
+        return _Line(
+            prompt,
+            responses,
+            self._numbers(row, "rewards", len(responses), where),
+            self._numbers(row, "advantages", len(responses), where) if row.get("advantages") is not None else None,
+        )
+
+    def _tokenise(self, row: dict[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
+        if not isinstance(row.get("prompt"), str):
+            raise RolloutsError(where, "has neither `prompt_ids` nor a text under `prompt`", "give one of them")
+        if self.tokenizer is None:
+            raise RolloutsError(where, "is text, and the checkpoint has no tokenizer", "give prompt_ids and response_ids")
+        texts = self._list(row, "responses", where)
+        truncated = row.get("truncated", [False] * len(texts))
+        if not isinstance(truncated, list) or len(truncated) != len(texts) or {type(t) for t in truncated} - {bool}:
+            raise RolloutsError(where, f"`truncated` is {truncated!r}"[:120], "give one true or false per response")
+        responses = []
+        for text, is_truncated in zip(texts, truncated, strict=True):
+            if not isinstance(text, str):
+                raise RolloutsError(where, f"a response is {text!r}"[:120], "give texts")
+            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            if not is_truncated and self.eos and (not ids or ids[-1] not in self.eos):
+                ids.append(self.eos[0])
+            responses.append(self._ids(ids, "responses", where))
+        return self._ids(list(self.tokenizer(row["prompt"]).input_ids), "prompt", where), responses
+
+    def _ids(self, value: Any, key: str, where: str) -> list[int]:
+        if not isinstance(value, list) or not value:
+            raise RolloutsError(where, f"`{key}` has an empty entry or is not a list", "give at least one token")
+        for token in value:
+            if type(token) is not int or not 0 <= token < self.vocabulary:
+                raise RolloutsError(
+                    where, f"`{key}` holds {token!r}"[:120], f"give token ids from 0 to {self.vocabulary - 1}"
+                )
+        if key == "response_ids":
+            early = next((i for i, token in enumerate(value[:-1]) if token in self.eos), None)
+            if early is not None:
+                raise RolloutsError(where, f"`{key}` goes on after the EOS at {early}", "end each response at its EOS")
+        return value
+
+    def _list(self, row: dict[str, Any], key: str, where: str) -> list[Any]:
+        if not isinstance(row.get(key), list):
+            raise RolloutsError(where, f"has no list under `{key}`", "give one entry per response")
+        return row[key]
+
+    def _numbers(self, row: dict[str, Any], key: str, count: int, where: str) -> list[float]:
+        values = self._list(row, key, where)
+        if len(values) != count:
+            raise RolloutsError(where, f"`{key}` has {len(values)} entries for {count} responses", "give one for each")
+        for value in values:
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise RolloutsError(where, f"`{key}` holds {value!r}"[:120], "give finite numbers")
+        return [float(value) for value in values]
+
+
+def sample_rollouts(
+    bound: BoundModel,
+    tokenizer: Any | None,
+    prompts: Sequence[Prompt],
+    generation: GenerationSection,
+    *,
+    seed: int,
+    stage: str = "sampling",
+    progress: Progress | None = None,
+) -> Rollouts:
+    """Sample G responses of every prompt with the model's own `generate` under a complete, fresh configuration.
+
+    temperature and top_p as given, top_k 0, no penalties, nothing of the checkpoint's generation_config but its EOS
+    ids. The same seed gives the same responses for the same `gen_batch_size`; the global generators are put back.
+    """
+    import transformers
+
+    if tokenizer is None:
+        raise MeasurementError("tokenizer", "the checkpoint has none, so nothing can be sampled", "give --probe-rollouts")
+    eos = eos_ids(bound.language_model, tokenizer)
+    group = generation.num_return_sequences
+    encoded = [list(tokenizer(prompt.text).input_ids) for prompt in prompts]
+    empty = next((i for i, ids in enumerate(encoded) if not ids), None)
+    if empty is not None:
+        raise MeasurementError(f"prompt {prompts[empty].text!r}", "encodes to no token", "leave it out")
+    config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=0,
+        max_new_tokens=generation.max_new_tokens,
+        eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+    )
+    rows = [ids for ids in encoded for _ in range(group)]
+    responses: list[list[int]] = []
+    devices = [bound.device.index or 0] if bound.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), generation.gen_batch_size):
+            chunk = rows[start : start + generation.gen_batch_size]
+            ids, mask = left_padded(chunk, pad=eos[0] if eos else 0)
+            output = bound.generate(ids.to(bound.device), mask.to(bound.device), config)
+            responses += [_until_eos(row, eos) for row in output[:, ids.shape[1] :].tolist()]
+            if progress is not None:
+                progress(stage, min(start + len(chunk), len(rows)), len(rows))
+    lines = []
+    for n, prompt in enumerate(prompts):
+        own = responses[n * group : (n + 1) * group]
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in own]
+        lines.append(_Line(encoded[n], own, [tag_pref(text, prompt.gold) for text in texts], None))
+    return _assemble(lines, "sampled", sum(prompt.gold is None for prompt in prompts))
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
+    """(ids, mask) with every row ending in the last column."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids, mask
+
+
+def _until_eos(response: list[int], eos: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(response) if token in eos), len(response) - 1)
+    return response[: end + 1]

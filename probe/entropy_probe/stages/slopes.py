@@ -1,0 +1,110 @@
+"""Directional derivatives D_v of log p and H_t at every token, and from them slope and curvature of the entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.slope import PromptMean, curvature, naive_slope, rb_slope
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.scores import Scores, batches_by_length, score_rows
+from entropy_probe.stages.update import norm
+
+# Largest change of a response's log-probability along the stencil. The five-point rule then errs by about
+# (1e-3)⁴ in truncation and by 1e-16·|S|/1e-3 in rounding: both stay below 1e-9 of the terms.
+_STENCIL_CHANGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """D_v log p and D_v H_t per token [B, G, T], zero past the end of a response."""
+
+    d_logp: Float[Tensor, "B G T"]
+    d_entropy: Float[Tensor, "B G T"]
+
+    @property
+    def d_seq_logp(self) -> Float[Tensor, "B G"]:
+        return self.d_logp.sum(-1)
+
+    @property
+    def d_rb_sum(self) -> Float[Tensor, "B G"]:
+        return self.d_entropy.sum(-1)
+
+
+@torch.no_grad()
+def directional_derivatives(
+    bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], config: ProbeConfig, eta: float = 0.0
+) -> Derivatives:
+    """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function."""
+    shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
+    d_logp, d_entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+    for rows in batches_by_length(rollouts, config.generation.tf_batch_size):
+        with forward_ad.dual_level():
+            dual = {
+                name: forward_ad.make_dual(value, v[name].to(device=value.device, dtype=bound.dtype))
+                for name, value in point.items()
+            }
+            scored = score_rows(bound, rollouts, rows, config, override=dual, true_derivative=True)
+            for whole, part in ((d_logp, scored.logp), (d_entropy, scored.entropy)):
+                tangent = forward_ad.unpack_dual(part).tangent
+                if tangent is not None:
+                    whole[rows, : part.shape[1]] = tangent.double().cpu()
+    return Derivatives(rollouts.per_prompt(d_logp), rollouts.per_prompt(d_entropy))
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Slope of the entropy along v (naive and Rao-Blackwell) and curvature, per prompt of the E batch.
+
+    `derivatives` are those at θ in the configured precision.
+    """
+
+    naive: PromptMean
+    rb: PromptMean
+    curvature: PromptMean
+    derivatives: Derivatives
+
+
+def slopes_along(
+    bound: BoundModel,
+    float64: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
+) -> Slopes:
+    """∇Hᵀv by both estimators, and vᵀ∇²Hv by a five-point difference of D_v in true float64.
+
+        D²_v f ≈ [8(D_vf(h) − D_vf(−h)) − (D_vf(2h) − D_vf(−2h))]/(12h)
+
+    with h such that no response's log-probability moves by more than 1e-3.
+    """
+    at_theta = directional_derivatives(bound, rollouts, v, config)
+    fastest = float(at_theta.d_seq_logp.abs().max())
+    h = _STENCIL_CHANGE / fastest if fastest > 0 else _STENCIL_CHANGE / max(norm(v), 1.0)
+    at = {k: directional_derivatives(float64, rollouts, v, config, eta=k * h) for k in (-2, -1, 1, 2)}
+
+    def second(values: dict[int, Tensor]) -> Tensor:
+        return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+
+    return Slopes(
+        naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
+        rb=rb_slope(scores.rb_entropy, at_theta.d_logp, at_theta.d_entropy),
+        curvature=curvature(
+            scores.rb_sum,
+            at_theta.d_seq_logp,
+            at_theta.d_rb_sum,
+            second({k: d.d_seq_logp for k, d in at.items()}),
+            second({k: d.d_rb_sum for k, d in at.items()}),
+        ),
+        derivatives=at_theta,
+    )

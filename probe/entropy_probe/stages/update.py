@@ -1,0 +1,96 @@
+"""The direction v of the next optimizer step per unit learning rate, from the checkpoint's own Adam state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_probe.estimators.adam import AdamHyper, adam_direction, preconditioner
+from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.registry import Registry
+
+_DEFAULT_LR = 1e-4
+
+
+@dataclass(frozen=True)
+class UpdateDirection:
+    """v = v₀ + D·Ȳ by name, in float64 on the CPU; ‖g‖ before clipping; the factor that clipping applied to g."""
+
+    v: dict[str, Tensor]
+    v0: dict[str, Tensor]
+    diagonal: dict[str, Tensor]
+    grad_norm: float
+    clip_factor: float
+
+    @property
+    def norm(self) -> float:
+        return norm(self.v)
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all tensors, in float64."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+def learning_rate(adam: Mapping[str, AdamState], configured: float | None) -> tuple[float, str]:
+    """(lr, where it came from): `first_order.lr` if set, else the optimizer's, else `initial_lr` (a scheduler that has
+    ended leaves lr = 0), else 1e-4. The optimizer's is the largest over its groups."""
+    if configured is not None:
+        return configured, "first_order.lr"
+    lr = max((state.lr for state in adam.values()), default=0.0)
+    if lr > 0:
+        return lr, "optimizer"
+    initial = max((state.initial_lr or 0.0 for state in adam.values()), default=0.0)
+    if initial > 0:
+        return initial, "initial_lr: the optimizer's lr is 0, its scheduler has ended"
+    return _DEFAULT_LR, f"default {_DEFAULT_LR:g}: the optimizer's lr is 0 and it has no initial_lr"
+
+
+def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
+    """P by name in float64; 1 where a parameter has no state (`missing_state: identity`)."""
+    precond = {}
+    for name, state in adam.items():
+        if state.step == 0:
+            precond[name] = torch.ones_like(state.exp_avg_sq, dtype=torch.float64)
+        else:
+            second = state.max_exp_avg_sq if state.amsgrad and state.max_exp_avg_sq is not None else state.exp_avg_sq
+            precond[name] = preconditioner(second, state.step, state.betas[1], state.eps)
+    return precond
+
+
+def compute_update_vector_adamw(
+    registry: Registry, adam: Mapping[str, AdamState], ascent: Mapping[str, Tensor], max_grad_norm: float | None = None
+) -> UpdateDirection:
+    """v = (θ' − θ)/lr of one step of the checkpoint's Adam on the gradient g = −Ȳ, for the optimizer's parameters.
+
+    `ascent` is Ȳ by name, in any shape. Where groups have different learning rates, v of a group is scaled by its lr
+    over the largest, so that θ + lr·v is the optimizer's step. Clipping, where asked for, acts on g first:
+    g·min(1, max_grad_norm/(‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
+    """
+    registry.require_trainable(adam)
+    grad_norm = norm({name: ascent[name] for name in adam})
+    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))
+    largest_lr = max((state.lr for state in adam.values()), default=0.0)
+    v, v0, diagonal = {}, {}, {}
+    for name, state in adam.items():
+        parameter = registry.parameters[name].detach().cpu()
+        share = state.lr / largest_lr if largest_lr > 0 else 1.0
+        y = clip * ascent[name].double().reshape(parameter.shape).cpu()
+        hyper = AdamHyper(
+            lr=state.lr,
+            beta1=state.betas[0],
+            beta2=state.betas[1],
+            eps=state.eps,
+            weight_decay=state.weight_decay,
+            decoupled=state.decoupled,
+            amsgrad=state.amsgrad,
+            maximize=state.maximize,
+        )
+        rest, d = adam_direction(parameter, y, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.step, hyper)
+        v0[name], diagonal[name] = share * rest, share * clip * d
+        v[name] = v0[name] + share * d * y
+    return UpdateDirection(v, v0, diagonal, grad_norm, clip)
