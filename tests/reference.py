@@ -16,10 +16,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from entropy_probe.model.precision import TrueFloat64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from entropy_probe.model.precision import TrueFloat64
 
 
 class Reference:
@@ -104,7 +103,9 @@ def dot(a: dict[str, Tensor], b: dict[str, Tensor], p: dict[str, Tensor] | None 
     return math.fsum(float(t.sum()) for t in terms), math.fsum(float(t.abs().sum()) for t in terms)
 
 
-def optimizer_step(model: Any, named_groups: list[dict[str, Any]], state: dict[str, Any], g: dict[str, Tensor], cls: Any):
+def optimizer_step(
+    model: Any, named_groups: list[dict[str, Any]], state: dict[str, Any], g: dict[str, Tensor], cls: Any
+):
     """(θ' − θ)/lr of one step of torch's own optimizer in float64, loaded with the given state, on the gradient g."""
     parameters = dict(model.named_parameters())
     before = {n: p.detach().clone() for n, p in parameters.items()}

@@ -10,11 +10,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 import models
+import pytest
 import reference as ref
+import torch
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
@@ -91,7 +90,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def agree(got: float | None, expected: float, scale: float) -> None:
     assert got is not None
-    assert abs(got - expected) <= TOLERANCE * scale, f"{got!r} vs {expected!r}: {abs(got - expected) / scale:.2e} of the terms"
+    assert abs(got - expected) <= TOLERANCE * scale, (
+        f"{got!r} vs {expected!r}: {abs(got - expected) / scale:.2e} of the terms"
+    )
 
 
 def test_first_order(both: Both) -> None:
@@ -226,7 +227,11 @@ def test_update(both: Both) -> None:
     assert (section.eta_star is not None) == decided
     if section.eta_star is not None:
         star = 2 * abs(ref.mean(rb)) / abs(ref.mean(curvature))
-        agree(section.eta_star, star, star * (slope_scale / abs(ref.mean(rb)) + curvature_scale / abs(ref.mean(curvature))))
+        agree(
+            section.eta_star,
+            star,
+            star * (slope_scale / abs(ref.mean(rb)) + curvature_scale / abs(ref.mean(curvature))),
+        )
     assert section.delta_h1_per_lr_cross is None
 
 
@@ -259,7 +264,7 @@ def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
 def test_entropy_change(both: Both) -> None:
     rows = {row.eta: row for row in both.report.entropy_change}
     assert set(rows) == {0.0, 1e-3, *ETAS}
-    naive, rb, curvature, slope_scale, curvature_scale = _terms(both, both.v)
+    _, rb, curvature, slope_scale, curvature_scale = _terms(both, both.v)
     before = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
     for eta, row in rows.items():
         theta = {n: p.detach().clone() for n, p in both.e.named.items()}
@@ -269,7 +274,10 @@ def test_entropy_change(both: Both) -> None:
             after = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
             for name, p in both.e.named.items():
                 p.copy_(theta[name])
-        w = [[math.exp(float(a[0].sum() - b[0].sum())) for a, b in zip(*pair, strict=True)] for pair in zip(after, before, strict=True)]
+        w = [
+            [math.exp(float(a[0].sum() - b[0].sum())) for a, b in zip(*pair, strict=True)]
+            for pair in zip(after, before, strict=True)
+        ]
         total = math.fsum(map(math.fsum, w))
         ess = total**2 / math.fsum(x * x for line in w for x in line)
         agree(row.ess, ess, 15)
@@ -278,7 +286,9 @@ def test_entropy_change(both: Both) -> None:
             f = [[sign * float(t[part].sum()) for t in line] for line in before]
             f_after = [[sign * float(t[part].sum()) for t in line] for line in after]
             h = ref.mean([x for line in f for x in line])
-            h_after = math.fsum(x * y for a, b in zip(w, f_after, strict=True) for x, y in zip(a, b, strict=True)) / total
+            h_after = (
+                math.fsum(x * y for a, b in zip(w, f_after, strict=True) for x, y in zip(a, b, strict=True)) / total
+            )
             agree(value, h_after - h, abs(h) + abs(h_after))
             phi = [
                 math.fsum(15 * w[n][g] / total * (f_after[n][g] - h_after) - (f[n][g] - h) for g in range(3))

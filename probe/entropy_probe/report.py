@@ -247,7 +247,9 @@ class ProbeReport(_Section):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise ProbeError(path, f"is not a report: {key}: {first['msg']}", "write it again with this version") from error
+            raise ProbeError(
+                path, f"is not a report: {key}: {first['msg']}", "write it again with this version"
+            ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

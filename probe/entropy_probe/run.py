@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,7 +45,7 @@ def run_probe(
 
     `rollouts` is the E batch and `update_rollouts` the U batch as JSON lines; one file alone serves as both and is
     flagged `same_batch`; without files both are sampled, from `prompts` or the configured dataset. `progress(stage,
-    done, total)` is called as the work goes on. The model is not modified. Raises `ProbeError`. Judging is not done here.
+    done, total)` is called as the work goes on. The model is not modified, and nothing is judged. Raises `ProbeError`.
     """
     config = config or ProbeConfig()
     if isinstance(path_or_checkpoint, Checkpoint):
@@ -92,7 +91,9 @@ def _measure(
         grads_e = (
             grads_u
             if same_batch
-            else gradients.unit_gradients(bound, batch_e, scores_e, config, stage="gradients of E", progress=clock.progress)
+            else gradients.unit_gradients(
+                bound, batch_e, scores_e, config, stage="gradients of E", progress=clock.progress
+            )
         )
     with clock("first order"):
         precond = update.adam_preconditioner(checkpoint.adam)
@@ -184,7 +185,9 @@ def _batches(
         return file_e, file_u if file_u is not None else file_e
     if prompts is None and batch.dataset not in tasks.DATASETS:
         raise ConfigError(
-            "batch.dataset", f"{batch.dataset!r} is not known", f"choose {', '.join(tasks.DATASETS)}, or give --probe-prompts"
+            "batch.dataset",
+            f"{batch.dataset!r} is not known",
+            f"choose {', '.join(tasks.DATASETS)}, or give --probe-prompts",
         )
     pool = tasks.read_prompts(prompts) if prompts is not None else tasks.DATASETS[batch.dataset](batch.split)
     count = batch.num_prompts + (0 if file_u is not None else batch.num_update_prompts)

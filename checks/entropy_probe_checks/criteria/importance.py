@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport, Verdict
+
 from entropy_probe_checks.criteria.verdicts import at_least, at_most, without_answer
 from entropy_probe_checks.thresholds import limit_for
 
@@ -75,7 +76,7 @@ def pareto_k(report: ProbeReport) -> Verdict:
         "importance",
         row.pareto_k,
         limit,
-        "The largest weights have so heavy a tail that their mean may not exist: ΔH at η = lr is not to be believed. Use "
-        "a smaller step or more responses.",
+        "The largest weights have so heavy a tail that their mean may not exist: ΔH at η = lr is not to be believed. "
+        "Use a smaller step or more responses.",
         otherwise="inconclusive",
     )

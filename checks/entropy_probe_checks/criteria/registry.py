@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport, Verdict
+
 from entropy_probe_checks.criteria.verdicts import at_least, at_most, without_answer
 from entropy_probe_checks.thresholds import limit_for
 
@@ -17,7 +18,7 @@ def _coverage(report: ProbeReport, criterion: str, value: float, norm: float) ->
             "registry",
             "inconclusive",
             f"{side} is zero everywhere: within every prompt all responses have the same "
-            f"{'log-probability' if criterion == 'x_coverage' else 'reward'}. Give more prompts, or harder or easier ones.",
+            f"{'log-probability' if criterion == 'x_coverage' else 'reward'}. Give more prompts, or others.",
             value,
             limit,
         )
@@ -30,8 +31,8 @@ def _coverage(report: ProbeReport, criterion: str, value: float, norm: float) ->
         "registry",
         value,
         limit,
-        f"{side} never reaches {', '.join(unexplained[:3])}{' …' if len(unexplained) > 3 else ''}: the forward does not "
-        "use these tensors, or a part of it is detached. Freeze what is unused, or find where the graph is cut.",
+        f"{side} never reaches {', '.join(unexplained[:3])}{' …' if len(unexplained) > 3 else ''}: the forward does "
+        "not use these tensors, or a part of it is detached. Freeze what is unused, or find where the graph is cut.",
     )
 
 

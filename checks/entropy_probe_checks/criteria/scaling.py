@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport, Verdict
+
 from entropy_probe_checks.criteria.verdicts import at_most, factor_from_one
 from entropy_probe_checks.thresholds import limit_for
 
@@ -26,7 +27,7 @@ def logit_scaling(report: ProbeReport) -> Verdict:
         "scaling",
         factor_from_one(report.continuity.logit_ratio),
         limit_for(report, "logit_scaling"),
-        "The logits do not follow η: at η = 1e-10 they move by rounding noise. A part of the forward runs in float32 or "
-        "below (a custom layer that casts with an operation the float64 context does not know), or it is not "
+        "The logits do not follow η: at η = 1e-10 they move by rounding noise. A part of the forward runs in float32 "
+        "or below (a custom layer that casts with an operation the float64 context does not know), or it is not "
         "deterministic.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport, Verdict
+
 from entropy_probe_checks.criteria.verdicts import at_most
 
 
@@ -17,6 +18,6 @@ def padding_invariance(report: ProbeReport) -> Verdict:
         "sequences",
         measured.worst,
         measured.bound,
-        f"Padding changes a score ({measured.example}): positions count padding, the mask lets it through, or the model "
-        "does not honour attention_mask and position_ids.",
+        f"Padding changes a score ({measured.example}): positions count padding, the mask lets it through, or the "
+        "model does not honour attention_mask and position_ids.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport, Verdict
+
 from entropy_probe_checks.criteria.verdicts import at_most
 from entropy_probe_checks.thresholds import limit_for
 

@@ -49,9 +49,7 @@ def cluster_se(influence: Float[Tensor, "B G"]) -> float:
     return math.sqrt(size_b / (size_b - 1) * float(influence.sum(1).square().sum())) / influence.numel()
 
 
-def entropy_change(
-    before: Float[Tensor, "B G"], after: Float[Tensor, "B G"], weights: Float[Tensor, "B G"]
-) -> Change:
+def entropy_change(before: Float[Tensor, "B G"], after: Float[Tensor, "B G"], weights: Float[Tensor, "B G"]) -> Change:
     """ΔĤ of a payload f per response (−S for the naive estimate, R for Rao-Blackwell), in nats.
 
         Ĥ⁺ = Σŵf⁺,   Ĥ = mean f,   φ = N·ŵ(f⁺ − Ĥ⁺) − (f − Ĥ)
@@ -81,7 +79,8 @@ def pareto_k(log_weights: Float[Tensor, "B G"], ess: float) -> float | None:
     size = log_weights.numel()
     if size < 64 or ess / size >= 0.95:
         return None
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
+    # psislw takes log-likelihoods, whose negatives are the log-weights
     _, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
     return float(k)

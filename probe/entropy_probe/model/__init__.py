@@ -1,8 +1,8 @@
 """Everything that knows a network or a file of weights; no statistics.
 
-    checkpoint/   a folder on disk → Checkpoint(model, tokenizer, adam, info)
-    registry      the one list of parameters, keyed by name
-    precision     float64 that is float64, autocast off, derivatives that are derivatives
-    overrides     θ + ηv as a mapping of names, without touching the module
-    forward       BoundModel: the only place where the network is called
+checkpoint/   a folder on disk → Checkpoint(model, tokenizer, adam, info)
+registry      the one list of parameters, keyed by name
+precision     float64 that is float64, autocast off, derivatives that are derivatives
+overrides     θ + ηv as a mapping of names, without touching the module
+forward       BoundModel: the only place where the network is called
 """

@@ -101,8 +101,7 @@ class TrueFloat64(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         operand = next((a for a in args if isinstance(a, Tensor)), kwargs.get("input"))
-        wide = isinstance(operand, Tensor) and operand.dtype in (torch.float64, *_INTEGRAL)
-        if not wide:
+        if not isinstance(operand, Tensor) or operand.dtype not in (torch.float64, *_INTEGRAL):
             return func(*args, **kwargs)
         if func in _NARROWING:
             return operand.double()

@@ -51,7 +51,9 @@ class Registry:
         for name in names:
             if name not in self.parameters:
                 raise OverrideError(
-                    f"direction v[{name!r}]", "the model has no such parameter", "key v by the names of named_parameters()"
+                    f"direction v[{name!r}]",
+                    "the model has no such parameter",
+                    "key v by the names of named_parameters()",
                 )
             if name not in self.trainable:
                 raise OverrideError(
@@ -64,7 +66,9 @@ def checksum(module: nn.Module) -> str:
     digest = hashlib.sha256()
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad} {tensor.grad is None}".encode())
+        digest.update(
+            f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad} {tensor.grad is None}".encode()
+        )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     digest.update(bytes(submodule.training for submodule in module.modules()))

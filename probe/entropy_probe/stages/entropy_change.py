@@ -74,7 +74,7 @@ def sweep(
 
 
 def predicted(eta: float, slope: PromptMean, curvature: PromptMean) -> tuple[float, float]:
-    """(η·∇Hᵀv + ½η²·vᵀ∇²Hv, its SE). Per-prompt terms are added first, so that the SE knows that both share the prompts;
+    """(η·∇Hᵀv + ½η²·vᵀ∇²Hv, its SE). Per-prompt terms are added first, so that the SE knows that both share prompts;
     where the slope has one term per block of prompts, the two variances are added."""
     value = eta * slope.value + 0.5 * eta**2 * curvature.value
     if len(slope.per_prompt) != len(curvature.per_prompt):
@@ -114,5 +114,3 @@ def entropy_change_two_batch_vector(
             for c in changes
         ],
     }
-
-

@@ -94,7 +94,7 @@ def unit_gradients(
 def gram(
     left: Mapping[str, Float[Tensor, "U D"]],
     right: Mapping[str, Float[Tensor, "V D"]],
-    precond: Mapping[str, Float[Tensor, "..."]] | None = None,
+    precond: Mapping[str, Float[Tensor, ...]] | None = None,
 ) -> Float[Tensor, "U V"]:
     """Σ_names left_u · P ⊙ right_v in float64; P enters each product exactly once (P = 1 without `precond`)."""
     first = next(iter(left.values()))

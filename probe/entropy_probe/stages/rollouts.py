@@ -164,7 +164,9 @@ class _LineReader:
         if not isinstance(row.get("prompt"), str):
             raise RolloutsError(where, "has neither `prompt_ids` nor a text under `prompt`", "give one of them")
         if self.tokenizer is None:
-            raise RolloutsError(where, "is text, and the checkpoint has no tokenizer", "give prompt_ids and response_ids")
+            raise RolloutsError(
+                where, "is text, and the checkpoint has no tokenizer", "give prompt_ids and response_ids"
+            )
         texts = self._list(row, "responses", where)
         truncated = row.get("truncated", [False] * len(texts))
         if not isinstance(truncated, list) or len(truncated) != len(texts) or {type(t) for t in truncated} - {bool}:
@@ -226,7 +228,9 @@ def sample_rollouts(
     import transformers
 
     if tokenizer is None:
-        raise MeasurementError("tokenizer", "the checkpoint has none, so nothing can be sampled", "give --probe-rollouts")
+        raise MeasurementError(
+            "tokenizer", "the checkpoint has none, so nothing can be sampled", "give --probe-rollouts"
+        )
     eos = eos_ids(bound.language_model, tokenizer)
     group = generation.num_return_sequences
     encoded = [list(tokenizer(prompt.text).input_ids) for prompt in prompts]

@@ -57,9 +57,7 @@ def score_rows(
     last = int((prompt_lens + gen_lens).max())
     first = int(prompt_lens.min()) - 1
     ids = rollouts.ids[rows, :last].to(device)
-    logits = bound.logits(
-        ids, keep=slice(first, last - 1), override=override, true_derivative=true_derivative
-    )
+    logits = bound.logits(ids, keep=slice(first, last - 1), override=override, true_derivative=true_derivative)
     logits = logits.double() if config.precision.entropy_fp64 else maybe_cast_logits_fp32(logits)
     scored = score_tokens(logits, ids[:, first + 1 :], config.generation.temperature, config.generation.top_p)
     steps = torch.arange(int(gen_lens.max()))

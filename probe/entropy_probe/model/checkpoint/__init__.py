@@ -1,8 +1,8 @@
 """A folder that a trainer wrote → `Checkpoint`. It loads exactly, or fails with one line; nothing in it is executed.
 
-    files       JSON, safetensors, tensors-only pickles
-    pretrained  full models;   adapter  PEFT adapters over a base model on disk
-    optimizer   Adam's state, mapped to parameters by name
+files       JSON, safetensors, tensors-only pickles
+pretrained  full models;   adapter  PEFT adapters over a base model on disk
+optimizer   Adam's state, mapped to parameters by name
 """
 
 from __future__ import annotations
@@ -54,14 +54,18 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path, base_model: str | Path | None = None, device: str = "cpu", *, missing_state: optimizer.MissingState = "raise"
+    path: str | Path,
+    base_model: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    missing_state: optimizer.MissingState = "raise",
 ) -> Checkpoint:
     """Load a Transformers/TRL trainer folder, or `save_pretrained` + an optimizer file.
 
-    Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32 or wider whatever the
-    file holds. Only safetensors and `torch.load(weights_only=True)` are used, nothing is downloaded, nothing is written.
-    A trainable parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer.
-    Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
+    Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32 or wider whatever
+    the file holds. Only safetensors and `torch.load(weights_only=True)` are used; nothing is downloaded or written.
+    A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer. Raises
+    `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -122,7 +126,9 @@ def _usable_device(device: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise CheckpointError(f"device {device!r}", f"cannot be used ({reason})", "choose another --probe-device") from error
+        raise CheckpointError(
+            f"device {device!r}", f"cannot be used ({reason})", "choose another --probe-device"
+        ) from error
     return chosen
 
 
@@ -131,7 +137,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer, or `None` where the folder has none. One that came back empty is an error: it encodes to nothing."""
+    """The tokenizer, or `None` where the folder has none. One that came back empty (it encodes to nothing) raises."""
     if not _has_tokenizer(folder):
         return None
     try:

@@ -32,14 +32,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_pickle(path: Path) -> Any:
-    """`torch.load(weights_only=True)` on the CPU; anything but tensors and plain containers is refused, not executed."""
+    """`torch.load(weights_only=True)` on the CPU; what is not tensors and plain containers is refused, not run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise _broken(path, error) from error
         raise CheckpointError(
-            path, "holds more than tensors and plain values, and was not executed", "save the optimizer's state_dict alone"
+            path,
+            "holds more than tensors and plain values, and was not executed",
+            "save the optimizer's state_dict alone",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise _broken(path, error) from error

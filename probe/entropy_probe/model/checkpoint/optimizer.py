@@ -54,7 +54,9 @@ def find_state(content: Any, path: Path) -> dict[str, Any]:
             if not isinstance(candidate["state"], dict) or not isinstance(candidate["param_groups"], list | tuple):
                 break
             return candidate
-    raise CheckpointError(path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()")
+    raise CheckpointError(
+        path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()"
+    )
 
 
 def map_adam_state(
@@ -193,7 +195,9 @@ def _adam_state(
     for moment in ("exp_avg", "exp_avg_sq"):
         if not isinstance(entry.get(moment), Tensor):
             raise CheckpointError(
-                path, f"{name} has no `{moment}`, only {', '.join(sorted(map(str, entry)))}", f"use a checkpoint of Adam or AdamW, or {_IDENTITY}"
+                path,
+                f"{name} has no `{moment}`, only {', '.join(sorted(map(str, entry)))}",
+                f"use a checkpoint of Adam or AdamW, or {_IDENTITY}",
             )
     if group.get("amsgrad") and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
         raise CheckpointError(path, f"{name} has no `max_exp_avg_sq` under amsgrad", "save the optimizer again")

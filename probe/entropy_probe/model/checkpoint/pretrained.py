@@ -19,7 +19,9 @@ def load_full_model(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise CheckpointError(
-            folder / "config.json", "asks for remote code (`auto_map`), which is never run", "use a model type of transformers"
+            folder / "config.json",
+            "asks for remote code (`auto_map`), which is never run",
+            "use a model type of transformers",
         )
     if config.get("model_type") not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
         raise CheckpointError(
@@ -31,7 +33,7 @@ def load_full_model(folder: Path) -> nn.Module:
     stored = {name: path for path in files for name, path in dict.fromkeys(read_tensors(path), path).items()}
     try:
         with quiet_transformers():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -41,7 +43,10 @@ def load_full_model(folder: Path) -> nn.Module:
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise CheckpointError(folder, f"transformers cannot load it ({reason})", "restore config.json and weights") from error
+        raise CheckpointError(
+            folder, f"transformers cannot load it ({reason})", "restore config.json and weights"
+        ) from error
+    model, info = loaded
     _refuse_gaps(info, files, stored)
     return model.eval()
 
