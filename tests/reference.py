@@ -16,9 +16,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from entropy_probe.model.precision import TrueFloat64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from entropy_probe.model.precision import TrueFloat64
 
 
 class Reference:

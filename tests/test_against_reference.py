@@ -10,10 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
-import reference as ref
 import torch
+
+import models
+import reference as ref
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}

@@ -261,7 +261,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         r"optimizer.pt: its 2 tensors in groups of \[2\] fit no known order.*use the optimizer saved with this model",
     ),
     "SGD": (
-        lambda f: edit_optimizer(f, lambda c: [s.clear() or s.update(momentum_buffer=torch.ones(1)) for s in c["state"].values()]),
+        lambda f: edit_optimizer(f, lambda c: c.update(state={i: {"momentum_buffer": torch.ones(1)} for i in c["state"]})),
         r"optimizer.pt: .*has no `exp_avg`",
     ),
     "optimizer truncated": (

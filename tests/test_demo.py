@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import entropy_probe.demo
 import pytest
 import torch
+from safetensors import safe_open
+
+import entropy_probe.demo
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import CheckpointError
-from safetensors import safe_open
 
 DEMO = Path(entropy_probe.demo.__file__).resolve().parent
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from entropy_probe import ProbeReport, Verdict
-
 from entropy_probe_checks.criteria.verdicts import at_most, without_answer
 from entropy_probe_checks.thresholds import limit_for
 

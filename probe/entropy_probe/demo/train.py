@@ -1,7 +1,7 @@
 """Trains the bundled demo checkpoint: `python -m entropy_probe.demo.train [--out DIR]`.
 
 A Qwen2-shaped model of some 200 000 parameters answers `What is 17+25?` with
-`<think>17+20=37, 37+5=42</think><answer>42</answer>`:
+`<think>ones 7+5=12, tens 10+20=30, so 42</think><answer>42</answer>`:
 
 1. `build_tokenizer`: byte-level BPE on the task's own text.
 2. `supervise`: next-token training on worked answers in several styles, stopped while most answers are still wrong.
@@ -56,13 +56,13 @@ GROUP_SIZE = 8
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|endoftext|>"
 MAX_NEW_TOKENS = 40
 MERGES = 48
-SUPERVISED_STOP = 0.36
+SUPERVISED_STOP = 0.33
 SUPERVISED_MAX_STEPS = 3000
 SUPERVISED_BATCH, DRILL_BATCH = 64, 16
 SUPERVISED_LR = 3e-3
 GRPO_STEPS = 100
 GRPO_BATCH = 128
-GRPO_LR = 7e-4
+GRPO_LR = 5e-4
 MEASURED_PROMPTS = 500
 REWARD_GAIN = 0.1
 BUNDLE_BYTES = 2_000_000
@@ -96,7 +96,8 @@ def drill(rng: random.Random) -> str:
     """Four one-digit facts in the words of `worked_answer`.
 
     The `test` split holds out every question that has certain pairs of last digits: without the drill these
-    facts are seen nowhere, and reward on held-out questions would only measure that.
+    facts are seen nowhere, and reward on held-out questions would only measure that. So the 40 or so one-digit
+    questions of `test` are held out as questions, not as facts.
     """
     facts = []
     for _ in range(4):
@@ -106,7 +107,7 @@ def drill(rng: random.Random) -> str:
 
 
 def build_tokenizer(prompts: list[Prompt], rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits; the four tags are plain added tokens, `END`, `PAD` and `UNKNOWN` special ones."""
+    """Byte-level BPE with single digits; the four tags are plain added tokens, `END`, `PAD`, `UNKNOWN` special ones."""
     text = [prompt.text + worked_answer(prompt.text, str(prompt.gold), rng) for prompt in prompts]
     tokenizer = Tokenizer(models.BPE())
     # Whatever tokenizer_config.json says, AutoTokenizer opens a Qwen2 model's tokenizer as Qwen2Tokenizer, which puts
@@ -162,7 +163,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 @dataclass(frozen=True)
 class Samples:
     """Responses at temperature 1: `ids` [N, P+T] left-padded prompts and responses, `mask` [N, P+T] their tokens,
-    `response` [N, T] the response's tokens up to and with the end, `rewards` [N], and whether the end came, `ended` [N]."""
+    `response` [N, T] the response's tokens up to and with the end, `rewards` [N], `ended` [N] whether the end came."""
 
     ids: torch.Tensor
     mask: torch.Tensor
