@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import models
 from entropy_probe import load_checkpoint
 from entropy_probe.demo import checkpoint_path
-from entropy_probe.errors import CheckpointError
+from entropy_probe.errors import CheckpointError, ConfigError
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -261,7 +261,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         r"optimizer.pt: its 2 tensors in groups of \[2\] fit no known order.*use the optimizer saved with this model",
     ),
     "SGD": (
-        lambda f: edit_optimizer(f, lambda c: c.update(state={i: {"momentum_buffer": torch.ones(1)} for i in c["state"]})),
+        lambda f: edit_optimizer(f, lambda c: c.update(state={i: {"momentum_buffer": None} for i in c["state"]})),
         r"optimizer.pt: .*has no `exp_avg`",
     ),
     "optimizer truncated": (
@@ -370,7 +370,7 @@ def test_not_a_folder(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "file", "is a file"), (tmp_path / "none", "does not exist")):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="choose another --probe-device"):
+    with pytest.raises(ConfigError, match="choose another --probe-device"):
         load_checkpoint(checkpoint_path(), device="nonsense")
 
 

@@ -66,11 +66,13 @@ class BoundModel:
 
         Without `mask` the rows are right-padded: the causal path needs none, since padding stands after every scored
         token. With `mask` positions count real tokens only, so that left padding changes no score. Buffers are never
-        overridden.
+        overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode.
         """
         mapping = dict(override or {})
         self._record(mapping)
-        with self._evaluating(), forward_context(self.dtype, true_derivative=true_derivative):
+        through_detach = true_derivative and not self.autograd_is_derivative
+        context = forward_context(self.dtype, forward_mode=true_derivative, through_detach=through_detach)
+        with self._evaluating(), context:
             arguments = self._arguments(ids, mask, keep)
             output = torch.func.functional_call(self.module, mapping, (ids,), arguments)
         return self._kept(output, keep)

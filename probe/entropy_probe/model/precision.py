@@ -137,18 +137,19 @@ def has_detached_norm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def forward_context(dtype: torch.dtype, *, true_derivative: bool = False) -> Iterator[None]:
+def forward_context(dtype: torch.dtype, *, forward_mode: bool = False, through_detach: bool = False) -> Iterator[None]:
     """The one context of every forward: autocast off on every device type, true float64 where asked for.
 
-    `true_derivative`: attention by SDPA's MATH kernel, which alone has forward-mode and second derivatives, and
-    `detach` as the identity.
+    `forward_mode`: attention by SDPA's MATH kernel, which alone has forward-mode and second derivatives.
+    `through_detach`: `detach` is the identity.
     """
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        if true_derivative:
+        if forward_mode:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if through_detach:
             stack.enter_context(DetachIsIdentity())
         if dtype is torch.float64:
             stack.enter_context(TrueFloat64())

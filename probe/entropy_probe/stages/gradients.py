@@ -120,6 +120,6 @@ def _require_memory(numbers: int, bound: BoundModel, config: FirstOrderConfig) -
     if needed > config.max_gradient_gib:
         raise MeasurementError(
             "first_order.max_gradient_gib",
-            f"per-unit gradients need {needed:.1f} GiB, {config.max_gradient_gib:g} are allowed",
+            f"per-unit gradients need {needed:.2g} GiB, {config.max_gradient_gib:g} are allowed",
             "set first_order.mode: block with few num_blocks, use fewer prompts, or raise it",
         )

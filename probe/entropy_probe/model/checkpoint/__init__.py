@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from entropy_probe.errors import CheckpointError
+from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.model.checkpoint import adapter, optimizer, pretrained
 from entropy_probe.model.checkpoint.files import fingerprint, load_pickle, read_json, weight_files
 from entropy_probe.model.checkpoint.optimizer import AdamState

@@ -1,0 +1,295 @@
+"""Loads and measures checkpoints; the only file that imports `entropy_probe`, and only inside functions.
+
+A `Subject` is one checkpoint in this process: loaded and measured at most once, in whatever order tests run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_entropy_probe.judge import conclude
+from pytest_entropy_probe.settings import SETTINGS, Target
+
+if TYPE_CHECKING:
+    from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
+
+    Criterion = Callable[[ProbeReport], Verdict]
+
+TARGET_FIXTURE = "_probe_target"
+NOT_LOADED = "checkpoint not loaded"
+NOT_MEASURED = "not measured"
+_NO_CHECKPOINT = "needs a checkpoint: run pytest with --probe-checkpoint=PATH"
+
+
+@contextmanager
+def warnings_are_not_errors() -> Iterator[None]:
+    """The user's warning filters, with `error` read as `default`: a library's warning is no verdict on a checkpoint.
+
+    Deprecations inside the libraries that are measured with are not the user's to act on, and are not shown.
+    """
+    with warnings.catch_warnings():
+        filters = [("default" if action == "error" else action, *rest) for action, *rest in warnings.filters]
+        warnings.resetwarnings()
+        warnings.filters.extend(filters)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        for category in (DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An error that every test which meets it raises again, from where it was raised first."""
+
+    error: Exception
+    traceback: TracebackType | None
+
+    def end(self) -> NoReturn:
+        """End the test: what a user can act on is one line, anything else keeps its traceback."""
+        __tracebackhide__ = True
+        from entropy_probe import ProbeError
+
+        if isinstance(self.error, ProbeError):
+            pytest.fail(str(self.error), pytrace=False)
+        raise self.error.with_traceback(self.traceback)
+
+
+class Subject:
+    """One checkpoint: what became of loading and measuring it, and the verdicts on it.
+
+    The loaded checkpoint is dropped when it has been measured; the report is all that is kept.
+    """
+
+    def __init__(self, target: Target, config: pytest.Config) -> None:
+        self.name = target.name
+        self.path = target.path
+        self.report: ProbeReport | None = None
+        self.verdicts: dict[str, Verdict] = {}
+        self.load_trouble: Trouble | None = None
+        self.measure_trouble: Trouble | None = None
+        self.trouble_was_reported = False
+        self._config = config
+        self._checkpoint: Checkpoint | None = None
+
+    def load(self) -> Trouble | None:
+        """Load once; the trouble that it ended in, if any."""
+        if self._checkpoint is None and self.report is None and self.trouble is None:
+            from pytest_entropy_probe.progress import shown
+
+            try:
+                with shown(self._config, self.name) as progress, warnings_are_not_errors():
+                    progress("load", 0, 0)
+                    self._checkpoint = self._load()
+            except Exception as error:
+                self.load_trouble = Trouble(error, error.__traceback__)
+        return self.load_trouble
+
+    def measure(self) -> Trouble | None:
+        """Load and measure once; the trouble that either ended in, if any."""
+        if self.load() is None and self.report is None and self.trouble is None:
+            from pytest_entropy_probe.progress import shown
+
+            try:
+                with shown(self._config, self.name) as progress, warnings_are_not_errors():
+                    self.report = self._measure(progress)
+            except Exception as error:
+                self.measure_trouble = Trouble(error, error.__traceback__)
+            self._checkpoint = None
+        return self.trouble
+
+    @property
+    def trouble(self) -> Trouble | None:
+        return self.load_trouble or self.measure_trouble
+
+    @property
+    def state(self) -> str:
+        """Why there are no numbers, or an empty string."""
+        return NOT_LOADED if self.load_trouble else NOT_MEASURED if self.measure_trouble else ""
+
+    def _load(self) -> Checkpoint:
+        from entropy_probe import load_checkpoint
+
+        settings, config = self._config.stash[SETTINGS], probe_config(self._config)
+        return load_checkpoint(self.path, base_model=settings.base_model, device=config.device)
+
+    def _measure(self, progress: Callable[[str, int, int], None]) -> ProbeReport:
+        from entropy_probe import run_probe
+
+        settings = self._config.stash[SETTINGS]
+        assert self._checkpoint is not None
+        return run_probe(
+            self._checkpoint,
+            probe_config(self._config),
+            settings.rollouts,
+            settings.update_rollouts,
+            prompts=settings.prompts,
+            name=self.name,
+            progress=progress,
+        )
+
+    def judged_report(self) -> ProbeReport | None:
+        """The report with the verdicts that were reached in this process."""
+        return self.report and self.report.model_copy(update={"verdicts": list(self.verdicts.values())})
+
+
+SUBJECTS = pytest.StashKey[dict[tuple[str, Path], Subject]]()
+_CONFIG = pytest.StashKey[Any]()
+
+
+def probe_config(config: pytest.Config) -> ProbeConfig:
+    """The resolved configuration; a bad one ends the run with exit code 4."""
+    if _CONFIG not in config.stash:
+        from entropy_probe import ProbeConfig, ProbeError
+
+        settings = config.stash[SETTINGS]
+        with warnings_are_not_errors():
+            try:
+                config.stash[_CONFIG] = ProbeConfig.load(settings.config_file, settings.pyproject, settings.overrides)
+            except ProbeError as error:
+                raise pytest.UsageError(str(error)) from error
+    return config.stash[_CONFIG]
+
+
+def demo_path() -> Path:
+    """The folder behind the name `demo`."""
+    from entropy_probe import ProbeError
+    from entropy_probe.demo import checkpoint_path
+
+    try:
+        return Path(checkpoint_path())
+    except ProbeError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def write_reports(path: Path, texts: list[str]) -> str | None:
+    """Write one checkpoint's report; `texts` are copies of it that differ in their verdicts. The error line, if any."""
+    from entropy_probe import ProbeError, ProbeReport
+
+    with warnings_are_not_errors():
+        reports = [ProbeReport.model_validate_json(text) for text in texts]
+        verdicts = {verdict.criterion: verdict for report in reports for verdict in report.verdicts}
+        try:
+            reports[0].model_copy(update={"verdicts": list(verdicts.values())}).to_json(path)
+        except ProbeError as error:
+            return str(error)
+    return None
+
+
+@pytest.fixture(scope="session")
+def _probe_target(request: pytest.FixtureRequest) -> Target | None:
+    """The checkpoint of this round; one round per --probe-checkpoint."""
+    return getattr(request, "param", None)
+
+
+@pytest.fixture(scope="session")
+def probe_checkpoint(_probe_target: Target | None) -> Path:
+    """The folder of the checkpoint that is probed; skips where none was given."""
+    if _probe_target is None:
+        pytest.skip(_NO_CHECKPOINT)
+    return _probe_target.path
+
+
+@pytest.fixture(scope="session")
+def _probe_subject(_probe_target: Target | None, probe_checkpoint: Path, pytestconfig: pytest.Config) -> Subject:
+    """Kept beside the fixture, since pytest sets session fixtures up again when their parameter comes back."""
+    name = _probe_target.name if _probe_target else probe_checkpoint.name
+    subjects = pytestconfig.stash.setdefault(SUBJECTS, {})
+    target = Target(name, Path(probe_checkpoint))
+    return subjects.setdefault((target.name, target.path), Subject(target, pytestconfig))
+
+
+@pytest.fixture(scope="session")
+def probe_report(_probe_subject: Subject) -> ProbeReport:
+    """The `ProbeReport` of the checkpoint; measured at first use."""
+    __tracebackhide__ = True
+    if trouble := _probe_subject.measure():
+        trouble.end()
+    assert _probe_subject.report is not None
+    return _probe_subject.report
+
+
+@pytest.fixture
+def probe_loaded(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
+    """A callable that fails, with one line, where the checkpoint can't be loaded."""
+
+    def check() -> None:
+        __tracebackhide__ = True
+        trouble = _probe_subject.load()
+        _record(request, _probe_subject)
+        if trouble:
+            trouble.end()
+
+    return check
+
+
+@pytest.fixture
+def probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
+    """A callable that fails, with one line, where the measurement can't be made."""
+
+    def check() -> None:
+        __tracebackhide__ = True
+        trouble = _probe_subject.measure()
+        _record(request, _probe_subject)
+        if _probe_subject.load_trouble:
+            _no_numbers(request, _probe_subject)
+        if trouble:
+            trouble.end()
+
+    return check
+
+
+@pytest.fixture
+def probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[Criterion], None]:
+    """A callable that puts the report before a criterion and ends the test as its verdict says."""
+
+    def judge(criterion: Criterion) -> None:
+        __tracebackhide__ = True
+        _probe_subject.measure()
+        report = _probe_subject.report
+        if report is None:
+            _record(request, _probe_subject)
+            _no_numbers(request, _probe_subject)
+        with warnings_are_not_errors():
+            verdict = criterion(report)
+        _probe_subject.verdicts[verdict.criterion] = verdict
+        _record(request, _probe_subject, verdict)
+        conclude(verdict, allowed=verdict.criterion in report.config.get("allow_inconclusive", ()))
+
+    return judge
+
+
+def _no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
+    """Skip, as another test reports the trouble; where that one wasn't selected, the first that comes here does."""
+    __tracebackhide__ = True
+    reporter = "probe_loaded" if subject.load_trouble else "probe_measured"
+    target = request.getfixturevalue(TARGET_FIXTURE)
+    reported_elsewhere = any(
+        reporter in getattr(item, "fixturenames", ()) and _target_of(item) == target for item in request.session.items
+    )
+    if subject.trouble and not reported_elsewhere and not subject.trouble_was_reported:
+        subject.trouble_was_reported = True
+        subject.trouble.end()
+    pytest.skip(subject.state)
+
+
+def _target_of(item: pytest.Item) -> Target | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get(TARGET_FIXTURE) if callspec else None
+
+
+def _record(request: pytest.FixtureRequest, subject: Subject, verdict: Verdict | None = None) -> None:
+    """Put the verdict into the test's properties, as plain builtins: they go to JUnit files and between processes."""
+    found = {"checkpoint": subject.name, "state": subject.state}
+    if verdict is not None:
+        found |= {key: getattr(verdict, key) for key in ("criterion", "family", "status", "value", "limit")}
+    plain = {key: float(value) if isinstance(value, int | float) else value for key, value in found.items()}
+    request.node.user_properties.extend(
+        (f"probe_{key}", value) for key, value in plain.items() if value is not None and value != ""
+    )

@@ -1,0 +1,41 @@
+"""How a verdict ends a test: pass, skip with its reason, or a failure whose line 1 is `criterion: value > limit`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from entropy_probe import Verdict
+
+
+def conclude(verdict: Verdict, *, allowed: bool) -> None:
+    __tracebackhide__ = True
+    if verdict.status == "pass":
+        return
+    if verdict.status == "not_applicable":
+        pytest.skip(verdict.hint)
+    if verdict.status == "inconclusive":
+        head = f"{verdict.criterion}: inconclusive ({number(verdict.value)}, {number(verdict.limit)})"
+        if allowed:
+            pytest.skip(f"{head}; allowed by allow_inconclusive: {verdict.hint}")
+    else:
+        head = f"{verdict.criterion}: {_comparison(verdict.value, verdict.limit)}"
+    pytest.fail(f"{head}\n{verdict.hint}", pytrace=False)
+
+
+def number(value: float | str | None) -> str:
+    """`value` as it is shown: three digits of a number, text as it is."""
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
+
+
+def _comparison(value: float | str | None, limit: float | str | None) -> str:
+    """`value > limit`, with the sign that is true; all digits where three do not tell the two apart."""
+    if isinstance(value, int | float) and isinstance(limit, int | float):
+        for sign, holds in ((">", value > limit), ("<", value < limit)):
+            if holds:
+                shown = (number(value), number(limit))
+                left, right = shown if len(set(shown)) == 2 else (repr(value), repr(limit))
+                return f"{left} {sign} {right}"
+    return f"got {number(value)}, limit {number(limit)}"

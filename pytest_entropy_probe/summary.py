@@ -1,0 +1,177 @@
+"""What is seen: header, one table per checkpoint, report.json; and the hand-over from xdist workers.
+
+The table is built from the properties of test reports, which reach the controller whichever process ran the test.
+Registered only when a checkpoint is given.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_entropy_probe.fixtures import SUBJECTS, write_reports
+from pytest_entropy_probe.judge import number
+from pytest_entropy_probe.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HANDED_OVER = "entropy_probe_reports"
+WIDTH = 80
+_SHOWN = {
+    "pass": ("PASS", "green"),
+    "fail": ("FAIL", "bold red"),
+    "inconclusive": ("INCONCLUSIVE", "yellow"),
+    "not_applicable": ("N/A", "dim"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One criterion's verdict on one checkpoint."""
+
+    checkpoint: str
+    criterion: str
+    status: str
+    value: float | str | None
+    limit: float | str | None
+
+    @property
+    def margin(self) -> str:
+        """How far inside the limit, as a factor: 12x is twelve times better than asked, 0.5x misses it by two."""
+        if not isinstance(self.value, float) or not isinstance(self.limit, float):
+            return "-"
+        if self.limit == 0:
+            return "exact" if self.value == 0 and self.status == "pass" else "-"
+        above = self.value > self.limit
+        is_lower_limit = above == (self.status == "pass")
+        above_zero = self.value >= 0 and self.limit > 0
+        if not above_zero or not math.isfinite(self.value) or self.status not in ("pass", "fail"):
+            return "-"
+        if self.value == 0:
+            return "0x" if is_lower_limit else "exact"
+        factor = self.value / self.limit if is_lower_limit else self.limit / self.value
+        return ">9999x" if factor > 9999 else f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+
+
+class Summary:
+    """Collects rows as tests end; writes and shows them when the session does."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._rows: dict[str, Row] = {}
+        self._states: dict[str, str] = {}
+        self._handed_over: list[dict[str, str]] = []
+        self._notes: list[str] = []
+
+    def pytest_report_header(self) -> str:
+        here = self._config.invocation_params.dir
+        targets = self._config.stash[SETTINGS].targets
+        if len(targets) == 1:
+            path = targets[0].path
+            what = f"{targets[0].name} ({path.relative_to(here) if path.is_relative_to(here) else path})"
+        else:
+            more = ", ..." if len(targets) > 5 else ""
+            what = f"{len(targets)} checkpoints: {', '.join(target.name for target in targets[:5])}{more}"
+        return f"entropy-probe {version('pytest-entropy-probe')}: {what}"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        found: dict[str, Any] = {key: value for key, value in report.user_properties if key.startswith("probe_")}
+        checkpoint = found.get("probe_checkpoint")
+        if checkpoint is None:
+            return
+        self._states[checkpoint] = found.get("probe_state", "")
+        if "probe_criterion" in found:
+            self._rows[report.nodeid] = Row(
+                checkpoint,
+                found["probe_criterion"],
+                found["probe_status"],
+                found.get("probe_value"),
+                found.get("probe_limit"),
+            )
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        subjects = self._config.stash.get(SUBJECTS, {})
+        judged = {subject.name: report for subject in subjects.values() if (report := subject.judged_report())}
+        reports = {name: report.model_dump_json() for name, report in judged.items()}
+        output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
+        if output is not None:
+            output[HANDED_OVER] = reports
+            return
+        if not self._write([reports, *self._handed_over]) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._handed_over.append(getattr(node, "workeroutput", {}).get(HANDED_OVER, {}))
+
+    def _write(self, sources: list[dict[str, str]]) -> bool:
+        """Write report.json of every checkpoint that was measured; whether all that was tried succeeded."""
+        settings, succeeded = self._config.stash[SETTINGS], True
+        for target in settings.targets:
+            path = settings.json_file(target.name)
+            texts = [source[target.name] for source in sources if target.name in source]
+            if path is not None and texts:
+                trouble = write_reports(path, texts)
+                self._notes += [trouble] if trouble else []
+                succeeded = succeeded and not trouble
+            elif path is not None and target.name in self._states:
+                self._notes.append(f"{path}: not written; there is no report of {target.name}")
+        return succeeded
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._config.get_verbosity() >= 0 and self._states:
+            terminalreporter.write_sep("=", "entropy probe")
+            for name in sorted(self._states, key=self._order):
+                if self._states[name]:
+                    terminalreporter.write_line(f"{name}: {self._states[name]}")
+                rows = [row for row in self._rows.values() if row.checkpoint == name]
+                if rows:
+                    self._show(name, rows, terminalreporter)
+        for line in self._notes:
+            terminalreporter.write_line(f"entropy-probe: {line}", red=True)
+
+    def _order(self, name: str) -> int:
+        names = [target.name for target in self._config.stash[SETTINGS].targets]
+        return names.index(name) if name in names else len(names)
+
+    def _show(self, name: str, rows: list[Row], reporter: Any) -> None:
+        from rich.console import Console
+
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        text = StringIO()
+        console = Console(
+            file=text,
+            width=WIDTH,
+            force_terminal=reporter.hasmarkup,
+            color_system="standard" if reporter.hasmarkup else None,
+            legacy_windows=False,
+        )
+        console.print(_table(name, rows, plain=not encoding.lower().startswith("utf")))
+        for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
+            reporter.write_line(line.rstrip())
+
+
+def _table(name: str, rows: list[Row], *, plain: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=name, title_justify="left", box=box.ASCII2 if plain else box.ROUNDED, title_style="bold")
+    table.add_column("criterion", overflow="fold")
+    for heading in ("value", "limit", "margin"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for row in rows:
+        shown, style = _SHOWN.get(row.status, (row.status, ""))
+        value, limit = ("-" if cell is None else number(cell) for cell in (row.value, row.limit))
+        table.add_row(Text(row.criterion), Text(value), Text(limit), Text(row.margin), Text(shown, style))
+    return table

@@ -1,0 +1,99 @@
+"""Whole runs on the bundled demo: one process, and two workers with two checkpoints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from entropy_probe.demo import checkpoint_path
+
+INI = "[pytest]\nfilterwarnings = error\npython_functions = check_*\npython_files = check_*.py\n"
+OWN = "def check_own(probe_report, probe_checkpoint): assert str(probe_checkpoint) == probe_report.checkpoint.path"
+SMALL = "batch: {num_prompts: 4, num_update_prompts: 4}\ngeneration: {num_return_sequences: 4, max_new_tokens: 16}\n"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where, how it ended and what it wrote."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+    def properties(self) -> list[dict[str, str]]:
+        """The properties of every test that judged a criterion, from the JUnit file."""
+        cases = ElementTree.parse(self.folder / "junit.xml").iter("testcase")  # noqa: S314, our own file
+        found = [{p.attrib["name"]: p.attrib["value"] for p in case.iter("property")} for case in cases]
+        return [properties for properties in found if "probe_criterion" in properties]
+
+
+def _files(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def _run(folder: Path, *args: str) -> Run:
+    (folder / "pytest.ini").write_text(INI)
+    (folder / "check_own.py").write_text(OWN)
+    before = _files(checkpoint_path())
+    command = [sys.executable, "-m", "pytest", "--junitxml=junit.xml", *args]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert _files(checkpoint_path()) == before
+    return Run(folder, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run(
+        tmp_path_factory.mktemp("single"), "--probe-checkpoint=demo", "--probe-json=report.json", "--probe-seed=3"
+    )
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "small.yaml").write_text(SMALL)
+    args = ("--probe-checkpoint=demo", "--probe-checkpoint=again=demo", "--probe-config=small.yaml")
+    return _run(folder, *args, "--probe-json=reports", "-n2")
+
+
+def test_the_demo_passes(single: Run) -> None:
+    assert single.code == 0, single.out
+    assert f"entropy-probe 0.1.0: demo ({checkpoint_path()})" in single.out
+    assert single.err == ""
+
+
+def test_terminal_table(single: Run) -> None:
+    table = single.out.partition("= entropy probe =")[2]
+    for properties in single.properties():
+        assert properties["probe_criterion"][:20] in table
+    assert "PASS" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_report_holds_the_verdicts_of_the_run(single: Run) -> None:
+    report = json.loads((single.folder / "report.json").read_text())
+    assert report["config"]["batch"]["seed"] == 3
+    assert report["checkpoint"]["name"] == "demo"
+    verdicts = {verdict["criterion"]: verdict["status"] for verdict in report["verdicts"]}
+    assert verdicts == {p["probe_criterion"]: p["probe_status"] for p in single.properties()}
+    assert len(verdicts) > 10
+
+
+def test_workers_hand_over_reports_and_verdicts(distributed: Run) -> None:
+    assert distributed.code in (0, 1), distributed.out  # so small a batch may leave a criterion inconclusive
+    assert "INTERNALERROR" not in distributed.out
+    properties = distributed.properties()
+    for name in ("demo", "again"):
+        report = json.loads((distributed.folder / "reports" / f"{name}.json").read_text())
+        assert report["checkpoint"]["name"] == name
+        assert report["config"]["batch"]["num_prompts"] == 4
+        assert len(report["verdicts"]) == sum(p["probe_checkpoint"] == name for p in properties) > 10
+    table = distributed.out.partition("= entropy probe =")[2]
+    assert table.index("demo\n") < table.index("again\n")

@@ -1,0 +1,118 @@
+"""Options become paths and names, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from pytest_entropy_probe.settings import read_settings
+
+# A user's own test that needs no more of a checkpoint than its folder: nothing is loaded.
+OWN = "def test_own(probe_checkpoint): print('FOLDER', probe_checkpoint)"
+
+
+@pytest.fixture
+def own(pytester: pytest.Pytester) -> pytest.Pytester:
+    pytester.makepyfile(test_own=OWN)
+    return pytester
+
+
+def _folders(*names: str) -> None:
+    for name in names:
+        Path(name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--probe-checkpoint=nowhere"], "--probe-checkpoint: no such folder: *nowhere; give*"),
+        (["--probe-checkpoint=no*where"], "--probe-checkpoint: no such folder: *where; give*"),
+        (["--probe-checkpoint=test_own.py"], "--probe-checkpoint: no such folder: *test_own.py; give*"),
+        (["--probe-checkpoint=a", "--probe-config=no.yaml"], "--probe-config: no such file: *no.yaml; give*"),
+        (["--probe-checkpoint=a", "--probe-rollouts=a"], "--probe-rollouts: no such file: */a; give*"),
+        (["--probe-checkpoint=a", "--probe-update-rollouts=x"], "--probe-update-rollouts: no such file: */x; give*"),
+        (["--probe-checkpoint=a", "--probe-prompts=x"], "--probe-prompts: no such file: */x; give*"),
+        (["--probe-checkpoint=a", "--probe-base-model=x"], "--probe-base-model: no such folder: */x; give*"),
+        (["--probe-checkpoint=a", "--probe-seed=-1"], "--probe-seed: got '-1'; give*"),
+        (["--probe-checkpoint=a", "--probe-json=a"], "--probe-json: */a is a folder; give*"),
+        (["--probe-checkpoint=a", "--probe-checkpoint=b", "--probe-json=f"], "--probe-json: */f is a file; give*"),
+        (["--probe-checkpoint=n=a", "--probe-checkpoint=n=b"], "--probe-checkpoint: the name 'n' is given to 2*"),
+        (["--probe-checkpoint=a", "-oprobe_rollouts=x"], "probe_rollouts (ini): no such file: */x; give*"),
+    ],
+)
+def test_usage_errors_name_option_value_and_remedy(own: pytest.Pytester, args: list[str], complaint: str) -> None:
+    _folders("a", "b")
+    Path("f").touch()
+    with pytest.raises(pytest.UsageError) as error:
+        read_settings(own.parseconfig("test_own.py", *args))
+    assert fnmatch(str(error.value), complaint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("args", [["--probe-checkpoint=nowhere"], ["--probe-checkpoint=a", "--probe-config=bad.yaml"]])
+def test_usage_errors_end_with_exit_code_4_and_one_line(own: pytest.Pytester, args: list[str]) -> None:
+    _folders("a")
+    Path("bad.yaml").write_text("no_such_key: 1\n")
+    result = own.runpytest_subprocess("test_own.py", *args)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, result.errlines)
+    assert fnmatch(line, "ERROR: *nowhere; *") or fnmatch(line, "ERROR: *bad.yaml: *no_such_key*; *")
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["a/x"], ["x"]),
+        (["mine=a/x"], ["mine"]),
+        (["lr=3/x"], ["x"]),  # a folder of that name exists, so this is no NAME=PATH
+        (["a/x", "a/x"], ["x"]),
+        (["one=a/x", "two=a/x"], ["one", "two"]),
+        (["r*/checkpoint-*"], ["r1/checkpoint-5", "checkpoint-10", "r2/checkpoint-5"]),
+        (["r1/checkpoint-*"], ["checkpoint-5", "checkpoint-10"]),
+        (["all=r1/checkpoint-*"], ["all/checkpoint-5", "all/checkpoint-10"]),
+        (["~/a/x"], ["x"]),
+        (["demo", "also=demo"], ["demo", "also"]),
+    ],
+)
+def test_names(own: pytest.Pytester, values: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(own.path))
+    _folders("a/x", "lr=3/x", "r1/checkpoint-5", "r1/checkpoint-10", "r2/checkpoint-5")
+    config = own.parseconfig("test_own.py", *(f"--probe-checkpoint={value}" for value in values))
+    settings = read_settings(config)
+    assert [target.name for target in settings.targets] == names
+    assert all(target.path.is_dir() for target in settings.targets)
+
+
+def test_ini_keys_start_at_rootdir_and_give_way_to_the_command_line(
+    own: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folders("a", "b", "sub")
+    own.makeini("[pytest]\nprobe_checkpoint =\n  a\n  second=b\n")
+    monkeypatch.chdir("sub")
+    from_ini = own.runpytest_subprocess("-rP", "../test_own.py")
+    from_ini.assert_outcomes(passed=2)
+    from_ini.stdout.fnmatch_lines(["entropy-probe *: 2 checkpoints: a, second", f"FOLDER {own.path / 'b'}"])
+    from_command_line = own.runpytest_subprocess("-rP", "../test_own.py", "--probe-checkpoint=../b")
+    from_command_line.assert_outcomes(passed=1)
+    from_command_line.stdout.fnmatch_lines(["entropy-probe *: b (*", f"FOLDER {own.path / 'b'}"])
+
+
+def test_a_separate_value_must_not_move_rootdir(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folders("elsewhere/ckpt", "repo/below", "repo/sub")
+    Path("repo/pytest.ini").write_text("[pytest]\n")
+    Path("repo/test_own.py").write_text(OWN)
+    monkeypatch.chdir("repo")
+    outside = pytester.path / "elsewhere" / "ckpt"
+    result = pytester.runpytest_subprocess("--probe-checkpoint", str(outside))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: *write --probe-checkpoint={outside}"])
+    assert not list((pytester.path / "elsewhere").rglob(".pytest_cache"))
+    assert not list(outside.iterdir())
+    for args in ([f"--probe-checkpoint={outside}"], ["--probe-checkpoint", "below"]):
+        result = pytester.runpytest_subprocess("test_own.py", *args)
+        result.assert_outcomes(passed=1)
+        result.stdout.fnmatch_lines(["rootdir: */repo"])
+    monkeypatch.chdir("sub")
+    pytester.runpytest_subprocess("../test_own.py", "--probe-checkpoint", "../below").assert_outcomes(passed=1)

@@ -1,0 +1,174 @@
+"""Every criterion turns red on a poisoned report, and says which value broke which limit."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import entropy_probe_checks
+import models
+from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, run_probe
+from entropy_probe_checks import criteria
+from entropy_probe_checks.thresholds import LIMITS, require_known
+
+FAMILIES = [m.name for m in pkgutil.iter_modules(criteria.__path__) if m.name != "verdicts"]
+
+
+def criterion(name: str) -> Any:
+    for family in FAMILIES:
+        module = importlib.import_module(f"entropy_probe_checks.criteria.{family}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AssertionError(name)
+
+
+def in_test_files() -> dict[str, str]:
+    """test name → criterion that it hands to the judge, read from the shipped files."""
+    found = {}
+    for path in sorted(Path(entropy_probe_checks.__file__).parent.glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.args.args[0].arg == "probe_judge":
+                (call,) = (n for n in ast.walk(node) if isinstance(n, ast.Call))
+                attribute = call.args[0]
+                assert isinstance(attribute, ast.Attribute)
+                found[node.name] = attribute.attr
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> ProbeReport:
+    folder = tmp_path_factory.mktemp("criteria")
+    path = models.adapter_checkpoint(folder / "ckpt", "llama", adamw={"lr": 1e-5})
+    e = models.random_rollouts(folder / "e.jsonl", prompts=5, responses=3, seed=1)
+    u = models.random_rollouts(folder / "u.jsonl", prompts=6, responses=3, seed=2)
+    return run_probe(path, ProbeConfig(), e, u)
+
+
+def poisoned(report: ProbeReport, section: str, **changes: Any) -> ProbeReport:
+    return report.model_copy(update={section: getattr(report, section).model_copy(update=changes)})
+
+
+def with_row(report: ProbeReport, eta: float, **changes: Any) -> ProbeReport:
+    rows = [row.model_copy(update=changes) if row.eta == eta else row for row in report.entropy_change]
+    return report.model_copy(update={"entropy_change": rows})
+
+
+def padding(report: ProbeReport, worst: float) -> ProbeReport:
+    return poisoned(report, "invariance", padding=report.invariance.padding.model_copy(update={"worst": worst}))
+
+
+LR = 1e-5
+POISON: dict[str, list[tuple[Any, str]]] = {
+    "zero_check": [
+        (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=1e-12), "fail"),
+        (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=math.nan), "fail"),
+        (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=0.0), "fail"),
+    ],
+    "param_scaling": [
+        (lambda r, x=x: poisoned(r, "continuity", param_ratio=x), "fail") for x in (2.1, 0.4, math.nan, 0.0, -1.0)
+    ],
+    "logit_scaling": [
+        (lambda r, x=x: poisoned(r, "continuity", logit_ratio=x), "fail") for x in (8.7, 0.3, math.nan, math.inf)
+    ],
+    "x_coverage": [
+        (lambda r: poisoned(r, "registry", x_coverage=0.9, uncovered=["a.lora_A"]), "fail"),
+        (lambda r: poisoned(r, "registry", x_coverage=0.9, uncovered=["a", "b"], explained={"a": "why"}), "fail"),
+        (lambda r: poisoned(r, "registry", x_coverage=0.9, uncovered=["a"], explained={"a": "why"}), "not_applicable"),
+        (lambda r: poisoned(r, "registry", x_coverage=math.nan), "fail"),
+    ],
+    "y_coverage": [
+        (lambda r: poisoned(r, "registry", y_coverage=0.9, uncovered=["a.lora_A"]), "fail"),
+        (
+            lambda r: poisoned(poisoned(r, "registry", y_coverage=0.0), "first_order", norm_y_sum=0.0),
+            "inconclusive",
+        ),
+    ],
+    "preconditioner_complete": [(lambda r: poisoned(r, "preconditioner", missing=["a"]), "fail")],
+    "preconditioner_finite": [(lambda r: poisoned(r, "preconditioner", num_nonfinite=1), "fail")],
+    "buffers_overridden": [(lambda r: poisoned(r, "integrity", buffers_overridden=["inv_freq"]), "fail")],
+    "live_model_unmodified": [(lambda r: poisoned(r, "integrity", checksum_after="other"), "fail")],
+    "u_cross_identity": [
+        (lambda r: poisoned(r, "first_order", u_cross=r.first_order.u_cross * 1.001), "fail"),
+        (lambda r: poisoned(r, "first_order", bars_dot=r.first_order.bars_dot * 5 / 6), "fail"),
+        (lambda r: poisoned(r, "first_order", u_cross=math.nan), "fail"),
+    ],
+    "se_identity": [
+        (lambda r: poisoned(r, "first_order", se_plugin=r.first_order.se_plugin * math.sqrt(1.5)), "fail"),
+        (lambda r: poisoned(r, "first_order", se_jackknife=math.nan), "fail"),
+        (lambda r: poisoned(r, "first_order", se_plugin=0.0, se_jackknife=0.0), "inconclusive"),
+        (lambda r: poisoned(r, "first_order", num_units=2, se_jackknife=None), "not_applicable"),
+    ],
+    "se_agreement": [
+        (lambda r: poisoned(r, "first_order", se_plugin=r.first_order.se_plugin * 4), "fail"),
+        (lambda r: poisoned(r, "first_order", se_jackknife=math.nan), "fail"),
+        (lambda r: poisoned(r, "first_order", num_units=2, se_jackknife=None), "not_applicable"),
+    ],
+    "zero_step_change": [
+        (lambda r: with_row(r, 0.0, delta_h=1e-17), "fail"),
+        (lambda r: with_row(r, 0.0, delta_h_rb=math.nan), "fail"),
+        (lambda r: with_row(r, 0.0, restricted=True, delta_h=1.0), "not_applicable"),
+    ],
+    "zero_step_ess": [
+        (lambda r: with_row(r, 0.0, ess=14.999), "fail"),
+        (lambda r: with_row(r, 0.0, restricted=True, ess=3.0), "not_applicable"),
+    ],
+    "ess": [
+        (lambda r: with_row(r, LR, ess_fraction=0.49), "inconclusive"),
+        (lambda r: with_row(r, LR, ess_fraction=math.nan), "inconclusive"),
+    ],
+    "pareto_k": [
+        (lambda r: with_row(r, LR, pareto_k=0.71), "inconclusive"),
+        (lambda r: with_row(r, LR, pareto_k=None), "not_applicable"),
+    ],
+    "padding_invariance": [(lambda r, w=w: padding(r, w), "fail") for w in (1e-3, math.nan)],
+}  # fmt: skip
+
+
+def test_every_shipped_test_has_its_criterion_and_its_poison() -> None:
+    shipped = in_test_files()
+    assert {name.removeprefix("test_") for name in shipped} == set(shipped.values()) == set(POISON)
+
+
+@pytest.mark.parametrize("name", list(POISON))
+def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
+    verdict = criterion(name)(report)
+    assert isinstance(verdict, Verdict)
+    assert verdict.criterion == name
+    assert verdict.family in FAMILIES
+    assert verdict.status == ("not_applicable" if name == "pareto_k" else "pass"), verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "poison", "status"),
+    [pytest.param(n, p, s, id=f"{n}-{i}-{s}") for n, cases in POISON.items() for i, (p, s) in enumerate(cases)],
+)
+def test_poison_is_seen(report: ProbeReport, name: str, poison: Any, status: str) -> None:
+    verdict = criterion(name)(poison(report))
+    assert verdict.status == status, verdict
+    assert verdict.hint
+
+
+def test_limits_can_be_set(report: ProbeReport) -> None:
+    loose = report.model_copy(update={"config": {**report.config, "limits": {"logit_scaling": 10.0}}})
+    assert criterion("logit_scaling")(poisoned(loose, "continuity", logit_ratio=8.7)).status == "pass"
+    assert criterion("logit_scaling")(poisoned(report, "continuity", logit_ratio=8.7)).status == "fail"
+
+
+def test_every_limit_has_a_source_and_unknown_ones_are_errors() -> None:
+    assert all(limit.source for limit in LIMITS.values())
+    require_known({"zero_check": 1.0})
+    with pytest.raises(ProbeError, match="did you mean `logit_scaling`"):
+        require_known({"logits_scaling": 1.0})
+
+
+def test_missing_state_chosen_as_identity_is_inconclusive(report: ProbeReport) -> None:
+    first_order = {**report.config["first_order"], "missing_state": "identity"}
+    chosen = report.model_copy(update={"config": {**report.config, "first_order": first_order}})
+    verdict = criterion("preconditioner_complete")(poisoned(chosen, "preconditioner", missing=["a"]))
+    assert verdict.status == "inconclusive"

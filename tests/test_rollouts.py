@@ -1,0 +1,242 @@
+"""Reading rollouts, and sampling them from the policy that is scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+import models
+from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.demo import checkpoint_path
+from entropy_probe.errors import ConfigError, MeasurementError, RolloutsError
+from entropy_probe.model.forward import bind
+from entropy_probe.stages.rollouts import left_padded, read_rollouts, sample_rollouts
+from entropy_probe.stages.scores import score
+from entropy_probe.stages.tasks import DATASETS, Prompt, draw_prompts, read_prompts, same_answer, tag_pref
+
+GOOD = {"prompt_ids": [5, 6], "response_ids": [[7, 2], [8]], "rewards": [1.0, 0.0]}
+BAD: dict[str, tuple[Any, str]] = {
+    "not json": ("{", "is not JSON"),
+    "not an object": ([1], "is a list"),
+    "no prompt": ({"rewards": [1]}, "has neither `prompt_ids` nor a text"),
+    "empty prompt": ({**GOOD, "prompt_ids": []}, "`prompt_ids` has an empty entry"),
+    "empty response": ({**GOOD, "response_ids": [[7], []]}, "`response_ids` has an empty entry"),
+    "token outside": ({**GOOD, "response_ids": [[7], [37]]}, "holds 37; give token ids from 0 to 36"),
+    "token negative": ({**GOOD, "response_ids": [[7], [-1]]}, "holds -1"),
+    "token a bool": ({**GOOD, "response_ids": [[7], [True]]}, "holds True"),
+    "goes on after EOS": ({**GOOD, "response_ids": [[2, 7], [8]]}, "goes on after the EOS at 0"),
+    "one response": ({**GOOD, "response_ids": [[7]], "rewards": [1]}, "has 1 responses, expected at least 2"),
+    "rewards too few": ({**GOOD, "rewards": [1]}, "`rewards` has 1 entries for 2 responses"),
+    "reward NaN": ({**GOOD, "rewards": [1, float("nan")]}, "`rewards` holds nan"),
+    "reward text": ({**GOOD, "rewards": [1, "a"]}, "`rewards` holds 'a'"),
+    "unequal G": ({**GOOD, "response_ids": [[7]] * 3, "rewards": [1] * 3}, "has 3 responses, the first line 2"),
+    "advantages on some": ({**GOOD, "advantages": [1, 2]}, "`advantages` stand on some lines only"),
+    "text without tokenizer": ({"prompt": "a", "responses": ["b"], "rewards": [1]}, "no tokenizer"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return bind(models.tiny_model("llama"))
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_errors_name_the_line(tmp_path: Path, tiny: Any, kind: str) -> None:
+    content, message = BAD[kind]
+    file = tmp_path / "r.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + (content if isinstance(content, str) else json.dumps(content)) + "\n")
+    with pytest.raises(RolloutsError, match="r.jsonl:2: ") as caught:
+        read_rollouts(file, tiny, None)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "r.jsonl"
+    with pytest.raises(RolloutsError, match="cannot be read"):
+        read_rollouts(file, tiny, None)
+    file.write_text(json.dumps(GOOD))
+    with pytest.raises(RolloutsError, match="has 1 prompts, expected at least 2"):
+        read_rollouts(file, tiny, None)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(RolloutsError, match="cannot be read"):
+        read_rollouts(file, tiny, None)
+
+
+def test_ids_are_kept(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "r.jsonl"
+    other = {"prompt_ids": [9], "response_ids": [[7, 7, 7], [8, 2]], "rewards": [0.5, 2], "gold": "3"}
+    file.write_text("\n".join(map(json.dumps, (GOOD, other))) + "\n\n")
+    rollouts = read_rollouts(file, tiny, None)
+    assert rollouts.gen_lens.tolist() == [2, 1, 3, 2]
+    assert rollouts.prompt_lens.tolist() == [2, 2, 1, 1]
+    assert rollouts.ids.tolist() == [[5, 6, 7, 2], [5, 6, 8, 0], [9, 7, 7, 7], [9, 8, 2, 0]]
+    assert rollouts.rewards.tolist() == [[1, 0], [0.5, 2]]
+    assert rollouts.advantages is None
+
+
+def test_text_is_tokenised_and_ended(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(checkpoint_path())
+    eos = checkpoint.tokenizer.eos_token_id
+    file = tmp_path / "r.jsonl"
+    lines = [
+        {"prompt": "What is 1+1?\n", "responses": ["<answer>2</answer>", "no"], "rewards": [1, 0]},
+        {"prompt": "What is 2+1?\n", "responses": ["3", "4"], "rewards": [1, 0], "truncated": [True, False]},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    rollouts = read_rollouts(file, bind(checkpoint.model), checkpoint.tokenizer)
+    ends = [int(rollouts.ids[i, n - 1]) == eos for i, n in enumerate(rollouts.prompt_lens + rollouts.gen_lens)]
+    assert ends == [True, True, False, True]
+
+
+def test_token_outside_the_nucleus_is_an_error(tmp_path: Path, tiny: Any) -> None:
+    file = models.random_rollouts(tmp_path / "r.jsonl", prompts=3, responses=2, seed=0)
+    config = ProbeConfig.from_mapping({"generation": {"top_p": 0.05}})
+    with pytest.raises(RolloutsError, match="outside the nucleus of top_p 0.05"):
+        score(tiny, read_rollouts(file, tiny, None), config)
+
+
+# sampling
+
+
+class OneToken:
+    """A tokenizer of single characters, enough for `sample_rollouts`."""
+
+    eos_token_id = models.EOS
+
+    def __call__(self, text: str) -> Any:
+        return type("Encoding", (), {"input_ids": [3 + ord(c) % 30 for c in text]})()
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def generation(**changes: Any) -> Any:
+    return ProbeConfig.from_mapping({"generation": {"max_new_tokens": 2, **changes}}).generation
+
+
+@pytest.mark.parametrize("policy", [{}, {"temperature": 0.7}, {"top_p": 0.6}, {"temperature": 1.5, "top_p": 0.8}])
+def test_sampled_frequencies_are_q(policy: dict[str, float]) -> None:
+    """Chi-square of the first token against exact q, with a checkpoint whose own generation_config would spoil it."""
+    model = models.tiny_model("llama")
+    spoiled = model.generation_config
+    spoiled.update(top_k=3, repetition_penalty=3.0, suppress_tokens=[5, 6], min_p=0.3, temperature=0.1)
+    bound = bind(model, torch.float64)
+    prompts = [Prompt("ab")] * 8
+    settings = generation(num_return_sequences=250, gen_batch_size=2000, max_new_tokens=1, **policy)
+    rollouts = sample_rollouts(bound, OneToken(), prompts, settings, seed=11)
+    with torch.no_grad():
+        logits = bound.logits(torch.tensor([OneToken()("ab").input_ids]))[0, -1]
+    p = torch.softmax(logits / settings.temperature, -1)
+    order = p.argsort(descending=True)
+    keep = order[: int((p[order].cumsum(0) < settings.top_p).sum()) + 1] if settings.top_p < 1 else order
+    q = torch.zeros_like(p).scatter(0, keep, p[keep]) / p[keep].sum()
+    counts = torch.bincount(rollouts.ids[:, 2], minlength=models.VOCABULARY).double()
+    assert float(counts[q == 0].sum()) == 0
+    common = q * 2000 >= 5
+    observed = [*counts[common].tolist(), float(counts[~common].sum())]
+    expected = [*(2000 * q[common]).tolist(), float(2000 * q[~common].sum())]
+    if expected[-1] < 1e-9:
+        observed, expected = observed[:-1], expected[:-1]
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    assert model.generation_config is spoiled
+
+
+def test_same_seed_same_responses_and_no_global_noise() -> None:
+    bound = bind(models.tiny_model("llama"))
+    prompts = [Prompt("abc"), Prompt("d"), Prompt("efghi")]
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    a, b, c = (sample_rollouts(bound, OneToken(), prompts, generation(max_new_tokens=6), seed=s).ids for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert a.shape != c.shape or not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_responses_end_at_their_eos() -> None:
+    rollouts = sample_rollouts(
+        bind(models.tiny_model("llama")),
+        OneToken(),
+        [Prompt("abc"), Prompt("d")],
+        generation(max_new_tokens=30, num_return_sequences=16),
+        seed=4,
+    )
+    ended = 0
+    for row, start, length in zip(rollouts.ids, rollouts.prompt_lens, rollouts.gen_lens, strict=True):
+        response = row[start : start + length].tolist()
+        assert models.EOS not in response[:-1]
+        ended += response[-1] == models.EOS
+        assert response[-1] == models.EOS or length == 30
+    assert ended > 0
+
+
+def test_without_tokenizer_nothing_can_be_sampled() -> None:
+    with pytest.raises(MeasurementError, match="--probe-rollouts"):
+        sample_rollouts(bind(models.tiny_model("llama")), None, [Prompt("a")], generation(), seed=0)
+
+
+def test_left_padding() -> None:
+    ids, mask = left_padded([[1, 2, 3], [4]], pad=9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# tasks
+
+
+def test_prompts_are_drawn_without_repeats_and_splits_are_disjoint() -> None:
+    train, test = (DATASETS["arithmetic"](split) for split in ("train", "test"))
+    assert len(train) + len(test) == 5000
+    assert not {p.text for p in train} & {p.text for p in test}
+    drawn = draw_prompts(train, 40, seed=3, with_replacement=False)
+    assert len({p.text for p in drawn}) == 40
+    assert drawn == draw_prompts(train, 40, seed=3, with_replacement=False)
+    assert drawn != draw_prompts(train, 40, seed=4, with_replacement=False)
+    with pytest.raises(ConfigError, match="3 in the dataset"):
+        draw_prompts(train[:3], 4, seed=0, with_replacement=False)
+    assert len(draw_prompts(train[:3], 10, seed=0, with_replacement=True)) == 10
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("<think>x</think><answer>42</answer>", 1.0),
+        ("<answer> 42.0 </answer>", 1.0),
+        ("<answer>$42</answer>", 1.0),
+        ("<answer>43</answer>", 0.0),
+        ("42", 0.0),
+        ("<answer>42</answer><answer>42</answer>", 0.0),
+        ("</answer>42<answer>", 0.0),
+        ("<answer></answer>", 0.0),
+    ],
+)
+def test_tag_pref(response: str, reward: float) -> None:
+    assert tag_pref(response, "42") == reward
+    assert tag_pref(response, None) == 0.0
+
+
+def test_answers_compare_as_numbers_or_folded_text() -> None:
+    assert same_answer("1,000", "1000.0")
+    assert same_answer("The  Cat", "the cat")
+    assert not same_answer("1000", "1001")
+    assert not same_answer("nan", "0")
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "gold": 3}\n\n{"prompt": "b"}\n')
+    assert read_prompts(file) == [Prompt("a", "3"), Prompt("b")]
+    for content, message in (
+        ("{", "p.jsonl:1: is not JSON"),
+        ('{"prompt": ""}', "p.jsonl:1: has no text"),
+        ('{"prompt": "a", "gold": []}', "p.jsonl:1: `gold`"),
+        ("", "holds no prompt"),
+    ):
+        file.write_text(content)
+        with pytest.raises(RolloutsError, match=message):
+            read_prompts(file)
