@@ -1,4 +1,4 @@
-"""Damaged copies of the demo checkpoint, against an installed wheel: exit ≠ 0, one line with file and remedy, no traceback.
+"""Damaged copies of the demo, against an installed wheel: exit 1, one line with file and remedy, no traceback.
 
 `python damaged.py PYTEST` runs in an empty folder, with the Python that the wheel is installed in.
 """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from pytest_entropy_probe.judge import conclude
+from pytest_entropy_probe.judge import conclude, headline
 from pytest_entropy_probe.settings import SETTINGS, Target
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ class Subject:
         from entropy_probe import load_checkpoint
 
         settings, config = self._config.stash[SETTINGS], probe_config(self._config)
-        return load_checkpoint(self.path, base_model=settings.base_model, device=config.device)
+        return load_checkpoint(
+            self.path, settings.base_model, config.device, missing_state=config.first_order.missing_state
+        )
 
     def _measure(self, progress: Callable[[str, int, int], None]) -> ProbeReport:
         from entropy_probe import run_probe
@@ -147,11 +149,14 @@ def probe_config(config: pytest.Config) -> ProbeConfig:
     """The resolved configuration; a bad one ends the run with exit code 4."""
     if _CONFIG not in config.stash:
         from entropy_probe import ProbeConfig, ProbeError
+        from entropy_probe_checks.thresholds import require_known
 
         settings = config.stash[SETTINGS]
         with warnings_are_not_errors():
             try:
-                config.stash[_CONFIG] = ProbeConfig.load(settings.config_file, settings.pyproject, settings.overrides)
+                resolved = ProbeConfig.load(settings.config_file, settings.pyproject, settings.overrides)
+                require_known(resolved.limits)
+                config.stash[_CONFIG] = resolved
             except ProbeError as error:
                 raise pytest.UsageError(str(error)) from error
     return config.stash[_CONFIG]
@@ -237,6 +242,8 @@ def probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> C
         __tracebackhide__ = True
         trouble = _probe_subject.measure()
         _record(request, _probe_subject)
+        if _probe_subject.report is not None:
+            request.node.user_properties.append(("probe_headline", headline(_probe_subject.report)))
         if _probe_subject.load_trouble:
             _no_numbers(request, _probe_subject)
         if trouble:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from entropy_probe import Verdict
+    from entropy_probe import ProbeReport, Verdict
 
 
 def conclude(verdict: Verdict, *, allowed: bool) -> None:
@@ -23,6 +23,23 @@ def conclude(verdict: Verdict, *, allowed: bool) -> None:
     else:
         head = f"{verdict.criterion}: {_comparison(verdict.value, verdict.limit)}"
     pytest.fail(f"{head}\n{verdict.hint}", pytrace=False)
+
+
+def headline(report: ProbeReport) -> str:
+    """What was found: the entropy, the first-order term, and what the optimizer's next step does; within 80 columns."""
+    batch, entropy, first = report.batch, report.entropy, report.first_order
+    delta, batches = (report.two_batch, "two batches") if report.two_batch else (first, "one batch")
+    step = next(row for row in report.entropy_change if row.eta == first.lr)
+    se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
+    return "\n".join(
+        (
+            f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
+            f"{entropy.per_token.value:.3g} nats/token ({batch.num_prompts}×{batch.num_responses} responses)",
+            f"δH₁  {delta.delta_h1:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
+            f"ΔH   realised {step.delta_h_rb:+.3g} ± {step.delta_h_rb_se:.2g}, "
+            f"predicted {step.predicted:+.3g} ± {step.predicted_se:.2g} nats (next step)",
+        )
+    )
 
 
 def number(value: float | str | None) -> str:

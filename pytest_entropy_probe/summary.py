@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HANDED_OVER = "entropy_probe_reports"
 WIDTH = 80
+_ASCII = str.maketrans({"±": "+/-", "×": "x", "δ": "d", "₁": "1", "Δ": "D"})
 _SHOWN = {
     "pass": ("PASS", "green"),
     "fail": ("FAIL", "bold red"),
@@ -67,6 +68,7 @@ class Summary:
         self._config = config
         self._rows: dict[str, Row] = {}
         self._states: dict[str, str] = {}
+        self._headlines: dict[str, str] = {}
         self._handed_over: list[dict[str, str]] = []
         self._notes: list[str] = []
 
@@ -89,6 +91,8 @@ class Summary:
         if checkpoint is None:
             return
         self._states[checkpoint] = found.get("probe_state", "")
+        if "probe_headline" in found:
+            self._headlines[checkpoint] = found["probe_headline"]
         if "probe_criterion" in found:
             self._rows[report.nodeid] = Row(
                 checkpoint,
@@ -155,7 +159,10 @@ class Summary:
             color_system="standard" if reporter.hasmarkup else None,
             legacy_windows=False,
         )
-        console.print(_table(name, rows, plain=not encoding.lower().startswith("utf")))
+        plain = not encoding.lower().startswith("utf")
+        console.print(_table(name, rows, plain=plain))
+        headline = self._headlines.get(name, "")
+        console.out(headline.translate(_ASCII) if plain else headline, highlight=False)
         for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
             reporter.write_line(line.rstrip())
 

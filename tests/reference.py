@@ -52,9 +52,6 @@ class Reference:
         grads = torch.autograd.grad(value, list(self.named.values()), **options)
         return dict(zip(self.named, grads, strict=True))
 
-    def s(self) -> list[list[float]]:
-        return [[float(self.tokens(n, g)[0].sum()) for g in range(len(x["rewards"]))] for n, x in enumerate(self.lines)]
-
     def x(self, n: int) -> dict[str, Tensor]:
         size = len(self.lines[n]["rewards"])
         with self.true_derivative():

@@ -161,7 +161,8 @@ def test_two_batches(both: Both) -> None:
 
 def test_entropy(both: Both) -> None:
     section = both.report.entropy
-    tokens = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
+    with torch.no_grad():
+        tokens = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
     s = [[float(logp.sum()) for logp, _ in row] for row in tokens]
     r = [[float(h.sum()) for _, h in row] for row in tokens]
     for got, values, sign in ((section.naive, s, -1), (section.rb, r, 1)):
@@ -266,7 +267,8 @@ def test_entropy_change(both: Both) -> None:
     rows = {row.eta: row for row in both.report.entropy_change}
     assert set(rows) == {0.0, 1e-3, *ETAS}
     _, rb, curvature, slope_scale, curvature_scale = _terms(both, both.v)
-    before = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
+    with torch.no_grad():
+        before = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
     for eta, row in rows.items():
         theta = {n: p.detach().clone() for n, p in both.e.named.items()}
         with torch.no_grad():

@@ -159,7 +159,7 @@ def test_weights_are_shift_invariant_and_ess_is_bounded(seed: int, shift: float,
 
 
 def test_cluster_se_covers_what_independence_does_not() -> None:
-    """Responses of a prompt share a component: the SE by prompts matches the spread, the one by responses is too small."""
+    """Responses of a prompt share a component: the SE by prompts is right, the one by responses too small."""
     generator = torch.Generator().manual_seed(3)
     truth = 4 / 8 + 1 / 32  # variance of the mean of 8 prompts with a shared sd of 2, 32 responses with an own sd of 1
     clustered, independent = [], []

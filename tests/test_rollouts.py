@@ -50,7 +50,7 @@ def test_errors_name_the_line(tmp_path: Path, tiny: Any, kind: str) -> None:
     content, message = BAD[kind]
     file = tmp_path / "r.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + (content if isinstance(content, str) else json.dumps(content)) + "\n")
-    with pytest.raises(RolloutsError, match="r.jsonl:2: ") as caught:
+    with pytest.raises(RolloutsError, match=r"r\.jsonl:2: ") as caught:
         read_rollouts(file, tiny, None)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_text_is_tokenised_and_ended(tmp_path: Path) -> None:
 def test_token_outside_the_nucleus_is_an_error(tmp_path: Path, tiny: Any) -> None:
     file = models.random_rollouts(tmp_path / "r.jsonl", prompts=3, responses=2, seed=0)
     config = ProbeConfig.from_mapping({"generation": {"top_p": 0.05}})
-    with pytest.raises(RolloutsError, match="outside the nucleus of top_p 0.05"):
+    with pytest.raises(RolloutsError, match=r"outside the nucleus of top_p 0\.05"):
         score(tiny, read_rollouts(file, tiny, None), config)
 
 

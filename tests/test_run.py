@@ -91,7 +91,7 @@ def test_blocks_of_single_prompts_are_exact(files: Files) -> None:
 
 
 def test_memory_is_bounded_with_a_remedy(files: Files) -> None:
-    with pytest.raises(ProbeError, match="first_order.max_gradient_gib: per-unit gradients need .*mode: block"):
+    with pytest.raises(ProbeError, match=r"first_order\.max_gradient_gib: per-unit gradients need .*mode: block"):
         files.run(first_order={"max_gradient_gib": 1e-6})
 
 

@@ -126,7 +126,7 @@ def _usable_device(device: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise CheckpointError(
+        raise ConfigError(
             f"device {device!r}", f"cannot be used ({reason})", "choose another --probe-device"
         ) from error
     return chosen
