@@ -1,0 +1,102 @@
+"""README, docs, help and contract say what the code does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from entropy_probe import ProbeConfig, ProbeReport
+from entropy_probe.__main__ import parser
+from entropy_probe_checks.thresholds import LIMITS
+from pytest_entropy_probe.plugin import MARKERS, OPTIONS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    options = {f"--probe-{key.replace('_', '-')}" for key in OPTIONS}
+    mentioned = set(re.findall(r"--probe-[a-z-]+", README))
+    assert mentioned <= options
+    assert {"--probe-checkpoint", "--probe-base-model", "--probe-rollouts", "--probe-prompts"} <= mentioned
+
+
+def test_help_lists_every_option_and_marker(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--help", "--markers"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--markers"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    for key in OPTIONS:
+        assert f"--probe-{key.replace('_', '-')}" in run.stdout
+    for marker in MARKERS:
+        assert f"@pytest.mark.{marker}:" in listed.stdout
+
+
+def test_configuration_in_the_readme_is_valid() -> None:
+    block = re.search(r"For instance\n\n((?: {6}.*\n)+)", README)
+    assert block is not None
+    values = yaml.safe_load(block.group(1))
+    ProbeConfig.from_mapping(values)
+    assert set(values["limits"]) <= set(LIMITS)
+
+
+def test_python_in_the_readme_names_real_things() -> None:
+    for path in re.findall(r"(?<=report)\.([a-z_]+\.[a-z0-9_]+(?:\.value)?)", README):
+        model = ProbeReport
+        for part in path.split(".")[:-1]:
+            model = model.model_fields[part].annotation
+        assert path.split(".")[-1] in model.model_fields, path
+
+
+def test_command_in_the_readme_parses() -> None:
+    command = re.search(r"`entropy-probe (run .*?)`", README)
+    assert command is not None
+    assert parser().parse_args(command.group(1).split()).checkpoint == "runs/checkpoint-500"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z]+)`|^    make ([a-z]+)", page.read_text(), re.MULTILINE)) <= {
+            pair for target in targets for pair in ((target, ""), ("", target))
+        }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_tests_named_in_the_docs_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
+def test_every_page_of_code_is_in_its_room() -> None:
+    """The file tree of the README names folders and files that exist."""
+    tree = README.partition("## Where things are")[2]
+    for line in re.findall(r"^    ( *[\w./]+)/? {2,}", tree, re.MULTILINE):
+        name = line.strip()
+        places = [ROOT, ROOT / "probe" / "entropy_probe"]
+        assert any((place / name).exists() for place in places), name
+
+
+def test_nothing_speaks_of_machines_or_people() -> None:
+    banned = re.compile(r"/root/|/work/|\bsession of work\b|\bissue #?\d", re.IGNORECASE)
+    listing = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
+    for name in listing.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml") and name != "tests/test_docs.py" and path.is_file():
+            found = banned.search(path.read_text())
+            assert found is None or name == "tests/test_demo.py", f"{name}: {found}"
