@@ -155,7 +155,7 @@ def probe_config(config: pytest.Config) -> ProbeConfig:
         with warnings_are_not_errors():
             try:
                 resolved = ProbeConfig.load(settings.config_file, settings.pyproject, settings.overrides)
-                require_known(resolved.limits)
+                require_known(resolved.limits, resolved.allow_inconclusive)
                 config.stash[_CONFIG] = resolved
             except ProbeError as error:
                 raise pytest.UsageError(str(error)) from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import math
-import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,8 @@ import pytest
 import entropy_probe_checks
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, run_probe
-from entropy_probe_checks import criteria
-from entropy_probe_checks.thresholds import LIMITS, require_known
-
-FAMILIES = [m.name for m in pkgutil.iter_modules(criteria.__path__) if m.name != "verdicts"]
-
-
-def criterion(name: str) -> Any:
-    for family in FAMILIES:
-        module = importlib.import_module(f"entropy_probe_checks.criteria.{family}")
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AssertionError(name)
+from entropy_probe_checks.criteria import CRITERIA
+from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
 
 def in_test_files() -> dict[str, str]:
@@ -133,14 +121,24 @@ POISON: dict[str, list[tuple[Any, str]]] = {
 def test_every_shipped_test_has_its_criterion_and_its_poison() -> None:
     shipped = in_test_files()
     assert {name.removeprefix("test_") for name in shipped} == set(shipped.values()) == set(POISON)
+    assert set(CRITERIA) == set(POISON) == set(LIMITS)
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_every_criterion_explains_itself(name: str) -> None:
+    criterion = CRITERIA[name]
+    assert criterion.name == name
+    assert criterion.measures.endswith(".")
+    assert len(criterion.meaning) > 40
+    assert LIMITS[name].source
 
 
 @pytest.mark.parametrize("name", list(POISON))
 def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
-    verdict = criterion(name)(report)
+    verdict = CRITERIA[name](report)
     assert isinstance(verdict, Verdict)
     assert verdict.criterion == name
-    assert verdict.family in FAMILIES
+    assert verdict.family == CRITERIA[name].family
     assert verdict.status == ("not_applicable" if name == "pareto_k" else "pass"), verdict
 
 
@@ -149,26 +147,40 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     [pytest.param(n, p, s, id=f"{n}-{i}-{s}") for n, cases in POISON.items() for i, (p, s) in enumerate(cases)],
 )
 def test_poison_is_seen(report: ProbeReport, name: str, poison: Any, status: str) -> None:
-    verdict = criterion(name)(poison(report))
+    verdict = CRITERIA[name](poison(report))
     assert verdict.status == status, verdict
     assert verdict.hint
 
 
 def test_limits_can_be_set(report: ProbeReport) -> None:
     loose = report.model_copy(update={"config": {**report.config, "limits": {"logit_scaling": 10.0}}})
-    assert criterion("logit_scaling")(poisoned(loose, "continuity", logit_ratio=8.7)).status == "pass"
-    assert criterion("logit_scaling")(poisoned(report, "continuity", logit_ratio=8.7)).status == "fail"
+    assert CRITERIA["logit_scaling"](poisoned(loose, "continuity", logit_ratio=8.7)).status == "pass"
+    assert CRITERIA["logit_scaling"](poisoned(report, "continuity", logit_ratio=8.7)).status == "fail"
 
 
-def test_every_limit_has_a_source_and_unknown_ones_are_errors() -> None:
-    assert all(limit.source for limit in LIMITS.values())
-    require_known({"zero_check": 1.0})
-    with pytest.raises(ProbeError, match="did you mean `logit_scaling`"):
-        require_known({"logits_scaling": 1.0})
+def test_unknown_limits_are_errors() -> None:
+    require_known({"zero_check": 1.0}, ["ess"])
+    for limits, allowed, remedy in (
+        ({"logits_scaling": 1.0}, [], "did you mean `logit_scaling`"),
+        ({}, ["es"], "did you mean `ess`"),
+        ({"ess": 0.3}, [], r"set true_delta_h\.min_ess_fraction"),
+        ({"padding_invariance": 0.3}, [], "the report derives this limit"),
+    ):
+        with pytest.raises(ProbeError, match=remedy):
+            require_known(limits, allowed)
+
+
+def test_limits_in_force_say_where_they_come_from() -> None:
+    config = ProbeConfig.from_mapping({"limits": {"logit_scaling": 2.5}, "true_delta_h": {"min_ess_fraction": 0.3}})
+    shown = in_force(config.model_dump(mode="json"))
+    assert shown["logit_scaling"] == (2.5, "limits.logit_scaling of the configuration")
+    assert shown["ess"] == (0.3, "true_delta_h.min_ess_fraction of the configuration")
+    assert shown["param_scaling"] == (2.0, LIMITS["param_scaling"].source)
+    assert shown["padding_invariance"][0] is None
 
 
 def test_missing_state_chosen_as_identity_is_inconclusive(report: ProbeReport) -> None:
     first_order = {**report.config["first_order"], "missing_state": "identity"}
     chosen = report.model_copy(update={"config": {**report.config, "first_order": first_order}})
-    verdict = criterion("preconditioner_complete")(poisoned(chosen, "preconditioner", missing=["a"]))
+    verdict = CRITERIA["preconditioner_complete"](poisoned(chosen, "preconditioner", missing=["a"]))
     assert verdict.status == "inconclusive"

@@ -3,47 +3,79 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from entropy_probe import ProbeError, ProbeReport
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A threshold and where it comes from."""
+    """A threshold and where it comes from; `key` is where the configuration sets it, `None`: the report derives it."""
 
-    value: float
+    value: float | None
     source: str
+    key: str | None
 
 
-LIMITS: dict[str, Limit] = {
-    "zero_check": Limit(0.0, "same numbers through the same kernels in the same order: bit for bit"),
-    "param_scaling": Limit(2.0, "tiny-step test of the precision notes; 1 ± 3e-9 is measured in true float64"),
-    "logit_scaling": Limit(3.0, "tiny-step test of the precision notes; 1 ± 3e-4 is measured in true float64"),
-    "x_coverage": Limit(1.0, "a tensor without a gradient is missing from every dot product"),
-    "y_coverage": Limit(1.0, "a tensor without a gradient is missing from every dot product"),
-    "preconditioner_complete": Limit(0.0, "a tensor without Adam state would silently get P = 1"),
-    "preconditioner_finite": Limit(0.0, "one non-finite entry makes every dot product NaN"),
-    "buffers_overridden": Limit(0.0, "the default path maps parameters only"),
-    "live_model_unmodified": Limit(0.0, "checksum over parameters, buffers, gradients and training mode"),
-    "u_cross_identity": Limit(1e-9, "float64 sums of at most 1e4 terms lose at most 1e-12 of their absolute sum"),
-    "se_identity": Limit(1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
-    "se_agreement": Limit(3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),
-    "zero_step_change": Limit(0.0, "at η = 0 both entropies are the same expression"),
-    "zero_step_ess": Limit(0.0, "at η = 0 every weight is 1"),
+def _limit(name: str, value: float, source: str) -> tuple[str, Limit]:
+    return name, Limit(value, source, f"limits.{name}")
+
+
+LIMITS: dict[str, Limit] = dict(
+    [
+        _limit("zero_check", 0.0, "same numbers through the same kernels in the same order: bit for bit"),
+        _limit("param_scaling", 2.0, "tiny-step test of the precision notes; 1 ± 3e-9 measured in true float64"),
+        _limit("logit_scaling", 3.0, "tiny-step test of the precision notes; 1 ± 3e-4 measured in true float64"),
+        _limit("x_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
+        _limit("y_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
+        _limit("preconditioner_complete", 0.0, "a tensor without Adam state would silently get P = 1"),
+        _limit("preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"),
+        _limit("buffers_overridden", 0.0, "the default path maps parameters only"),
+        _limit("live_model_unmodified", 0.0, "checksum over parameters, buffers, gradients and training mode"),
+        _limit("u_cross_identity", 1e-9, "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum"),
+        _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
+        _limit("se_agreement", 3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),
+        _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
+        _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
+    ]
+) | {
+    "ess": Limit(0.5, "the stricter end of the notes' 0.3 to 0.5", "true_delta_h.min_ess_fraction"),
+    "pareto_k": Limit(0.7, "Vehtari et al. 2024: above 0.7 the estimate is unreliable", "true_delta_h.max_pareto_k"),
+    "padding_invariance": Limit(None, "float64 rounding: 8·depth·length·eps·max|log p|, in the report", None),
 }
 
 
 def limit_for(report: ProbeReport, name: str) -> float:
     """The limit in force: the configuration's, else the default."""
-    return float(report.config["limits"].get(name, LIMITS[name].value))
+    chosen = report.config["limits"].get(name, LIMITS[name].value)
+    assert chosen is not None
+    return float(chosen)
 
 
-def require_known(names: Mapping[str, float]) -> None:
-    """Raise on the first name that no criterion has."""
-    for name in names:
-        if name not in LIMITS:
-            near = difflib.get_close_matches(name, LIMITS, n=1)
-            remedy = f"did you mean `{near[0]}`?" if near else f"choose from {', '.join(LIMITS)}"
-            raise ProbeError("configuration", f"unknown limit `limits.{name}`", remedy)
+def in_force(config: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
+    """Every criterion's limit under a resolved configuration, and its source: the key that set it, or its reason."""
+    shown: dict[str, tuple[float | None, str]] = {}
+    for name, limit in LIMITS.items():
+        value: Any = config
+        for part in (limit.key or "").split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and value != limit.value:
+            shown[name] = (float(value), f"{limit.key} of the configuration")
+        else:
+            shown[name] = (limit.value, limit.source)
+    return shown
+
+
+def require_known(limits: Mapping[str, float], allow_inconclusive: Collection[str] = ()) -> None:
+    """Raise on the first name in `limits` or `allow_inconclusive` that no criterion has."""
+    settable = [name for name, limit in LIMITS.items() if limit.key == f"limits.{name}"]
+    for key, names, valid in (("limits", limits, settable), ("allow_inconclusive", allow_inconclusive, list(LIMITS))):
+        for name in names:
+            if name not in valid:
+                near = difflib.get_close_matches(name, valid, n=1)
+                remedy = f"did you mean `{near[0]}`?" if near else f"choose from {', '.join(valid)}"
+                if key == "limits" and name in LIMITS:
+                    remedy = f"set {LIMITS[name].key}" if LIMITS[name].key else "the report derives this limit"
+                raise ProbeError("configuration", f"unknown criterion `{name}` under `{key}`", remedy)

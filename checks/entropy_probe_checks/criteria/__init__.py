@@ -1,1 +1,13 @@
-"""One pure function a criterion, report → Verdict, one file a family."""
+"""One pure function a criterion, report → Verdict, one file a family; `CRITERIA` holds them all by name."""
+
+from __future__ import annotations
+
+from entropy_probe_checks.criteria import importance, registry, scaling, sequences, ustatistic, zero_check
+from entropy_probe_checks.criteria.verdicts import Criterion
+
+CRITERIA: dict[str, Criterion] = {
+    item.name: item
+    for family in (zero_check, scaling, registry, ustatistic, importance, sequences)
+    for item in vars(family).values()
+    if isinstance(item, Criterion)
+}

@@ -2,95 +2,102 @@
 
 from __future__ import annotations
 
-from entropy_probe import ProbeReport, Verdict
-from entropy_probe_checks.criteria.verdicts import at_least, at_most, without_answer
+from entropy_probe import ProbeReport
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_least,
+    at_most,
+    inconclusive,
+    not_applicable,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 
-def _coverage(report: ProbeReport, criterion: str, value: float, norm: float) -> Verdict:
-    limit = limit_for(report, criterion)
+def _coverage(report: ProbeReport, value: float, limit: float, norm: float, all_equal: str) -> Finding:
     registry = report.registry
-    side = "X (entropy gradient)" if criterion == "x_coverage" else "Y (policy gradient)"
     if value < limit and norm == 0.0:
-        return without_answer(
-            criterion,
-            "registry",
-            "inconclusive",
-            f"{side} is zero everywhere: within every prompt all responses have the same "
-            f"{'log-probability' if criterion == 'x_coverage' else 'reward'}. Give more prompts, or others.",
+        return inconclusive(
+            f"The gradient is zero everywhere: within every prompt all responses have the same {all_equal}. "
+            "Give more prompts, or others.",
             value,
             limit,
         )
     unexplained = [name for name in registry.uncovered if name not in registry.explained]
     if value < limit and not unexplained and registry.explained:
         name, reason = next(iter(registry.explained.items()))
-        return without_answer(criterion, "registry", "not_applicable", f"{name}: {reason}", value, limit)
-    return at_least(
-        criterion,
-        "registry",
-        value,
-        limit,
-        f"{side} never reaches {', '.join(unexplained[:3])}{' …' if len(unexplained) > 3 else ''}: the forward does "
-        "not use these tensors, or a part of it is detached. Freeze what is unused, or find where the graph is cut.",
-    )
+        return not_applicable(f"{name}: {reason}", value, limit)
+    return at_least(value, limit, detail=_some(unexplained))
 
 
-def x_coverage(report: ProbeReport) -> Verdict:
-    """Share of trainable tensors with a non-zero gradient in X."""
-    return _coverage(report, "x_coverage", report.registry.x_coverage, report.first_order.norm_x_sum)
+def _some(names: list[str]) -> str:
+    return f"[{', '.join(names[:3])}{', …' if len(names) > 3 else ''}]" if names else ""
 
 
-def y_coverage(report: ProbeReport) -> Verdict:
-    """Share of trainable tensors with a non-zero gradient in Y."""
-    return _coverage(report, "y_coverage", report.registry.y_coverage, report.first_order.norm_y_sum)
+@Criterion
+def x_coverage(report: ProbeReport) -> Finding:
+    """Share of trainable tensors with a non-zero gradient in X, the entropy gradient.
+
+    The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
+    what is unused, or find where the graph is cut.
+    """
+    norm = report.first_order.norm_x_sum
+    return _coverage(report, report.registry.x_coverage, limit_for(report, "x_coverage"), norm, "log-probability")
 
 
-def preconditioner_complete(report: ProbeReport) -> Verdict:
-    """Trainable tensors without Adam state."""
+@Criterion
+def y_coverage(report: ProbeReport) -> Finding:
+    """Share of trainable tensors with a non-zero gradient in Y, the policy gradient.
+
+    The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
+    what is unused, or find where the graph is cut.
+    """
+    norm = report.first_order.norm_y_sum
+    return _coverage(report, report.registry.y_coverage, limit_for(report, "y_coverage"), norm, "reward")
+
+
+@Criterion
+def preconditioner_complete(report: ProbeReport) -> Finding:
+    """Number of trainable tensors without Adam state.
+
+    P is 1 for these tensors, so δH₁ is not that of Adam's step. Save the checkpoint after a step in which every
+    parameter took part.
+    """
     missing = report.preconditioner.missing
     chosen = report.config["first_order"]["missing_state"] == "identity"
     return at_most(
-        "preconditioner_complete",
-        "registry",
         float(len(missing)),
         limit_for(report, "preconditioner_complete"),
-        f"No second moment for {', '.join(missing[:3]) or 'none'}: P is 1 there, so δH₁ is not that of Adam's step. "
-        "Save the checkpoint after a step in which every parameter took part.",
+        detail=_some(missing),
         otherwise="inconclusive" if chosen else "fail",
     )
 
 
-def preconditioner_finite(report: ProbeReport) -> Verdict:
-    """Entries of P that are NaN or infinite."""
-    return at_most(
-        "preconditioner_finite",
-        "registry",
-        float(report.preconditioner.num_nonfinite),
-        limit_for(report, "preconditioner_finite"),
-        "1/(√v̂ + ε) is not finite: ε is 0 and some second moments are 0, or the moments overflowed.",
-    )
+@Criterion
+def preconditioner_finite(report: ProbeReport) -> Finding:
+    """Number of entries of P = 1/(√v̂ + ε) that are NaN or infinite.
+
+    ε is 0 and some second moments are 0, or the moments overflowed: every dot product is NaN.
+    """
+    return at_most(float(report.preconditioner.num_nonfinite), limit_for(report, "preconditioner_finite"))
 
 
-def buffers_overridden(report: ProbeReport) -> Verdict:
-    """Buffers that a mapping of the default path replaced."""
+@Criterion
+def buffers_overridden(report: ProbeReport) -> Finding:
+    """Number of buffers that a mapping of the default path replaced.
+
+    θ + ηv was evaluated with buffers of its own: it differs from θ by more than ηv. Map parameters only.
+    """
     names = report.integrity.buffers_overridden
-    return at_most(
-        "buffers_overridden",
-        "registry",
-        float(len(names)),
-        limit_for(report, "buffers_overridden"),
-        f"θ + ηv was evaluated with buffers of its own ({', '.join(names[:3])}): it differs from θ by more than ηv.",
-    )
+    return at_most(float(len(names)), limit_for(report, "buffers_overridden"), detail=_some(names))
 
 
-def live_model_unmodified(report: ProbeReport) -> Verdict:
-    """1 if the model's checksum changed during the run."""
+@Criterion
+def live_model_unmodified(report: ProbeReport) -> Finding:
+    """1 if the checksum of the live model changed during the run, else 0.
+
+    A parameter, buffer, gradient or training flag of the live model is not what it was before the run: later numbers of
+    this run do not belong to the checkpoint. Look for code that writes into the module in place.
+    """
     changed = report.integrity.checksum_before != report.integrity.checksum_after
-    return at_most(
-        "live_model_unmodified",
-        "registry",
-        float(changed),
-        limit_for(report, "live_model_unmodified"),
-        "A parameter, buffer, gradient or training flag of the live model is not what it was before the run: later "
-        "numbers of this run do not belong to the checkpoint.",
-    )
+    return at_most(float(changed), limit_for(report, "live_model_unmodified"))

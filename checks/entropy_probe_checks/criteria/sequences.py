@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from entropy_probe import ProbeReport, Verdict
-from entropy_probe_checks.criteria.verdicts import at_most
+from entropy_probe import ProbeReport
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most
 
 
-def padding_invariance(report: ProbeReport) -> Verdict:
+@Criterion
+def padding_invariance(report: ProbeReport) -> Finding:
     """Largest |difference| of a token's log p between unpadded, right-padded and left-padded rows, in true float64.
 
-    The limit is the rounding bound that the report derives from depth and length.
+    Padding changes a score: positions count padding, the mask lets it through, or the model does not honour
+    attention_mask and position_ids.
     """
     measured = report.invariance.padding
-    return at_most(
-        "padding_invariance",
-        "sequences",
-        measured.worst,
-        measured.bound,
-        f"Padding changes a score ({measured.example}): positions count padding, the mask lets it through, or the "
-        "model does not honour attention_mask and position_ids.",
-    )
+    return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 
-from entropy_probe import ProbeReport, Verdict
-from entropy_probe_checks.criteria.verdicts import at_most, without_answer
+from entropy_probe import ProbeReport
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_most,
+    factor_from_one,
+    inconclusive,
+    largest,
+    not_applicable,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 
-def u_cross_identity(report: ProbeReport) -> Verdict:
-    """Largest of |mean(r) − U_cross| and |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross|, relative to their terms."""
+@Criterion
+def u_cross_identity(report: ProbeReport) -> Finding:
+    """Larger of |mean(r) − U_cross| and |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross|, relative to their terms.
+
+    U_cross, its row means and its bars and diagonal do not belong together: a factor B/(B−1), the diagonal or a
+    preconditioner differs between them.
+    """
     f = report.first_order
     units = f.num_units
     row_terms = math.fsum(abs(r) for r in f.row_means) / units
@@ -19,61 +32,42 @@ def u_cross_identity(report: ProbeReport) -> Verdict:
         (abs(math.fsum(f.row_means) / units - f.u_cross), row_terms),
         (abs(whole - diagonal - f.u_cross), abs(whole) + abs(diagonal)),
     ]
-    value = max((d / scale if scale > 0 else d for d, scale in deviations), key=lambda x: (math.isnan(x), x))
-    return at_most(
-        "u_cross_identity",
-        "ustatistic",
-        value,
-        limit_for(report, "u_cross_identity"),
-        "U_cross, its row means and its bars and diagonal do not belong together: a factor B/(B−1), the diagonal or a "
-        "preconditioner differs between them.",
-    )
+    value = largest(*(d / scale if scale > 0 else d for d, scale in deviations))
+    return at_most(value, limit_for(report, "u_cross_identity"))
 
 
-def _ratio(report: ProbeReport) -> float | None:
+def _ratio(report: ProbeReport) -> float | Finding:
+    """se_jackknife/se_plugin, or why there is none."""
     f = report.first_order
-    return f.se_jackknife / f.se_plugin if f.se_jackknife is not None and f.se_plugin else None
-
-
-def _without_ratio(report: ProbeReport, criterion: str) -> Verdict:
-    f = report.first_order
-    if f.num_units < 3:
-        return without_answer(
-            criterion, "ustatistic", "not_applicable", f"The jackknife needs 3 units, the batch has {f.num_units}."
+    if f.num_units < 3 or f.se_jackknife is None or f.se_plugin is None:
+        return not_applicable(f"The jackknife needs 3 units, the batch has {f.num_units}.")
+    if f.se_plugin == 0:
+        return inconclusive(
+            "The standard error is 0: all row means are equal, as when no prompt has differing rewards. "
+            "Give more prompts.",
+            0.0,
         )
-    return without_answer(
-        criterion,
-        "ustatistic",
-        "inconclusive",
-        "The standard error is 0: all row means are equal, as when no prompt has differing rewards. Give more prompts.",
-        f.se_plugin,
-    )
+    return f.se_jackknife / f.se_plugin
 
 
-def se_identity(report: ProbeReport) -> Verdict:
-    """|se_jackknife/se_plugin·(U−2)/(U−1) − 1|: the ratio is known exactly."""
+@Criterion
+def se_identity(report: ProbeReport) -> Finding:
+    """|se_jackknife/se_plugin·(U−2)/(U−1) − 1|: the ratio is known exactly.
+
+    Plug-in and jackknife differ by more than their exact ratio (U−1)/(U−2): one of them has a wrong factor, such as U/4
+    in the plug-in or U−1 for U−2 in the jackknife.
+    """
     ratio, units = _ratio(report), report.first_order.num_units
-    if ratio is None:
-        return _without_ratio(report, "se_identity")
-    return at_most(
-        "se_identity",
-        "ustatistic",
-        abs(ratio * (units - 2) / (units - 1) - 1),
-        limit_for(report, "se_identity"),
-        "Plug-in and jackknife differ by more than their exact ratio (U−1)/(U−2): one of them has a wrong factor, such "
-        "as U/4 in the plug-in or U−1 for U−2 in the jackknife.",
-    )
+    if isinstance(ratio, Finding):
+        return ratio
+    return at_most(abs(ratio * (units - 2) / (units - 1) - 1), limit_for(report, "se_identity"))
 
 
-def se_agreement(report: ProbeReport) -> Verdict:
-    """se_jackknife/se_plugin, or its inverse where that is larger."""
+@Criterion
+def se_agreement(report: ProbeReport) -> Finding:
+    """Factor between the jackknife and the plug-in standard error of U_cross.
+
+    The two standard errors are far apart: use more units before believing either.
+    """
     ratio = _ratio(report)
-    if ratio is None:
-        return _without_ratio(report, "se_agreement")
-    return at_most(
-        "se_agreement",
-        "ustatistic",
-        max(ratio, 1 / ratio) if ratio > 0 else math.inf,
-        limit_for(report, "se_agreement"),
-        "The two standard errors of U_cross are far apart: use more units before believing either.",
-    )
+    return ratio if isinstance(ratio, Finding) else at_most(factor_from_one(ratio), limit_for(report, "se_agreement"))

@@ -1,53 +1,100 @@
-"""The one way from a measured value and its limit to a Verdict."""
+"""What a criterion is: a pure function of the report whose docstring says what it measures and what a failure means."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from entropy_probe import Verdict
+from entropy_probe import ProbeReport, Verdict
 
-Family = Literal["zero_check", "scaling", "registry", "ustatistic", "importance", "sequences"]
+Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one criterion found; `detail` is what this report adds to the general explanation."""
+
+    status: Status
+    value: float | None
+    limit: float | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Call it with a report to get a `Verdict`.
+
+    The first paragraph of the function's docstring says what is measured (`measures`), the second what a failure
+    usually means and what to do (`meaning`); the name of its file is its family.
+    """
+
+    judge: Callable[[ProbeReport], Finding]
+
+    @property
+    def name(self) -> str:
+        return self.judge.__name__
+
+    @property
+    def family(self) -> str:
+        return self.judge.__module__.rpartition(".")[2]
+
+    @property
+    def measures(self) -> str:
+        return self._paragraphs()[0]
+
+    @property
+    def meaning(self) -> str:
+        return self._paragraphs()[1]
+
+    def _paragraphs(self) -> tuple[str, str]:
+        first, second = (inspect.getdoc(self.judge) or "").split("\n\n")
+        return " ".join(first.split()), " ".join(second.split())
+
+    def __call__(self, report: ProbeReport) -> Verdict:
+        found = self.judge(report)
+        asked = found.status in ("pass", "fail") or not found.detail
+        return Verdict(
+            criterion=self.name,
+            family=self.family,
+            status=found.status,
+            value=found.value,
+            limit=found.limit,
+            hint=f"{found.detail} {self.meaning}".strip() if asked else found.detail,
+        )
 
 
 def at_most(
-    criterion: str,
-    family: Family,
-    value: float,
-    limit: float,
-    hint: str,
-    otherwise: Literal["fail", "inconclusive"] = "fail",
-) -> Verdict:
+    value: float, limit: float, *, detail: str = "", otherwise: Literal["fail", "inconclusive"] = "fail"
+) -> Finding:
     """Pass where value ≤ limit; NaN never passes."""
-    status = "pass" if value <= limit else otherwise
-    return Verdict(criterion=criterion, family=family, status=status, value=value, limit=limit, hint=hint)
+    return Finding("pass" if value <= limit else otherwise, value, limit, detail)
 
 
 def at_least(
-    criterion: str,
-    family: Family,
-    value: float,
-    limit: float,
-    hint: str,
-    otherwise: Literal["fail", "inconclusive"] = "fail",
-) -> Verdict:
+    value: float, limit: float, *, detail: str = "", otherwise: Literal["fail", "inconclusive"] = "fail"
+) -> Finding:
     """Pass where value ≥ limit; NaN never passes."""
-    status = "pass" if value >= limit else otherwise
-    return Verdict(criterion=criterion, family=family, status=status, value=value, limit=limit, hint=hint)
+    return Finding("pass" if value >= limit else otherwise, value, limit, detail)
 
 
-def without_answer(
-    criterion: str,
-    family: Family,
-    status: Literal["inconclusive", "not_applicable"],
-    hint: str,
-    value: float | None = None,
-    limit: float | None = None,
-) -> Verdict:
-    """A criterion that cannot be asked here, or that more data could decide."""
-    return Verdict(criterion=criterion, family=family, status=status, value=value, limit=limit, hint=hint)
+def not_applicable(detail: str, value: float | None = None, limit: float | None = None) -> Finding:
+    """The criterion cannot be asked here."""
+    return Finding("not_applicable", value, limit, detail)
+
+
+def inconclusive(detail: str, value: float | None = None, limit: float | None = None) -> Finding:
+    """More data could decide."""
+    return Finding("inconclusive", value, limit, detail)
 
 
 def factor_from_one(ratio: float) -> float:
     """max(ratio, 1/ratio): how many times too large or too small; infinite for zero, negative and NaN ratios."""
     return max(ratio, 1 / ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
+
+
+def largest(*values: float) -> float:
+    """The largest value; NaN if any is NaN."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

@@ -12,11 +12,13 @@ from torch.autograd import forward_ad
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.slope import PromptMean, curvature, naive_slope, rb_slope
+from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.stages.gradients import UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score_rows
-from entropy_probe.stages.update import norm
+from entropy_probe.stages.update import UpdateDirection, norm
 
 # Largest change of a response's log-probability along the stencil. The five-point rule then errs by about
 # (1e-3)⁴ in truncation and by 1e-16·|S|/1e-3 in rounding: both stay below 1e-9 of the terms.
@@ -108,3 +110,14 @@ def slopes_along(
         ),
         derivatives=at_theta,
     )
+
+
+def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> PromptMean:
+    """−X̄ᵀv₀ − U_cross[P → D]: the slope along v without the diagonal X_nᵀDY_n that one batch for both sides adds.
+
+    Its per-unit terms are −X_uᵀv₀ − (2r_u − U_cross): their mean is the value, their spread the SE to first order.
+    """
+    x = {name: units.x[name] for name in direction.v}
+    momentum = gram(x, {name: value.reshape(1, -1) for name, value in direction.v0.items()})[:, 0]
+    moments = cross_moments(gram(x, units.y, direction.diagonal))
+    return PromptMean(-momentum - (2 * moments.row_means - moments.u_cross))

@@ -1,0 +1,48 @@
+"""The E batch, on which the entropy is measured, and the U batch, from which the update comes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import ConfigError
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages import tasks
+from entropy_probe.stages.rollouts import Progress, Rollouts, read_rollouts, sample_rollouts
+
+
+def draw_batches(
+    bound: BoundModel,
+    tokenizer: Any | None,
+    config: ProbeConfig,
+    rollouts: str | Path | None,
+    update_rollouts: str | Path | None,
+    prompts: str | Path | None,
+    progress: Progress | None,
+) -> tuple[Rollouts, Rollouts]:
+    """E and U. Sampled batches have disjoint prompts and seeds of their own; one file alone serves as both."""
+    batch = config.batch
+    file_e = None if rollouts is None else read_rollouts(rollouts, bound, tokenizer)
+    file_u = None if update_rollouts is None else read_rollouts(update_rollouts, bound, tokenizer)
+    if file_e is not None:
+        return file_e, file_u if file_u is not None else file_e
+    if prompts is None and batch.dataset not in tasks.DATASETS:
+        raise ConfigError(
+            "batch.dataset",
+            f"{batch.dataset!r} is not known",
+            f"choose {', '.join(tasks.DATASETS)}, or give --probe-prompts",
+        )
+    pool = tasks.read_prompts(prompts) if prompts is not None else tasks.DATASETS[batch.dataset](batch.split)
+    count = batch.num_prompts + (0 if file_u is not None else batch.num_update_prompts)
+    drawn = tasks.draw_prompts(pool, count, seed=batch.seed, with_replacement=batch.with_replacement)
+
+    def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:
+        seed = int.from_bytes(hashlib.sha256(f"{which} {batch.seed}".encode()).digest()[:6])
+        return sample_rollouts(
+            bound, tokenizer, own, config.generation, seed=seed, stage=f"sampling {which}", progress=progress
+        )
+
+    batch_e = sampled("E", drawn[: batch.num_prompts])
+    return batch_e, file_u if file_u is not None else sampled("U", drawn[batch.num_prompts :])
