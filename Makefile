@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: acceptance test lint bench demo clean
+.PHONY: acceptance test lint matrix bench demo clean
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+matrix: $(READY)
+	.ci/wheel build/matrix
+	PROBE_MATRIX=$(CURDIR)/build/matrix $(BIN)/pytest -n 2 tests/matrix
 
 bench: $(READY)
 	$(BIN)/python benchmarks/plugin_startup.py

@@ -20,10 +20,12 @@ from _pytest.runner import pytest_make_collect_report as collect_now
 
 from pytest_entropy_probe.fixtures import TARGET_FIXTURE, warnings_are_not_errors
 from pytest_entropy_probe.settings import SETTINGS
+from pytest_entropy_probe.xfails import KnownFailure, mark, read_xfails
 
 NODE = "probe-checks"
 PACKAGE = "entropy_probe_checks"
 SELECTORS = pytest.StashKey[tuple[str, ...]]()
+KNOWN_FAILURES = pytest.StashKey[tuple[KnownFailure, ...]]()
 
 
 def check_modules() -> dict[str, Path]:
@@ -106,6 +108,29 @@ def take_selectors(config: pytest.Config) -> None:
     for arg, selector in taken.items():
         if not _exists(selector, config):
             raise pytest.UsageError(f"not found: {arg}; pytest --co --probe-checkpoint=... lists the ids")
+
+
+def take_known_failures(config: pytest.Config) -> None:
+    """Read --probe-xfails, if given; here, for the same reason as the selectors."""
+    path = config.stash[SETTINGS].xfails_file
+    config.stash[KNOWN_FAILURES] = () if path is None else read_xfails(path, _all_ids(config))
+
+
+def _all_ids(config: pytest.Config) -> list[str]:
+    """The id of every shipped check on every checkpoint."""
+    with warnings_are_not_errors():
+        modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in check_modules()}
+    return [
+        f"{NODE}/{name}.py::{function}[{checkpoint}]"
+        for name, module in modules.items()
+        for function in vars(module)
+        if function.startswith("test_")
+        for checkpoint in _names(config)
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark([item for item in items if isinstance(item.parent, CheckModule)], config.stash[KNOWN_FAILURES])
 
 
 def _selector(arg: str, config: pytest.Config) -> str | None:

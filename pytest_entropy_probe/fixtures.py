@@ -20,8 +20,12 @@ from pytest_entropy_probe.settings import SETTINGS, Target
 
 if TYPE_CHECKING:
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
+    from entropy_probe.model.forward import BoundModel
+    from entropy_probe.run import Prepared
+    from entropy_probe.stages.rollouts import Rollouts
 
     Criterion = Callable[[ProbeReport], Verdict]
+    Progress = Callable[[str, int, int], None]
 
 TARGET_FIXTURE = "_probe_target"
 NOT_LOADED = "checkpoint not loaded"
@@ -64,10 +68,11 @@ class Trouble:
 class Subject:
     """One checkpoint: what became of loading and measuring it, and the verdicts on it.
 
-    The loaded checkpoint is dropped when it has been measured; the report is all that is kept.
+    The loaded checkpoint is dropped when it has been measured, unless a test of the session asks for the model or the
+    responses themselves.
     """
 
-    def __init__(self, target: Target, config: pytest.Config) -> None:
+    def __init__(self, target: Target, config: pytest.Config, *, keep: bool) -> None:
         self.name = target.name
         self.path = target.path
         self.report: ProbeReport | None = None
@@ -76,33 +81,47 @@ class Subject:
         self.measure_trouble: Trouble | None = None
         self.trouble_was_reported = False
         self._config = config
+        self._keep = keep
         self._checkpoint: Checkpoint | None = None
+        self._prepared: Prepared | None = None
 
     def load(self) -> Trouble | None:
         """Load once; the trouble that it ended in, if any."""
         if self._checkpoint is None and self.report is None and self.trouble is None:
-            from pytest_entropy_probe.progress import shown
-
-            try:
-                with shown(self._config, self.name) as progress, warnings_are_not_errors():
-                    progress("load", 0, 0)
-                    self._checkpoint = self._load()
-            except Exception as error:
-                self.load_trouble = Trouble(error, error.__traceback__)
+            self._attempt("load_trouble", self._load)
         return self.load_trouble
 
     def measure(self) -> Trouble | None:
         """Load and measure once; the trouble that either ended in, if any."""
-        if self.load() is None and self.report is None and self.trouble is None:
-            from pytest_entropy_probe.progress import shown
-
-            try:
-                with shown(self._config, self.name) as progress, warnings_are_not_errors():
-                    self.report = self._measure(progress)
-            except Exception as error:
-                self.measure_trouble = Trouble(error, error.__traceback__)
-            self._checkpoint = None
+        if self.report is None and self.load() is None and self.trouble is None:
+            self._attempt("measure_trouble", self._measure)
+            if not self._keep:
+                self._checkpoint = self._prepared = None
         return self.trouble
+
+    @property
+    def prepared(self) -> Prepared:
+        """The bound model and its batches, for tests of the user's own; ends the test where there are none."""
+        __tracebackhide__ = True
+        if self._prepared is None and self.trouble is None:
+            if self._checkpoint is None:
+                self._attempt("load_trouble", self._load)
+            if self.trouble is None:
+                self._attempt("measure_trouble", self._prepare)
+        if self.trouble is not None:
+            self.trouble.end()
+        assert self._prepared is not None
+        return self._prepared
+
+    def _attempt(self, kind: str, step: Callable[[Progress], None]) -> None:
+        """Take a step with its progress shown, and keep what went wrong as `kind`."""
+        from pytest_entropy_probe.progress import shown
+
+        try:
+            with shown(self._config, self.name) as progress, warnings_are_not_errors():
+                step(progress)
+        except Exception as error:
+            setattr(self, kind, Trouble(error, error.__traceback__))
 
     @property
     def trouble(self) -> Trouble | None:
@@ -113,28 +132,36 @@ class Subject:
         """Why there are no numbers, or an empty string."""
         return NOT_LOADED if self.load_trouble else NOT_MEASURED if self.measure_trouble else ""
 
-    def _load(self) -> Checkpoint:
+    def _load(self, progress: Progress) -> None:
         from entropy_probe import load_checkpoint
 
+        progress("load", 0, 0)
         settings, config = self._config.stash[SETTINGS], probe_config(self._config)
-        return load_checkpoint(
+        self._checkpoint = load_checkpoint(
             self.path, settings.base_model, config.device, missing_state=config.first_order.missing_state
         )
 
-    def _measure(self, progress: Callable[[str, int, int], None]) -> ProbeReport:
-        from entropy_probe import run_probe
+    def _prepare(self, progress: Progress) -> None:
+        from entropy_probe.run import prepare
 
         settings = self._config.stash[SETTINGS]
         assert self._checkpoint is not None
-        return run_probe(
+        self._prepared = prepare(
             self._checkpoint,
             probe_config(self._config),
             settings.rollouts,
             settings.update_rollouts,
             prompts=settings.prompts,
-            name=self.name,
             progress=progress,
         )
+
+    def _measure(self, progress: Progress) -> None:
+        from entropy_probe.run import measure
+
+        if self._prepared is None:
+            self._prepare(progress)
+        assert self._prepared is not None
+        self.report = measure(self._prepared, name=self.name, progress=progress)
 
     def judged_report(self) -> ProbeReport | None:
         """The report with the verdicts that were reached in this process."""
@@ -202,12 +229,17 @@ def probe_checkpoint(_probe_target: Target | None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _probe_subject(_probe_target: Target | None, probe_checkpoint: Path, pytestconfig: pytest.Config) -> Subject:
+def _probe_subject(
+    request: pytest.FixtureRequest, _probe_target: Target | None, probe_checkpoint: Path, pytestconfig: pytest.Config
+) -> Subject:
     """Kept beside the fixture, since pytest sets session fixtures up again when their parameter comes back."""
     name = _probe_target.name if _probe_target else probe_checkpoint.name
     subjects = pytestconfig.stash.setdefault(SUBJECTS, {})
     target = Target(name, Path(probe_checkpoint))
-    return subjects.setdefault((target.name, target.path), Subject(target, pytestconfig))
+    keep = any(
+        {"probe_model", "probe_rollouts"} & set(getattr(item, "fixturenames", ())) for item in request.session.items
+    )
+    return subjects.setdefault((target.name, target.path), Subject(target, pytestconfig, keep=keep))
 
 
 @pytest.fixture(scope="session")
@@ -218,6 +250,20 @@ def probe_report(_probe_subject: Subject) -> ProbeReport:
         trouble.end()
     assert _probe_subject.report is not None
     return _probe_subject.report
+
+
+@pytest.fixture(scope="session")
+def probe_model(_probe_subject: Subject) -> BoundModel:
+    """The checkpoint's model, bound to the configured precision: `probe_model.module`, `probe_model.logits(ids)`."""
+    __tracebackhide__ = True
+    return _probe_subject.prepared.model
+
+
+@pytest.fixture(scope="session")
+def probe_rollouts(_probe_subject: Subject) -> Rollouts:
+    """The E batch: token ids, lengths and rewards of the responses on which the entropy is measured."""
+    __tracebackhide__ = True
+    return _probe_subject.prepared.rollouts
 
 
 @pytest.fixture

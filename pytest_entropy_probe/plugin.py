@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
+    "xfails": ("FILE", True, "known failures: id prefix and reason a line; strict"),
 }
 
 MARKERS = {
@@ -63,6 +64,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini(
             f"probe_{key}", text, type="linelist" if repeatable else "string", default=[] if repeatable else ""
         )
+    group.addoption(
+        "--probe-explain",
+        metavar="CRITERION",
+        help="print what it measures, why its limit, what a failure means ('all' for every one), and exit",
+    )
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    name = config.getoption("probe_explain")
+    if name is None:
+        return None
+    from pytest_entropy_probe.explain import explanation
+
+    print(explanation(name))
+    return 0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -121,5 +137,6 @@ def _wake(config: pytest.Config) -> None:
     config.stash[SETTINGS] = read_settings(config)
     fixtures.probe_config(config)
     collect.take_selectors(config)
+    collect.take_known_failures(config)
     config.pluginmanager.register(collect, "entropy_probe_collect")
     config.pluginmanager.register(summary.Summary(config), "entropy_probe_summary")

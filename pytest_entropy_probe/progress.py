@@ -1,14 +1,17 @@
-"""The progress bar: on stderr, on a terminal, while a checkpoint is loaded and measured."""
+"""Progress on stderr while a checkpoint is loaded and measured: a bar on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def _ignore(stage: str, done: int, total: int) -> None:
@@ -17,17 +20,20 @@ def _ignore(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A callable (stage, done, total) that draws; it draws nothing under -q or -s, in a worker or without a terminal.
+    """A callable (stage, done, total) that draws; it draws nothing under -q or -s, or in an xdist worker.
 
-    What the library prints is captured as ever: the bar writes to a duplicate of the stderr from before capturing.
-    It has a line of its own below pytest's current one, and leaves the cursor where it was.
+    Without a terminal it writes a plain line every ten seconds, so that a short run writes none. What the library
+    prints is captured as ever: the bar writes to a duplicate of the stderr from before capturing. It has a line of its
+    own below pytest's current one, and leaves the cursor where it was.
     """
-    quiet = config.get_verbosity() < 0 or config.getoption("capture") == "no" or hasattr(config, "workerinput")
-    terminal = None if quiet or os.environ.get("TERM") == "dumb" else _terminal(config)
-    if terminal is None:
+    if config.get_verbosity() < 0 or config.getoption("capture") == "no" or hasattr(config, "workerinput"):
         yield _ignore
         return
-    handle, column = terminal
+    handle, column = _stderr(config)
+    if column is None or os.environ.get("TERM") == "dumb":
+        with open(handle, "w", encoding="ascii", errors="replace") as stream:
+            yield _lines(stream, name)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -52,14 +58,30 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
         stream.write(f"\x1b[A\x1b[{column + 1}G" if column else "")
 
 
-def _terminal(config: pytest.Config) -> tuple[int, int] | None:
-    """A duplicate of the real stderr if that is a terminal, and the column where pytest's line on it ends."""
+def _lines(stream: TextIO, name: str) -> Callable[[str, int, int], None]:
+    """A callable (stage, done, total) that writes a line when ten seconds have passed since the last."""
+    started = last = time.monotonic()
+
+    def write(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            count = f" {done}/{total}" if total > 1 else ""
+            print(f"entropy-probe: {name}: {stage}{count}, {now - started:.0f} s", file=stream, flush=True)
+
+    return write
+
+
+def _stderr(config: pytest.Config) -> tuple[int, int | None]:
+    """A duplicate of the real stderr, and the column where pytest's line on it ends; `None` if it is no terminal."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
+        handle = os.dup(2)
         if not os.isatty(2):
-            return None
+            return handle, None
         if reporter is None or not reporter.isatty:
-            return os.dup(2), 0
+            return handle, 0
         reporter.flush()
-        return os.dup(2), reporter._tw.width_of_current_line
+        return handle, reporter._tw.width_of_current_line

@@ -38,6 +38,7 @@ class Settings:
     update_rollouts: Path | None = None
     prompts: Path | None = None
     json_path: Path | None = None
+    xfails_file: Path | None = None
     device: str | None = None
     seed: int | None = None
 
@@ -67,6 +68,7 @@ def read_settings(config: pytest.Config) -> Settings:
         rollouts=_path(config, "rollouts", "file"),
         update_rollouts=_path(config, "update_rollouts", "file"),
         prompts=_path(config, "prompts", "file"),
+        xfails_file=_path(config, "xfails", "file"),
         device=_text(config, "device"),
         seed=_seed(config),
     )

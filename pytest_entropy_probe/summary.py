@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_entropy_probe.fixtures import SUBJECTS, write_reports
+from pytest_entropy_probe.fixtures import SUBJECTS, probe_config, write_reports
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.settings import SETTINGS
 
@@ -30,6 +30,7 @@ _SHOWN = {
     "fail": ("FAIL", "bold red"),
     "inconclusive": ("INCONCLUSIVE", "yellow"),
     "not_applicable": ("N/A", "dim"),
+    "xfail": ("XFAIL", "yellow"),
 }
 
 
@@ -72,7 +73,18 @@ class Summary:
         self._handed_over: list[dict[str, str]] = []
         self._notes: list[str] = []
 
-    def pytest_report_header(self) -> str:
+    def pytest_report_header(self) -> list[str]:
+        return [self._what(), *(self._limits() if self._config.get_verbosity() > 0 else ())]
+
+    def _limits(self) -> list[str]:
+        """Every limit in force, and where it comes from."""
+        from entropy_probe_checks.thresholds import in_force
+
+        limits = in_force(probe_config(self._config).model_dump(mode="json"))
+        shown = {name: "-" if value is None else number(value) for name, (value, _) in limits.items()}
+        return [f"  limit {name} = {shown[name]}: {source}" for name, (_, source) in limits.items()]
+
+    def _what(self) -> str:
         here = self._config.invocation_params.dir
         targets = self._config.stash[SETTINGS].targets
         if len(targets) == 1:
@@ -97,7 +109,7 @@ class Summary:
             self._rows[report.nodeid] = Row(
                 checkpoint,
                 found["probe_criterion"],
-                found["probe_status"],
+                "xfail" if hasattr(report, "wasxfail") and report.skipped else found["probe_status"],
                 found.get("probe_value"),
                 found.get("probe_limit"),
             )

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -25,9 +24,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,10 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from entropy_probe.config import ProbeConfig
+from entropy_probe.model.forward import bind
+from entropy_probe.stages.rollouts import Rollouts, sample_rollouts
+from entropy_probe.stages.scores import score
 from entropy_probe.stages.tasks import Prompt, arithmetic, draw_prompts, tag_pref
 
 SEEDS = {"supervise": 11, "stop": 12, "grpo": 13, "measure": 14}
@@ -56,24 +58,28 @@ GROUP_SIZE = 8
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|endoftext|>"
 MAX_NEW_TOKENS = 40
 MERGES = 48
-SUPERVISED_STOP = 0.33
+SUPERVISED_STOP = 0.3
 SUPERVISED_MAX_STEPS = 3000
-SUPERVISED_BATCH, DRILL_BATCH = 64, 16
+SUPERVISED_BATCH = 64
 SUPERVISED_LR = 3e-3
 GRPO_STEPS = 100
 GRPO_BATCH = 128
-GRPO_LR = 5e-4
-MEASURED_PROMPTS = 500
-REWARD_GAIN = 0.1
+GRPO_LR = 1e-3
+WATCHED_PROMPTS, MEASURED_PROMPTS = 128, 500
+REWARD_GAIN = 0.2
 BUNDLE_BYTES = 2_000_000
+SAMPLING = ProbeConfig.from_mapping(
+    {"generation": {"max_new_tokens": MAX_NEW_TOKENS, "num_return_sequences": GROUP_SIZE, "gen_batch_size": 512}}
+)
 # Pickles and a model card that the probe never opens; training_args.bin and rng_state.pth need unrestricted unpickling.
 NOT_BUNDLED = ("training_args.bin", "rng_state.pth", "README.md")
 
 
-def worked_answer(question: str, gold: str, rng: random.Random) -> str:
-    """One of several ways to reach `gold`, in tags; the end-of-text token is left to the caller."""
-    a, b = map(int, re.findall(r"\d+", question))
-    op = "+" if "+" in question else "-"
+def worked_answer(prompt: Prompt, rng: random.Random) -> str:
+    """One of several ways to the right answer, in tags, up to and with the end-of-text token."""
+    a, b = map(int, re.findall(r"\d+", prompt.text))
+    gold = prompt.gold
+    op = "+" if "+" in prompt.text else "-"
     sign = 1 if op == "+" else -1
     tens, ones = a // 10 * 10 + sign * (b // 10 * 10), a % 10 + sign * (b % 10)
     last = rng.choice(("so", "sum", "then", "is"))
@@ -89,26 +95,12 @@ def worked_answer(question: str, gold: str, rng: random.Random) -> str:
         f"{by_ones}, {by_tens}, {last} {gold}",
     )
     opening = rng.choice(("", "well ", "take ", "see "))
-    return f"<think>{opening}{rng.choice(styles)}</think><answer>{gold}</answer>"
-
-
-def drill(rng: random.Random) -> str:
-    """Four one-digit facts in the words of `worked_answer`.
-
-    The `test` split holds out every question that has certain pairs of last digits: without the drill these
-    facts are seen nowhere, and reward on held-out questions would only measure that. So the 40 or so one-digit
-    questions of `test` are held out as questions, not as facts.
-    """
-    facts = []
-    for _ in range(4):
-        a, b, op = rng.randrange(10), rng.randrange(10), rng.choice("+-")
-        facts.append(f"ones {a}{op}{b}={a + b if op == '+' else a - b}")
-    return ", ".join(facts)
+    return f"<think>{opening}{rng.choice(styles)}</think><answer>{gold}</answer>{END}"
 
 
 def build_tokenizer(prompts: list[Prompt], rng: random.Random) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits; the four tags are plain added tokens, `END`, `PAD`, `UNKNOWN` special ones."""
-    text = [prompt.text + worked_answer(prompt.text, str(prompt.gold), rng) for prompt in prompts]
+    text = [prompt.text + worked_answer(prompt, rng) for prompt in prompts]
     tokenizer = Tokenizer(models.BPE())
     # Whatever tokenizer_config.json says, AutoTokenizer opens a Qwen2 model's tokenizer as Qwen2Tokenizer, which puts
     # its own normalizer, splitting and unknown token in place: with the same ones here, both readings agree.
@@ -127,14 +119,8 @@ def build_tokenizer(prompts: list[Prompt], rng: random.Random) -> PreTrainedToke
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (END, PAD, UNKNOWN)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        padding_side="left",
-        model_max_length=128,
-    )
+    special = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", model_max_length=128, **special)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -160,71 +146,25 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return model
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Responses at temperature 1: `ids` [N, P+T] left-padded prompts and responses, `mask` [N, P+T] their tokens,
-    `response` [N, T] the response's tokens up to and with the end, `rewards` [N], `ended` [N] whether the end came."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    response: torch.Tensor
-    rewards: torch.Tensor
-    ended: torch.Tensor
-
-
-@torch.no_grad()
-def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Samples:
-    """One response per prompt, and `tag_pref` of each."""
-    encoded = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
-    ids = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
-    new = ids[:, encoded["input_ids"].shape[1] :]
-    ends = torch.eq(new, tokenizer.get_vocab()[END]).long()
-    response = (ends.cumsum(1) - ends == 0).long()
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    rewards = torch.tensor([tag_pref(text, prompt.gold) for text, prompt in zip(texts, prompts, strict=True)])
-    mask = torch.cat([encoded["attention_mask"], response], dim=1)
-    return Samples(ids, mask, response, rewards, ends.any(1))
-
-
-@torch.no_grad()
-def token_entropies(model: Any, samples: Samples) -> torch.Tensor:
-    """−Σ_w p(w) log p(w) before every response token, in nats, [N, T]; 0 after the end."""
-    positions = (samples.mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=samples.ids, attention_mask=samples.mask, position_ids=positions).logits
-    log_p = logits[:, -samples.response.shape[1] - 1 : -1].log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1) * samples.response
+def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Rollouts:
+    """`GROUP_SIZE` responses to every prompt at temperature 1, with their rewards; the same noise every time."""
+    return sample_rollouts(bind(model), tokenizer, prompts, SAMPLING.generation, seed=SEEDS["measure"])
 
 
 def measure(model: Any, tokenizer: PreTrainedTokenizerBase, pool: list[Prompt]) -> dict[str, float]:
     """Mean reward, entropy, length and zero-advantage fraction over `GROUP_SIZE` responses to each prompt drawn."""
-    torch.manual_seed(SEEDS["measure"])
     prompts = draw_prompts(pool, MEASURED_PROMPTS, seed=SEEDS["measure"], with_replacement=False)
-    model.eval()
-    rewards, entropies, lengths, ended = [], [], [], []
-    for start in range(0, len(prompts), 50):
-        samples = sample(model, tokenizer, [p for p in prompts[start : start + 50] for _ in range(GROUP_SIZE)])
-        rewards.append(samples.rewards)
-        entropies.append(token_entropies(model, samples).sum(1))
-        lengths.append(samples.response.sum(1))
-        ended.append(samples.ended)
-    reward_NG = torch.cat(rewards).view(-1, GROUP_SIZE)
-    entropy, length = torch.cat(entropies), torch.cat(lengths)
+    rollouts = sample(model, tokenizer, prompts)
+    entropy, length = score(bind(model), rollouts, SAMPLING).rb_sum, rollouts.gen_lens
+    last = rollouts.ids.gather(1, (rollouts.prompt_lens + length - 1)[:, None])
     figures = {
-        "reward": reward_NG.mean(),
+        "reward": rollouts.rewards.mean(),
         "entropy_per_sequence": entropy.mean(),
         "entropy_per_token": entropy.sum() / length.sum(),
         "response_tokens_mean": length.float().mean(),
         "response_tokens_max": length.max(),
-        "ended_fraction": torch.cat(ended).float().mean(),
-        "zero_advantage_fraction": (reward_NG.std(1) == 0).float().mean(),
+        "ended_fraction": (last == tokenizer.get_vocab()[END]).float().mean(),
+        "zero_advantage_fraction": (rollouts.rewards.std(1) == 0).float().mean(),
     }
     return {name: round(figure.item(), 4) for name, figure in figures.items()}
 
@@ -238,21 +178,14 @@ def supervise(tokenizer: PreTrainedTokenizerBase, pool: list[Prompt], folder: Pa
     rng = random.Random(SEEDS["supervise"])
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=SUPERVISED_LR, weight_decay=0.0)
-    watched = draw_prompts(pool, 512, seed=SEEDS["stop"], with_replacement=False)
+    watched = draw_prompts(pool, WATCHED_PROMPTS, seed=SEEDS["stop"], with_replacement=False)
     for step in range(1, SUPERVISED_MAX_STEPS + 1):
         drawn = rng.choices(pool, k=SUPERVISED_BATCH)
-        questions = [prompt.text for prompt in drawn] + [""] * DRILL_BATCH
-        answers = [worked_answer(prompt.text, str(prompt.gold), rng) + END for prompt in drawn]
-        answers += [drill(rng) for _ in range(DRILL_BATCH)]
-        batch = tokenizer(
-            [question + answer for question, answer in zip(questions, answers, strict=True)],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-        )
+        texts = [prompt.text + worked_answer(prompt, rng) for prompt in drawn]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        for row, question in enumerate(questions):
-            labels[row, : len(tokenizer(question)["input_ids"])] = -100
+        for row, prompt in enumerate(drawn):
+            labels[row, : len(tokenizer(prompt.text)["input_ids"])] = -100
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = SUPERVISED_LR * min(1.0, step / 50)
@@ -262,7 +195,6 @@ def supervise(tokenizer: PreTrainedTokenizerBase, pool: list[Prompt], folder: Pa
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 25 == 0:
-            model.eval()
             reward = sample(model, tokenizer, watched).rewards.mean().item()
             print(f"supervised step {step}: loss {loss.item():.3f}, sampled reward {reward:.3f}", flush=True)
             if reward >= SUPERVISED_STOP:
@@ -309,94 +241,77 @@ def reinforce(base: str, pool: list[Prompt]) -> Path:
         reward_funcs=reward_of_texts,
         train_dataset=Dataset.from_list([{"prompt": prompt.text, "gold": prompt.gold} for prompt in pool]),
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
     )
     trainer.train()
     return Path("grpo") / f"checkpoint-{GRPO_STEPS}"
 
 
-def bundle(base: Path, checkpoint: Path, out: Path) -> Path:
-    """Copy both folders into `out` in place of an earlier bundle, without `NOT_BUNDLED`; the new checkpoint folder."""
-    # copyfile below: safetensors writes files that only their owner may read, which an installed package must not have.
-    for old in (out / "base", *out.glob("checkpoint-*")):
-        shutil.rmtree(old, ignore_errors=True)
-    for source, name in ((base, "base"), (checkpoint, checkpoint.name)):
-        shutil.copytree(source, out / name, ignore=shutil.ignore_patterns(*NOT_BUNDLED), copy_function=shutil.copyfile)
-    return out / checkpoint.name
+def bundle(base: Path, checkpoint: Path, folder: Path) -> None:
+    """Copy what the libraries wrote into `folder`, without `NOT_BUNDLED`."""
+    # copyfile: safetensors writes files that only their owner may read, which an installed package must not have.
+    for source in (base, checkpoint):
+        ignored = shutil.ignore_patterns(*NOT_BUNDLED)
+        shutil.copytree(source, folder / source.name, ignore=ignored, copy_function=shutil.copyfile)
 
 
-def bundled_files(out: Path) -> list[Path]:
-    """The files of the bundle: `base`, the checkpoint and training.json."""
-    return [
-        out / "training.json",
-        *(path for folder in ("base", "checkpoint-*") for path in out.glob(f"{folder}/**/*")),
-    ]
-
-
-def check_bundle(out: Path, places: set[str]) -> int:
+def check_bundle(folder: Path, places: set[str]) -> int:
     """The bundle's size in bytes. Raises `RuntimeError` if it is too large or names this machine or one of `places`."""
     names = [place.encode() for place in sorted(places) if len(place) > 1]
     # A host name can be two letters long, which random weights contain: it counts only as a word, in text.
     host = re.compile(rb"(?<![\w<|])" + re.escape(socket.gethostname().encode()) + rb"(?![\w|>])")
     size = 0
-    for path in filter(Path.is_file, bundled_files(out)):
+    for path in filter(Path.is_file, folder.rglob("*")):
         content = path.read_bytes()
         size += len(content)
         found = [name.decode() for name in names if name in content]
         if path.suffix in (".json", ".jinja", ".txt") and host.search(content):
             found.append("the host name")
         if found:
-            raise RuntimeError(f"{path} contains {', '.join(found)}")
+            raise RuntimeError(f"{path.relative_to(folder)} contains {', '.join(found)}")
     if size > BUNDLE_BYTES:
         raise RuntimeError(f"the bundle takes {size} bytes, at most {BUNDLE_BYTES} are allowed")
     return size
 
 
-@contextlib.contextmanager
-def working_directory(folder: Path) -> Iterator[None]:
-    """Make `folder` the current directory for the duration of the block."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+def install(folder: Path, out: Path) -> None:
+    """Copy the bundle in `folder` into `out`, in place of an earlier one."""
+    for old in (out / "base", *out.glob("checkpoint-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(folder, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-def train(out: Path) -> dict[str, Any]:
-    """Train, measure and bundle into `out`; returns what training.json holds.
+def train(out: Path) -> None:
+    """Train, measure, bundle, check, and only then replace what `out` holds.
 
     Raises `RuntimeError` if GRPO has not raised the reward by `REWARD_GAIN`, or if `check_bundle` refuses.
     """
     torch.set_num_threads(1)
     here, out = Path.cwd(), out.resolve()
-    seconds = {}
-    with tempfile.TemporaryDirectory() as scratch, working_directory(Path(scratch)):
-        pool, held_out = arithmetic("train"), arithmetic("test")
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        pool = arithmetic("train")
         build_tokenizer(pool, random.Random(SEEDS["supervise"])).save_pretrained("base")
         tokenizer = AutoTokenizer.from_pretrained("base")
-
-        clock = time.perf_counter()
+        clock = [time.perf_counter()]
         supervised_steps = supervise(tokenizer, pool, Path("base"))
-        seconds["supervise"] = time.perf_counter() - clock
-
-        clock = time.perf_counter()
+        clock.append(time.perf_counter())
         checkpoint = reinforce("base", pool)
-        seconds["grpo"] = time.perf_counter() - clock
-
-        clock = time.perf_counter()
+        clock.append(time.perf_counter())
+        splits = {"test": arithmetic("test"), "train": pool}
         model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        splits = {"test": held_out, "train": pool}
         figures = {"base": {split: measure(model, tokenizer, prompts) for split, prompts in splits.items()}}
         policy = PeftModel.from_pretrained(model, str(checkpoint))
         figures["grpo"] = {split: measure(policy, tokenizer, prompts) for split, prompts in splits.items()}
-        seconds["measure"] = time.perf_counter() - clock
+        clock.append(time.perf_counter())
 
         gain = figures["grpo"]["test"]["reward"] - figures["base"]["test"]["reward"]
         if gain <= REWARD_GAIN:
             raise RuntimeError(f"GRPO changed the reward by {gain:+.3f}, more than {REWARD_GAIN} was expected")
 
+        steps = zip(("supervise", "grpo", "measure"), pairwise(clock), strict=True)
         record = {
             "policies": figures,
             "measured_on": {"dataset": "arithmetic", "prompts": MEASURED_PROMPTS, "group_size": GROUP_SIZE},
@@ -406,24 +321,23 @@ def train(out: Path) -> dict[str, Any]:
             "lora_parameters": sum(p.numel() for name, p in policy.named_parameters() if "lora_" in name),
             "steps": {"supervise": supervised_steps, "grpo": GRPO_STEPS},
             "seeds": SEEDS,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "seconds": {name: round(end - start, 1) for name, (start, end) in steps},
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "tokenizers")}
             | {"python": platform.python_version()},
         }
-        bundle(Path("base"), checkpoint, out)
-        (out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        bundle(Path("base"), checkpoint, Path("bundle"))
+        text = json.dumps(record, indent=2)
+        Path("bundle", "training.json").write_text(text + "\n", encoding="utf-8")
         places = {str(here), scratch, str(Path(scratch).resolve()), str(Path.home()), tempfile.gettempdir(), str(out)}
-        size = check_bundle(out, places)
-    print(json.dumps(record, indent=2))
+        size = check_bundle(Path("bundle"), places)
+        install(Path("bundle"), out)
+    print(text)
     print(f"{size} bytes in {out}")
-    return record
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: `--out`, the folder that gets base, checkpoint-N and training.json (default: this package)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m entropy_probe.demo.train", description="Train the demo checkpoint."
-    )
+    parser = argparse.ArgumentParser("python -m entropy_probe.demo.train", description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the bundle")
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)

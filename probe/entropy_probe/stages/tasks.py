@@ -31,18 +31,19 @@ class Prompt:
 
 
 def arithmetic(split: str) -> list[Prompt]:
-    """Every sum a+b and difference a-b with 0 <= a, b <= 49, in a fixed order; one in five is the `test` split.
+    """Every sum a+b and difference a-b with 0 <= a, b <= 49, in one fixed random order; the last fifth is `test`.
 
     The two splits are disjoint and their union is the whole set of 5000 questions.
     """
-    prompts = []
-    for a in range(_LARGEST_OPERAND + 1):
-        for b in range(_LARGEST_OPERAND + 1):
-            for op, answer in (("+", a + b), ("-", a - b)):
-                is_test = (7 * a + 13 * b + (op == "-")) % 5 == 0
-                if is_test == (split == "test"):
-                    prompts.append(Prompt(ARITHMETIC_TEMPLATE.format(a=a, op=op, b=b), str(answer)))
-    return prompts
+    prompts = [
+        Prompt(ARITHMETIC_TEMPLATE.format(a=a, op=op, b=b), str(answer))
+        for a in range(_LARGEST_OPERAND + 1)
+        for b in range(_LARGEST_OPERAND + 1)
+        for op, answer in (("+", a + b), ("-", a - b))
+    ]
+    random.Random(0).shuffle(prompts)
+    first_held_out = len(prompts) * 4 // 5
+    return prompts[first_held_out:] if split == "test" else prompts[:first_held_out]
 
 
 DATASETS: dict[str, Callable[[str], list[Prompt]]] = {"arithmetic": arithmetic}

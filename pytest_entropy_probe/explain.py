@@ -1,0 +1,47 @@
+"""`--probe-explain CRITERION`: what it measures, why its limit is what it is, what a failure means and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_entropy_probe.judge import number
+
+if TYPE_CHECKING:
+    from entropy_probe_checks.criteria.verdicts import Criterion
+
+ALL = "all"
+
+
+def explanation(name: str) -> str:
+    """The text for one criterion, or for `all`; `pytest.UsageError` for a name that no criterion has."""
+    from entropy_probe_checks.criteria import CRITERIA
+
+    if name == ALL:
+        return "\n".join(_one(criterion) for criterion in CRITERIA.values())
+    if name not in CRITERIA:
+        near = difflib.get_close_matches(name, CRITERIA, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"give {ALL}, {', '.join(CRITERIA)}"
+        raise pytest.UsageError(f"--probe-explain: no criterion {name!r}; {remedy}")
+    return _one(CRITERIA[name])
+
+
+def _one(criterion: Criterion) -> str:
+    from entropy_probe_checks.thresholds import LIMITS
+
+    limit = LIMITS[criterion.name]
+    value = "" if limit.value is None else f"{number(limit.value)}: "
+    where = f" Set it with {limit.key}." if limit.key else ""
+    parts = {
+        "measures": criterion.measures,
+        "limit": f"{value}{limit.source}.{where}",
+        "failure": criterion.meaning,
+    }
+    wrapped = [
+        textwrap.fill(text, 80, initial_indent=f"  {head:<9}", subsequent_indent=" " * 11)
+        for head, text in parts.items()
+    ]
+    return "\n".join([f"{criterion.name} (-m {criterion.family})", *wrapped, ""])
