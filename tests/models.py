@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-VOCABULARY = 37
+VOCABULARY = 67
 EOS = 2
 _COMMON = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
 _ROPE = {
@@ -95,7 +95,9 @@ def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, 
     return folder
 
 
-def full_checkpoint(folder: Path, architecture: str, **adamw: Any) -> Path:
+def full_checkpoint(
+    folder: Path, architecture: str, optimizer: type[torch.optim.Adam] = torch.optim.AdamW, **settings: Any
+) -> Path:
     """A full fine-tune with two groups, as the Trainer makes them: decay for matrices, none for norms and biases."""
     model = tiny_model(architecture)
     trainer = transformers.Trainer(model, transformers.TrainingArguments(str(folder), use_cpu=True, report_to="none"))
@@ -104,9 +106,9 @@ def full_checkpoint(folder: Path, architecture: str, **adamw: Any) -> Path:
         {"params": [p for n, p in model.named_parameters() if n in decayed], "weight_decay": 0.1},
         {"params": [p for n, p in model.named_parameters() if n not in decayed], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, **{"lr": 1e-3, **adamw})
-    train_steps(model, optimizer)
-    return save_checkpoint(folder, model, optimizer)
+    stepped = optimizer(groups, **{"lr": 1e-3, **settings})
+    train_steps(model, stepped)
+    return save_checkpoint(folder, model, stepped)
 
 
 def adapter_checkpoint(folder: Path, architecture: str, adamw: dict[str, Any] | None = None, **lora: Any) -> Path:

@@ -6,6 +6,7 @@ were added to make it.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import torch
 import models
 import reference as ref
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
+from entropy_probe.model.forward import bind
+from entropy_probe.model.precision import TrueFloat64
+from entropy_probe.stages.rollouts import sample_rollouts
+from entropy_probe.stages.tasks import Prompt
+from test_rollouts import OneToken
 
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 TOLERANCE = 1e-9
@@ -23,6 +29,8 @@ ETAS = [1e-5, 3e-4]
 KINDS: dict[str, Any] = {
     "llama+lora": lambda folder: models.adapter_checkpoint(folder, "llama"),
     "gpt2 full": lambda folder: models.full_checkpoint(folder, "gpt2"),
+    "gpt2 full, Adam": lambda folder: models.full_checkpoint(folder, "gpt2", torch.optim.Adam),
+    "qwen3+lora, AMSGrad": lambda folder: models.adapter_checkpoint(folder, "qwen3", adamw={"amsgrad": True}),
     "llama+dora+modules_to_save": lambda folder: models.adapter_checkpoint(
         folder, "llama", use_dora=True, modules_to_save=["lm_head"]
     ),
@@ -73,14 +81,16 @@ class Both:
         for group in self.groups():
             for name in group["params"]:
                 state = self.moments()[name]
-                v_hat = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
+                second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].double()
+                v_hat = second / (1 - group["betas"][1] ** float(state["step"]))
                 result[name] = 1 / (torch.sqrt(v_hat) + group["eps"])
         return result
 
     def _direction(self, batch: ref.Reference) -> dict[str, torch.Tensor]:
         ys = [batch.y(n) for n in range(len(batch.lines))]
         g = {name: -sum(y[name] for y in ys) / len(ys) for name in ys[0]}
-        return ref.optimizer_step(self.model, self.groups(), self.moments(), g, torch.optim.AdamW)
+        cls = torch.optim.AdamW if self.groups()[0]["decoupled_weight_decay"] else torch.optim.Adam
+        return ref.optimizer_step(self.model, self.groups(), self.moments(), g, cls)
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -251,7 +261,11 @@ def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
         for name in group["params"]:
             state = both.moments()[name]
             t = float(state["step"]) + 1
-            second = beta2 * state["exp_avg_sq"].double() + (1 - beta2) * y_bar[name] ** 2
+            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            gradient = -y_bar[name] + decay * both.e.named[name].detach()
+            second = beta2 * state["exp_avg_sq"].double() + (1 - beta2) * gradient**2
+            if group["amsgrad"]:
+                second = torch.maximum(second, state["max_exp_avg_sq"].double())
             denominator = torch.sqrt(second) / math.sqrt(1 - beta2**t) + group["eps"]
             diagonal[name] = (1 - beta1) / ((1 - beta1**t) * denominator)
     x_bar = {name: sum(x[name] for x in xs) / size for name in v}
@@ -303,3 +317,111 @@ def test_entropy_change(both: Both) -> None:
         agree(row.predicted, ref.mean(predicted), scale)
         agree(row.predicted_se, ref.sd(predicted) / math.sqrt(5), scale)
     assert (rows[0.0].delta_h, rows[0.0].delta_h_rb, rows[0.0].ess) == (0.0, 0.0, 15.0)
+
+
+def _nucleus_logq(p: torch.Tensor, token: int, top_p: float) -> float:
+    """log q by sorting: the most likely tokens until their mass reaches top_p, renormalised."""
+    ranked = sorted(range(len(p)), key=lambda i: -float(p[i]))
+    inside, mass = [], 0.0
+    for i in ranked:
+        inside.append(i)
+        mass += float(p[i])
+        if mass >= top_p:
+            break
+    return math.log(float(p[token]) / mass) if token in inside else -math.inf
+
+
+def test_restricted_policy(tmp_path: Path) -> None:
+    """top_p 0.7 at temperature 1.3: weights are S(θ⁺) − log q, and both entropies are of the restricted policy."""
+    path = models.adapter_checkpoint(tmp_path / "ckpt", "llama")
+    checkpoint = load_checkpoint(path)
+    config = ProbeConfig.from_mapping(
+        {
+            "precision": FLOAT64,
+            "generation": {"temperature": 1.3, "top_p": 0.7, "num_return_sequences": 3, "max_new_tokens": 5},
+            "true_delta_h": {"etas": [1e-3], "clip_log_weight": 0.5},
+        }
+    )
+    sampled = sample_rollouts(
+        bind(checkpoint.model), OneToken(), [Prompt("ab"), Prompt("cde"), Prompt("f")], config.generation, seed=3
+    )
+    lines = [
+        {
+            "prompt_ids": sampled.ids[3 * n, : sampled.prompt_lens[3 * n]].tolist(),
+            "response_ids": [
+                sampled.ids[i, sampled.prompt_lens[i] : sampled.prompt_lens[i] + sampled.gen_lens[i]].tolist()
+                for i in range(3 * n, 3 * n + 3)
+            ],
+            "rewards": [0.0, 1.0, 0.5],
+        }
+        for n in range(3)
+    ]
+    file = tmp_path / "e.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    report = run_probe(path, config, file)
+    model = checkpoint.model.double()
+    e = ref.Reference(model, file, temperature=1.3)
+    ys = [e.y(n) for n in range(3)]
+    both = object.__new__(Both)
+    both.path, both.model, both.e = path, model, e
+    g = {name: -sum(y[name] for y in ys) / 3 for name in ys[0]}
+    v = ref.optimizer_step(model, both.groups(), both.moments(), g, torch.optim.AdamW)
+    s, logq, r = [], [], []
+    with torch.no_grad():
+        for n, line in enumerate(lines):
+            for k, response in enumerate(line["response_ids"]):
+                logp, entropy = e.tokens(n, k)
+                with TrueFloat64():
+                    logits = model(torch.tensor([line["prompt_ids"] + response]), use_cache=False).logits[0]
+                start = len(line["prompt_ids"]) - 1
+                probabilities = [torch.softmax(logits[start + t] / 1.3, -1) for t in range(len(response))]
+                logq.append(sum(_nucleus_logq(p, t, 0.7) for p, t in zip(probabilities, response, strict=True)))
+                s.append(float(logp.sum()))
+                r.append(float(entropy.sum()))
+        for row in report.entropy_change:
+            for name, p in e.named.items():
+                p.add_(v[name], alpha=row.eta)
+            after = [e.tokens(n, k) for n in range(3) for k in range(3)]
+            for name, p in e.named.items():
+                p.sub_(v[name], alpha=row.eta)
+            weights_before = [math.exp(a - b) for a, b in zip(s, logq, strict=True)]
+            raw = [float(a[0].sum()) - b for a, b in zip(after, logq, strict=True)]
+            weights = [math.exp(min(0.5, max(-0.5, x))) for x in raw]
+            assert row.clip_fraction == pytest.approx(sum(abs(x) > 0.5 for x in raw) / 9)
+            assert row.ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights), rel=1e-9)
+            h_after = sum(w * float(a[1].sum()) for w, a in zip(weights, after, strict=True)) / sum(weights)
+            h = sum(w * x for w, x in zip(weights_before, r, strict=True)) / sum(weights_before)
+            agree(row.delta_h_rb, h_after - h, abs(h) + abs(h_after))
+            assert row.restricted
+            assert row.predicted is None
+
+
+@pytest.mark.parametrize("loss", ["lmax", "sequence_mean", "token_mean", "constant"])
+@pytest.mark.parametrize("advantage", ["centered", "grpo", "raw"])
+def test_losses_and_advantages(both: Both, loss: str, advantage: str, tmp_path: Path) -> None:
+    config = ProbeConfig.from_mapping(
+        {
+            "precision": FLOAT64,
+            "first_order": {"loss": loss, "advantage": advantage},
+            "generation": {"temperature": 0.9, "max_new_tokens": 40},
+        }
+    )
+    files = [models.random_rollouts(tmp_path / f"{n}.jsonl", prompts=3, responses=2, seed=n) for n in (1, 2)]
+    report = run_probe(both.path, config, *files)
+    u = ref.Reference(both.model, files[1], temperature=0.9)
+    total = {name: torch.zeros_like(p) for name, p in u.named.items()}
+    for n, line in enumerate(u.lines):
+        rewards, lengths = line["rewards"], [len(response) for response in line["response_ids"]]
+        for k in range(2):
+            a = rewards[k] - (0 if advantage == "raw" else ref.mean(rewards))
+            a = a / (ref.sd(rewards) + 1e-4) if advantage == "grpo" else a
+            weight = {
+                "lmax": a / max(lengths),
+                "sequence_mean": a / lengths[k],
+                "token_mean": a * 2 / sum(lengths),
+                "constant": a / 40,
+            }[loss]
+            for name, gradient in u.gradient(weight * u.tokens(n, k)[0].sum() / 2 / 3).items():
+                total[name] += gradient
+    norm, scale = (math.sqrt(x) for x in ref.dot(total, total))
+    agree(report.update.grad_norm, norm, scale)

@@ -20,6 +20,7 @@ import models
 from entropy_probe import load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import CheckpointError, ConfigError
+from entropy_probe.model.checkpoint import optimizer
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -52,13 +53,13 @@ def trained(folder: Path, model: Any, **arguments: Any) -> tuple[Path, dict[str,
         train_dataset=Tokens(),
     )
     trainer.train()
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    live = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     held = {}
-    for group in optimizer.param_groups:
+    for group in live.param_groups:
         hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
         for name, parameter in model.named_parameters():
             if any(parameter is p for p in group["params"]):
-                held[name] = {**optimizer.state[parameter], **hyper}
+                held[name] = {**live.state[parameter], **hyper}
     return folder / f"checkpoint-{settings['max_steps']}", held, dict(model.named_parameters())
 
 
@@ -146,19 +147,19 @@ def test_names_in_the_file_win_over_positions(tmp_path: Path) -> None:
     """The order is reversed and the shapes repeat: only the names can tell."""
     model = models.tiny_model("llama")
     named = list(model.named_parameters())[::-1]
-    optimizer = torch.optim.AdamW([(f"module.{n}", p) for n, p in named], lr=1e-3)
-    models.train_steps(model, optimizer)
-    folder = models.save_checkpoint(tmp_path / "ckpt", model, optimizer)
+    stepped = torch.optim.AdamW([(f"module.{n}", p) for n, p in named], lr=1e-3)
+    models.train_steps(model, stepped)
+    folder = models.save_checkpoint(tmp_path / "ckpt", model, stepped)
     adam = load_checkpoint(folder).adam
     for name, parameter in named:
-        assert torch.equal(adam[name].exp_avg_sq, optimizer.state[parameter]["exp_avg_sq"])
+        assert torch.equal(adam[name].exp_avg_sq, stepped.state[parameter]["exp_avg_sq"])
 
 
 def test_an_order_that_cannot_be_proved_is_an_error(tmp_path: Path) -> None:
     model = models.tiny_model("llama")
-    optimizer = torch.optim.AdamW(list(model.parameters())[::-1], lr=1e-3)
-    models.train_steps(model, optimizer)
-    folder = models.save_checkpoint(tmp_path / "ckpt", model, optimizer)
+    stepped = torch.optim.AdamW(list(model.parameters())[::-1], lr=1e-3)
+    models.train_steps(model, stepped)
+    folder = models.save_checkpoint(tmp_path / "ckpt", model, stepped)
     with pytest.raises(CheckpointError, match="fit no known order"):
         load_checkpoint(folder)
 
@@ -264,6 +265,62 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda f: edit_optimizer(f, lambda c: c.update(state={i: {"momentum_buffer": None} for i in c["state"]})),
         r"optimizer.pt: .*has no `exp_avg`",
     ),
+    "betas of one": (
+        lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].update(betas=(1, 1))),
+        r"optimizer.pt: `betas` is \(1.0, 1.0\)",
+    ),
+    "negative eps": (
+        lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].update(eps=-1)),
+        r"optimizer.pt: `eps` is -1",
+    ),
+    "enormous step": (
+        lambda f: edit_optimizer(f, lambda c: c["state"][0].update(step=10**400)),
+        r"optimizer.pt: .*`step` is 1000",
+    ),
+    "integer moments": (
+        lambda f: edit_optimizer(f, lambda c: c["state"][0].update(exp_avg=c["state"][0]["exp_avg"].long())),
+        r"optimizer.pt: .*`exp_avg` is a torch.strided tensor of torch.int64",
+    ),
+    "sparse moments": (
+        lambda f: edit_optimizer(f, lambda c: c["state"][0].update(exp_avg=c["state"][0]["exp_avg"].to_sparse())),
+        r"optimizer.pt: .*`exp_avg` is a torch.sparse_coo tensor",
+    ),
+    "nested params": (
+        lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].update(params=[[0]])),
+        r"optimizer.pt: has a param_group without a list of `params`",
+    ),
+    "NAdam": (
+        lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].update(momentum_decay=4e-3)),
+        r"optimizer.pt: its groups have `momentum_decay`: it is NAdam",
+    ),
+    "RAdam": (
+        lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].pop("amsgrad")),
+        r"optimizer.pt: its groups lack `amsgrad`",
+    ),
+    "model type is a list": (
+        lambda f: json_edit(f.parent / "base/config.json", model_type=[]),
+        r"base/config.json: model_type is \[\]",
+    ),
+    "sizes are text": (
+        lambda f: json_edit(f.parent / "base/config.json", hidden_size="abc"),
+        r"base: transformers cannot load it",
+    ),
+    "no heads": (
+        lambda f: json_edit(f.parent / "base/config.json", num_attention_heads=0),
+        r"base: transformers cannot load it",
+    ),
+    "quantised": (
+        lambda f: json_edit(f.parent / "base/config.json", quantization_config={"quant_method": "x"}),
+        r"base/config.json: is quantised",
+    ),
+    "targets are no pattern": (
+        lambda f: json_edit(f / "adapter_config.json", target_modules="*["),
+        r"adapter_model.safetensors: does not fit",
+    ),
+    "base path of 5000 characters": (
+        lambda f: json_edit(f / "adapter_config.json", base_model_name_or_path="x" * 5000),
+        r"adapter_config.json: the base model 'xxx",
+    ),
     "optimizer truncated": (
         lambda f: (f / "optimizer.pt").write_bytes((f / "optimizer.pt").read_bytes()[:5000]),
         r"optimizer.pt: cannot be read",
@@ -317,10 +374,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 
 def another_optimizer() -> torch.optim.Optimizer:
     module = torch.nn.Linear(3, 3)
-    optimizer = torch.optim.AdamW(module.parameters())
+    stepped = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    return optimizer
+    stepped.step()
+    return stepped
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
@@ -331,6 +388,48 @@ def test_damage_ends_in_one_line(adapter: Path, damage: str) -> None:
         load_checkpoint(adapter)
     assert "\n" not in str(caught.value)
     assert not (adapter / "executed").exists()
+
+
+def test_two_orders_that_both_fit_are_an_error(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = optimizer._candidate_orders
+
+    def one_more(model: Any) -> Any:
+        orders = original(model)
+        first = orders["one group of trainable parameters"][0]
+        same_shape = next(i for i, name in enumerate(first) if "layers.0.self_attn.q_proj.lora_A" in name)
+        other = next(i for i, name in enumerate(first) if "layers.1.self_attn.q_proj.lora_A" in name)
+        swapped = list(first)
+        swapped[same_shape], swapped[other] = swapped[other], swapped[same_shape]
+        return {**orders, "another": [swapped]}
+
+    monkeypatch.setattr(optimizer, "_candidate_orders", one_more)
+    with pytest.raises(CheckpointError, match=r"its order of parameters is ambiguous \(.*another"):
+        load_checkpoint(adapter)
+
+
+def test_frozen_parameters_in_the_optimizer_are_passed_over(tmp_path: Path) -> None:
+    """AdamW(peft_model.parameters()): the base has no gradient, so it never gets state, and stays frozen."""
+    models.tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = models.add_adapter(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "llama")
+    model.peft_config["default"].base_model_name_or_path = "base"
+    stepped = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    models.train_steps(model, stepped)
+    folder = models.save_checkpoint(tmp_path / "ckpt", model, stepped)
+    for missing in ("raise", "identity"):
+        checkpoint = load_checkpoint(folder, missing_state=missing)
+        assert all("lora_" in name for name in checkpoint.adam)
+        assert not any(p.requires_grad for n, p in checkpoint.model.named_parameters() if "lora_" not in n)
+
+
+def test_float64_weights_stay_float64(tmp_path: Path) -> None:
+    folder = models.full_checkpoint(tmp_path / "ckpt", "llama")
+    wide = load_checkpoint(folder).model.double()
+    with torch.no_grad():
+        next(wide.parameters()).add_(1e-12)
+    wide.save_pretrained(folder)
+    loaded = load_checkpoint(folder)
+    assert loaded.info.weights_dtype == "float64"
+    assert torch.equal(next(loaded.model.parameters()), next(wide.parameters()))
 
 
 def test_missing_state_can_be_taken_as_identity(adapter: Path) -> None:

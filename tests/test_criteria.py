@@ -80,7 +80,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "preconditioner_complete": [(lambda r: poisoned(r, "preconditioner", missing=["a"]), "fail")],
     "preconditioner_finite": [(lambda r: poisoned(r, "preconditioner", num_nonfinite=1), "fail")],
     "buffers_overridden": [(lambda r: poisoned(r, "integrity", buffers_overridden=["inv_freq"]), "fail")],
-    "live_model_unmodified": [(lambda r: poisoned(r, "integrity", checksum_after="other"), "fail")],
+    "live_model_unmodified": [
+        (lambda r: poisoned(r, "integrity", checksum_after="other"), "fail"),
+        (lambda r: poisoned(r, "integrity", copies_modified=1), "fail"),
+    ],
     "u_cross_identity": [
         (lambda r: poisoned(r, "first_order", u_cross=r.first_order.u_cross * 1.001), "fail"),
         (lambda r: poisoned(r, "first_order", bars_dot=r.first_order.bars_dot * 5 / 6), "fail"),
@@ -100,7 +103,6 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "zero_step_change": [
         (lambda r: with_row(r, 0.0, delta_h=1e-17), "fail"),
         (lambda r: with_row(r, 0.0, delta_h_rb=math.nan), "fail"),
-        (lambda r: with_row(r, 0.0, restricted=True, delta_h=1.0), "not_applicable"),
     ],
     "zero_step_ess": [
         (lambda r: with_row(r, 0.0, ess=14.999), "fail"),

@@ -56,6 +56,16 @@ def test_every_token_that_generate_keeps_is_in_the_nucleus(vocabulary: int, seed
     assert bool(nucleus(torch.log_softmax(logits.double(), -1), top_p)[kept].all())
 
 
+@pytest.mark.parametrize("vocabulary", [2, 3, 7, 10, 33, 50])
+def test_edge_of_the_nucleus_is_not_narrower_than_the_samplers(vocabulary: int) -> None:
+    """Equal probabilities and top_p = k/V put a float32 cumulative sum on the edge, where rounding decides."""
+    logits = torch.zeros(1, vocabulary)
+    for k in range(1, vocabulary):
+        kept = torch.isfinite(TopPLogitsWarper(k / vocabulary)(torch.zeros(1, 1, dtype=torch.long), logits.clone()))
+        inside = nucleus(torch.log_softmax(logits.double(), -1), k / vocabulary)
+        assert int(inside.sum()) >= int(kept.sum()), k
+
+
 def test_extreme_logits() -> None:
     logits = torch.tensor([[[1e4, -1e4, 0.0], [0.0, 0.0, -math.inf]]], dtype=torch.float64)
     scored = score_tokens(logits, torch.tensor([[0, 1]]), 1.0, 1.0)
@@ -126,7 +136,7 @@ def test_two_batch_variance_counts_the_interaction_once() -> None:
     for _ in range(4000):
         x = torch.randn(6, 4, generator=generator, dtype=torch.float64) + 0.5
         y = torch.randn(9, 4, generator=generator, dtype=torch.float64) + 0.5
-        moments = two_batch.two_batch_moments(x @ y.T)
+        moments = two_batch.two_batch_moments(x @ y.T, torch.ones(6).long(), torch.ones(9).long())
         values.append(moments.bars_dot)
         total.append(moments.total_se**2)
         conditional.append(moments.conditional_se**2)
@@ -142,7 +152,7 @@ def test_two_batch_variance_counts_the_interaction_once() -> None:
 def test_zero_step_is_exactly_zero() -> None:
     f = random_matrix(5, 3, 1)
     weights = importance.snis_weights(torch.zeros(5, 3, dtype=torch.float64))
-    change = importance.entropy_change(f, f.clone(), weights.normalised)
+    change = importance.entropy_change(f, f.clone(), weights.normalised, weights.normalised.clone())
     assert (change.value, change.se, weights.ess) == (0.0, 0.0, 15.0)
 
 
@@ -197,7 +207,10 @@ def test_advantages_and_weights() -> None:
     grpo = advantages.advantages(rewards, "grpo")
     assert grpo[0, 0].item() == pytest.approx(0.5 / (math.sqrt(1 / 3) + 1e-4))
     assert grpo[1].tolist() == [0.0] * 4
-    assert advantages.zero_advantage(rewards).tolist() == [False, True]
+    for rule, expected in (("centered", [False, True]), ("grpo", [False, True]), ("raw", [False, False])):
+        assert advantages.zero_advantage(advantages.advantages(rewards, rule), rewards).tolist() == expected
+    thirds = torch.full((1, 7), 0.1, dtype=torch.float64)
+    assert advantages.zero_advantage(advantages.advantages(thirds, "centered"), thirds).tolist() == [True]
     lengths = torch.tensor([[2, 4, 1, 1], [3, 3, 3, 3]])
     a = torch.ones(2, 4, dtype=torch.float64)
     expected = {
@@ -207,7 +220,7 @@ def test_advantages_and_weights() -> None:
         "constant": [1 / 40] * 4,
     }
     for rule, weights in expected.items():
-        assert advantages.y_weights(a, lengths, rule, 10)[0].tolist() == pytest.approx(weights), rule
+        assert advantages.y_weights(a, lengths, rule, 10)[0].tolist() == pytest.approx(weights, rel=1e-15), rule
 
 
 def test_x_weights_leave_one_out_and_carry_no_gradient() -> None:

@@ -15,6 +15,8 @@ from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import ConfigError, MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
+from entropy_probe.stages.batches import draw_batches
+from entropy_probe.stages.invariance import padding_invariance
 from entropy_probe.stages.rollouts import left_padded, read_rollouts, sample_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.tasks import DATASETS, Prompt, draw_prompts, read_prompts, same_answer, tag_pref
@@ -26,7 +28,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no prompt": ({"rewards": [1]}, "has neither `prompt_ids` nor a text"),
     "empty prompt": ({**GOOD, "prompt_ids": []}, "`prompt_ids` has an empty entry"),
     "empty response": ({**GOOD, "response_ids": [[7], []]}, "`response_ids` has an empty entry"),
-    "token outside": ({**GOOD, "response_ids": [[7], [37]]}, "holds 37; give token ids from 0 to 36"),
+    "token outside": ({**GOOD, "response_ids": [[7], [67]]}, "holds 67; give token ids from 0 to 66"),
     "token negative": ({**GOOD, "response_ids": [[7], [-1]]}, "holds -1"),
     "token a bool": ({**GOOD, "response_ids": [[7], [True]]}, "holds True"),
     "goes on after EOS": ({**GOOD, "response_ids": [[2, 7], [8]]}, "goes on after the EOS at 0"),
@@ -36,6 +38,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "reward text": ({**GOOD, "rewards": [1, "a"]}, "`rewards` holds 'a'"),
     "unequal G": ({**GOOD, "response_ids": [[7]] * 3, "rewards": [1] * 3}, "has 3 responses, the first line 2"),
     "advantages on some": ({**GOOD, "advantages": [1, 2]}, "`advantages` stand on some lines only"),
+    "reward enormous": ({**GOOD, "rewards": [1, 10**400]}, "`rewards` holds 1000"),
+    "logprobs too few": ({**GOOD, "logprobs": [[-1.0], [-1.0]]}, "`logprobs` has [1, 1] numbers"),
+    "logprobs text": ({**GOOD, "logprobs": "x"}, "has no list under `logprobs`"),
+    "logprobs NaN": ({**GOOD, "logprobs": [[-1.0, float("nan")], [-1.0]]}, "`logprobs` holds nan"),
     "text without tokenizer": ({"prompt": "a", "responses": ["b"], "rewards": [1]}, "no tokenizer"),
 }
 
@@ -90,8 +96,88 @@ def test_text_is_tokenised_and_ended(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, lines)))
     rollouts = read_rollouts(file, bind(checkpoint.model), checkpoint.tokenizer)
+    text = json.dumps({"prompt": "a", "responses": ["1<|end|>2", "3"], "rewards": [1, 0]})
+    file.write_text(text)
+    with pytest.raises(RolloutsError, match="goes on after the EOS"):
+        read_rollouts(file, bind(checkpoint.model), checkpoint.tokenizer)
+    file.write_text(json.dumps({"prompt": "a", "responses": ["\ud800", "3"], "rewards": [1, 0]}))
+    with pytest.raises(RolloutsError, match="a response is"):
+        read_rollouts(file, bind(checkpoint.model), checkpoint.tokenizer)
     ends = [int(rollouts.ids[i, n - 1]) == eos for i, n in enumerate(rollouts.prompt_lens + rollouts.gen_lens)]
     assert ends == [True, True, False, True]
+
+
+def test_among_several_eos_ids_the_tokenizers_own_ends_a_text(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(checkpoint_path())
+    own = checkpoint.tokenizer.eos_token_id
+    checkpoint.model.get_base_model().generation_config.eos_token_id = [7, own]
+    file = tmp_path / "r.jsonl"
+    file.write_text("\n".join([json.dumps({"prompt": "a\u2028b", "responses": ["1", "2"], "rewards": [1, 0]})] * 2))
+    rollouts = read_rollouts(file, bind(checkpoint.model), checkpoint.tokenizer)
+    assert {int(rollouts.ids[i, n - 1]) for i, n in enumerate(rollouts.prompt_lens + rollouts.gen_lens)} == {own}
+
+
+def test_other_line_separators_inside_json_are_text(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text("\n".join([json.dumps({**GOOD, "gold": "a\u2028b\x85c"}, ensure_ascii=False)] * 2))
+    assert read_rollouts(file, tiny, None).num_prompts == 2
+
+
+@pytest.mark.parametrize("eos", ["x", [[1]], -1, [], True])
+def test_eos_ids_that_are_none(tmp_path: Path, eos: Any) -> None:
+    model = models.tiny_model("llama")
+    model.generation_config.eos_token_id = eos
+    file = models.random_rollouts(tmp_path / "r.jsonl", prompts=2, responses=2, seed=0)
+    with pytest.raises(MeasurementError, match="eos_token_id: is "):
+        read_rollouts(file, bind(model), None)
+
+
+def test_e_and_u_have_prompts_and_noise_of_their_own(tmp_path: Path) -> None:
+    bound = bind(models.tiny_model("llama"))
+    config = ProbeConfig.from_mapping({"batch": {"num_prompts": 3, "num_update_prompts": 4}})
+    e, u = draw_batches(bound, OneToken(), config, None, None, None, None)
+    assert (e.num_prompts, u.num_prompts) == (3, 4)
+    prompts = [{tuple(r.ids[i, :n].tolist()) for i, n in enumerate(r.prompt_lens.tolist())} for r in (e, u)]
+    assert not prompts[0] & prompts[1]
+    one = tmp_path / "p.jsonl"
+    one.write_text('{"prompt": "ab"}')
+    config = ProbeConfig.from_mapping(
+        {"batch": {"num_prompts": 3, "num_update_prompts": 3, "with_replacement": True, "seed": 5}}
+    )
+    e, u = draw_batches(bound, OneToken(), config, None, None, one, None)
+    assert e.missing_gold == 3
+    assert e.ids.shape != u.ids.shape or not torch.equal(e.ids, u.ids)
+
+
+def test_one_file_named_twice_is_one_batch(tmp_path: Path, tiny: Any) -> None:
+    file = models.random_rollouts(tmp_path / "r.jsonl", prompts=3, responses=2, seed=0)
+    e, u = draw_batches(tiny, None, ProbeConfig(), file, tmp_path / "." / "r.jsonl", None, None)
+    assert e is u
+
+
+def test_rows_that_the_model_cannot_hold(tmp_path: Path) -> None:
+    """GPT-2 has 64 positions: 64 tokens are scored, one more is an error with the number in it."""
+    bound = bind(models.tiny_model("gpt2"), torch.float64)
+    for length, works in ((62, True), (63, False)):
+        line = json.dumps({"prompt_ids": [5, 6], "response_ids": [[7] * length, [8]], "rewards": [1, 0]})
+        file = tmp_path / "r.jsonl"
+        file.write_text(line + "\n" + line)
+        rollouts = read_rollouts(file, bound, None)
+        if works:
+            score(bound, rollouts, ProbeConfig())
+            assert padding_invariance(bound, rollouts).worst < 1e-12
+        else:
+            with pytest.raises(MeasurementError, match="cannot score rows of 65 tokens"):
+                score(bound, rollouts, ProbeConfig())
+
+
+def test_logits_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
+    model = models.tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    file = models.random_rollouts(tmp_path / "r.jsonl", prompts=2, responses=2, seed=0)
+    with pytest.raises(MeasurementError, match="log-probabilities are not finite at θ"):
+        score(bind(model), read_rollouts(file, bind(model), None), ProbeConfig())
 
 
 def test_token_outside_the_nucleus_is_an_error(tmp_path: Path, tiny: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from entropy_probe.__main__ import main
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry, checksum
 from entropy_probe.report import write_atomically
-from entropy_probe.stages import continuity, update
+from entropy_probe.stages import continuity, slopes, update
 
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 
@@ -90,6 +92,63 @@ def test_blocks_of_single_prompts_are_exact(files: Files) -> None:
     assert same.entropy_change[-1].predicted_se > 0
 
 
+def test_two_batches_in_uneven_blocks_weight_prompts_equally(files: Files) -> None:
+    exact = files.run(precision=FLOAT64)
+    blocks = files.run(precision=FLOAT64, first_order={"mode": "block", "num_blocks": 4})
+    assert exact.two_batch is not None
+    assert blocks.two_batch is not None
+    assert blocks.two_batch.bars_dot == pytest.approx(exact.two_batch.bars_dot, rel=1e-10)
+    assert len(blocks.two_batch.projections) == 4
+    assert blocks.first_order.norm_x_sum == pytest.approx(exact.first_order.norm_x_sum, rel=1e-10)
+
+
+def test_a_model_without_forward_mode_gives_the_same_slopes(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some operations (grouped experts, custom functions) have none: differences in float64 take over."""
+    expected = files.run(precision=FLOAT64).update
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(slopes, "directional_derivatives", refuse)
+    got = files.run(precision=FLOAT64).update
+    for key in ("delta_h1_per_lr_naive", "delta_h1_per_lr_rb", "delta_h1_per_lr_rb_se"):
+        assert getattr(got, key) == pytest.approx(getattr(expected, key), rel=1e-8)
+    assert got.curvature == pytest.approx(expected.curvature, rel=1e-5)
+
+
+def test_a_trainable_parameter_without_state_is_an_error(files: Files) -> None:
+    checkpoint = load_checkpoint(files.checkpoint)
+    checkpoint.adam.popitem()
+    with pytest.raises(ProbeError, match="is trainable and has no Adam state"):
+        run_probe(checkpoint, None, files.e, files.u)
+
+
+def test_names_that_are_not_utf8(files: Files, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"ckpt-\xff")
+    odd.mkdir()
+    with pytest.raises(ProbeError, match=r"ckpt-\\xff: its name is not UTF-8.*rename the folder"):
+        run_probe(odd)
+    rollouts = Path(shutil.copy(files.e, tmp_path / os.fsdecode(b"e-\xff.jsonl")))
+    run_probe(files.checkpoint, None, rollouts, files.u).to_json(tmp_path / "r.json")
+    assert ProbeReport.from_json(tmp_path / "r.json").batch.source.endswith(r"e-\xff.jsonl")
+
+
+def test_names_with_brackets_colons_and_blanks(files: Files, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(files.checkpoint, tmp_path / "run [1] ::x"))
+    report = run_probe(odd, None, files.e, files.u, base_model=files.checkpoint.parent / "ckpt-base")
+    assert report.checkpoint.name == "run [1] ::x"
+
+
+def test_writing_follows_links_and_spares_devices(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_atomically(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+    write_atomically(Path("/dev/null"), "x")
+    assert Path("/dev/null").is_char_device()
+
+
 def test_memory_is_bounded_with_a_remedy(files: Files) -> None:
     with pytest.raises(ProbeError, match=r"first_order\.max_gradient_gib: per-unit gradients need .*mode: block"):
         files.run(first_order={"max_gradient_gib": 1e-6})
@@ -140,6 +199,7 @@ def test_zero_advantages_give_numbers_not_nan(files: Files, tmp_path: Path) -> N
     assert report.first_order.u_cross == 0.0
     assert report.first_order.se_plugin == 0.0
     assert math.isfinite(report.update.delta_h1_per_lr_rb)
+    assert (report.registry.x_coverage, report.registry.y_coverage) == (1.0, 0.0)
 
 
 def test_fresh_lora_is_explained(tmp_path: Path, files: Files) -> None:
@@ -165,8 +225,6 @@ def test_etas_are_accepted(files: Files) -> None:
 
 
 def test_missing_state_as_identity(files: Files, tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(files.checkpoint, tmp_path / "ckpt"))
     content = torch.load(folder / "optimizer.pt", weights_only=True)
     del content["state"][0]["exp_avg_sq"]
@@ -198,6 +256,17 @@ def test_learning_rate_and_its_source() -> None:
     assert (lr, source[:10]) == (3e-4, "initial_lr")
     lr, source = update.learning_rate({"a": state(0.0)}, None)
     assert (lr, source[:7]) == (1e-4, "default")
+    two = {"a": state(0.0, initial_lr=3e-4), "b": state(0.0, initial_lr=3e-5)}
+    assert update.learning_rate(two, None)[0] == 3e-4
+    assert update.lr_shares(two) == {"a": 1.0, "b": pytest.approx(0.1)}
+    assert update.lr_shares({"a": state(2e-4), "b": state(0.0, initial_lr=1.0)}) == {"a": 1.0, "b": 0.0}
+    assert update.lr_shares({"a": state(0.0)}) == {"a": 1.0}
+
+
+def test_preconditioner_carries_the_learning_rates_of_the_groups() -> None:
+    p = update.adam_preconditioner({"a": state(1e-3), "b": state(1e-4), "c": state(1e-4, step=0.0)})
+    assert float((p["b"] / p["a"])[0, 0]) == pytest.approx(0.1)
+    assert float(p["c"][0, 0]) == pytest.approx(0.1)
 
 
 def test_clipping_and_learning_rates_by_group_are_those_of_a_real_step() -> None:

@@ -34,7 +34,7 @@ class _Section(BaseModel):
 class GenerationSection(_Section):
     """How responses are sampled. `do_sample` is always true: a greedy response has no probability to weight."""
 
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     top_p: Probability = 1.0
     max_new_tokens: PositiveInt = 200
     do_sample: Only = True
@@ -81,7 +81,7 @@ class BatchConfig(_Section):
     num_prompts: Annotated[int, Field(ge=2)] = 16
     num_update_prompts: Annotated[int, Field(ge=2)] = 16
     dataset: str = "arithmetic"
-    split: str = "train"
+    split: Literal["train", "test"] = "train"
     with_replacement: bool = False
     seed: Seed = 0
 
@@ -98,7 +98,7 @@ class FirstOrderConfig(_Section):
 
 
 class TrueDeltaHConfig(_Section):
-    etas: Literal["auto"] | list[FiniteFloat] = "auto"
+    etas: Literal["auto"] | list[Annotated[float, Field(ge=-1e3, le=1e3)]] = "auto"
     clip_log_weight: PositiveFloat | None = None
     normalize: Literal["per_sequence"] = "per_sequence"
     min_ess_fraction: Probability = 0.5

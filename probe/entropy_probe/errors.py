@@ -6,6 +6,13 @@ key; the last part is an instruction. Nothing else is raised on purpose by this 
 
 from __future__ import annotations
 
+import os
+
+
+def printable(name: object) -> str:
+    """A path or name as text that every stream and JSON can hold: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
 
 class ProbeError(Exception):
     """`where: problem; remedy` on one line.
@@ -18,7 +25,7 @@ class ProbeError(Exception):
         self.where = str(where)
         self.problem = problem
         self.remedy = remedy
-        super().__init__(" ".join(f"{where}: {problem}; {remedy}".split()))
+        super().__init__(printable(" ".join(f"{where}: {problem}; {remedy}".split())))
 
     def __reduce__(self) -> tuple[type[ProbeError], tuple[str, str, str]]:
         return type(self), (self.where, self.problem, self.remedy)

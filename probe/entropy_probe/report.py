@@ -8,7 +8,6 @@ infinities are written as the strings "NaN", "Infinity", "-Infinity".
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,7 +126,11 @@ class UpdateSection(_Section):
 
 
 class EntropyChangeRow(_Section):
-    """The realised change at one η, by self-normalised importance sampling on the E batch."""
+    """The realised change at one η, by self-normalised importance sampling on the E batch.
+
+    `restricted`: the responses were sampled at top_p < 1, and the change is that of π restricted to the nucleus; the
+    slope of π's entropy predicts nothing about it.
+    """
 
     eta: float
     delta_h: float
@@ -139,8 +142,8 @@ class EntropyChangeRow(_Section):
     pareto_k: float | None
     clip_fraction: float
     restricted: bool
-    predicted: float
-    predicted_se: float
+    predicted: float | None
+    predicted_se: float | None
 
 
 class ContinuitySection(_Section):
@@ -192,10 +195,12 @@ class PreconditionerSection(_Section):
 
 
 class IntegritySection(_Section):
-    """The live module's checksum before and after the run, and the buffers that any mapping overrode."""
+    """The live module's checksum before and after the run, how many of the probe's own copies (float64) did not keep
+    theirs, and the buffers that any mapping overrode."""
 
     checksum_before: str
     checksum_after: str
+    copies_modified: int
     buffers_overridden: list[str]
 
 
@@ -253,16 +258,21 @@ class ProbeReport(_Section):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path`, then move it there."""
-    handle, temporary = -1, ""
+    """Write `text` to a temporary file beside `path`, then move it there.
+
+    A link is followed; what is not a regular file (a pipe, /dev/stdout) is written to directly.
+    """
+    temporary = None
     try:
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         raise ProbeError(path, f"cannot be written ({error.strerror})", "choose another path") from error

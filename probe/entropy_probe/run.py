@@ -13,11 +13,18 @@ import torch
 from entropy_probe import __version__, sections
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.model.precision import apply_global_precision, deterministic_algorithms, str_to_dtype, threads_for
+from entropy_probe.model.precision import (
+    apply_global_precision,
+    autocast_off,
+    deterministic_algorithms,
+    str_to_dtype,
+    threads_for,
+)
 from entropy_probe.model.quiet import quiet_transformers
-from entropy_probe.model.registry import checksum
+from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.rollouts import Rollouts
@@ -78,6 +85,11 @@ def prepare(
 ) -> Prepared:
     """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
     clock = _Clock(progress, {})
+    stateless = [name for name in Registry.of(checkpoint.model).trainable if name not in checkpoint.adam]
+    if stateless:
+        raise MeasurementError(
+            f"parameter {stateless[0]}", "is trainable and has no Adam state", "freeze it, or give its state in `adam`"
+        )
     with _numerics(checkpoint, config):
         with clock("integrity"):
             checksum_before = checksum(checkpoint.model)
@@ -102,7 +114,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             units_e = units_u
             if not same_batch:
                 units_e = gradients.unit_gradients(
-                    bound, e, scores_e, config, stage="gradients of E", progress=progress
+                    bound, e, scores_e, config, with_y=False, stage="gradients of E", progress=progress
                 )
         with clock("first order"):
             precond = update.adam_preconditioner(checkpoint.adam)
@@ -116,6 +128,8 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             )
         with clock("slopes"):
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
+            own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
+            copies = {model: checksum(model) for model in own_copies}
             along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config)
             cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
         with clock("entropy change"):
@@ -128,12 +142,13 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
             checksum_after = checksum(checkpoint.model)
+            copies_modified = sum(checksum(model) != before for model, before in copies.items())
     return r.ProbeReport(
         probe_version=__version__,
         checkpoint=sections.checkpoint_section(checkpoint, name),
         config=config.model_dump(mode="json"),
-        batch=sections.batch_section(e, same_batch),
-        update_batch=sections.batch_section(u, same_batch),
+        batch=sections.batch_section(e, same_batch, config.first_order),
+        update_batch=sections.batch_section(u, same_batch, config.first_order),
         entropy=sections.entropy_section(scores_e),
         first_order=first_order,
         two_batch=across,
@@ -147,6 +162,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         integrity=r.IntegritySection(
             checksum_before=prepared.checksum_before,
             checksum_after=checksum_after,
+            copies_modified=copies_modified,
             buffers_overridden=sorted((bound.overridden | float64.overridden) & bound.registry.buffer_names),
         ),
         verdicts=[],
@@ -159,6 +175,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
 def _numerics(checkpoint: Checkpoint, config: ProbeConfig) -> Iterator[int]:
     """Precision, determinism and threads as configured, transformers quiet; all put back. Yields the threads."""
     with (
+        autocast_off(),
         apply_global_precision(config.precision.allow_tf32, config.precision.matmul_precision),
         deterministic_algorithms(config.precision.deterministic_probe),
         quiet_transformers(),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from entropy_probe import report as r
+from entropy_probe.config import FirstOrderConfig
+from entropy_probe.errors import printable
 from entropy_probe.estimators import advantages, importance, two_batch, ustat
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.checkpoint import Checkpoint
@@ -24,8 +26,8 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
     info, adam = checkpoint.info, checkpoint.adam
     first = next(iter(adam.values()))
     return r.CheckpointSection(
-        name=name or info.path.name,
-        path=str(info.path),
+        name=printable(name or info.path.name),
+        path=printable(info.path),
         fingerprint=info.fingerprint,
         model_type=info.model_type,
         num_parameters=info.num_parameters,
@@ -45,15 +47,16 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
     )
 
 
-def batch_section(rollouts: Rollouts, same_batch: bool) -> r.BatchSection:
+def batch_section(rollouts: Rollouts, same_batch: bool, config: FirstOrderConfig) -> r.BatchSection:
+    advantage = gradients.response_advantages(rollouts, config)
     return r.BatchSection(
         num_prompts=rollouts.num_prompts,
         num_responses=rollouts.num_responses,
         num_tokens=int(rollouts.gen_lens.sum()),
-        source=rollouts.source,
+        source=printable(rollouts.source),
         same_batch=same_batch,
         mean_reward=float(rollouts.rewards.mean()),
-        zero_advantage_fraction=float(advantages.zero_advantage(rollouts.rewards).double().mean()),
+        zero_advantage_fraction=float(advantages.zero_advantage(advantage, rollouts.rewards).double().mean()),
         missing_gold=rollouts.missing_gold,
     )
 
@@ -75,7 +78,7 @@ def first_order_section(
     moments = ustat.cross_moments(matrix)
     statistic = ustat.u_statistic(moments, matrix)
     sums_x, sums_y = (
-        {n: moments.num_units * t.double().mean(0) for n, t in side.items()} for side in (units.x, units.y)
+        {n: (units.sizes.double()[:, None] * t.double()).sum(0) for n, t in side.items()} for side in (units.x, units.y)
     )
     return r.FirstOrderSection(
         mode=units.mode,
@@ -96,7 +99,7 @@ def first_order_section(
 def two_batch_section(
     e: gradients.UnitGradients, u: gradients.UnitGradients, precond: Mapping[str, Tensor], lr: float
 ) -> r.TwoBatchSection:
-    moments = two_batch.two_batch_moments(gradients.gram(e.x, u.y, precond))
+    moments = two_batch.two_batch_moments(gradients.gram(e.x, u.y, precond), e.sizes, u.sizes)
     return r.TwoBatchSection(
         bars_dot=moments.bars_dot,
         delta_h1=-lr * moments.bars_dot,
@@ -125,7 +128,9 @@ def update_section(direction: update.UpdateDirection, along: Slopes, cross: Prom
 
 
 def change_row(change: entropy_change.EntropyChange, slope: PromptMean, curvature: PromptMean) -> r.EntropyChangeRow:
-    predicted, predicted_se = entropy_change.predicted(change.eta, slope, curvature)
+    predicted, predicted_se = None, None
+    if not change.restricted:
+        predicted, predicted_se = entropy_change.predicted(change.eta, slope, curvature)
     return r.EntropyChangeRow(
         eta=change.eta,
         delta_h=change.naive.value,

@@ -23,8 +23,6 @@ def zero_step_change(report: ProbeReport) -> Finding:
     θ are stale.
     """
     row = _row(report, 0.0)
-    if row.restricted:
-        return not_applicable(_RESTRICTED)
     return at_most(largest(abs(row.delta_h), abs(row.delta_h_rb)), limit_for(report, "zero_step_change"))
 
 

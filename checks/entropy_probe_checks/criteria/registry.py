@@ -94,10 +94,10 @@ def buffers_overridden(report: ProbeReport) -> Finding:
 
 @Criterion
 def live_model_unmodified(report: ProbeReport) -> Finding:
-    """1 if the checksum of the live model changed during the run, else 0.
+    """Number of modules whose checksum changed during the run: the live model, and the probe's own copies of it.
 
-    A parameter, buffer, gradient or training flag of the live model is not what it was before the run: later numbers of
+    A parameter, buffer, gradient or training flag of the model is not what it was before the run: later numbers of
     this run do not belong to the checkpoint. Look for code that writes into the module in place.
     """
     changed = report.integrity.checksum_before != report.integrity.checksum_after
-    return at_most(float(changed), limit_for(report, "live_model_unmodified"))
+    return at_most(float(changed + report.integrity.copies_modified), limit_for(report, "live_model_unmodified"))

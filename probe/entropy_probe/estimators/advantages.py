@@ -36,16 +36,16 @@ def y_weights(
     `constant` A/max_new_tokens."""
     group = advantage.shape[1]
     if rule == "lmax":
-        divisor = lengths.amax(1, keepdim=True)
+        divisor = lengths.double().amax(1, keepdim=True)
     elif rule == "sequence_mean":
-        divisor = lengths
+        divisor = lengths.double()
     elif rule == "token_mean":
-        divisor = lengths.sum(1, keepdim=True) / group
+        divisor = lengths.double().sum(1, keepdim=True) / group
     else:
         divisor = max_new_tokens
     return advantage / divisor / group
 
 
-def zero_advantage(rewards: Float[Tensor, "B G"]) -> Bool[Tensor, " B"]:
-    """Prompts all of whose responses earned the same reward: they add nothing to the update."""
-    return (rewards == rewards[:, :1]).all(1)
+def zero_advantage(advantage: Float[Tensor, "B G"], rewards: Float[Tensor, "B G"]) -> Bool[Tensor, " B"]:
+    """Prompts that add nothing to the update: all advantages are zero, to the rounding of the mean reward."""
+    return (advantage.abs() <= 1e-12 * rewards.abs().amax(1, keepdim=True)).all(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -49,16 +48,22 @@ def cluster_se(influence: Float[Tensor, "B G"]) -> float:
     return math.sqrt(size_b / (size_b - 1) * float(influence.sum(1).square().sum())) / influence.numel()
 
 
-def entropy_change(before: Float[Tensor, "B G"], after: Float[Tensor, "B G"], weights: Float[Tensor, "B G"]) -> Change:
+def entropy_change(
+    before: Float[Tensor, "B G"],
+    after: Float[Tensor, "B G"],
+    weights_before: Float[Tensor, "B G"],
+    weights_after: Float[Tensor, "B G"],
+) -> Change:
     """ΔĤ of a payload f per response (−S for the naive estimate, R for Rao-Blackwell), in nats.
 
-        Ĥ⁺ = Σŵf⁺,   Ĥ = mean f,   φ = N·ŵ(f⁺ − Ĥ⁺) − (f − Ĥ)
+        Ĥ⁺ = Σŵ⁺f⁺,   Ĥ = Σŵf,   φ = N·ŵ⁺(f⁺ − Ĥ⁺) − N·ŵ(f − Ĥ)
 
-    With equal weights and f⁺ = f the value is exactly 0: both terms are then the same expression.
+    ŵ are the weights at θ: 1/N each at top_p = 1, where responses come from π itself. At top_p < 1 they are π/q
+    within the nucleus, so that both terms are of the same restricted policy. Equal arguments give exactly 0.
     """
-    uniform = torch.ones_like(weights) / weights.numel()
-    mean_after, mean_before = (weights * after).sum(), (uniform * before).sum()
-    influence = weights.numel() * weights * (after - mean_after) - (before - mean_before)
+    size = weights_before.numel()
+    mean_after, mean_before = (weights_after * after).sum(), (weights_before * before).sum()
+    influence = size * (weights_after * (after - mean_after) - weights_before * (before - mean_before))
     return Change(float(mean_after - mean_before), cluster_se(influence), influence)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -19,8 +19,10 @@ class TwoBatchMoments:
     total_se: float | None
 
 
-def two_batch_moments(gram: Float[Tensor, "E U"]) -> TwoBatchMoments:
-    """Moments of K_km = X_kᵀPY_m with k in E, m in U.
+def two_batch_moments(
+    gram: Float[Tensor, "E U"], sizes_e: Int[Tensor, " E"], sizes_u: Int[Tensor, " U"]
+) -> TwoBatchMoments:
+    """Moments of K_km = X_kᵀPY_m with k in E, m in U; a unit is a prompt, or a block weighted by its `sizes`.
 
         bars_dot = mean(K),  s_k = mean_m K_km,  t_m = mean_k K_km        (no diagonal to remove)
         Var(· | U) = s²(s_k)/B_E
@@ -31,7 +33,9 @@ def two_batch_moments(gram: Float[Tensor, "E U"]) -> TwoBatchMoments:
     """
     gram = gram.double()
     size_e, size_u = gram.shape
-    s, t, mean = gram.mean(1), gram.mean(0), gram.mean()
+    weights_e, weights_u = (sizes.double() / sizes.sum() for sizes in (sizes_e, sizes_u))
+    s, t = gram @ weights_u, weights_e @ gram
+    mean = weights_e @ s
     if size_e < 2 or size_u < 2:
         return TwoBatchMoments(float(mean), s, None, None)
     var_s = float(s.var()) / size_e

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from entropy_probe.errors import OverrideError
+from entropy_probe.errors import MeasurementError, OverrideError
 from entropy_probe.model.precision import forward_context, has_detached_norm
 from entropy_probe.model.registry import Registry, unwrap
 
@@ -72,9 +72,14 @@ class BoundModel:
         self._record(mapping)
         through_detach = true_derivative and not self.autograd_is_derivative
         context = forward_context(self.dtype, forward_mode=true_derivative, through_detach=through_detach)
-        with self._evaluating(), context:
-            arguments = self._arguments(ids, mask, keep)
-            output = torch.func.functional_call(self.module, mapping, (ids,), arguments)
+        try:
+            with self._evaluating(), context:
+                arguments = self._arguments(ids, mask, keep)
+                output = torch.func.functional_call(self.module, mapping, (ids,), arguments)
+        except IndexError as error:
+            raise MeasurementError(
+                "rollouts", f"the model cannot score rows of {ids.shape[1]} tokens ({error})", "give shorter ones"
+            ) from error
         return self._kept(output, keep)
 
     def direct_logits(self, ids: Int[Tensor, "N L"], *, keep: slice = slice(None)) -> Float[Tensor, "N K V"]:
@@ -131,6 +136,7 @@ class BoundModel:
 def bind(model: nn.Module, dtype: torch.dtype = torch.float32) -> BoundModel:
     """Bind the unwrapped model if it already is of `dtype`; else a copy of it, floating buffers included."""
     module = unwrap(model)
+    _refuse_unswappable(module)
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if floating == {dtype}:
         return BoundModel(Registry(module), dtype)
@@ -138,3 +144,23 @@ def bind(model: nn.Module, dtype: torch.dtype = torch.float32) -> BoundModel:
     for parameter in clone.parameters():
         parameter.grad = None
     return BoundModel(Registry(clone.to(dtype)), dtype)
+
+
+def _refuse_unswappable(module: nn.Module) -> None:
+    """Refuse a tied parameter inside a ParameterDict or ParameterList.
+
+    torch's `functional_call` swaps such a one in and does not put the original back (seen with peft's
+    `trainable_token_indices` on tied embeddings).
+    """
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    for tied in names_of.values():
+        for name in tied if len(tied) > 1 else ():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.ParameterDict | nn.ParameterList):
+                raise OverrideError(
+                    f"parameter {name}",
+                    f"is tied, in a {type(owner).__name__}: it cannot be replaced without changing the model",
+                    "untie the embeddings",
+                )

@@ -137,6 +137,16 @@ def has_detached_norm(module: nn.Module) -> bool:
 
 
 @contextmanager
+def autocast_off() -> Iterator[None]:
+    """Autocast off on every device type: for forwards, and for the backward passes that follow them."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextmanager
 def forward_context(dtype: torch.dtype, *, forward_mode: bool = False, through_detach: bool = False) -> Iterator[None]:
     """The one context of every forward: autocast off on every device type, true float64 where asked for.
 
@@ -144,9 +154,7 @@ def forward_context(dtype: torch.dtype, *, forward_mode: bool = False, through_d
     `through_detach`: `detach` is the identity.
     """
     with ExitStack() as stack:
-        for device_type in ("cpu", "cuda", "xpu", "mps"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(autocast_off())
         if forward_mode:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if through_detach:

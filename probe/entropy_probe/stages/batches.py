@@ -25,6 +25,12 @@ def draw_batches(
     """E and U. Sampled batches have disjoint prompts and seeds of their own; one file alone serves as both."""
     batch = config.batch
     file_e = None if rollouts is None else read_rollouts(rollouts, bound, tokenizer)
+    if (
+        rollouts is not None
+        and update_rollouts is not None
+        and Path(rollouts).resolve() == Path(update_rollouts).resolve()
+    ):
+        update_rollouts = None  # one file for both is one batch, whichever way it is said
     file_u = None if update_rollouts is None else read_rollouts(update_rollouts, bound, tokenizer)
     if file_e is not None:
         return file_e, file_u if file_u is not None else file_e

@@ -10,7 +10,8 @@ from torch import Tensor
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.gradients import UnitGradients
 
-FRESH_LORA = "its lora_B is zero: the adapter has not learned anything yet, so lora_A has no gradient"
+FRESH_LORA = "its partner is zero: the adapter has not learned anything yet, so this factor has no gradient"
+_PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_B", "lora_embedding_A"))
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def gradient_coverage(registry: Registry, units: UnitGradients) -> Coverage:
     trainable = registry.trainable
     reached_x, reached_y = ({n for n, t in side.items() if bool(t.count_nonzero())} for side in (units.x, units.y))
     uncovered = [name for name in trainable if name not in reached_x or name not in reached_y]
-    explained = {name: FRESH_LORA for name in uncovered if _lora_b_is_zero(name, registry.parameters)}
+    explained = {name: FRESH_LORA for name in uncovered if _partner_is_zero(name, registry.parameters)}
     return Coverage(
         num_tensors=len(trainable),
         num_parameters=sum(p.numel() for p in trainable.values()),
@@ -41,6 +42,10 @@ def gradient_coverage(registry: Registry, units: UnitGradients) -> Coverage:
     )
 
 
-def _lora_b_is_zero(name: str, parameters: Mapping[str, Tensor]) -> bool:
-    partner = parameters.get(name.replace("lora_A", "lora_B")) if "lora_A" in name else None
-    return partner is not None and not bool(partner.detach().count_nonzero())
+def _partner_is_zero(name: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the other factor of a low-rank product, which multiplies this one's gradient, is still at zero."""
+    for factor, other in _PARTNERS:
+        partner = parameters.get(name.replace(factor, other)) if factor in name else None
+        if partner is not None and not bool(partner.detach().count_nonzero()):
+            return True
+    return False

@@ -42,10 +42,11 @@ def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeCon
     """log w = S(θ⁺) − log q, then ΔĤ of −S and of R."""
     log_weights = scores_after.seq_logp - scores.seq_logq
     weights = importance.snis_weights(log_weights, config.true_delta_h.clip_log_weight)
+    weights_before = importance.snis_weights(scores.seq_logp - scores.seq_logq).normalised
     return EntropyChange(
         eta=eta,
-        naive=importance.entropy_change(-scores.seq_logp, -scores_after.seq_logp, weights.normalised),
-        rb=importance.entropy_change(scores.rb_sum, scores_after.rb_sum, weights.normalised),
+        naive=importance.entropy_change(-scores.seq_logp, -scores_after.seq_logp, weights_before, weights.normalised),
+        rb=importance.entropy_change(scores.rb_sum, scores_after.rb_sum, weights_before, weights.normalised),
         ess=weights.ess,
         ess_fraction=weights.ess / log_weights.numel(),
         pareto_k=importance.pareto_k(log_weights, weights.ess),

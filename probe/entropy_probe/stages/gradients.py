@@ -44,6 +44,7 @@ def unit_gradients(
     scores: Scores,
     config: ProbeConfig,
     *,
+    with_y: bool = True,
     stage: str = "gradients",
     progress: Progress | None = None,
 ) -> UnitGradients:
@@ -51,19 +52,21 @@ def unit_gradients(
 
     c = (S − S̄_{−g})/G and a = A/(Lmax·G) (or as `loss` says) are constants of the derivative, taken from `scores`.
     Where the module detaches a part of itself (DoRA), X is the true derivative and Y the module's own autograd, because
-    that is what the trainer's step uses; elsewhere both come from one forward.
+    that is what the trainer's step uses; elsewhere both come from one forward. Without `with_y` only X.
     """
     first_order = config.first_order
     size_b = rollouts.num_prompts
     num_units = size_b if first_order.mode == "exact" else min(first_order.num_blocks, size_b)
     parameters = bound.registry.trainable
-    _require_memory(2 * num_units * sum(p.numel() for p in parameters.values()), bound, first_order)
+    # X and Y of the U batch are held together with X of the E batch
+    _require_memory(3 * num_units * sum(p.numel() for p in parameters.values()), bound, first_order)
     weights_x = x_weights(scores.seq_logp)
     weights_y = y_weights(
         response_advantages(rollouts, first_order), scores.gen_lens, first_order.loss, config.generation.max_new_tokens
     )
     names, tensors = list(parameters), list(parameters.values())
-    x, y = ({n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()} for _ in range(2))
+    x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
+    y = {n: torch.zeros_like(value) for n, value in x.items()} if with_y else {}
     unit_of = torch.arange(size_b) * num_units // size_b
     sizes = torch.bincount(unit_of, minlength=num_units)
 
@@ -82,7 +85,8 @@ def unit_gradients(
             seq_logp = score_rows(bound, rollouts, rows, config).logp.double().sum(-1)
             if not seq_logp.requires_grad:
                 raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
-            add(y, unit, (a * seq_logp).sum(), again=bound.autograd_is_derivative)
+            if with_y:
+                add(y, unit, (a * seq_logp).sum(), again=bound.autograd_is_derivative)
             if not bound.autograd_is_derivative:
                 seq_logp = score_rows(bound, rollouts, rows, config, true_derivative=True).logp.double().sum(-1)
             add(x, unit, (c * seq_logp).sum(), again=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,9 @@ def padding_invariance(float64: BoundModel, rollouts: Rollouts) -> WorstDifferen
     chosen = order[torch.linspace(0, len(order) - 1, min(_ROWS, len(order))).long()].tolist()
     rows = [rollouts.ids[i, : totals[i]].tolist() for i in chosen]
     alone = [_token_logp(float64, torch.tensor([row]), None)[0] for row in rows]
-    width = max(map(len, rows)) + 3
+    longest = max(map(len, rows))
+    model_limit = getattr(getattr(float64.language_model, "config", None), "max_position_embeddings", None)
+    width = max(longest, min(longest + 3, model_limit or longest + 3))
     right = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         right[i, : len(row)] = torch.tensor(row)
@@ -49,7 +52,7 @@ def padding_invariance(float64: BoundModel, rollouts: Rollouts) -> WorstDifferen
     for side, scored in padded.items():
         for i, (scores, reference) in enumerate(zip(scored, alone, strict=True)):
             difference = float((scores - reference).abs().max())
-            if not difference <= worst:
+            if difference > worst or (math.isnan(difference) and not math.isnan(worst)):
                 worst, example = difference, f"row {chosen[i]} of {len(rows[i])} tokens, {side}"
     scale = max(float(reference.abs().max()) for reference in alone)
     # Summing L float64 terms in another order moves a logit by at most L·eps of their size, per layer; depth × 8

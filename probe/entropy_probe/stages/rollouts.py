@@ -10,7 +10,6 @@ One prompt a line, the same number G of responses on every line:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.tasks import Prompt, tag_pref
 
 Progress = Callable[[str, int, int], None]
+_LARGEST_NUMBER = 1e30  # a reward beyond it is a mistake, and its square would not be finite in float32
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,12 @@ def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
     """EOS ids of generation_config, else of the model's config, else of the tokenizer."""
     for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
         eos = getattr(holder, "eos_token_id", None)
-        if eos is not None:
-            return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+        if eos is None:
+            continue
+        ids = list(eos) if isinstance(eos, list | tuple) else [eos]
+        if not ids or any(type(e) is not int or e < 0 for e in ids):
+            raise MeasurementError("eos_token_id", f"is {eos!r}"[:120], "give token ids in generation_config.json")
+        return ids
     return []
 
 
@@ -114,7 +118,7 @@ def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) ->
     model: Any = bound.language_model
     reader = _LineReader(int(model.get_input_embeddings().weight.shape[0]), eos_ids(model, tokenizer), tokenizer)
     lines: list[_Line] = []
-    for number, content in enumerate(text.splitlines(), start=1):
+    for number, content in enumerate(text.split("\n"), start=1):  # JSON may hold other line separators
         if not content.strip():
             continue
         where = f"{path}:{number}"
@@ -153,6 +157,7 @@ class _LineReader:
             prompt, responses = self._tokenise(row, where)
         if len(responses) < 2:
             raise RolloutsError(where, f"has {len(responses)} responses, expected at least 2", "give 2 or more")
+        self._check_logprobs(row, responses, where)
         return _Line(
             prompt,
             responses,
@@ -161,7 +166,7 @@ class _LineReader:
         )
 
     def _tokenise(self, row: dict[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
-        if not isinstance(row.get("prompt"), str):
+        if not isinstance(row.get("prompt"), str) or not _encodable(row["prompt"]):
             raise RolloutsError(where, "has neither `prompt_ids` nor a text under `prompt`", "give one of them")
         if self.tokenizer is None:
             raise RolloutsError(
@@ -173,11 +178,12 @@ class _LineReader:
             raise RolloutsError(where, f"`truncated` is {truncated!r}"[:120], "give one true or false per response")
         responses = []
         for text, is_truncated in zip(texts, truncated, strict=True):
-            if not isinstance(text, str):
-                raise RolloutsError(where, f"a response is {text!r}"[:120], "give texts")
+            if not isinstance(text, str) or not _encodable(text):
+                raise RolloutsError(where, f"a response is {text!a}"[:120], "give texts")
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             if not is_truncated and self.eos and (not ids or ids[-1] not in self.eos):
-                ids.append(self.eos[0])
+                own = self.tokenizer.eos_token_id
+                ids.append(own if own in self.eos else self.eos[0])
             responses.append(self._ids(ids, "responses", where))
         return self._ids(list(self.tokenizer(row["prompt"]).input_ids), "prompt", where), responses
 
@@ -189,7 +195,7 @@ class _LineReader:
                 raise RolloutsError(
                     where, f"`{key}` holds {token!r}"[:120], f"give token ids from 0 to {self.vocabulary - 1}"
                 )
-        if key == "response_ids":
+        if key in ("response_ids", "responses"):
             early = next((i for i, token in enumerate(value[:-1]) if token in self.eos), None)
             if early is not None:
                 raise RolloutsError(where, f"`{key}` goes on after the EOS at {early}", "end each response at its EOS")
@@ -205,9 +211,25 @@ class _LineReader:
         if len(values) != count:
             raise RolloutsError(where, f"`{key}` has {len(values)} entries for {count} responses", "give one for each")
         for value in values:
-            if type(value) not in (int, float) or not math.isfinite(value):
+            if type(value) not in (int, float) or not abs(value) <= _LARGEST_NUMBER:
                 raise RolloutsError(where, f"`{key}` holds {value!r}"[:120], "give finite numbers")
         return [float(value) for value in values]
+
+    def _check_logprobs(self, row: dict[str, Any], responses: list[list[int]], where: str) -> None:
+        """`logprobs`, where given, has one number per token of every response."""
+        if row.get("logprobs") is None:
+            return
+        lists = self._list(row, "logprobs", where)
+        lengths = [len(entry) if isinstance(entry, list) else None for entry in lists]
+        if lengths != [len(response) for response in responses]:
+            raise RolloutsError(where, f"`logprobs` has {lengths} numbers"[:120], "give one per token of each response")
+        for entry in lists:
+            self._numbers({"logprobs": entry}, "logprobs", len(entry), where)
+
+
+def _encodable(text: str) -> bool:
+    """False for a lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 def sample_rollouts(

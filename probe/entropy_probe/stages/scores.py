@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import RolloutsError
+from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.policy import TokenScores, score_tokens
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.precision import maybe_cast_logits_fp32
@@ -88,6 +88,14 @@ def score(
         scored = score_rows(bound, rollouts, rows, config, override=override)
         for whole, part in ((logp, scored.logp), (logq, scored.logq), (entropy, scored.entropy)):
             whole[rows, : part.shape[1]] = part.double().cpu()
+    finite = torch.isfinite(logp) & torch.isfinite(entropy)
+    if not bool(finite.all()):
+        row = int((~finite).any(1).nonzero()[0])
+        raise MeasurementError(
+            f"{rollouts.source}: prompt {row // rollouts.num_responses + 1}",
+            f"the model's log-probabilities are not finite {'at θ' if override is None else 'at θ + ηv'}",
+            "use an earlier checkpoint" if override is None else "give smaller true_delta_h.etas",
+        )
     if override is None and torch.isneginf(logq).any():
         row = int(torch.isneginf(logq).any(1).nonzero()[0])
         raise RolloutsError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients import UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
-from entropy_probe.stages.scores import Scores, batches_by_length, score_rows
+from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
 from entropy_probe.stages.update import UpdateDirection, norm
 
 # Largest change of a response's log-probability along the stencil. The five-point rule then errs by about
@@ -45,7 +46,10 @@ class Derivatives:
 def directional_derivatives(
     bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], config: ProbeConfig, eta: float = 0.0
 ) -> Derivatives:
-    """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function."""
+    """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function.
+
+    Raises `NotImplementedError` where an operation of the model has no forward-mode derivative.
+    """
     shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
     d_logp, d_entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
@@ -63,17 +67,40 @@ def directional_derivatives(
     return Derivatives(rollouts.per_prompt(d_logp), rollouts.per_prompt(d_entropy))
 
 
+_STENCIL = (-2, -1, 1, 2)
+
+
+def _stencil_step(fastest: float, v: Mapping[str, Tensor]) -> float:
+    """h with fastest·h = 1e-3, where `fastest` is the largest |D_vS| of a response."""
+    return _STENCIL_CHANGE / fastest if fastest > 0 else _STENCIL_CHANGE / max(norm(v), 1.0)
+
+
+def _stencil_derivative(values: Mapping[int, Tensor], h: float) -> Tensor:
+    """[8(f(h) − f(−h)) − (f(2h) − f(−2h))]/(12h), from f at the multiples of h in `_STENCIL`."""
+    return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+
+
+def _derivatives_by_difference(
+    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], config: ProbeConfig, h: float, eta: float
+) -> Derivatives:
+    """D_v log p and D_v H_t at θ + ηv as five-point differences of scores in true float64."""
+    at = {}
+    for k in _STENCIL:
+        override = theta_plus_eta_v(float64.registry, v, eta + k * h, float64.dtype)
+        at[k] = score(float64, rollouts, config, override)
+    return Derivatives(
+        _stencil_derivative({k: s.token_logp for k, s in at.items()}, h),
+        _stencil_derivative({k: s.rb_entropy for k, s in at.items()}, h),
+    )
+
+
 @dataclass(frozen=True)
 class Slopes:
-    """Slope of the entropy along v (naive and Rao-Blackwell) and curvature, per prompt of the E batch.
-
-    `derivatives` are those at θ in the configured precision.
-    """
+    """Slope of the entropy along v (naive and Rao-Blackwell) and curvature, per prompt of the E batch."""
 
     naive: PromptMean
     rb: PromptMean
     curvature: PromptMean
-    derivatives: Derivatives
 
 
 def slopes_along(
@@ -88,15 +115,24 @@ def slopes_along(
 
         D²_v f ≈ [8(D_vf(h) − D_vf(−h)) − (D_vf(2h) − D_vf(−2h))]/(12h)
 
-    with h such that no response's log-probability moves by more than 1e-3.
+    with h such that no response's log-probability moves by more than 1e-3. Where an operation of the model has no
+    forward-mode derivative, D_v itself is such a difference of scores in float64.
     """
-    at_theta = directional_derivatives(bound, rollouts, v, config)
-    fastest = float(at_theta.d_seq_logp.abs().max())
-    h = _STENCIL_CHANGE / fastest if fastest > 0 else _STENCIL_CHANGE / max(norm(v), 1.0)
-    at = {k: directional_derivatives(float64, rollouts, v, config, eta=k * h) for k in (-2, -1, 1, 2)}
+    try:
+        at_theta = directional_derivatives(bound, rollouts, v, config)
+        derivatives = partial(directional_derivatives, float64, rollouts, v, config)
+    except NotImplementedError:
+        trial = 1e-7 / max(norm(v), 1.0)
+        moved = score(float64, rollouts, config, theta_plus_eta_v(float64.registry, v, trial, float64.dtype))
+        still = score(float64, rollouts, config)
+        step = _stencil_step(float((moved.seq_logp - still.seq_logp).abs().max()) / trial, v)
+        derivatives = partial(_derivatives_by_difference, float64, rollouts, v, config, step)
+        at_theta = derivatives(0.0)
+    h = _stencil_step(float(at_theta.d_seq_logp.abs().max()), v)
+    at = {k: derivatives(k * h) for k in _STENCIL}
 
     def second(values: dict[int, Tensor]) -> Tensor:
-        return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+        return _stencil_derivative(values, h)
 
     return Slopes(
         naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
@@ -108,7 +144,6 @@ def slopes_along(
             second({k: d.d_seq_logp for k, d in at.items()}),
             second({k: d.d_rb_sum for k, d in at.items()}),
         ),
-        derivatives=at_theta,
     )
 
 

@@ -50,15 +50,27 @@ def learning_rate(adam: Mapping[str, AdamState], configured: float | None) -> tu
     return _DEFAULT_LR, f"default {_DEFAULT_LR:g}: the optimizer's lr is 0 and it has no initial_lr"
 
 
+def _lr(state: AdamState, *, ended: bool) -> float:
+    return (state.initial_lr or 0.0) if ended else state.lr
+
+
+def lr_shares(adam: Mapping[str, AdamState]) -> dict[str, float]:
+    """Each parameter's lr over the largest one; `initial_lr` where the scheduler has ended; 1 without any."""
+    ended = all(state.lr == 0 for state in adam.values())
+    largest = max((_lr(state, ended=ended) for state in adam.values()), default=0.0)
+    return {name: _lr(state, ended=ended) / largest if largest > 0 else 1.0 for name, state in adam.items()}
+
+
 def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
-    """P by name in float64; 1 where a parameter has no state (`missing_state: identity`)."""
-    precond = {}
+    """P by name in float64, scaled like v where groups have different learning rates, so that −lr·X̄ᵀPȲ is the effect
+    of each group's own; 1 where a parameter has no state (`missing_state: identity`)."""
+    precond, shares = {}, lr_shares(adam)
     for name, state in adam.items():
         if state.step == 0:
-            precond[name] = torch.ones_like(state.exp_avg_sq, dtype=torch.float64)
+            precond[name] = torch.full_like(state.exp_avg_sq, shares[name], dtype=torch.float64)
         else:
             second = state.max_exp_avg_sq if state.amsgrad and state.max_exp_avg_sq is not None else state.exp_avg_sq
-            precond[name] = preconditioner(second, state.step, state.betas[1], state.eps)
+            precond[name] = shares[name] * preconditioner(second, state.step, state.betas[1], state.eps)
     return precond
 
 
@@ -74,11 +86,11 @@ def compute_update_vector_adamw(
     registry.require_trainable(adam)
     grad_norm = norm({name: ascent[name] for name in adam})
     clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))
-    largest_lr = max((state.lr for state in adam.values()), default=0.0)
     v, v0, diagonal = {}, {}, {}
+    shares = lr_shares(adam)
     for name, state in adam.items():
         parameter = registry.parameters[name].detach().cpu()
-        share = state.lr / largest_lr if largest_lr > 0 else 1.0
+        share = shares[name]
         y = clip * ascent[name].double().reshape(parameter.shape).cpu()
         hyper = AdamHyper(
             lr=state.lr,

@@ -16,9 +16,9 @@ import torch
 import transformers
 from torch import nn
 
-from entropy_probe.errors import CheckpointError, ConfigError
+from entropy_probe.errors import CheckpointError, ConfigError, printable
 from entropy_probe.model.checkpoint import adapter, optimizer, pretrained
-from entropy_probe.model.checkpoint.files import fingerprint, load_pickle, read_json, weight_files
+from entropy_probe.model.checkpoint.files import fingerprint, load_pickle, read_json, reason, weight_files
 from entropy_probe.model.checkpoint.optimizer import AdamState
 
 __all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "load_checkpoint"]
@@ -71,6 +71,8 @@ def load_checkpoint(
     if not folder.is_dir():
         got = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(folder, f"{got}, expected a checkpoint folder", "give the folder that the trainer wrote")
+    if printable(folder) != str(folder):
+        raise CheckpointError(folder, "its name is not UTF-8, which safetensors cannot open", "rename the folder")
     base = Path(base_model).expanduser() if base_model is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers and peft; what matters is checked and raised
@@ -123,11 +125,12 @@ def _find_optimizer(folder: Path) -> Path:
 def _usable_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:100]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"device {device!r}", f"cannot be used ({reason})", "choose another --probe-device"
+            f"device {device!r}", f"cannot be used ({reason(error)})", "choose another --probe-device"
         ) from error
     return chosen
 
@@ -145,8 +148,9 @@ def _load_tokenizer(folder: Path) -> Any | None:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare `Exception`
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise CheckpointError(folder, f"its tokenizer cannot be loaded ({reason})", "restore tokenizer.json") from error
+        raise CheckpointError(
+            folder, f"its tokenizer cannot be loaded ({reason(error)})", "restore tokenizer.json"
+        ) from error
     if len(tokenizer) < 2 or not tokenizer("a 1", add_special_tokens=False).input_ids:
         raise CheckpointError(folder, f"its tokenizer is empty ({len(tokenizer)} tokens)", "restore tokenizer.json")
     return tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import read_json, read_tensors
+from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason
 from entropy_probe.model.checkpoint.pretrained import load_full_model
 
 _HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
@@ -31,10 +31,13 @@ def find_base_model(folder: Path, base_model: Path | None) -> Path:
     places = [Path.cwd(), folder, *folder.parents]
     for place in places:
         candidate = place / named  # an absolute `named` replaces `place`
-        if (candidate / "config.json").is_file():
-            return candidate
+        try:
+            if (candidate / "config.json").is_file():
+                return candidate
+        except OSError:  # a name that no file system holds
+            break
     raise CheckpointError(
-        config_path, f"the base model {named!r} is not on disk, and nothing is downloaded", _HOW_TO_NAME_A_BASE
+        config_path, f"the base model {named[:120]!r} is not on disk, and nothing is downloaded", _HOW_TO_NAME_A_BASE
     )
 
 
@@ -52,13 +55,12 @@ def load_adapter(folder: Path, base: Path) -> nn.Module:
     base_model: Any = load_full_model(base)
     try:
         model = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:160]
+    except Exception as error:  # whatever a damaged configuration makes peft raise
         raise CheckpointError(
-            weights_path, f"does not fit the base model {base} ({reason})", _HOW_TO_NAME_A_BASE
+            weights_path, f"does not fit the base model {base} ({reason(error)})", _HOW_TO_NAME_A_BASE
         ) from error
-    model.float()  # modules_to_save stay in the base's dtype otherwise
+    # modules_to_save stay in the dtype of the base's file otherwise
+    model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     _require_same(stored, adapter, model.state_dict(), weights_path)
     return model.eval()

@@ -43,13 +43,18 @@ def load_pickle(path: Path) -> Any:
             "holds more than tensors and plain values, and was not executed",
             "save the optimizer's state_dict alone",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever a damaged file makes the unpickler raise
         raise _broken(path, error) from error
 
 
 def _broken(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return CheckpointError(path, f"cannot be read ({reason})", "copy it again: it is truncated or not a torch file")
+    return CheckpointError(path, f"cannot be read ({reason(error)})", "copy it again: it is truncated or no torch file")
+
+
+def reason(error: Exception) -> str:
+    """What a library's exception says, in at most 160 characters of one line; a heading that ends in `:` is skipped."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:160]
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:

@@ -8,6 +8,7 @@ exactly one assignment must fit. What cannot be mapped for sure is an error, nev
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from entropy_probe.errors import CheckpointError
 
 _NORM_OR_BIAS = [re.compile(p) for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")]
+_NOT_ADAM = {"momentum_decay": "NAdam", "momentum": "SGD or RMSprop", "lr_decay": "Adagrad", "rho": "Adadelta"}
 MissingState = Literal["raise", "identity"]
+_USE_ADAM = "use a checkpoint of Adam or AdamW"
 _IDENTITY = "set first_order.missing_state: identity to take P = 1 there"
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
 _DDP = re.compile(r"^module\.")
@@ -79,6 +82,8 @@ def map_adam_state(
     for group, group_keys in zip(groups, keys, strict=True):
         for key in group_keys:
             name = names[key]
+            if not state.get(key) and not parameters[name].requires_grad:
+                continue  # a frozen parameter that was handed to the optimizer and never stepped
             if name in mapped:
                 raise CheckpointError(path, f"{name} stands in it twice", "save the optimizer's state_dict again")
             mapped[name] = _adam_state(name, state.get(key), group, parameters[name], path, missing_state)
@@ -86,9 +91,15 @@ def map_adam_state(
 
 
 def _group_keys(group: Any, path: Path) -> list[int | str]:
-    if not isinstance(group, dict) or not isinstance(group.get("params"), list | tuple):
-        raise CheckpointError(path, "has a param_group without `params`", "save optimizer.state_dict()")
-    return list(group["params"])
+    params = group.get("params") if isinstance(group, dict) else None
+    if not isinstance(params, list | tuple) or any(type(key) not in (int, str) for key in params):
+        raise CheckpointError(path, "has a param_group without a list of `params`", "save optimizer.state_dict()")
+    for key, variant in _NOT_ADAM.items():
+        if key in group:
+            raise CheckpointError(path, f"its groups have `{key}`: it is {variant}", _USE_ADAM)
+    if "foreach" in group and "amsgrad" not in group:
+        raise CheckpointError(path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM)
+    return list(params)
 
 
 def _names_of(
@@ -197,7 +208,7 @@ def _adam_state(
             raise CheckpointError(
                 path,
                 f"{name} has no `{moment}`, only {', '.join(sorted(map(str, entry)))}",
-                f"use a checkpoint of Adam or AdamW, or {_IDENTITY}",
+                f"{_USE_ADAM}, or {_IDENTITY}",
             )
     if group.get("amsgrad") and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
         raise CheckpointError(path, f"{name} has no `max_exp_avg_sq` under amsgrad", "save the optimizer again")
@@ -206,6 +217,10 @@ def _adam_state(
         tensor = entry.get(moment)
         if tensor is None:
             continue
+        if tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+            raise CheckpointError(
+                path, f"{name}: `{moment}` is a {tensor.layout} tensor of {tensor.dtype}", "save dense floating moments"
+            )
         if tensor.shape != parameter.shape:
             raise CheckpointError(
                 path,
@@ -223,16 +238,25 @@ def _adam_state(
         raise CheckpointError(path, f"{name}: `step` is {step:g}", "save it after at least one step")
     betas = group.get("betas")
     if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise CheckpointError(path, f"`betas` is {betas!r}", "use a checkpoint of Adam or AdamW")
+        raise CheckpointError(path, f"`betas` is {betas!r}", _USE_ADAM)
+    beta1, beta2 = (_number(beta, "`betas`", path) for beta in betas)
+    eps, lr = _number(group.get("eps"), "`eps`", path), _number(group.get("lr"), "`lr`", path)
+    for what, value, valid in (
+        ("`betas`", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
+        ("`eps`", eps, eps >= 0),
+        ("`lr`", lr, lr >= 0),
+    ):
+        if not valid:
+            raise CheckpointError(path, f"{what} is {value}", _USE_ADAM)
     initial_lr = group.get("initial_lr")
     return AdamState(
         exp_avg=moments["exp_avg"],
         exp_avg_sq=moments["exp_avg_sq"],
         max_exp_avg_sq=moments.get("max_exp_avg_sq"),
         step=step,
-        lr=_number(group.get("lr"), "`lr`", path),
-        betas=(_number(betas[0], "`betas`", path), _number(betas[1], "`betas`", path)),
-        eps=_number(group.get("eps"), "`eps`", path),
+        lr=lr,
+        betas=(beta1, beta2),
+        eps=eps,
         weight_decay=_number(group.get("weight_decay", 0.0), "`weight_decay`", path),
         initial_lr=None if initial_lr is None else _number(initial_lr, "`initial_lr`", path),
         # torch's Adam and AdamW share a class since 2.8 and say which they are; older files come from AdamW.
@@ -246,6 +270,6 @@ def _number(value: Any, what: str, path: Path) -> float:
     """A finite number from an int, a float, or a tensor with one element."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
-        raise CheckpointError(path, f"{what} is {value!r}, expected a finite number", "save optimizer.state_dict()")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(path, f"{what} is {value!r}"[:120] + ", expected a number", "save optimizer.state_dict()")
     return float(value)

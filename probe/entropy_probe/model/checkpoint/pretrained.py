@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, weight_files
+from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, weight_files
 from entropy_probe.model.quiet import quiet_transformers
 
 
@@ -23,28 +23,35 @@ def load_full_model(folder: Path) -> nn.Module:
             "asks for remote code (`auto_map`), which is never run",
             "use a model type of transformers",
         )
-    if config.get("model_type") not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+    if "quantization_config" in config:
+        raise CheckpointError(folder / "config.json", "is quantised", "give the weights in floating point")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in known:
         raise CheckpointError(
             folder / "config.json",
             f"model_type is {config.get('model_type')!r}, unknown to transformers {transformers.__version__}",
             "install a version that knows it",
         )
     files = weight_files(folder, "model")
-    stored = {name: path for path in files for name, path in dict.fromkeys(read_tensors(path), path).items()}
+    stored: dict[str, Path] = {}
+    dtypes: set[torch.dtype] = {torch.float32}
+    for path in files:
+        tensors = read_tensors(path)
+        stored |= dict.fromkeys(tensors, path)
+        dtypes |= {tensor.dtype for tensor in tensors.values()}
     try:
         with quiet_transformers():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=torch.float32,
+                dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
         raise CheckpointError(
-            folder, f"transformers cannot load it ({reason})", "restore config.json and weights"
+            folder, f"transformers cannot load it ({reason(error)})", "restore config.json and weights"
         ) from error
     model, info = loaded
     _refuse_gaps(info, files, stored)

@@ -1,0 +1,181 @@
+"""Planted faults: each turns the criterion red that is there for it, and leaves the others as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import models
+from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
+from entropy_probe.model import forward, precision
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages import continuity, entropy_change, scores
+from entropy_probe_checks.criteria import CRITERIA
+
+
+class Subject:
+    """A tiny checkpoint, its batches, and the failing criteria of a run on it."""
+
+    def __init__(self, folder: Path, architecture: str) -> None:
+        self.checkpoint = models.full_checkpoint(folder / "ckpt", architecture, lr=1e-5)
+        self.e = models.random_rollouts(folder / "e.jsonl", prompts=5, responses=3, seed=1)
+        self.u = models.random_rollouts(folder / "u.jsonl", prompts=6, responses=3, seed=2)
+
+    def run(self, **config: Any) -> ProbeReport:
+        return run_probe(self.checkpoint, ProbeConfig.from_mapping(config), self.e, self.u)
+
+    def red(self, **config: Any) -> set[str]:
+        report = self.run(**config)
+        return {name for name, criterion in CRITERIA.items() if criterion(report).status == "fail"}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject(tmp_path_factory.mktemp("faults"), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject(tmp_path_factory.mktemp("faults-llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject(tmp_path_factory.mktemp("faults-gpt2"), "gpt2")
+
+
+def test_without_a_fault_nothing_is_red(subject: Subject) -> None:
+    assert subject.red() == set()
+
+
+def test_mapping_that_is_not_theta_at_zero(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = continuity.theta_plus_eta_v
+    monkeypatch.setattr(continuity, "theta_plus_eta_v", lambda *a: {n: t * (1 + 1e-6) for n, t in original(*a).items()})
+    assert "zero_check" in subject.red()
+
+
+def test_dropout_left_on(gpt2: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundModel, "_evaluating", lambda self: contextlib.nullcontext())
+    checkpoint = load_checkpoint(gpt2.checkpoint)
+    checkpoint.model.train()
+    report = run_probe(checkpoint, ProbeConfig.from_mapping({}), gpt2.e, gpt2.u)
+    assert {name for name in ("zero_check", "zero_step_change") if CRITERIA[name](report).status == "fail"} == {
+        "zero_check",
+        "zero_step_change",
+    }
+
+
+def test_float32_islands_in_float64(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        precision.TrueFloat64, "__torch_function__", lambda self, f, t, a=(), k=None: f(*a, **(k or {}))
+    )
+    assert "logit_scaling" in llama.red()
+
+
+def test_addition_in_float32(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = continuity.theta_plus_eta_v
+
+    def rounded(*a: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor.float().double() for name, tensor in original(*a).items()}
+
+    monkeypatch.setattr(continuity, "theta_plus_eta_v", rounded)
+    assert {"param_scaling", "logit_scaling"} <= llama.red()
+
+
+def test_positions_count_padding(gpt2: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = BoundModel._arguments
+    monkeypatch.setattr(
+        BoundModel,
+        "_arguments",
+        lambda *a: {k: v for k, v in original(*a).items() if k != "position_ids"},
+    )
+    assert gpt2.red() == {"padding_invariance"}
+
+
+def test_mask_lets_padding_through(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = BoundModel._arguments
+    monkeypatch.setattr(
+        BoundModel,
+        "_arguments",
+        lambda *a: {k: torch.ones_like(v) if k == "attention_mask" else v for k, v in original(*a).items()},
+    )
+    assert llama.red() == {"padding_invariance"}
+
+
+def _after_sweep(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
+    original = entropy_change.sweep
+
+    def sweep(bound: BoundModel, *a: Any) -> Any:
+        result = original(bound, *a)
+        with torch.no_grad():
+            spoil(bound)
+        return result
+
+    monkeypatch.setattr(entropy_change, "sweep", sweep)
+
+
+def test_live_model_changed(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    _after_sweep(monkeypatch, lambda bound: next(bound.module.parameters()).view(-1)[0].add_(1e-4))
+    assert llama.red() == {"live_model_unmodified"}
+
+
+def test_own_copy_changed(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    _after_sweep(monkeypatch, lambda bound: next(bound.module.parameters()).view(-1)[0].add_(1e-9))
+    dtype = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
+    assert llama.red(precision=dtype) == {"live_model_unmodified"}
+
+
+def test_buffers_overridden(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = scores.score_rows
+
+    def score_rows(bound: BoundModel, *a: Any, override: Any = None, **k: Any) -> Any:
+        buffers = {name: b.clone() for name, b in bound.module.named_buffers()}
+        return original(bound, *a, override={**(override or {}), **buffers}, **k)
+
+    monkeypatch.setattr(scores, "score_rows", score_rows)
+    assert llama.red() == {"buffers_overridden"}
+
+
+def test_stale_scores(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores at θ come from other parameters than those of the sweep."""
+    original = entropy_change.sweep
+    monkeypatch.setattr(
+        entropy_change,
+        "sweep",
+        lambda bound, rollouts, s, *a: original(
+            bound, rollouts, type(s)(s.token_logp * 1.001, s.token_logq * 1.001, s.rb_entropy * 1.001, s.gen_lens), *a
+        ),
+    )
+    assert {"zero_step_change", "zero_step_ess"} <= subject.red()
+
+
+def test_unused_parameter(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detached part of the forward: its parameters get no gradient from X nor from Y."""
+    checkpoint = load_checkpoint(llama.checkpoint)
+    layer: Any = checkpoint.model.model.layers[0].mlp  # pyright: ignore[reportAttributeAccessIssue]
+    layer.register_forward_hook(lambda module, inputs, output: output.detach())
+    report = run_probe(checkpoint, ProbeConfig.from_mapping({}), llama.e, llama.u)
+    assert {n for n, c in CRITERIA.items() if c(report).status == "fail"} == {"x_coverage", "y_coverage"}
+    uncovered = {name.split(".")[-2] for name in report.registry.uncovered}
+    assert uncovered == {"down_proj", "gate_proj", "up_proj", "post_attention_layernorm"}
+
+
+def test_autocast_outside_changes_nothing(llama: Subject) -> None:
+    expected = llama.run().model_dump(exclude={"timing"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert llama.run().model_dump(exclude={"timing"}) == expected
+
+
+def test_tied_parameter_in_a_dict_is_refused() -> None:
+    """`functional_call` would leave θ + ηv in the live module."""
+    from peft import LoraConfig, get_peft_model
+
+    model = models.tiny_model("qwen2")
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[4, 5], task_type="CAUSAL_LM")
+    with pytest.raises(Exception, match="is tied, in a ParameterDict") as caught:
+        forward.bind(get_peft_model(model, config))
+    assert "\n" not in str(caught.value)
