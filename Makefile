@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: acceptance test lint matrix bench demo clean
+.PHONY: acceptance test lint matrix bench demo picture clean
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
@@ -28,6 +28,9 @@ bench: $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m entropy_probe.demo.train
+
+picture: $(READY)
+	$(BIN)/python docs/picture.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -16,12 +16,11 @@ def conclude(verdict: Verdict, *, allowed: bool) -> None:
         return
     if verdict.status == "not_applicable":
         pytest.skip(verdict.hint)
+    head = f"{verdict.criterion}: {_comparison(verdict.value, verdict.limit)}"
     if verdict.status == "inconclusive":
-        head = f"{verdict.criterion}: inconclusive ({number(verdict.value)}, {number(verdict.limit)})"
+        head = f"{head} (inconclusive)"
         if allowed:
             pytest.skip(f"{head}; allowed by allow_inconclusive: {verdict.hint}")
-    else:
-        head = f"{verdict.criterion}: {_comparison(verdict.value, verdict.limit)}"
     pytest.fail(f"{head}\n{verdict.hint}", pytrace=False)
 
 
@@ -57,4 +56,4 @@ def _comparison(value: float | str | None, limit: float | str | None) -> str:
                 shown = (number(value), number(limit))
                 left, right = shown if len(set(shown)) == 2 else (repr(value), repr(limit))
                 return f"{left} {sign} {right}"
-    return f"got {number(value)}, limit {number(limit)}"
+    return f"got {number(value)}" + ("" if limit is None else f", limit {number(limit)}")

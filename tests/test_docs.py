@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def test_every_option_in_the_readme_exists() -> None:
-    options = {f"--probe-{key.replace('_', '-')}" for key in OPTIONS}
+    options = {f"--probe-{key.replace('_', '-')}" for key in OPTIONS} | {"--probe-explain"}
     mentioned = set(re.findall(r"--probe-[a-z-]+", README))
     assert mentioned <= options
     assert {"--probe-checkpoint", "--probe-base-model", "--probe-rollouts", "--probe-prompts"} <= mentioned

@@ -130,7 +130,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
             copies = {model: checksum(model) for model in own_copies}
-            along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config)
+            along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config, progress)
             cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
         with clock("entropy change"):
             etas = entropy_change.grid(config, lr)

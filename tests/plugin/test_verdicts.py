@@ -28,7 +28,8 @@ def test_pass_says_nothing() -> None:
         ("fail", 0.99999, 1.0, "c: 0.99999 < 1.0"),
         ("fail", float("nan"), 1.0, "c: got nan, limit 1"),
         ("fail", "2 of 5", "5 of 5", "c: got 2 of 5, limit 5 of 5"),
-        ("inconclusive", 0.9, 0.7, "c: inconclusive (0.9, 0.7)"),
+        ("inconclusive", 0.9, 0.7, "c: 0.9 > 0.7 (inconclusive)"),
+        ("inconclusive", 0.0, None, "c: got 0 (inconclusive)"),
     ],
 )
 def test_line_1_of_a_failure(status: str, value: float | str, limit: float | str, head: str) -> None:

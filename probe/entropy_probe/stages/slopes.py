@@ -17,7 +17,7 @@ from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients import UnitGradients, gram
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
 from entropy_probe.stages.update import UpdateDirection, norm
 
@@ -110,6 +110,7 @@ def slopes_along(
     scores: Scores,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
+    progress: Progress | None = None,
 ) -> Slopes:
     """∇Hᵀv by both estimators, and vᵀ∇²Hv by a five-point difference of D_v in true float64.
 
@@ -129,7 +130,11 @@ def slopes_along(
         derivatives = partial(_derivatives_by_difference, float64, rollouts, v, config, step)
         at_theta = derivatives(0.0)
     h = _stencil_step(float(at_theta.d_seq_logp.abs().max()), v)
-    at = {k: derivatives(k * h) for k in _STENCIL}
+    at: dict[int, Derivatives] = {}
+    for k in _STENCIL:
+        if progress is not None:
+            progress("slopes", 1 + len(at), 1 + len(_STENCIL))
+        at[k] = derivatives(k * h)
 
     def second(values: dict[int, Tensor]) -> Tensor:
         return _stencil_derivative(values, h)

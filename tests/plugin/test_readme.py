@@ -1,0 +1,75 @@
+"""The README's own commands and snippets, run as they stand, in an empty folder with a checkpoint where it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from entropy_probe.demo import checkpoint_path
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def commands() -> list[str]:
+    """Indented or quoted commands of our own, without their comments."""
+    blocks = re.findall(r"^ {4}(pytest .*?)(?: {2,}#.*)?$", README, re.MULTILINE)
+    quoted = re.findall(r"`((?:pytest|entropy-probe) [^`…']*)`", README)
+    return list(dict.fromkeys(command.strip() for command in [*blocks, *quoted] if not command.endswith("=")))
+
+
+def snippet(start: str) -> str:
+    """The indented block that begins with `start`."""
+    block = re.search(rf"^( +){re.escape(start)}.*\n(?:\1.*\n)*", README, re.MULTILINE)
+    assert block is not None
+    return textwrap.dedent(block.group(0))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    shutil.copytree(checkpoint_path(), tmp_path / "runs" / "checkpoint-500")
+    shutil.copytree(checkpoint_path().parent / "base", tmp_path / "runs" / "base")
+    return tmp_path
+
+
+def run(place: Path, command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_readme_has_its_commands() -> None:
+    assert len(commands()) >= 4
+    assert {"pytest --probe-checkpoint=demo -m acceptance", "pytest --probe-explain=ess"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(place: Path, command: str) -> None:
+    done = run(place, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--out" in command:
+        written = json.loads((place / command.split()[-1]).read_text())
+        assert written["schema_version"] == 1
+
+
+def test_python_snippet(place: Path) -> None:
+    (place / "snippet.py").write_text(snippet("from entropy_probe import run_probe"))
+    done = run(place, "python snippet.py")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"-?[\d.e-]+ ± [\d.e-]+\n", done.stdout)
+
+
+def test_test_snippet(place: Path) -> None:
+    (place / "test_mine.py").write_text(snippet("def test_entropy_is_alive"))
+    assert "1 skipped" in run(place, "pytest -p no:cacheprovider").stdout
+    done = run(place, "pytest -p no:cacheprovider --probe-checkpoint=demo test_mine.py")
+    assert "1 passed" in done.stdout, done.stdout
