@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
-	$(BIN)/pytest --probe-checkpoint=demo -m acceptance
+	$(BIN)/pytest --probe-checkpoint=demo -m acceptance probe-checks
 
 test: $(READY)
 	$(BIN)/pytest -n 2
