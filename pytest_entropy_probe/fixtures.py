@@ -80,6 +80,7 @@ class Subject:
         self.load_trouble: Trouble | None = None
         self.measure_trouble: Trouble | None = None
         self.trouble_was_reported = False
+        self.headline_was_recorded = False
         self._config = config
         self._keep = keep
         self._checkpoint: Checkpoint | None = None
@@ -288,8 +289,6 @@ def probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> C
         __tracebackhide__ = True
         trouble = _probe_subject.measure()
         _record(request, _probe_subject)
-        if _probe_subject.report is not None:
-            request.node.user_properties.append(("probe_headline", headline(_probe_subject.report)))
         if _probe_subject.load_trouble:
             _no_numbers(request, _probe_subject)
         if trouble:
@@ -338,8 +337,14 @@ def _target_of(item: pytest.Item) -> Target | None:
 
 
 def _record(request: pytest.FixtureRequest, subject: Subject, verdict: Verdict | None = None) -> None:
-    """Put the verdict into the test's properties, as plain builtins: they go to JUnit files and between processes."""
-    found = {"checkpoint": subject.name, "state": subject.state}
+    """Put the verdict into the test's properties, as plain builtins: they go to JUnit files and between processes.
+
+    What was found, in words, goes with the first test that has it.
+    """
+    found: dict[str, Any] = {"checkpoint": subject.name, "state": subject.state}
+    if subject.report is not None and not subject.headline_was_recorded:
+        subject.headline_was_recorded = True
+        found["headline"] = headline(subject.report)
     if verdict is not None:
         found |= {key: getattr(verdict, key) for key in ("criterion", "family", "status", "value", "limit")}
     plain = {key: float(value) if isinstance(value, int | float) else value for key, value in found.items()}

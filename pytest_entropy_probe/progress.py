@@ -61,14 +61,17 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
 def _lines(stream: TextIO, name: str) -> Callable[[str, int, int], None]:
     """A callable (stage, done, total) that writes a line when ten seconds have passed since the last."""
     started = last = time.monotonic()
+    written = False
 
     def write(stage: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, written
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             count = f" {done}/{total}" if total > 1 else ""
-            print(f"entropy-probe: {name}: {stage}{count}, {now - started:.0f} s", file=stream, flush=True)
+            break_line = "" if written else "\n"  # off the line on which pytest writes its dots
+            written = True
+            print(f"{break_line}entropy-probe: {name}: {stage}{count}, {now - started:.0f} s", file=stream, flush=True)
 
     return write
 

@@ -174,7 +174,8 @@ class Summary:
         plain = not encoding.lower().startswith("utf")
         console.print(_table(name, rows, plain=plain))
         headline = self._headlines.get(name, "")
-        console.out(headline.translate(_ASCII) if plain else headline, highlight=False)
+        if headline:
+            console.out(headline.translate(_ASCII) if plain else headline, highlight=False)
         for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
             reporter.write_line(line.rstrip())
 

@@ -95,6 +95,14 @@ def test_quiet_shows_neither_header_nor_table(tmp_path: Path) -> None:
     assert "entropy" not in done.stdout
 
 
+def test_what_was_found_is_said_whatever_was_selected(tmp_path: Path) -> None:
+    done = _demo(tmp_path, "-m", "zero_check")
+    assert done.returncode == 0
+    found = done.stdout.partition("= entropy probe =")[2]
+    assert [line[:4] for line in found.splitlines()[-4:-1]] == ["H   ", "δH₁ ", "ΔH  "]
+    assert max(map(len, found.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -126,6 +134,5 @@ def test_lines_of_progress_come_every_ten_seconds(tmp_path: Path, monkeypatch: p
         write = _lines(stream, "demo")
         for done in range(4):
             write("sampling", done, 4)
-    assert (
-        tmp_path / "err"
-    ).read_text() == "entropy-probe: demo: sampling 1/4, 12 s\nentropy-probe: demo: sampling 3/4, 23 s\n"
+    lines = ["", "entropy-probe: demo: sampling 1/4, 12 s", "entropy-probe: demo: sampling 3/4, 23 s", ""]
+    assert (tmp_path / "err").read_text() == "\n".join(lines)
