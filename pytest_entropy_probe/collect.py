@@ -20,11 +20,13 @@ from _pytest.runner import pytest_make_collect_report as collect_now
 
 from pytest_entropy_probe.fixtures import TARGET_FIXTURE, warnings_are_not_errors
 from pytest_entropy_probe.settings import SETTINGS
-from pytest_entropy_probe.xfails import KnownFailure, mark, read_xfails
+from pytest_entropy_probe.xfails import KnownFailure, covers, mark, read_xfails
 
 NODE = "probe-checks"
 PACKAGE = "entropy_probe_checks"
 SELECTORS = pytest.StashKey[tuple[str, ...]]()
+DESELECTED = pytest.StashKey[set[int]]()
+DROPPED = "entropy_probe_dropped"
 KNOWN_FAILURES = pytest.StashKey[tuple[KnownFailure, ...]]()
 
 
@@ -52,7 +54,7 @@ class CheckModule(pytest.Module):
         with warnings_are_not_errors():
             items = list(super().collect())
         selectors = self.config.stash[SELECTORS]
-        chosen = [item for item in items if not selectors or any(_covers(s, item.nodeid) for s in selectors)]
+        chosen = [item for item in items if not selectors or any(covers(s, item.nodeid) for s in selectors)]
         if not chosen:
             raise self.CollectError(f"{self.nodeid}: no check is selected from this module; look at the id")
         return chosen
@@ -68,13 +70,8 @@ class CheckFolder(pytest.Directory):
         selectors = self.config.stash[SELECTORS]
         for name, path in modules.items():
             nodeid = f"{NODE}/{name}.py"
-            if not selectors or any(_covers(s, nodeid) or _covers(nodeid, s) for s in selectors):
+            if not selectors or any(covers(s, nodeid) or covers(nodeid, s) for s in selectors):
                 yield CheckModule.from_parent(self, path=path, name=f"{name}.py", nodeid=nodeid)
-
-
-def _covers(selector: str, nodeid: str) -> bool:
-    """Whether `selector` names the node or one of its ancestors."""
-    return nodeid == selector or nodeid.startswith((f"{selector}/", f"{selector}::", f"{selector}["))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,7 +79,7 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    if isinstance(collector, pytest.Session) and report.passed and _wanted(collector.config):
+    if isinstance(collector, pytest.Session) and report.passed and suite_wanted(collector.config):
         folder = next(iter(check_modules().values()), collector.path / NODE / "none").parent
         report.result = [*report.result, CheckFolder.from_parent(collector, path=folder, name=NODE, nodeid=NODE)]
     elif isinstance(collector, CheckModule) and report.passed and not report.result:
@@ -91,7 +88,7 @@ def pytest_make_collect_report(
     return report
 
 
-def _wanted(config: pytest.Config) -> bool:
+def suite_wanted(config: pytest.Config) -> bool:
     """Whether the checks take part: they do by name, or where no path was given."""
     explicit = config.args_source is pytest.Config.ArgsSource.ARGS
     return bool(config.stash[SELECTORS]) or not explicit
@@ -129,13 +126,33 @@ def _all_ids(config: pytest.Config) -> list[str]:
     ]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mark([item for item in items if isinstance(item.parent, CheckModule)], config.stash[KNOWN_FAILURES])
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    """Mark known failures; stop if somebody's hook took checks away without saying so (`pytest_deselected`)."""
+    ours = [item for item in items if isinstance(item.parent, CheckModule)]
+    mark(ours, config.stash[KNOWN_FAILURES])
+    yield
+    left = {*map(id, items), *config.stash.get(DESELECTED, ())}
+    dropped = [item.nodeid for item in ours if id(item) not in left]
+    if not dropped:
+        return
+    complaint = f"{dropped[0]} and {len(dropped) - 1} more checks were dropped by a pytest_collection_modifyitems hook"
+    output: dict[str, Any] | None = getattr(config, "workeroutput", None)
+    if output is None:
+        raise pytest.UsageError(f"{complaint}; let it pass items of probe-checks")
+    output[DROPPED] = complaint  # inside a worker a usage error would be an internal one
+    items.clear()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash.setdefault(DESELECTED, set()).add(id(item))
 
 
 def _selector(arg: str, config: pytest.Config) -> str | None:
     """The id that `arg` names, if it is one of ours: as written, or relative to the current folder."""
     path, separator, rest = arg.partition("::")
+    rest = rest.encode("unicode_escape").decode("ascii") if not rest.isascii() else rest  # as ids are written
     absolute = config.invocation_params.dir / path
     if absolute.exists():
         return None

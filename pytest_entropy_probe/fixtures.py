@@ -169,7 +169,7 @@ class Subject:
         return self.report and self.report.model_copy(update={"verdicts": list(self.verdicts.values())})
 
 
-SUBJECTS = pytest.StashKey[dict[tuple[str, Path], Subject]]()
+SUBJECTS = pytest.StashKey[dict[str, Subject]]()
 _CONFIG = pytest.StashKey[Any]()
 
 
@@ -231,16 +231,15 @@ def probe_checkpoint(_probe_target: Target | None) -> Path:
 
 @pytest.fixture(scope="session")
 def _probe_subject(
-    request: pytest.FixtureRequest, _probe_target: Target | None, probe_checkpoint: Path, pytestconfig: pytest.Config
+    request: pytest.FixtureRequest, _probe_target: Target | None, pytestconfig: pytest.Config
 ) -> Subject:
     """Kept beside the fixture, since pytest sets session fixtures up again when their parameter comes back."""
-    name = _probe_target.name if _probe_target else probe_checkpoint.name
+    if _probe_target is None:
+        pytest.skip(_NO_CHECKPOINT)
     subjects = pytestconfig.stash.setdefault(SUBJECTS, {})
-    target = Target(name, Path(probe_checkpoint))
-    keep = any(
-        {"probe_model", "probe_rollouts"} & set(getattr(item, "fixturenames", ())) for item in request.session.items
-    )
-    return subjects.setdefault((target.name, target.path), Subject(target, pytestconfig, keep=keep))
+    asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    keep = bool(asked_for & {"probe_model", "probe_rollouts"})
+    return subjects.setdefault(_probe_target.name, Subject(_probe_target, pytestconfig, keep=keep))
 
 
 @pytest.fixture(scope="session")
@@ -268,7 +267,7 @@ def probe_rollouts(_probe_subject: Subject) -> Rollouts:
 
 
 @pytest.fixture
-def probe_loaded(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
+def _probe_loaded(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
     """A callable that fails, with one line, where the checkpoint can't be loaded."""
 
     def check() -> None:
@@ -282,7 +281,7 @@ def probe_loaded(request: pytest.FixtureRequest, _probe_subject: Subject) -> Cal
 
 
 @pytest.fixture
-def probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
+def _probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
     """A callable that fails, with one line, where the measurement can't be made."""
 
     def check() -> None:
@@ -298,7 +297,7 @@ def probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> C
 
 
 @pytest.fixture
-def probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[Criterion], None]:
+def _probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[Criterion], None]:
     """A callable that puts the report before a criterion and ends the test as its verdict says."""
 
     def judge(criterion: Criterion) -> None:
@@ -320,7 +319,7 @@ def probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Call
 def _no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
     """Skip, as another test reports the trouble; where that one wasn't selected, the first that comes here does."""
     __tracebackhide__ = True
-    reporter = "probe_loaded" if subject.load_trouble else "probe_measured"
+    reporter = "_probe_loaded" if subject.load_trouble else "_probe_measured"
     target = request.getfixturevalue(TARGET_FIXTURE)
     reported_elsewhere = any(
         reporter in getattr(item, "fixturenames", ()) and _target_of(item) == target for item in request.session.items

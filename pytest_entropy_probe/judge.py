@@ -32,13 +32,13 @@ def headline(report: ProbeReport) -> str:
     se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
     predicted = "not predicted (top_p < 1)"
     if step.predicted is not None and step.predicted_se is not None:
-        predicted = f"predicted {step.predicted:+.3g} ± {step.predicted_se:.2g}"
+        predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
     return "\n".join(
         (
             f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
             f"{entropy.per_token.value:.3g} nats/token ({batch.num_prompts}×{batch.num_responses} responses)",
-            f"δH₁  {delta.delta_h1:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
-            f"ΔH   realised {step.delta_h_rb:+.3g} ± {step.delta_h_rb_se:.2g}, {predicted} nats (next step)",
+            f"δH₁  {delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
+            f"ΔH   realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}, {predicted} nats (next step)",
         )
     )
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from _pytest.config.findpaths import locate_config
 
 from pytest_entropy_probe.settings import SETTINGS, Settings, checkpoints_given, read_settings
 
@@ -77,7 +79,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     from pytest_entropy_probe.explain import explanation
 
-    print(explanation(name))
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    print(explanation(name).encode(encoding, "replace").decode(encoding))
     return 0
 
 
@@ -95,7 +98,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         path = Path(os.path.abspath(here / value))
         folder = path if path.is_dir() else path.parent
         harmless = folder.is_relative_to(here) and not (root != here and root.is_relative_to(folder))
-        configured = early_config.inipath is not None and here.is_relative_to(root)
+        configured = early_config.inipath is not None and locate_config(here, [here])[1] == early_config.inipath
         if path.exists() and not harmless and not configured:
             raise pytest.UsageError(
                 f"{option} {value}: pytest took this path for rootdir ({root}); write {option}={value}"

@@ -35,9 +35,9 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
             yield _lines(stream, name)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
     encoding = getattr(sys.__stderr__, "encoding", None) or "utf-8"
     with open(handle, "w", encoding=encoding, errors="replace") as stream:
         bar = Progress(
@@ -49,8 +49,10 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
             if stage not in tasks:
                 for task in tasks.values():
                     bar.update(task, visible=False)
-                tasks[stage] = bar.add_task(f"{name}: {stage}", total=total or None)
-            bar.update(tasks[stage], completed=done, total=total or None)
+                tasks[stage] = bar.add_task(f"{name}: {stage}", total=None, count="")
+            known = total > 1
+            count = f"{done}/{total}" if known else ""
+            bar.update(tasks[stage], completed=done, total=total if known else None, count=count)
 
         stream.write("\n" if column else "")
         with bar:

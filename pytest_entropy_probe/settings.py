@@ -1,6 +1,6 @@
 """What the user asked for: command line over ini keys, resolved to existing paths and unique names.
 
-Relative paths on the command line start at the folder pytest was started in, those in an ini file at rootdir.
+Relative paths on the command line start at the folder pytest was started in, those in an ini file at that file.
 Every complaint is one line: option, what was got, what to do.
 """
 
@@ -60,11 +60,12 @@ SETTINGS = pytest.StashKey[Settings]()
 
 def read_settings(config: pytest.Config) -> Settings:
     """Resolve the options; `pytest.UsageError` (exit 4) for anything that isn't there."""
-    pyproject = config.rootpath / "pyproject.toml"
+    above = (folder / "pyproject.toml" for folder in (config.rootpath, *config.rootpath.parents))
+    pyproject = next((path for path in above if path.is_file()), None)
     without_targets = Settings(
         base_model=_path(config, "base_model", "folder"),
         config_file=_path(config, "config", "file"),
-        pyproject=pyproject if pyproject.is_file() else None,
+        pyproject=pyproject,
         rollouts=_path(config, "rollouts", "file"),
         update_rollouts=_path(config, "update_rollouts", "file"),
         prompts=_path(config, "prompts", "file"),
@@ -82,14 +83,23 @@ def checkpoints_given(config: pytest.Config) -> bool:
 
 def _text(config: pytest.Config, key: str) -> str | None:
     value = config.getoption(f"probe_{key}")
-    return value if value is not None else config.getini(f"probe_{key}") or None
+    if value is not None:
+        return _not_empty(value, key)
+    return config.getini(f"probe_{key}") or None
+
+
+def _not_empty(value: str, key: str) -> str:
+    """An empty value is what an unset shell variable leaves behind."""
+    if not value.strip():
+        raise pytest.UsageError(f"--probe-{key.replace('_', '-')}: is empty; give a value or leave the option out")
+    return value
 
 
 def _origin(config: pytest.Config, key: str) -> tuple[str, Path]:
     """How the value is called in a message, and the folder its relative paths start at."""
-    if config.getoption(f"probe_{key}"):
+    if config.getoption(f"probe_{key}") is not None:
         return f"--probe-{key.replace('_', '-')}", config.invocation_params.dir
-    return f"probe_{key} (ini)", config.rootpath
+    return f"probe_{key} (ini)", config.rootpath if config.inipath is None else config.inipath.parent
 
 
 def _absolute(value: str, start: Path) -> Path:
@@ -129,6 +139,9 @@ def _json_path(config: pytest.Config, several: bool) -> Path | None:
     path = _absolute(value, start)
     if several and path.is_file():
         raise pytest.UsageError(f"{label}: {path} is a file; give a folder, as there are several checkpoints")
+    parent = next(folder for folder in (path, *path.parents) if folder.exists() and folder != path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise pytest.UsageError(f"{label}: cannot write into {parent}; give another path")
     if not several and path.is_dir():
         raise pytest.UsageError(f"{label}: {path} is a folder; give a file, such as {path / 'report.json'}")
     return path
@@ -136,31 +149,60 @@ def _json_path(config: pytest.Config, several: bool) -> Path | None:
 
 def _targets(config: pytest.Config) -> tuple[Target, ...]:
     label, start = _origin(config, "checkpoint")
-    values = config.getoption("probe_checkpoint") or config.getini("probe_checkpoint")
-    found: dict[tuple[str | None, Path], None] = {}
+    given = config.getoption("probe_checkpoint")
+    values = [_not_empty(value, "checkpoint") for value in given] if given else config.getini("probe_checkpoint")
+    found: dict[_Found, None] = {}
     for value in values:
         found.update(dict.fromkeys(_expand(value, start, label)))
-    return _name(list(found), label)
+    targets = _name(list(found), label)
+    for target in targets:
+        if config.rootpath.is_relative_to(target.path):
+            raise pytest.UsageError(
+                f"{label}: rootdir is in the checkpoint {target.path}, where pytest would write its cache; "
+                "start pytest in another folder"
+            )
+    return targets
 
 
-def _expand(value: str, start: Path, label: str) -> list[tuple[str | None, Path]]:
-    """`value` as (explicit name, folder) pairs: a folder, NAME=PATH, a glob, or `demo`."""
-    named = None if _absolute(value, start).exists() else _NAMED.fullmatch(value)
+@dataclass(frozen=True)
+class _Found:
+    """A folder with the name it was given, or with the name that a glob was given: a prefix."""
+
+    path: Path
+    name: str | None = None
+    prefix: str | None = None
+
+    def called(self, depth: int) -> str:
+        """Its name, with the last `depth` parts of its path where it was given none of its own."""
+        parts = "/".join(self.path.parts[-depth:])
+        return self.name or (f"{self.prefix}/{parts}" if self.prefix else parts)
+
+
+def _expand(value: str, start: Path, label: str) -> list[_Found]:
+    """`value` as folders: a folder, a glob, NAME=PATH, NAME=GLOB, or `demo`."""
+    folders = _folders(_absolute(value, start))
+    named = None if folders else _NAMED.fullmatch(value)
     name, text = (named["name"], named["path"]) if named else (None, value)
-    if text == DEMO:
+    if text == DEMO and not folders:
         from pytest_entropy_probe.fixtures import demo_path
 
-        return [(name or DEMO, demo_path())]
-    path = _absolute(text, start)
-    if path.is_dir():
-        return [(name, path)]
-    folders = sorted((Path(match) for match in glob(str(path), recursive=True)), key=_natural)
-    folders = [folder for folder in folders if folder.is_dir()]
+        return [_Found(demo_path(), name or DEMO)]
+    folders = folders or _folders(_absolute(text, start))
     if not folders:
-        raise pytest.UsageError(f"{label}: no such folder: {path}; give a checkpoint folder, NAME=PATH, a glob or demo")
-    if name is not None and len(folders) > 1:
-        return [(f"{name}/{folder.name}", folder) for folder in folders]
-    return [(name, folder) for folder in folders]
+        raise pytest.UsageError(
+            f"{label}: no such folder: {_absolute(text, start)}; give a checkpoint folder, a glob, demo, or NAME=PATH "
+            "with letters, digits, `.`, `_`, `+` and `-` in NAME"
+        )
+    if len(folders) == 1:
+        return [_Found(folders[0], name)]
+    return [_Found(folder, prefix=name) for folder in folders]
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folder itself, or those that it matches as a glob."""
+    if path.is_dir():
+        return [path]
+    return [match for match in sorted(map(Path, glob(str(path), recursive=True)), key=_natural) if match.is_dir()]
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
@@ -168,14 +210,16 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _name(found: list[tuple[str | None, Path]], label: str) -> tuple[Target, ...]:
+def _name(found: list[_Found], label: str) -> tuple[Target, ...]:
     """Explicit names as given; others by folder, with as many parents in front as tell them apart."""
     depth = [1] * len(found)
     while True:
-        names = [name or "/".join(path.parts[-d:]) for (name, path), d in zip(found, depth, strict=True)]
+        names = [folder.called(d) for folder, d in zip(found, depth, strict=True)]
         count = Counter(names)
         longer = [
-            i for i, (name, path) in enumerate(found) if not name and count[names[i]] > 1 and depth[i] < len(path.parts)
+            i
+            for i, folder in enumerate(found)
+            if not folder.name and count[names[i]] > 1 and depth[i] < len(folder.path.parts)
         ]
         if not longer:
             break
@@ -184,4 +228,4 @@ def _name(found: list[tuple[str | None, Path]], label: str) -> tuple[Target, ...
     twice = [name for name, times in count.items() if times > 1]
     if twice:
         raise pytest.UsageError(f"{label}: the name {twice[0]!r} is given to {count[twice[0]]} folders; name each once")
-    return tuple(Target(name, path) for name, (_, path) in zip(names, found, strict=True))
+    return tuple(Target(name, folder.path) for name, folder in zip(names, found, strict=True))

@@ -11,10 +11,12 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import StringIO
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_entropy_probe.collect import DROPPED, suite_wanted
 from pytest_entropy_probe.fixtures import SUBJECTS, probe_config, write_reports
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.settings import SETTINGS
@@ -31,6 +33,7 @@ _SHOWN = {
     "inconclusive": ("INCONCLUSIVE", "yellow"),
     "not_applicable": ("N/A", "dim"),
     "xfail": ("XFAIL", "yellow"),
+    "xpass": ("XPASS", "bold red"),
 }
 
 
@@ -93,7 +96,8 @@ class Summary:
         else:
             more = ", ..." if len(targets) > 5 else ""
             what = f"{len(targets)} checkpoints: {', '.join(target.name for target in targets[:5])}{more}"
-        return f"entropy-probe {version('pytest-entropy-probe')}: {what}"
+        off = "" if suite_wanted(self._config) else "; a path was given, add probe-checks to run the checks"
+        return f"entropy-probe {version('pytest-entropy-probe')}: {what}{off}"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
@@ -109,7 +113,7 @@ class Summary:
             self._rows[report.nodeid] = Row(
                 checkpoint,
                 found["probe_criterion"],
-                "xfail" if hasattr(report, "wasxfail") and report.skipped else found["probe_status"],
+                _known(report) or found["probe_status"],
                 found.get("probe_value"),
                 found.get("probe_limit"),
             )
@@ -127,7 +131,10 @@ class Summary:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self._handed_over.append(getattr(node, "workeroutput", {}).get(HANDED_OVER, {}))
+        output = getattr(node, "workeroutput", {})
+        self._handed_over.append(output.get(HANDED_OVER, {}))
+        if DROPPED in output and output[DROPPED] not in self._notes:
+            self._notes.append(output[DROPPED])
 
     def _write(self, sources: list[dict[str, str]]) -> bool:
         """Write report.json of every checkpoint that was measured; whether all that was tried succeeded."""
@@ -166,7 +173,7 @@ class Summary:
         text = StringIO()
         console = Console(
             file=text,
-            width=WIDTH,
+            width=min(WIDTH, get_terminal_size((WIDTH, 24)).columns),
             force_terminal=reporter.hasmarkup,
             color_system="standard" if reporter.hasmarkup else None,
             legacy_windows=False,
@@ -178,6 +185,13 @@ class Summary:
             console.out(headline.translate(_ASCII) if plain else headline, highlight=False)
         for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
             reporter.write_line(line.rstrip())
+
+
+def _known(report: pytest.TestReport) -> str | None:
+    """`xfail` for a known failure that failed, `xpass` for one that passed."""
+    if hasattr(report, "wasxfail") and report.skipped:
+        return "xfail"
+    return "xpass" if report.failed and str(report.longrepr).startswith("[XPASS(strict)]") else None
 
 
 def _table(name: str, rows: list[Row], *, plain: bool) -> Table:

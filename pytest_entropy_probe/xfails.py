@@ -6,6 +6,7 @@ probe-checks/test_importance.py::test_ess[run3]  lr was raised by hand; reported
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,18 @@ class KnownFailure:
     reason: str
 
 
+def covers(selector: str, nodeid: str) -> bool:
+    """Whether `selector` names the node or one of its ancestors."""
+    return nodeid == selector or nodeid.startswith((f"{selector}/", f"{selector}::", f"{selector}["))
+
+
 def read_xfails(path: Path, ids: list[str]) -> tuple[KnownFailure, ...]:
     """The lines of the file; `pytest.UsageError` for one without a reason, or whose prefix none of `ids` has.
 
     A blank in a checkpoint's name belongs to the prefix: the prefix is the longest start of the line that fits an id.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise pytest.UsageError(f"--probe-xfails: {path}: cannot be read ({error})") from error
     known = []
@@ -34,14 +40,14 @@ def read_xfails(path: Path, ids: list[str]) -> tuple[KnownFailure, ...]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where = f"--probe-xfails: {path}:{number}"
-        words = line.strip().split(" ")
-        prefixes = [" ".join(words[:count]).rstrip() for count in range(len(words), 0, -1)]
-        prefix = next((p for p in prefixes if any(nodeid.startswith(p) for nodeid in ids)), None)
+        line = line.strip()
+        starts = [line, *(line[: gap.start()] for gap in reversed(list(re.finditer(r"\s+", line))))]
+        prefix = next((p for p in starts if any(covers(p, nodeid) for nodeid in ids)), None)
         if prefix is None:
             raise pytest.UsageError(
-                f"{where}: no check's id starts with {words[0]!r}; remove the line or correct the id"
+                f"{where}: no check's id starts with {starts[-1]!r}; remove the line or correct the id"
             )
-        reason = line.strip()[len(prefix) :].strip()
+        reason = line[len(prefix) :].strip()
         if not reason:
             raise pytest.UsageError(f"{where}: no reason; write one after the id")
         known.append(KnownFailure(prefix, reason))
@@ -52,5 +58,5 @@ def mark(items: list[pytest.Item], known: tuple[KnownFailure, ...]) -> None:
     """Mark what is known to fail: it then is `xfailed`, and fails the run if it passes."""
     for item in items:
         for failure in known:
-            if item.nodeid.startswith(failure.prefix):
+            if covers(failure.prefix, item.nodeid):
                 item.add_marker(pytest.mark.xfail(reason=failure.reason, strict=True))

@@ -5,9 +5,9 @@ import pytest
 pytestmark = pytest.mark.acceptance
 
 
-def test_loads(probe_loaded):
-    probe_loaded()
+def test_loads(_probe_loaded):
+    _probe_loaded()
 
 
-def test_measures(probe_measured):
-    probe_measured()
+def test_measures(_probe_measured):
+    _probe_measured()

@@ -7,25 +7,25 @@ from entropy_probe_checks.criteria import registry
 pytestmark = [pytest.mark.acceptance, pytest.mark.registry]
 
 
-def test_x_coverage(probe_judge):
-    probe_judge(registry.x_coverage)
+def test_x_coverage(_probe_judge):
+    _probe_judge(registry.x_coverage)
 
 
-def test_y_coverage(probe_judge):
-    probe_judge(registry.y_coverage)
+def test_y_coverage(_probe_judge):
+    _probe_judge(registry.y_coverage)
 
 
-def test_preconditioner_complete(probe_judge):
-    probe_judge(registry.preconditioner_complete)
+def test_preconditioner_complete(_probe_judge):
+    _probe_judge(registry.preconditioner_complete)
 
 
-def test_preconditioner_finite(probe_judge):
-    probe_judge(registry.preconditioner_finite)
+def test_preconditioner_finite(_probe_judge):
+    _probe_judge(registry.preconditioner_finite)
 
 
-def test_buffers_overridden(probe_judge):
-    probe_judge(registry.buffers_overridden)
+def test_buffers_overridden(_probe_judge):
+    _probe_judge(registry.buffers_overridden)
 
 
-def test_live_model_unmodified(probe_judge):
-    probe_judge(registry.live_model_unmodified)
+def test_live_model_unmodified(_probe_judge):
+    _probe_judge(registry.live_model_unmodified)

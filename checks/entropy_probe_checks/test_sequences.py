@@ -7,5 +7,5 @@ from entropy_probe_checks.criteria import sequences
 pytestmark = [pytest.mark.acceptance, pytest.mark.sequences]
 
 
-def test_padding_invariance(probe_judge):
-    probe_judge(sequences.padding_invariance)
+def test_padding_invariance(_probe_judge):
+    _probe_judge(sequences.padding_invariance)

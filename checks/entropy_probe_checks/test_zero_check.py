@@ -7,5 +7,5 @@ from entropy_probe_checks.criteria import zero_check
 pytestmark = [pytest.mark.acceptance, pytest.mark.zero_check]
 
 
-def test_zero_check(probe_judge):
-    probe_judge(zero_check.zero_check)
+def test_zero_check(_probe_judge):
+    _probe_judge(zero_check.zero_check)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from entropy_probe.errors import ConfigError
 
@@ -25,6 +25,12 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Only = Literal[True]
 Never = Literal[False]
+
+
+def _is_device(name: str) -> str:
+    if not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", name):
+        raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:N")
+    return name
 
 
 class _Section(BaseModel):
@@ -76,11 +82,16 @@ class PrecisionSection(_Section):
 
 
 class BatchConfig(_Section):
-    """The prompts of the E batch (`num_prompts`) and of the U batch, drawn from one dataset with one seed."""
+    """The prompts of the E batch (`num_prompts`) and of the U batch, drawn from one dataset with one seed.
+
+    `dataset`: arithmetic, jsonl:PATH, gsm8k_r1_template[:PATH], an entry point's name or module:function.
+    `reward`: tag_pref, an entry point's name or module:function.
+    """
 
     num_prompts: Annotated[int, Field(ge=2)] = 16
     num_update_prompts: Annotated[int, Field(ge=2)] = 16
     dataset: str = "arithmetic"
+    reward: str = "tag_pref"
     split: Literal["train", "test"] = "train"
     with_replacement: bool = False
     seed: Seed = 0
@@ -113,7 +124,7 @@ class UpdateConfig(_Section):
 class ProbeConfig(_Section):
     """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults."""
 
-    device: str = "cpu"
+    device: Annotated[str, AfterValidator(_is_device)] = "cpu"
     generation: GenerationSection = GenerationSection()
     precision: PrecisionSection = PrecisionSection()
     batch: BatchConfig = BatchConfig()
@@ -200,6 +211,8 @@ def _one_line(error: ValidationError, where: object) -> ConfigError:
         near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
         remedy = f"did you mean `{near[0]}`?" if near else f"valid keys are {', '.join(valid)}"
         return ConfigError(where, f"unknown key `{key}`", remedy)
+    if first["type"] == "model_type":
+        return ConfigError(where, f"`{key}` is {first['input']!r}", "write it as a section of keys")
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return ConfigError(where, f"`{key}`: {message[0].lower()}{message[1:]}{got}", "correct the value")

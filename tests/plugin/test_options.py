@@ -93,7 +93,9 @@ def test_ini_keys_start_at_rootdir_and_give_way_to_the_command_line(
     monkeypatch.chdir("sub")
     from_ini = own.runpytest_subprocess("-rP", "../test_own.py")
     from_ini.assert_outcomes(passed=2)
-    from_ini.stdout.fnmatch_lines(["entropy-probe *: 2 checkpoints: a, second", f"FOLDER {own.path / 'b'}"])
+    from_ini.stdout.fnmatch_lines(
+        ["entropy-probe *: 2 checkpoints: a, second; a path was given, add probe-checks *", f"FOLDER {own.path / 'b'}"]
+    )
     from_command_line = own.runpytest_subprocess("-rP", "../test_own.py", "--probe-checkpoint=../b")
     from_command_line.assert_outcomes(passed=1)
     from_command_line.stdout.fnmatch_lines(["entropy-probe *: b (*", f"FOLDER {own.path / 'b'}"])

@@ -53,7 +53,7 @@ def ess(report: ProbeReport) -> Finding:
 
 @Criterion
 def pareto_k(report: ProbeReport) -> Finding:
-    """k̂, the tail shape of the largest importance weights at η = lr.
+    """k-hat, the tail shape of the largest importance weights at η = lr.
 
     The tail is so heavy that the weights' mean may not exist: ΔH at η = lr is not to be believed. Sample more
     responses, or look at smaller steps.
@@ -61,6 +61,6 @@ def pareto_k(report: ProbeReport) -> Finding:
     row = _row(report, report.first_order.lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
     if row.pareto_k is None:
-        reason = f"k̂ means something only for N ≥ 64 and ESS/N < 0.95; ESS/N is {row.ess_fraction:.3f}."
+        reason = f"k-hat means something only for N ≥ 64 and ESS/N < 0.95; ESS/N is {row.ess_fraction:.3f}."
         return not_applicable(reason, None, limit)
     return at_most(row.pareto_k, limit, otherwise="inconclusive")

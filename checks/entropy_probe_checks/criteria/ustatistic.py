@@ -44,8 +44,7 @@ def _ratio(report: ProbeReport) -> float | Finding:
     if f.se_plugin == 0:
         return inconclusive(
             "The standard error is 0: all row means are equal, as when no prompt has differing rewards. "
-            "Give more prompts.",
-            0.0,
+            "Give more prompts."
         )
     return f.se_jackknife / f.se_plugin
 
