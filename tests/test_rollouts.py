@@ -13,13 +13,13 @@ from scipy import stats
 import models
 from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
-from entropy_probe.errors import ConfigError, MeasurementError, RolloutsError
+from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.invariance import padding_invariance
 from entropy_probe.stages.rollouts import left_padded, read_rollouts, sample_rollouts
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.tasks import DATASETS, Prompt, draw_prompts, read_prompts, same_answer, tag_pref
+from entropy_probe.stages.tasks import Prompt
 
 GOOD = {"prompt_ids": [5, 6], "response_ids": [[7, 2], [8]], "rewards": [1.0, 0.0]}
 BAD: dict[str, tuple[Any, str]] = {
@@ -270,59 +270,3 @@ def test_left_padding() -> None:
     ids, mask = left_padded([[1, 2, 3], [4]], pad=9)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
-# tasks
-
-
-def test_prompts_are_drawn_without_repeats_and_splits_are_disjoint() -> None:
-    train, test = (DATASETS["arithmetic"](split) for split in ("train", "test"))
-    assert len(train) + len(test) == 5000
-    assert not {p.text for p in train} & {p.text for p in test}
-    drawn = draw_prompts(train, 40, seed=3, with_replacement=False)
-    assert len({p.text for p in drawn}) == 40
-    assert drawn == draw_prompts(train, 40, seed=3, with_replacement=False)
-    assert drawn != draw_prompts(train, 40, seed=4, with_replacement=False)
-    with pytest.raises(ConfigError, match="3 in the dataset"):
-        draw_prompts(train[:3], 4, seed=0, with_replacement=False)
-    assert len(draw_prompts(train[:3], 10, seed=0, with_replacement=True)) == 10
-
-
-@pytest.mark.parametrize(
-    ("response", "reward"),
-    [
-        ("<think>x</think><answer>42</answer>", 1.0),
-        ("<answer> 42.0 </answer>", 1.0),
-        ("<answer>$42</answer>", 1.0),
-        ("<answer>43</answer>", 0.0),
-        ("42", 0.0),
-        ("<answer>42</answer><answer>42</answer>", 0.0),
-        ("</answer>42<answer>", 0.0),
-        ("<answer></answer>", 0.0),
-    ],
-)
-def test_tag_pref(response: str, reward: float) -> None:
-    assert tag_pref(response, "42") == reward
-    assert tag_pref(response, None) == 0.0
-
-
-def test_answers_compare_as_numbers_or_folded_text() -> None:
-    assert same_answer("1,000", "1000.0")
-    assert same_answer("The  Cat", "the cat")
-    assert not same_answer("1000", "1001")
-    assert not same_answer("nan", "0")
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"prompt": "a", "gold": 3}\n\n{"prompt": "b"}\n')
-    assert read_prompts(file) == [Prompt("a", "3"), Prompt("b")]
-    for content, message in (
-        ("{", "p.jsonl:1: is not JSON"),
-        ('{"prompt": ""}', "p.jsonl:1: has no text"),
-        ('{"prompt": "a", "gold": []}', "p.jsonl:1: `gold`"),
-        ("", "holds no prompt"),
-    ):
-        file.write_text(content)
-        with pytest.raises(RolloutsError, match=message):
-            read_prompts(file)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import ConfigError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import tasks
+from entropy_probe.stages.rewards import find_reward
 from entropy_probe.stages.rollouts import Progress, Rollouts, read_rollouts, sample_rollouts
 
 
@@ -34,20 +34,22 @@ def draw_batches(
     file_u = None if update_rollouts is None else read_rollouts(update_rollouts, bound, tokenizer)
     if file_e is not None:
         return file_e, file_u if file_u is not None else file_e
-    if prompts is None and batch.dataset not in tasks.DATASETS:
-        raise ConfigError(
-            "batch.dataset",
-            f"{batch.dataset!r} is not known",
-            f"choose {', '.join(tasks.DATASETS)}, or give --probe-prompts",
-        )
-    pool = tasks.read_prompts(prompts) if prompts is not None else tasks.DATASETS[batch.dataset](batch.split)
+    reward = find_reward(batch.reward)
+    pool = tasks.read_prompts(prompts) if prompts is not None else tasks.dataset_prompts(batch.dataset, batch.split)
     count = batch.num_prompts + (0 if file_u is not None else batch.num_update_prompts)
     drawn = tasks.draw_prompts(pool, count, seed=batch.seed, with_replacement=batch.with_replacement)
 
     def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:
         seed = int.from_bytes(hashlib.sha256(f"{which} {batch.seed}".encode()).digest()[:6])
         return sample_rollouts(
-            bound, tokenizer, own, config.generation, seed=seed, stage=f"sampling {which}", progress=progress
+            bound,
+            tokenizer,
+            own,
+            config.generation,
+            seed=seed,
+            reward=reward,
+            stage=f"sampling {which}",
+            progress=progress,
         )
 
     batch_e = sampled("E", drawn[: batch.num_prompts])

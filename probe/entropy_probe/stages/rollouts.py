@@ -23,10 +23,10 @@ from torch import Tensor
 from entropy_probe.config import GenerationSection
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.tasks import Prompt, tag_pref
+from entropy_probe.stages.prompts import Prompt
+from entropy_probe.stages.rewards import LARGEST_REWARD, Reward, tag_pref
 
 Progress = Callable[[str, int, int], None]
-_LARGEST_NUMBER = 1e30  # a reward beyond it is a mistake, and its square would not be finite in float32
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _LineReader:
         if len(values) != count:
             raise RolloutsError(where, f"`{key}` has {len(values)} entries for {count} responses", "give one for each")
         for value in values:
-            if type(value) not in (int, float) or not abs(value) <= _LARGEST_NUMBER:
+            if type(value) not in (int, float) or not abs(value) <= LARGEST_REWARD:
                 raise RolloutsError(where, f"`{key}` holds {value!r}"[:120], "give finite numbers")
         return [float(value) for value in values]
 
@@ -239,6 +239,7 @@ def sample_rollouts(
     generation: GenerationSection,
     *,
     seed: int,
+    reward: Reward = tag_pref,
     stage: str = "sampling",
     progress: Progress | None = None,
 ) -> Rollouts:
@@ -284,7 +285,7 @@ def sample_rollouts(
     for n, prompt in enumerate(prompts):
         own = responses[n * group : (n + 1) * group]
         texts = [tokenizer.decode(response, skip_special_tokens=True) for response in own]
-        lines.append(_Line(encoded[n], own, [tag_pref(text, prompt.gold) for text in texts], None))
+        lines.append(_Line(encoded[n], own, [reward(text, prompt.gold) for text in texts], None))
     return _assemble(lines, "sampled", sum(prompt.gold is None for prompt in prompts))
 
 

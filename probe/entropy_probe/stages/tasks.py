@@ -1,33 +1,48 @@
-"""Prompts to sample from, and the reward of a response.
+"""Prompts to sample from, chosen by `batch.dataset`.
 
-A dataset is a list of `Prompt(text, gold)`. `arithmetic` is generated here, from a seed; a JSON-lines file
-(`prompt`, optional `gold`) is read by `read_prompts`. The reward is `tag_pref`: the response carries exactly one
-`<answer>…</answer>` pair whose content equals the gold answer.
+A dataset is a list of `Prompt(text, gold)` for a split. The names:
+
+    arithmetic                  sums and differences, generated here
+    jsonl:PATH                  lines of {"prompt": "…", "gold": "…"}; the split has no meaning
+    gsm8k_r1_template[:PATH]    GSM8K (stages/gsm8k.py)
+    NAME                        an entry point of the group `entropy_probe.datasets`
+    module:function             split → iterable of Prompt, (text, gold) or {"prompt": …, "gold": …}
+
+Rewards are in stages/rewards.py; `same_answer` and `tag_pref` are found here too.
 """
 
 from __future__ import annotations
 
-import json
+import os.path
 import random
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
 
-from entropy_probe.errors import ConfigError, RolloutsError
+from entropy_probe.errors import ConfigError
+from entropy_probe.stages.gsm8k import gsm8k_r1_template
+from entropy_probe.stages.prompts import Prompt, checked_prompt, read_prompts
+from entropy_probe.stages.rewards import same_answer, tag_pref
+from entropy_probe.stages.user_functions import call, find_function, shown
+
+__all__ = [
+    "DATASETS",
+    "DATASETS_OF_FILES",
+    "Prompt",
+    "arithmetic",
+    "dataset_prompts",
+    "draw_prompts",
+    "gsm8k_r1_template",
+    "read_prompts",
+    "same_answer",
+    "tag_pref",
+]
 
 ARITHMETIC_TEMPLATE = "What is {a}{op}{b}?\n"
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _LARGEST_OPERAND = 49
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and, where known, the answer that earns the reward."""
-
-    text: str
-    gold: str | None = None
+_LARGEST_POOL = 1_000_000  # a generator that never ends would fill the memory; the largest prompt sets are smaller
+_KEY = "batch.dataset"
+_GROUP = "entropy_probe.datasets"
 
 
 def arithmetic(split: str) -> list[Prompt]:
@@ -46,37 +61,60 @@ def arithmetic(split: str) -> list[Prompt]:
     return prompts[first_held_out:] if split == "test" else prompts[:first_held_out]
 
 
-DATASETS: dict[str, Callable[[str], list[Prompt]]] = {"arithmetic": arithmetic}
+DATASETS: dict[str, Callable[[str], list[Prompt]]] = {
+    "arithmetic": arithmetic,
+    "gsm8k_r1_template": gsm8k_r1_template,
+}
+DATASETS_OF_FILES: dict[str, Callable[[str, str], list[Prompt]]] = {
+    "jsonl": lambda split, path: read_prompts(path),
+    "gsm8k_r1_template": gsm8k_r1_template,
+}
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read one `{"prompt": str, "gold": str?}` per line.
+def dataset_prompts(name: str, split: str) -> list[Prompt]:
+    """All prompts of the split of the dataset that `name` means. Built-in names come first.
 
-    Raises `RolloutsError` naming the line that is not of this form.
+    Raises `ConfigError` for a name that is not known, and for a user's function that raises or yields something else
+    than prompts; `RolloutsError` naming the line of a file.
     """
-    path = Path(path)
+    if name in DATASETS:
+        return DATASETS[name](split)
+    head, _, path = name.partition(":")
+    if head in DATASETS_OF_FILES:
+        if not path:
+            raise ConfigError(_KEY, f"{name!r} names no file", f"write {head}:PATH")
+        return DATASETS_OF_FILES[head](split, os.path.expanduser(path))
+    if head in DATASETS:
+        raise ConfigError(_KEY, f"{name!r}: {head} takes no file", f"write {head}")
+    built_in = [*DATASETS, *(f"{known}:PATH" for known in DATASETS_OF_FILES)]
+    function = find_function(name, key=_KEY, group=_GROUP, built_in=built_in)
+    returned = call(function, split, named=name, key=_KEY)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RolloutsError(where, f"is not JSON ({error})", 'write {"prompt": "…", "gold": "…"}') from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise RolloutsError(where, "has no text under `prompt`", 'write {"prompt": "…", "gold": "…"}')
-        gold = row.get("gold")
-        if isinstance(gold, bool) or not (gold is None or isinstance(gold, str | int | float)):
-            raise RolloutsError(where, f"`gold` is {gold!r}", "give a text or a number, or leave it out")
-        prompts.append(Prompt(row["prompt"], None if gold is None else str(gold)))
-    if not prompts:
-        raise RolloutsError(path, "holds no prompt", 'write one {"prompt": "…"} per line')
-    return prompts
+        iterator = iter(returned)
+    except TypeError as error:
+        problem = f"{name!r} returned {shown(returned)}"
+        raise ConfigError(_KEY, problem, "return an iterable of (text, gold)") from error
+    rows: list[Any] = call(list, islice(iterator, _LARGEST_POOL + 1), named=name, key=_KEY)
+    if not 0 < len(rows) <= _LARGEST_POOL:
+        got = f"more than {_LARGEST_POOL}" if rows else "no"
+        raise ConfigError(_KEY, f"{name!r} yields {got} prompts for split {split}", "yield the prompts of the split")
+    return [_user_prompt(row, f"{name!r} entry {i}") for i, row in enumerate(rows)]
+
+
+def _user_prompt(row: object, which: str) -> Prompt:
+    remedy = 'yield Prompt(text, gold), (text, gold) or {"prompt": text, "gold": gold}'
+    if isinstance(row, Prompt):
+        text, gold = row.text, row.gold
+    elif isinstance(row, Mapping):
+        text, gold = row.get("prompt"), row.get("gold")
+    elif isinstance(row, tuple | list) and len(row) == 2:
+        text, gold = row
+    else:
+        raise ConfigError(_KEY, f"{which} is {shown(row)}", remedy)
+    try:
+        return checked_prompt(text, gold)
+    except ValueError as error:
+        raise ConfigError(_KEY, f"{which} {error}", remedy) from error
 
 
 def draw_prompts(pool: list[Prompt], count: int, *, seed: int, with_replacement: bool) -> list[Prompt]:
@@ -94,30 +132,3 @@ def draw_prompts(pool: list[Prompt], count: int, *, seed: int, with_replacement:
             "give more prompts, ask for fewer, or set batch.with_replacement: true",
         )
     return rng.sample(pool, count)
-
-
-def _as_number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text.replace(",", "").replace("$", "").strip())
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None
-
-
-def same_answer(answer: str, gold: str) -> bool:
-    """Numbers are equal as numbers (`1,000` = `1000.0` = `$1000`), texts after folding case and white space."""
-    answer_number, gold_number = _as_number(answer), _as_number(gold)
-    if answer_number is not None and gold_number is not None:
-        return answer_number == gold_number
-    return " ".join(answer.casefold().split()) == " ".join(gold.casefold().split())
-
-
-def tag_pref(response: str, gold: str | None) -> float:
-    """1.0 if the response has exactly one `<answer>…</answer>` pair and its content equals `gold`, else 0.0.
-
-    Without a gold answer the reward is 0.0 (docs/derivations.md, departure 12).
-    """
-    if gold is None or response.count("<answer>") != 1 or response.count("</answer>") != 1:
-        return 0.0
-    match = _ANSWER.search(response)
-    return float(match is not None and same_answer(match.group(1), gold))
