@@ -88,6 +88,30 @@ class BoundModel:
             output = self.module(ids, **self._arguments(ids, None, keep))
         return self._kept(output, keep)
 
+    def next_logits(
+        self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N M"], cache: Any | None = None
+    ) -> tuple[Float[Tensor, "N V"], Any]:
+        """Logits of the token that follows the last column, and the key-value cache, which now holds `ids` too.
+
+            logits(rows, mask=mask, keep=slice(-1, None))[:, 0]      where rows [N, M] end in ids
+
+        `cache` holds the M − L columns before `ids`; it is extended in place, and None stands for an empty one.
+        Without a graph.
+        """
+        with self._evaluating(), forward_context(self.dtype), torch.no_grad():
+            keep = slice(-1, None)
+            arguments = self._arguments(ids, mask, keep) | {"use_cache": True, "past_key_values": cache}
+            try:
+                output = self.module(ids, **arguments)
+            except IndexError as error:
+                raise MeasurementError(
+                    "sampling", f"the model cannot hold rows of {mask.shape[1]} tokens ({error})", "sample shorter ones"
+                ) from error
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise MeasurementError("sampling", "the model keeps no key-value cache", "give --probe-rollouts")
+        return self._kept(output, keep)[:, 0], cache
+
     def generate(self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N L"], config: Any) -> Int[Tensor, "N M"]:
         """`transformers`' own `generate` under exactly `config`: nothing of the model's generation_config is used.
 
@@ -106,7 +130,7 @@ class BoundModel:
         arguments: dict[str, Any] = {"use_cache": False}
         if mask is not None:
             arguments["attention_mask"] = mask
-            arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+            arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if self.takes_logits_to_keep and keep != slice(None):
             arguments["logits_to_keep"] = torch.arange(ids.shape[1], device=ids.device)[keep]
         return arguments
