@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -41,7 +42,9 @@ def by_generate(bound: BoundModel, prompts: list[list[int]], top_p: float) -> No
         do_sample=True, temperature=1.0, top_p=top_p, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0
     )
     ids, mask = left_padded([prompt for prompt in prompts for _ in range(GROUP)], pad=0)
-    output = bound.generate(ids, mask, config)
+    model: Any = bound.language_model
+    with torch.no_grad():
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     assert output.shape == (PROMPTS * GROUP, PROMPT_LENGTH + NEW_TOKENS)
 
 

@@ -17,7 +17,8 @@ from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.invariance import padding_invariance
-from entropy_probe.stages.rollouts import left_padded, read_rollouts, sample_rollouts
+from entropy_probe.stages.rollouts import read_rollouts, sample_rollouts
+from entropy_probe.stages.sampling import left_padded
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.tasks import Prompt
 
@@ -198,7 +199,7 @@ class OneToken:
     def __call__(self, text: str) -> Any:
         return type("Encoding", (), {"input_ids": [3 + ord(c) % 30 for c in text]})()
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return " ".join(map(str, ids))
 
 
@@ -242,6 +243,33 @@ def test_same_seed_same_responses_and_no_global_noise() -> None:
     assert torch.equal(a, b)
     assert a.shape != c.shape or not torch.equal(a, c)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_responses_do_not_depend_on_the_batch_size() -> None:
+    bound = bind(models.tiny_model("llama"), torch.float64)
+    prompts = [Prompt("abc"), Prompt("d"), Prompt("efghi")]
+    one, other = (
+        sample_rollouts(bound, OneToken(), prompts, generation(max_new_tokens=6, gen_batch_size=size), seed=1)
+        for size in (2, 32)
+    )
+    assert torch.equal(one.ids, other.ids)
+
+
+def test_responses_end_with_their_stop_string() -> None:
+    """The text of a token is its number: a response ends with the first one that completes "9 1"."""
+    rollouts = sample_rollouts(
+        bind(models.tiny_model("llama")),
+        OneToken(),
+        [Prompt("abc"), Prompt("d")],
+        generation(max_new_tokens=60, num_return_sequences=32, stop=["9 1"]),
+        seed=4,
+    )
+    stopped = 0
+    for row, start, length in zip(rollouts.ids, rollouts.prompt_lens, rollouts.gen_lens, strict=True):
+        response = row[start : start + length].tolist()
+        assert "9 1" not in OneToken().decode(response[:-1])
+        stopped += "9 1" in OneToken().decode(response)
+    assert stopped > 0
 
 
 def test_responses_end_at_their_eos() -> None:

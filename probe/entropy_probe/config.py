@@ -38,11 +38,15 @@ class _Section(BaseModel):
 
 
 class GenerationSection(_Section):
-    """How responses are sampled. `do_sample` is always true: a greedy response has no probability to weight."""
+    """How responses are sampled; a response ends with the token that completes one of the `stop` strings.
+
+    `do_sample` is always true: a greedy response has no probability to weight.
+    """
 
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     top_p: Probability = 1.0
     max_new_tokens: PositiveInt = 200
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     do_sample: Only = True
     num_return_sequences: Annotated[int, Field(ge=2)] = 8
     gen_batch_size: PositiveInt = 32

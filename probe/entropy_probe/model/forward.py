@@ -112,20 +112,6 @@ class BoundModel:
             raise MeasurementError("sampling", "the model keeps no key-value cache", "give --probe-rollouts")
         return self._kept(output, keep)[:, 0], cache
 
-    def generate(self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N L"], config: Any) -> Int[Tensor, "N M"]:
-        """`transformers`' own `generate` under exactly `config`: nothing of the model's generation_config is used.
-
-        The model's own configuration is set aside for the call, because `generate` fills every unset field from it.
-        """
-        model: Any = self.language_model
-        own = model.generation_config
-        model.generation_config = copy.deepcopy(config)
-        try:
-            with self._evaluating(), forward_context(self.dtype), torch.no_grad():
-                return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        finally:
-            model.generation_config = own
-
     def _arguments(self, ids: Tensor, mask: Tensor | None, keep: slice) -> dict[str, Any]:
         arguments: dict[str, Any] = {"use_cache": False}
         if mask is not None:

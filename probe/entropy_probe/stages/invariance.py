@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.rollouts import Rollouts, left_padded
+from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.sampling import left_padded
 
 _ROWS = 6
 

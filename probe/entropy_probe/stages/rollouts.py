@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.prompts import Prompt
 from entropy_probe.stages.rewards import LARGEST_REWARD, Reward, tag_pref
+from entropy_probe.stages.sampling import StopStrings, sample
 
 Progress = Callable[[str, int, int], None]
 
@@ -243,63 +244,36 @@ def sample_rollouts(
     stage: str = "sampling",
     progress: Progress | None = None,
 ) -> Rollouts:
-    """Sample G responses of every prompt with the model's own `generate` under a complete, fresh configuration.
+    """Sample G responses of every prompt from q: temperature and top_p as given, nothing else.
 
-    temperature and top_p as given, top_k 0, no penalties, nothing of the checkpoint's generation_config but its EOS
-    ids. The same seed gives the same responses for the same `gen_batch_size`; the global generators are put back.
+    A response ends with its first EOS, with the token that completes a stop string, or at the length limit. The same
+    seed gives the same responses whatever `gen_batch_size` is; no global generator is used.
     """
-    import transformers
-
     if tokenizer is None:
         raise MeasurementError(
             "tokenizer", "the checkpoint has none, so nothing can be sampled", "give --probe-rollouts"
         )
-    eos = eos_ids(bound.language_model, tokenizer)
     group = generation.num_return_sequences
     encoded = [list(tokenizer(prompt.text).input_ids) for prompt in prompts]
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise MeasurementError(f"prompt {prompts[empty].text!r}", "encodes to no token", "leave it out")
-    config = transformers.GenerationConfig(
-        do_sample=True,
+    responses = sample(
+        bound,
+        encoded,
+        num_return_sequences=group,
         temperature=generation.temperature,
         top_p=generation.top_p,
-        top_k=0,
         max_new_tokens=generation.max_new_tokens,
-        eos_token_id=eos or None,
-        pad_token_id=eos[0] if eos else 0,
+        eos_ids=eos_ids(bound.language_model, tokenizer),
+        seed=seed,
+        gen_batch_size=generation.gen_batch_size,
+        stop=StopStrings(tokenizer.decode, tuple(generation.stop)) if generation.stop else None,
+        progress=None if progress is None else partial(progress, stage),
     )
-    rows = [ids for ids in encoded for _ in range(group)]
-    responses: list[list[int]] = []
-    devices = [bound.device.index or 0] if bound.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for start in range(0, len(rows), generation.gen_batch_size):
-            chunk = rows[start : start + generation.gen_batch_size]
-            ids, mask = left_padded(chunk, pad=eos[0] if eos else 0)
-            output = bound.generate(ids.to(bound.device), mask.to(bound.device), config)
-            responses += [_until_eos(row, eos) for row in output[:, ids.shape[1] :].tolist()]
-            if progress is not None:
-                progress(stage, min(start + len(chunk), len(rows)), len(rows))
     lines = []
     for n, prompt in enumerate(prompts):
         own = responses[n * group : (n + 1) * group]
         texts = [tokenizer.decode(response, skip_special_tokens=True) for response in own]
         lines.append(_Line(encoded[n], own, [reward(text, prompt.gold) for text in texts], None))
     return _assemble(lines, "sampled", sum(prompt.gold is None for prompt in prompts))
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
-    """(ids, mask) with every row ending in the last column."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids, mask
-
-
-def _until_eos(response: list[int], eos: list[int]) -> list[int]:
-    end = next((i for i, token in enumerate(response) if token in eos), len(response) - 1)
-    return response[: end + 1]
