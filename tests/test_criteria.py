@@ -12,6 +12,7 @@ import pytest
 import entropy_probe_checks
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, run_probe
+from entropy_probe.report import SamplerParitySection
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
@@ -49,6 +50,11 @@ def with_row(report: ProbeReport, eta: float, **changes: Any) -> ProbeReport:
 
 def padding(report: ProbeReport, worst: float) -> ProbeReport:
     return poisoned(report, "invariance", padding=report.invariance.padding.model_copy(update={"worst": worst}))
+
+
+def parity(report: ProbeReport, k3: float) -> ProbeReport:
+    numbers = dict.fromkeys(SamplerParitySection.model_fields, 1.0) | {"num_tokens": 1, "k3": k3}
+    return report.model_copy(update={"sampler_parity": SamplerParitySection(**numbers)})
 
 
 LR = 1e-5
@@ -116,6 +122,11 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: with_row(r, LR, pareto_k=0.71), "inconclusive"),
         (lambda r: with_row(r, LR, pareto_k=None), "not_applicable"),
     ],
+    "sampler_parity": [
+        (lambda r: parity(r, 2e-3), "fail"),
+        (lambda r: parity(r, math.nan), "fail"),
+        (lambda r: parity(r, 5e-4), "pass"),
+    ],
     "padding_invariance": [(lambda r, w=w: padding(r, w), "fail") for w in (1e-3, math.nan)],
 }  # fmt: skip
 
@@ -141,7 +152,8 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     assert isinstance(verdict, Verdict)
     assert verdict.criterion == name
     assert verdict.family == CRITERIA[name].family
-    assert verdict.status == ("not_applicable" if name == "pareto_k" else "pass"), verdict
+    unasked = ("pareto_k", "sampler_parity")  # nearly constant weights; no `logprobs` in the rollouts
+    assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
+import models
+from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.estimators.parity import sampler_parity
+from entropy_probe.model.forward import bind
+from entropy_probe.stages.rollouts import read_rollouts
+from entropy_probe.stages.scores import score
+from entropy_probe_checks.criteria import CRITERIA
 
 
 def test_against_loops() -> None:
@@ -39,3 +47,43 @@ def test_equal_is_perfect() -> None:
     parity = sampler_parity(scored, scored.clone(), torch.ones(1, 2, 3, dtype=torch.bool))
     assert (parity.mean_abs_difference, parity.kl, parity.k3, parity.share_outside) == (0.0, 0.0, 0.0, 0.0)
     assert parity.pearson is None
+
+
+@pytest.mark.parametrize(
+    ("sampled", "scored", "status"),
+    [
+        ({}, {}, "pass"),
+        ({"temperature": 0.8}, {"temperature": 0.8}, "pass"),
+        ({"temperature": 0.8}, {}, "fail"),
+        ({}, {"temperature": 0.8}, "fail"),
+        ({"nucleus_mass": 0.9}, {}, "fail"),
+    ],
+)
+def test_policy_on_one_side_only(
+    tmp_path: Path, sampled: dict[str, float], scored: dict[str, float], status: str
+) -> None:
+    """An engine that reports log q under `sampled`, judged by a probe that is told `scored`."""
+    path = models.adapter_checkpoint(tmp_path / "ckpt", "llama")
+    file = models.random_rollouts(tmp_path / "plain.jsonl", prompts=4, responses=3, seed=1)
+    bound = bind(load_checkpoint(path).model)
+    rollouts = read_rollouts(file, bound, None)
+    engine = dict(sampled)
+    mass = engine.pop("nucleus_mass", 1.0)
+    reported = score(bound, rollouts, ProbeConfig.from_mapping({"generation": engine})).token_logp
+    reported = reported - math.log(mass)  # what renormalising over a nucleus of that mass adds to every sampled token
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for n, line in enumerate(lines):
+        line["logprobs"] = [reported[n, g, : len(r)].tolist() for g, r in enumerate(line["response_ids"])]
+    with_logprobs = tmp_path / "reported.jsonl"
+    with_logprobs.write_text("\n".join(map(json.dumps, lines)))
+    report = run_probe(path, ProbeConfig.from_mapping({"generation": scored}), with_logprobs)
+    assert CRITERIA["sampler_parity"](report).status == status
+    assert report.sampler_parity is not None
+    assert report.sampler_parity.num_tokens == report.batch.num_tokens
+
+
+def test_without_logprobs_it_is_not_applicable(tmp_path: Path) -> None:
+    path = models.adapter_checkpoint(tmp_path / "ckpt", "llama")
+    report = run_probe(path, None, models.random_rollouts(tmp_path / "r.jsonl", prompts=3, responses=2, seed=1))
+    assert report.sampler_parity is None
+    assert CRITERIA["sampler_parity"](report).status == "not_applicable"

@@ -9,3 +9,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.sequences]
 
 def test_padding_invariance(_probe_judge):
     _probe_judge(sequences.padding_invariance)
+
+
+def test_sampler_parity(_probe_judge):
+    _probe_judge(sequences.sampler_parity)

@@ -170,6 +170,21 @@ class InvarianceSection(_Section):
     padding: WorstCase
 
 
+class SamplerParitySection(_Section):
+    """Log-probabilities that the sampler reported against teacher forcing, per token of the E batch (KL in nats)."""
+
+    num_tokens: int
+    mean_abs_difference: float
+    max_abs_difference: float
+    kl: float
+    k3: float
+    pearson: float | None
+    ratio_min: float
+    ratio_mean: float
+    ratio_max: float
+    share_outside: float
+
+
 class RegistrySection(_Section):
     """Coverage is the share of trainable tensors that received a non-zero gradient from X and from Y.
 
@@ -229,6 +244,7 @@ class ProbeReport(_Section):
     entropy_change: list[EntropyChangeRow]
     continuity: ContinuitySection
     invariance: InvarianceSection
+    sampler_parity: SamplerParitySection | None
     witness: dict[str, float] | None
     registry: RegistrySection
     preconditioner: PreconditionerSection

@@ -155,6 +155,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         update=sections.update_section(direction, along, cross),
         entropy_change=[sections.change_row(change, cross or along.rb, along.curvature) for change in changes],
         continuity=sections.continuity_section(zero, scaling),
+        sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=r.InvarianceSection(padding=r.WorstCase(**asdict(padding))),
         witness=None,
         registry=r.RegistrySection(**asdict(covered)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.config import FirstOrderConfig
 from entropy_probe.errors import printable
-from entropy_probe.estimators import advantages, importance, two_batch, ustat
+from entropy_probe.estimators import advantages, importance, parity, two_batch, ustat
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel
@@ -107,6 +107,13 @@ def two_batch_section(
         conditional_se=None if moments.conditional_se is None else lr * moments.conditional_se,
         projections=moments.projections.tolist(),
     )
+
+
+def sampler_parity_section(rollouts: Rollouts, scores: Scores) -> r.SamplerParitySection | None:
+    if rollouts.logprobs is None:
+        return None
+    reported, inside = rollouts.per_prompt(rollouts.logprobs), rollouts.per_prompt(rollouts.gen_mask)
+    return r.SamplerParitySection(**asdict(parity.sampler_parity(scores.token_logq, reported, inside)))
 
 
 def update_section(direction: update.UpdateDirection, along: Slopes, cross: PromptMean | None) -> r.UpdateSection:

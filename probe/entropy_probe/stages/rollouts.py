@@ -36,6 +36,7 @@ class Rollouts:
 
     `ids` [N, L] are right-padded: prompt, then response, then padding. The generated region of row i is
     `prompt_lens[i] … prompt_lens[i] + gen_lens[i] − 1`; it ends with the first EOS (scored) or at the length limit.
+    `logprobs` are those that the sampler reported, where a file holds them.
     """
 
     ids: Int[Tensor, "N L"]
@@ -43,6 +44,7 @@ class Rollouts:
     gen_lens: Int[Tensor, " N"]
     rewards: Float[Tensor, "B G"]
     advantages: Float[Tensor, "B G"] | None
+    logprobs: Float[Tensor, "N T"] | None
     source: str
     missing_gold: int
 
@@ -73,6 +75,17 @@ class _Line:
     responses: list[list[int]]
     rewards: list[float]
     advantages: list[float] | None
+    logprobs: list[list[float]] | None = None
+
+
+def _padded(entries: list[list[float]], count: int) -> Tensor | None:
+    """[N, T] with zeros past the end of an entry, or `None` where there is not one for every row."""
+    if len(entries) != count:
+        return None
+    padded = torch.zeros(count, max(map(len, entries)), dtype=torch.float64)
+    for i, entry in enumerate(entries):
+        padded[i, : len(entry)] = torch.tensor(entry, dtype=torch.float64)
+    return padded
 
 
 def _assemble(lines: Sequence[_Line], source: str, missing_gold: int) -> Rollouts:
@@ -90,6 +103,7 @@ def _assemble(lines: Sequence[_Line], source: str, missing_gold: int) -> Rollout
         gen_lens=torch.tensor([len(response) for line in lines for response in line.responses]),
         rewards=torch.tensor([line.rewards for line in lines], dtype=torch.float64),
         advantages=advantages,
+        logprobs=_padded([entry for line in lines for entry in line.logprobs or ()], len(rows)),
         source=source,
         missing_gold=missing_gold,
     )
@@ -130,8 +144,9 @@ def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) ->
                 f"has {len(line.responses)} responses, the first line {len(lines[0].responses)}",
                 "give the same number on every line",
             )
-        if lines and (line.advantages is None) != (lines[0].advantages is None):
-            raise RolloutsError(where, "`advantages` stand on some lines only", "give them on every line or on none")
+        for key in ("advantages", "logprobs"):
+            if lines and (getattr(line, key) is None) != (getattr(lines[0], key) is None):
+                raise RolloutsError(where, f"`{key}` stand on some lines only", "give them on every line or on none")
         lines.append(line)
     if len(lines) < 2:
         raise RolloutsError(path, f"has {len(lines)} prompts, expected at least 2", "add lines")
@@ -158,12 +173,12 @@ class _LineReader:
             prompt, responses = self._tokenise(row, where)
         if len(responses) < 2:
             raise RolloutsError(where, f"has {len(responses)} responses, expected at least 2", "give 2 or more")
-        self._check_logprobs(row, responses, where)
         return _Line(
             prompt,
             responses,
             self._numbers(row, "rewards", len(responses), where),
             self._numbers(row, "advantages", len(responses), where) if row.get("advantages") is not None else None,
+            self._logprobs(row, responses, where),
         )
 
     def _tokenise(self, row: dict[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
@@ -216,16 +231,15 @@ class _LineReader:
                 raise RolloutsError(where, f"`{key}` holds {value!r}"[:120], "give finite numbers")
         return [float(value) for value in values]
 
-    def _check_logprobs(self, row: dict[str, Any], responses: list[list[int]], where: str) -> None:
-        """`logprobs`, where given, has one number per token of every response."""
+    def _logprobs(self, row: dict[str, Any], responses: list[list[int]], where: str) -> list[list[float]] | None:
+        """`logprobs`, where given: one number per token of every response."""
         if row.get("logprobs") is None:
-            return
+            return None
         lists = self._list(row, "logprobs", where)
         lengths = [len(entry) if isinstance(entry, list) else None for entry in lists]
         if lengths != [len(response) for response in responses]:
             raise RolloutsError(where, f"`logprobs` has {lengths} numbers"[:120], "give one per token of each response")
-        for entry in lists:
-            self._numbers({"logprobs": entry}, "logprobs", len(entry), where)
+        return [self._numbers({"logprobs": entry}, "logprobs", len(entry), where) for entry in lists]
 
 
 def _encodable(text: str) -> bool:
