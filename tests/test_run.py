@@ -19,9 +19,12 @@ import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.__main__ import main
 from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.forward import bind
 from entropy_probe.model.registry import Registry, checksum
 from entropy_probe.report import write_atomically
 from entropy_probe.stages import continuity, slopes, update
+from entropy_probe.stages.entropy_change import entropy_change_two_batch_vector
+from entropy_probe.stages.rollouts import read_rollouts
 
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 
@@ -238,6 +241,24 @@ def test_missing_state_as_identity(files: Files, tmp_path: Path) -> None:
     assert report.checkpoint.optimizer.covered == report.checkpoint.optimizer.total - 1
 
 
+def test_the_notes_verb_gives_what_the_report_gives(files: Files) -> None:
+    """`entropy_change_two_batch_vector` on the same responses and an arbitrary v: keys of the notes, zero at η = 0."""
+    bound = bind(load_checkpoint(files.checkpoint).model, torch.float64)
+    v = {name: torch.full_like(p, 0.5) for name, p in bound.registry.trainable.items()}
+    rollouts, config = read_rollouts(files.e, bound, None), ProbeConfig.from_mapping({"precision": FLOAT64})
+    etas = [0.0, 1e-4]
+    result = entropy_change_two_batch_vector(bound, rollouts, update_vector_named=v, etas=etas, config=config)
+    assert set(result) == {"H_orig", "H_upd_list", "etas", "deltaH_true_list", "snis_diagnostics"}
+    assert result["H_orig"] == pytest.approx(files.run(precision=FLOAT64).entropy.rb.value, rel=1e-12)
+    assert result["deltaH_true_list"][0] == 0.0
+    assert result["deltaH_true_list"][1] != 0.0
+    for before, after, change in zip(
+        [result["H_orig"]] * 2, result["H_upd_list"], result["deltaH_true_list"], strict=True
+    ):
+        assert after - before == pytest.approx(change, abs=1e-12)
+    assert result["snis_diagnostics"][0]["ESS"] == 18.0
+
+
 # the update direction
 
 
@@ -299,9 +320,6 @@ def test_clipping_and_learning_rates_by_group_are_those_of_a_real_step() -> None
 
 
 def test_scaling_of_nothing_is_not_perfect(files: Files) -> None:
-    from entropy_probe.model.forward import bind
-    from entropy_probe.stages.rollouts import read_rollouts
-
     bound = bind(load_checkpoint(files.checkpoint).model, torch.float64)
     zero = {name: torch.zeros_like(p) for name, p in bound.registry.trainable.items()}
     result = continuity.scaling(bound, read_rollouts(files.e, bound, None), zero)

@@ -136,7 +136,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             etas = entropy_change.grid(config, lr)
             changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress)
         with clock("continuity"):
-            zero = continuity.zero_check_on(bound, e, direction.v)
+            zero = continuity.zero_check(bound, e, direction.v)
             scaling = continuity.scaling(float64, e, direction.v)
             padding = invariance.padding_invariance(float64, e)
             covered = coverage.gradient_coverage(bound.registry, units_u)

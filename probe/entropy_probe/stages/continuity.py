@@ -42,17 +42,12 @@ def _some_rows(rollouts: Rollouts) -> Tensor:
 
 
 @torch.no_grad()
-def zero_check(bound: BoundModel, ids: Tensor, v: Mapping[str, Tensor]) -> ZeroCheck:
-    """Compare the module called directly with `functional_call` at θ + 0·v."""
-    ids = ids.to(bound.device)
+def zero_check(bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor]) -> ZeroCheck:
+    """Compare the module called directly with `functional_call` at θ + 0·v, on rows of the batch."""
+    ids = _some_rows(rollouts).to(bound.device)
     direct = bound.direct_logits(ids)
     functional = bound.logits(ids, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
     return ZeroCheck(float((direct - functional).abs().max()), bool(torch.equal(direct, functional)))
-
-
-def zero_check_on(bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor]) -> ZeroCheck:
-    """`zero_check` on rows of the batch."""
-    return zero_check(bound, _some_rows(rollouts), v)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def entropy_change_two_batch_vector(
     update_vector_named: Mapping[str, Tensor],
     etas: Sequence[float],
     config: ProbeConfig | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The notes' verb: `{H_orig, H_upd_list, etas, deltaH_true_list, snis_diagnostics}` (Rao-Blackwell, nats).
 
     No optimizer step: θ + ηv by functional override on the E batch, with v from the U batch.

@@ -42,9 +42,8 @@ def padding_invariance(float64: BoundModel, rollouts: Rollouts) -> WorstDifferen
     right = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         right[i, : len(row)] = torch.tensor(row)
-    left, mask = left_padded([[0] * (width - len(row)) + row for row in rows], pad=0)
-    for i, row in enumerate(rows):
-        mask[i, : width - len(row)] = 0
+    # a last row of full width makes the others as wide, and is dropped
+    left, mask = (padded[:-1] for padded in left_padded([*rows, [0] * width], pad=0))
     padded = {
         "padded right": [s[: len(row) - 1] for s, row in zip(_token_logp(float64, right, None), rows, strict=True)],
         "padded left": [s[width - len(row) :] for s, row in zip(_token_logp(float64, left, mask), rows, strict=True)],
