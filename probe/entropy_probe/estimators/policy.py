@@ -1,57 +1,108 @@
-"""The policy π = softmax(logits/temperature), what was sampled from it (q), and the entropy of π."""
+"""The policy π = softmax(logits/temperature), what was sampled from it (q), and the entropies of both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Mass by which the edge of the nucleus may be off: a float32 cumulative sum over a vocabulary of 2e5 is off by at
-# most about 2e-7 in the samplers that draw responses, and a sampled token must never get log q = −∞ for that.
-_NUCLEUS_EDGE = 1e-6
+NUCLEUS_EDGE = 1e-6
+"""Mass by which the edge of the nucleus may be off: a float32 cumulative sum over a vocabulary of 2e5 is off by at most
+about 2e-7 in the samplers that draw responses, and a sampled token must never get log q = −∞ for that."""
+
+# A language model's nucleus rarely holds more tokens; a row where it does is sorted (`benchmarks/nucleus.py`).
+_PREFIX = 256
+# exp(x) is exactly 0 below it, in float64 too: a logit of −∞ can be moved there, and 0·(−∞) never arises.
+_NOTHING = -1e4
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """log π and log q of the given tokens, and the entropy of π at their positions; [N, T] each."""
+    """log π and log q of the given tokens, and the entropies of π and of q at their positions, in nats."""
 
-    logp: Float[Tensor, "N T"]
-    logq: Float[Tensor, "N T"]
-    entropy: Float[Tensor, "N T"]
+    logp: Float[Tensor, "*batch"]
+    logq: Float[Tensor, "*batch"]
+    entropy: Float[Tensor, "*batch"]
+    entropy_q: Float[Tensor, "*batch"]
 
 
 def score_tokens(
-    logits: Float[Tensor, "N T V"], tokens: Int[Tensor, "N T"], temperature: float, top_p: float
+    logits: Float[Tensor, "*batch V"],
+    tokens: Int[Tensor, "*batch"],
+    temperature: float,
+    top_p: float,
+    dtype: torch.dtype | None = None,
 ) -> TokenScores:
     """Score `tokens` under the logits that predict them.
 
         logp = log_softmax(logits/temperature);   token_logp = logp[token];   entropy = −Σ exp(logp)·logp
-        logq = logp − logsumexp(logp over the nucleus) inside the nucleus, −∞ outside (= logp at top_p = 1)
+        logq = logp − logsumexp(logp over the nucleus) inside the nucleus, −∞ outside;   entropy_q = −Σ q·log q
+        q = π at top_p = 1, where nothing is sorted
 
-    Differentiable in the logits, in reverse and in forward mode. Computed in the dtype of the logits. Logits of −∞ are
-    tokens of probability zero; they add nothing to the entropy.
+    Computed in `dtype` (that of the logits by default) with d = (logits − max)/temperature and s = Σ e^d:
+
+        token_logp = d[token] − log s,     entropy = log s − Σ d·e^d / s
+
+    so that one copy of the logits and one of e^d are all that is held. Differentiable in the logits, in reverse and in
+    forward mode. Logits of −∞ are tokens of probability zero; they add nothing to an entropy.
     """
-    logp = torch.log_softmax(logits / temperature, dim=-1)
-    token_logp = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    finite_logp = logp.masked_fill(torch.isneginf(logp), 0.0)
-    entropy = -(logp.exp() * finite_logp).sum(-1)
+    d = logits.to(dtype or logits.dtype, copy=True)
+    d = d.sub_(d.detach().amax(-1, keepdim=True)).div_(temperature)
+    token_d = d.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    in_place = not d.requires_grad
+    d = d.clamp_(min=_NOTHING) if in_place else d.clamp(min=_NOTHING)
+    exp_d = d.exp()
+    sum_all = exp_d.sum(-1)
+    log_sum = sum_all.log()
+    logp = token_d - log_sum
+    lowest = None if top_p >= 1.0 else _lowest_inside(d.detach(), log_sum.detach(), top_p, NUCLEUS_EDGE)
+    inside_exp = None if lowest is None else exp_d.masked_fill(d < lowest, 0.0)
+    weighted = exp_d.mul_(d) if in_place else exp_d * d
+    entropy = log_sum - weighted.sum(-1) / sum_all
+    if lowest is None or inside_exp is None:
+        return TokenScores(logp, logp, entropy, entropy)
+    sum_inside = inside_exp.sum(-1)
+    log_sum_inside = sum_inside.log()
+    logq = (token_d - log_sum_inside).masked_fill(token_d < lowest.squeeze(-1), float("-inf"))
+    weighted = inside_exp.mul_(d) if in_place else inside_exp * d
+    return TokenScores(logp, logq, entropy, log_sum_inside - weighted.sum(-1) / sum_inside)
+
+
+def nucleus(logp: Float[Tensor, "*batch V"], top_p: float, *, edge: float = NUCLEUS_EDGE) -> Bool[Tensor, "*batch V"]:
+    """Mask of the nucleus: `mass of the tokens that are more probable < top_p + edge`.
+
+    The token that crosses `top_p` stays, as in generation (docs/derivations.md, departure 7). Tokens of equal
+    probability are in it together: which of them an engine keeps depends on how it sorts. At top_p ≥ 1 all are in it.
+    """
     if top_p >= 1.0:
-        return TokenScores(token_logp, token_logp, entropy)
-    inside = nucleus(logp, top_p)
-    log_mass = logp.masked_fill(~inside, float("-inf")).logsumexp(-1)
-    token_inside = inside.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    token_logq = (token_logp - log_mass).masked_fill(~token_inside, float("-inf"))
-    return TokenScores(token_logp, token_logq, entropy)
+        return torch.ones_like(logp, dtype=torch.bool)
+    return logp >= _lowest_inside(logp, torch.zeros_like(logp[..., 0]), top_p, edge)
 
 
-def nucleus(logp: Float[Tensor, "*batch V"], top_p: float) -> Tensor:
-    """Boolean mask of the nucleus: a token is in it if the tokens above it hold less than `top_p` of the mass.
+def _lowest_inside(
+    logits: Float[Tensor, "*batch V"], log_sum: Float[Tensor, "*batch"], top_p: float, edge: float
+) -> Float[Tensor, "*batch 1"]:
+    """The smallest entry inside the nucleus of exp(logits − log_sum).
 
-    The token that crosses `top_p` stays, as in generation (docs/derivations.md, departure 7).
+    Read from the `_PREFIX` largest entries where the nucleus ends among them, else from the sorted row: the same
+    numbers are added in the same order.
     """
-    sorted_logp, order = logp.sort(dim=-1, descending=True, stable=True)
-    mass = sorted_logp.exp()
-    mass_above = mass.cumsum(-1, dtype=torch.float64) - mass
-    return torch.zeros_like(logp, dtype=torch.bool).scatter(-1, order, mass_above < top_p + _NUCLEUS_EDGE)
+    rows, log_sums = logits.reshape(-1, logits.shape[-1]), log_sum.reshape(-1)
+    prefix = min(_PREFIX, rows.shape[-1])
+    lowest, last = _edge_of(rows.topk(prefix, dim=-1).values, log_sums, top_p + edge)
+    beyond = (last & (prefix < rows.shape[-1])).nonzero()[:, 0]
+    if len(beyond):
+        ranked = rows[beyond].sort(dim=-1, descending=True).values
+        lowest[beyond] = _edge_of(ranked, log_sums[beyond], top_p + edge)[0]
+    return lowest.reshape(*log_sum.shape, 1)
+
+
+def _edge_of(
+    ranked: Float[Tensor, "N K"], log_sum: Float[Tensor, " N"], mass_limit: float
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(the last entry whose predecessors hold less than `mass_limit`, whether that is the last of all)."""
+    mass = (ranked - log_sum[:, None]).double().exp()
+    inside = (mass.cumsum(-1) - mass < mass_limit).sum(-1).clamp(min=1)
+    return ranked.gather(1, inside[:, None] - 1)[:, 0], inside == ranked.shape[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from entropy_probe.errors import MeasurementError, OverrideError
+from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.precision import forward_context, has_detached_norm
 from entropy_probe.model.registry import Registry, unwrap
+
+# Logits that are held at once, and positions at least: 16 MB a tensor in float64 stays near the cache, and fewer than
+# 64 rows make reading the head's weights the larger cost (`benchmarks/scoring.py`).
+_CHUNK = 1 << 21
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,19 +75,102 @@ class BoundModel:
         token. With `mask` positions count real tokens only, so that left padding changes no score. Buffers are never
         overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode.
         """
+        return self._kept(self._called(ids, mask, keep, dict(override or {}), true_derivative), keep)
+
+    def read_logits(
+        self,
+        ids: Int[Tensor, "N L"],
+        rows: Int[Tensor, " R"],
+        columns: Int[Tensor, " R"],
+        read: Callable[[Float[Tensor, "r V"], slice], tuple[Tensor, ...]],
+        *,
+        override: Mapping[str, Tensor] | None = None,
+        true_derivative: bool = False,
+        rows_at_once: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What `read` makes of the logits at the given positions of right-padded rows, a few positions at a time.
+
+            read(logits(ids, ..)[rows, columns], slice(0, R))
+
+        `read(logits, part)` gets positions `part` of the R and returns tensors with one entry for each. Only these
+        positions go through the output layer, `rows_at_once` at a time (by default `_CHUNK` logits, and at least
+        `_ROWS`), so neither [N, L, V] nor, with a graph, [R, V] is ever held: a piece is computed again when its
+        gradient is asked for.
+        """
         mapping = dict(override or {})
-        self._record(mapping)
+        if self._split is None:
+            first, last = int(columns.min()), int(columns.max()) + 1
+            logits = self.logits(ids, keep=slice(first, last), override=mapping, true_derivative=true_derivative)
+            return read(logits[rows, columns - first], slice(0, len(rows)))
+        output_layer, vocabulary = self._split
+        with output_layer.skipped() as captured:
+            self._called(ids, None, slice(None), mapping, true_derivative)
+        assert captured.states is not None
+        states = captured.states[rows, columns]
+        own_names = output_layer.names_in(self._tensors) if mapping else {}
+        own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
+
+        def piece(states_of_part: Tensor, part: slice) -> tuple[Tensor, ...]:
+            with self._evaluating(), self._context(true_derivative):
+                logits = output_layer(captured, states_of_part, own_mapping)
+            return read(logits, part)
+
+        size = rows_at_once or max(_ROWS, _CHUNK // vocabulary)
+        if size >= len(rows):
+            return piece(states, slice(0, len(rows)))
+        pieces = []
+        for start in range(0, len(rows), size):
+            part = slice(start, min(start + size, len(rows)))
+            if torch.is_grad_enabled():
+                again = checkpoint(piece, states[part], part, use_reentrant=False, preserve_rng_state=False)
+                pieces.append(again)
+            else:
+                pieces.append(piece(states[part], part))
+        return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    @cached_property
+    def _split(self) -> tuple[OutputLayer, int] | None:
+        """The output layer and the size of the vocabulary; `None` where the two parts do not give what the whole gives.
+
+        Tried once, on two tokens.
+        """
+        output_layer = OutputLayer.of(self.language_model)
+        if output_layer is None:
+            return None
+        ids = torch.tensor([[0, 1]], device=self.device)
+        with torch.no_grad():
+            whole = self._kept(self._called(ids, None, slice(None), {}, False), slice(None))[0]
+            try:
+                with output_layer.skipped() as captured:
+                    self._called(ids, None, slice(None), {}, False)
+                if captured.states is None:
+                    return None
+                with self._evaluating(), self._context(False):
+                    parts = output_layer(captured, captured.states[0], {})
+            except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
+                return None
+        close = parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
+        return (output_layer, whole.shape[-1]) if close else None
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.registry.parameters, **dict(self.module.named_buffers())}
+
+    def _context(self, true_derivative: bool) -> AbstractContextManager[None]:
         through_detach = true_derivative and not self.autograd_is_derivative
-        context = forward_context(self.dtype, forward_mode=true_derivative, through_detach=through_detach)
+        return forward_context(self.dtype, forward_mode=true_derivative, through_detach=through_detach)
+
+    def _called(
+        self, ids: Tensor, mask: Tensor | None, keep: slice, mapping: dict[str, Tensor], true_derivative: bool
+    ) -> Any:
+        self._record(mapping)
         try:
-            with self._evaluating(), context:
-                arguments = self._arguments(ids, mask, keep)
-                output = torch.func.functional_call(self.module, mapping, (ids,), arguments)
+            with self._evaluating(), self._context(true_derivative):
+                return torch.func.functional_call(self.module, mapping, (ids,), self._arguments(ids, mask, keep))
         except IndexError as error:
             raise MeasurementError(
                 "rollouts", f"the model cannot score rows of {ids.shape[1]} tokens ({error})", "give shorter ones"
             ) from error
-        return self._kept(output, keep)
 
     def direct_logits(self, ids: Int[Tensor, "N L"], *, keep: slice = slice(None)) -> Float[Tensor, "N K V"]:
         """The same logits at θ by calling the module itself: what the zero check compares with."""
@@ -127,9 +217,16 @@ class BoundModel:
 
     def _record(self, mapping: Mapping[str, Tensor]) -> None:
         self.overridden.update(mapping)
-        unknown = next((name for name in mapping if name not in self.registry.parameters), None)
-        if unknown is not None and unknown not in self.registry.buffer_names:
-            raise OverrideError(f"override[{unknown!r}]", "the model has no such parameter", "use named_parameters()")
+        for name, value in mapping.items():
+            own = self._tensors.get(name)
+            if own is None:
+                raise OverrideError(f"override[{name!r}]", "the model has no such parameter", "use named_parameters()")
+            if value.shape != own.shape or value.dtype != own.dtype:
+                raise OverrideError(
+                    f"override[{name!r}]",
+                    f"is {_form(value)}, the model works with {_form(own)}",
+                    "build it by theta_plus_eta_v",
+                )
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -141,6 +238,10 @@ class BoundModel:
         finally:
             for module in training:
                 module.training = True
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
 
 
 def bind(model: nn.Module, dtype: torch.dtype = torch.float32) -> BoundModel:

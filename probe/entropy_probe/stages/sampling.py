@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.estimators.policy import _NUCLEUS_EDGE, nucleus
+from entropy_probe.estimators.policy import nucleus
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.precision import maybe_cast_logits_fp32
 
@@ -196,7 +196,7 @@ def masses(logits: Float[Tensor, "N V"], temperature: float, top_p: float) -> Fl
     mass = (scaled - scaled.amax(-1, keepdim=True)).exp_()
     if top_p >= 1.0:
         return mass
-    inside = nucleus(torch.log_softmax(scaled, dim=-1), max(top_p - _NUCLEUS_EDGE, 0.0))
+    inside = nucleus(torch.log_softmax(scaled, dim=-1), top_p, edge=0.0)
     return mass.masked_fill_(~inside, 0.0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +13,20 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.policy import TokenScores, score_tokens
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.model.precision import maybe_cast_logits_fp32
 from entropy_probe.stages.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per token [B, G, T], zero past the end of a response; sums over a response in float64 [B, G]."""
+    """Per token [B, G, T], zero past the end of a response; sums over a response in float64 [B, G].
+
+    `rb_entropy` is of π, `rb_entropy_q` of q; they are one where top_p = 1.
+    """
 
     token_logp: Float[Tensor, "B G T"]
     token_logq: Float[Tensor, "B G T"]
     rb_entropy: Float[Tensor, "B G T"]
+    rb_entropy_q: Float[Tensor, "B G T"]
     gen_lens: Int[Tensor, "B G"]
 
     @property
@@ -38,6 +41,47 @@ class Scores:
     def rb_sum(self) -> Float[Tensor, "B G"]:
         return self.rb_entropy.double().sum(-1)
 
+    @property
+    def rb_sum_q(self) -> Float[Tensor, "B G"]:
+        return self.rb_entropy_q.double().sum(-1)
+
+
+Read = Callable[[Float[Tensor, "r V"], Int[Tensor, " r"]], tuple[Tensor, ...]]
+
+
+def read_rows(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    rows: Int[Tensor, " R"],
+    read: Read,
+    *,
+    override: Mapping[str, Tensor] | None = None,
+    true_derivative: bool = False,
+    rows_at_once: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`read(logits, tokens)` at every generated token of some rows, [R, T, …]; zero past the end of a response.
+
+    The logits at position i−1 predict the token at position i. `read` gets some of the tokens and their logits at a
+    time, and returns tensors with one entry for each. T is the longest response of the rows.
+    """
+    device = bound.device
+    prompt_lens, gen_lens = rollouts.prompt_lens[rows], rollouts.gen_lens[rows]
+    ids = rollouts.ids[rows, : int((prompt_lens + gen_lens).max())].to(device)
+    inside = torch.arange(int(gen_lens.max()))[None, :] < gen_lens[:, None]
+    of_row, step = (index.to(device) for index in inside.nonzero(as_tuple=True))
+    column = prompt_lens.to(device)[of_row] - 1 + step
+    tokens = ids[of_row, column + 1]
+    flat = bound.read_logits(
+        ids,
+        of_row,
+        column,
+        lambda logits, part: read(logits, tokens[part]),
+        override=override,
+        true_derivative=true_derivative,
+        rows_at_once=rows_at_once,
+    )
+    return tuple(v.new_zeros(*inside.shape, *v.shape[1:]).index_put((of_row, step), v) for v in flat)
+
 
 def score_rows(
     bound: BoundModel,
@@ -47,28 +91,21 @@ def score_rows(
     *,
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
+    rows_at_once: int | None = None,
 ) -> TokenScores:
     """Scores [R, T] of some rows; T is their longest response, entries past a response's end are zero.
 
-    The logits at position i−1 score the token at position i. One function for θ and θ+ηv, with and without a graph.
+    One function for θ and θ+ηv, with and without a graph.
     """
-    device = bound.device
-    prompt_lens, gen_lens = rollouts.prompt_lens[rows], rollouts.gen_lens[rows]
-    last = int((prompt_lens + gen_lens).max())
-    first = int(prompt_lens.min()) - 1
-    ids = rollouts.ids[rows, :last].to(device)
-    logits = bound.logits(ids, keep=slice(first, last - 1), override=override, true_derivative=true_derivative)
-    logits = logits.double() if config.precision.entropy_fp64 else maybe_cast_logits_fp32(logits)
-    scored = score_tokens(logits, ids[:, first + 1 :], config.generation.temperature, config.generation.top_p)
-    steps = torch.arange(int(gen_lens.max()))
-    inside = (steps[None, :] < gen_lens[:, None]).to(device)
-    columns = (prompt_lens[:, None] - 1 - first + steps[None, :]).clamp(max=scored.logp.shape[1] - 1).to(device)
+    dtype = torch.float64 if config.precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
+    policy = config.generation
 
-    def generated(values: Tensor) -> Tensor:
-        return torch.where(inside, values.gather(1, columns), 0.0)
+    def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
+        return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
-    logq = generated(scored.logq) if config.generation.top_p < 1.0 else generated(scored.logp)
-    return TokenScores(generated(scored.logp), logq, generated(scored.entropy))
+    options = {"override": override, "true_derivative": true_derivative, "rows_at_once": rows_at_once}
+    return TokenScores(*read_rows(bound, rollouts, rows, read, **options))
 
 
 def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:
@@ -83,10 +120,11 @@ def score(
 ) -> Scores:
     """Score every response at θ, or with the parameters in `override` replaced."""
     shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
-    logp, logq, entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    logp, logq, entropy, entropy_q = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
     for rows in batches_by_length(rollouts, config.generation.tf_batch_size):
         scored = score_rows(bound, rollouts, rows, config, override=override)
-        for whole, part in ((logp, scored.logp), (logq, scored.logq), (entropy, scored.entropy)):
+        parts = (scored.logp, scored.logq, scored.entropy, scored.entropy_q)
+        for whole, part in zip((logp, logq, entropy, entropy_q), parts, strict=True):
             whole[rows, : part.shape[1]] = part.double().cpu()
     finite = torch.isfinite(logp) & torch.isfinite(entropy)
     if not bool(finite.all()):
@@ -103,4 +141,4 @@ def score(
             f"a response holds a token outside the nucleus of top_p {config.generation.top_p:g}",
             "give the temperature and top_p with which the responses were sampled",
         )
-    return Scores(*map(rollouts.per_prompt, (logp, logq, entropy, rollouts.gen_lens)))
+    return Scores(*map(rollouts.per_prompt, (logp, logq, entropy, entropy_q, rollouts.gen_lens)))
