@@ -48,8 +48,9 @@ def with_row(report: ProbeReport, eta: float, **changes: Any) -> ProbeReport:
     return report.model_copy(update={"entropy_change": rows})
 
 
-def padding(report: ProbeReport, worst: float) -> ProbeReport:
-    return poisoned(report, "invariance", padding=report.invariance.padding.model_copy(update={"worst": worst}))
+def invariance(report: ProbeReport, name: str, worst: float) -> ProbeReport:
+    changed = getattr(report.invariance, name).model_copy(update={"worst": worst})
+    return poisoned(report, "invariance", **{name: changed})
 
 
 def parity(report: ProbeReport, k3: float) -> ProbeReport:
@@ -127,7 +128,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: parity(r, math.nan), "fail"),
         (lambda r: parity(r, 5e-4), "pass"),
     ],
-    "padding_invariance": [(lambda r, w=w: padding(r, w), "fail") for w in (1e-3, math.nan)],
+    **{
+        f"{name}_invariance": [(lambda r, n=name, w=w: invariance(r, n, w), "fail") for w in (1e-3, math.nan)]
+        for name in ("padding", "batch", "chunk")
+    },
 }  # fmt: skip
 
 

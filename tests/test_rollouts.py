@@ -16,7 +16,7 @@ from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import draw_batches
-from entropy_probe.stages.invariance import padding_invariance
+from entropy_probe.stages.invariance import padding
 from entropy_probe.stages.rollouts import read_rollouts, sample_rollouts
 from entropy_probe.stages.sampling import left_padded
 from entropy_probe.stages.scores import score
@@ -166,7 +166,7 @@ def test_rows_that_the_model_cannot_hold(tmp_path: Path) -> None:
         rollouts = read_rollouts(file, bound, None)
         if works:
             score(bound, rollouts, ProbeConfig())
-            assert padding_invariance(bound, rollouts).worst < 1e-12
+            assert padding(bound, rollouts).worst < 1e-12
         else:
             with pytest.raises(MeasurementError, match="cannot score rows of 65 tokens"):
                 score(bound, rollouts, ProbeConfig())

@@ -11,5 +11,13 @@ def test_padding_invariance(_probe_judge):
     _probe_judge(sequences.padding_invariance)
 
 
+def test_batch_invariance(_probe_judge):
+    _probe_judge(sequences.batch_invariance)
+
+
+def test_chunk_invariance(_probe_judge):
+    _probe_judge(sequences.chunk_invariance)
+
+
 def test_sampler_parity(_probe_judge):
     _probe_judge(sequences.sampler_parity)

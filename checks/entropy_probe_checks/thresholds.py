@@ -23,33 +23,41 @@ def _limit(name: str, value: float, source: str) -> tuple[str, Limit]:
     return name, Limit(value, source, f"limits.{name}")
 
 
-LIMITS: dict[str, Limit] = dict(
-    [
-        _limit("zero_check", 0.0, "same numbers through the same kernels in the same order: bit for bit"),
-        _limit("param_scaling", 2.0, "tiny-step test of the precision notes; 1 ± 3e-9 measured in true float64"),
-        _limit("logit_scaling", 3.0, "tiny-step test of the precision notes; 1 ± 3e-4 measured in true float64"),
-        _limit("x_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
-        _limit("y_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
-        _limit("preconditioner_complete", 0.0, "a tensor without Adam state would silently get P = 1"),
-        _limit("preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"),
-        _limit("buffers_overridden", 0.0, "the default path maps parameters only"),
-        _limit("live_model_unmodified", 0.0, "checksum over parameters, buffers, gradients and training mode"),
-        _limit("u_cross_identity", 1e-9, "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum"),
-        _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
-        _limit("se_agreement", 3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),
-        _limit(
-            "sampler_parity",
-            1e-3,
-            "measured on the demo: the same model in bf16 3e-5, temperature 0.9 for 1 2e-3, 0.7 for 1 1e-1",
+LIMITS: dict[str, Limit] = (
+    dict(
+        [
+            _limit("zero_check", 0.0, "same numbers through the same kernels in the same order: bit for bit"),
+            _limit("param_scaling", 2.0, "tiny-step test of the precision notes; 1 ± 3e-9 measured in true float64"),
+            _limit("logit_scaling", 3.0, "tiny-step test of the precision notes; 1 ± 3e-4 measured in true float64"),
+            _limit("x_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
+            _limit("y_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
+            _limit("preconditioner_complete", 0.0, "a tensor without Adam state would silently get P = 1"),
+            _limit("preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"),
+            _limit("buffers_overridden", 0.0, "the default path maps parameters only"),
+            _limit("live_model_unmodified", 0.0, "checksum over parameters, buffers, gradients and training mode"),
+            _limit("u_cross_identity", 1e-9, "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum"),
+            _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
+            _limit("se_agreement", 3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),
+            _limit(
+                "sampler_parity",
+                1e-3,
+                "measured on the demo: the same model in bf16 3e-5, temperature 0.9 for 1 2e-3, 0.7 for 1 1e-1",
+            ),
+            _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
+            _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
+        ]
+    )
+    | {
+        "ess": Limit(0.5, "the stricter end of the notes' 0.3 to 0.5", "true_delta_h.min_ess_fraction"),
+        "pareto_k": Limit(
+            0.7, "Vehtari et al. 2024: above 0.7 the estimate is unreliable", "true_delta_h.max_pareto_k"
         ),
-        _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
-        _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
-    ]
-) | {
-    "ess": Limit(0.5, "the stricter end of the notes' 0.3 to 0.5", "true_delta_h.min_ess_fraction"),
-    "pareto_k": Limit(0.7, "Vehtari et al. 2024: above 0.7 the estimate is unreliable", "true_delta_h.max_pareto_k"),
-    "padding_invariance": Limit(None, "float64 rounding: 8·depth·length·eps·max|log p|, in the report", None),
-}
+    }
+    | {
+        name: Limit(None, "rounding: 4·√(depth·length)·eps·max|log p|, in the report", None)
+        for name in ("padding_invariance", "batch_invariance", "chunk_invariance")
+    }
+)
 
 
 def limit_for(report: ProbeReport, name: str) -> float:

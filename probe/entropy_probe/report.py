@@ -167,7 +167,11 @@ class WorstCase(_Section):
 
 
 class InvarianceSection(_Section):
+    """What a token's scores must not depend on: padding, neighbours in the batch, pieces in which logits are read."""
+
     padding: WorstCase
+    batch: WorstCase
+    chunk: WorstCase
 
 
 class SamplerParitySection(_Section):

@@ -138,7 +138,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         with clock("continuity"):
             zero = continuity.zero_check(bound, e, direction.v)
             scaling = continuity.scaling(float64, e, direction.v)
-            padding = invariance.padding_invariance(float64, e)
+            invariant = invariance.invariance(bound, float64, e, config)
             covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
             checksum_after = checksum(checkpoint.model)
@@ -156,7 +156,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         entropy_change=[sections.change_row(change, cross or along.rb, along.curvature) for change in changes],
         continuity=sections.continuity_section(zero, scaling),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
-        invariance=r.InvarianceSection(padding=r.WorstCase(**asdict(padding))),
+        invariance=r.InvarianceSection(**asdict(invariant)),
         witness=None,
         registry=r.RegistrySection(**asdict(covered)),
         preconditioner=sections.preconditioner_section(checkpoint, precond, bound),

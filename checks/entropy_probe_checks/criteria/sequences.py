@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport
+from entropy_probe.report import WorstCase
 from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, not_applicable
 from entropy_probe_checks.thresholds import limit_for
 
 
 @Criterion
 def padding_invariance(report: ProbeReport) -> Finding:
-    """Largest |difference| of a token's log p between unpadded, right-padded and left-padded rows, in true float64.
+    """Largest |difference| of a token's log p or entropy between unpadded, right-padded and left-padded rows, in true
+    float64 and in the configured precision: of the two, the one nearer to its bound.
 
     Padding changes a score: positions count padding, the mask lets it through, or the model does not honour
     attention_mask and position_ids.
     """
-    measured = report.invariance.padding
+    return _within_rounding(report.invariance.padding)
+
+
+@Criterion
+def batch_invariance(report: ProbeReport) -> Finding:
+    """Largest |difference| of a token's log p or entropy between a row scored alone and among other rows.
+
+    Rows of a batch touch each other: something in the model normalises over the batch, or the bookkeeping of the rows
+    is wrong. Scores then depend on tf_batch_size. Use one row at a time (generation.tf_batch_size: 1) if that is meant.
+    """
+    return _within_rounding(report.invariance.batch)
+
+
+@Criterion
+def chunk_invariance(report: ProbeReport) -> Finding:
+    """Largest |difference| of a token's log p or entropy between whole logits and pieces of a few positions.
+
+    The output layer is not a function of one position's hidden state, so it may not be applied to some positions at a
+    time: entropies and log-probabilities in this report are not the model's.
+    """
+    return _within_rounding(report.invariance.chunk)
+
+
+def _within_rounding(measured: WorstCase) -> Finding:
     return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
 
 

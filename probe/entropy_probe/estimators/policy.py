@@ -12,8 +12,9 @@ NUCLEUS_EDGE = 1e-6
 """Mass by which the edge of the nucleus may be off: a float32 cumulative sum over a vocabulary of 2e5 is off by at most
 about 2e-7 in the samplers that draw responses, and a sampled token must never get log q = −∞ for that."""
 
-# A language model's nucleus rarely holds more tokens; a row where it does is sorted (`benchmarks/nucleus.py`).
-_PREFIX = 256
+# Entries of a row that are ranked at first, and where the nucleus does not end among them; then all are. A language
+# model's nucleus rarely holds more than the first (`benchmarks/nucleus.py`).
+_PREFIXES = (64, 4096)
 # exp(x) is exactly 0 below it, in float64 too: a logit of −∞ can be moved there, and 0·(−∞) never arises.
 _NOTHING = -1e4
 
@@ -86,16 +87,20 @@ def _lowest_inside(
 ) -> Float[Tensor, "*batch 1"]:
     """The smallest entry inside the nucleus of exp(logits − log_sum).
 
-    Read from the `_PREFIX` largest entries where the nucleus ends among them, else from the sorted row: the same
-    numbers are added in the same order.
+    Read from the largest entries where the nucleus ends among them, else from the sorted row: the same numbers are added
+    in the same order.
     """
     rows, log_sums = logits.reshape(-1, logits.shape[-1]), log_sum.reshape(-1)
-    prefix = min(_PREFIX, rows.shape[-1])
-    lowest, last = _edge_of(rows.topk(prefix, dim=-1).values, log_sums, top_p + edge)
-    beyond = (last & (prefix < rows.shape[-1])).nonzero()[:, 0]
-    if len(beyond):
-        ranked = rows[beyond].sort(dim=-1, descending=True).values
-        lowest[beyond] = _edge_of(ranked, log_sums[beyond], top_p + edge)[0]
+    vocabulary = rows.shape[-1]
+    lowest = torch.empty_like(log_sums, dtype=rows.dtype)
+    open_rows = torch.arange(len(rows), device=rows.device)
+    for size in (*(prefix for prefix in _PREFIXES if prefix < vocabulary), vocabulary):
+        chosen = rows if len(open_rows) == len(rows) else rows[open_rows]
+        ranked = chosen.topk(size, dim=-1).values if size < vocabulary else chosen.sort(descending=True).values
+        lowest[open_rows], is_last = _edge_of(ranked, log_sums[open_rows], top_p + edge)
+        open_rows = open_rows[is_last]
+        if not len(open_rows):
+            break
     return lowest.reshape(*log_sum.shape, 1)
 
 

@@ -20,8 +20,8 @@ from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.precision import forward_context, has_detached_norm
 from entropy_probe.model.registry import Registry, unwrap
 
-# Logits that are held at once, and positions at least: 16 MB a tensor in float64 stays near the cache, and fewer than
-# 64 rows make reading the head's weights the larger cost (`benchmarks/scoring.py`).
+# Logits that are held at once, and positions at least. Below 64 rows, reading the head's weights for every piece is the
+# larger cost; from 64 to 512 rows the time is the same within noise, and memory grows (`benchmarks/scoring.py`).
 _CHUNK = 1 << 21
 _ROWS = 64
 
@@ -84,11 +84,12 @@ class BoundModel:
         columns: Int[Tensor, " R"],
         read: Callable[[Float[Tensor, "r V"], slice], tuple[Tensor, ...]],
         *,
+        mask: Int[Tensor, "N L"] | None = None,
         override: Mapping[str, Tensor] | None = None,
         true_derivative: bool = False,
         rows_at_once: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """What `read` makes of the logits at the given positions of right-padded rows, a few positions at a time.
+        """What `read` makes of the logits at the given positions, a few positions at a time; `mask` as in `logits`.
 
             read(logits(ids, ..)[rows, columns], slice(0, R))
 
@@ -100,11 +101,12 @@ class BoundModel:
         mapping = dict(override or {})
         if self._split is None:
             first, last = int(columns.min()), int(columns.max()) + 1
-            logits = self.logits(ids, keep=slice(first, last), override=mapping, true_derivative=true_derivative)
+            keep = slice(first, last)
+            logits = self.logits(ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative)
             return read(logits[rows, columns - first], slice(0, len(rows)))
         output_layer, vocabulary = self._split
         with output_layer.skipped() as captured:
-            self._called(ids, None, slice(None), mapping, true_derivative)
+            self._called(ids, mask, slice(None), mapping, true_derivative)
         assert captured.states is not None
         states = captured.states[rows, columns]
         own_names = output_layer.names_in(self._tensors) if mapping else {}
