@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_addition_in_float32(llama: Subject, monkeypatch: pytest.MonkeyPatch) ->
     original = continuity.theta_plus_eta_v
 
     def rounded(*a: Any) -> dict[str, torch.Tensor]:
-        return {name: tensor.float().double() for name, tensor in original(*a).items()}
+        return {name: tensor.float().to(tensor.dtype) for name, tensor in original(*a).items()}
 
     monkeypatch.setattr(continuity, "theta_plus_eta_v", rounded)
     assert {"param_scaling", "logit_scaling"} <= llama.red()
@@ -143,13 +144,12 @@ def test_buffers_overridden(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> 
 def test_stale_scores(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores at θ come from other parameters than those of the sweep."""
     original = entropy_change.sweep
-    monkeypatch.setattr(
-        entropy_change,
-        "sweep",
-        lambda bound, rollouts, s, *a: original(
-            bound, rollouts, type(s)(s.token_logp * 1.001, s.token_logq * 1.001, s.rb_entropy * 1.001, s.gen_lens), *a
-        ),
-    )
+
+    def stale(s: scores.Scores) -> scores.Scores:
+        read = ("token_logp", "token_logq", "rb_entropy", "rb_entropy_q")
+        return dataclasses.replace(s, **{name: getattr(s, name) * 1.001 for name in read})
+
+    monkeypatch.setattr(entropy_change, "sweep", lambda bound, rollouts, s, *a: original(bound, rollouts, stale(s), *a))
     assert {"zero_step_change", "zero_step_ess"} <= subject.red()
 
 

@@ -202,6 +202,8 @@ def test_extreme_logits() -> None:
     logits = torch.tensor([[1e4, -1e4, float("-inf"), 1e4], [float("-inf")] * 3 + [-3e38]])
     mass = masses(logits, 1.0, 1.0)
     assert mass.tolist() == [[1, 0, 0, 1], [0, 0, 0, 1]]
+    assert masses(logits[:1], 1.0, 1e-9).tolist() == [[1, 0, 0, 1]]  # as probable as each other: in together
+    logits[0, 3] -= 1.0
     assert masses(logits[:1], 1.0, 1e-9).tolist() == [[1, 0, 0, 0]]
     for bad in (float("nan"), float("inf")):
         with pytest.raises(MeasurementError, match="not finite"):

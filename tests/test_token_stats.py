@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -60,10 +61,11 @@ def enumerate_step(z: list[float], top_p: float, temperature: float, eos: list[i
     total = math.fsum(weights)
     p = [w / total for w in weights]
     head, above = [], 0.0
-    for i in sorted(range(len(z)), key=lambda i: -p[i]):
+    ranked = sorted(range(len(z)), key=p.__getitem__, reverse=True)
+    for _, tied in itertools.groupby(ranked, key=p.__getitem__):  # tokens of equal probability are in together
         if above >= top_p + 1e-6:  # the edge that policy.py allows a float32 sampler
             break
-        head.append(i)
+        head.extend(tied)
         above = math.fsum(p[j] for j in head)
     inside = set(head) if top_p < 1 else set(range(len(z)))
     mass = math.fsum(p[i] for i in inside)
@@ -72,7 +74,7 @@ def enumerate_step(z: list[float], top_p: float, temperature: float, eos: list[i
     if top_p >= 1:
         s, tail = p[head[0]], math.fsum(p[i] for i in head[1:])
     mean = math.fsum(x * y for x, y in zip(q, z, strict=True) if x)
-    ranked = sorted(z, reverse=True)
+    largest = sorted(z, reverse=True)
 
     def entropy(distribution: list[float]) -> float:
         return -math.fsum(x * math.log(x) for x in distribution if x)
@@ -84,7 +86,7 @@ def enumerate_step(z: list[float], top_p: float, temperature: float, eos: list[i
         "tail_mass": tail,
         "two_point_entropy": entropy([s, tail]),
         "top1_prob": max(q),
-        "margin": ranked[0] - ranked[1],
+        "margin": largest[0] - largest[1],
         "collision": math.fsum(x * x for x in q),
         "renyi2": -math.log(math.fsum(x * x for x in q)),
         "effective_support": math.exp(entropy(q)),
@@ -178,9 +180,12 @@ def test_inequalities(kind: str, vocabulary: int, seed: int, top_p: float, tempe
 
 
 def test_known_values() -> None:
-    """π = (½, ¼, ¼): nucleus of 0.6 holds two tokens (the one that crosses stays), so q = (⅔, ⅓)."""
+    """π = (½, ¼, ¼): a nucleus of 0.6 ends between two tokens that are as probable as each other, and holds both.
+
+    π = (½, ⅓, ⅙): a nucleus of 0.6 holds two tokens (the one that crosses stays), so q = (⅗, ⅖).
+    """
     logits = torch.tensor([[math.log(4.0), math.log(2.0), math.log(2.0)]], dtype=torch.float64)
-    whole, cut = step_diagnostics(logits, 1.0, 1.0, [2, 2]), step_diagnostics(logits, 0.6, 1.0, 2)
+    whole, tied = step_diagnostics(logits, 1.0, 1.0, [2, 2]), step_diagnostics(logits, 0.6, 1.0, 2)
     assert whole.rb_entropy.item() == pytest.approx(1.5 * math.log(2), abs=1e-15)
     assert (whole.head_mass.item(), whole.tail_mass.item()) == pytest.approx((0.5, 0.5), abs=1e-15)
     assert whole.two_point_entropy.item() == pytest.approx(math.log(2), abs=1e-15)
@@ -188,10 +193,16 @@ def test_known_values() -> None:
     assert whole.margin.item() == pytest.approx(math.log(2), abs=1e-15)
     assert whole.eos_prob is not None
     assert whole.eos_prob.item() == pytest.approx(0.25, abs=1e-15)
-    assert (cut.head_mass.item(), cut.tail_mass.item()) == pytest.approx((0.75, 0.25), abs=1e-15)
-    assert cut.top1_prob.item() == pytest.approx(2 / 3, abs=1e-15)
-    assert cut.collision.item() == pytest.approx(5 / 9, abs=1e-15)
-    assert cut.policy_entropy.item() == pytest.approx(1.5 * math.log(2), abs=1e-15)
+    assert (tied.head_mass.item(), tied.tail_mass.item()) == pytest.approx((1.0, 0.0), abs=1e-15)
+    assert tied.rb_entropy.item() == tied.policy_entropy.item() == whole.rb_entropy.item()
+    assert tied.eos_prob is not None
+    assert tied.eos_prob.item() == pytest.approx(0.25, abs=1e-15)
+    cut = step_diagnostics(torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64).log(), 0.6, 1.0, 2)
+    assert (cut.head_mass.item(), cut.tail_mass.item()) == pytest.approx((5 / 6, 1 / 6), abs=1e-15)
+    assert cut.top1_prob.item() == pytest.approx(3 / 5, abs=1e-15)
+    assert cut.collision.item() == pytest.approx(13 / 25, abs=1e-15)
+    entropy = math.log(2) / 2 + math.log(3) / 3 + math.log(6) / 6
+    assert cut.policy_entropy.item() == pytest.approx(entropy, abs=1e-15)
     assert cut.eos_prob is not None
     assert cut.eos_prob.item() == 0.0
     # temperature divides inside the policy and leaves the logits' own margin alone

@@ -37,7 +37,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class GenerationSection(_Section):
+class GenerationConfig(_Section):
     """How responses are sampled; a response ends with the token that completes one of the `stop` strings.
 
     `do_sample` is always true: a greedy response has no probability to weight.
@@ -48,10 +48,16 @@ class GenerationSection(_Section):
     max_new_tokens: PositiveInt = 200
     stop: list[Annotated[str, Field(min_length=1)]] = []
     do_sample: Only = True
-    num_return_sequences: Annotated[int, Field(ge=2)] = 8
+    num_return_sequences: PositiveInt = 8
     gen_batch_size: PositiveInt = 32
     tf_batch_size: PositiveInt = 8
     rb_requires_grad: bool = False
+
+
+def _has_groups(generation: GenerationConfig) -> GenerationConfig:
+    if generation.num_return_sequences < 2:
+        raise ValueError("num_return_sequences must be at least 2: a response's baseline comes from the others")
+    return generation
 
 
 class FuncOverrideSection(_Section):
@@ -129,7 +135,7 @@ class ProbeConfig(_Section):
     """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults."""
 
     device: Annotated[str, AfterValidator(_is_device)] = "cpu"
-    generation: GenerationSection = GenerationSection()
+    generation: Annotated[GenerationConfig, AfterValidator(_has_groups)] = GenerationConfig()
     precision: PrecisionSection = PrecisionSection()
     batch: BatchConfig = BatchConfig()
     first_order: FirstOrderConfig = FirstOrderConfig()

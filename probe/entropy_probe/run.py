@@ -16,14 +16,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.model.precision import (
-    apply_global_precision,
-    autocast_off,
-    deterministic_algorithms,
-    str_to_dtype,
-    threads_for,
-)
-from entropy_probe.model.quiet import quiet_transformers
+from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
 from entropy_probe.stages.batches import draw_batches
@@ -90,7 +83,7 @@ def prepare(
         raise MeasurementError(
             f"parameter {stateless[0]}", "is trainable and has no Adam state", "freeze it, or give its state in `adam`"
         )
-    with _numerics(checkpoint, config):
+    with numerics(config.precision, checkpoint.info.num_parameters):
         with clock("integrity"):
             checksum_before = checksum(checkpoint.model)
             bound = bind(checkpoint.model, str_to_dtype(config.precision.func_override.dtype))
@@ -105,7 +98,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch = e is u
     clock = _Clock(progress, dict(prepared.seconds))
-    with _numerics(checkpoint, config) as threads:
+    with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
             scores_e = score(bound, e, config)
             scores_u = scores_e if same_batch else score(bound, u, config)
@@ -170,19 +163,6 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         environment=sections.environment(bound, threads),
         timing=clock.seconds,
     )
-
-
-@contextmanager
-def _numerics(checkpoint: Checkpoint, config: ProbeConfig) -> Iterator[int]:
-    """Precision, determinism and threads as configured, transformers quiet; all put back. Yields the threads."""
-    with (
-        autocast_off(),
-        apply_global_precision(config.precision.allow_tf32, config.precision.matmul_precision),
-        deterministic_algorithms(config.precision.deterministic_probe),
-        quiet_transformers(),
-        threads_for(checkpoint.info.num_parameters) as threads,
-    ):
-        yield threads
 
 
 class _Clock:

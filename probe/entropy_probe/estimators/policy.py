@@ -50,7 +50,8 @@ def score_tokens(
     forward mode. Logits of −∞ are tokens of probability zero; they add nothing to an entropy.
     """
     d = logits.to(dtype or logits.dtype, copy=True)
-    d = d.sub_(d.detach().amax(-1, keepdim=True)).div_(temperature)
+    top = d.detach().amax(-1, keepdim=True)
+    d = d.sub_(top).div_(temperature)
     token_d = d.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     in_place = not d.requires_grad
     d = d.clamp_(min=_NOTHING) if in_place else d.clamp(min=_NOTHING)
@@ -58,56 +59,81 @@ def score_tokens(
     sum_all = exp_d.sum(-1)
     log_sum = sum_all.log()
     logp = token_d - log_sum
-    lowest = None if top_p >= 1.0 else _lowest_inside(d.detach(), log_sum.detach(), top_p, NUCLEUS_EDGE)
-    inside_exp = None if lowest is None else exp_d.masked_fill(d < lowest, 0.0)
+    if top_p >= 1.0:
+        weighted = exp_d.mul_(d) if in_place else exp_d * d
+        entropy = log_sum - weighted.sum(-1) / sum_all
+        return TokenScores(logp, logp, entropy, entropy)
+    rounding = float32_rounding(top.squeeze(-1), temperature)
+    lowest = _lowest_inside(d.detach(), log_sum.detach(), top_p, NUCLEUS_EDGE, rounding)
+    inside_exp = exp_d.masked_fill(d < lowest, 0.0)
     weighted = exp_d.mul_(d) if in_place else exp_d * d
     entropy = log_sum - weighted.sum(-1) / sum_all
-    if lowest is None or inside_exp is None:
-        return TokenScores(logp, logp, entropy, entropy)
     sum_inside = inside_exp.sum(-1)
     log_sum_inside = sum_inside.log()
-    logq = (token_d - log_sum_inside).masked_fill(token_d < lowest.squeeze(-1), float("-inf"))
+    logq = (token_d - log_sum_inside).masked_fill(token_d.clamp(min=_NOTHING) < lowest.squeeze(-1), float("-inf"))
     weighted = inside_exp.mul_(d) if in_place else inside_exp * d
     return TokenScores(logp, logq, entropy, log_sum_inside - weighted.sum(-1) / sum_inside)
 
 
-def nucleus(logp: Float[Tensor, "*batch V"], top_p: float, *, edge: float = NUCLEUS_EDGE) -> Bool[Tensor, "*batch V"]:
+def nucleus(
+    logp: Float[Tensor, "*batch V"],
+    top_p: float,
+    *,
+    edge: float = NUCLEUS_EDGE,
+    rounding: Float[Tensor, "*batch"] | None = None,
+) -> Bool[Tensor, "*batch V"]:
     """Mask of the nucleus: `mass of the tokens that are more probable < top_p + edge`.
 
     The token that crosses `top_p` stays, as in generation (docs/derivations.md, departure 7). Tokens of equal
     probability are in it together: which of them an engine keeps depends on how it sorts. At top_p ≥ 1 all are in it.
+    `rounding` widens the edge and what counts as equal: by how much a sampler's log-probabilities may be off.
     """
     if top_p >= 1.0:
         return torch.ones_like(logp, dtype=torch.bool)
-    return logp >= _lowest_inside(logp, torch.zeros_like(logp[..., 0]), top_p, edge)
+    none = torch.zeros_like(logp[..., 0])
+    return logp >= _lowest_inside(logp, none, top_p, edge, none if rounding is None else rounding)
+
+
+def float32_rounding(top: Float[Tensor, "*batch"], temperature: float) -> Float[Tensor, "*batch"]:
+    """How far float32 rounding of logits/temperature moves a difference of two of them, for tokens that count.
+
+    Each quotient is off by up to 2⁻²⁴ of its size, and a token more than 16 nats below the top has less than 2e-7 of
+    the mass. A sampler that divides in float32 makes ties of logits that differ by less, and keeps any of them.
+    """
+    return 2.0**-23 * (top.abs() / temperature + 16.0)
 
 
 def _lowest_inside(
-    logits: Float[Tensor, "*batch V"], log_sum: Float[Tensor, "*batch"], top_p: float, edge: float
+    logits: Float[Tensor, "*batch V"],
+    log_sum: Float[Tensor, "*batch"],
+    top_p: float,
+    edge: float,
+    rounding: Float[Tensor, "*batch"],
 ) -> Float[Tensor, "*batch 1"]:
-    """The smallest entry inside the nucleus of exp(logits − log_sum).
+    """The smallest value that is inside the nucleus of exp(logits − log_sum).
 
-    Read from the largest entries where the nucleus ends among them, else from the sorted row: the same numbers are added
-    in the same order.
+    Read from the largest entries where the nucleus ends among them, else from the sorted row: the same numbers are
+    added in the same order.
     """
     rows, log_sums = logits.reshape(-1, logits.shape[-1]), log_sum.reshape(-1)
     vocabulary = rows.shape[-1]
+    limits = top_p + edge + rounding.reshape(-1).double()
     lowest = torch.empty_like(log_sums, dtype=rows.dtype)
     open_rows = torch.arange(len(rows), device=rows.device)
     for size in (*(prefix for prefix in _PREFIXES if prefix < vocabulary), vocabulary):
         chosen = rows if len(open_rows) == len(rows) else rows[open_rows]
         ranked = chosen.topk(size, dim=-1).values if size < vocabulary else chosen.sort(descending=True).values
-        lowest[open_rows], is_last = _edge_of(ranked, log_sums[open_rows], top_p + edge)
+        lowest[open_rows], is_last = _edge_of(ranked, log_sums[open_rows], limits[open_rows])
         open_rows = open_rows[is_last]
         if not len(open_rows):
             break
-    return lowest.reshape(*log_sum.shape, 1)
+    return (lowest - rounding.reshape(-1)).reshape(*log_sum.shape, 1)
 
 
 def _edge_of(
-    ranked: Float[Tensor, "N K"], log_sum: Float[Tensor, " N"], mass_limit: float
+    ranked: Float[Tensor, "N K"], log_sum: Float[Tensor, " N"], mass_limit: Float[Tensor, " N"]
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """(the last entry whose predecessors hold less than `mass_limit`, whether that is the last of all)."""
     mass = (ranked - log_sum[:, None]).double().exp()
-    inside = (mass.cumsum(-1) - mass < mass_limit).sum(-1).clamp(min=1)
+    inside = (mass.cumsum(-1) - mass < mass_limit[:, None]).sum(-1).clamp(min=1)
     return ranked.gather(1, inside[:, None] - 1)[:, 0], inside == ranked.shape[1]

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.estimators.policy import nucleus, score_tokens
+from entropy_probe.estimators.policy import float32_rounding, nucleus, score_tokens
 
 WINDOW = 16
 """Steps in the early and in the late window of a response; all of its steps where it is shorter (then both agree)."""
@@ -201,7 +201,7 @@ def _of_rows(z: Tensor, top_p: float, temperature: float, eos: list[int]) -> dic
     logp = torch.log_softmax(below_top / temperature, dim=-1)
     p = logp.exp()
     if top_p < 1.0:
-        head = nucleus(logp, top_p)
+        head = nucleus(logp, top_p, rounding=float32_rounding(top[:, 0], temperature))
         logq = torch.log_softmax((below_top / temperature).masked_fill(~head, float("-inf")), dim=-1)
         q = logq.exp()
     else:
@@ -313,8 +313,13 @@ def baseline_features(
     t counts from 0. The position is relative to the length *limit*: a baseline must be a function of the prefix, and
     the length of the response itself is not (with t/T the slope is biased). So padding changes nothing either.
     """
-    step = step_diagnostics(logits, top_p, temperature)
-    position = torch.arange(logits.shape[-2], device=logits.device, dtype=torch.float64) / max_new_tokens
+    return features_of_steps(step_diagnostics(logits, top_p, temperature), max_new_tokens)
+
+
+def features_of_steps(step: TokenStepDiagnostics, max_new_tokens: int) -> Float[Tensor, "*batch T 7"]:
+    """`baseline_features` from diagnostics that are there already."""
+    steps, device = step.margin.shape[-1], step.margin.device
+    position = torch.arange(steps, device=device, dtype=torch.float64) / max_new_tokens
     features = (
         step.policy_entropy,
         step.top1_prob,

@@ -174,10 +174,12 @@ class BoundModel:
                 "rollouts", f"the model cannot score rows of {ids.shape[1]} tokens ({error})", "give shorter ones"
             ) from error
 
-    def direct_logits(self, ids: Int[Tensor, "N L"], *, keep: slice = slice(None)) -> Float[Tensor, "N K V"]:
+    def direct_logits(
+        self, ids: Int[Tensor, "N L"], *, mask: Int[Tensor, "N L"] | None = None, keep: slice = slice(None)
+    ) -> Float[Tensor, "N K V"]:
         """The same logits at θ by calling the module itself: what the zero check compares with."""
         with self._evaluating(), forward_context(self.dtype):
-            output = self.module(ids, **self._arguments(ids, None, keep))
+            output = self.module(ids, **self._arguments(ids, mask, keep))
         return self._kept(output, keep)
 
     def next_logits(

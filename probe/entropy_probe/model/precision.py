@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from entropy_probe.config import PrecisionSection
 from entropy_probe.errors import ConfigError
+from entropy_probe.model.quiet import quiet_transformers
 
 _DTYPES = {
     "float32": torch.float32,
@@ -144,6 +146,19 @@ def autocast_off() -> Iterator[None]:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+@contextmanager
+def numerics(precision: PrecisionSection, num_parameters: int) -> Iterator[int]:
+    """Precision, determinism and threads as configured, transformers quiet; all put back. Yields the threads."""
+    with (
+        autocast_off(),
+        apply_global_precision(precision.allow_tf32, precision.matmul_precision),
+        deterministic_algorithms(precision.deterministic_probe),
+        quiet_transformers(),
+        threads_for(num_parameters) as threads,
+    ):
+        yield threads
 
 
 @contextmanager

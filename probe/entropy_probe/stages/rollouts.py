@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_probe.config import GenerationSection
+from entropy_probe.config import GenerationConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.prompts import Prompt
@@ -251,7 +251,7 @@ def sample_rollouts(
     bound: BoundModel,
     tokenizer: Any | None,
     prompts: Sequence[Prompt],
-    generation: GenerationSection,
+    generation: GenerationConfig,
     *,
     seed: int,
     reward: Reward = tag_pref,

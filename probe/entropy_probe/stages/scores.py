@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.config import ProbeConfig
+from entropy_probe.config import GenerationConfig, PrecisionSection, ProbeConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.policy import TokenScores, score_tokens
 from entropy_probe.model.forward import BoundModel
@@ -83,6 +83,17 @@ def read_rows(
     return tuple(v.new_zeros(*inside.shape, *v.shape[1:]).index_put((of_row, step), v) for v in flat)
 
 
+def policy_scores(bound: BoundModel, policy: GenerationConfig, precision: PrecisionSection) -> Read:
+    """(log p, log q, entropy of π, entropy of q) of some tokens under the policy, as a reading for `read_rows`."""
+    dtype = torch.float64 if precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
+
+    def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
+        return scored.logp, scored.logq, scored.entropy, scored.entropy_q
+
+    return read
+
+
 def score_rows(
     bound: BoundModel,
     rollouts: Rollouts,
@@ -97,13 +108,7 @@ def score_rows(
 
     One function for θ and θ+ηv, with and without a graph.
     """
-    dtype = torch.float64 if config.precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
-    policy = config.generation
-
-    def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
-        return scored.logp, scored.logq, scored.entropy, scored.entropy_q
-
+    read = policy_scores(bound, config.generation, config.precision)
     options = {"override": override, "true_derivative": true_derivative, "rows_at_once": rows_at_once}
     return TokenScores(*read_rows(bound, rollouts, rows, read, **options))
 
@@ -114,31 +119,51 @@ def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:
     yield from order.split(size)
 
 
+def read_responses(
+    bound: BoundModel, rollouts: Rollouts, size: int, read: Read, override: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """`read_rows` of every response, `size` rows of similar length at a time: [B, G, T, …]."""
+    parts, order = [], []
+    for rows in batches_by_length(rollouts, size):
+        order.append(rows)
+        part = read_rows(bound, rollouts, rows, read, override=override)
+        missing = rollouts.max_gen_len - part[0].shape[1]
+        parts.append([torch.cat([v, v.new_zeros(len(v), missing, *v.shape[2:])], dim=1) for v in part])
+    back = torch.cat(order).argsort().to(bound.device)
+    return tuple(rollouts.per_prompt(torch.cat(values)[back]) for values in zip(*parts, strict=True))
+
+
 @torch.no_grad()
 def score(
     bound: BoundModel, rollouts: Rollouts, config: ProbeConfig, override: Mapping[str, Tensor] | None = None
 ) -> Scores:
     """Score every response at θ, or with the parameters in `override` replaced."""
-    shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
-    logp, logq, entropy, entropy_q = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
-    for rows in batches_by_length(rollouts, config.generation.tf_batch_size):
-        scored = score_rows(bound, rollouts, rows, config, override=override)
-        parts = (scored.logp, scored.logq, scored.entropy, scored.entropy_q)
-        for whole, part in zip((logp, logq, entropy, entropy_q), parts, strict=True):
-            whole[rows, : part.shape[1]] = part.double().cpu()
-    finite = torch.isfinite(logp) & torch.isfinite(entropy)
+    read = policy_scores(bound, config.generation, config.precision)
+    scores = read_responses(bound, rollouts, config.generation.tf_batch_size, read, override)
+    logp, logq, entropy, entropy_q = (values.double().cpu() for values in scores)
+    require_finite(rollouts, logp, entropy, at_theta=override is None)
+    if override is None:
+        require_inside_nucleus(rollouts, logq, config.generation.top_p)
+    return Scores(logp, logq, entropy, entropy_q, rollouts.per_prompt(rollouts.gen_lens))
+
+
+def require_finite(rollouts: Rollouts, logp: Tensor, entropy: Tensor, *, at_theta: bool) -> None:
+    """Raise `MeasurementError` that names the first prompt with a score that is not finite."""
+    finite = (torch.isfinite(logp) & torch.isfinite(entropy)).flatten(1).all(1)
     if not bool(finite.all()):
-        row = int((~finite).any(1).nonzero()[0])
         raise MeasurementError(
-            f"{rollouts.source}: prompt {row // rollouts.num_responses + 1}",
-            f"the model's log-probabilities are not finite {'at θ' if override is None else 'at θ + ηv'}",
-            "use an earlier checkpoint" if override is None else "give smaller true_delta_h.etas",
+            f"{rollouts.source}: prompt {int((~finite).nonzero()[0]) + 1}",
+            f"the model's log-probabilities are not finite {'at θ' if at_theta else 'at θ + ηv'}",
+            "use an earlier checkpoint" if at_theta else "give smaller true_delta_h.etas",
         )
-    if override is None and torch.isneginf(logq).any():
-        row = int(torch.isneginf(logq).any(1).nonzero()[0])
+
+
+def require_inside_nucleus(rollouts: Rollouts, logq: Tensor, top_p: float) -> None:
+    """Raise `RolloutsError` that names the first prompt with a token that was not sampled from q."""
+    outside = torch.isneginf(logq).flatten(1).any(1)
+    if bool(outside.any()):
         raise RolloutsError(
-            f"{rollouts.source}: prompt {row // rollouts.num_responses + 1}",
-            f"a response holds a token outside the nucleus of top_p {config.generation.top_p:g}",
+            f"{rollouts.source}: prompt {int(outside.nonzero()[0]) + 1}",
+            f"a response holds a token outside the nucleus of top_p {top_p:g}",
             "give the temperature and top_p with which the responses were sampled",
         )
-    return Scores(*map(rollouts.per_prompt, (logp, logq, entropy, entropy_q, rollouts.gen_lens)))
