@@ -21,9 +21,19 @@ _WHERE = {
     "ProbeConfig": "entropy_probe.config",
     "ProbeReport": "entropy_probe.report",
     "Verdict": "entropy_probe.report",
+    "SequenceProcessor": "entropy_probe.sequence_processor",
     "ProbeError": "entropy_probe.errors",
 }
-__all__ = ["Checkpoint", "ProbeConfig", "ProbeError", "ProbeReport", "Verdict", "load_checkpoint", "run_probe"]
+__all__ = [
+    "Checkpoint",
+    "ProbeConfig",
+    "ProbeError",
+    "ProbeReport",
+    "SequenceProcessor",
+    "Verdict",
+    "load_checkpoint",
+    "run_probe",
+]
 
 if TYPE_CHECKING:
     from entropy_probe.config import ProbeConfig
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
     from entropy_probe.report import ProbeReport, Verdict
     from entropy_probe.run import run_probe
+    from entropy_probe.sequence_processor import SequenceProcessor
 
 
 def __getattr__(name: str) -> Any:

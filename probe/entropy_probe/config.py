@@ -10,7 +10,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -131,12 +131,25 @@ class UpdateConfig(_Section):
     max_grad_norm: PositiveFloat | None = None
 
 
-class ProbeConfig(_Section):
+class SequenceConfig(_Section):
+    """What sampling and scoring need: the two sections that `SequenceProcessor` takes."""
+
+    generation: GenerationConfig = GenerationConfig()
+    precision: PrecisionSection = PrecisionSection()
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], where: object = "configuration") -> Self:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _one_line(error, where, cls) from error
+
+
+class ProbeConfig(SequenceConfig):
     """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults."""
 
     device: Annotated[str, AfterValidator(_is_device)] = "cpu"
     generation: Annotated[GenerationConfig, AfterValidator(_has_groups)] = GenerationConfig()
-    precision: PrecisionSection = PrecisionSection()
     batch: BatchConfig = BatchConfig()
     first_order: FirstOrderConfig = FirstOrderConfig()
     true_delta_h: TrueDeltaHConfig = TrueDeltaHConfig()
@@ -161,13 +174,6 @@ class ProbeConfig(_Section):
                 table = {key: table}
             values = _merge(values, table)
         return cls.from_mapping(values, where="configuration")
-
-    @classmethod
-    def from_mapping(cls, values: dict[str, Any], where: object = "configuration") -> ProbeConfig:
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise _one_line(error, where) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -201,9 +207,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the valid keys of the section in which the last part of `location` stands."""
-    section: Any = ProbeConfig
+def _fields_at(location: tuple[int | str, ...], section: Any) -> list[str]:
+    """Names of the valid keys of the section below `section` in which the last part of `location` stands."""
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
         candidates = [annotation, *get_args(annotation)]
@@ -213,11 +218,11 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _one_line(error: ValidationError, where: object) -> ConfigError:
+def _one_line(error: ValidationError, where: object, model: type[BaseModel]) -> ConfigError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if not re.fullmatch(r"literal\[.*\]|list\[.*\]", str(part)))
     if first["type"] == "extra_forbidden":
-        valid = _fields_at(first["loc"])
+        valid = _fields_at(first["loc"], model)
         near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
         remedy = f"did you mean `{near[0]}`?" if near else f"valid keys are {', '.join(valid)}"
         return ConfigError(where, f"unknown key `{key}`", remedy)

@@ -47,6 +47,11 @@ def zero_check(bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor]) -
     ids = _some_rows(rollouts).to(bound.device)
     direct = bound.direct_logits(ids)
     functional = bound.logits(ids, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
+    return compared(direct, functional)
+
+
+def compared(direct: Tensor, functional: Tensor) -> ZeroCheck:
+    """Two sets of logits that must be the same."""
     return ZeroCheck(float((direct - functional).abs().max()), bool(torch.equal(direct, functional)))
 
 

@@ -111,7 +111,7 @@ def _assemble(lines: Sequence[_Line], source: str, missing_gold: int) -> Rollout
 
 def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
     """EOS ids of generation_config, else of the model's config, else of the tokenizer."""
-    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         eos = getattr(holder, "eos_token_id", None)
         if eos is None:
             continue

@@ -1,0 +1,199 @@
+"""Responses and their scores as padded tensors with lengths: what `SequenceProcessor` takes and returns.
+
+B prompts, G responses each, T tokens of the longest response, V tokens of the vocabulary. Values past the end of a
+response are zero. Entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from entropy_probe.errors import MeasurementError
+from entropy_probe.estimators.token_stats import DiagnosticsPack, SequenceDiagnostics, TokenStepDiagnostics
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages.prompts import Prompt
+from entropy_probe.stages.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class BatchedSequences:
+    """B prompts with G responses each, padded: prompts on the left to one length, responses on the right.
+
+    The generated region of (b, g) is `sequences[b, g, prompt_lens[b] : prompt_lens[b] + gen_lens[b, g]]`; it ends with
+    the EOS, with the token that completes a stop string, or at the length limit. `attention_masks` is 1 on prompt and
+    response and 0 elsewhere, whatever the padding token is. `prompts` hold the gold answers of the rewards; sequences
+    that were made elsewhere may come without.
+    """
+
+    sequences: Int[Tensor, "B G L"]
+    prompt_lens: Int[Tensor, " B"]
+    gen_lens: Int[Tensor, "B G"]
+    attention_masks: Int[Tensor, "B G L"]
+    responses_text: list[list[str]]
+    prompts: list[Prompt] | None = None
+
+    def prompt_ids(self, b: int) -> Int[Tensor, " P"]:
+        end = int(self.prompt_lens[b])
+        return self.sequences[b, 0, end - int(self.attention_masks[b, 0, :end].sum()) : end]
+
+    def response_ids(self, b: int, g: int) -> Int[Tensor, " T"]:
+        start = int(self.prompt_lens[b])
+        return self.sequences[b, g, start : start + int(self.gen_lens[b, g])]
+
+
+@dataclass(frozen=True)
+class SequenceLogprobs:
+    """One response of `LogprobResults`: the same fields without padding, [T] where those are [B, G, T]."""
+
+    logprobs: Tensor
+    entropies: np.ndarray
+    sequence_logprobs: float
+    token_logqs: Tensor
+    sequence_logqs: float
+    rewards: float
+    rb_entropies: np.ndarray | None
+    rb_entropies_q: np.ndarray | None
+    rb_entropies_torch: Tensor | None
+    baseline_feats_torch: Tensor | None
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class LogprobResults:
+    """Scores of every response; `results[b, g]` is one of them without padding.
+
+    | field | shape | what |
+    |---|---|---|
+    | `logprobs` | [B, G, T] | log π of the generated tokens; carries the graph with `with_grad` |
+    | `entropies` | [B, G, T] | naive surprisal −log π (numpy) |
+    | `sequence_logprobs` | [B, G] | S = Σ_t log π, float64, no graph |
+    | `token_logqs`, `sequence_logqs` | [B, G, T], [B, G] | log q, q being π cut to its nucleus; −∞ outside it |
+    | `rewards` | [B, G] | of the text; 0 without a gold answer |
+    | `gen_lens` | [B, G] | tokens of a response |
+    | `rb_entropies`, `rb_entropies_q` | [B, G, T] | entropy of π, and of q, at every step (numpy), with `compute_rb` |
+    | `rb_entropies_torch` | [B, G, T] | entropy of π with its graph: `with_grad`, `compute_rb`, `rb_requires_grad` |
+    | `baseline_feats_torch` | [B, G, T, 7] | φ of `token_stats.baseline_features`, no graph |
+    | `logits` | [B, G, T, V] | logits before the temperature, with `return_logits` |
+    """
+
+    logprobs: Float[Tensor, "B G T"]
+    entropies: np.ndarray
+    sequence_logprobs: Float[Tensor, "B G"]
+    token_logqs: Float[Tensor, "B G T"]
+    sequence_logqs: Float[Tensor, "B G"]
+    rewards: Float[Tensor, "B G"]
+    gen_lens: Int[Tensor, "B G"]
+    rb_entropies: np.ndarray | None = None
+    rb_entropies_q: np.ndarray | None = None
+    rb_entropies_torch: Float[Tensor, "B G T"] | None = None
+    baseline_feats_torch: Float[Tensor, "B G T 7"] | None = None
+    logits: Float[Tensor, "B G T V"] | None = None
+
+    def __getitem__(self, index: tuple[int, int]) -> SequenceLogprobs:
+        b, g = index
+        steps = int(self.gen_lens[b, g])
+
+        def of_response(value: Any) -> Any:
+            if value is None:
+                return None
+            return float(value[b, g]) if value.ndim == 2 else value[b, g, :steps]
+
+        return SequenceLogprobs(**{f.name: of_response(getattr(self, f.name)) for f in fields(SequenceLogprobs)})
+
+
+@dataclass(frozen=True)
+class DiagnosticsResults:
+    """Diagnostics of every step [B, G, T], zero past the end of a response, and of every response as a whole.
+
+    `results[b, g]` is the `DiagnosticsPack` of one response without padding; `diagnostics` has all of them as lists.
+    """
+
+    step: TokenStepDiagnostics
+    seq: list[list[SequenceDiagnostics]]
+    gen_lens: Int[Tensor, "B G"]
+
+    def __getitem__(self, index: tuple[int, int]) -> DiagnosticsPack:
+        b, g = index
+        return DiagnosticsPack(steps_of(self.step, b, g, int(self.gen_lens[b, g])), self.seq[b][g])
+
+    @property
+    def diagnostics(self) -> list[list[DiagnosticsPack]]:
+        return [[self[b, g] for g in range(len(row))] for b, row in enumerate(self.seq)]
+
+
+def steps_of(step: TokenStepDiagnostics, b: int, g: int, steps: int) -> TokenStepDiagnostics:
+    """One response of diagnostics [B, G, T], without padding."""
+    values = ((f.name, getattr(step, f.name)) for f in fields(step))
+    sliced: dict[str, Any] = {name: None if value is None else value[b, g, :steps] for name, value in values}
+    return TokenStepDiagnostics(**sliced)
+
+
+def batched(rollouts: Rollouts, tokenizer: Any, prompts: list[Prompt]) -> BatchedSequences:
+    """Left-padded prompts, right-padded responses."""
+    width, pad = int(rollouts.prompt_lens.max()), getattr(tokenizer, "pad_token_id", None)
+    ids = torch.full((len(rollouts.ids), width + rollouts.max_gen_len), 0 if pad is None else pad)
+    mask = torch.zeros_like(ids)
+    texts = []
+    for i, prompt_len in enumerate(rollouts.prompt_lens.tolist()):
+        gen_len = int(rollouts.gen_lens[i])
+        own = slice(width - prompt_len, width + gen_len)
+        ids[i, own] = rollouts.ids[i, : prompt_len + gen_len]
+        mask[i, own] = 1
+        texts.append(tokenizer.decode(ids[i, width : own.stop].tolist(), skip_special_tokens=True))
+    group = rollouts.num_responses
+    return BatchedSequences(
+        sequences=rollouts.per_prompt(ids),
+        prompt_lens=torch.full((rollouts.num_prompts,), width),
+        gen_lens=rollouts.per_prompt(rollouts.gen_lens),
+        attention_masks=rollouts.per_prompt(mask),
+        responses_text=[texts[n * group : (n + 1) * group] for n in range(rollouts.num_prompts)],
+        prompts=prompts,
+    )
+
+
+def as_rollouts(sequences: BatchedSequences, bound: BoundModel, rewards: Tensor) -> Rollouts:
+    """The same rows padded on the right. Raises `MeasurementError` naming the row that is not as it is said to be."""
+    size_b, size_g, length = sequences.sequences.shape
+    vocabulary = _vocabulary(bound)
+    rows, prompt_lens = [], []
+    for b in range(size_b):
+        for g in range(size_g):
+            ids, mask = sequences.sequences[b, g].cpu(), sequences.attention_masks[b, g].cpu().bool()
+            start, gen_len = int(sequences.prompt_lens[b]), int(sequences.gen_lens[b, g])
+            prompt_len = int(mask[:start].sum())
+            own = torch.zeros_like(mask)
+            own[start - prompt_len : start + gen_len] = True
+            where, first, end = f"sequences[{b}, {g}]", start - prompt_len, start + gen_len
+            if prompt_len < 1 or gen_len < 1 or end > length:
+                got = f"has {prompt_len} tokens of prompt and {gen_len} of response in a row of {length}"
+                raise MeasurementError(where, got, "give at least one of each, and the lengths as they are")
+            if not torch.equal(mask, own):
+                got = f"has an attention mask that is not 1 from {first} to {end - 1} and 0 elsewhere"
+                raise MeasurementError(where, got, "pad prompts on the left and responses on the right")
+            row = ids[own]
+            if int(row.min()) < 0 or int(row.max()) >= vocabulary:
+                got = f"holds a token outside 0 to {vocabulary - 1}"
+                raise MeasurementError(where, got, "use the tokenizer of the model")
+            rows.append(row)
+            prompt_lens.append(prompt_len)
+    return Rollouts(
+        ids=nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        prompt_lens=torch.tensor(prompt_lens),
+        gen_lens=sequences.gen_lens.reshape(-1).cpu(),
+        rewards=rewards,
+        advantages=None,
+        logprobs=None,
+        source="sequences",
+        missing_gold=0,
+    )
+
+
+def _vocabulary(bound: BoundModel) -> int:
+    embeddings = getattr(bound.language_model, "get_input_embeddings", lambda: None)()
+    return 2**62 if embeddings is None else int(embeddings.weight.shape[0])
