@@ -179,6 +179,7 @@ def test_entropy(both: Both) -> None:
         means = [sign * ref.mean(row) for row in values]
         agree(got.value, ref.mean(means), ref.mean([abs(x) for row in values for x in row]))
         agree(got.se, ref.sd(means) / math.sqrt(len(means)), ref.mean([abs(m) for m in means]))
+    assert section.rb_q == section.rb
     lengths = [[len(h) for _, h in row] for row in tokens]
     count = sum(map(sum, lengths))
     ratio = math.fsum(map(math.fsum, r)) / count
@@ -319,8 +320,8 @@ def test_entropy_change(both: Both) -> None:
     assert (rows[0.0].delta_h, rows[0.0].delta_h_rb, rows[0.0].ess) == (0.0, 0.0, 15.0)
 
 
-def _nucleus_logq(p: torch.Tensor, token: int, top_p: float) -> float:
-    """log q by sorting: the most likely tokens until their mass reaches top_p, renormalised."""
+def _nucleus_logq(p: torch.Tensor, top_p: float) -> dict[int, float]:
+    """log q by sorting: the most likely tokens until their mass reaches top_p, renormalised; the others are not in."""
     ranked = sorted(range(len(p)), key=lambda i: -float(p[i]))
     inside, mass = [], 0.0
     for i in ranked:
@@ -328,7 +329,7 @@ def _nucleus_logq(p: torch.Tensor, token: int, top_p: float) -> float:
         mass += float(p[i])
         if mass >= top_p:
             break
-    return math.log(float(p[token]) / mass) if token in inside else -math.inf
+    return {i: math.log(float(p[i]) / mass) for i in inside}
 
 
 def test_restricted_policy(tmp_path: Path) -> None:
@@ -366,7 +367,7 @@ def test_restricted_policy(tmp_path: Path) -> None:
     both.path, both.model, both.e = path, model, e
     g = {name: -sum(y[name] for y in ys) / 3 for name in ys[0]}
     v = ref.optimizer_step(model, both.groups(), both.moments(), g, torch.optim.AdamW)
-    s, logq, r = [], [], []
+    s, logq, r, r_q = [], [], [], []
     with torch.no_grad():
         for n, line in enumerate(lines):
             for k, response in enumerate(line["response_ids"]):
@@ -375,9 +376,12 @@ def test_restricted_policy(tmp_path: Path) -> None:
                     logits = model(torch.tensor([line["prompt_ids"] + response]), use_cache=False).logits[0]
                 start = len(line["prompt_ids"]) - 1
                 probabilities = [torch.softmax(logits[start + t] / 1.3, -1) for t in range(len(response))]
-                logq.append(sum(_nucleus_logq(p, t, 0.7) for p, t in zip(probabilities, response, strict=True)))
+                nuclei = [_nucleus_logq(p, 0.7) for p in probabilities]
+                logq.append(sum(of_step[t] for of_step, t in zip(nuclei, response, strict=True)))
+                r_q.append(-math.fsum(math.exp(x) * x for of_step in nuclei for x in of_step.values()))
                 s.append(float(logp.sum()))
                 r.append(float(entropy.sum()))
+        agree(report.entropy.rb_q.value, ref.mean(r_q), ref.mean(r_q))
         for row in report.entropy_change:
             for name, p in e.named.items():
                 p.add_(v[name], alpha=row.eta)

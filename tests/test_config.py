@@ -16,7 +16,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "deep key": ({"precision": {"tf_nograd": {"dtyp": "float32"}}}, "did you mean `dtype`?"),
     "wrong type": ({"batch": {"num_prompts": "many"}}, "`batch.num_prompts`"),
     "impossible value": ({"generation": {"top_p": 0}}, "`generation.top_p`: input should be greater than 0, got 0"),
-    "one response": ({"generation": {"num_return_sequences": 1}}, "`generation.num_return_sequences`"),
+    "one response": (
+        {"generation": {"num_return_sequences": 1}},
+        "`generation`: num_return_sequences must be at least 2",
+    ),
     "greedy": ({"generation": {"do_sample": False}}, "`generation.do_sample`"),
     "autocast": ({"precision": {"func_override": {"autocast": True}}}, "`precision.func_override.autocast`"),
     "dtypes differ": ({"precision": {"tf_nograd": {"dtype": "float64"}}}, "must have the same dtype"),

@@ -131,13 +131,13 @@ def test_own_copy_changed(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_buffers_overridden(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = scores.score_rows
+    original = scores.read_rows
 
-    def score_rows(bound: BoundModel, *a: Any, override: Any = None, **k: Any) -> Any:
+    def read_rows(bound: BoundModel, *a: Any, override: Any = None, **k: Any) -> Any:
         buffers = {name: b.clone() for name, b in bound.module.named_buffers()}
         return original(bound, *a, override={**(override or {}), **buffers}, **k)
 
-    monkeypatch.setattr(scores, "score_rows", score_rows)
+    monkeypatch.setattr(scores, "read_rows", read_rows)
     assert llama.red() == {"buffers_overridden"}
 
 

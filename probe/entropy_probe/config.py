@@ -10,7 +10,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -131,6 +131,9 @@ class UpdateConfig(_Section):
     max_grad_norm: PositiveFloat | None = None
 
 
+_Config = TypeVar("_Config", bound="SequenceConfig")
+
+
 class SequenceConfig(_Section):
     """What sampling and scoring need: the two sections that `SequenceProcessor` takes."""
 
@@ -138,7 +141,7 @@ class SequenceConfig(_Section):
     precision: PrecisionSection = PrecisionSection()
 
     @classmethod
-    def from_mapping(cls, values: dict[str, Any], where: object = "configuration") -> Self:
+    def from_mapping(cls: type[_Config], values: dict[str, Any], where: object = "configuration") -> _Config:
         try:
             return cls.model_validate(values)
         except ValidationError as error:

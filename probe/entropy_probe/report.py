@@ -68,10 +68,14 @@ class Estimate(_Section):
 
 
 class EntropySection(_Section):
-    """Ĥ per sequence (naive −S, and Rao-Blackwell R) and per token (ΣR/ΣT), in nats."""
+    """Ĥ per sequence (naive −S, and Rao-Blackwell R) and per token (ΣR/ΣT), in nats.
+
+    `rb_q` is the Rao-Blackwell entropy of what was sampled from, π cut to its nucleus; equal to `rb` at top_p = 1.
+    """
 
     naive: Estimate
     rb: Estimate
+    rb_q: Estimate
     per_token: Estimate
 
 

@@ -63,10 +63,12 @@ def batch_section(rollouts: Rollouts, same_batch: bool, config: FirstOrderConfig
 
 def entropy_section(scores: Scores) -> r.EntropySection:
     naive, rb = importance.mean_and_se(-scores.seq_logp), importance.mean_and_se(scores.rb_sum)
+    rb_q = importance.mean_and_se(scores.rb_sum_q)
     per_token = importance.ratio_and_se(scores.rb_sum, scores.gen_lens)
     return r.EntropySection(
         naive=r.Estimate(value=naive[0], se=naive[1]),
         rb=r.Estimate(value=rb[0], se=rb[1]),
+        rb_q=r.Estimate(value=rb_q[0], se=rb_q[1]),
         per_token=r.Estimate(value=per_token[0], se=per_token[1]),
     )
 

@@ -44,7 +44,6 @@ class Invariance:
     chunk: WorstDifference
 
 
-@torch.no_grad()
 def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Invariance:
     """Rows of different length, scored in ways that must agree:
 
@@ -60,6 +59,7 @@ def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, confi
     return Invariance(*(max(worst, key=lambda w: w.share) for worst in zip(*found, strict=True)))
 
 
+@torch.no_grad()
 def padding(model: BoundModel, rollouts: Rollouts) -> WorstDifference:
     """Every token but the first of a row: alone, against all rows together padded right and padded left."""
     chosen = _some_rows(rollouts)
@@ -85,6 +85,7 @@ def padding(model: BoundModel, rollouts: Rollouts) -> WorstDifference:
     return _worst(model, width, differences())
 
 
+@torch.no_grad()
 def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """The generated tokens of a row: alone, against the row among the others."""
     chosen = _some_rows(rollouts)
@@ -98,6 +99,7 @@ def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
     return _worst(model, rollouts.ids.shape[1], differences())
 
 
+@torch.no_grad()
 def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """The generated tokens of a row: scored from whole logits, against scores read in small pieces."""
     policy = config.generation
