@@ -24,7 +24,7 @@ matrix: $(READY)
 	PROBE_MATRIX=$(CURDIR)/build/matrix $(BIN)/pytest -n 2 tests/matrix
 
 bench: $(READY)
-	$(BIN)/python benchmarks/plugin_startup.py
+	for file in benchmarks/*.py; do OMP_WAIT_POLICY=PASSIVE $(BIN)/python $$file || exit 1; done
 
 demo: $(READY)
 	$(BIN)/python -m entropy_probe.demo.train

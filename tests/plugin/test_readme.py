@@ -68,6 +68,15 @@ def test_python_snippet(place: Path) -> None:
     assert re.fullmatch(r"-?[\d.e-]+ ± [\d.e-]+\n", done.stdout)
 
 
+def test_live_model_snippet(place: Path) -> None:
+    load = "from entropy_probe import load_checkpoint\nloaded = load_checkpoint('runs/checkpoint-500')\n"
+    load += "model, tokenizer = loaded.model, loaded.tokenizer\n"
+    (place / "snippet.py").write_text(load + snippet("from entropy_probe import SequenceProcessor"))
+    done = run(place, "python snippet.py")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"torch.Size\(\[1, 4\]\) [\d.]+\n", done.stdout), done.stdout
+
+
 def test_test_snippet(place: Path) -> None:
     (place / "test_mine.py").write_text(snippet("def test_entropy_is_alive"))
     assert "1 skipped" in run(place, "pytest -p no:cacheprovider").stdout

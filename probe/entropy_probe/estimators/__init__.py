@@ -1,6 +1,7 @@
 """Pure mathematics: tensors in, numbers out. Nothing here knows a network, a file or a configuration.
 
-    policy      logits → log π, log q, entropy of π
+    policy      logits → log π, log q, entropies of π and of q
+    token_stats logits → diagnostics of every step and response, baseline features
     ustat       the matrix X_nᵀPY_m → U_cross, its standard errors
     two_batch   the matrix of two independent batches → bars_dot, its standard errors
     importance  log-weights and payloads → ΔĤ, ESS, cluster-robust standard errors

@@ -5,4 +5,5 @@ registry      the one list of parameters, keyed by name
 precision     float64 that is float64, autocast off, derivatives that are derivatives
 overrides     θ + ηv as a mapping of names, without touching the module
 forward       BoundModel: the only place where the network is called
+output_layer  a causal language model as a backbone and what stands behind it, which works row by row
 """
