@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,6 +153,37 @@ def test_whole_logits_are_never_made(grad: bool, monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         expected = bound.logits(ids)[rows, columns].logsumexp(-1)
     torch.testing.assert_close(values[0].detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "comes_apart"),
+    [
+        *(
+            (kind, True)
+            for kind in ("cohere", "granite", "gemma3_text", "gpt_neox", "bloom", "falcon", "gptj", "mamba")
+        ),
+        *(("mixtral", True), ("gpt_oss", True), ("opt", False)),
+    ],
+)
+def test_other_architectures(kind: str, comes_apart: bool) -> None:
+    """Scaled logits, parallel blocks, experts, a bias in the head, no attention; OPT calls a part of its backbone."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    own = {
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+        "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        "bloom": {"n_layer": 2, "n_head": 4},
+        "granite": {"logits_scaling": 4.0},
+        "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+        "gpt_oss": {"num_key_value_heads": 2, "num_local_experts": 4},
+    }
+    common = {"vocab_size": models.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(kind, **{**common, **sizes, **own.get(kind, {})})
+    torch.manual_seed(0)
+    bound = bind(transformers.AutoModelForCausalLM.from_config(config).eval())
+    assert (bound._split is not None) == comes_apart
+    with torch.no_grad():
+        got = bound.read_logits(IDS, ROWS, COLUMNS, squared_logsumexp, rows_at_once=3)
+        torch.testing.assert_close(got, whole(bound), rtol=1e-5, atol=1e-6)
 
 
 def test_models_that_do_not_come_apart(monkeypatch: pytest.MonkeyPatch) -> None:
