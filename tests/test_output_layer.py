@@ -240,7 +240,7 @@ def test_override_of_another_form() -> None:
     for override, message in (
         ({name: value.detach().double()}, r"float64, the model works with \(67, 24\) float32"),
         ({name: value.detach()[1:]}, r"is \(66, 24\) float32, the model works with \(67, 24\)"),
-        ({"nonsense": value.detach()}, "no such parameter"),
+        ({"nonsense": value.detach()}, "has no such name"),
     ):
         with pytest.raises(OverrideError, match=message):
             bound.logits(IDS, override=override)

@@ -123,7 +123,7 @@ class Slow:
         kept, above = [], 0.0
         p = self.logp_all[step].detach().exp().tolist()
         for token in sorted(range(V), key=p.__getitem__, reverse=True):
-            if above >= self.top_p:
+            if above >= self.top_p + 1e-6:  # the edge that policy.py allows a float32 sampler
                 break
             kept.append(token)
             above += p[token]
@@ -181,8 +181,8 @@ def in_nucleus(model: Any, temperature: float, top_p: float) -> list[list[list[i
             response: list[int] = []
             for k in range(2 + (3 * b + 5 * g) % 7):
                 probe = slow(twin, prompt, [*response, 3], temperature, top_p)
-                inside = probe.inside(len(response))
-                response.append(int(inside[k % len(inside)]))
+                inside = [token for token in probe.inside(len(response)).tolist() if token != models.EOS]
+                response.append(inside[k % len(inside)])
             made[-1].append(response)
     return made
 
@@ -774,7 +774,7 @@ def test_replacement_sampling() -> None:
         scored.generate_with_replacement_sampling(4, "arithmetic", G=2)
     zeros: list[dict[str, Any]] = [{"total_sequences": 0}, {"total_sequences": 3, "max_prompts_pool": 0}]
     for options in zeros:
-        with pytest.raises(ConfigError, match="is 0; give a whole number above 0"):
+        with pytest.raises(ConfigError, match="is 0; give a whole number from 1 on"):
             scored.generate_with_replacement_sampling(dataset_name="arithmetic", **options)
 
 
@@ -786,10 +786,12 @@ def test_sample_prompts() -> None:
     assert prompts == scored.sample_prompts("arithmetic", num_prompts=200, seed=1)
     assert prompts != scored.sample_prompts("arithmetic", num_prompts=200, seed=2)
     assert len(scored.sample_prompts("arithmetic", "test", 1000, seed=0)) == 1000
-    with pytest.raises(ConfigError, match="num_prompts: 1001 of 1000 in arithmetic test"):
+    with pytest.raises(ConfigError, match="num_prompts: 1001 asked for, 1000 in arithmetic test"):
         scored.sample_prompts("arithmetic", "test", 1001)
     with pytest.raises(ConfigError, match="did you mean `arithmetic`"):
         scored.sample_prompts("arithmetik")
+    with pytest.raises(ConfigError, match="split: is 'tset'; give train or test"):
+        scored.sample_prompts("arithmetic", "tset")
 
 
 # configuration
@@ -833,14 +835,22 @@ def test_a_configuration_that_cannot_be(values: dict[str, Any], message: str) ->
 def test_what_cannot_be_sampled() -> None:
     scored = processor(models.tiny_model("gpt2"))
     cases: list[tuple[Callable[[], Any], type[ProbeError], str]] = [
-        (lambda: scored.generate_batched([]), ConfigError, "prompts: are none; give at least one"),
-        (lambda: scored.generate_batched(["a", ""]), MeasurementError, "prompt '': encodes to no token"),
+        (lambda: scored.generate_batched([]), ConfigError, "prompts: are []; give a list of at least one"),
+        (lambda: scored.generate_batched(["a", ""]), ConfigError, "prompts: entry 1 has no text"),
         (lambda: scored.generate_batched(["a" * 65]), MeasurementError, "cannot hold rows of 65 tokens"),
-        (lambda: scored.generate_batched(["a"], G=0), ConfigError, "num_return_sequences: is 0; give a whole number"),
+        (lambda: scored.generate_batched(["a"], G=0), ConfigError, "G: is 0; give a whole number"),
         (lambda: scored.generate_batched(["a"], gen_batch_size=0), ConfigError, "gen_batch_size: is 0"),
         (lambda: scored.generate_with_logprobs(), ConfigError, "give one of them"),
         (lambda: scored.generate_with_logprobs(["a"], dataset_name="arithmetic"), ConfigError, "give one of them"),
-        (lambda: scored.generate_with_logprobs([]), ConfigError, "prompts: are none"),
+        (lambda: scored.generate_with_logprobs([]), ConfigError, "prompts: are []"),
+        (lambda: scored.generate_batched("abc"), ConfigError, "prompts: are 'abc'; give a list"),
+        (lambda: scored.generate_batched([3]), ConfigError, "prompts: entry 0 is 3; give Prompt(text, gold)"),
+        (lambda: scored.generate_batched(["\ud800"]), ConfigError, "prompts: entry 0 has a lone surrogate"),
+        (lambda: scored.generate_batched(["a"], seed=-1), ConfigError, "seed: is -1; give a whole number from 0 on"),
+        (lambda: scored.generate_batched(["a"], seed=2**70), ConfigError, "seed: is 1180591620717411303424"),
+        (lambda: SequenceProcessor(scored.model, reward="x:y"), ConfigError, "batch.reward"),
+        (lambda: GenerationConfig(top_p=0.0), ConfigError, "GenerationConfig: `top_p`: input should be greater than 0"),
+        (lambda: GenerationConfig(temprature=1.0), ConfigError, "did you mean `temperature`?"),
         (lambda: SequenceProcessor(scored.model).generate_batched(["a"]), MeasurementError, "tokenizer: was not given"),
     ]
     for call, kind, message in cases:
@@ -861,14 +871,51 @@ START = int(GOOD.prompt_lens[0])
 BAD: dict[str, tuple[BatchedSequences, str]] = {
     "gen_len 0": (changed(GOOD, "gen_lens", (1, 0), 0), "sequences[1, 0]: has"),
     "gen_len negative": (changed(GOOD, "gen_lens", (1, 0), -1), "sequences[1, 0]: has"),
-    "gen_len beyond": (changed(GOOD, "gen_lens", (2, 1), 99), "99 of response in a row of"),
+    "gen_len beyond": (changed(GOOD, "gen_lens", (2, 1), 99), "has prompt_lens 5 and gen_lens 99 in a row of 14"),
     "gen_len short": (changed(GOOD, "gen_lens", (0, 0), len(RESPONSES[0][0]) + 1), "has an attention mask that is not"),
-    "no prompt": (changed(GOOD, "prompt_lens", 1, 0), "sequences[1, 0]: has 0 tokens of prompt"),
+    "no prompt": (changed(GOOD, "prompt_lens", 1, 0), "sequences[1, 0]: has prompt_lens 0"),
     "mask 0 in the response": (changed(GOOD, "attention_masks", (0, 1, START), 0), "sequences[0, 1]: has an attention"),
     "mask 1 after it": (changed(GOOD, "attention_masks", (0, 1, -1), 1), "pad prompts on the left and responses on"),
-    "token outside": (changed(GOOD, "sequences", (2, 0, START), V), "sequences[2, 0]: holds a token outside 0 to 66"),
-    "token negative": (changed(GOOD, "sequences", (2, 0, START), -1), "use the tokenizer of the model"),
+    "token outside": (
+        changed(GOOD, "sequences", (2, 0, START), V),
+        "holds token 67; give ids from 0 to 66",
+    ),
+    "token negative": (changed(GOOD, "sequences", (2, 0, START), -1), "sequences[2, 0]: holds token -1"),
+    "goes on after EOS": (
+        changed(GOOD, "sequences", (0, 1, START), models.EOS),
+        "sequences[0, 1]: goes on after the EOS at 0; end each response at its EOS",
+    ),
+    "fewer texts": (dataclasses.replace(GOOD, responses_text=[["", ""]] * 2), "holds [2, 2] texts; give 2 for each"),
+    "fewer prompts": (dataclasses.replace(GOOD, prompts=[Prompt("a")]), "sequences.prompts: are 1; give 3"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "sequences",
+            torch.zeros(3, 4, dtype=torch.long),
+            "is (3, 4) int64; give token ids [B, G, L]",
+        ),
+        ("sequences", GOOD.sequences.float(), "float32; give token ids"),
+        ("sequences", GOOD.sequences.tolist(), "is list; give token ids"),
+        ("sequences", GOOD.sequences[:0], "; give token ids"),
+        ("prompt_lens", GOOD.prompt_lens[:1], "sequences.prompt_lens: is (1,) int64; give whole numbers of shape (3,)"),
+        ("prompt_lens", GOOD.prompt_lens.tolist(), "sequences.prompt_lens: is list; give whole numbers"),
+        ("gen_lens", GOOD.gen_lens.flatten(), "sequences.gen_lens: is (6,) int64; give whole numbers of shape (3, 2)"),
+        ("gen_lens", GOOD.gen_lens.double(), "sequences.gen_lens: is (3, 2) float64"),
+        ("attention_masks", GOOD.attention_masks[..., :-1], "give whole numbers of shape (3, 2, 14)"),
+    ],
+)
+def test_shapes_that_do_not_fit(name: str, value: Any, message: str) -> None:
+    loose = object.__new__(BatchedSequences)  # what a caller without enforced annotations can build
+    for field in dataclasses.fields(GOOD):
+        object.__setattr__(loose, field.name, value if field.name == name else getattr(GOOD, field.name))
+    with pytest.raises(MeasurementError) as caught:
+        processor(models.tiny_model("llama")).teacher_force_logprobs(loose)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", list(BAD))
@@ -885,12 +932,30 @@ def test_what_cannot_be_scored() -> None:
     scored = processor(model, "float32")
     name, own = next(iter(model.named_parameters()))
     cases: list[tuple[dict[str, Any], type[ProbeError], str]] = [
-        ({"params_override": {"x": own.detach()}}, OverrideError, "override['x']: the model has no such parameter"),
+        (
+            {"params_override": {"x": own.detach()}},
+            OverrideError,
+            "the unwrapped model has no 'x' among",
+        ),
         ({"params_override": {name: torch.zeros(1)}}, OverrideError, "is (1,) float32, the model works with (67, 24)"),
         ({"params_override": {name: own.detach().double()}}, OverrideError, "is (67, 24) float64, the model works"),
-        ({"params_override": {name: own.detach() * torch.nan}}, MeasurementError, "are not finite at θ + ηv"),
-        ({"buffers_override": {"x": torch.zeros(1)}}, OverrideError, "override['x']"),
-        ({"tf_batch_size": 0}, ConfigError, "tf_batch_size: is 0; give a whole number above 0"),
+        (
+            {"params_override": {name: own.detach() * torch.nan}},
+            MeasurementError,
+            "not finite with the override",
+        ),
+        (
+            {"buffers_override": {"x": torch.zeros(1)}},
+            OverrideError,
+            "the unwrapped model has no 'x' among",
+        ),
+        ({"buffers_override": {name: own.detach()}}, OverrideError, f"no '{name}' among these"),
+        (
+            {"params_override": dict(model.named_buffers())},
+            OverrideError,
+            "the unwrapped model has no",
+        ),
+        ({"tf_batch_size": 0}, ConfigError, "tf_batch_size: is 0; give a whole number from 1 on"),
     ]
     for options, kind, message in cases:
         with pytest.raises(kind) as caught:
@@ -907,7 +972,9 @@ def test_nothing_trainable() -> None:
     model = models.tiny_model("llama").requires_grad_(False)
     scored = processor(model)
     assert not scored.teacher_force_logprobs(GOOD).logprobs.requires_grad
-    with pytest.raises(MeasurementError, match="with_grad: no parameter of the model is trainable; set requires_grad"):
+    with pytest.raises(MeasurementError, match="with_grad: neither a parameter of the model"):
+        scored.teacher_force_logprobs(GOOD, with_grad=True)
+    with pytest.raises(MeasurementError, match="inference mode is on"), torch.inference_mode():
         scored.teacher_force_logprobs(GOOD, with_grad=True)
     name, own = next(iter(upcast(model).named_parameters()))
     override = {name: own.detach().requires_grad_()}

@@ -275,7 +275,7 @@ UNFIT_NAMES = {
     "own_probe.data:none": "returned None; return an iterable",
     "own_probe.data:nothing": "yields no prompts for split train",
     "own_probe.data:endless": "yields more than 1000 prompts",
-    "own_probe.data:text": "entry 0 is 'a'; yield Prompt(text, gold)",
+    "own_probe.data:text": "entry 0 is 'a'; give Prompt(text, gold)",
     "own_probe.data:no_text": "entry 1 has no text",
     "own_probe.data:no_prompt": "entry 0 has no text under `prompt`",
     "own_probe.data:bad_gold": "entry 0 `gold` is [1]",

@@ -22,13 +22,19 @@ _WHERE = {
     "ProbeReport": "entropy_probe.report",
     "Verdict": "entropy_probe.report",
     "SequenceProcessor": "entropy_probe.sequence_processor",
+    "BatchedSequences": "entropy_probe.stages.sequences",
+    "GenerationConfig": "entropy_probe.config",
+    "Prompt": "entropy_probe.stages.prompts",
     "ProbeError": "entropy_probe.errors",
 }
 __all__ = [
+    "BatchedSequences",
     "Checkpoint",
+    "GenerationConfig",
     "ProbeConfig",
     "ProbeError",
     "ProbeReport",
+    "Prompt",
     "SequenceProcessor",
     "Verdict",
     "load_checkpoint",
@@ -36,12 +42,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from entropy_probe.config import ProbeConfig
+    from entropy_probe.config import GenerationConfig, ProbeConfig
     from entropy_probe.errors import ProbeError
     from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
     from entropy_probe.report import ProbeReport, Verdict
     from entropy_probe.run import run_probe
     from entropy_probe.sequence_processor import SequenceProcessor
+    from entropy_probe.stages.prompts import Prompt
+    from entropy_probe.stages.sequences import BatchedSequences
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -33,8 +34,20 @@ def _is_device(name: str) -> str:
     return name
 
 
+_reading: ContextVar[bool] = ContextVar("_reading", default=False)
+"""Whether `from_mapping` is at work: it says where in the whole a value stands."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            if _reading.get():
+                raise
+            raise _one_line(error, type(self).__name__, type(self)) from error
 
 
 class GenerationConfig(_Section):
@@ -142,10 +155,13 @@ class SequenceConfig(_Section):
 
     @classmethod
     def from_mapping(cls: type[_Config], values: dict[str, Any], where: object = "configuration") -> _Config:
+        token = _reading.set(True)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise _one_line(error, where, cls) from error
+        finally:
+            _reading.reset(token)
 
 
 class ProbeConfig(SequenceConfig):

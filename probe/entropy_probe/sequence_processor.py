@@ -13,10 +13,12 @@ A facade: sampling is `stages/sampling.py`, scoring `stages/scores.py`, the type
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entropy_probe.config import GenerationConfig, SequenceConfig
-from entropy_probe.errors import ConfigError, MeasurementError
+from entropy_probe.errors import ConfigError, MeasurementError, OverrideError
 from entropy_probe.estimators.token_stats import (
     DiagnosticsPack,
     DistributionDiagnostics,
@@ -40,7 +42,7 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.continuity import ZeroCheck, compared
 from entropy_probe.stages.prompts import Prompt
-from entropy_probe.stages.rewards import find_reward
+from entropy_probe.stages.rewards import Reward, find_reward
 from entropy_probe.stages.rollouts import eos_ids, sample_rollouts
 from entropy_probe.stages.scores import policy_scores, read_responses, require_finite, require_inside_nucleus
 from entropy_probe.stages.sequences import (
@@ -51,7 +53,8 @@ from entropy_probe.stages.sequences import (
     batched,
     steps_of,
 )
-from entropy_probe.stages.tasks import dataset_prompts, draw_prompts
+from entropy_probe.stages.tasks import as_prompt, dataset_prompts, draw_prompts
+from entropy_probe.stages.user_functions import shown
 
 __all__ = [
     "BatchedSequences",
@@ -74,7 +77,8 @@ class SequenceProcessor:
     `config` is a `GenerationConfig`, a mapping with the sections `generation` and `precision`, or a `ProbeConfig`. The
     model is used as it is at the time of each call, in `eval()`, without autocast, in the configured precision
     (`precision.func_override.dtype`): where its own dtype differs, each call works on a copy in that dtype. LoRA and
-    PEFT stay in place, wrappers of DDP and torch.compile are taken off. `reward` names a reward as `batch.reward` does.
+    PEFT stay in place, wrappers of DDP and torch.compile are taken off. `reward` names a reward as `batch.reward` does,
+    or is one: (response, gold) → number. Progress of sampling goes to `logger` as INFO.
     """
 
     def __init__(
@@ -84,20 +88,25 @@ class SequenceProcessor:
         logger: logging.Logger | None = None,
         config: GenerationConfig | SequenceConfig | Mapping[str, Any] | None = None,
         *,
-        reward: str = "tag_pref",
+        reward: str | Reward = "tag_pref",
     ) -> None:
+        if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+            raise ConfigError("model", f"is {shown(model)}", "give a module with parameters")
         if config is None or isinstance(config, GenerationConfig):
             sections = SequenceConfig(generation=config or GenerationConfig())
         elif isinstance(config, Mapping):
             sections = SequenceConfig.from_mapping(dict(config))
-        else:
+        elif isinstance(config, SequenceConfig):
             sections = config
+        else:
+            remedy = "give a GenerationConfig, a ProbeConfig, or {'generation': {..}, 'precision': {..}}"
+            raise ConfigError("config", f"is {shown(config)}", remedy)
         self.model = model
         self.tokenizer = tokenizer
         self.logger = logger or logging.getLogger("entropy_probe")
         self.config = sections.generation
         self.precision = sections.precision
-        self._reward = find_reward(reward)
+        self._reward = find_reward(reward) if isinstance(reward, str) else reward
 
     # Prompts and responses
 
@@ -105,16 +114,15 @@ class SequenceProcessor:
         self, dataset_name: str, split: str = "train", num_prompts: int = 8, seed: int | None = None
     ) -> list[Prompt]:
         """Distinct prompts of a dataset (`batch.dataset` says which there are), with their gold answers."""
-        pool = dataset_prompts(dataset_name, split)
-        if not 0 < _positive("num_prompts", num_prompts) <= len(pool):
-            raise ConfigError(
-                "num_prompts", f"{num_prompts} of {len(pool)} in {dataset_name} {split}", "ask for as many as there are"
-            )
+        pool = _pool(dataset_name, split)
+        if _positive("num_prompts", num_prompts) > len(pool):
+            problem = f"{num_prompts} asked for, {len(pool)} in {dataset_name} {split}"
+            raise ConfigError("num_prompts", problem, "ask for fewer")
         return draw_prompts(pool, num_prompts, seed=_seed(seed), with_replacement=False)
 
     def generate_batched(
         self,
-        prompts: Sequence[str | Prompt],
+        prompts: Sequence[str | Prompt | tuple[str, str | None]],
         G: int | None = None,
         gen_batch_size: int | None = None,
         *,
@@ -125,14 +133,15 @@ class SequenceProcessor:
         The same seed gives the same responses whatever `gen_batch_size` is. Without one it is drawn from torch's
         default generator, so that `torch.manual_seed` governs it.
         """
-        prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        if not prompts:
-            raise ConfigError("prompts", "are none", "give at least one")
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+            raise ConfigError("prompts", f"are {shown(prompts)}", "give a list of at least one")
+        asked = [(p, None) if isinstance(p, str) else p for p in prompts]
+        prompts = [as_prompt(p, f"entry {i}", key="prompts") for i, p in enumerate(asked)]
         if self.tokenizer is None:
             raise MeasurementError("tokenizer", "was not given, so nothing can be sampled", "give it to the processor")
-        changes = {"num_return_sequences": G, "gen_batch_size": gen_batch_size}
-        changes = {name: _positive(name, value) for name, value in changes.items() if value is not None}
-        generation = self.config.model_copy(update=changes)
+        group = self.config.num_return_sequences if G is None else _positive("G", G)
+        size = self.config.gen_batch_size if gen_batch_size is None else _positive("gen_batch_size", gen_batch_size)
+        generation = self.config.model_copy(update={"num_return_sequences": group, "gen_batch_size": size})
         with self._bound() as bound:
             rollouts = sample_rollouts(
                 bound, self.tokenizer, prompts, generation, seed=_seed(seed), progress=_Reports(self.logger)
@@ -141,7 +150,7 @@ class SequenceProcessor:
 
     def generate_with_logprobs(
         self,
-        prompts: Sequence[str | Prompt] | None = None,
+        prompts: Sequence[str | Prompt | tuple[str, str | None]] | None = None,
         G: int | None = None,
         dataset_name: str | None = None,
         split: str = "train",
@@ -158,7 +167,7 @@ class SequenceProcessor:
         seed = _seed(seed)
         if dataset_name is not None:
             prompts = self.sample_prompts(dataset_name, split, 8 if num_prompts is None else num_prompts, seed)
-        sequences = self.generate_batched(prompts or [], G, gen_batch_size, seed=seed)
+        sequences = self.generate_batched(prompts if prompts is not None else [], G, gen_batch_size, seed=seed)
         scored = self.teacher_force_logprobs_with_diagnostics(sequences, with_grad, tf_batch_size, compute_rb)
         return sequences, *scored
 
@@ -170,21 +179,32 @@ class SequenceProcessor:
         max_prompts_pool: int | None = None,
         seed: int | None = None,
         G: int = 1,
-        **options: Any,
+        with_grad: bool = False,
+        gen_batch_size: int | None = None,
+        tf_batch_size: int | None = None,
+        compute_rb: bool = False,
     ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
         """Independent draws: `total_sequences` prompts with replacement, one response each.
 
-        The pool is the dataset's split, or `max_prompts_pool` prompts of it, drawn without replacement. `options` are
-        those of `generate_with_logprobs`.
+        The pool is the dataset's split, or `max_prompts_pool` prompts of it, drawn without replacement.
         """
         if G != 1:
             raise ConfigError("G", f"is {G}: responses to one prompt are not independent", "leave it at 1")
         seed = _seed(seed)
-        pool = dataset_prompts(dataset_name, split)
+        pool = _pool(dataset_name, split)
         if max_prompts_pool is not None:
-            pool = self.sample_prompts(dataset_name, split, min(max_prompts_pool, len(pool)), seed)
+            size = min(_positive("max_prompts_pool", max_prompts_pool), len(pool))
+            pool = draw_prompts(pool, size, seed=seed, with_replacement=False)
         drawn = draw_prompts(pool, _positive("total_sequences", total_sequences), seed=seed + 1, with_replacement=True)
-        return self.generate_with_logprobs(drawn, 1, seed=seed, **options)
+        return self.generate_with_logprobs(
+            drawn,
+            1,
+            seed=seed,
+            with_grad=with_grad,
+            gen_batch_size=gen_batch_size,
+            tf_batch_size=tf_batch_size,
+            compute_rb=compute_rb,
+        )
 
     # Scores
 
@@ -204,9 +224,11 @@ class SequenceProcessor:
             log π(token i | tokens before i) from the logits at i−1
 
         One forward function with and without a graph, at θ and at θ + ηv. `with_grad`: log π, log q and logits carry
-        the graph, to the live parameters and to the tensors of `params_override`; else they are on the CPU.
-        `buffers_override` is for diagnosis only: buffers are otherwise those of the model. `return_logits` holds
-        [B, G, T, V] in memory. Raises `MeasurementError`, `RolloutsError` and `OverrideError`.
+        the graph, to the live parameters and to those tensors of `params_override` that require it; else they are on
+        the CPU. It is the module's own graph, as a trainer differentiates it (DoRA detaches its weight norm). Long
+        batches are computed again in the backward pass: change no parameter before it. `buffers_override` is for
+        diagnosis only: buffers are otherwise those of the model. `return_logits` holds [B, G, T, V] in memory. Raises
+        `MeasurementError`, `RolloutsError` and `OverrideError`.
         """
         return self._scored(
             sequences,
@@ -214,7 +236,8 @@ class SequenceProcessor:
             tf_batch_size=tf_batch_size,
             compute_rb=compute_rb,
             return_baseline_features=return_baseline_features,
-            override={**(params_override or {}), **(buffers_override or {})},
+            params=params_override or {},
+            buffers=buffers_override or {},
             return_logits=return_logits,
         )[0]
 
@@ -227,6 +250,7 @@ class SequenceProcessor:
         return_baseline_features: bool = False,
         params_override: Mapping[str, Tensor] | None = None,
         buffers_override: Mapping[str, Tensor] | None = None,
+        return_logits: bool = False,
     ) -> tuple[LogprobResults, DiagnosticsResults]:
         """`teacher_force_logprobs`, and diagnostics of every step under the same policy from the same logits."""
         results, step = self._scored(
@@ -235,7 +259,9 @@ class SequenceProcessor:
             tf_batch_size=tf_batch_size,
             compute_rb=compute_rb,
             return_baseline_features=return_baseline_features,
-            override={**(params_override or {}), **(buffers_override or {})},
+            params=params_override or {},
+            buffers=buffers_override or {},
+            return_logits=return_logits,
             diagnose=True,
         )
         assert step is not None
@@ -248,6 +274,8 @@ class SequenceProcessor:
 
     def build_params_override(self, v_named: Mapping[str, Tensor] | None, eta: float) -> dict[str, Tensor]:
         """θ + ηv for the names in v, both upcast to the configured dtype before the addition; detached."""
+        if not math.isfinite(eta):
+            raise ConfigError("eta", f"is {eta}", "give a finite number")
         return theta_plus_eta_v(Registry.of(self.model), v_named or {}, eta, self._dtype)
 
     def debug_zero_check(
@@ -257,6 +285,9 @@ class SequenceProcessor:
 
         Raises `MeasurementError` where the difference is larger, or not a number.
         """
+        if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
+            shapes = f"have shape {tuple(ids.shape)}" + ("" if mask is None else f", the mask {tuple(mask.shape)}")
+            raise MeasurementError("ids", shapes, "give both as [N, L]")
         with self._bound() as bound, torch.no_grad():
             mapping, _ = build_functional_params_named(bound.module, None, 0.0)
             ids, mask = ids.to(bound.device), None if mask is None else mask.to(bound.device)
@@ -278,16 +309,21 @@ class SequenceProcessor:
         tf_batch_size: int | None,
         compute_rb: bool,
         return_baseline_features: bool,
-        override: dict[str, Tensor],
-        return_logits: bool = False,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        return_logits: bool,
         diagnose: bool = False,
     ) -> tuple[LogprobResults, TokenStepDiagnostics | None]:
         policy = self.config
         size = policy.tf_batch_size if tf_batch_size is None else _positive("tf_batch_size", tf_batch_size)
-        rewards = self._rewards(sequences)
+        if not isinstance(sequences, BatchedSequences):
+            raise MeasurementError("sequences", f"are {shown(sequences)}", "give BatchedSequences")
+        if with_grad and torch.is_inference_mode_enabled():
+            raise MeasurementError("with_grad", "inference mode is on, in which there are no graphs", "leave it")
         with self._bound() as bound, torch.set_grad_enabled(with_grad):
-            rollouts = as_rollouts(sequences, bound, rewards)
+            override = _override(bound, params, buffers)
             eos = eos_ids(bound.language_model, self.tokenizer)
+            rollouts = as_rollouts(sequences, bound, eos)
             score = policy_scores(bound, policy, self.precision)
             names = [f.name for f in fields(TokenStepDiagnostics) if eos or f.name != "eos_prob"]
             names = names if diagnose or return_baseline_features else []
@@ -301,11 +337,15 @@ class SequenceProcessor:
 
             mapping = self._live_parameters(bound) | override if with_grad else override
             logp, logq, entropy, entropy_q, *more = read_responses(bound, rollouts, size, read, mapping)
-        require_finite(rollouts, logp.detach(), entropy.detach(), at_theta=not override)
+        where = (
+            ("with the override", "give a smaller step") if override else ("as the model is", "look into its weights")
+        )
+        require_finite(rollouts, logp.detach(), entropy.detach(), *where)
         if not override:
             require_inside_nucleus(rollouts, logq.detach(), policy.top_p)
         if with_grad and not logp.requires_grad:
-            raise MeasurementError("with_grad", "no parameter of the model is trainable", "set requires_grad")
+            problem = "neither a parameter of the model nor a tensor of params_override requires a gradient"
+            raise MeasurementError("with_grad", problem, "call requires_grad_() on those that should")
         step = (
             TokenStepDiagnostics(**{n: v.detach().cpu() for n, v in zip(names, more, strict=False)}) if names else None
         )
@@ -316,7 +356,7 @@ class SequenceProcessor:
             sequence_logprobs=plain_logp.sum(-1),
             token_logqs=logq if with_grad else logq.cpu(),
             sequence_logqs=plain_logq.sum(-1),
-            rewards=rewards,
+            rewards=self._rewards(sequences),
             gen_lens=sequences.gen_lens,
         )
         if compute_rb:
@@ -370,15 +410,40 @@ class _Reports:
             self._logger.info("%s: %d of at most %d tokens", stage, done, total)
 
 
+def _override(bound: BoundModel, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Both in one mapping, after a look at whether each name stands where it belongs."""
+    for where, given, known in (
+        ("params_override", params, bound.registry.parameters.keys()),
+        ("buffers_override", buffers, bound.registry.buffer_names),
+    ):
+        if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
+            raise OverrideError(where, f"is {shown(given)}", "give a mapping of names to tensors")
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            raise OverrideError(where, f"the unwrapped model has no {unknown!r} among these", "leave it out")
+    return {**params, **buffers}
+
+
+def _pool(dataset_name: str, split: str) -> list[Prompt]:
+    if split not in ("train", "test"):
+        raise ConfigError("split", f"is {split!r}", "give train or test")
+    return dataset_prompts(dataset_name, split)
+
+
 def _plain(values: Tensor) -> Tensor:
     return values.detach().double().cpu()
 
 
-def _positive(name: str, value: int) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(name, f"is {value!r}", "give a whole number above 0")
-    return value
+def _whole(name: str, value: object, lowest: int) -> int:
+    number = value if isinstance(value, Integral) and not isinstance(value, bool) else lowest - 1
+    if not lowest <= int(number) < 2**63:
+        raise ConfigError(name, f"is {shown(value)}", f"give a whole number from {lowest} on")
+    return int(number)
+
+
+def _positive(name: str, value: object) -> int:
+    return _whole(name, value, 1)
 
 
 def _seed(seed: int | None) -> int:
-    return int(torch.randint(2**62, (1,))) if seed is None else seed
+    return int(torch.randint(2**62, (1,))) if seed is None else _whole("seed", seed, 0)

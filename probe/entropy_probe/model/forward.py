@@ -109,10 +109,16 @@ class BoundModel:
             self._called(ids, mask, slice(None), mapping, true_derivative)
         assert captured.states is not None
         states = captured.states[rows, columns]
-        own_names = output_layer.names_in(self._tensors) if mapping else {}
+        own_names = output_layer.names_in(self._tensors)
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
+        used = [mapping.get(name, self._tensors[name]) for name in own_names]
+        versions = [tensor._version for tensor in used]
 
         def piece(states_of_part: Tensor, part: slice) -> tuple[Tensor, ...]:
+            if versions != [tensor._version for tensor in used]:
+                raise MeasurementError(
+                    "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
+                )
             with self._evaluating(), self._context(true_derivative):
                 logits = output_layer(captured, states_of_part, own_mapping)
             return read(logits, part)
@@ -224,12 +230,14 @@ class BoundModel:
         for name, value in mapping.items():
             own = self._tensors.get(name)
             if own is None:
-                raise OverrideError(f"override[{name!r}]", "the model has no such parameter", "use named_parameters()")
+                raise OverrideError(
+                    f"override[{name!r}]", "the unwrapped model has no such name", "use named_parameters()"
+                )
             if value.shape != own.shape or value.dtype != own.dtype:
                 raise OverrideError(
                     f"override[{name!r}]",
-                    f"is {_form(value)}, the model works with {_form(own)}",
-                    "build it by theta_plus_eta_v",
+                    f"is {form(value)}, the model works with {form(own)}",
+                    "cast it to the configured dtype",
                 )
 
     @contextmanager
@@ -244,7 +252,8 @@ class BoundModel:
                 module.training = True
 
 
-def _form(tensor: Tensor) -> str:
+def form(tensor: Tensor) -> str:
+    """Shape and dtype, for messages."""
     return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
 
 
@@ -255,7 +264,11 @@ def bind(model: nn.Module, dtype: torch.dtype = torch.float32) -> BoundModel:
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if floating == {dtype}:
         return BoundModel(Registry(module), dtype)
-    clone = copy.deepcopy(module)
+    try:
+        clone = copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        problem = f"cannot be copied to {dtype} ({error})".replace("torch.", "")
+        raise MeasurementError("the model", problem, f"give it in {dtype}".replace("torch.", "")) from error
     for parameter in clone.parameters():
         parameter.grad = None
     return BoundModel(Registry(clone.to(dtype)), dtype)

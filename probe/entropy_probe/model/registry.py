@@ -52,8 +52,8 @@ class Registry:
             if name not in self.parameters:
                 raise OverrideError(
                     f"direction v[{name!r}]",
-                    "the model has no such parameter",
-                    "key v by the names of named_parameters()",
+                    "the unwrapped model has no such parameter",
+                    "key v by the names of its named_parameters()",
                 )
             if name not in self.trainable:
                 raise OverrideError(

@@ -141,20 +141,23 @@ def score(
     read = policy_scores(bound, config.generation, config.precision)
     scores = read_responses(bound, rollouts, config.generation.tf_batch_size, read, override)
     logp, logq, entropy, entropy_q = (values.double().cpu() for values in scores)
-    require_finite(rollouts, logp, entropy, at_theta=override is None)
+    if override is None:
+        require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")
+    else:
+        require_finite(rollouts, logp, entropy, "at θ + ηv", "give smaller true_delta_h.etas")
     if override is None:
         require_inside_nucleus(rollouts, logq, config.generation.top_p)
     return Scores(logp, logq, entropy, entropy_q, rollouts.per_prompt(rollouts.gen_lens))
 
 
-def require_finite(rollouts: Rollouts, logp: Tensor, entropy: Tensor, *, at_theta: bool) -> None:
+def require_finite(rollouts: Rollouts, logp: Tensor, entropy: Tensor, where: str, remedy: str) -> None:
     """Raise `MeasurementError` that names the first prompt with a score that is not finite."""
     finite = (torch.isfinite(logp) & torch.isfinite(entropy)).flatten(1).all(1)
     if not bool(finite.all()):
         raise MeasurementError(
             f"{rollouts.source}: prompt {int((~finite).nonzero()[0]) + 1}",
-            f"the model's log-probabilities are not finite {'at θ' if at_theta else 'at θ + ηv'}",
-            "use an earlier checkpoint" if at_theta else "give smaller true_delta_h.etas",
+            f"the model's log-probabilities are not finite {where}",
+            remedy,
         )
 
 

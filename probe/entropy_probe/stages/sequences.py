@@ -6,6 +6,7 @@ response are zero. Entropies are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.token_stats import DiagnosticsPack, SequenceDiagnostics, TokenStepDiagnostics
-from entropy_probe.model.forward import BoundModel
+from entropy_probe.model.forward import BoundModel, form
 from entropy_probe.stages.prompts import Prompt
 from entropy_probe.stages.rollouts import Rollouts
 
@@ -157,36 +158,25 @@ def batched(rollouts: Rollouts, tokenizer: Any, prompts: list[Prompt]) -> Batche
     )
 
 
-def as_rollouts(sequences: BatchedSequences, bound: BoundModel, rewards: Tensor) -> Rollouts:
+def as_rollouts(sequences: BatchedSequences, bound: BoundModel, eos: Collection[int]) -> Rollouts:
     """The same rows padded on the right. Raises `MeasurementError` naming the row that is not as it is said to be."""
-    size_b, size_g, length = sequences.sequences.shape
-    vocabulary = _vocabulary(bound)
+    _require_shapes(sequences)
+    size_b, size_g, _ = sequences.sequences.shape
+    all_ids, masks = sequences.sequences.cpu(), sequences.attention_masks.cpu().bool()
+    embeddings = getattr(bound.language_model, "get_input_embeddings", lambda: None)()
+    vocabulary = 2**62 if embeddings is None else int(embeddings.weight.shape[0])
     rows, prompt_lens = [], []
     for b in range(size_b):
         for g in range(size_g):
-            ids, mask = sequences.sequences[b, g].cpu(), sequences.attention_masks[b, g].cpu().bool()
-            start, gen_len = int(sequences.prompt_lens[b]), int(sequences.gen_lens[b, g])
-            prompt_len = int(mask[:start].sum())
-            own = torch.zeros_like(mask)
-            own[start - prompt_len : start + gen_len] = True
-            where, first, end = f"sequences[{b}, {g}]", start - prompt_len, start + gen_len
-            if prompt_len < 1 or gen_len < 1 or end > length:
-                got = f"has {prompt_len} tokens of prompt and {gen_len} of response in a row of {length}"
-                raise MeasurementError(where, got, "give at least one of each, and the lengths as they are")
-            if not torch.equal(mask, own):
-                got = f"has an attention mask that is not 1 from {first} to {end - 1} and 0 elsewhere"
-                raise MeasurementError(where, got, "pad prompts on the left and responses on the right")
-            row = ids[own]
-            if int(row.min()) < 0 or int(row.max()) >= vocabulary:
-                got = f"holds a token outside 0 to {vocabulary - 1}"
-                raise MeasurementError(where, got, "use the tokenizer of the model")
+            row, prompt_len = _row(sequences, b, g, all_ids[b, g], masks[b, g])
+            _require_tokens(row, prompt_len, vocabulary, eos, f"sequences[{b}, {g}]")
             rows.append(row)
             prompt_lens.append(prompt_len)
     return Rollouts(
         ids=nn.utils.rnn.pad_sequence(rows, batch_first=True),
         prompt_lens=torch.tensor(prompt_lens),
         gen_lens=sequences.gen_lens.reshape(-1).cpu(),
-        rewards=rewards,
+        rewards=torch.zeros(size_b, size_g, dtype=torch.float64),
         advantages=None,
         logprobs=None,
         source="sequences",
@@ -194,6 +184,50 @@ def as_rollouts(sequences: BatchedSequences, bound: BoundModel, rewards: Tensor)
     )
 
 
-def _vocabulary(bound: BoundModel) -> int:
-    embeddings = getattr(bound.language_model, "get_input_embeddings", lambda: None)()
-    return 2**62 if embeddings is None else int(embeddings.weight.shape[0])
+def _require_shapes(sequences: BatchedSequences) -> None:
+    """Every field as its annotation says, with the B, G and L of `sequences`."""
+    whole = sequences.sequences
+    if not isinstance(whole, Tensor) or whole.dim() != 3 or not whole.numel() or whole.is_floating_point():
+        got = form(whole) if isinstance(whole, Tensor) else type(whole).__name__
+        raise MeasurementError("sequences.sequences", f"is {got}", "give token ids [B, G, L]")
+    size_b, size_g, length = whole.shape
+    for name, shape in (
+        ("prompt_lens", (size_b,)),
+        ("gen_lens", (size_b, size_g)),
+        ("attention_masks", (size_b, size_g, length)),
+    ):
+        value = getattr(sequences, name)
+        got = form(value) if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.shape != shape or value.is_floating_point():
+            raise MeasurementError(f"sequences.{name}", f"is {got}", f"give whole numbers of shape {shape}")
+    texts, prompts = sequences.responses_text, sequences.prompts
+    if [len(of_prompt) for of_prompt in texts] != [size_g] * size_b:
+        got = f"holds {[len(of_prompt) for of_prompt in texts]} texts"
+        raise MeasurementError("sequences.responses_text", got, f"give {size_g} for each of the {size_b} prompts")
+    if prompts is not None and not (len(prompts) == size_b and all(isinstance(p, Prompt) for p in prompts)):
+        raise MeasurementError("sequences.prompts", f"are {len(prompts)}", f"give {size_b} of type Prompt, or None")
+
+
+def _row(sequences: BatchedSequences, b: int, g: int, ids: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+    """(prompt and response without padding, length of the prompt)."""
+    where, length = f"sequences[{b}, {g}]", len(ids)
+    start, gen_len = int(sequences.prompt_lens[b]), int(sequences.gen_lens[b, g])
+    if not (0 < start < length and 0 < gen_len <= length - start):
+        got = f"has prompt_lens {start} and gen_lens {gen_len} in a row of {length}"
+        raise MeasurementError(where, got, "give at least one token of each, and lengths that fit")
+    prompt_len, end = int(mask[:start].sum()), start + gen_len
+    own = torch.zeros_like(mask)
+    own[start - prompt_len : end] = True
+    if prompt_len < 1 or not torch.equal(mask, own):
+        got = f"has an attention mask that is not 1 from the prompt's first token to {end - 1} and 0 elsewhere"
+        raise MeasurementError(where, got, "pad prompts on the left and responses on the right")
+    return ids[own], prompt_len
+
+
+def _require_tokens(row: Tensor, prompt_len: int, vocabulary: int, eos: Collection[int], where: str) -> None:
+    if int(row.min()) < 0 or int(row.max()) >= vocabulary:
+        got = f"holds token {int(row.max() if int(row.min()) >= 0 else row.min())}"
+        raise MeasurementError(where, got, f"give ids from 0 to {vocabulary - 1}")
+    early = [i for i, token in enumerate(row[prompt_len:-1].tolist()) if token in eos]
+    if early:
+        raise MeasurementError(where, f"goes on after the EOS at {early[0]}", "end each response at its EOS")

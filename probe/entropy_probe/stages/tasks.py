@@ -98,11 +98,12 @@ def dataset_prompts(name: str, split: str) -> list[Prompt]:
     if not 0 < len(rows) <= _LARGEST_POOL:
         got = f"more than {_LARGEST_POOL}" if rows else "no"
         raise ConfigError(_KEY, f"{name!r} yields {got} prompts for split {split}", "yield the prompts of the split")
-    return [_user_prompt(row, f"{name!r} entry {i}") for i, row in enumerate(rows)]
+    return [as_prompt(row, f"{name!r} entry {i}") for i, row in enumerate(rows)]
 
 
-def _user_prompt(row: object, which: str) -> Prompt:
-    remedy = 'yield Prompt(text, gold), (text, gold) or {"prompt": text, "gold": gold}'
+def as_prompt(row: object, which: str, key: str = _KEY) -> Prompt:
+    """A `Prompt`, a (text, gold) or {"prompt": text, "gold": gold} as a prompt. Raises `ConfigError` naming `which`."""
+    remedy = 'give Prompt(text, gold), (text, gold) or {"prompt": text, "gold": gold}'
     if isinstance(row, Prompt):
         text, gold = row.text, row.gold
     elif isinstance(row, Mapping):
@@ -110,11 +111,11 @@ def _user_prompt(row: object, which: str) -> Prompt:
     elif isinstance(row, tuple | list) and len(row) == 2:
         text, gold = row
     else:
-        raise ConfigError(_KEY, f"{which} is {shown(row)}", remedy)
+        raise ConfigError(key, f"{which} is {shown(row)}", remedy)
     try:
         return checked_prompt(text, gold)
     except ValueError as error:
-        raise ConfigError(_KEY, f"{which} {error}", remedy) from error
+        raise ConfigError(key, f"{which} {error}", remedy) from error
 
 
 def draw_prompts(pool: list[Prompt], count: int, *, seed: int, with_replacement: bool) -> list[Prompt]:

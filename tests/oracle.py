@@ -1,0 +1,233 @@
+"""A policy small enough to enumerate: every expectation that the probe estimates, as a finite sum in float64.
+
+Six tokens, one of them EOS, responses of at most four: 781 of them for each of twelve prompts, so H, ∇H, E[Y], δH₁, the
+curvature and ΔH(η) are exact. Prompts are drawn i.i.d. with replacement, because a fixed set of prompts biases U_cross
+(its pairs n ≠ m never repeat a prompt). ∇S of every response is a table, so a replication is a draw of indices.
+
+    logits(n, prefix) = W·tanh(prompt_n + previous token + position) + b,   nothing of `estimators` is used here
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS, EOS, LIMIT, PROMPTS, HIDDEN = 6, 0, 4, 12, 3
+_PARTS = {"prompt": (PROMPTS, HIDDEN), "token": (TOKENS, HIDDEN), "position": (LIMIT, HIDDEN)}
+_PARTS |= {"output": (HIDDEN, TOKENS), "bias": (TOKENS,)}
+SIZES = {name: math.prod(shape) for name, shape in _PARTS.items()}
+NUM_PARAMETERS = sum(SIZES.values())
+
+
+def _responses() -> list[tuple[int, ...]]:
+    """Every response: no EOS before its last token, and LIMIT tokens where it does not end with EOS."""
+    words = [w for k in range(LIMIT) for w in itertools.product(range(1, TOKENS), repeat=k)]
+    return [(*w, EOS) for w in words] + list(itertools.product(range(1, TOKENS), repeat=LIMIT))
+
+
+RESPONSES = _responses()
+LENGTHS = torch.tensor([len(r) for r in RESPONSES])
+# A prefix acts through its last token and its length: state = position·TOKENS + last token (EOS: none yet). Past the end
+# of a response stands one more state, and one more cell, which hold zeros.
+_STATES = LIMIT * TOKENS
+_STATE_OF = torch.full((len(RESPONSES), LIMIT), _STATES)
+_CELL_OF = torch.full((len(RESPONSES), LIMIT), _STATES * TOKENS)
+for _row, _response in enumerate(RESPONSES):
+    for _t, (_last, _token) in enumerate(zip((EOS, *_response), _response, strict=False)):
+        _STATE_OF[_row, _t] = _t * TOKENS + _last
+        _CELL_OF[_row, _t] = (_t * TOKENS + _last) * TOKENS + _token
+
+
+def _tables(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p of every cell [..., PROMPTS, cells], H of every state [..., PROMPTS, states]) at θ [..., D]."""
+    flat = theta.split(list(SIZES.values()), dim=-1)
+    part = {
+        name: values.reshape(*theta.shape[:-1], *shape)
+        for (name, shape), values in zip(_PARTS.items(), flat, strict=True)
+    }
+    state = part["position"].unsqueeze(-2) + part["token"].unsqueeze(-3)
+    state = state.flatten(-3, -2).unsqueeze(-3)
+    hidden = torch.tanh(part["prompt"].unsqueeze(-2) + state)
+    logits = hidden @ part["output"].unsqueeze(-3) + part["bias"][..., None, None, :]
+    logp = torch.log_softmax(logits, -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    zero = torch.zeros_like(entropy[..., :1])
+    return torch.cat([logp.flatten(-2), zero], -1), torch.cat([entropy, zero], -1)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Of every response: log p and H_t [..., PROMPTS, responses, LIMIT], zero past its end."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def per_token(cells: Tensor, states: Tensor) -> PerToken:
+    """Tables (or derivatives of tables) along every response."""
+    return PerToken(cells[..., _CELL_OF], states[..., _STATE_OF])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Indices of B prompts and of G responses of each, for R replications: [R, B] and [R, B, G]."""
+
+    prompts: Tensor
+    responses: Tensor
+
+    def of(self, table: Tensor) -> Tensor:
+        """Entries of a table [PROMPTS, responses, ...] → [R, B, G, ...]."""
+        return table[self.prompts[..., None], self.responses]
+
+    @property
+    def lengths(self) -> Tensor:
+        return LENGTHS[self.responses]
+
+    def rows(self, part: slice) -> Draw:
+        return Draw(self.prompts[part], self.responses[part])
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """θ [D] and rewards in {0, 1} [PROMPTS, responses]. Every property is exact, an enumeration over all responses."""
+
+    theta: Tensor
+    rewards: Tensor
+
+    @cached_property
+    def tokens(self) -> PerToken:
+        return per_token(*_tables(self.theta))
+
+    @cached_property
+    def seq_logp(self) -> Tensor:
+        """S [PROMPTS, responses]."""
+        return self.tokens.logp.sum(-1)
+
+    @cached_property
+    def rb_sum(self) -> Tensor:
+        """R [PROMPTS, responses]."""
+        return self.tokens.entropy.sum(-1)
+
+    @cached_property
+    def probability(self) -> Tensor:
+        return self.seq_logp.exp()
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """∇S [PROMPTS, responses, D]: the Jacobian of every log p, summed along the response."""
+        jacobian: Any = torch.func.jacrev(lambda theta: _tables(theta)[0])(self.theta)
+        return sum(jacobian[:, _CELL_OF[:, t]] for t in range(LIMIT))  # pyright: ignore[reportReturnType]
+
+    def entropy(self, theta: Tensor) -> Tensor:
+        """H(θ') = mean over prompts of −Σ p·S, for θ' [..., D]: every response once more."""
+        if theta.ndim > 1:
+            return torch.cat([self.entropy(one)[None] if theta.ndim > 2 else _entropy(one) for one in theta.split(100)])
+        return _entropy(theta)
+
+    @cached_property
+    def entropy_gradient(self) -> Tensor:
+        """∇H [D], by autograd through the enumeration."""
+        theta = self.theta.clone().requires_grad_()
+        return torch.autograd.grad(_entropy(theta), theta)[0]
+
+    def curvature(self, v: Tensor) -> float:
+        """vᵀ∇²Hv, by autograd twice through the enumeration."""
+        eta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        first = torch.autograd.grad(_entropy(self.theta + eta * v), eta, create_graph=True)[0]
+        return float(torch.autograd.grad(first, eta)[0])
+
+    def along(self, v: Tensor) -> tuple[PerToken, PerToken]:
+        """(D_v, D²_v) of log p and H_t of every response."""
+
+        def line(eta: Tensor) -> tuple[Tensor, Tensor]:
+            return _tables(self.theta + eta * v)
+
+        zero = torch.zeros((), dtype=torch.float64)
+        first: Any = torch.func.jacrev(line)
+        return per_token(*first(zero)), per_token(*torch.func.jacfwd(first)(zero))
+
+    def mean_y(self, group: int, advantage: str = "centered", loss: str = "lmax") -> Tensor:
+        """E[Y] [D]. Y sees a response through its class (length, reward) alone: sum over the class of one response and
+        the multiset of the classes of its G−1 neighbours, times the mean of ∇S within the class."""
+        classes = [(length, reward) for length in range(1, LIMIT + 1) for reward in (0, 1)]
+        of_class = torch.stack([(t == LENGTHS) & (self.rewards == r) for t, r in classes])  # [class, prompt, response]
+        mass = (of_class * self.probability).sum(-1).T  # [prompt, class]
+        score = torch.einsum("cps,ps,psd->pcd", of_class.double(), self.probability, self.gradient)
+        weight = torch.zeros_like(mass)
+        for others in itertools.combinations_with_replacement(range(len(classes)), group - 1):
+            ways = math.factorial(group - 1)
+            for count in (others.count(c) for c in set(others)):
+                ways //= math.factorial(count)
+            chance = ways * mass[:, list(others)].prod(-1)
+            for own in range(len(classes)):
+                members = [classes[c] for c in (own, *others)]
+                weight[:, own] += chance * _weight_of_first(members, advantage, loss)
+        return torch.einsum("pc,pcd->d", weight, score) / PROMPTS
+
+    @cached_property
+    def mean_x(self) -> Tensor:
+        """E[X] = −∇H."""
+        return -self.entropy_gradient
+
+    def draw(self, replications: int, prompts: int, group: int, seed: int) -> Draw:
+        """Prompts i.i.d. with replacement, then responses by their exact probabilities."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(PROMPTS, (replications, prompts), generator=generator)
+        return Draw(chosen, self.respond(chosen, group, generator))
+
+    def respond(self, prompts: Tensor, group: int, generator: torch.Generator) -> Tensor:
+        """G responses to each prompt: the inverse of the cumulative probability."""
+        uniform = torch.rand(*prompts.shape, group, generator=generator, dtype=torch.float64)
+        responses = torch.zeros(uniform.shape, dtype=torch.long)
+        for n, cumulative in enumerate(self.probability.cumsum(-1)):
+            here = prompts == n
+            responses[here] = torch.searchsorted(cumulative, uniform[here]).clamp(max=len(RESPONSES) - 1)
+        return responses
+
+    def weighted_gradient(self, draw: Draw, weights: Tensor) -> Tensor:
+        """Σ_g weights_g ∇S_g [R, B, D], some replications at a time."""
+        out = torch.empty(*draw.prompts.shape, len(self.theta), dtype=torch.float64)
+        for part in torch.arange(len(draw.prompts)).split(max(1, 2**15 // draw.responses[0].numel())):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            out[rows] = (weights[rows].unsqueeze(-2) @ draw.rows(rows).of(self.gradient)).squeeze(-2)
+        return out
+
+    def scores(self, draw: Draw, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, R) [R, B, G] of the drawn responses at θ' [D], or at one θ' for each replication [R, D]."""
+        cells, states = _tables(theta.reshape(-1, len(self.theta)))
+
+        def along(table: Tensor, where: Tensor) -> Tensor:
+            table = table.expand(len(draw.prompts), -1, -1)
+            index = draw.prompts[..., None, None] * table.shape[-1] + where[draw.responses]
+            return table.flatten(1).gather(1, index.flatten(1)).reshape(index.shape).sum(-1)
+
+        return along(cells, _CELL_OF), along(states, _STATE_OF)
+
+
+def _entropy(theta: Tensor) -> Tensor:
+    seq_logp = per_token(*_tables(theta)).logp.sum(-1)
+    return -(seq_logp.exp() * seq_logp).sum(-1).mean(-1)
+
+
+def _weight_of_first(members: list[tuple[int, int]], advantage: str, loss: str) -> float:
+    """A/divisor of the first of a group of (length, reward)."""
+    lengths, rewards = zip(*members, strict=True)
+    size, mean = len(members), sum(rewards) / len(members)
+    value = rewards[0] - (0.0 if advantage == "raw" else mean)
+    if advantage == "grpo":
+        value /= math.sqrt(sum((r - mean) ** 2 for r in rewards) / (size - 1)) + 1e-4
+    return (
+        value
+        / {
+            "lmax": max(lengths),
+            "sequence_mean": lengths[0],
+            "token_mean": sum(lengths) / size,
+            "constant": LIMIT,
+        }[loss]
+    )
