@@ -187,7 +187,7 @@ def test_direction_must_fit_the_model() -> None:
     name = next(iter(registry.trainable))
     frozen = next(n for n in registry.parameters if n not in registry.trainable)
     for v, message in (
-        ({"nowhere": torch.zeros(1)}, "no such (parameter|name)"),
+        ({"nowhere": torch.zeros(1)}, "no such parameter"),
         ({frozen: torch.zeros_like(registry.parameters[frozen])}, "frozen"),
         ({name: torch.zeros(1)}, "has shape"),
     ):
@@ -196,7 +196,7 @@ def test_direction_must_fit_the_model() -> None:
         with pytest.raises(OverrideError, match=message):
             build_functional_params_named(model, v, 1e-3)
     bound = bind(model)
-    with pytest.raises(OverrideError, match="no such (parameter|name)"):
+    with pytest.raises(OverrideError, match="no such name"):
         bound.logits(some_ids(), override={"nowhere": torch.zeros(1)})
 
 

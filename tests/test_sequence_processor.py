@@ -844,7 +844,6 @@ def test_what_cannot_be_sampled() -> None:
         (lambda: scored.generate_with_logprobs(["a"], dataset_name="arithmetic"), ConfigError, "give one of them"),
         (lambda: scored.generate_with_logprobs([]), ConfigError, "prompts: are []"),
         (lambda: scored.generate_batched("abc"), ConfigError, "prompts: are 'abc'; give a list"),
-        (lambda: scored.generate_batched([3]), ConfigError, "prompts: entry 0 is 3; give Prompt(text, gold)"),
         (lambda: scored.generate_batched(["\ud800"]), ConfigError, "prompts: entry 0 has a lone surrogate"),
         (lambda: scored.generate_batched(["a"], seed=-1), ConfigError, "seed: is -1; give a whole number from 0 on"),
         (lambda: scored.generate_batched(["a"], seed=2**70), ConfigError, "seed: is 1180591620717411303424"),
