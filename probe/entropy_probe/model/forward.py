@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from entropy_probe.errors import MeasurementError, OverrideError
+from entropy_probe.model.capture import Capture
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.precision import forward_context, has_detached_norm
 from entropy_probe.model.registry import Registry, unwrap
@@ -88,6 +89,7 @@ class BoundModel:
         override: Mapping[str, Tensor] | None = None,
         true_derivative: bool = False,
         rows_at_once: int | None = None,
+        capture: Capture | None = None,
     ) -> tuple[Tensor, ...]:
         """What `read` makes of the logits at the given positions, a few positions at a time; `mask` as in `logits`.
 
@@ -96,16 +98,20 @@ class BoundModel:
         `read(logits, part)` gets positions `part` of the R and returns tensors with one entry for each. Only these
         positions go through the output layer, `rows_at_once` at a time (by default `_CHUNK` logits, and at least
         `_ROWS`), so neither [N, L, V] nor, with a graph, [R, V] is ever held: a piece is computed again when its
-        gradient is asked for.
+        gradient is asked for. `capture` listens to the forward pass.
         """
         mapping = dict(override or {})
+        capturing = nullcontext() if capture is None else capture
+        if capture is not None:
+            capture.shape = (ids.shape[0], ids.shape[1])
         if self._split is None:
             first, last = int(columns.min()), int(columns.max()) + 1
             keep = slice(first, last)
-            logits = self.logits(ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative)
+            with capturing:
+                logits = self.logits(ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative)
             return read(logits[rows, columns - first], slice(0, len(rows)))
         output_layer, vocabulary = self._split
-        with output_layer.skipped() as captured:
+        with output_layer.skipped() as captured, capturing:
             self._called(ids, mask, slice(None), mapping, true_derivative)
         assert captured.states is not None
         states = captured.states[rows, columns]
@@ -119,7 +125,8 @@ class BoundModel:
                 raise MeasurementError(
                     "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
                 )
-            with self._evaluating(), self._context(true_derivative):
+            of_positions = nullcontext() if capture is None else capture.positions(rows[part])
+            with of_positions, self._evaluating(), self._context(true_derivative):
                 logits = output_layer(captured, states_of_part, own_mapping)
             return read(logits, part)
 

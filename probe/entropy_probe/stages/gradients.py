@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_probe.config import FirstOrderConfig, ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.advantages import advantages, x_weights, y_weights
+from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score_rows
@@ -64,35 +65,45 @@ def unit_gradients(
     weights_y = y_weights(
         response_advantages(rollouts, first_order), scores.gen_lens, first_order.loss, config.generation.max_new_tokens
     )
-    names, tensors = list(parameters), list(parameters.values())
     x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
     y = {n: torch.zeros_like(value) for n, value in x.items()} if with_y else {}
     unit_of = torch.arange(size_b) * num_units // size_b
     sizes = torch.bincount(unit_of, minlength=num_units)
 
-    def add(into: dict[str, Tensor], unit: int, loss: Tensor, *, again: bool) -> None:
-        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=again)
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                into[name][unit] += gradient.detach().reshape(-1).to("cpu", bound.dtype) / sizes[unit]
+    def add(prompts: Tensor, rows: Tensor, sides: list[tuple[dict[str, Tensor], Tensor]], *, true: bool) -> None:
+        """Σ over the rows of every prompt, for each side and its weights [R]; one forward and one backward."""
+        weights = torch.stack([of_rows for _, of_rows in sides]).to(bound.device)
+        capture = Capture(parameters, weights, len(prompts))
+        scored = score_rows(bound, rollouts, rows, config, true_derivative=true, capture=capture)
+        sums = capture.sums(scored.logp.double().sum(-1))
+        for name, of_sides in sums.items():
+            for (into, _), of_prompts in zip(sides, of_sides.to("cpu", bound.dtype).flatten(2), strict=True):
+                for n, gradient in zip(prompts.tolist(), of_prompts, strict=True):
+                    into[name][unit_of[n]] += gradient / sizes[unit_of[n]]
 
-    for n in range(size_b):
-        unit = int(unit_of[n])
-        rows_of_prompt = torch.arange(n * rollouts.num_responses, (n + 1) * rollouts.num_responses)
-        for rows in rows_of_prompt.split(config.generation.tf_batch_size):
-            g = rows - rows_of_prompt[0]
-            c, a = (w[n, g].to(bound.device) for w in (weights_x, weights_y))
-            seq_logp = score_rows(bound, rollouts, rows, config).logp.double().sum(-1)
-            if not seq_logp.requires_grad:
-                raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
+    done = 0
+    for prompts, rows in _microbatches(rollouts, config.generation.tf_batch_size):
+        c, a = weights_x.reshape(-1)[rows], weights_y.reshape(-1)[rows]
+        if bound.autograd_is_derivative:
+            add(prompts, rows, [(x, c), (y, a)] if with_y else [(x, c)], true=False)
+        else:
+            add(prompts, rows, [(x, c)], true=True)
             if with_y:
-                add(y, unit, (a * seq_logp).sum(), again=bound.autograd_is_derivative)
-            if not bound.autograd_is_derivative:
-                seq_logp = score_rows(bound, rollouts, rows, config, true_derivative=True).logp.double().sum(-1)
-            add(x, unit, (c * seq_logp).sum(), again=False)
+                add(prompts, rows, [(y, a)], true=False)
+        done += len(rows)
         if progress is not None:
-            progress(stage, n + 1, size_b)
+            progress(stage, done, len(rollouts.gen_lens))
     return UnitGradients(x, y, sizes, first_order.mode)
+
+
+def _microbatches(rollouts: Rollouts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(prompts, rows): whole prompts of similar length with at most `size` rows, or `size` rows of one prompt."""
+    group = rollouts.num_responses
+    lengths = rollouts.per_prompt(rollouts.prompt_lens + rollouts.gen_lens).amax(1)
+    for prompts in torch.argsort(lengths, stable=True).split(max(1, size // group)):
+        rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
+        for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:
+            yield prompts, part
 
 
 def gram(

@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_probe.config import GenerationConfig, PrecisionSection, ProbeConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.policy import TokenScores, score_tokens
+from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.rollouts import Rollouts
 
@@ -58,6 +59,7 @@ def read_rows(
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
     rows_at_once: int | None = None,
+    capture: Capture | None = None,
 ) -> tuple[Tensor, ...]:
     """`read(logits, tokens)` at every generated token of some rows, [R, T, …]; zero past the end of a response.
 
@@ -79,6 +81,7 @@ def read_rows(
         override=override,
         true_derivative=true_derivative,
         rows_at_once=rows_at_once,
+        capture=capture,
     )
     return tuple(v.new_zeros(*inside.shape, *v.shape[1:]).index_put((of_row, step), v) for v in flat)
 
@@ -103,6 +106,7 @@ def score_rows(
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
     rows_at_once: int | None = None,
+    capture: Capture | None = None,
 ) -> TokenScores:
     """Scores [R, T] of some rows; T is their longest response, entries past a response's end are zero.
 
@@ -110,7 +114,7 @@ def score_rows(
     """
     read = policy_scores(bound, config.generation, config.precision)
     options = {"override": override, "true_derivative": true_derivative, "rows_at_once": rows_at_once}
-    return TokenScores(*read_rows(bound, rollouts, rows, read, **options))
+    return TokenScores(*read_rows(bound, rollouts, rows, read, capture=capture, **options))
 
 
 def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:

@@ -1,0 +1,348 @@
+"""Weighted sums of per-row gradients from one forward and one backward pass.
+
+For rows i with log-probabilities S_i and any weights w_ki, the sums over the rows of every prompt n
+
+    Σ_{i in n} w_ki ∇S_i
+
+need one backward pass of Σ_i S_i: a layer's gradient is Σ_t δ_it a_itᵀ over the tokens of a row, so the weights can
+enter when its inputs a and output gradients δ meet. While the mode is active, an operation that uses a trainable tensor
+in a known way gets the tensor detached, and its a and δ are contracted as δ arrives. What the mode does not know is
+left in autograd's graph: whatever gradient still arrives at a parameter there is taken prompt by prompt and added, so
+no use of a parameter is lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class _Weight:
+    """A trainable tensor, or one made of such tensors alone, and Σ_i w_ki ∂S_i/∂tensor for every prompt: [K, P, *]."""
+
+    tensor: Tensor
+    is_parameter: bool
+    total: Tensor | None = None
+
+
+class Capture(TorchFunctionMode):
+    """Collects `sums()` while a forward runs within it, for P prompts with the same number of rows each.
+
+    `weights` [K, R] belong to the rows in the order of the batch, the rows of a prompt standing together. `rows_of`
+    says which row each position of a flattened input belongs to; `None` where inputs are [R, L, ...].
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], weights: Float[Tensor, "K R"], num_prompts: int) -> None:
+        super().__init__()
+        self._parameters = dict(parameters)
+        self._weights = weights
+        self._num_prompts = num_prompts
+        self._known = {id(tensor): _Weight(tensor, True) for tensor in parameters.values()}
+        self._tap = torch.zeros((), requires_grad=True, device=weights.device)
+        self._listening = True
+        self.shape: tuple[int, int] | None = None
+        self.rows_of: Int[Tensor, " r"] | None = None
+
+    def sums(self, seq_logp: Float[Tensor, " R"]) -> dict[str, Float[Tensor, "K P *shape"]]:
+        """Σ_{i in n} w_ki ∂S_i/∂θ by name; zero where S does not depend on a parameter. Frees the graph."""
+        names, tensors = list(self._parameters), list(self._parameters.values())
+        left = torch.autograd.grad(seq_logp.sum(), [self._tap, *tensors], retain_graph=True, allow_unused=True)[1:]
+        self._listening = False
+        self._pull_back()
+        sums = {name: self._total(self._known[id(self._parameters[name])]) for name in names}
+        plain = [name for name, gradient in zip(names, left, strict=True) if gradient is not None]
+        if plain:
+            per_prompt = (self._weights * seq_logp).reshape(len(self._weights), self._num_prompts, -1).sum(-1)
+            chosen = [self._parameters[name] for name in plain]
+            for k, p in _pairs(per_prompt.shape):
+                gradients = torch.autograd.grad(per_prompt[k, p], chosen, retain_graph=True, allow_unused=True)
+                for name, gradient in zip(plain, gradients, strict=True):
+                    if gradient is not None:
+                        sums[name][k, p] += gradient
+        return sums
+
+    def _total(self, weight: _Weight) -> Tensor:
+        if weight.total is None:
+            shape = (len(self._weights), self._num_prompts, *weight.tensor.shape)
+            weight.total = weight.tensor.new_zeros(shape)
+        return weight.total
+
+    def _pull_back(self) -> None:
+        """Gradients of tensors that were made of parameters go on to these, prompt by prompt."""
+        tensors = list(self._parameters.values())
+        for weight in [w for w in self._known.values() if not w.is_parameter and w.total is not None]:
+            assert weight.total is not None
+            for k, p in _pairs(weight.total.shape):
+                gradients = torch.autograd.grad(
+                    weight.tensor, tensors, weight.total[k, p], retain_graph=True, allow_unused=True
+                )
+                for tensor, gradient in zip(tensors, gradients, strict=True):
+                    if gradient is not None:
+                        self._total(self._known[id(tensor)])[k, p] += gradient
+
+    # The forward
+
+    @contextmanager
+    def positions(self, rows: Int[Tensor, " r"]) -> Iterator[None]:
+        """Within the block inputs are [1, r, ...], and position j belongs to row `rows[j]`."""
+        before, self.rows_of = self.rows_of, rows
+        try:
+            with self:
+                yield
+        finally:
+            self.rows_of = before
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if not any(id(tensor) in self._known for tensor in tensors):
+            return func(*args, **kwargs)
+        rule = _RULES.get(func)
+        out = None if rule is None else rule(self, *args, **kwargs)
+        if out is not None:
+            return out
+        out = func(*args, **kwargs)
+        of_batch = any(self.is_activation(tensor) or self.is_flat_activation(tensor) for tensor in tensors)
+        if not of_batch and all(id(tensor) in self._known for tensor in tensors if tensor.requires_grad):
+            for made in _tensors((out,)):
+                if made.requires_grad and id(made) not in self._known:
+                    self._known[id(made)] = _Weight(made, False)
+        return out
+
+    def weight(self, tensor: object) -> _Weight | None:
+        return self._known.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def is_activation(self, x: object) -> bool:
+        """Whether the leading dimensions of `x` are rows and positions of this batch, and it is not made of weights."""
+        if not isinstance(x, Tensor) or id(x) in self._known or self.shape is None:
+            return False
+        leading = (1, len(self.rows_of)) if self.rows_of is not None else self.shape
+        return x.dim() >= 2 and tuple(x.shape[:2]) == leading
+
+    def is_flat_activation(self, x: object) -> bool:
+        """The same with rows and positions in one dimension, row after row."""
+        if not isinstance(x, Tensor) or id(x) in self._known or self.shape is None or self.rows_of is not None:
+            return False
+        return x.dim() == 2 and len(x) == self.shape[0] * self.shape[1]
+
+    def tapped(self, out: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        """`out`, which calls `receive` with its gradient."""
+
+        def once(gradient: Tensor) -> None:
+            if self._listening:
+                receive(gradient)
+
+        return _Tap.apply(out, self._tap, once)  # pyright: ignore[reportReturnType]
+
+    # The backward
+
+    def rows(self) -> Tensor:
+        """The row of every position, flattened."""
+        if self.rows_of is not None:
+            return self.rows_of
+        assert self.shape is not None
+        return torch.arange(self.shape[0], device=self._weights.device).repeat_interleave(self.shape[1])
+
+    def add_outer(self, weight: _Weight, left: Tensor, right: Tensor, rows: Tensor) -> None:
+        """total[k, n] += Σ_{positions of n} w_k · left ⊗ right, from left [M, a] and right [M, b]."""
+        total, scale = self._total(weight), self._weights[:, rows].to(left.dtype)
+        per_prompt = self._weights.shape[1] // self._num_prompts
+        ends = torch.searchsorted(rows, per_prompt * torch.arange(self._num_prompts + 1, device=rows.device)).tolist()
+        small_left = left.shape[1] <= right.shape[1]
+        for p, (start, end) in enumerate(itertools.pairwise(ends)):
+            part = slice(start, end)
+            small, other = (left, right) if small_left else (right, left)
+            scaled = (scale[:, part, None] * small[part]).transpose(1, 2)  # [K, small, M]
+            product = (scaled.reshape(-1, end - start) @ other[part]).reshape(len(scale), small.shape[1], -1)
+            total[:, p] += product if small_left else product.transpose(1, 2)
+
+    def add_broadcast(self, weight: _Weight, values: Tensor) -> None:
+        """total[k, n] += Σ_{rows i of n} w_k · values_i, summed to the weight's shape, from values [R, L, ...]."""
+        shape = self.row_shape(weight.tensor, values)
+        assert shape is not None
+        if self.rows_of is not None:  # [1, r, ...]: sum the positions of a row
+            by_row = values.new_zeros(self._weights.shape[1], *values.shape[2:])
+            values = by_row.index_add_(0, self.rows_of, values[0])[:, None]
+        summed = [dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1]
+        by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(self._num_prompts, -1, shape.numel())
+        w = self._weights.to(by_row.dtype).reshape(len(self._weights), self._num_prompts, -1)
+        self._total(weight).add_(torch.einsum("kpg,pgd->kpd", w, by_row).reshape(self._total(weight).shape))
+
+    def row_shape(self, weight: Tensor, x: Tensor) -> torch.Size | None:
+        """The weight's shape against one row [L, ...] of `x`; `None` where it does not broadcast over the rows."""
+        if weight.dim() > x.dim():
+            return None
+        aligned = (1,) * (x.dim() - weight.dim()) + tuple(weight.shape)
+        fits = all(own in (1, full) for own, full in zip(aligned, x.shape, strict=True))
+        over_rows = aligned[0] == 1 and (self.rows_of is None or aligned[1] == 1)
+        return torch.Size(aligned[1:]) if fits and over_rows else None
+
+    def add_at(self, weight: _Weight, ids: Tensor, values: Tensor, rows: Tensor) -> None:
+        """total[k, n, id] += Σ_{positions of n with this id} w_k · values, from ids [M] and values [M, d]."""
+        total = self._total(weight)
+        size_k, size_p, vocabulary, width = total.shape
+        prompt = rows // (self._weights.shape[1] // self._num_prompts)
+        for k in range(size_k):
+            scaled = self._weights[k, rows, None].to(values.dtype) * values
+            total[k].view(size_p * vocabulary, width).index_add_(0, prompt * vocabulary + ids, scaled)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward hands the gradient to `receive`. `tap` makes it a part of every backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, tap: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.receive(gradient)
+        return gradient, gradient.new_zeros((), dtype=torch.float32), None
+
+
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(tuple(value))
+
+
+def _pairs(shape: torch.Size) -> Iterator[tuple[int, int]]:
+    return ((k, p) for k in range(shape[0]) for p in range(shape[1]))
+
+
+# Rules: operation → what to do; `None` where it is not of the form that the rule knows
+
+
+def _linear(capture: Capture, x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    own, own_bias = capture.weight(weight), capture.weight(bias)
+    if not capture.is_activation(x) or x.dim() != 3 or weight.dim() != 2:
+        return None
+    rows, kept = capture.rows(), x.detach().reshape(-1, x.shape[-1])
+
+    def receive(gradient: Tensor) -> None:
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        if own is not None:
+            capture.add_outer(own, flat, kept, rows)
+        if own_bias is not None:
+            capture.add_broadcast(own_bias, gradient)
+
+    used = weight.detach() if own is not None else weight
+    return capture.tapped(F.linear(x, used, bias if own_bias is None else bias.detach()), receive)
+
+
+def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> Tensor | None:
+    own, own_bias = capture.weight(weight), capture.weight(bias)
+    shape = capture.shape
+    if options or shape is None or not capture.is_flat_activation(x) or weight.dim() != 2 or bias.dim() != 1:
+        return None
+    rows, kept = capture.rows(), x.detach()
+
+    def receive(gradient: Tensor) -> None:
+        if own is not None:
+            capture.add_outer(own, kept, gradient, rows)
+        if own_bias is not None:
+            capture.add_broadcast(own_bias, gradient.reshape(*shape, -1))
+
+    used = weight.detach() if own is not None else weight
+    return capture.tapped(torch.addmm(bias if own_bias is None else bias.detach(), x, used), receive)
+
+
+def _embedding(
+    capture: Capture,
+    ids: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    own = capture.weight(weight)
+    if own is None or max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    if not capture.is_activation(ids) or ids.dim() != 2:
+        return None
+    rows, flat_ids = capture.rows(), ids.reshape(-1)
+    padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(weight) + padding_idx
+
+    def receive(gradient: Tensor) -> None:
+        values = gradient.reshape(-1, gradient.shape[-1])
+        if padding is not None:  # as in torch: the padding token's vector gets no gradient
+            values = values.masked_fill((flat_ids == padding)[:, None], 0.0)
+        capture.add_at(own, flat_ids, values, rows)
+
+    return capture.tapped(F.embedding(ids, weight.detach()), receive)
+
+
+def _layer_norm(
+    capture: Capture, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor | None:
+    own, own_bias = capture.weight(weight), capture.weight(bias)
+    if not capture.is_activation(x) or x.dim() < 3:
+        return None
+    kept = x.detach()
+
+    def receive(gradient: Tensor) -> None:
+        if own is not None:
+            capture.add_broadcast(own, gradient * F.layer_norm(kept, shape, None, None, eps))
+        if own_bias is not None:
+            capture.add_broadcast(own_bias, gradient)
+
+    used = weight if own is None else weight.detach()
+    used_bias = bias if own_bias is None else bias.detach()
+    return capture.tapped(F.layer_norm(x, shape, used, used_bias, eps), receive)
+
+
+def _elementwise(capture: Capture, one: Any, other: Any) -> tuple[_Weight, Tensor] | None:
+    """(the weight, the activation) of a product or a sum of the two."""
+    for weight, x in ((one, other), (other, one)):
+        own = capture.weight(weight)
+        if own is not None and capture.is_activation(x) and capture.row_shape(weight, x) is not None:
+            return own, x
+    return None
+
+
+def _mul(capture: Capture, one: Any, other: Any) -> Tensor | None:
+    found = _elementwise(capture, one, other)
+    if found is None:
+        return None
+    own, x = found
+    kept = x.detach()
+    out = x * own.tensor.detach()
+    return capture.tapped(out, lambda gradient: capture.add_broadcast(own, gradient * kept))
+
+
+def _add(capture: Capture, one: Any, other: Any) -> Tensor | None:
+    found = _elementwise(capture, one, other)
+    if found is None:
+        return None
+    own, x = found
+    return capture.tapped(x + own.tensor.detach(), lambda gradient: capture.add_broadcast(own, gradient))
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _mul),
+    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _add),
+}
