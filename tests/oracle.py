@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def _responses() -> list[tuple[int, ...]]:
 
 RESPONSES = _responses()
 LENGTHS = torch.tensor([len(r) for r in RESPONSES])
-# A prefix acts through its last token and its length: state = position·TOKENS + last token (EOS: none yet). Past the end
-# of a response stands one more state, and one more cell, which hold zeros.
+# A prefix acts through its last token and its length: state = position·TOKENS + last token (EOS: none yet). Past the
+# end of a response stands one more state, and one more cell, which hold zeros.
 _STATES = LIMIT * TOKENS
 _STATE_OF = torch.full((len(RESPONSES), LIMIT), _STATES)
 _CELL_OF = torch.full((len(RESPONSES), LIMIT), _STATES * TOKENS)
@@ -125,16 +126,20 @@ class Oracle:
         return sum(jacobian[:, _CELL_OF[:, t]] for t in range(LIMIT))  # pyright: ignore[reportReturnType]
 
     def entropy(self, theta: Tensor) -> Tensor:
-        """H(θ') = mean over prompts of −Σ p·S, for θ' [..., D]: every response once more."""
-        if theta.ndim > 1:
-            return torch.cat([self.entropy(one)[None] if theta.ndim > 2 else _entropy(one) for one in theta.split(100)])
-        return _entropy(theta)
+        """H(θ') [...] of θ' [..., D]: every response once more at every θ'."""
+        values = [_entropy(part) for part in theta.reshape(-1, NUM_PARAMETERS).split(100)]
+        return torch.cat(values).reshape(theta.shape[:-1])
 
     @cached_property
     def entropy_gradient(self) -> Tensor:
         """∇H [D], by autograd through the enumeration."""
         theta = self.theta.clone().requires_grad_()
         return torch.autograd.grad(_entropy(theta), theta)[0]
+
+    @cached_property
+    def mean_x(self) -> Tensor:
+        """E[X] = −∇H."""
+        return -self.entropy_gradient
 
     def curvature(self, v: Tensor) -> float:
         """vᵀ∇²Hv, by autograd twice through the enumeration."""
@@ -170,25 +175,19 @@ class Oracle:
                 weight[:, own] += chance * _weight_of_first(members, advantage, loss)
         return torch.einsum("pc,pcd->d", weight, score) / PROMPTS
 
-    @cached_property
-    def mean_x(self) -> Tensor:
-        """E[X] = −∇H."""
-        return -self.entropy_gradient
-
-    def draw(self, replications: int, prompts: int, group: int, seed: int) -> Draw:
-        """Prompts i.i.d. with replacement, then responses by their exact probabilities."""
+    def draw(self, replications: int, prompts: int, group: int, seed: int, *, fixed_set: bool = False) -> Draw:
+        """Prompts i.i.d. with replacement (or, in `fixed_set`, 0 … prompts−1 each time), then responses by their exact
+        probabilities, through the inverse of the cumulative one."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(PROMPTS, (replications, prompts), generator=generator)
-        return Draw(chosen, self.respond(chosen, group, generator))
-
-    def respond(self, prompts: Tensor, group: int, generator: torch.Generator) -> Tensor:
-        """G responses to each prompt: the inverse of the cumulative probability."""
-        uniform = torch.rand(*prompts.shape, group, generator=generator, dtype=torch.float64)
+        if fixed_set:
+            chosen = torch.arange(prompts).repeat(replications, 1)
+        uniform = torch.rand(replications, prompts, group, generator=generator, dtype=torch.float64)
         responses = torch.zeros(uniform.shape, dtype=torch.long)
         for n, cumulative in enumerate(self.probability.cumsum(-1)):
-            here = prompts == n
+            here = chosen == n
             responses[here] = torch.searchsorted(cumulative, uniform[here]).clamp(max=len(RESPONSES) - 1)
-        return responses
+        return Draw(chosen, responses)
 
     def weighted_gradient(self, draw: Draw, weights: Tensor) -> Tensor:
         """Σ_g weights_g ∇S_g [R, B, D], some replications at a time."""
@@ -210,9 +209,18 @@ class Oracle:
         return along(cells, _CELL_OF), along(states, _STATE_OF)
 
 
+def _seq_logp(theta: Tensor) -> Tensor:
+    return per_token(*_tables(theta)).logp.sum(-1)
+
+
 def _entropy(theta: Tensor) -> Tensor:
-    seq_logp = per_token(*_tables(theta)).logp.sum(-1)
+    """H = mean over prompts of −Σ p·S."""
+    seq_logp = _seq_logp(theta)
     return -(seq_logp.exp() * seq_logp).sum(-1).mean(-1)
+
+
+def _reward(theta: Tensor, rewards: Tensor) -> Tensor:
+    return (_seq_logp(theta).exp() * rewards).sum(-1).mean()
 
 
 def _weight_of_first(members: list[tuple[int, int]], advantage: str, loss: str) -> float:
@@ -231,3 +239,97 @@ def _weight_of_first(members: list[tuple[int, int]], advantage: str, loss: str) 
             "constant": LIMIT,
         }[loss]
     )
+
+
+# The states of training in which claims are tested
+
+
+@dataclass(frozen=True)
+class Regime:
+    """An oracle, and a diagonal P [D] for its first-order term."""
+
+    oracle: Oracle
+    precond: Tensor
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _pass_rates(low: float, high: float) -> Tensor:
+    """Difficulty: the share of responses that a prompt rewards."""
+    return torch.linspace(low, high, PROMPTS, dtype=torch.float64)[:, None]
+
+
+def _coin_rewards(seed: int) -> Tensor:
+    """Rewards without a pattern to learn: each response of a prompt with the prompt's pass rate."""
+    uniform = torch.rand(PROMPTS, len(RESPONSES), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (uniform < _pass_rates(0.15, 0.85)).double()
+
+
+def _adam(theta: Tensor, loss: Callable[[Tensor], Tensor], steps: int, lr: float) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=lr)
+    for _ in range(steps):
+        theta.grad = torch.autograd.grad(loss(theta), theta)[0]
+        optimizer.step()
+    return theta.detach()
+
+
+def _untrained() -> Tensor:
+    theta = 0.4 * _normal(NUM_PARAMETERS, seed=4)
+    theta[-TOKENS:] += torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    return theta
+
+
+def _shared_precond() -> Tensor:
+    """P large where all prompts share a parameter: the fewer directions carry noise, the nearer ζ₂ is to 2ζ₁."""
+    own = NUM_PARAMETERS - SIZES["bias"]
+    precond = torch.cat([torch.full((own,), 0.5), torch.full((SIZES["bias"],), 10.0)]).double()
+    return precond * (0.2 * _normal(NUM_PARAMETERS, seed=5)).exp()
+
+
+@cache
+def strong() -> Regime:
+    """Untrained; a response is rewarded for one or two (by prompt) of the likeliest token, which all prompts share:
+    the signal is far above the noise of a prompt, ζ₂ is near its least value 2ζ₁."""
+    rewards = torch.tensor(
+        [[float(response.count(1) >= 1 + n % 2) for response in RESPONSES] for n in range(PROMPTS)], dtype=torch.float64
+    )
+    return Regime(Oracle(_untrained(), rewards), _shared_precond())
+
+
+@cache
+def sharpening() -> Regime:
+    """Untrained; every prompt rewards its likely responses, the hard ones fewer: A goes with S in every group, so that
+    X_n and Y_n of one prompt are nearly parallel, and their products skew."""
+    seq_logp = _seq_logp(theta := _untrained())
+    order = seq_logp.argsort(-1, descending=True)
+    rank_mass = seq_logp.exp().gather(-1, order).cumsum(-1)
+    rewards = torch.zeros_like(seq_logp).scatter(-1, order, (rank_mass <= _pass_rates(0.2, 0.8)).double())
+    return Regime(Oracle(theta, rewards), _shared_precond())
+
+
+@cache
+def weak() -> Regime:
+    """θ where ∇H and the gradient of the expected reward have nearly vanished (both were minimised), rewards without a
+    pattern: what is left of X and Y is noise, ζ₂ is hundreds of ζ₁."""
+    rewards = _coin_rewards(seed=4)
+
+    def size_of_gradients(theta: Tensor) -> Tensor:
+        entropy = torch.autograd.grad(_entropy(theta), theta, create_graph=True)[0]
+        reward = torch.autograd.grad(_reward(theta, rewards), theta, create_graph=True)[0]
+        return entropy.square().sum() + 4 * reward.square().sum()
+
+    theta = _adam(_normal(NUM_PARAMETERS, seed=3), size_of_gradients, steps=100, lr=0.03)
+    return Regime(Oracle(theta, rewards), (0.2 * _normal(NUM_PARAMETERS, seed=5)).exp())
+
+
+@cache
+def solved() -> Regime:
+    """θ trained on the same rewards, with a small entropy bonus, until nearly every response is rewarded: a group with
+    two different rewards, the only one with Y ≠ 0, is rare."""
+    rewards = _coin_rewards(seed=4)
+    theta = 0.6 * _normal(NUM_PARAMETERS, seed=3)
+    theta = _adam(theta, lambda t: -_reward(t, rewards) - 0.05 * _entropy(t), steps=150, lr=0.05)
+    return Regime(Oracle(theta, rewards), torch.ones(NUM_PARAMETERS, dtype=torch.float64))

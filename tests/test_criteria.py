@@ -91,6 +91,12 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "integrity", checksum_after="other"), "fail"),
         (lambda r: poisoned(r, "integrity", copies_modified=1), "fail"),
     ],
+    "gradient_witness": [
+        (lambda r: r.model_copy(update={"witness": {**r.witness, "x_difference": 0.01}}), "fail"),
+        (lambda r: r.model_copy(update={"witness": {**r.witness, "y_difference": math.nan}}), "fail"),
+        (lambda r: r.model_copy(update={"witness": {**r.witness, "y_difference": math.inf}}), "fail"),
+        (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
+    ],
     "u_cross_identity": [
         (lambda r: poisoned(r, "first_order", u_cross=r.first_order.u_cross * 1.001), "fail"),
         (lambda r: poisoned(r, "first_order", bars_dot=r.first_order.bars_dot * 5 / 6), "fail"),

@@ -7,6 +7,10 @@ from entropy_probe_checks.criteria import ustatistic
 pytestmark = [pytest.mark.acceptance, pytest.mark.ustatistic]
 
 
+def test_gradient_witness(_probe_judge):
+    _probe_judge(ustatistic.gradient_witness)
+
+
 def test_u_cross_identity(_probe_judge):
     _probe_judge(ustatistic.u_cross_identity)
 

@@ -35,6 +35,11 @@ LIMITS: dict[str, Limit] = (
             _limit("preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"),
             _limit("buffers_overridden", 0.0, "the default path maps parameters only"),
             _limit("live_model_unmodified", 0.0, "checksum over parameters, buffers, gradients and training mode"),
+            _limit(
+                "gradient_witness",
+                1e-3,
+                "two orders of summation in float32 differ by 1e-6 to 1e-5, a lost or doubled term by 1e-2 and more",
+            ),
             _limit("u_cross_identity", 1e-9, "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum"),
             _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
             _limit("se_agreement", 3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),

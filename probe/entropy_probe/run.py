@@ -22,6 +22,7 @@ from entropy_probe.stages import continuity, coverage, entropy_change, gradients
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import score
+from entropy_probe.stages.witness import gradient_witness
 
 Progress = Callable[[str, int, int], None]
 
@@ -113,6 +114,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             precond = update.adam_preconditioner(checkpoint.adam)
             lr, lr_source = update.learning_rate(checkpoint.adam, config.first_order.lr)
             first_order = sections.first_order_section(units_u, precond, lr, lr_source)
+            witness = gradient_witness(bound, u, scores_u, config, units_u, precond)
             across = None if same_batch else sections.two_batch_section(units_e, units_u, precond, lr)
         with clock("update"):
             ascent = gradients.prompt_mean(units_u.y, units_u.sizes)
@@ -150,7 +152,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         continuity=sections.continuity_section(zero, scaling),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=r.InvarianceSection(**asdict(invariant)),
-        witness=None,
+        witness=asdict(witness),
         registry=r.RegistrySection(**asdict(covered)),
         preconditioner=sections.preconditioner_section(checkpoint, precond, bound),
         integrity=r.IntegritySection(

@@ -18,6 +18,20 @@ from entropy_probe_checks.thresholds import limit_for
 
 
 @Criterion
+def gradient_witness(report: ProbeReport) -> Finding:
+    """Larger of ‖X_fast − X_naive‖/‖X_naive‖ and the same of Y, over two prompts that are recomputed one at a time.
+
+    The fast per-prompt gradients are not this model's: it uses a parameter in a way that mixes rows or prompts, such as
+    tokens that change places. U_cross and δH₁ cannot be believed; please report the architecture.
+    """
+    measured = report.witness
+    if measured is None:
+        return not_applicable("No prompt was recomputed.")
+    value = largest(measured["x_difference"], measured["y_difference"])
+    return at_most(value, limit_for(report, "gradient_witness"))
+
+
+@Criterion
 def u_cross_identity(report: ProbeReport) -> Finding:
     """Larger of |mean(r) − U_cross| and |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross|, relative to their terms.
 

@@ -64,7 +64,7 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic
         U_{−u}       = (U·U_cross − 2r_u)/(U−2),    se_jackknife = √((U−1)/U·Σ(U_{−u} − mean)²)
         ζ̂₁ jackknife = U/4·se_jackknife²;           se_jackknife/se_plugin = (U−1)/(U−2) exactly
 
-    Both overstate the variance, by up to 2×, where the signal is weak.
+    Where the signal is weak both overstate the variance, by up to 2(U−2)/(U−1) and 2(U−1)/(U−2).
     """
     r = moments.row_means
     units = moments.num_units

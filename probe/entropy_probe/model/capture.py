@@ -56,6 +56,8 @@ class Capture(TorchFunctionMode):
     def sums(self, seq_logp: Float[Tensor, " R"]) -> dict[str, Float[Tensor, "K P *shape"]]:
         """Σ_{i in n} w_ki ∂S_i/∂θ by name; zero where S does not depend on a parameter. Frees the graph."""
         names, tensors = list(self._parameters), list(self._parameters.values())
+        if not seq_logp.requires_grad:
+            return {name: self._total(self._known[id(self._parameters[name])]) for name in names}
         left = torch.autograd.grad(seq_logp.sum(), [self._tap, *tensors], retain_graph=True, allow_unused=True)[1:]
         self._listening = False
         self._pull_back()

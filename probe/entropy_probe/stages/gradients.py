@@ -39,6 +39,15 @@ def response_advantages(rollouts: Rollouts, config: FirstOrderConfig) -> Float[T
     return rollouts.advantages if rollouts.advantages is not None else advantages(rollouts.rewards, config.advantage)
 
 
+def response_weights(
+    rollouts: Rollouts, scores: Scores, config: ProbeConfig
+) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G"]]:
+    """(c, a) with X_n = Σ_g c_ng ∇S_ng and Y_n = Σ_g a_ng ∇S_ng."""
+    rule, limit = config.first_order.loss, config.generation.max_new_tokens
+    advantage = response_advantages(rollouts, config.first_order)
+    return x_weights(scores.seq_logp), y_weights(advantage, scores.gen_lens, rule, limit)
+
+
 def unit_gradients(
     bound: BoundModel,
     rollouts: Rollouts,
@@ -61,10 +70,9 @@ def unit_gradients(
     parameters = bound.registry.trainable
     # X and Y of the U batch are held together with X of the E batch
     _require_memory(3 * num_units * sum(p.numel() for p in parameters.values()), bound, first_order)
-    weights_x = x_weights(scores.seq_logp)
-    weights_y = y_weights(
-        response_advantages(rollouts, first_order), scores.gen_lens, first_order.loss, config.generation.max_new_tokens
-    )
+    if not parameters:
+        raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
+    weights_x, weights_y = response_weights(rollouts, scores, config)
     x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
     y = {n: torch.zeros_like(value) for n, value in x.items()} if with_y else {}
     unit_of = torch.arange(size_b) * num_units // size_b

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,19 @@ class Rollouts:
     @cached_property
     def gen_mask(self) -> Bool[Tensor, "N T"]:
         return torch.arange(self.max_gen_len)[None, :] < self.gen_lens[:, None]
+
+    def of_prompts(self, prompts: Int[Tensor, " b"]) -> Rollouts:
+        """The same for some prompts only."""
+        rows = (prompts[:, None] * self.num_responses + torch.arange(self.num_responses)).reshape(-1)
+        return replace(
+            self,
+            ids=self.ids[rows],
+            prompt_lens=self.prompt_lens[rows],
+            gen_lens=self.gen_lens[rows],
+            rewards=self.rewards[prompts],
+            advantages=None if self.advantages is None else self.advantages[prompts],
+            logprobs=None if self.logprobs is None else self.logprobs[rows],
+        )
 
     def per_prompt(self, values: Tensor) -> Tensor:
         """[N, …] → [B, G, …]."""

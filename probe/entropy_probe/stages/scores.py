@@ -30,6 +30,10 @@ class Scores:
     rb_entropy_q: Float[Tensor, "B G T"]
     gen_lens: Int[Tensor, "B G"]
 
+    def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
+        """The same for some prompts only."""
+        return Scores(**{name: values[prompts] for name, values in vars(self).items()})
+
     @property
     def seq_logp(self) -> Float[Tensor, "B G"]:
         return self.token_logp.double().sum(-1)
