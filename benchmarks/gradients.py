@@ -192,7 +192,9 @@ def largest_difference(kind: str) -> float:
     bound, rollouts, config = random_model(kind), rollouts_for(kind, 4), config_for(kind)
     scores = score(bound, rollouts, config)
     worst = 0.0
-    for some, expected in zip(ours(bound, rollouts, scores, config), loop(bound, rollouts, scores, config), strict=True):
+    for some, expected in zip(
+        ours(bound, rollouts, scores, config), loop(bound, rollouts, scores, config), strict=True
+    ):
         off = sum((some[name] - expected[name]).double().square().sum(1) for name in expected)
         scale = sum(expected[name].double().square().sum(1) for name in expected)
         assert isinstance(off, Tensor)

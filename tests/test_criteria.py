@@ -97,6 +97,20 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: r.model_copy(update={"witness": {**r.witness, "y_difference": math.inf}}), "fail"),
         (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
     ],
+    "optimizer_step_cosine": [
+        *(
+            (lambda r, c=c: poisoned(r, "update", cosine_with_optimizer_step=c), "fail")
+            for c in (1 - 1e-9, -1.0, math.nan)
+        ),
+        (lambda r: poisoned(r, "update", cosine_with_optimizer_step=None), "not_applicable"),
+    ],
+    "optimizer_step_norm": [
+        *(
+            (lambda r, n=n: poisoned(r, "update", norm_ratio_with_optimizer_step=n), "fail")
+            for n in (1.001, 0.0, math.nan)
+        ),
+        (lambda r: poisoned(r, "update", norm_ratio_with_optimizer_step=None), "not_applicable"),
+    ],
     "u_cross_identity": [
         (lambda r: poisoned(r, "first_order", u_cross=r.first_order.u_cross * 1.001), "fail"),
         (lambda r: poisoned(r, "first_order", bars_dot=r.first_order.bars_dot * 5 / 6), "fail"),

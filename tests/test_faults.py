@@ -13,8 +13,9 @@ import torch
 import models
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.model import forward, precision
+from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages import continuity, entropy_change, scores
+from entropy_probe.stages import continuity, entropy_change, scores, update
 from entropy_probe_checks.criteria import CRITERIA
 
 
@@ -179,3 +180,31 @@ def test_tied_parameter_in_a_dict_is_refused() -> None:
     with pytest.raises(Exception, match="is tied, in a ParameterDict") as caught:
         forward.bind(get_peft_model(model, config))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rest, diagonal: (-rest, diagonal), {"optimizer_step_cosine"}),
+        (lambda rest, diagonal: (1.001 * rest, 1.001 * diagonal), {"optimizer_step_norm"}),
+        (lambda rest, diagonal: (rest, 0.9 * diagonal), {"optimizer_step_cosine", "optimizer_step_norm"}),
+    ],
+)
+def test_direction_of_another_step(
+    llama: Subject, monkeypatch: pytest.MonkeyPatch, change: Any, expected: set[str]
+) -> None:
+    original = update.adam_direction
+    monkeypatch.setattr(update, "adam_direction", lambda *a: change(*original(*a)))
+    red = llama.red()
+    assert expected <= red <= {"optimizer_step_cosine", "optimizer_step_norm"}
+
+
+def test_per_prompt_gradients_that_are_mixed_up(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of another row's tokens: every parameter gets a gradient, and every identity of U_cross still holds."""
+    original = Capture.add_outer
+
+    def shifted(self: Capture, weight: Any, left: torch.Tensor, right: torch.Tensor, rows: torch.Tensor) -> None:
+        original(self, weight, left, right.roll(1, 0), rows)
+
+    monkeypatch.setattr(Capture, "add_outer", shifted)
+    assert llama.red() == {"gradient_witness"}

@@ -48,6 +48,8 @@ LIMITS: dict[str, Limit] = (
                 1e-3,
                 "measured on the demo: the same model in bf16 3e-5, temperature 0.9 for 1 2e-3, 0.7 for 1 1e-1",
             ),
+            _limit("optimizer_step_cosine", 1e-12, "float64 against float64: 2e-16 measured"),
+            _limit("optimizer_step_norm", 1e-10, "float64 against float64; θ' − θ loses |θ|/|v| ulps"),
             _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
             _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
         ]

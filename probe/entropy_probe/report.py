@@ -127,6 +127,7 @@ class UpdateSection(_Section):
     eta_star: float | None
     cosine_with_optimizer_step: float | None
     norm_ratio_with_optimizer_step: float | None
+    worst_parameter: str | None
 
 
 class EntropyChangeRow(_Section):

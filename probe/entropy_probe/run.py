@@ -20,6 +20,7 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
 from entropy_probe.stages.batches import draw_batches
+from entropy_probe.stages.optimizer_step import optimizer_step_agreement
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witness import gradient_witness
@@ -121,6 +122,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             direction = update.compute_update_vector_adamw(
                 bound.registry, checkpoint.adam, ascent, config.update.max_grad_norm
             )
+            agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
         with clock("slopes"):
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
@@ -147,7 +149,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         entropy=sections.entropy_section(scores_e),
         first_order=first_order,
         two_batch=across,
-        update=sections.update_section(direction, along, cross),
+        update=sections.update_section(direction, along, cross, agreement),
         entropy_change=[sections.change_row(change, cross or along.rb, along.curvature) for change in changes],
         continuity=sections.continuity_section(zero, scaling),
         sampler_parity=sections.sampler_parity_section(e, scores_e),

@@ -17,6 +17,7 @@ from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import continuity, entropy_change, gradients, update
+from entropy_probe.stages.optimizer_step import StepAgreement
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
 from entropy_probe.stages.slopes import Slopes
@@ -118,7 +119,9 @@ def sampler_parity_section(rollouts: Rollouts, scores: Scores) -> r.SamplerParit
     return r.SamplerParitySection(**asdict(parity.sampler_parity(scores.token_logq, reported, inside)))
 
 
-def update_section(direction: update.UpdateDirection, along: Slopes, cross: PromptMean | None) -> r.UpdateSection:
+def update_section(
+    direction: update.UpdateDirection, along: Slopes, cross: PromptMean | None, agreement: StepAgreement
+) -> r.UpdateSection:
     return r.UpdateSection(
         norm=direction.norm,
         grad_norm=direction.grad_norm,
@@ -131,8 +134,9 @@ def update_section(direction: update.UpdateDirection, along: Slopes, cross: Prom
         curvature=along.curvature.value,
         curvature_se=along.curvature.se,
         eta_star=entropy_change.eta_star(along.rb, along.curvature),
-        cosine_with_optimizer_step=None,
-        norm_ratio_with_optimizer_step=None,
+        cosine_with_optimizer_step=agreement.cosine,
+        norm_ratio_with_optimizer_step=agreement.norm_ratio,
+        worst_parameter=agreement.worst,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from entropy_probe_checks.criteria import importance, registry, scaling, sequences, ustatistic, zero_check
+from entropy_probe_checks.criteria import importance, prediction, registry, scaling, sequences, ustatistic, zero_check
 from entropy_probe_checks.criteria.verdicts import Criterion
 
 CRITERIA: dict[str, Criterion] = {
     item.name: item
-    for family in (zero_check, scaling, registry, ustatistic, importance, sequences)
+    for family in (zero_check, scaling, registry, ustatistic, importance, sequences, prediction)
     for item in vars(family).values()
     if isinstance(item, Criterion)
 }

@@ -47,7 +47,8 @@ def adam_direction(
         v = −[m/(1−β₁^t)] / [√s/√(1−β₂^t) + ε] − weight_decay·θ (if decoupled)
         D = ±(1−β₁) / [(1−β₁^t)·denominator],   v₀ = v − D·Ȳ: momentum and decay
 
-    `ascent` is Ȳ after gradient clipping. v equals (θ' − θ)/lr of `torch.optim.AdamW` (tests/test_update.py).
+    `ascent` is Ȳ after gradient clipping. v equals (θ' − θ)/lr of `torch.optim.AdamW`
+    (tests/test_against_reference.py::test_update, and `stages/optimizer_step.py` at every run).
     """
     theta, gradient = param.double(), -ascent.double()
     sign = -1.0 if hyper.maximize else 1.0

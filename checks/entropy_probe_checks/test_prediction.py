@@ -1,0 +1,15 @@
+"""The update, and what is predicted from it."""
+
+import pytest
+
+from entropy_probe_checks.criteria import prediction
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.prediction]
+
+
+def test_optimizer_step_cosine(_probe_judge):
+    _probe_judge(prediction.optimizer_step_cosine)
+
+
+def test_optimizer_step_norm(_probe_judge):
+    _probe_judge(prediction.optimizer_step_norm)

@@ -1,0 +1,83 @@
+"""v beside what torch's own optimizer does with the same state and gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.registry import Registry
+from entropy_probe.stages.update import UpdateDirection, lr_shares
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """cos(v, step) and ‖v‖/‖step‖, the worst over the whole and over every parameter; and which one that was.
+
+    Cosine 1 and ratio 1 where nothing moves.
+    """
+
+    cosine: float
+    norm_ratio: float
+    worst: str
+
+
+def optimizer_step_agreement(
+    registry: Registry, adam: Mapping[str, AdamState], ascent: Mapping[str, Tensor], direction: UpdateDirection
+) -> StepAgreement:
+    """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on a copy of each parameter in float64, with
+    the checkpoint's state, on the gradient −Ȳ after clipping; (θ' − θ)/lr against v.
+
+    One tensor at a time, so that no copy of the model is held. At lr = 1: the step is linear in lr, and θ' − θ loses
+    the fewest digits there.
+    """
+    shares = lr_shares(adam)
+    whole = [0.0, 0.0, 0.0]
+    found: list[tuple[float, float, str]] = []
+    for name, state in adam.items():
+        parameter = registry.parameters[name].detach().cpu()
+        gradient = -direction.clip_factor * ascent[name].double().reshape(parameter.shape).cpu()
+        step = shares[name] * torch_step(parameter.double(), gradient, state)
+        v = direction.v[name].double()
+        sums = [float((v * step).sum()), float(v.square().sum()), float(step.square().sum())]
+        whole = [a + b for a, b in zip(whole, sums, strict=True)]
+        found.append((*_compared(*sums), name))
+    found.append((*_compared(*whole), "the whole"))
+    cosine, _, where = min(found, key=lambda f: f[0] if not math.isnan(f[0]) else -math.inf)
+    _, ratio, where_norm = max(found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf)
+    return StepAgreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
+
+
+def torch_step(theta: Tensor, gradient: Tensor, state: AdamState) -> Tensor:
+    """θ' − θ of one step of torch's optimizer at lr = 1, in float64."""
+    parameter = nn.Parameter(theta.double().clone())
+    parameter.grad = gradient.double().clone()
+    optimizer = (torch.optim.AdamW if state.decoupled else torch.optim.Adam)(
+        [parameter],
+        lr=1.0,
+        betas=state.betas,
+        eps=state.eps,
+        weight_decay=state.weight_decay,
+        amsgrad=state.amsgrad,
+        maximize=state.maximize,
+        foreach=False,
+    )
+    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    if state.amsgrad:
+        moments["max_exp_avg_sq"] = state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
+    copies = {key: value.double().reshape(theta.shape).clone() for key, value in moments.items()}
+    optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **copies}
+    optimizer.step()
+    return parameter.detach() - theta.double()
+
+
+def _compared(product: float, square_v: float, square_step: float) -> tuple[float, float]:
+    if square_v == square_step == 0.0:
+        return 1.0, 1.0
+    if square_v == 0.0 or square_step == 0.0:
+        return 0.0, math.inf if square_step == 0.0 else 0.0
+    return product / math.sqrt(square_v) / math.sqrt(square_step), math.sqrt(square_v / square_step)
