@@ -1,21 +1,22 @@
-"""What X and Y of every prompt cost, against one forward and backward of their batch and against a loop over prompts.
+"""What X and Y of every prompt cost, against one forward and backward of their batch and against the notes' loop.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/gradients.py [rounds]
 
-16 and 32 prompts of 24 tokens with 4 responses of 20 to 60 random tokens each; random Qwen2 models in float32 with
-LoRA (r = 8) on all linear layers of the blocks: `s32k` (hidden size 256, 6 layers, vocabulary 32k) and `deep` (512, 12,
-8k); then `s32k` with all parameters trainable, where the gradients are held as means over 4 blocks; one thread.
+Prompts of 24 tokens with 4 responses of 20 to 60 random tokens each; random Qwen2 models in float32 with LoRA (r = 8)
+on all linear layers of the blocks: `s32k` (hidden size 256, 6 layers, vocabulary 32k) with 16 and with 32 prompts,
+`deep` (512, 12, 8k) with 16; then `s32k` with all parameters trainable and 16 prompts, whose gradients are held as
+means over 4 blocks; one thread.
 
     bare      one forward and one backward of Σ S a microbatch, through our scoring head
     ours      `unit_gradients`, as the product calls it: X and Y of every prompt
     loop      for every prompt full logits, log_softmax over [G, L, V], gather, one backward for X; the same for Y
     totals    full logits again, a microbatch at a time: one forward and backward for Σ X, one for Σ Y
 
-The notes' procedure is `totals`, then `loop`: four forwards and four backwards. Every call has a process of its own,
-after a warm-up on two prompts of two tokens. Time is processor time, which a busy machine disturbs less than wall time,
-the median of rounds in which each takes its turn; `loop` and `totals`, which are slow, take part in the first only.
-Memory is the largest resident size above that before the call, with the model loaded. First, X and Y of four prompts by
-`ours` and by `loop` are compared.
+The notes' procedure is `totals`, then `loop`: four forwards and four backwards. These two are slow and linear in the
+prompts: they run once, on 4 prompts, and their time is multiplied. Every call has a process of its own, after
+a warm-up on two prompts of two tokens. Time is processor time, which a busy machine disturbs less than wall time, the
+median of rounds in which each takes its turn. Memory is the largest resident size above that before the call, with the
+model loaded. First, X and Y of four prompts by `ours` and by `loop` are compared.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -43,11 +45,12 @@ from entropy_probe.stages.scores import Scores, score, score_rows
 
 PROMPT, GROUP, SHORTEST, LONGEST = 24, 4, 20, 60
 BATCH, BLOCKS = 8, 4
-PROMPTS = (16, 32)
+FEW = 4  # prompts that go through the slow ways
 SLOWER_THAN_BARE, FASTER_THAN_NOTES = 1.15, 8.0  # the first for LoRA, the second for s32k with LoRA
 TOLERANCE = 1e-3
 VOCABULARY = {"s32k": 32_000, "deep": 8192}
 KINDS = {"s32k LoRA": ("s32k", True), "deep LoRA": ("deep", True), "s32k full": ("s32k", False)}
+PROMPTS = {"s32k LoRA": (16, 32), "deep LoRA": (16,), "s32k full": (16,)}
 
 _T = TypeVar("_T")
 Units = dict[str, Tensor]
@@ -162,7 +165,6 @@ def totals(bound: BoundModel, rollouts: Rollouts, scores: Scores, config: ProbeC
 
 Way = Callable[[BoundModel, Rollouts, Scores, ProbeConfig], object]
 WAYS: dict[str, Way] = {"bare": bare, "ours": ours, "loop": loop, "totals": totals}
-SLOW = ("loop", "totals")
 
 
 def resident(key: str) -> float:
@@ -189,7 +191,7 @@ def scored(kind: str, prompts: int) -> Scores:
 
 def largest_difference(kind: str) -> float:
     """|ours − loop| / |loop| over all parameters, the largest of X and Y of four prompts."""
-    bound, rollouts, config = random_model(kind), rollouts_for(kind, 4), config_for(kind)
+    bound, rollouts, config = random_model(kind), rollouts_for(kind, FEW), config_for(kind)
     scores = score(bound, rollouts, config)
     worst = 0.0
     for some, expected in zip(
@@ -208,33 +210,41 @@ def apart(function: Callable[..., _T], *args: object) -> _T:
         return process.submit(function, *args).result()
 
 
-def compare(kind: str, prompts: int, rounds: int) -> None:
-    scores = apart(scored, kind, prompts)
-    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    for i in range(rounds):
-        for way in WAYS:
-            if i == 0 or way not in SLOW:
-                taken[way].append(apart(measured, kind, prompts, way, scores))
-    seconds = {way: statistics.median(s for s, _ in all_of) for way, all_of in taken.items()}
-    for way, all_of in taken.items():
-        ratio = seconds[way] / seconds["bare"]
-        print(f"  {way:<8}{seconds[way]:7.2f} s{ratio:7.2f} of bare{max(m for _, m in all_of):8.0f} MB", flush=True)
-    slower, notes = seconds["ours"] / seconds["bare"], seconds["loop"] + seconds["totals"]
-    print(f"    ours to bare {slower:.3f}" + (f", target {SLOWER_THAN_BARE}" if KINDS[kind][1] else ""), end="; ")
-    print(f"loop to ours {seconds['loop'] / seconds['ours']:.1f}; loop and totals to ours", end=" ")
-    print(f"{notes / seconds['ours']:.1f}" + (f", target {FASTER_THAN_NOTES:g}" if kind == "s32k LoRA" else ""))
+def median_and_peak(taken: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(seconds for seconds, _ in taken), max(megabytes for _, megabytes in taken)
+
+
+def compare(kind: str, rounds: int) -> None:
+    few = apart(scored, kind, FEW)
+    slow = {way: apart(measured, kind, FEW, way, few) for way in ("loop", "totals")}
+    for prompts in PROMPTS[kind]:
+        scores = apart(scored, kind, prompts)
+        taken: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
+        for _ in range(rounds):
+            for way, calls in taken.items():
+                calls.append(apart(measured, kind, prompts, way, scores))
+        results = {way: median_and_peak(calls) for way, calls in taken.items()}
+        results |= {way: (seconds * prompts / FEW, megabytes) for way, (seconds, megabytes) in slow.items()}
+        print(f"  {prompts} prompts")
+        for way, (seconds, megabytes) in results.items():
+            print(f"    {way:<8}{seconds:7.2f} s{seconds / results['bare'][0]:7.2f} of bare{megabytes:8.0f} MB")
+        time_of = {way: seconds for way, (seconds, _) in results.items()}
+        target = f", target {SLOWER_THAN_BARE}" if KINDS[kind][1] else ""
+        print(f"    ours to bare {time_of['ours'] / time_of['bare']:.3f}{target}; ", end="")
+        print(f"loop to ours {time_of['loop'] / time_of['ours']:.1f}; ", end="")
+        target = f", target {FASTER_THAN_NOTES:g}" if kind == "s32k LoRA" else ""
+        print(f"both to ours {(time_of['loop'] + time_of['totals']) / time_of['ours']:.1f}{target}", flush=True)
 
 
 def main(rounds: int) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for kind in KINDS:
         off = apart(largest_difference, kind)
         assert off < TOLERANCE, off
-        print(f"{kind}: X and Y of four prompts off by {off:.1e} of the loop's")
-        for prompts in PROMPTS:
-            print(f"  {prompts} prompts")
-            compare(kind, prompts, rounds)
+        print(f"{kind}: X and Y of four prompts off by {off:.1e} of the loop's", flush=True)
+        compare(kind, rounds)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)

@@ -56,7 +56,8 @@ def by_sort(logp: Tensor) -> Tensor:
 
 
 def edge(logp: Tensor) -> Tensor:
-    return policy._lowest_inside(logp, torch.zeros(len(logp)), TOP_P, NUCLEUS_EDGE)  # pyright: ignore[reportPrivateUsage]
+    none = torch.zeros(len(logp))
+    return policy._lowest_inside(logp, none, TOP_P, NUCLEUS_EDGE, none)  # pyright: ignore[reportPrivateUsage]
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -119,14 +119,15 @@ def _lowest_inside(
     vocabulary = rows.shape[-1]
     limits = top_p + edge + rounding.reshape(-1).double()
     lowest = torch.empty_like(log_sums, dtype=rows.dtype)
-    open_rows = torch.arange(len(rows), device=rows.device)
-    for size in (*(prefix for prefix in _PREFIXES if prefix < vocabulary), vocabulary):
-        chosen = rows if len(open_rows) == len(rows) else rows[open_rows]
-        ranked = chosen.topk(size, dim=-1).values if size < vocabulary else chosen.sort(descending=True).values
-        lowest[open_rows], is_last = _edge_of(ranked, log_sums[open_rows], limits[open_rows])
-        open_rows = open_rows[is_last]
-        if not len(open_rows):
-            break
+    largest = (rows.amax(-1) - log_sums).double().exp()
+    is_open = torch.ones_like(limits, dtype=torch.bool)
+    for size in (*(prefix for prefix in _PREFIXES if 4 * prefix <= vocabulary), vocabulary):
+        # `size` entries hold at most `size` times the largest: often it is plain that they are too few
+        chosen = (is_open & ((size * largest >= limits) | (size == vocabulary))).nonzero()[:, 0]
+        if len(chosen):
+            some = rows if len(chosen) == len(rows) else rows[chosen]
+            ranked = some.topk(size, dim=-1).values if size < vocabulary else some.sort(descending=True).values
+            lowest[chosen], is_open[chosen] = _edge_of(ranked, log_sums[chosen], limits[chosen])
     return (lowest - rounding.reshape(-1)).reshape(*log_sum.shape, 1)
 
 

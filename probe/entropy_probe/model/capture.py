@@ -13,6 +13,7 @@ no use of a parameter is lost.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from entropy_probe.errors import MeasurementError
+
 
 @dataclass
 class _Weight:
@@ -32,6 +35,7 @@ class _Weight:
 
     tensor: Tensor
     is_parameter: bool
+    version: int
     total: Tensor | None = None
 
 
@@ -47,14 +51,14 @@ class Capture(TorchFunctionMode):
         self._parameters = dict(parameters)
         self._weights = weights
         self._num_prompts = num_prompts
-        self._known = {id(tensor): _Weight(tensor, True) for tensor in parameters.values()}
+        self._known = {id(tensor): _Weight(tensor, True, tensor._version) for tensor in parameters.values()}
         self._tap = torch.zeros((), requires_grad=True, device=weights.device)
         self._listening = True
         self.shape: tuple[int, int] | None = None
         self.rows_of: Int[Tensor, " r"] | None = None
 
     def sums(self, seq_logp: Float[Tensor, " R"]) -> dict[str, Float[Tensor, "K P *shape"]]:
-        """Σ_{i in n} w_ki ∂S_i/∂θ by name; zero where S does not depend on a parameter. Frees the graph."""
+        """Σ_{i in n} w_ki ∂S_i/∂θ by name; zero where S does not depend on a parameter."""
         names, tensors = list(self._parameters), list(self._parameters.values())
         if not seq_logp.requires_grad:
             return {name: self._total(self._known[id(self._parameters[name])]) for name in names}
@@ -84,6 +88,10 @@ class Capture(TorchFunctionMode):
         tensors = list(self._parameters.values())
         for weight in [w for w in self._known.values() if not w.is_parameter and w.total is not None]:
             assert weight.total is not None
+            if weight.tensor._version != weight.version:
+                raise MeasurementError(
+                    "gradients", "the model changes a tensor made of its parameters in place", "use plain expressions"
+                )
             for k, p in _pairs(weight.total.shape):
                 gradients = torch.autograd.grad(
                     weight.tensor, tensors, weight.total[k, p], retain_graph=True, allow_unused=True
@@ -108,36 +116,45 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
-        if not any(id(tensor) in self._known for tensor in tensors):
-            return func(*args, **kwargs)
-        rule = _RULES.get(func)
-        out = None if rule is None else rule(self, *args, **kwargs)
-        if out is not None:
-            return out
-        out = func(*args, **kwargs)
-        of_batch = any(self.is_activation(tensor) or self.is_flat_activation(tensor) for tensor in tensors)
-        if not of_batch and all(id(tensor) in self._known for tensor in tensors if tensor.requires_grad):
+        of_batch = any(self._is_of_batch(tensor) for tensor in tensors)
+        out = None
+        uses_weight = torch.is_grad_enabled() and any(self.weight(tensor) is not None for tensor in tensors)
+        if uses_weight and of_batch and func in _RULES:
+            out = _applied(_RULES[func], self, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
+        if of_batch:
+            self.mark(*_tensors((out,)))
+        elif uses_weight and all(self.weight(tensor) is not None for tensor in tensors if tensor.requires_grad):
             for made in _tensors((out,)):
                 if made.requires_grad and id(made) not in self._known:
-                    self._known[id(made)] = _Weight(made, False)
+                    self._known[id(made)] = _Weight(made, False, made._version)
         return out
 
+    def mark(self, *tensors: Tensor) -> None:
+        """Note that these tensors were made of the batch: constants of the same shape are no activations."""
+        for tensor in tensors:
+            tensor._of_capture = self  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _is_of_batch(self, tensor: Tensor) -> bool:
+        return getattr(tensor, "_of_capture", None) is self
+
     def weight(self, tensor: object) -> _Weight | None:
-        return self._known.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        """What is known of a tensor that is a parameter or made of parameters, and has not been changed since."""
+        known = self._known.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return known if known is not None and known.tensor._version == known.version else None
 
     def is_activation(self, x: object) -> bool:
-        """Whether the leading dimensions of `x` are rows and positions of this batch, and it is not made of weights."""
-        if not isinstance(x, Tensor) or id(x) in self._known or self.shape is None:
+        """Whether `x` was made of the batch, and its leading dimensions are rows and positions."""
+        if not isinstance(x, Tensor) or not self._is_of_batch(x) or self.shape is None:
             return False
         leading = (1, len(self.rows_of)) if self.rows_of is not None else self.shape
         return x.dim() >= 2 and tuple(x.shape[:2]) == leading
 
     def is_flat_activation(self, x: object) -> bool:
         """The same with rows and positions in one dimension, row after row."""
-        if not isinstance(x, Tensor) or id(x) in self._known or self.shape is None or self.rows_of is not None:
+        if not isinstance(x, Tensor) or not self._is_of_batch(x) or self.shape is None or self.rows_of is not None:
             return False
         return x.dim() == 2 and len(x) == self.shape[0] * self.shape[1]
 
@@ -166,19 +183,22 @@ class Capture(TorchFunctionMode):
         ends = torch.searchsorted(rows, per_prompt * torch.arange(self._num_prompts + 1, device=rows.device)).tolist()
         small_left = left.shape[1] <= right.shape[1]
         for p, (start, end) in enumerate(itertools.pairwise(ends)):
+            if start == end:  # a piece of the output layer may hold no position of a prompt
+                continue
             part = slice(start, end)
             small, other = (left, right) if small_left else (right, left)
             scaled = (scale[:, part, None] * small[part]).transpose(1, 2)  # [K, small, M]
             product = (scaled.reshape(-1, end - start) @ other[part]).reshape(len(scale), small.shape[1], -1)
             total[:, p] += product if small_left else product.transpose(1, 2)
 
-    def add_broadcast(self, weight: _Weight, values: Tensor) -> None:
-        """total[k, n] += Σ_{rows i of n} w_k · values_i, summed to the weight's shape, from values [R, L, ...]."""
-        shape = self.row_shape(weight.tensor, values)
-        assert shape is not None
-        if self.rows_of is not None:  # [1, r, ...]: sum the positions of a row
+    def add_broadcast(self, weight: _Weight, values: Tensor, rows_of: Tensor | None) -> None:
+        """total[k, n] += Σ_{rows i of n} w_k · values_i, summed to the weight's shape, from values [R, L, ...], or
+        [1, r, ...] with position j of row `rows_of[j]`."""
+        if rows_of is not None:
             by_row = values.new_zeros(self._weights.shape[1], *values.shape[2:])
-            values = by_row.index_add_(0, self.rows_of, values[0])[:, None]
+            values = by_row.index_add_(0, rows_of, values[0])[:, None]
+        shape = torch.Size((1,) * (values.dim() - 1 - weight.tensor.dim()) + tuple(weight.tensor.shape))
+        shape = shape[len(shape) - values.dim() + 1 :]  # without a leading 1 for the rows
         summed = [dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1]
         by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(self._num_prompts, -1, shape.numel())
         w = self._weights.to(by_row.dtype).reshape(len(self._weights), self._num_prompts, -1)
@@ -230,6 +250,17 @@ def _pairs(shape: torch.Size) -> Iterator[tuple[int, int]]:
     return ((k, p) for k in range(shape[0]) for p in range(shape[1]))
 
 
+def _applied(
+    rule: Callable[..., Tensor | None], capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The rule's result; `None` where it does not take such arguments."""
+    try:
+        bound = inspect.signature(rule).bind(capture, *args, **kwargs)
+    except TypeError:
+        return None
+    return rule(*bound.args, **bound.kwargs)
+
+
 # Rules: operation → what to do; `None` where it is not of the form that the rule knows
 
 
@@ -237,14 +268,14 @@ def _linear(capture: Capture, x: Any, weight: Any, bias: Any = None) -> Tensor |
     own, own_bias = capture.weight(weight), capture.weight(bias)
     if not capture.is_activation(x) or x.dim() != 3 or weight.dim() != 2:
         return None
-    rows, kept = capture.rows(), x.detach().reshape(-1, x.shape[-1])
+    rows, rows_of, kept = capture.rows(), capture.rows_of, x.detach().reshape(-1, x.shape[-1])
 
     def receive(gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1])
         if own is not None:
             capture.add_outer(own, flat, kept, rows)
         if own_bias is not None:
-            capture.add_broadcast(own_bias, gradient)
+            capture.add_broadcast(own_bias, gradient, rows_of)
 
     used = weight.detach() if own is not None else weight
     return capture.tapped(F.linear(x, used, bias if own_bias is None else bias.detach()), receive)
@@ -261,7 +292,7 @@ def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> 
         if own is not None:
             capture.add_outer(own, kept, gradient, rows)
         if own_bias is not None:
-            capture.add_broadcast(own_bias, gradient.reshape(*shape, -1))
+            capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None)
 
     used = weight.detach() if own is not None else weight
     return capture.tapped(torch.addmm(bias if own_bias is None else bias.detach(), x, used), receive)
@@ -300,13 +331,13 @@ def _layer_norm(
     own, own_bias = capture.weight(weight), capture.weight(bias)
     if not capture.is_activation(x) or x.dim() < 3:
         return None
-    kept = x.detach()
+    kept, rows_of = x.detach(), capture.rows_of
 
     def receive(gradient: Tensor) -> None:
         if own is not None:
-            capture.add_broadcast(own, gradient * F.layer_norm(kept, shape, None, None, eps))
+            capture.add_broadcast(own, gradient * F.layer_norm(kept, shape, None, None, eps), rows_of)
         if own_bias is not None:
-            capture.add_broadcast(own_bias, gradient)
+            capture.add_broadcast(own_bias, gradient, rows_of)
 
     used = weight if own is None else weight.detach()
     used_bias = bias if own_bias is None else bias.detach()
@@ -317,7 +348,9 @@ def _elementwise(capture: Capture, one: Any, other: Any) -> tuple[_Weight, Tenso
     """(the weight, the activation) of a product or a sum of the two."""
     for weight, x in ((one, other), (other, one)):
         own = capture.weight(weight)
-        if own is not None and capture.is_activation(x) and capture.row_shape(weight, x) is not None:
+        if own is None or not capture.is_activation(x) or x.dim() < 3:
+            continue
+        if capture.row_shape(weight, x) is not None:
             return own, x
     return None
 
@@ -327,9 +360,9 @@ def _mul(capture: Capture, one: Any, other: Any) -> Tensor | None:
     if found is None:
         return None
     own, x = found
-    kept = x.detach()
+    kept, rows_of = x.detach(), capture.rows_of
     out = x * own.tensor.detach()
-    return capture.tapped(out, lambda gradient: capture.add_broadcast(own, gradient * kept))
+    return capture.tapped(out, lambda gradient: capture.add_broadcast(own, gradient * kept, rows_of))
 
 
 def _add(capture: Capture, one: Any, other: Any) -> Tensor | None:
@@ -337,7 +370,8 @@ def _add(capture: Capture, one: Any, other: Any) -> Tensor | None:
     if found is None:
         return None
     own, x = found
-    return capture.tapped(x + own.tensor.detach(), lambda gradient: capture.add_broadcast(own, gradient))
+    rows_of = capture.rows_of
+    return capture.tapped(x + own.tensor.detach(), lambda gradient: capture.add_broadcast(own, gradient, rows_of))
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

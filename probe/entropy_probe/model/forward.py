@@ -103,7 +103,10 @@ class BoundModel:
         mapping = dict(override or {})
         capturing = nullcontext() if capture is None else capture
         if capture is not None:
+            if ids.shape[0] == ids.shape[1]:  # rows and positions must not be confused
+                ids = torch.nn.functional.pad(ids, (0, 1))
             capture.shape = (ids.shape[0], ids.shape[1])
+            capture.mark(ids)
         if self._split is None:
             first, last = int(columns.min()), int(columns.max()) + 1
             keep = slice(first, last)
@@ -126,6 +129,8 @@ class BoundModel:
                     "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
                 )
             of_positions = nullcontext() if capture is None else capture.positions(rows[part])
+            if capture is not None:
+                capture.mark(states_of_part)
             with of_positions, self._evaluating(), self._context(true_derivative):
                 logits = output_layer(captured, states_of_part, own_mapping)
             return read(logits, part)
