@@ -139,8 +139,8 @@ class SequenceProcessor:
         prompts = [as_prompt(p, f"entry {i}", key="prompts") for i, p in enumerate(asked)]
         if self.tokenizer is None:
             raise MeasurementError("tokenizer", "was not given, so nothing can be sampled", "give it to the processor")
-        group = self.config.num_return_sequences if G is None else _positive("G", G)
-        size = self.config.gen_batch_size if gen_batch_size is None else _positive("gen_batch_size", gen_batch_size)
+        group = _positive("G", G, self.config.num_return_sequences)
+        size = _positive("gen_batch_size", gen_batch_size, self.config.gen_batch_size)
         generation = self.config.model_copy(update={"num_return_sequences": group, "gen_batch_size": size})
         with self._bound() as bound:
             rollouts = sample_rollouts(
@@ -166,8 +166,9 @@ class SequenceProcessor:
             raise ConfigError("prompts", "and `dataset_name` are both given, or neither is", "give one of them")
         seed = _seed(seed)
         if dataset_name is not None:
-            prompts = self.sample_prompts(dataset_name, split, 8 if num_prompts is None else num_prompts, seed)
-        sequences = self.generate_batched(prompts if prompts is not None else [], G, gen_batch_size, seed=seed)
+            prompts = self.sample_prompts(dataset_name, split, _positive("num_prompts", num_prompts, 8), seed)
+        assert prompts is not None
+        sequences = self.generate_batched(prompts, G, gen_batch_size, seed=seed)
         scored = self.teacher_force_logprobs_with_diagnostics(sequences, with_grad, tf_batch_size, compute_rb)
         return sequences, *scored
 
@@ -230,16 +231,8 @@ class SequenceProcessor:
         diagnosis only: buffers are otherwise those of the model. `return_logits` holds [B, G, T, V] in memory. Raises
         `MeasurementError`, `RolloutsError` and `OverrideError`.
         """
-        return self._scored(
-            sequences,
-            with_grad=with_grad,
-            tf_batch_size=tf_batch_size,
-            compute_rb=compute_rb,
-            return_baseline_features=return_baseline_features,
-            params=params_override or {},
-            buffers=buffers_override or {},
-            return_logits=return_logits,
-        )[0]
+        flags = (with_grad, compute_rb, return_baseline_features, return_logits)
+        return self._scored(sequences, tf_batch_size, params_override or {}, buffers_override or {}, *flags)[0]
 
     def teacher_force_logprobs_with_diagnostics(
         self,
@@ -253,17 +246,9 @@ class SequenceProcessor:
         return_logits: bool = False,
     ) -> tuple[LogprobResults, DiagnosticsResults]:
         """`teacher_force_logprobs`, and diagnostics of every step under the same policy from the same logits."""
-        results, step = self._scored(
-            sequences,
-            with_grad=with_grad,
-            tf_batch_size=tf_batch_size,
-            compute_rb=compute_rb,
-            return_baseline_features=return_baseline_features,
-            params=params_override or {},
-            buffers=buffers_override or {},
-            return_logits=return_logits,
-            diagnose=True,
-        )
+        flags = (with_grad, compute_rb, return_baseline_features, return_logits)
+        overrides = (params_override or {}, buffers_override or {})
+        results, step = self._scored(sequences, tf_batch_size, *overrides, *flags, diagnose=True)
         assert step is not None
 
         def whole(b: int, g: int, steps: int) -> SequenceDiagnostics:
@@ -304,18 +289,18 @@ class SequenceProcessor:
     def _scored(
         self,
         sequences: BatchedSequences,
-        *,
-        with_grad: bool,
         tf_batch_size: int | None,
-        compute_rb: bool,
-        return_baseline_features: bool,
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
+        with_grad: bool,
+        compute_rb: bool,
+        return_baseline_features: bool,
         return_logits: bool,
+        *,
         diagnose: bool = False,
     ) -> tuple[LogprobResults, TokenStepDiagnostics | None]:
         policy = self.config
-        size = policy.tf_batch_size if tf_batch_size is None else _positive("tf_batch_size", tf_batch_size)
+        size = _positive("tf_batch_size", tf_batch_size, policy.tf_batch_size)
         if not isinstance(sequences, BatchedSequences):
             raise MeasurementError("sequences", f"are {shown(sequences)}", "give BatchedSequences")
         if with_grad and torch.is_inference_mode_enabled():
@@ -441,8 +426,9 @@ def _whole(name: str, value: object, lowest: int) -> int:
     return int(number)
 
 
-def _positive(name: str, value: object) -> int:
-    return _whole(name, value, 1)
+def _positive(name: str, value: object, default: int | None = None) -> int:
+    """`value`, which must be a whole number above 0; `default`, if there is one, in place of `None`."""
+    return default if value is None and default is not None else _whole(name, value, 1)
 
 
 def _seed(seed: int | None) -> int:

@@ -197,8 +197,7 @@ class Capture(TorchFunctionMode):
         if rows_of is not None:
             by_row = values.new_zeros(self._weights.shape[1], *values.shape[2:])
             values = by_row.index_add_(0, rows_of, values[0])[:, None]
-        shape = torch.Size((1,) * (values.dim() - 1 - weight.tensor.dim()) + tuple(weight.tensor.shape))
-        shape = shape[len(shape) - values.dim() + 1 :]  # without a leading 1 for the rows
+        shape = torch.Size(_aligned(weight.tensor, values)[1:])
         summed = [dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1]
         by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(self._num_prompts, -1, shape.numel())
         w = self._weights.to(by_row.dtype).reshape(len(self._weights), self._num_prompts, -1)
@@ -208,7 +207,7 @@ class Capture(TorchFunctionMode):
         """The weight's shape against one row [L, ...] of `x`; `None` where it does not broadcast over the rows."""
         if weight.dim() > x.dim():
             return None
-        aligned = (1,) * (x.dim() - weight.dim()) + tuple(weight.shape)
+        aligned = _aligned(weight, x)
         fits = all(own in (1, full) for own, full in zip(aligned, x.shape, strict=True))
         over_rows = aligned[0] == 1 and (self.rows_of is None or aligned[1] == 1)
         return torch.Size(aligned[1:]) if fits and over_rows else None
@@ -244,6 +243,11 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(tuple(value))
+
+
+def _aligned(weight: Tensor, x: Tensor) -> tuple[int, ...]:
+    """The weight's shape with as many dimensions as `x`, as broadcasting sees it."""
+    return (1,) * (x.dim() - weight.dim()) + tuple(weight.shape)
 
 
 def _pairs(shape: torch.Size) -> Iterator[tuple[int, int]]:

@@ -57,6 +57,12 @@ class BoundModel:
         return "logits_to_keep" in inspect.signature(self.language_model.forward).parameters
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Token ids that the input embeddings take; without known ones there is no limit."""
+        embeddings = getattr(self.language_model, "get_input_embeddings", lambda: None)()
+        return 2**62 if embeddings is None else int(embeddings.weight.shape[0])
+
+    @cached_property
     def autograd_is_derivative(self) -> bool:
         """False where the module detaches a part of itself (DoRA)."""
         return not has_detached_norm(self.module)

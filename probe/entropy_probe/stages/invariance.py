@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.policy import score_tokens
@@ -68,11 +69,10 @@ def padding(model: BoundModel, rollouts: Rollouts) -> WorstDifference:
     longest = max(totals)
     limit = getattr(getattr(model.language_model, "config", None), "max_position_embeddings", None) or math.inf
     width = max(longest, int(min(longest + 3, limit)))
-    right = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        right[i, : len(row)] = torch.tensor(row)
     # a last row of full width makes the others as wide, and is dropped
-    left, mask = (padded[:-1] for padded in left_padded([*rows, [0] * width], pad=0))
+    widest = [*rows, [0] * width]
+    right = pad_sequence(list(map(torch.tensor, widest)), batch_first=True)[:-1]
+    left, mask = (padded[:-1] for padded in left_padded(widest, pad=0))
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
         of_right, of_left = _every_token(model, right, None), _every_token(model, left, mask)

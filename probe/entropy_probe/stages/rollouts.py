@@ -10,7 +10,7 @@ One prompt a line, the same number G of responses on every line:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.config import GenerationConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
@@ -95,23 +96,17 @@ def _padded(entries: list[list[float]], count: int) -> Tensor | None:
     """[N, T] with zeros past the end of an entry, or `None` where there is not one for every row."""
     if len(entries) != count:
         return None
-    padded = torch.zeros(count, max(map(len, entries)), dtype=torch.float64)
-    for i, entry in enumerate(entries):
-        padded[i, : len(entry)] = torch.tensor(entry, dtype=torch.float64)
-    return padded
+    return pad_sequence([torch.tensor(entry, dtype=torch.float64) for entry in entries], batch_first=True)
 
 
 def _assemble(lines: Sequence[_Line], source: str, missing_gold: int) -> Rollouts:
     rows = [line.prompt + response for line in lines for response in line.responses]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
     group = len(lines[0].responses)
     advantages = None
     if all(line.advantages is not None for line in lines):
         advantages = torch.tensor([line.advantages for line in lines], dtype=torch.float64)
     return Rollouts(
-        ids=ids,
+        ids=pad_sequence(list(map(torch.tensor, rows)), batch_first=True),
         prompt_lens=torch.tensor([len(line.prompt) for line in lines]).repeat_interleave(group),
         gen_lens=torch.tensor([len(response) for line in lines for response in line.responses]),
         rewards=torch.tensor([line.rewards for line in lines], dtype=torch.float64),
@@ -135,6 +130,11 @@ def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
     return []
 
 
+def early_eos(response: Sequence[int], eos: Collection[int]) -> int | None:
+    """Where a response has an EOS before its last token."""
+    return next((i for i, token in enumerate(response[:-1]) if token in eos), None)
+
+
 def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) -> Rollouts:
     """Read a rollouts file. Raises `RolloutsError` naming the line: unequal G, an empty response, a token outside the
     vocabulary, lists of different length, a reward that is not finite, G < 2."""
@@ -143,8 +143,7 @@ def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) ->
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
-    model: Any = bound.language_model
-    reader = _LineReader(int(model.get_input_embeddings().weight.shape[0]), eos_ids(model, tokenizer), tokenizer)
+    reader = _LineReader(bound.vocabulary, eos_ids(bound.language_model, tokenizer), tokenizer)
     lines: list[_Line] = []
     for number, content in enumerate(text.split("\n"), start=1):  # JSON may hold other line separators
         if not content.strip():
@@ -225,7 +224,7 @@ class _LineReader:
                     where, f"`{key}` holds {token!r}"[:120], f"give token ids from 0 to {self.vocabulary - 1}"
                 )
         if key in ("response_ids", "responses"):
-            early = next((i for i, token in enumerate(value[:-1]) if token in self.eos), None)
+            early = early_eos(value, self.eos)
             if early is not None:
                 raise RolloutsError(where, f"`{key}` goes on after the EOS at {early}", "end each response at its EOS")
         return value

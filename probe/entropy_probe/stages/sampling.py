@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators.policy import nucleus
@@ -233,10 +234,11 @@ def draw(mass: Float[Tensor, "N V"], uniforms: Float[Tensor, "N D"]) -> Int[Tens
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
     """(ids, mask) with every row ending in the last column."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
+    ids, mask = (
+        pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
+        for tensors, value in (
+            (list(map(torch.tensor, rows)), pad),
+            ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
+        )
+    )
     return ids, mask

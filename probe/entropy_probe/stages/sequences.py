@@ -19,7 +19,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.token_stats import DiagnosticsPack, SequenceDiagnostics, TokenStepDiagnostics
 from entropy_probe.model.forward import BoundModel, form
 from entropy_probe.stages.prompts import Prompt
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.rollouts import Rollouts, early_eos
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,11 @@ def as_rollouts(sequences: BatchedSequences, bound: BoundModel, eos: Collection[
     _require_shapes(sequences)
     size_b, size_g, _ = sequences.sequences.shape
     all_ids, masks = sequences.sequences.cpu(), sequences.attention_masks.cpu().bool()
-    embeddings = getattr(bound.language_model, "get_input_embeddings", lambda: None)()
-    vocabulary = 2**62 if embeddings is None else int(embeddings.weight.shape[0])
     rows, prompt_lens = [], []
     for b in range(size_b):
         for g in range(size_g):
             row, prompt_len = _row(sequences, b, g, all_ids[b, g], masks[b, g])
-            _require_tokens(row, prompt_len, vocabulary, eos, f"sequences[{b}, {g}]")
+            _require_tokens(row, prompt_len, bound.vocabulary, eos, f"sequences[{b}, {g}]")
             rows.append(row)
             prompt_lens.append(prompt_len)
     return Rollouts(
@@ -228,6 +226,6 @@ def _require_tokens(row: Tensor, prompt_len: int, vocabulary: int, eos: Collecti
     if int(row.min()) < 0 or int(row.max()) >= vocabulary:
         got = f"holds token {int(row.max() if int(row.min()) >= 0 else row.min())}"
         raise MeasurementError(where, got, f"give ids from 0 to {vocabulary - 1}")
-    early = [i for i, token in enumerate(row[prompt_len:-1].tolist()) if token in eos]
-    if early:
-        raise MeasurementError(where, f"goes on after the EOS at {early[0]}", "end each response at its EOS")
+    early = early_eos(row[prompt_len:].tolist(), eos)
+    if early is not None:
+        raise MeasurementError(where, f"goes on after the EOS at {early}", "end each response at its EOS")
