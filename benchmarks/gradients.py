@@ -7,7 +7,8 @@ on all linear layers of the blocks: `s32k` (hidden size 256, 6 layers, vocabular
 `deep` (512, 12, 8k) with 16; then `s32k` with all parameters trainable and 16 prompts, whose gradients are held as
 means over 4 blocks; one thread.
 
-    bare      one forward and one backward of Σ S a microbatch, through our scoring head
+    bare      one forward and one backward of Σ S a microbatch, written out for this model: hidden states of generated
+              positions, then head and cross-entropy in pieces that are differentiated as they are made
     ours      `unit_gradients`, as the product calls it: X and Y of every prompt
     loop      for every prompt full logits, log_softmax over [G, L, V], gather, one backward for X; the same for Y
     totals    full logits again, a microbatch at a time: one forward and backward for Σ X, one for Σ Y
@@ -34,17 +35,19 @@ from typing import Any, TypeVar
 
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.gradients import _microbatches, unit_gradients
+from entropy_probe.stages.gradients import payloads, unit_gradients
 from entropy_probe.stages.rollouts import Rollouts
-from entropy_probe.stages.scores import Scores, score, score_rows
+from entropy_probe.stages.scores import Scores, batches_by_length, score
 
 PROMPT, GROUP, SHORTEST, LONGEST = 24, 4, 20, 60
 BATCH, BLOCKS = 8, 4
+PIECE = 1 << 23  # logits in a piece of `bare`
 FEW = 4  # prompts that go through the slow ways
 SLOWER_THAN_BARE, FASTER_THAN_NOTES = 1.15, 8.0  # the first for LoRA, the second for s32k with LoRA
 TOLERANCE = 1e-3
@@ -101,14 +104,29 @@ def warm_up_rollouts() -> Rollouts:
 
 
 def bare(bound: BoundModel, rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> None:
-    parameters = list(bound.registry.trainable.values())
-    for _, rows in _microbatches(rollouts, BATCH):
-        logp = score_rows(bound, rollouts, rows, config).logp
-        torch.autograd.grad(logp.sum(), parameters)
+    model: Any = bound.language_model
+    head = model.lm_head.weight
+    others = [parameter for parameter in bound.registry.trainable.values() if parameter is not head]
+    for rows in batches_by_length(rollouts, BATCH):
+        start, lengths = rollouts.prompt_lens[rows], rollouts.gen_lens[rows]
+        ids = rollouts.ids[rows, : int((start + lengths).max())]
+        row, step = (torch.arange(int(lengths.max())) < lengths[:, None]).nonzero(as_tuple=True)
+        column = start[row] - 1 + step
+        states, tokens = model.model(ids, use_cache=False)[0][row, column], ids[row, column + 1]
+        gradient, of_head = torch.empty_like(states), torch.zeros_like(head)
+        for part in torch.arange(len(states)).split(PIECE // len(head)):
+            own = states[part].detach().requires_grad_()
+            logp = -F.cross_entropy(F.linear(own, head), tokens[part], reduction="sum")
+            if head.requires_grad:
+                gradient[part], added = torch.autograd.grad(logp, [own, head])
+                of_head += added
+            else:
+                (gradient[part],) = torch.autograd.grad(logp, own)
+        torch.autograd.grad(states, others, gradient)
 
 
 def ours(bound: BoundModel, rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[Units, Units]:
-    gradients = unit_gradients(bound, rollouts, scores, config)
+    gradients = unit_gradients(bound, rollouts, config, *payloads(rollouts, scores, config))
     return gradients.x, gradients.y
 
 

@@ -120,10 +120,21 @@ class Oracle:
         return self.seq_logp.exp()
 
     @cached_property
+    def step_logp(self) -> Tensor:
+        """log p of all tokens at every step of a response [PROMPTS, responses, LIMIT, TOKENS], zero past its end."""
+        cells = _tables(self.theta)[0][:, :-1].reshape(PROMPTS, _STATES, TOKENS)
+        return torch.cat([cells, torch.zeros_like(cells[:, :1])], 1)[:, _STATE_OF]
+
+    @cached_property
+    def jacobians(self) -> tuple[Tensor, Tensor]:
+        """(∇log p of every cell [PROMPTS, cells, D], ∇H of every state [PROMPTS, states, D])."""
+        found: Any = torch.func.jacrev(_tables)(self.theta)
+        return found
+
+    @cached_property
     def gradient(self) -> Tensor:
         """∇S [PROMPTS, responses, D]: the Jacobian of every log p, summed along the response."""
-        jacobian: Any = torch.func.jacrev(lambda theta: _tables(theta)[0])(self.theta)
-        return sum(jacobian[:, _CELL_OF[:, t]] for t in range(LIMIT))  # pyright: ignore[reportReturnType]
+        return sum(self.jacobians[0][:, _CELL_OF[:, t]] for t in range(LIMIT))  # pyright: ignore[reportReturnType]
 
     def entropy(self, theta: Tensor) -> Tensor:
         """H(θ') [...] of θ' [..., D]: every response once more at every θ'."""
@@ -196,6 +207,17 @@ class Oracle:
             rows = slice(int(part[0]), int(part[-1]) + 1)
             out[rows] = (weights[rows].unsqueeze(-2) @ draw.rows(rows).of(self.gradient)).squeeze(-2)
         return out
+
+    def rb_gradient(self, draw: Draw, coefficients: Tensor) -> Tensor:
+        """mean_i[Σ_t ∇H_t + Σ_t c_t ∇log p_t] [R, D] of c [R, B, G, LIMIT]: what each cell and state is counted for,
+        times its gradient."""
+        out = torch.zeros(len(draw.prompts), len(self.theta), dtype=torch.float64)
+        counts = torch.ones_like(coefficients)
+        for table, where, weights in zip(self.jacobians, (_CELL_OF, _STATE_OF), (coefficients, counts), strict=True):
+            index = draw.prompts[..., None, None] * table.shape[1] + where[draw.responses]
+            total = torch.zeros(len(out), PROMPTS * table.shape[1], dtype=torch.float64)
+            out += total.scatter_add(1, index.flatten(1), weights.flatten(1)) @ table.flatten(0, 1)
+        return out / draw.responses[0].numel()
 
     def scores(self, draw: Draw, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(S, R) [R, B, G] of the drawn responses at θ' [D], or at one θ' for each replication [R, D]."""

@@ -30,7 +30,7 @@ from entropy_probe.model import forward
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.registry import checksum
-from entropy_probe.stages.gradients import unit_gradients
+from entropy_probe.stages.gradients import payloads, unit_gradients
 from entropy_probe.stages.rollouts import Rollouts, read_rollouts
 from entropy_probe.stages.scores import score
 
@@ -94,13 +94,10 @@ class Case:
         """The same by `Capture`, and the names of the parameters that it did not know in every use."""
         parameters = bound.registry.trainable
         capture = Capture(parameters, self.weights, self.prompts)
-        seq_logp = self.seq_logp(bound, capture=capture, **options)
-        capture._listening = False
-        left = torch.autograd.grad(
-            seq_logp.sum(), list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=False
+        sums = capture.sums(self.seq_logp(bound, capture=capture, **options))
+        return {name: torch.stack([torch.stack(list(of_k)) for of_k in total]) for name, total in sums.items()}, (
+            capture.fell_back
         )
-        capture._listening = True
-        return capture.sums(seq_logp), {n for n, g in zip(parameters, left, strict=True) if g is not None}
 
     def error(self, bound: BoundModel, fallen: set[str] | None = None, **options: Any) -> float:
         """The largest difference, relative to the largest entry; names that fell back are put into `fallen`."""
@@ -790,7 +787,7 @@ def test_unit_gradients(naive: Naive, mode: str, size: int) -> None:
         }
     )
     before, hooks = checksum(model), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    units = unit_gradients(bound, rollouts, score(bound, rollouts, config), config)
+    units = unit_gradients(bound, rollouts, config, *payloads(rollouts, score(bound, rollouts, config), config))
     assert checksum(model) == before
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
@@ -807,8 +804,8 @@ def test_without_y(tmp_path: Path) -> None:
     bound = bind(models.tiny_model("gpt2").double(), torch.float64)
     _, rollouts = rollouts_of(tmp_path, bound, 3, 2)
     config = ProbeConfig.from_mapping({"generation": {"tf_batch_size": 4}})
-    scores = score(bound, rollouts, config)
-    both, alone = (unit_gradients(bound, rollouts, scores, config, with_y=y) for y in (True, False))
+    of_x, of_y = payloads(rollouts, score(bound, rollouts, config), config)
+    both, alone = (unit_gradients(bound, rollouts, config, of_x, y) for y in (of_y, None))
     assert alone.y == {}
     for name, value in both.x.items():
         torch.testing.assert_close(alone.x[name], value, rtol=1e-13, atol=1e-13)

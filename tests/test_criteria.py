@@ -97,6 +97,27 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: r.model_copy(update={"witness": {**r.witness, "y_difference": math.inf}}), "fail"),
         (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
     ],
+    "projections_agree": [
+        *(
+            (lambda r, k=k, x=x: r.model_copy(update={"witness": {**r.witness, k: x}}), "fail")
+            for k in ("projections_jvp", "projections_alpha")
+            for x in (1e-4, math.nan)
+        ),
+        (
+            lambda r: r.model_copy(
+                update={"witness": {**r.witness, "projections_jvp": None, "projections_alpha": None}}
+            ),
+            "not_applicable",
+        ),
+        (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
+    ],
+    "curvature_witness": [
+        *(
+            (lambda r, x=x: r.model_copy(update={"witness": {**r.witness, "curvature": x}}), "fail")
+            for x in (0.1, math.inf)
+        ),
+        (lambda r: r.model_copy(update={"witness": {**r.witness, "curvature": None}}), "not_applicable"),
+    ],
     "optimizer_step_cosine": [
         *(
             (lambda r, c=c: poisoned(r, "update", cosine_with_optimizer_step=c), "fail")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from entropy_probe.estimators import adam, advantages, importance, slope, two_batch, ustat
+from entropy_probe.estimators import adam, advantages, baselines, importance, slope, two_batch, ustat
 
 FAST = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
@@ -177,7 +177,8 @@ def test_x_weights_leave_one_out_and_carry_no_gradient() -> None:
 def test_rb_slope_counts_later_entropies_only() -> None:
     entropy = torch.tensor([[[1.0, 2.0, 4.0]]], dtype=torch.float64)
     d_logp = torch.tensor([[[1.0, 10.0, 100.0]]], dtype=torch.float64)
-    assert slope.rb_slope(entropy, d_logp, torch.zeros_like(entropy)).value == 1 * 6 + 10 * 4 + 100 * 0
+    coefficients = baselines.rb_coefficients(entropy, torch.tensor([[3]]), "hk")
+    assert slope.rb_slope(coefficients, d_logp, torch.zeros_like(entropy)).value == 1 * 6 + 10 * 4 + 100 * 0
 
 
 # Adam

@@ -155,12 +155,17 @@ def test_stale_scores(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_unused_parameter(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detached part of the forward: its parameters get no gradient from X nor from Y."""
+    """A detached part of the forward: its parameters get no gradient from X nor from Y, and the difference of D_v sees
+    them move where no derivative does."""
     checkpoint = load_checkpoint(llama.checkpoint)
     layer: Any = checkpoint.model.model.layers[0].mlp  # pyright: ignore[reportAttributeAccessIssue]
     layer.register_forward_hook(lambda module, inputs, output: output.detach())
     report = run_probe(checkpoint, ProbeConfig.from_mapping({}), llama.e, llama.u)
-    assert {n for n, c in CRITERIA.items() if c(report).status == "fail"} == {"x_coverage", "y_coverage"}
+    assert {n for n, c in CRITERIA.items() if c(report).status == "fail"} == {
+        "x_coverage",
+        "y_coverage",
+        "curvature_witness",
+    }
     uncovered = {name.split(".")[-2] for name in report.registry.uncovered}
     assert uncovered == {"down_proj", "gate_proj", "up_proj", "post_attention_layernorm"}
 

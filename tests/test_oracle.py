@@ -20,10 +20,12 @@ from torch import Tensor
 import oracle
 from entropy_probe.estimators import importance, slope, two_batch, ustat
 from entropy_probe.estimators.advantages import AdvantageRule, LossRule, advantages, x_weights, y_weights
+from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
+from entropy_probe.estimators.token_stats import baseline_features
 from entropy_probe.stages.gradients import UnitGradients
 from entropy_probe.stages.slopes import cross_fitted_slope
 from entropy_probe.stages.update import UpdateDirection
-from oracle import LIMIT, NUM_PARAMETERS, Draw, Oracle, Regime
+from oracle import LIMIT, NUM_PARAMETERS, Draw, Oracle, PerToken, Regime
 
 REPLICATIONS, GROUP = 4000, 4
 CASES = [("strong", 8), ("strong", 16), ("strong", 32), ("strong", 64), ("sharpening", 16), ("sharpening", 64)]
@@ -312,8 +314,9 @@ def test_intervals_fall_short_where_the_kernel_skews() -> None:
 @pytest.mark.parametrize("name", ["strong", "weak"])
 def test_two_batches(name: str, size_e: int, size_u: int) -> None:
     """E[bars_dot] = E[X]ᵀP E[Y]. s²(s_k)/B_E + s²(t_m)/B_U − s²_int/(B_E·B_U) is unbiased for its variance; √E[SE²] is
-    0.95 to 1.10 of the truth where the signal is strong. In `weak` the floor at the larger single term, which keeps one
-    estimate in six from being negative, makes it 1.15 to 1.30. Seen to fail: without subtracting s²_int, over 1.30."""
+    0.95 to 1.10 of the truth, in `weak` too, where the floor keeps one estimate in six from being negative;
+    t-intervals cover 93 % and more. Seen to fail in `weak`: without subtracting s²_int, over 1.30; with the larger
+    single term for a floor, over 1.15."""
     regime = REGIMES[name]()
     model, exact = regime.oracle, first_order(regime)
     x = x_of(model, model.draw(REPLICATIONS, size_e, GROUP, seed=5)) * regime.precond
@@ -334,9 +337,13 @@ def test_two_batches(name: str, size_e: int, size_u: int) -> None:
     def ratio(variance: Tensor) -> float:
         return math.sqrt(float(variance.mean() / squared_error.mean()))
 
-    low, high = (0.95, 1.10) if name == "strong" else (1.15, 1.30)
-    assert low <= ratio(total.square()) <= high
-    assert name == "strong" or ratio(single) > 1.30
+    assert 0.95 <= ratio(total.square()) <= 1.10
+    half = float(stats.t.ppf(0.975, min(size_e, size_u) - 1)) * total
+    assert float(((values - exact).abs() <= half).double().mean()) >= 0.93
+    if name == "weak":
+        assert ratio(single) > 1.30
+        larger = torch.maximum(over_e.var(1) / size_e, over_u.var(1) / size_u)
+        assert ratio(torch.maximum(single - interaction, larger)) > 1.15
 
 
 def test_two_batches_given_the_update() -> None:
@@ -362,35 +369,107 @@ def fixed_direction(regime: Regime) -> Tensor:
     return v / v.norm()
 
 
+def coefficients_of(model: Oracle, draw: Draw, baseline: Baseline, features: Tensor | None = None) -> Tensor:
+    """c_t [R, B, G, LIMIT], replication by replication: others are others of the same batch."""
+    if features is None:
+        features = draw.of(baseline_features(model.step_logp, 1.0, 1.0, LIMIT))
+    batches = zip(draw.of(model.tokens.entropy), draw.lengths, features, strict=True)
+    return torch.stack([rb_coefficients(entropy, lengths, baseline, phi) for entropy, lengths, phi in batches])
+
+
+@dataclass(frozen=True)
+class SlopeTerms:
+    """Per-prompt terms of ∇Hᵀv [R, B]."""
+
+    per_prompt: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        return self.per_prompt.mean(1)
+
+    @property
+    def se_ratio(self) -> float:
+        """√E[SE²] of `PromptMean` over the true SE. Its own Monte Carlo error is 0.011 for normal values."""
+        se = torch.tensor([slope.PromptMean(row).se for row in self.per_prompt], dtype=torch.float64)
+        return float(se.square().mean().sqrt() / self.values.std())
+
+
+def rb_terms(draw: Draw, first: PerToken, coefficients: Tensor) -> SlopeTerms:
+    tables = (per_group(values) for values in (coefficients, draw.of(first.logp), draw.of(first.entropy)))
+    return SlopeTerms(slope.rb_slope(*tables).per_prompt.reshape(draw.prompts.shape))
+
+
 @pytest.mark.parametrize("name", ["strong", "weak"])
 def test_slopes_are_unbiased(name: str) -> None:
-    """Naive, RB with b = H_t and RB with b = 0 have mean ∇Hᵀv; √E[SE²] = sd/√B is within 5 % of the true SE. Seen to
-    fail: the mean over the whole group for a baseline (its factor is 1 − 1/G), R_{≥t} of the next step, no D_vH_t."""
+    """Naive, and RB with each baseline, have mean ∇Hᵀv, and RB has mean ∇H in every parameter; √E[SE²] = sd/√B is
+    within 5 % of the true SE; `hk_ema` and `hk_ridge` have at most 0.7 of the SE of `hk`, which has at most 0.7 of that
+    of `none`. Seen to fail: the mean over the whole group for a baseline (its factor is 1 − 1/G), R_{≥t} of the next
+    step, no D_vH_t."""
     regime = REGIMES[name]()
     model, v = regime.oracle, fixed_direction(regime)
     exact = float(model.entropy_gradient @ v)
     first, _ = model.along(v)
     draw = model.draw(REPLICATIONS, 16, GROUP, seed=7)
-    entropy, d_logp, d_entropy = (
-        per_group(draw.of(table)) for table in (model.tokens.entropy, first.logp, first.entropy)
-    )
-    seq_logp, d_seq_logp = per_group(draw.of(model.seq_logp)), d_logp.sum(-1)
+    seq_logp, d_seq_logp = per_group(draw.of(model.seq_logp)), per_group(draw.of(first.logp).sum(-1))
 
     def of_replication(per_prompt: Tensor) -> Tensor:
         return per_prompt.reshape(REPLICATIONS, 16)
 
-    naive = of_replication(slope.naive_slope(seq_logp, d_seq_logp).per_prompt)
-    rb = of_replication(slope.rb_slope(entropy, d_logp, d_entropy).per_prompt)
-    no_baseline = rb + of_replication((entropy * d_logp).sum(-1).mean(1))
-    for per_prompt in (naive, rb, no_baseline):
-        assert unbiased(per_prompt.mean(1), exact)
-        se = torch.tensor([slope.PromptMean(row).se for row in per_prompt], dtype=torch.float64)
-        assert float(se.square().mean().sqrt() / per_prompt.mean(1).std()) == pytest.approx(1, abs=0.05)
+    naive = SlopeTerms(of_replication(slope.naive_slope(seq_logp, d_seq_logp).per_prompt))
+    coefficients = {baseline: coefficients_of(model, draw, baseline) for baseline in BASELINES}
+    assert all(unbiased(model.rb_gradient(draw, c), model.entropy_gradient) for c in coefficients.values())
+    rb = {baseline: rb_terms(draw, first, c) for baseline, c in coefficients.items()}
+    for terms in (naive, *rb.values()):
+        assert unbiased(terms.values, exact)
+        assert terms.se_ratio == pytest.approx(1, abs=0.05)
+    none, hk, ema, ridge = (float(terms.values.std()) for terms in rb.values())
+    assert max(hk / none, ema / hk, ridge / hk) < 0.7
     whole_group = of_replication(-((seq_logp - seq_logp.mean(1, keepdim=True)) * d_seq_logp).mean(1))
-    next_step = of_replication(slope.rb_slope(entropy.roll(-1, -1), d_logp, d_entropy).per_prompt)
-    without_own = rb - of_replication(d_entropy.sum(-1).mean(1))
+    entropy = draw.of(model.tokens.entropy)
+    later = entropy.flip(-1).cumsum(-1).flip(-1) - entropy
+    next_step = rb_terms(draw, first, later.roll(-1, -1)).per_prompt
+    without_own = rb["hk"].per_prompt - of_replication(per_group(draw.of(first.entropy)).sum(-1).mean(1))
     for wrong in (whole_group, next_step, without_own):
         assert name != "strong" or not unbiased(wrong.mean(1), exact)
+
+
+def test_baselines_from_three_other_prompts() -> None:
+    """Few others weigh most: E = ∇H in every parameter, and its product with v is the slope along v. `hk_ema` and
+    `hk_ridge` couple the prompts, and sd/√B leaves their covariance out: along this steep v it is 0.82 to 0.94 of the
+    true SE (0.90 and 0.86 over 10⁴ replications; 0.95 and 0.92 with eight prompts), for `none` and `hk` within 5 % of
+    it. 0.04: three Monte Carlo errors of the ratio."""
+    regime = oracle.sharpening()
+    model, v = regime.oracle, fixed_direction(regime)
+    first, _ = model.along(v)
+    draw = model.draw(REPLICATIONS, 4, GROUP, seed=15)
+    for baseline in BASELINES:
+        coefficients = coefficients_of(model, draw, baseline)
+        gradient, terms = model.rb_gradient(draw, coefficients), rb_terms(draw, first, coefficients)
+        assert unbiased(gradient, model.entropy_gradient)
+        assert unbiased(terms.values, model.entropy_gradient @ v)
+        assert torch.allclose(gradient @ v, terms.values, rtol=0, atol=1e-12)
+        low, high = (0.95, 1.05) if baseline in ("none", "hk") else (0.82, 0.94)
+        assert low <= terms.se_ratio <= high
+
+
+@pytest.mark.parametrize(("baseline", "fault"), [("hk_ema", "own"), ("hk_ridge", "own"), ("hk_ridge", "t/T")])
+def test_a_baseline_that_sees_the_response_is_biased(baseline: Baseline, fault: str) -> None:
+    """`own`: every prompt stands twice in the batch, in two folds, so that its own responses enter the mean and the
+    fit. `t/T`: the position is relative to the response's own length. 1000 replications show both, in the gradient and
+    in the slope along v."""
+    regime = oracle.strong()
+    model, v = regime.oracle, fixed_direction(regime)
+    draw = model.draw(1000, 4, GROUP, seed=16)
+    if fault == "own":
+        twice = Draw(draw.prompts.repeat(1, 2), draw.responses.repeat(1, 2, 1))
+        wrong = coefficients_of(model, twice, baseline)[:, :4]
+    else:
+        features = draw.of(baseline_features(model.step_logp, 1.0, 1.0, LIMIT))
+        features[..., -1] *= LIMIT / draw.lengths[..., None]
+        wrong = coefficients_of(model, draw, baseline, features)
+    gradient = model.rb_gradient(draw, wrong)
+    assert not unbiased(gradient, model.entropy_gradient)
+    assert not unbiased(gradient @ v, model.entropy_gradient @ v)
 
 
 @pytest.mark.parametrize("name", ["strong", "weak"])

@@ -153,8 +153,20 @@ def test_writing_follows_links_and_spares_devices(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_with_a_remedy(files: Files) -> None:
-    with pytest.raises(ProbeError, match=r"first_order\.max_gradient_gib: per-unit gradients need .*mode: block"):
-        files.run(first_order={"max_gradient_gib": 1e-6})
+    """`exact` falls back to as many blocks as fit; two must."""
+    of_one = 4 * files.run().checkpoint.num_trainable / 2**30
+    room = {"max_gradient_gib": (3 * 4 + 8.5) * of_one}  # X and Y of 4 units, X of the other 4, and two prompts twice
+    report = files.run(first_order=room)
+    assert (report.first_order.mode, report.first_order.num_units) == ("block", 4)
+    assert len(report.two_batch.projections) == 4
+    assert report.witness["x_difference"] < 1e-4
+    asked = files.run(first_order={"mode": "block", "num_blocks": 4})
+    assert asked.first_order.u_cross == report.first_order.u_cross
+    for options in ({"mode": "exact"}, {"mode": "block", "num_blocks": 2}):
+        with pytest.raises(ProbeError, match=r"max_gradient_gib: gradients of 2 blocks need .* are allowed; raise it$"):
+            files.run(first_order={**options, "max_gradient_gib": 13.5 * of_one})
+    with pytest.raises(ProbeError, match=r"gradients of 5 blocks need .*; raise it, or set .*num_blocks lower$"):
+        files.run(first_order={**room, "mode": "block", "num_blocks": 5})
 
 
 def test_float32_is_close_to_float64(files: Files) -> None:

@@ -13,3 +13,7 @@ def test_optimizer_step_cosine(_probe_judge):
 
 def test_optimizer_step_norm(_probe_judge):
     _probe_judge(prediction.optimizer_step_norm)
+
+
+def test_curvature_witness(_probe_judge):
+    _probe_judge(prediction.curvature_witness)

@@ -11,6 +11,10 @@ def test_gradient_witness(_probe_judge):
     _probe_judge(ustatistic.gradient_witness)
 
 
+def test_projections_agree(_probe_judge):
+    _probe_judge(ustatistic.projections_agree)
+
+
 def test_u_cross_identity(_probe_judge):
     _probe_judge(ustatistic.u_cross_identity)
 

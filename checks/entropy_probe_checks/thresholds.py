@@ -40,6 +40,16 @@ LIMITS: dict[str, Limit] = (
                 1e-3,
                 "two orders of summation in float32 differ by 1e-6 to 1e-5, a lost or doubled term by 1e-2 and more",
             ),
+            _limit(
+                "projections_agree",
+                1e-5,
+                "float32: 2e-7 measured; an X_k that is off by 1e-3 shows as 1e-5 to 1e-4, a lost or mixed one as 1e-2",
+            ),
+            _limit(
+                "curvature_witness",
+                1e-6,
+                "true float64: at most 1e-10 measured, truncation of the five-point rule; a factor 1.001 shows as 1e-3",
+            ),
             _limit("u_cross_identity", 1e-9, "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum"),
             _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
             _limit("se_agreement", 3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),

@@ -121,11 +121,14 @@ class BatchConfig(_Section):
 
 
 class FirstOrderConfig(_Section):
+    """`estimator` is that of X; `baseline` is what `rb` subtracts (`estimators/baselines.py`)."""
+
     mode: Literal["exact", "block"] = "exact"
     num_blocks: Annotated[int, Field(ge=2)] = 8
     advantage: Literal["centered", "grpo", "raw"] = "centered"
     loss: Literal["lmax", "sequence_mean", "token_mean", "constant"] = "lmax"
-    estimator: Literal["naive"] = "naive"
+    estimator: Literal["naive", "rb"] = "naive"
+    baseline: Literal["none", "hk", "hk_ema", "hk_ridge"] = "hk"
     missing_state: Literal["raise", "identity"] = "raise"
     lr: PositiveFloat | None = None
     max_gradient_gib: PositiveFloat = 8.0

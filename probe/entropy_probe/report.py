@@ -79,13 +79,29 @@ class EntropySection(_Section):
     per_token: Estimate
 
 
+class Parts(_Section):
+    """δH₁ as a sum over groups of tensors, by layer, by kind of module, and by what of a module is trained (LoRA's
+    factors, the whole weight): each of the three adds up to δH₁. The SE of a part is by the formula of the whole."""
+
+    layer: dict[str, Estimate]
+    module: dict[str, Estimate]
+    factor: dict[str, Estimate]
+
+
 class FirstOrderSection(_Section):
-    """One batch (U) on both sides: U_cross and δH₁ = −lr·U_cross, with their standard errors."""
+    """One batch (U) on both sides: U_cross and δH₁ = −lr·U_cross, with their standard errors.
+
+    `interval` is U_cross ± t_{U−1}·se_plugin at 95 %; `bars_dot_plain` is X̄ᵀȲ, without P. `delta_h1_by_unit` and each
+    table of `delta_h1_parts` add up to `delta_h1`.
+    """
 
     mode: str
+    estimator: str
     num_units: int
     u_cross: float
+    interval: tuple[float, float] | None
     bars_dot: float
+    bars_dot_plain: float
     diag_sum: float
     row_means: list[float]
     zeta1_plugin: float | None
@@ -99,22 +115,32 @@ class FirstOrderSection(_Section):
     lr_source: str
     delta_h1: float
     delta_h1_se: float | None
+    delta_h1_by_unit: list[float]
+    delta_h1_parts: Parts
 
 
 class TwoBatchSection(_Section):
-    """E against U: bars_dot = X̄_EᵀPȲ_U, with `projections` s_k = X_kᵀPȲ_U of every E prompt."""
+    """E against U: bars_dot = X̄_EᵀPȲ_U, with `projections` s_k = X_kᵀPȲ_U of every unit of E (a prompt, in `exact`
+    mode). Each table of `delta_h1_parts` adds up to `delta_h1`."""
 
     bars_dot: float
     delta_h1: float
     delta_h1_se: float | None
     conditional_se: float | None
     projections: list[float]
+    delta_h1_parts: Parts
 
 
 class UpdateSection(_Section):
-    """The update direction v per unit learning rate, and the slope of the entropy along it on the E batch."""
+    """The update direction v = v₀ + D·Ȳ per unit learning rate, and the slope of the entropy along it on the E batch.
+
+    `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
+    configured baseline. `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the
+    prompts), for every unit of the U batch, add up to −X̄ᵀv.
+    """
 
     norm: float
+    norm_v0: float
     grad_norm: float
     delta_h1_per_lr_naive: float
     delta_h1_per_lr_naive_se: float
@@ -122,6 +148,9 @@ class UpdateSection(_Section):
     delta_h1_per_lr_rb_se: float
     delta_h1_per_lr_cross: float | None
     delta_h1_per_lr_cross_se: float | None
+    estimators: dict[str, Estimate]
+    slope_of_v0: float
+    slope_by_unit: list[float]
     curvature: float | None
     curvature_se: float | None
     eta_star: float | None
@@ -254,7 +283,7 @@ class ProbeReport(_Section):
     continuity: ContinuitySection
     invariance: InvarianceSection
     sampler_parity: SamplerParitySection | None
-    witness: dict[str, float] | None
+    witness: dict[str, float | None] | None
     registry: RegistrySection
     preconditioner: PreconditionerSection
     integrity: IntegritySection

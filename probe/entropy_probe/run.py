@@ -21,9 +21,10 @@ from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.optimizer_step import optimizer_step_agreement
+from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.witness import gradient_witness
+from entropy_probe.stages.witness import curvature_witness, gradient_witness
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,24 +99,23 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     """Everything from scores to report on the two batches."""
     checkpoint, config, bound = prepared.checkpoint, prepared.config, prepared.model
     e, u = prepared.rollouts, prepared.update_rollouts
-    same_batch = e is u
+    same_batch, baseline = e is u, config.first_order.baseline
     clock = _Clock(progress, dict(prepared.seconds))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
-            scores_e = score(bound, e, config)
-            scores_u = scores_e if same_batch else score(bound, u, config)
+            scores_e = score(bound, e, config, with_features=True)
+            scores_u = scores_e if same_batch else score(bound, u, config, with_features=True)
         with clock("gradients"):
-            units_u = gradients.unit_gradients(bound, u, scores_u, config, stage="gradients of U", progress=progress)
-            units_e = units_u
+            of_x, of_y = gradients.payloads(u, scores_u, config)
+            units_u = gradients.unit_gradients(bound, u, config, of_x, of_y, stage="gradients of U", progress=progress)
+            units_e, of_x_e = units_u, of_x
             if not same_batch:
-                units_e = gradients.unit_gradients(
-                    bound, e, scores_e, config, with_y=False, stage="gradients of E", progress=progress
-                )
+                of_x_e, _ = gradients.payloads(e, scores_e, config)
+                units_e = gradients.unit_gradients(bound, e, config, of_x_e, stage="gradients of E", progress=progress)
         with clock("first order"):
             precond = update.adam_preconditioner(checkpoint.adam)
             lr, lr_source = update.learning_rate(checkpoint.adam, config.first_order.lr)
-            first_order = sections.first_order_section(units_u, precond, lr, lr_source)
-            witness = gradient_witness(bound, u, scores_u, config, units_u, precond)
+            first_order = sections.first_order_section(units_u, precond, lr, lr_source, config.first_order.estimator)
             across = None if same_batch else sections.two_batch_section(units_e, units_u, precond, lr)
         with clock("update"):
             ascent = gradients.prompt_mean(units_u.y, units_u.sizes)
@@ -129,6 +129,13 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             copies = {model: checksum(model) for model in own_copies}
             along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config, progress)
             cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
+            sources = slopes.slope_sources(units_e, units_u, direction)
+        with clock("witnesses"):
+            witness = asdict(gradient_witness(bound, u, of_x, of_y, config, units_u, precond))
+            witness |= asdict(projection_agreement(bound, e, of_x_e, config, units_e, precond, ascent))
+            witness["curvature"] = None  # without the second derivative that the α-trick needs too
+            if witness["projections_alpha"] is not None:
+                witness["curvature"] = curvature_witness(float64, e, scores_e, along, direction.v, config)
         with clock("entropy change"):
             etas = entropy_change.grid(config, lr)
             changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress)
@@ -149,12 +156,14 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         entropy=sections.entropy_section(scores_e),
         first_order=first_order,
         two_batch=across,
-        update=sections.update_section(direction, along, cross, agreement),
-        entropy_change=[sections.change_row(change, cross or along.rb, along.curvature) for change in changes],
+        update=sections.update_section(direction, along, cross, agreement, sources, baseline),
+        entropy_change=[
+            sections.change_row(change, cross or along.rb[baseline], along.curvature) for change in changes
+        ],
         continuity=sections.continuity_section(zero, scaling),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=r.InvarianceSection(**asdict(invariant)),
-        witness=asdict(witness),
+        witness=witness,
         registry=r.RegistrySection(**asdict(covered)),
         preconditioner=sections.preconditioner_section(checkpoint, precond, bound),
         integrity=r.IntegritySection(

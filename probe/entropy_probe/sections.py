@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -13,14 +13,16 @@ from entropy_probe import report as r
 from entropy_probe.config import FirstOrderConfig
 from entropy_probe.errors import printable
 from entropy_probe.estimators import advantages, importance, parity, two_batch, ustat
+from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
 from entropy_probe.stages.optimizer_step import StepAgreement
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
-from entropy_probe.stages.slopes import Slopes
+from entropy_probe.stages.slopes import Slopes, SlopeSources
 
 
 def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.CheckpointSection:
@@ -75,17 +77,30 @@ def entropy_section(scores: Scores) -> r.EntropySection:
 
 
 def first_order_section(
-    units: gradients.UnitGradients, precond: Mapping[str, Tensor], lr: float, lr_source: str
+    units: gradients.UnitGradients, precond: Mapping[str, Tensor], lr: float, lr_source: str, estimator: str
 ) -> r.FirstOrderSection:
-    matrix = gradients.gram(units.x, units.y, precond)
-    moments = ustat.cross_moments(matrix)
-    statistic = ustat.u_statistic(moments, matrix)
+    def statistic_of(gram: Tensor) -> tuple[ustat.CrossMoments, ustat.UStatistic]:
+        moments = ustat.cross_moments(gram)
+        return moments, ustat.u_statistic(moments, gram)
+
+    def delta_h1(gram: Tensor) -> r.Estimate:
+        statistic = statistic_of(gram)[1]
+        return r.Estimate(value=-lr * statistic.u_cross, se=lr * (statistic.se_plugin or 0.0))
+
+    matrices = gradients.grams(units.x, units.y, precond)
+    matrix = torch.stack(list(matrices.values())).sum(0)
+    moments, statistic = statistic_of(matrix)
     sums_x, sums_y = (
         {n: (units.sizes.double()[:, None] * t.double()).sum(0) for n, t in side.items()} for side in (units.x, units.y)
     )
     return r.FirstOrderSection(
         mode=units.mode,
+        estimator=estimator,
         num_units=moments.num_units,
+        interval=ustat.interval(statistic, moments.num_units),
+        bars_dot_plain=ustat.cross_moments(gradients.gram(units.x, units.y)).bars_dot,
+        delta_h1_by_unit=(-lr / moments.num_units * moments.row_means).tolist(),
+        delta_h1_parts=_parts(matrices, delta_h1),
         row_means=moments.row_means.tolist(),
         bars_dot=moments.bars_dot,
         diag_sum=moments.diag_sum,
@@ -99,16 +114,39 @@ def first_order_section(
     )
 
 
+def _parts(matrices: Mapping[str, Tensor], delta_h1: Callable[[Tensor], r.Estimate]) -> r.Parts:
+    """δH₁ of the summed matrices of each group of tensors."""
+
+    def grouped(labels: Mapping[str, str]) -> dict[str, r.Estimate]:
+        groups: dict[str, Tensor] = {}
+        for name, matrix in matrices.items():
+            groups[labels[name]] = matrix + groups.get(labels[name], 0.0)
+        return {label: delta_h1(matrix) for label, matrix in groups.items()}
+
+    parts = {name: part_of(name) for name in matrices}
+    return r.Parts(
+        layer=grouped({name: part.layer for name, part in parts.items()}),
+        module=grouped({name: part.module for name, part in parts.items()}),
+        factor=grouped({name: part.factor for name, part in parts.items()}),
+    )
+
+
 def two_batch_section(
     e: gradients.UnitGradients, u: gradients.UnitGradients, precond: Mapping[str, Tensor], lr: float
 ) -> r.TwoBatchSection:
-    moments = two_batch.two_batch_moments(gradients.gram(e.x, u.y, precond), e.sizes, u.sizes)
+    def delta_h1(gram: Tensor) -> r.Estimate:
+        moments = two_batch.two_batch_moments(gram, e.sizes, u.sizes)
+        return r.Estimate(value=-lr * moments.bars_dot, se=lr * (moments.total_se or 0.0))
+
+    matrices = gradients.grams(e.x, u.y, precond)
+    moments = two_batch.two_batch_moments(torch.stack(list(matrices.values())).sum(0), e.sizes, u.sizes)
     return r.TwoBatchSection(
         bars_dot=moments.bars_dot,
         delta_h1=-lr * moments.bars_dot,
         delta_h1_se=None if moments.total_se is None else lr * moments.total_se,
         conditional_se=None if moments.conditional_se is None else lr * moments.conditional_se,
         projections=moments.projections.tolist(),
+        delta_h1_parts=_parts(matrices, delta_h1),
     )
 
 
@@ -120,20 +158,31 @@ def sampler_parity_section(rollouts: Rollouts, scores: Scores) -> r.SamplerParit
 
 
 def update_section(
-    direction: update.UpdateDirection, along: Slopes, cross: PromptMean | None, agreement: StepAgreement
+    direction: update.UpdateDirection,
+    along: Slopes,
+    cross: PromptMean | None,
+    agreement: StepAgreement,
+    sources: SlopeSources,
+    baseline: Baseline,
 ) -> r.UpdateSection:
+    rb = along.rb[baseline]
+    estimators = {"naive": along.naive} | {f"rb_{name}": slope for name, slope in along.rb.items()}
     return r.UpdateSection(
         norm=direction.norm,
+        norm_v0=update.norm(direction.v0),
         grad_norm=direction.grad_norm,
         delta_h1_per_lr_naive=along.naive.value,
         delta_h1_per_lr_naive_se=along.naive.se,
-        delta_h1_per_lr_rb=along.rb.value,
-        delta_h1_per_lr_rb_se=along.rb.se,
+        delta_h1_per_lr_rb=rb.value,
+        delta_h1_per_lr_rb_se=rb.se,
         delta_h1_per_lr_cross=None if cross is None else cross.value,
         delta_h1_per_lr_cross_se=None if cross is None else cross.se,
+        estimators={name: r.Estimate(value=slope.value, se=slope.se) for name, slope in estimators.items()},
+        slope_of_v0=sources.of_v0,
+        slope_by_unit=sources.by_unit.tolist(),
         curvature=along.curvature.value,
         curvature_se=along.curvature.se,
-        eta_star=entropy_change.eta_star(along.rb, along.curvature),
+        eta_star=entropy_change.eta_star(rb, along.curvature),
         cosine_with_optimizer_step=agreement.cosine,
         norm_ratio_with_optimizer_step=agreement.norm_ratio,
         worst_parameter=agreement.worst,

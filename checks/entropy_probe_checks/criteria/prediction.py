@@ -32,5 +32,18 @@ def optimizer_step_norm(report: ProbeReport) -> Finding:
     return at_most(abs(ratio - 1), limit_for(report, "optimizer_step_norm"), detail=_where(report))
 
 
+@Criterion
+def curvature_witness(report: ProbeReport) -> Finding:
+    """Difference between D²_v by central differences and by reverse mode twice, on two prompts, relative to its terms.
+
+    The curvature along v, and with it η* and the second-order prediction, is not the second derivative of the entropy:
+    the step of the difference is wrong for this model, or one of its derivatives is.
+    """
+    value = (report.witness or {}).get("curvature")
+    if value is None:
+        return not_applicable("An operation of the model has no second derivative.")
+    return at_most(value, limit_for(report, "curvature_witness"))
+
+
 def _where(report: ProbeReport) -> str:
     return f"[{report.update.worst_parameter}]" if report.update.worst_parameter else ""

@@ -27,8 +27,23 @@ def gradient_witness(report: ProbeReport) -> Finding:
     measured = report.witness
     if measured is None:
         return not_applicable("No prompt was recomputed.")
-    value = largest(measured["x_difference"], measured["y_difference"])
-    return at_most(value, limit_for(report, "gradient_witness"))
+    differences = (measured["x_difference"], measured["y_difference"])
+    return at_most(largest(*(d for d in differences if d is not None)), limit_for(report, "gradient_witness"))
+
+
+@Criterion
+def projections_agree(report: ProbeReport) -> Finding:
+    """Largest |s_k − X_kᵀPȲ| of four prompts, in units of ‖X_k‖·‖Ȳ‖ under P; s_k by a JVP, and by the α-trick.
+
+    Three ways to the same projections of the entropy gradient on the update differ: a gradient is cut, a mode of
+    differentiation is wrong for an operation of this model, or prompts are mixed up. Nothing of first order holds.
+    """
+    measured = report.witness or {}
+    ways = [measured.get(key) for key in ("projections_jvp", "projections_alpha")]
+    found = [value for value in ways if value is not None]
+    if not found:
+        return not_applicable("An operation of the model has neither a forward-mode nor a second derivative.")
+    return at_most(largest(*found), limit_for(report, "projections_agree"))
 
 
 @Criterion

@@ -5,6 +5,7 @@
     ustat       the matrix X_nᵀPY_m → U_cross, its standard errors
     two_batch   the matrix of two independent batches → bars_dot, its standard errors
     importance  log-weights and payloads → ΔĤ, ESS, cluster-robust standard errors
+    baselines   entropies of every step → R_{≥t} − b_t, the coefficients of ∇log p_t
     slope       per-token directional derivatives → slope and curvature of the entropy, per prompt
     adam        moments and hyper-parameters → P, and the update direction v
     advantages  rewards → A, and the weight of each response in Y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -73,6 +74,18 @@ def score_tokens(
     logq = (token_d - log_sum_inside).masked_fill(token_d.clamp(min=_NOTHING) < lowest.squeeze(-1), float("-inf"))
     weighted = inside_exp.mul_(d) if in_place else inside_exp * d
     return TokenScores(logp, logq, entropy, log_sum_inside - weighted.sum(-1) / sum_inside)
+
+
+def token_logp(
+    logits: Float[Tensor, "*batch V"], tokens: Int[Tensor, "*batch"], temperature: float
+) -> Float[Tensor, "*batch"]:
+    """log π of the given tokens alone, in the dtype of the logits: `log_softmax(logits/temperature)[token]`.
+
+    Its gradient is one pass over the logits, softmax − one-hot: what per-prompt gradients of S need, at a third of the
+    cost of `score_tokens` with a graph.
+    """
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return -F.cross_entropy(scaled.flatten(0, -2), tokens.flatten(), reduction="none").reshape(tokens.shape)
 
 
 def nucleus(

@@ -32,14 +32,13 @@ def naive_slope(seq_logp: Float[Tensor, "B G"], d_seq_logp: Float[Tensor, "B G"]
 
 
 def rb_slope(
-    entropy: Float[Tensor, "B G T"], d_logp: Float[Tensor, "B G T"], d_entropy: Float[Tensor, "B G T"]
+    coefficients: Float[Tensor, "B G T"], d_logp: Float[Tensor, "B G T"], d_entropy: Float[Tensor, "B G T"]
 ) -> PromptMean:
-    """∇Hᵀv = mean_i[Σ_t D_vH_t + Σ_t (R_{≥t} − b_t)·D_v log p_t] with R_{≥t} = Σ_{k≥t}H_k and the baseline b_t = H_t.
+    """∇Hᵀv = mean_i[Σ_t D_vH_t + Σ_t c_t·D_v log p_t], c_t = R_{≥t} − b_t of `baselines.rb_coefficients`.
 
     Entries past the end of a response are zero in all three.
     """
-    later = entropy.flip(-1).cumsum(-1).flip(-1) - entropy
-    return PromptMean((d_entropy + later * d_logp).sum(-1).mean(1))
+    return PromptMean((d_entropy + coefficients * d_logp).sum(-1).mean(1))
 
 
 def curvature(

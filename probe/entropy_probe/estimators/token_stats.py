@@ -318,15 +318,17 @@ def baseline_features(
 
 def features_of_steps(step: TokenStepDiagnostics, max_new_tokens: int) -> Float[Tensor, "*batch T 7"]:
     """`baseline_features` from diagnostics that are there already."""
-    steps, device = step.margin.shape[-1], step.margin.device
-    position = torch.arange(steps, device=device, dtype=torch.float64) / max_new_tokens
-    features = (
-        step.policy_entropy,
-        step.top1_prob,
-        step.margin.clamp(max=MARGIN_CAP),
-        step.head_mass,
-        step.two_point_entropy,
-        step.logit_var,
-        position.expand_as(step.margin),
-    )
+    return with_position(step_features(step), max_new_tokens)
+
+
+def step_features(step: TokenStepDiagnostics) -> Float[Tensor, "*batch T 6"]:
+    """φ_t without its last entry: what one step knows by itself."""
+    margin = step.margin.clamp(max=MARGIN_CAP)
+    features = (step.policy_entropy, step.top1_prob, margin, step.head_mass, step.two_point_entropy, step.logit_var)
     return torch.stack(features, dim=-1)
+
+
+def with_position(features: Float[Tensor, "*batch T 6"], max_new_tokens: int) -> Float[Tensor, "*batch T 7"]:
+    """φ_t with t/max_new_tokens for its last entry."""
+    position = torch.arange(features.shape[-2], device=features.device, dtype=features.dtype) / max_new_tokens
+    return torch.cat([features, position[:, None].expand(*features.shape[:-1], 1)], dim=-1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
 
@@ -82,6 +83,14 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic
         se_jackknife=se_jackknife,
         var_unbiased=unbiased_variance(moments, gram) if units >= 5 else None,
     )
+
+
+def interval(statistic: UStatistic, num_units: int, level: float = 0.95) -> tuple[float, float] | None:
+    """U_cross ± t_{U−1}·se_plugin; `None` without a standard error."""
+    if statistic.se_plugin is None:
+        return None
+    half = float(stats.t.ppf(0.5 + level / 2, num_units - 1)) * statistic.se_plugin
+    return statistic.u_cross - half, statistic.u_cross + half
 
 
 def unbiased_variance(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,60 +28,98 @@ from torch.overrides import TorchFunctionMode
 
 from entropy_probe.errors import MeasurementError
 
+Sums = Sequence[Sequence[Tensor]] | Tensor
+"""`sums[k][n]`: Σ over the rows of prompt n with the weights w_k, in the shape of what the gradient belongs to."""
+
+# A product with fewer columns than this is computed for all w_k at once: one for each takes 3 to 6 times as long where
+# the small side is 8 (LoRA). Wider ones are added where they belong as they are computed.
+_THIN = 64
+
 
 @dataclass
 class _Weight:
-    """A trainable tensor, or one made of such tensors alone, and Σ_i w_ki ∂S_i/∂tensor for every prompt: [K, P, *]."""
+    """A trainable tensor, or one made of such tensors alone, and Σ_i w_ki ∂S_i/∂tensor as `total[k][n]`."""
 
     tensor: Tensor
     is_parameter: bool
     version: int
-    total: Tensor | None = None
+    total: Sums | None = None
 
 
 class Capture(TorchFunctionMode):
     """Collects `sums()` while a forward runs within it, for P prompts with the same number of rows each.
 
     `weights` [K, R] belong to the rows in the order of the batch, the rows of a prompt standing together. `rows_of`
-    says which row each position of a flattened input belongs to; `None` where inputs are [R, L, ...].
+    says which row each position of a flattened input belongs to; `None` where inputs are [R, L, ...]. `fell_back` holds
+    the names of parameters whose gradient, or a part of it, was taken prompt by prompt. Sums are added to `into`, by
+    name, where it is given; else they are [K, P, ...].
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], weights: Float[Tensor, "K R"], num_prompts: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        weights: Float[Tensor, "K R"],
+        num_prompts: int,
+        into: Mapping[str, Sums] | None = None,
+    ) -> None:
         super().__init__()
         self._parameters = dict(parameters)
         self._weights = weights
         self._num_prompts = num_prompts
-        self._known = {id(tensor): _Weight(tensor, True, tensor._version) for tensor in parameters.values()}
+        given = into or {}
+        self._known = {id(p): _Weight(p, True, p._version, given.get(name)) for name, p in parameters.items()}
         self._tap = torch.zeros((), requires_grad=True, device=weights.device)
         self._listening = True
+        self.fell_back: set[str] = set()
         self.shape: tuple[int, int] | None = None
         self.rows_of: Int[Tensor, " r"] | None = None
 
-    def sums(self, seq_logp: Float[Tensor, " R"]) -> dict[str, Float[Tensor, "K P *shape"]]:
-        """Σ_{i in n} w_ki ∂S_i/∂θ by name; zero where S does not depend on a parameter."""
-        names, tensors = list(self._parameters), list(self._parameters.values())
-        if not seq_logp.requires_grad:
-            return {name: self._total(self._known[id(self._parameters[name])]) for name in names}
-        left = torch.autograd.grad(seq_logp.sum(), [self._tap, *tensors], retain_graph=True, allow_unused=True)[1:]
+    def sums(self, values: Float[Tensor, " R"]) -> dict[str, Sums]:
+        """Σ_{i in n} w_ki ∂S_i/∂θ by name, where `values` are S; zero where S does not depend on a parameter."""
+        if values.requires_grad:
+            self._differentiated(values, torch.arange(len(values), device=values.device), [])
         self._listening = False
         self._pull_back()
-        sums = {name: self._total(self._known[id(self._parameters[name])]) for name in names}
-        plain = [name for name, gradient in zip(names, left, strict=True) if gradient is not None]
-        if plain:
-            per_prompt = (self._weights * seq_logp).reshape(len(self._weights), self._num_prompts, -1).sum(-1)
-            chosen = [self._parameters[name] for name in plain]
-            for k, p in _pairs(per_prompt.shape):
-                gradients = torch.autograd.grad(per_prompt[k, p], chosen, retain_graph=True, allow_unused=True)
-                for name, gradient in zip(plain, gradients, strict=True):
-                    if gradient is not None:
-                        sums[name][k, p] += gradient
-        return sums
+        return {name: self._total(self._known[id(tensor)]) for name, tensor in self._parameters.items()}
 
-    def _total(self, weight: _Weight) -> Tensor:
+    def piece(self, values: Float[Tensor, " r"], rows: Int[Tensor, " r"], states: Tensor) -> Tensor:
+        """∂Σ values/∂states, where `values` are terms of S of the given rows that depend on the rest of the graph
+        through `states` alone: what the parameters between the two add to the sums is collected."""
+        return self._differentiated(values, rows, [states])[0]
+
+    def _differentiated(self, values: Tensor, rows: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """∂Σ values/∂inputs. Layers that are known take their part as the gradient passes; a parameter that it still
+        reaches gets its part prompt by prompt."""
+        tensors = list(self._parameters.values())
+        gradients = torch.autograd.grad(
+            values.sum(), [*inputs, self._tap, *tensors], retain_graph=True, allow_unused=True
+        )
+        reached = zip(self._parameters, gradients[len(inputs) + 1 :], strict=True)
+        names = [name for name, gradient in reached if gradient is not None]
+        if names:
+            self.fell_back.update(names)
+            plain = [self._parameters[name] for name in names]
+            self._listening = False
+            prompt_of = self._prompt_of(rows)
+            for k, p in itertools.product(range(len(self._weights)), prompt_of.unique().tolist()):
+                weighted = (self._weights[k, rows] * values)[prompt_of == p].sum()
+                found = torch.autograd.grad(weighted, plain, retain_graph=True, allow_unused=True)
+                for tensor, gradient in zip(plain, found, strict=True):
+                    if gradient is not None:
+                        self._total(self._known[id(tensor)])[k][p].add_(gradient)
+            self._listening = True
+        return gradients[: len(inputs)]
+
+    def _prompt_of(self, rows: Tensor) -> Tensor:
+        return rows // (self._weights.shape[1] // self._num_prompts)
+
+    def _total(self, weight: _Weight) -> Sums:
         if weight.total is None:
-            shape = (len(self._weights), self._num_prompts, *weight.tensor.shape)
-            weight.total = weight.tensor.new_zeros(shape)
+            weight.total = weight.tensor.new_zeros(len(self._weights), self._num_prompts, *weight.tensor.shape)
         return weight.total
+
+    def _each(self) -> Iterator[tuple[int, int]]:
+        return itertools.product(range(len(self._weights)), range(self._num_prompts))
 
     def _pull_back(self) -> None:
         """Gradients of tensors that were made of parameters go on to these, prompt by prompt."""
@@ -92,13 +130,13 @@ class Capture(TorchFunctionMode):
                 raise MeasurementError(
                     "gradients", "the model changes a tensor made of its parameters in place", "use plain expressions"
                 )
-            for k, p in _pairs(weight.total.shape):
+            for k, p in self._each():
                 gradients = torch.autograd.grad(
-                    weight.tensor, tensors, weight.total[k, p], retain_graph=True, allow_unused=True
+                    weight.tensor, tensors, weight.total[k][p], retain_graph=True, allow_unused=True
                 )
                 for tensor, gradient in zip(tensors, gradients, strict=True):
                     if gradient is not None:
-                        self._total(self._known[id(tensor)])[k, p] += gradient
+                        self._total(self._known[id(tensor)])[k][p].add_(gradient)
 
     # The forward
 
@@ -177,22 +215,28 @@ class Capture(TorchFunctionMode):
         return torch.arange(self.shape[0], device=self._weights.device).repeat_interleave(self.shape[1])
 
     def add_outer(self, weight: _Weight, left: Tensor, right: Tensor, rows: Tensor) -> None:
-        """total[k, n] += Σ_{positions of n} w_k · left ⊗ right, from left [M, a] and right [M, b]."""
+        """total[k][n] += Σ_{positions of n} w_k · left ⊗ right, from left [M, a] and right [M, b]."""
         total, scale = self._total(weight), self._weights[:, rows].to(left.dtype)
+        small_left = left.shape[1] <= right.shape[1]
+        for p, part in self._prompts(rows):
+            small, other = (left[part], right[part]) if small_left else (right[part], left[part])
+            scaled = scale[:, part, None] * small  # [K, M, small]
+            if small.shape[1] < _THIN:
+                products = scaled.transpose(1, 2).reshape(-1, len(small)) @ other
+                for k, product in enumerate(products.reshape(len(scale), small.shape[1], -1)):
+                    total[k][p].add_(product if small_left else product.T)
+            else:
+                for k, of_k in enumerate(scaled):
+                    total[k][p].addmm_(*((of_k.T, other) if small_left else (other.T, of_k)))
+
+    def _prompts(self, rows: Tensor) -> Iterator[tuple[int, slice]]:
+        """Each prompt that has any of these positions, and where they stand."""
         per_prompt = self._weights.shape[1] // self._num_prompts
         ends = torch.searchsorted(rows, per_prompt * torch.arange(self._num_prompts + 1, device=rows.device)).tolist()
-        small_left = left.shape[1] <= right.shape[1]
-        for p, (start, end) in enumerate(itertools.pairwise(ends)):
-            if start == end:  # a piece of the output layer may hold no position of a prompt
-                continue
-            part = slice(start, end)
-            small, other = (left, right) if small_left else (right, left)
-            scaled = (scale[:, part, None] * small[part]).transpose(1, 2)  # [K, small, M]
-            product = (scaled.reshape(-1, end - start) @ other[part]).reshape(len(scale), small.shape[1], -1)
-            total[:, p] += product if small_left else product.transpose(1, 2)
+        return ((p, slice(start, end)) for p, (start, end) in enumerate(itertools.pairwise(ends)) if start < end)
 
     def add_broadcast(self, weight: _Weight, values: Tensor, rows_of: Tensor | None) -> None:
-        """total[k, n] += Σ_{rows i of n} w_k · values_i, summed to the weight's shape, from values [R, L, ...], or
+        """total[k][n] += Σ_{rows i of n} w_k · values_i, summed to the weight's shape, from values [R, L, ...], or
         [1, r, ...] with position j of row `rows_of[j]`."""
         if rows_of is not None:
             by_row = values.new_zeros(self._weights.shape[1], *values.shape[2:])
@@ -201,7 +245,9 @@ class Capture(TorchFunctionMode):
         summed = [dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1]
         by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(self._num_prompts, -1, shape.numel())
         w = self._weights.to(by_row.dtype).reshape(len(self._weights), self._num_prompts, -1)
-        self._total(weight).add_(torch.einsum("kpg,pgd->kpd", w, by_row).reshape(self._total(weight).shape))
+        added = torch.einsum("kpg,pgd->kpd", w, by_row)
+        for k, p in self._each():
+            self._total(weight)[k][p].add_(added[k, p].reshape(weight.tensor.shape))
 
     def row_shape(self, weight: Tensor, x: Tensor) -> torch.Size | None:
         """The weight's shape against one row [L, ...] of `x`; `None` where it does not broadcast over the rows."""
@@ -213,13 +259,12 @@ class Capture(TorchFunctionMode):
         return torch.Size(aligned[1:]) if fits and over_rows else None
 
     def add_at(self, weight: _Weight, ids: Tensor, values: Tensor, rows: Tensor) -> None:
-        """total[k, n, id] += Σ_{positions of n with this id} w_k · values, from ids [M] and values [M, d]."""
+        """total[k][n][id] += Σ_{positions of n with this id} w_k · values, from ids [M] and values [M, d]."""
         total = self._total(weight)
-        size_k, size_p, vocabulary, width = total.shape
-        prompt = rows // (self._weights.shape[1] // self._num_prompts)
-        for k in range(size_k):
-            scaled = self._weights[k, rows, None].to(values.dtype) * values
-            total[k].view(size_p * vocabulary, width).index_add_(0, prompt * vocabulary + ids, scaled)
+        for k, of_row in enumerate(self._weights):
+            scaled = of_row[rows, None].to(values.dtype) * values
+            for p, part in self._prompts(rows):
+                total[k][p].index_add_(0, ids[part], scaled[part])
 
 
 class _Tap(torch.autograd.Function):
@@ -248,10 +293,6 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
 def _aligned(weight: Tensor, x: Tensor) -> tuple[int, ...]:
     """The weight's shape with as many dimensions as `x`, as broadcasting sees it."""
     return (1,) * (x.dim() - weight.dim()) + tuple(weight.shape)
-
-
-def _pairs(shape: torch.Size) -> Iterator[tuple[int, int]]:
-    return ((k, p) for k in range(shape[0]) for p in range(shape[1]))
 
 
 def _applied(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,13 +13,17 @@ from torch import Tensor
 from entropy_probe.config import FirstOrderConfig, ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.advantages import advantages, x_weights, y_weights
+from entropy_probe.estimators.baselines import rb_coefficients
+from entropy_probe.estimators.policy import score_tokens, token_logp
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.rollouts import Progress, Rollouts
-from entropy_probe.stages.scores import Scores, score_rows
+from entropy_probe.stages.scores import Read, Scores, read_rows
 
 # Columns of a Gram product that are held in float64 at once: U rows of 2^20 doubles are 8 U MiB.
 _GRAM_COLUMNS = 1 << 20
+# Gradients of single prompts that are held beside those of the units.
+_WITNESSED = 8
 
 
 @dataclass(frozen=True)
@@ -42,76 +47,155 @@ def response_advantages(rollouts: Rollouts, config: FirstOrderConfig) -> Float[T
 def response_weights(
     rollouts: Rollouts, scores: Scores, config: ProbeConfig
 ) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G"]]:
-    """(c, a) with X_n = Σ_g c_ng ∇S_ng and Y_n = Σ_g a_ng ∇S_ng."""
+    """(c, a) with X_n = Σ_g c_ng ∇S_ng (the naive estimator) and Y_n = Σ_g a_ng ∇S_ng."""
     rule, limit = config.first_order.loss, config.generation.max_new_tokens
     advantage = response_advantages(rollouts, config.first_order)
     return x_weights(scores.seq_logp), y_weights(advantage, scores.gen_lens, rule, limit)
 
 
+@dataclass(frozen=True)
+class Payload:
+    """What a prompt's gradient is made of: Σ_g w_ng ∇f_ng with constant `weights` w, where f = Σ_t log p_t or, with
+    constant `coefficients` κ, f = Σ_t (H_t + κ_t·log p_t)."""
+
+    weights: Float[Tensor, "B G"]
+    coefficients: Float[Tensor, "B G T"] | None = None
+
+    def read(self, temperature: float) -> Read:
+        def logp(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            return (token_logp(logits, tokens, temperature),)
+
+        def entropy_and_logp(logits: Tensor, tokens: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+            scored = score_tokens(logits, tokens, temperature, 1.0)
+            return (scored.entropy + coefficients.to(logits.dtype) * scored.logp,)
+
+        return logp if self.coefficients is None else entropy_and_logp
+
+    def of_rows(self, rows: Int[Tensor, " R"]) -> Float[Tensor, "R T"] | None:
+        """κ of some responses."""
+        return None if self.coefficients is None else self.coefficients.flatten(0, 1)[rows]
+
+    def of_prompts(self, prompts: Int[Tensor, " b"]) -> Payload:
+        """The same for some prompts only."""
+        return Payload(self.weights[prompts], None if self.coefficients is None else self.coefficients[prompts])
+
+    def sums(
+        self, logp: Float[Tensor, "R T"], entropy: Float[Tensor, "R T"], rows: Int[Tensor, " R"]
+    ) -> Float[Tensor, " R"]:
+        """f of some responses in float64, from log p and H; or a derivative of f, from theirs."""
+        kappa = self.of_rows(rows)
+        if kappa is None:
+            return logp.double().sum(-1)
+        kappa = kappa[:, : logp.shape[-1]].to(logp.device)
+        return (entropy.double() + kappa * logp.double()).sum(-1)
+
+
+def payloads(rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[Payload, Payload]:
+    """Those of X, by the configured estimator of −∇H, and of Y.
+
+    naive   X_n = Σ_g c_ng ∇S_ng
+    rb      X_n = −(1/G) Σ_g Σ_t (∇H_t + (R_{≥t} − b_t) ∇log p_t)
+    """
+    weights_x, weights_y = response_weights(rollouts, scores, config)
+    first_order, y = config.first_order, Payload(weights_y)
+    if first_order.estimator == "naive":
+        return Payload(weights_x), y
+    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features)
+    return Payload(torch.full_like(weights_x, -1.0 / rollouts.num_responses), kappa), y
+
+
 def unit_gradients(
     bound: BoundModel,
     rollouts: Rollouts,
-    scores: Scores,
     config: ProbeConfig,
+    of_x: Payload,
+    of_y: Payload | None = None,
     *,
-    with_y: bool = True,
     stage: str = "gradients",
     progress: Progress | None = None,
 ) -> UnitGradients:
-    """X_n = Σ_g c_ng ∇S_ng and Y_n = Σ_g a_ng ∇S_ng of every prompt n, averaged within blocks in `block` mode.
+    """X_n and Y_n (`payloads`) of every prompt n, or their means within blocks of prompts.
 
-    c = (S − S̄_{−g})/G and a = A/(Lmax·G) (or as `loss` says) are constants of the derivative, taken from `scores`.
-    Where the module detaches a part of itself (DoRA), X is the true derivative and Y the module's own autograd, because
-    that is what the trainer's step uses; elsewhere both come from one forward. Without `with_y` only X.
+    Where the module detaches a part of itself (DoRA), X is the true
+    derivative and Y the module's own autograd, because that is what the trainer's step uses; where both are that, and
+    both are weighted ∇S, they come from one forward and one backward. Without `of_y` only X.
     """
-    first_order = config.first_order
-    size_b = rollouts.num_prompts
-    num_units = size_b if first_order.mode == "exact" else min(first_order.num_blocks, size_b)
     parameters = bound.registry.trainable
-    # X and Y of the U batch are held together with X of the E batch
-    _require_memory(3 * num_units * sum(p.numel() for p in parameters.values()), bound, first_order)
     if not parameters:
         raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
-    weights_x, weights_y = response_weights(rollouts, scores, config)
-    x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
-    y = {n: torch.zeros_like(value) for n, value in x.items()} if with_y else {}
-    unit_of = torch.arange(size_b) * num_units // size_b
+    mode, num_units = units_within_memory(bound, rollouts, config)
+    unit_of = torch.arange(rollouts.num_prompts) * num_units // rollouts.num_prompts
     sizes = torch.bincount(unit_of, minlength=num_units)
+    x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
+    y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
+    on_cpu = bound.device.type == "cpu"  # then sums are added where they belong, and no second copy is made of them
+    temperature, per_row = config.generation.temperature, sizes[unit_of].repeat_interleave(rollouts.num_responses)
 
-    def add(prompts: Tensor, rows: Tensor, sides: list[tuple[dict[str, Tensor], Tensor]], *, true: bool) -> None:
-        """Σ over the rows of every prompt, for each side and its weights [R]; one forward and one backward."""
-        weights = torch.stack([of_rows for _, of_rows in sides]).to(bound.device)
-        capture = Capture(parameters, weights, len(prompts))
-        scored = score_rows(bound, rollouts, rows, config, true_derivative=true, capture=capture)
-        sums = capture.sums(scored.logp.double().sum(-1))
-        for name, of_sides in sums.items():
-            for (into, _), of_prompts in zip(sides, of_sides.to("cpu", bound.dtype).flatten(2), strict=True):
-                for n, gradient in zip(prompts.tolist(), of_prompts, strict=True):
-                    into[name][unit_of[n]] += gradient / sizes[unit_of[n]]
+    def add(units: Tensor, rows: Tensor, sides: list[tuple[dict[str, Tensor], Payload]], *, true: bool) -> None:
+        """One forward and one backward, for sides with the same payload; as many rows of each of the units."""
+        weights = torch.stack([payload.weights.reshape(-1)[rows] / per_row[rows] for _, payload in sides])
+        into = {
+            name: [[side[name][unit].view(p.shape) for unit in units] for side, _ in sides]
+            for name, p in parameters.items()
+        }
+        capture = Capture(parameters, weights.to(bound.device), len(units), into if on_cpu else None)
+        payload = sides[0][1]
+        options = {"beside": payload.of_rows(rows), "true_derivative": true, "capture": capture}
+        (values,) = read_rows(bound, rollouts, rows, payload.read(temperature), **options)
+        sums = capture.sums(values.sum(-1))
+        for name, own in into.items() if not on_cpu else ():
+            for k, n in itertools.product(range(len(sides)), range(len(units))):
+                own[k][n].add_(sums[name][k][n].cpu())
 
     done = 0
-    for prompts, rows in _microbatches(rollouts, config.generation.tf_batch_size):
-        c, a = weights_x.reshape(-1)[rows], weights_y.reshape(-1)[rows]
-        if bound.autograd_is_derivative:
-            add(prompts, rows, [(x, c), (y, a)] if with_y else [(x, c)], true=False)
+    for units, rows in _microbatches(rollouts, unit_of, config.generation.tf_batch_size):
+        if of_y is not None and bound.autograd_is_derivative and of_x.coefficients is None:
+            add(units, rows, [(x, of_x), (y, of_y)], true=False)
         else:
-            add(prompts, rows, [(x, c)], true=True)
-            if with_y:
-                add(prompts, rows, [(y, a)], true=False)
+            add(units, rows, [(x, of_x)], true=True)
+            if of_y is not None:
+                add(units, rows, [(y, of_y)], true=False)
         done += len(rows)
         if progress is not None:
             progress(stage, done, len(rollouts.gen_lens))
-    return UnitGradients(x, y, sizes, first_order.mode)
+    return UnitGradients(x, y, sizes, mode)
 
 
-def _microbatches(rollouts: Rollouts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(prompts, rows): whole prompts of similar length with at most `size` rows, or `size` rows of one prompt."""
-    group = rollouts.num_responses
+def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(units, rows) with at most `size` rows of similar length, as many of each unit, one unit after the other: some
+    prompts that are units themselves, some prompts of one unit, or some rows of one prompt."""
+    group, at_once = rollouts.num_responses, max(1, size // rollouts.num_responses)
     lengths = rollouts.per_prompt(rollouts.prompt_lens + rollouts.gen_lens).amax(1)
-    for prompts in torch.argsort(lengths, stable=True).split(max(1, size // group)):
-        rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
-        for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:
-            yield prompts, part
+    order = torch.argsort(lengths, stable=True)
+    single = len(unit_of) == int(unit_of.max()) + 1
+    for within in [order] if single else [order[unit_of[order] == unit] for unit in unit_of.unique()]:
+        for prompts in within.split(at_once):
+            rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
+            for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:
+                yield unit_of[prompts] if single else unit_of[prompts[:1]], part
+
+
+def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> tuple[str, int]:
+    """(mode, number of units): every prompt a unit in `exact` mode where the gradients fit into
+    `first_order.max_gradient_gib`, else as many blocks as fit; `num_blocks` of them in `block` mode.
+
+    Held at once are X and Y of the U batch, X of the E batch, and X and Y of two prompts in two ways, for the witness.
+    """
+    first_order, size_b = config.first_order, rollouts.num_prompts
+    of_one = sum(p.numel() for p in bound.registry.trainable.values()) * torch.finfo(bound.dtype).bits / 8 / 2**30
+    room = (first_order.max_gradient_gib / of_one - _WITNESSED) / 3
+    if first_order.mode == "exact" and size_b <= room:
+        return "exact", size_b
+    most = int(room)
+    wanted = max(most, 2) if first_order.mode == "exact" else first_order.num_blocks
+    if wanted > most:
+        raise MeasurementError(
+            "first_order.max_gradient_gib",
+            f"gradients of {wanted} blocks need {(3 * wanted + _WITNESSED) * of_one:.2g} GiB, "
+            f"{first_order.max_gradient_gib:g} are allowed",
+            "raise it, or set first_order.num_blocks lower" if wanted > 2 else "raise it",
+        )
+    return "block", min(wanted, size_b)
 
 
 def gram(
@@ -120,15 +204,24 @@ def gram(
     precond: Mapping[str, Float[Tensor, ...]] | None = None,
 ) -> Float[Tensor, "U V"]:
     """Σ_names left_u · P ⊙ right_v in float64; P enters each product exactly once (P = 1 without `precond`)."""
-    first = next(iter(left.values()))
-    total = torch.zeros(first.shape[0], next(iter(right.values())).shape[0], dtype=torch.float64)
-    for name, a in left.items():
-        b = right[name]
-        p = None if precond is None else precond[name].reshape(-1)
-        for start in range(0, a.shape[1], _GRAM_COLUMNS):
-            part = slice(start, start + _GRAM_COLUMNS)
-            scaled = b[:, part].double() if p is None else b[:, part].double() * p[part].double()
-            total += a[:, part].double() @ scaled.T
+    return torch.stack(list(grams(left, right, precond).values())).sum(0)
+
+
+def grams(
+    left: Mapping[str, Float[Tensor, "U D"]],
+    right: Mapping[str, Float[Tensor, "V D"]],
+    precond: Mapping[str, Float[Tensor, ...]] | None = None,
+) -> dict[str, Float[Tensor, "U V"]]:
+    """The terms of `gram`, by name."""
+    return {name: _gram(a, right[name], None if precond is None else precond[name]) for name, a in left.items()}
+
+
+def _gram(a: Tensor, b: Tensor, precond: Tensor | None) -> Tensor:
+    total, p = torch.zeros(len(a), len(b), dtype=torch.float64), None if precond is None else precond.reshape(-1)
+    for start in range(0, a.shape[1], _GRAM_COLUMNS):
+        part = slice(start, start + _GRAM_COLUMNS)
+        scaled = b[:, part].double() if p is None else b[:, part].double() * p[part].double()
+        total += a[:, part].double() @ scaled.T
     return total
 
 
@@ -136,13 +229,3 @@ def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " 
     """Mean over prompts, in float64: units weighted by the number of their prompts."""
     share = (sizes.double() / sizes.sum())[:, None]
     return {name: (share * values.double()).sum(0) for name, values in units.items()}
-
-
-def _require_memory(numbers: int, bound: BoundModel, config: FirstOrderConfig) -> None:
-    needed = numbers * torch.finfo(bound.dtype).bits / 8 / 2**30
-    if needed > config.max_gradient_gib:
-        raise MeasurementError(
-            "first_order.max_gradient_gib",
-            f"per-unit gradients need {needed:.2g} GiB, {config.max_gradient_gib:g} are allowed",
-            "set first_order.mode: block with few num_blocks, use fewer prompts, or raise it",
-        )

@@ -12,16 +12,22 @@ from torch import Tensor
 from entropy_probe.config import GenerationConfig, PrecisionSection, ProbeConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.policy import TokenScores, score_tokens
+from entropy_probe.estimators.token_stats import step_diagnostics, step_features, with_position
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.rollouts import Rollouts
+
+# Tokens of a pass without a graph, where `tf_batch_size` rows have fewer: a small model spends most of such a pass on
+# the overhead of each operation.
+_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Scores:
     """Per token [B, G, T], zero past the end of a response; sums over a response in float64 [B, G].
 
-    `rb_entropy` is of π, `rb_entropy_q` of q; they are one where top_p = 1.
+    `rb_entropy` is of π, `rb_entropy_q` of q; they are one where top_p = 1. `features` are φ [B, G, T, 7] of
+    `token_stats.baseline_features`, where they were asked for.
     """
 
     token_logp: Float[Tensor, "B G T"]
@@ -29,10 +35,11 @@ class Scores:
     rb_entropy: Float[Tensor, "B G T"]
     rb_entropy_q: Float[Tensor, "B G T"]
     gen_lens: Int[Tensor, "B G"]
+    features: Float[Tensor, "B G T 7"] | None = None
 
     def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
         """The same for some prompts only."""
-        return Scores(**{name: values[prompts] for name, values in vars(self).items()})
+        return Scores(**{name: values[prompts] for name, values in vars(self).items() if values is not None})
 
     @property
     def seq_logp(self) -> Float[Tensor, "B G"]:
@@ -51,7 +58,8 @@ class Scores:
         return self.rb_entropy_q.double().sum(-1)
 
 
-Read = Callable[[Float[Tensor, "r V"], Int[Tensor, " r"]], tuple[Tensor, ...]]
+Read = Callable[..., tuple[Tensor, ...]]
+"""(logits [r, V], tokens [r]) → tensors [r, …]; the entries [r] of `beside` are a third argument where it is given."""
 
 
 def read_rows(
@@ -63,12 +71,14 @@ def read_rows(
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
     rows_at_once: int | None = None,
+    beside: Float[Tensor, "R Tmax"] | None = None,
     capture: Capture | None = None,
 ) -> tuple[Tensor, ...]:
     """`read(logits, tokens)` at every generated token of some rows, [R, T, …]; zero past the end of a response.
 
     The logits at position i−1 predict the token at position i. `read` gets some of the tokens and their logits at a
-    time, and returns tensors with one entry for each. T is the longest response of the rows.
+    time, and returns tensors with one entry for each. T is the longest response of the rows. `capture` as in
+    `BoundModel.read_logits`.
     """
     device = bound.device
     prompt_lens, gen_lens = rollouts.prompt_lens[rows], rollouts.gen_lens[rows]
@@ -76,12 +86,14 @@ def read_rows(
     inside = torch.arange(int(gen_lens.max()))[None, :] < gen_lens[:, None]
     of_row, step = (index.to(device) for index in inside.nonzero(as_tuple=True))
     column = prompt_lens.to(device)[of_row] - 1 + step
-    tokens = ids[of_row, column + 1]
+    given = [ids[of_row, column + 1]]
+    if beside is not None:
+        given.append(beside.to(device)[of_row, step])
     flat = bound.read_logits(
         ids,
         of_row,
         column,
-        lambda logits, part: read(logits, tokens[part]),
+        lambda logits, part: read(logits, *(values[part] for values in given)),
         override=override,
         true_derivative=true_derivative,
         rows_at_once=rows_at_once,
@@ -110,7 +122,6 @@ def score_rows(
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
     rows_at_once: int | None = None,
-    capture: Capture | None = None,
 ) -> TokenScores:
     """Scores [R, T] of some rows; T is their longest response, entries past a response's end are zero.
 
@@ -118,7 +129,12 @@ def score_rows(
     """
     read = policy_scores(bound, config.generation, config.precision)
     options = {"override": override, "true_derivative": true_derivative, "rows_at_once": rows_at_once}
-    return TokenScores(*read_rows(bound, rollouts, rows, read, capture=capture, **options))
+    return TokenScores(*read_rows(bound, rollouts, rows, read, **options))
+
+
+def rows_without_graph(rollouts: Rollouts, policy: GenerationConfig) -> int:
+    """Rows of a pass that keeps no graph: `tf_batch_size`, or more where they are short."""
+    return max(policy.tf_batch_size, _TOKENS // int((rollouts.prompt_lens + rollouts.gen_lens).max()))
 
 
 def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:
@@ -143,19 +159,31 @@ def read_responses(
 
 @torch.no_grad()
 def score(
-    bound: BoundModel, rollouts: Rollouts, config: ProbeConfig, override: Mapping[str, Tensor] | None = None
+    bound: BoundModel,
+    rollouts: Rollouts,
+    config: ProbeConfig,
+    override: Mapping[str, Tensor] | None = None,
+    *,
+    with_features: bool = False,
 ) -> Scores:
     """Score every response at θ, or with the parameters in `override` replaced."""
-    read = policy_scores(bound, config.generation, config.precision)
-    scores = read_responses(bound, rollouts, config.generation.tf_batch_size, read, override)
-    logp, logq, entropy, entropy_q = (values.double().cpu() for values in scores)
+    policy = config.generation
+    read = policy_scores(bound, policy, config.precision)
+
+    def read_with_features(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (*read(logits, tokens), step_features(step_diagnostics(logits, policy.top_p, policy.temperature)))
+
+    chosen = read_with_features if with_features else read
+    scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), chosen, override)
+    logp, logq, entropy, entropy_q, *features = (values.double().cpu() for values in scores)
     if override is None:
         require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")
     else:
         require_finite(rollouts, logp, entropy, "at θ + ηv", "give smaller true_delta_h.etas")
     if override is None:
-        require_inside_nucleus(rollouts, logq, config.generation.top_p)
-    return Scores(logp, logq, entropy, entropy_q, rollouts.per_prompt(rollouts.gen_lens))
+        require_inside_nucleus(rollouts, logq, policy.top_p)
+    phi = with_position(features[0], policy.max_new_tokens) if with_features else None
+    return Scores(logp, logq, entropy, entropy_q, rollouts.per_prompt(rollouts.gen_lens), phi)
 
 
 def require_finite(rollouts: Rollouts, logp: Tensor, entropy: Tensor, where: str, remedy: str) -> None:

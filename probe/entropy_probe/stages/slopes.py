@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
 from entropy_probe.estimators.slope import PromptMean, curvature, naive_slope, rb_slope
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages.gradients import UnitGradients, gram
+from entropy_probe.stages.gradients import UnitGradients, gram, prompt_mean
 from entropy_probe.stages.rollouts import Progress, Rollouts
-from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
+from entropy_probe.stages.scores import Scores, batches_by_length, rows_without_graph, score, score_rows
 from entropy_probe.stages.update import UpdateDirection, norm
 
 # Largest change of a response's log-probability along the stencil. The five-point rule then errs by about
@@ -53,7 +54,7 @@ def directional_derivatives(
     shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
     d_logp, d_entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-    for rows in batches_by_length(rollouts, config.generation.tf_batch_size):
+    for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation)):
         with forward_ad.dual_level():
             dual = {
                 name: forward_ad.make_dual(value, v[name].to(device=value.device, dtype=bound.dtype))
@@ -96,11 +97,14 @@ def _derivatives_by_difference(
 
 @dataclass(frozen=True)
 class Slopes:
-    """Slope of the entropy along v (naive and Rao-Blackwell) and curvature, per prompt of the E batch."""
+    """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline) and curvature,
+    per prompt of the E batch; D²_vS and D²_vR of its responses."""
 
     naive: PromptMean
-    rb: PromptMean
+    rb: dict[Baseline, PromptMean]
     curvature: PromptMean
+    d2_seq_logp: Float[Tensor, "B G"]
+    d2_rb_sum: Float[Tensor, "B G"]
 
 
 def slopes_along(
@@ -112,7 +116,7 @@ def slopes_along(
     config: ProbeConfig,
     progress: Progress | None = None,
 ) -> Slopes:
-    """∇Hᵀv by both estimators, and vᵀ∇²Hv by a five-point difference of D_v in true float64.
+    """∇Hᵀv by every estimator, and vᵀ∇²Hv by a five-point difference of D_v in true float64.
 
         D²_v f ≈ [8(D_vf(h) − D_vf(−h)) − (D_vf(2h) − D_vf(−2h))]/(12h)
 
@@ -136,20 +140,36 @@ def slopes_along(
             progress("slopes", 1 + len(at), 1 + len(_STENCIL))
         at[k] = derivatives(k * h)
 
-    def second(values: dict[int, Tensor]) -> Tensor:
-        return _stencil_derivative(values, h)
+    d2_seq_logp = _stencil_derivative({k: d.d_seq_logp for k, d in at.items()}, h)
+    d2_rb_sum = _stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
+
+    def rb(baseline: Baseline) -> PromptMean:
+        kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)
+        return rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
 
     return Slopes(
         naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
-        rb=rb_slope(scores.rb_entropy, at_theta.d_logp, at_theta.d_entropy),
-        curvature=curvature(
-            scores.rb_sum,
-            at_theta.d_seq_logp,
-            at_theta.d_rb_sum,
-            second({k: d.d_seq_logp for k, d in at.items()}),
-            second({k: d.d_rb_sum for k, d in at.items()}),
-        ),
+        rb={baseline: rb(baseline) for baseline in BASELINES},
+        curvature=curvature(scores.rb_sum, at_theta.d_seq_logp, at_theta.d_rb_sum, d2_seq_logp, d2_rb_sum),
+        d2_seq_logp=d2_seq_logp,
+        d2_rb_sum=d2_rb_sum,
     )
+
+
+@dataclass(frozen=True)
+class SlopeSources:
+    """−X̄ᵀv₀, and −X̄ᵀD·Y_u weighted by the share that unit u of the U batch has in Ȳ: they add up to −X̄ᵀv."""
+
+    of_v0: float
+    by_unit: Float[Tensor, " U"]
+
+
+def slope_sources(e: UnitGradients, u: UnitGradients, direction: UpdateDirection) -> SlopeSources:
+    """Where the slope along v = v₀ + D·Ȳ comes from, with X̄ of the E batch."""
+    mean_x = {name: x[None] for name, x in prompt_mean({n: e.x[n] for n in direction.v}, e.sizes).items()}
+    v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
+    share = u.sizes.double() / u.sizes.sum()
+    return SlopeSources(-float(gram(mean_x, v0)), -share * gram(mean_x, u.y, direction.diagonal)[0])
 
 
 def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> PromptMean:
