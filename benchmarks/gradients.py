@@ -10,11 +10,12 @@ means over 4 blocks; one thread.
     bare      one forward and one backward of Σ S a microbatch, written out for this model: hidden states of generated
               positions, then head and cross-entropy in pieces that are differentiated as they are made
     ours      `unit_gradients`, as the product calls it: X and Y of every prompt
-    loop      for every prompt full logits, log_softmax over [G, L, V], gather, one backward for X; the same for Y
+    loop      for every prompt full logits, log_softmax over [G, L, V], gather, one backward for X; the same for Y.
+              L is the batch's, as in the notes, whose sequences are one padded tensor that nothing is cut from
     totals    full logits again, a microbatch at a time: one forward and backward for Σ X, one for Σ Y
 
 The notes' procedure is `totals`, then `loop`: four forwards and four backwards. These two are slow and linear in the
-prompts: they run once, on 4 prompts, and their time is multiplied. Every call has a process of its own, after
+prompts: they run on 4 prompts, and their time is multiplied. Every call has a process of its own, after
 a warm-up on two prompts of two tokens. Time is processor time, which a busy machine disturbs less than wall time, the
 median of rounds in which each takes its turn. Memory is the largest resident size above that before the call, with the
 model loaded. First, X and Y of four prompts by `ours` and by `loop` are compared.
@@ -134,7 +135,7 @@ def full_logp(bound: BoundModel, rollouts: Rollouts, rows: Tensor) -> Tensor:
     """S [rows] through the logits of every position."""
     model: Any = bound.language_model
     start, end = rollouts.prompt_lens[rows, None], (rollouts.prompt_lens + rollouts.gen_lens)[rows, None]
-    ids = rollouts.ids[rows, : int(end.max())]
+    ids = rollouts.ids[rows]
     column = torch.arange(1, ids.shape[1])
     logp = model(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     return (logp.gather(-1, ids[:, 1:, None]).squeeze(-1) * ((column >= start) & (column < end))).sum(-1)
@@ -183,6 +184,7 @@ def totals(bound: BoundModel, rollouts: Rollouts, scores: Scores, config: ProbeC
 
 Way = Callable[[BoundModel, Rollouts, Scores, ProbeConfig], object]
 WAYS: dict[str, Way] = {"bare": bare, "ours": ours, "loop": loop, "totals": totals}
+SLOW = ("loop", "totals")
 
 
 def resident(key: str) -> float:
@@ -234,15 +236,14 @@ def median_and_peak(taken: list[tuple[float, float]]) -> tuple[float, float]:
 
 def compare(kind: str, rounds: int) -> None:
     few = apart(scored, kind, FEW)
-    slow = {way: apart(measured, kind, FEW, way, few) for way in ("loop", "totals")}
     for prompts in PROMPTS[kind]:
         scores = apart(scored, kind, prompts)
-        taken: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
+        taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
         for _ in range(rounds):
             for way, calls in taken.items():
-                calls.append(apart(measured, kind, prompts, way, scores))
+                calls.append(apart(measured, kind, *((FEW, way, few) if way in SLOW else (prompts, way, scores))))
         results = {way: median_and_peak(calls) for way, calls in taken.items()}
-        results |= {way: (seconds * prompts / FEW, megabytes) for way, (seconds, megabytes) in slow.items()}
+        results |= {way: (results[way][0] * prompts / FEW, results[way][1]) for way in SLOW}
         print(f"  {prompts} prompts")
         for way, (seconds, megabytes) in results.items():
             print(f"    {way:<8}{seconds:7.2f} s{seconds / results['bare'][0]:7.2f} of bare{megabytes:8.0f} MB")
