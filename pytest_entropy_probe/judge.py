@@ -28,6 +28,8 @@ def headline(report: ProbeReport) -> str:
     """What was found: the entropy, the first-order term, and what the optimizer's next step does; within 80 columns."""
     batch, entropy, first = report.batch, report.entropy, report.first_order
     delta, batches = (report.two_batch, "two batches") if report.two_batch else (first, "one batch")
+    if first.mode == "block":
+        batches = f"{batches}, {first.num_units} blocks"
     step = next(row for row in report.entropy_change if row.eta == first.lr)
     se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
     predicted = "not predicted (top_p < 1)"

@@ -1,13 +1,15 @@
 """Slow, obvious versions of everything the probe reports: one sequence at a time, unpadded, in float64.
 
 Nothing of `estimators` or `stages` is used. Gradients come from `torch.autograd.grad`, second derivatives from a second
-call of it, the update direction from a step of torch's own optimizer. Two contexts are borrowed: the float64 forward
-(tests/test_precision.py proves it), and, for DoRA's true derivative, `Tensor.detach` patched to do nothing.
+call of it, ridge regressions from numpy's least squares, the update direction from a step of torch's own optimizer. Two
+contexts are borrowed: the float64 forward (tests/test_precision.py proves it), and, for DoRA's true derivative,
+`Tensor.detach` patched to do nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,8 +28,8 @@ from entropy_probe.model.precision import TrueFloat64
 class Reference:
     """Loops over prompts and responses of one rollouts file on one float64 model."""
 
-    def __init__(self, model: Any, rollouts: Path, temperature: float = 1.0) -> None:
-        self.model = model
+    def __init__(self, model: Any, rollouts: Path, temperature: float = 1.0, max_new_tokens: int = 200) -> None:
+        self.model, self.max_new_tokens = model, max_new_tokens
         self.lines = [json.loads(line) for line in rollouts.read_text().splitlines()]
         self.temperature = temperature
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -36,17 +39,73 @@ class Reference:
         with mock.patch.object(torch.Tensor, "detach", lambda self: self):
             yield
 
-    def tokens(self, n: int, g: int) -> tuple[Tensor, Tensor]:
-        """(log p, H) of the generated tokens of response g of prompt n."""
+    def logits(self, n: int, g: int) -> Tensor:
+        """Those that predict each generated token of response g of prompt n."""
         prompt, response = self.lines[n]["prompt_ids"], self.lines[n]["response_ids"][g]
         with sdpa_kernel(SDPBackend.MATH), TrueFloat64():
             logits = self.model(torch.tensor([prompt + response]), use_cache=False).logits[0]
+        return logits[len(prompt) - 1 : -1]
+
+    def tokens(self, n: int, g: int) -> tuple[Tensor, Tensor]:
+        """(log p, H) of the generated tokens of response g of prompt n."""
         logps, entropies = [], []
-        for i, token in enumerate(response):
-            p = torch.softmax(logits[len(prompt) + i - 1] / self.temperature, -1)
+        for z, token in zip(self.logits(n, g), self.lines[n]["response_ids"][g], strict=True):
+            p = torch.softmax(z / self.temperature, -1)
             logps.append(torch.log(p[token]))
             entropies.append(-(p * torch.log(p)).sum())
         return torch.stack(logps), torch.stack(entropies)
+
+    @functools.cached_property
+    def steps(self) -> dict[tuple[int, int, int], tuple[float, list[float]]]:
+        """(n, g, t) → (R_{>t}, φ_t), with the entropy of the step for the first entry of φ_t; at top_p = 1."""
+        result = {}
+        for n, line in enumerate(self.lines):
+            for g in range(len(line["response_ids"])):
+                with torch.no_grad():
+                    phi = [self._features(z.tolist(), t) for t, z in enumerate(self.logits(n, g))]
+                result |= {(n, g, t): (math.fsum(x[0] for x in phi[t + 1 :]), phi[t]) for t in range(len(phi))}
+        return result
+
+    def _features(self, z: list[float], t: int) -> list[float]:
+        largest, second = sorted(z, reverse=True)[:2]
+        weights = [math.exp((x - largest) / self.temperature) for x in z]
+        p = [w / math.fsum(weights) for w in weights]
+        mean_z, top = math.fsum(a * x for a, x in zip(p, z, strict=True)), max(p)
+        variance = math.fsum(a * (x - mean_z) ** 2 for a, x in zip(p, z, strict=True))
+        two_point = -sum(a * math.log(a) for a in (top, math.fsum(p) - top))
+        entropy = -math.fsum(a * math.log(a) for a in p)
+        return [entropy, top, largest - second, top, two_point, variance, t / self.max_new_tokens]
+
+    def coefficients(self, n: int, g: int, baseline: str) -> list[float]:
+        """R_{≥t} − b_t of every step of a response."""
+        own = {t: value for (m, h, t), value in self.steps.items() if (m, h) == (n, g)}
+        result = []
+        for t, (later, phi) in own.items():
+            if baseline == "none":
+                result.append(phi[0] + later)
+            elif baseline == "hk":
+                result.append(later)
+            elif baseline == "hk_ema":
+                others = [r for (m, _, k), (r, _) in self.steps.items() if m != n and k == t]
+                result.append(later - (mean(others) if others else 0.0))
+            else:
+                result.append(later - self._ridge(n % min(5, len(self.lines)), phi))
+        return result
+
+    def _ridge(self, fold: int, phi: list[float]) -> float:
+        """β₀ + φᵀβ, fitted to R_{>t} on the prompts outside the fold: Σ(R_{>t} − β₀ − φᵀβ)² + 0.01·rows·|β|² over
+        standardised φ, cut to ±10 deviations, by least squares with a row √(0.01·rows)·e_j for every feature."""
+        rows = [value for (m, _, _), value in self.steps.items() if m % min(5, len(self.lines)) != fold]
+        features, target = np.array([x for _, x in rows]), np.array([r for r, _ in rows])
+
+        def standardised(x: np.ndarray) -> np.ndarray:
+            return np.clip((x - features.mean(0)) / features.std(0), -10, 10)
+
+        count, width = features.shape
+        fit = np.hstack([np.ones((count, 1)), standardised(features)])
+        extra = np.hstack([np.zeros((width, 1)), math.sqrt(0.01 * count) * np.eye(width)])
+        beta = np.linalg.lstsq(np.vstack([fit, extra]), np.append(target, np.zeros(width)), rcond=None)[0]
+        return float(beta[0] + standardised(np.array(phi)) @ beta[1:])
 
     def gradient(self, value: Tensor, **options: Any) -> dict[str, Tensor]:
         grads = torch.autograd.grad(value, list(self.named.values()), **options)
@@ -62,6 +121,18 @@ class Reference:
             loss = loss + (float(s[g].data) - others) * s[g] / size
         with self.true_derivative():
             return self.gradient(loss)
+
+    def x_rb(self, n: int, baseline: str) -> dict[str, Tensor]:
+        """−(1/G) Σ_g ∇Σ_t (H_t + (R_{≥t} − b_t)·log p_t), with constant R_{≥t} − b_t."""
+        size = len(self.lines[n]["rewards"])
+        total = {name: torch.zeros_like(p) for name, p in self.named.items()}
+        for g in range(size):
+            kappa = torch.tensor(self.coefficients(n, g, baseline), dtype=torch.float64)
+            with self.true_derivative():
+                logp, entropy = self.tokens(n, g)
+                for name, gradient in self.gradient((entropy + kappa * logp).sum()).items():
+                    total[name] -= gradient / size
+        return total
 
     def y(self, n: int) -> dict[str, Tensor]:
         line = self.lines[n]

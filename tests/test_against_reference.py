@@ -1,18 +1,23 @@
 """Every first_order, two_batch, entropy, update and entropy_change number of the report, against plain loops.
 
+Three runs of each checkpoint: on two batches with the naive X and with X by Rao-Blackwell, and on one batch.
+
 Float64 throughout; a number agrees when it differs by at most 1e-9 of the sum of the absolute values of the terms that
 were added to make it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 import models
 import reference as ref
@@ -30,11 +35,22 @@ KINDS: dict[str, Any] = {
     "llama+lora": lambda folder: models.adapter_checkpoint(folder, "llama"),
     "gpt2 full": lambda folder: models.full_checkpoint(folder, "gpt2"),
     "gpt2 full, Adam": lambda folder: models.full_checkpoint(folder, "gpt2", torch.optim.Adam),
+    "gemma2 full": lambda folder: models.full_checkpoint(folder, "gemma2"),
     "qwen3+lora, AMSGrad": lambda folder: models.adapter_checkpoint(folder, "qwen3", adamw={"amsgrad": True}),
     "llama+dora+modules_to_save": lambda folder: models.adapter_checkpoint(
         folder, "llama", use_dora=True, modules_to_save=["lm_head"]
     ),
 }
+BASELINE = {
+    "llama+lora": "hk_ridge",
+    "gpt2 full": "none",
+    "gpt2 full, Adam": "hk",
+    "gemma2 full": "hk_ema",
+    "qwen3+lora, AMSGrad": "hk_ema",
+    "llama+dora+modules_to_save": "hk_ridge",
+}
+"""That of the run with estimator rb, by kind."""
+Tensors = dict[str, torch.Tensor]
 
 
 class Both:
@@ -44,19 +60,31 @@ class Both:
         self.path = KINDS[kind](folder / "ckpt")
         e = models.random_rollouts(folder / "e.jsonl", prompts=5, responses=3, seed=1)
         u = models.random_rollouts(folder / "u.jsonl", prompts=6, responses=2, seed=2)
-        config = ProbeConfig.from_mapping(
-            {
-                "precision": FLOAT64,
-                "true_delta_h": {"etas": ETAS},
-                "generation": {"temperature": 0.9, "tf_batch_size": 4},
-            }
-        )
+        self.baseline = BASELINE[kind]
+        mapping = {
+            "precision": FLOAT64,
+            "true_delta_h": {"etas": ETAS},
+            "generation": {"temperature": 0.9, "tf_batch_size": 4},
+        }
+        config = ProbeConfig.from_mapping(mapping)
         self.report: ProbeReport = run_probe(self.path, config, e, u)
         self.same: ProbeReport = run_probe(self.path, config, e)
+        config = ProbeConfig.from_mapping(mapping | {"first_order": {"estimator": "rb", "baseline": self.baseline}})
+        self.rb: ProbeReport = run_probe(self.path, config, e, u)
         self.checkpoint = load_checkpoint(self.path)
         self.model = self.checkpoint.model.double()
         self.e, self.u = (ref.Reference(self.model, file, temperature=0.9) for file in (e, u))
-        self.v = self._direction(self.u)
+        self.x_e, self.x_u = ([batch.x(n) for n in range(len(batch.lines))] for batch in (self.e, self.u))
+        self.y_u = [self.u.y(m) for m in range(len(self.u.lines))]
+        self.v = self._direction(self.y_u)
+
+    @functools.cached_property
+    def x_rb_u(self) -> list[Tensors]:
+        return [self.u.x_rb(n, self.baseline) for n in range(len(self.u.lines))]
+
+    @functools.cached_property
+    def along(self) -> list[list[Tensors]]:
+        return self.e.directional(self.v)
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """The state of optimizer.pt as torch reads it, by the name that the construction of the checkpoint implies."""
@@ -66,8 +94,8 @@ class Both:
     def _order(self, saved: dict[str, Any]) -> list[tuple[int, str]]:
         flat = [i for group in saved["param_groups"] for i in group["params"]]
         names = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        if len(saved["param_groups"]) == 2:  # GPT-2: the Trainer decays matrices, not LayerNorms and biases
-            kept = [n for n in names if "ln_" in n or n.endswith("bias")]
+        if len(saved["param_groups"]) == 2:  # full: the Trainer decays matrices, not norms and biases
+            kept = [n for n in names if "ln_" in n or "norm" in n or n.endswith("bias")]
             names = [n for n in names if n not in kept] + kept
         return list(zip(flat, names, strict=True))
 
@@ -86,9 +114,29 @@ class Both:
                 result[name] = 1 / (torch.sqrt(v_hat) + group["eps"])
         return result
 
-    def _direction(self, batch: ref.Reference) -> dict[str, torch.Tensor]:
-        ys = [batch.y(n) for n in range(len(batch.lines))]
-        g = {name: -sum(y[name] for y in ys) / len(ys) for name in ys[0]}
+    def momentum_and_diagonal(self, ys: list[Tensors]) -> tuple[Tensors, Tensors]:
+        """(v₀, D): v₀ = −β₁·exp_avg·scale − weight_decay·θ and D = (1−β₁)·scale, where scale is one over (1−β₁^t) times
+        the denominator of v; a coupled decay, being in g, comes into v₀ as −(1−β₁)·weight_decay·θ·scale."""
+        y_bar, v0, diagonal = average(ys), {}, {}
+        for group in self.groups():
+            beta1, beta2 = group["betas"]
+            for name in group["params"]:
+                state, theta = self.moments()[name], self.e.named[name].detach()
+                t = float(state["step"]) + 1
+                coupled = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+                gradient = -y_bar[name] + coupled * theta
+                second = beta2 * state["exp_avg_sq"].double() + (1 - beta2) * gradient**2
+                if group["amsgrad"]:
+                    second = torch.maximum(second, state["max_exp_avg_sq"].double())
+                denominator = torch.sqrt(second) / math.sqrt(1 - beta2**t) + group["eps"]
+                scale = 1 / ((1 - beta1**t) * denominator)
+                diagonal[name] = (1 - beta1) * scale
+                pulled = beta1 * state["exp_avg"].double() + (1 - beta1) * coupled * theta
+                v0[name] = -pulled * scale - (group["weight_decay"] - coupled) * theta
+        return v0, diagonal
+
+    def _direction(self, ys: list[Tensors]) -> Tensors:
+        g = {name: -y for name, y in average(ys).items()}
         cls = torch.optim.AdamW if self.groups()[0]["decoupled_weight_decay"] else torch.optim.Adam
         return ref.optimizer_step(self.model, self.groups(), self.moments(), g, cls)
 
@@ -106,11 +154,44 @@ def agree(got: float | None, expected: float, scale: float) -> None:
     )
 
 
+def average(units: list[Tensors]) -> Tensors:
+    return {name: torch.stack([unit[name] for unit in units]).mean(0) for name in units[0]}
+
+
+Gram = list[list[tuple[float, float]]]
+
+
+def gram(xs: list[Tensors], ys: list[Tensors], p: Tensors, names: Iterable[str] | None = None) -> Gram:
+    """X_nᵀPY_m with the sum of the absolute values of its terms, over some names only where they are given."""
+    kept = {name: p[name] for name in (p if names is None else names)}
+    return [[ref.dot(x, {name: y[name] for name in kept}, kept) for y in ys] for x in xs]
+
+
+def u_statistic(k: Gram) -> tuple[float, float, list[float], float]:
+    """(U_cross, its plug-in SE, row means, the size of the terms)."""
+    size = len(k)
+    u_cross = math.fsum(k[n][m][0] for n in range(size) for m in range(size) if n != m) / (size * (size - 1))
+    r = [0.5 * ref.mean([k[n][m][0] + k[m][n][0] for m in range(size) if m != n]) for n in range(size)]
+    return u_cross, 2 * ref.sd(r) / math.sqrt(size), r, math.fsum(t[1] for row in k for t in row) / (size * (size - 1))
+
+
+def two_batches(k: Gram) -> tuple[float, float, list[float], float]:
+    """(mean, its SE in all, projections, the size of the terms)."""
+    size_e, size_u = len(k), len(k[0])
+    s = [ref.mean([t[0] for t in row]) for row in k]
+    t = [ref.mean([row[m][0] for row in k]) for m in range(size_u)]
+    left = [[k[i][m][0] - s[i] - t[m] + ref.mean(s) for m in range(size_u)] for i in range(size_e)]
+    interaction = math.fsum(x * x for row in left for x in row) / ((size_e - 1) * (size_u - 1))
+    var_s, var_t, of_both = ref.sd(s) ** 2 / size_e, ref.sd(t) ** 2 / size_u, interaction / (size_e * size_u)
+    total = max(var_s + var_t - of_both, of_both / 4)
+    return ref.mean(s), math.sqrt(total), s, math.fsum(x[1] for row in k for x in row) / (size_e * size_u)
+
+
 def test_first_order(both: Both) -> None:
     section, p = both.report.first_order, both.precond()
     size = len(both.u.lines)
-    xs, ys = ([f(n) for n in range(size)] for f in (both.u.x, both.u.y))
-    k = [[ref.dot(xs[n], ys[m], p) for m in range(size)] for n in range(size)]
+    xs, ys = both.x_u, both.y_u
+    k = gram(xs, ys, p)
     total = math.fsum(k[n][m][1] for n in range(size) for m in range(size))
     off = [(n, m) for n in range(size) for m in range(size) if n != m]
     u_cross = math.fsum(k[n][m][0] for n, m in off) / (size * (size - 1))
@@ -122,8 +203,7 @@ def test_first_order(both: Both) -> None:
     agree(section.u_cross, size / (size - 1) * bars_dot - diag_sum / (size * (size - 1)), total / (size * (size - 1)))
     r = []
     for n in range(size):
-        y_others = {name: sum(ys[m][name] for m in range(size) if m != n) / (size - 1) for name in p}
-        x_others = {name: sum(xs[m][name] for m in range(size) if m != n) / (size - 1) for name in p}
+        x_others, y_others = (average([unit for m, unit in enumerate(units) if m != n]) for units in (xs, ys))
         r.append(0.5 * (ref.dot(xs[n], y_others, p)[0] + ref.dot(ys[n], x_others, p)[0]))
     for got, expected in zip(section.row_means, r, strict=True):
         agree(got, expected, total / size)
@@ -140,9 +220,10 @@ def test_first_order(both: Both) -> None:
     c = 4 * (size - 2) / (size - 4)
     agree(section.var_unbiased, (c * (a - w) + 2 * w) / (size * (size - 1) + c - 2), c * (a + w) + 2 * w)
     for got, units in ((section.norm_x_sum, xs), (section.norm_y_sum, ys)):
-        summed = {name: sum(unit[name] for unit in units) for name in p}
+        summed = {name: torch.stack([unit[name] for unit in units]).sum(0) for name in p}
         agree(got, math.sqrt(ref.dot(summed, summed)[0]), math.sqrt(ref.dot(summed, summed)[1]))
     agree(section.delta_h1, -1e-3 * u_cross, 1e-3 * total / size**2)
+    assert section.se_plugin is not None
     agree(section.delta_h1_se, 1e-3 * section.se_plugin, 1e-3 * section.se_plugin)
     assert (section.lr, section.lr_source) == (1e-3, "optimizer")
 
@@ -150,24 +231,85 @@ def test_first_order(both: Both) -> None:
 def test_two_batches(both: Both) -> None:
     section, p = both.report.two_batch, both.precond()
     assert section is not None
-    xs = [both.e.x(n) for n in range(len(both.e.lines))]
-    ys = [both.u.y(m) for m in range(len(both.u.lines))]
-    y_bar = {name: sum(y[name] for y in ys) / len(ys) for name in p}
-    k = [[ref.dot(x, y, p) for y in ys] for x in xs]
-    scale = math.fsum(t[1] for row in k for t in row) / (len(xs) * len(ys))
-    s = [ref.dot(x, y_bar, p)[0] for x in xs]
-    for got, expected in zip(section.projections, s, strict=True):
-        agree(got, expected, scale * len(xs))
-    agree(section.bars_dot, ref.mean(s), scale)
-    agree(section.delta_h1, -1e-3 * ref.mean(s), 1e-3 * scale)
+    mean, se, s, scale = two_batches(gram(both.x_e, both.y_u, p))
+    y_bar = average(both.y_u)
+    for got, projection, x in zip(section.projections, s, both.x_e, strict=True):
+        agree(got, projection, scale * len(s))
+        agree(got, ref.dot(x, y_bar, p)[0], scale * len(s))
+    agree(section.bars_dot, mean, scale)
+    agree(section.delta_h1, -1e-3 * mean, 1e-3 * scale)
     agree(section.conditional_se, 1e-3 * ref.sd(s) / math.sqrt(len(s)), 1e-3 * scale)
-    t = [ref.mean([k[i][m][0] for i in range(len(xs))]) for m in range(len(ys))]
-    left = [[k[i][m][0] - s[i] - t[m] + ref.mean(s) for m in range(len(ys))] for i in range(len(xs))]
-    interaction = math.fsum(x * x for row in left for x in row) / ((len(xs) - 1) * (len(ys) - 1))
-    var_s, var_t = ref.sd(s) ** 2 / len(xs), ref.sd(t) ** 2 / len(ys)
-    of_both = interaction / (len(xs) * len(ys))
-    total = max(var_s + var_t - of_both, of_both / 4)
-    agree(section.delta_h1_se, 1e-3 * math.sqrt(total), 1e-3 * scale)
+    agree(section.delta_h1_se, 1e-3 * se, 1e-3 * scale)
+
+
+def test_rao_blackwell_x(both: Both) -> None:
+    section, across, p = both.rb.first_order, both.rb.two_batch, both.precond()
+    assert (section.estimator, both.rb.config["first_order"]["baseline"]) == ("rb", both.baseline)
+    assert across is not None
+    xs_e = [both.e.x_rb(n, both.baseline) for n in range(len(both.e.lines))]
+    k = gram(both.x_rb_u, both.y_u, p)
+    u_cross, se, r, scale = u_statistic(k)
+    agree(section.u_cross, u_cross, scale)
+    agree(section.bars_dot, ref.mean([t[0] for row in k for t in row]), scale)
+    agree(section.se_plugin, se, scale)
+    for got, expected in zip(section.row_means, r, strict=True):
+        agree(got, expected, scale * len(r))
+    mean, se, s, scale = two_batches(gram(xs_e, both.y_u, p))
+    agree(across.bars_dot, mean, scale)
+    agree(across.delta_h1_se, 1e-3 * se, 1e-3 * scale)
+    for got, expected in zip(across.projections, s, strict=True):
+        agree(got, expected, scale * len(s))
+    rb, slope_scale = _rb_slopes(both, both.baseline)
+    along, terms = ref.dot(average(xs_e), both.v)
+    agree(both.rb.update.slope_of_v0 + math.fsum(both.rb.update.slope_by_unit), -along, terms)
+    agree(both.rb.update.delta_h1_per_lr_rb, -along, terms + slope_scale)
+    agree(both.rb.update.delta_h1_per_lr_rb, ref.mean(rb), slope_scale)
+    agree(both.rb.update.delta_h1_per_lr_rb_se, ref.sd(rb) / math.sqrt(len(rb)), slope_scale)
+
+
+def test_interval_and_plain_dot(both: Both) -> None:
+    for section, xs in ((both.report.first_order, both.x_u), (both.rb.first_order, both.x_rb_u)):
+        assert section.interval is not None
+        assert section.se_plugin is not None
+        expected = stats.t.interval(0.95, section.num_units - 1, loc=section.u_cross, scale=section.se_plugin)
+        for got, end in zip(section.interval, expected, strict=True):
+            agree(got, float(end), abs(section.u_cross) + section.se_plugin)
+        agree(section.bars_dot_plain, *ref.dot(average(xs), average(both.y_u)))
+
+
+def _chosen(names: Iterable[str]) -> list[tuple[str, str, Callable[[str], bool]]]:
+    """(table, part, whether a parameter is in it): one part of each table, and not the whole."""
+    adapter = any("lora_A" in name for name in names)
+    return [
+        ("layer", "layer 1", lambda name: ".1." in name),
+        ("module", "attention", lambda name: "attn" in name),
+        (
+            "factor",
+            "lora_A" if adapter else "weight",
+            lambda name: "lora_A" in name if adapter else "bias" not in name,
+        ),
+    ]
+
+
+def test_parts_add_up_and_are_those_of_their_names(both: Both) -> None:
+    """Seen to fail with `post_attention_layernorm` of Gemma-2 counted as attention."""
+    section, across, p = both.report.first_order, both.report.two_batch, both.precond()
+    assert across is not None
+    *_, r, scale = u_statistic(gram(both.x_u, both.y_u, p))
+    *_, scale_across = two_batches(gram(both.x_e, both.y_u, p))
+    agree(math.fsum(section.delta_h1_by_unit), section.delta_h1, 1e-3 * scale)
+    for got, expected in zip(section.delta_h1_by_unit, r, strict=True):
+        agree(got, -1e-3 * expected / len(r), 1e-3 * scale)
+    for of, size in ((section, scale), (across, scale_across)):
+        for table in (of.delta_h1_parts.layer, of.delta_h1_parts.module, of.delta_h1_parts.factor):
+            agree(math.fsum(part.value for part in table.values()), of.delta_h1, 1e-3 * size)
+    for table, label, inside in _chosen(p):
+        names = [name for name in p if inside(name)]
+        for of, xs, moments in ((section, both.x_u, u_statistic), (across, both.x_e, two_batches)):
+            value, se, _, size = moments(gram(xs, both.y_u, p, names))
+            got = getattr(of.delta_h1_parts, table)[label]
+            agree(got.value, -1e-3 * value, 1e-3 * size)
+            agree(got.se, 1e-3 * se, 1e-3 * size)
 
 
 def test_entropy(both: Both) -> None:
@@ -192,9 +334,9 @@ def test_entropy(both: Both) -> None:
     agree(section.per_token.se, math.sqrt(5 / 4 * math.fsum(c * c for c in clusters)) / 15, ratio)
 
 
-def _terms(both: Both, v: dict[str, torch.Tensor]) -> tuple[list[float], list[float], list[float], float, float]:
+def _terms(both: Both) -> tuple[list[float], list[float], list[float], float, float]:
     """Per prompt: naive slope, RB slope, curvature; and the mean size of a slope's and a curvature's terms."""
-    along = both.e.directional(v)
+    along = both.along
     flat = [item for row in along for item in row]
     size = len(flat)
     naive, rb, curvature, slope_scale, curvature_scale = [], [], [], 0.0, 0.0
@@ -223,13 +365,63 @@ def _terms(both: Both, v: dict[str, torch.Tensor]) -> tuple[list[float], list[fl
     return naive, rb, curvature, slope_scale + ref.mean([abs(x) for x in naive]), curvature_scale
 
 
+def _rb_slopes(both: Both, baseline: str) -> tuple[list[float], float]:
+    """Per prompt mean_g Σ_t (D_vH_t + (R_{≥t} − b_t)·D_v log p_t), and the mean size of a response's terms."""
+    slopes, size = [], []
+    for n, row in enumerate(both.along):
+        terms = [
+            [float(d) for d in item["d_entropy"]]
+            + [k * float(d) for k, d in zip(both.e.coefficients(n, g, baseline), item["d_logp"], strict=True)]
+            for g, item in enumerate(row)
+        ]
+        slopes.append(ref.mean([math.fsum(x) for x in terms]))
+        size.append(ref.mean([math.fsum(map(abs, x)) for x in terms]))
+    return slopes, ref.mean(size)
+
+
+def test_slope_by_every_estimator(both: Both) -> None:
+    section = both.report.update
+    assert set(section.estimators) == {"naive", "rb_none", "rb_hk", "rb_hk_ema", "rb_hk_ridge"}
+    naive, _, _, scale, _ = _terms(both)
+    values = {"naive": (naive, scale)} | {
+        f"rb_{baseline}": _rb_slopes(both, baseline) for baseline in ("none", "hk", "hk_ema", "hk_ridge")
+    }
+    for name, (slopes, size) in values.items():
+        agree(section.estimators[name].value, ref.mean(slopes), size)
+        agree(section.estimators[name].se, ref.sd(slopes) / math.sqrt(len(slopes)), size)
+    assert section.estimators["rb_hk"].value == section.delta_h1_per_lr_rb
+    assert len({estimate.value for estimate in section.estimators.values()}) == 5
+    for name, (_, size) in values.items():  # the same U batch, and v but for the rounding of Y
+        agree(both.rb.update.estimators[name].value, section.estimators[name].value, size)
+
+
+def test_slope_by_source(both: Both) -> None:
+    """Momentum and decay, and every prompt of U, each by its own −X̄ᵀ(·); together the naive slope."""
+    section = both.report.update
+    v0, diagonal = both.momentum_and_diagonal(both.y_u)
+    y_bar, x_bar = average(both.y_u), average(both.x_e)
+    for name, v in both.v.items():
+        together = v0[name] + diagonal[name] * y_bar[name]
+        scale = v0[name].abs() + (diagonal[name] * y_bar[name]).abs() + both.e.named[name].detach().abs() / 1e-3
+        assert bool(((together - v).abs() <= TOLERANCE * scale).all()), name
+    agree(section.norm_v0, math.sqrt(ref.dot(v0, v0)[0]), math.sqrt(ref.dot(v0, v0)[1]))
+    value, size = ref.dot(x_bar, v0)
+    agree(section.slope_of_v0, -value, size)
+    for got, y in zip(section.slope_by_unit, both.y_u, strict=True):
+        value, part = ref.dot(x_bar, y, diagonal)
+        agree(got, -value / len(both.y_u), part / len(both.y_u))
+        size += part / len(both.y_u)
+    whole = section.slope_of_v0 + math.fsum(section.slope_by_unit)
+    agree(whole, -ref.dot(x_bar, both.v)[0], size)
+    agree(whole, section.delta_h1_per_lr_naive, size)
+
+
 def test_update(both: Both) -> None:
     section = both.report.update
-    ys = [both.u.y(m) for m in range(len(both.u.lines))]
-    y_bar = {name: sum(y[name] for y in ys) / len(ys) for name in ys[0]}
+    y_bar = average(both.y_u)
     agree(section.grad_norm, math.sqrt(ref.dot(y_bar, y_bar)[0]), math.sqrt(ref.dot(y_bar, y_bar)[1]))
     agree(section.norm, math.sqrt(ref.dot(both.v, both.v)[0]), math.sqrt(ref.dot(both.v, both.v)[1]))
-    naive, rb, curvature, slope_scale, curvature_scale = _terms(both, both.v)
+    naive, rb, curvature, slope_scale, curvature_scale = _terms(both)
     root = math.sqrt(len(naive))
     agree(section.delta_h1_per_lr_naive, ref.mean(naive), slope_scale)
     agree(section.delta_h1_per_lr_naive_se, ref.sd(naive) / root, slope_scale)
@@ -254,25 +446,11 @@ def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
     assert both.same.batch.same_batch
     assert both.same.two_batch is None
     size = len(both.e.lines)
-    v = both._direction(both.e)
-    xs, ys = ([f(n) for n in range(size)] for f in (both.e.x, both.e.y))
-    y_bar = {name: sum(y[name] for y in ys) / size for name in v}
-    diagonal = {}
-    for group in both.groups():
-        beta1, beta2 = group["betas"]
-        for name in group["params"]:
-            state = both.moments()[name]
-            t = float(state["step"]) + 1
-            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-            gradient = -y_bar[name] + decay * both.e.named[name].detach()
-            second = beta2 * state["exp_avg_sq"].double() + (1 - beta2) * gradient**2
-            if group["amsgrad"]:
-                second = torch.maximum(second, state["max_exp_avg_sq"].double())
-            denominator = torch.sqrt(second) / math.sqrt(1 - beta2**t) + group["eps"]
-            diagonal[name] = (1 - beta1) / ((1 - beta1**t) * denominator)
-    x_bar = {name: sum(x[name] for x in xs) / size for name in v}
-    whole = ref.dot(x_bar, v)
-    k = [[ref.dot(xs[n], ys[m], diagonal) for m in range(size)] for n in range(size)]
+    xs, ys = both.x_e, [both.e.y(n) for n in range(size)]
+    v = both._direction(ys)
+    _, diagonal = both.momentum_and_diagonal(ys)
+    whole = ref.dot(average(xs), v)
+    k = gram(xs, ys, diagonal)
     all_pairs = math.fsum(k[n][m][0] for n in range(size) for m in range(size)) / size**2
     off = math.fsum(k[n][m][0] for n in range(size) for m in range(size) if n != m) / (size * (size - 1))
     scale = whole[1] + math.fsum(k[n][m][1] for n in range(size) for m in range(size)) / size
@@ -282,7 +460,7 @@ def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
 def test_entropy_change(both: Both) -> None:
     rows = {row.eta: row for row in both.report.entropy_change}
     assert set(rows) == {0.0, 1e-3, *ETAS}
-    _, rb, curvature, slope_scale, curvature_scale = _terms(both, both.v)
+    _, rb, curvature, slope_scale, curvature_scale = _terms(both)
     with torch.no_grad():
         before = [[both.e.tokens(n, g) for g in range(3)] for n in range(len(both.e.lines))]
     for eta, row in rows.items():
@@ -366,7 +544,7 @@ def test_restricted_policy(tmp_path: Path) -> None:
     ys = [e.y(n) for n in range(3)]
     both = object.__new__(Both)
     both.path, both.model, both.e = path, model, e
-    g = {name: -sum(y[name] for y in ys) / 3 for name in ys[0]}
+    g = {name: -y for name, y in average(ys).items()}
     v = ref.optimizer_step(model, both.groups(), both.moments(), g, torch.optim.AdamW)
     s, logq, r, r_q = [], [], [], []
     with torch.no_grad():

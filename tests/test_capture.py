@@ -287,9 +287,6 @@ def other(kind: str) -> Any:
     config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **OTHERS[kind][0]})
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for module in model.modules():  # torch's grouped products know no float64
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = "eager"
     return perturbed(model)
 
 

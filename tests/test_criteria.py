@@ -100,14 +100,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "projections_agree": [
         *(
             (lambda r, k=k, x=x: r.model_copy(update={"witness": {**r.witness, k: x}}), "fail")
-            for k in ("projections_jvp", "projections_alpha")
+            for k in ("projections_jvp", "projections_alpha", "projections_v")
             for x in (1e-4, math.nan)
-        ),
-        (
-            lambda r: r.model_copy(
-                update={"witness": {**r.witness, "projections_jvp": None, "projections_alpha": None}}
-            ),
-            "not_applicable",
         ),
         (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
     ],

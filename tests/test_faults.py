@@ -15,7 +15,7 @@ from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.model import forward, precision
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages import continuity, entropy_change, scores, update
+from entropy_probe.stages import continuity, entropy_change, gradients, scores, update
 from entropy_probe_checks.criteria import CRITERIA
 
 
@@ -212,4 +212,19 @@ def test_per_prompt_gradients_that_are_mixed_up(llama: Subject, monkeypatch: pyt
         original(self, weight, left, right.roll(1, 0), rows)
 
     monkeypatch.setattr(Capture, "add_outer", shifted)
-    assert llama.red() == {"gradient_witness"}
+    assert llama.red() == {"gradient_witness", "projections_agree"}
+
+
+def test_gradients_of_blocks_that_are_mixed_up(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that holds another block's prompts: each of X and Y is seen by itself."""
+    original = gradients.unit_gradients
+    for side in ("x", "y"):
+
+        def rolled(*a: Any, side: str = side, **k: Any) -> Any:
+            units = original(*a, **k)
+            return dataclasses.replace(units, **{side: {n: v.roll(1, 0) for n, v in getattr(units, side).items()}})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gradients, "unit_gradients", rolled)
+            red = llama.red(first_order={"mode": "block", "num_blocks": 3})
+        assert red == {"gradient_witness"} | ({"projections_agree"} if side == "x" else set())

@@ -520,9 +520,9 @@ def test_cross_fitted_slope_is_unbiased(name: str, units: int) -> None:
     draw = model.draw(REPLICATIONS, units, GROUP, seed=9)
     x, y = x_of(model, draw), y_of(model, draw)
     direction = UpdateDirection({"θ": step.v0}, {"θ": step.v0}, {"θ": step.diagonal}, grad_norm=0.0, clip_factor=1.0)
-    sizes = torch.ones(units, dtype=torch.long)
+    own = torch.arange(units)
     crossed = [
-        cross_fitted_slope(UnitGradients({"θ": x[i]}, {"θ": y[i]}, sizes, "exact"), direction).value
+        cross_fitted_slope(UnitGradients({"θ": x[i]}, {"θ": y[i]}, own, "exact"), direction).value
         for i in range(REPLICATIONS)
     ]
     assert unbiased(torch.tensor(crossed, dtype=torch.float64), exact)

@@ -99,7 +99,7 @@ class FirstOrderSection(_Section):
     estimator: str
     num_units: int
     u_cross: float
-    interval: tuple[float, float] | None
+    interval: tuple[float, float]
     bars_dot: float
     bars_dot_plain: float
     diag_sum: float

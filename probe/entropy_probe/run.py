@@ -132,7 +132,9 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             sources = slopes.slope_sources(units_e, units_u, direction)
         with clock("witnesses"):
             witness = asdict(gradient_witness(bound, u, of_x, of_y, config, units_u, precond))
-            witness |= asdict(projection_agreement(bound, e, of_x_e, config, units_e, precond, ascent))
+            witness |= asdict(
+                projection_agreement(bound, e, of_x_e, config, units_e, precond, ascent, direction.v, along.at_theta)
+            )
             witness["curvature"] = None  # without the second derivative that the α-trick needs too
             if witness["projections_alpha"] is not None:
                 witness["curvature"] = curvature_witness(float64, e, scores_e, along, direction.v, config)

@@ -1,4 +1,4 @@
-"""From what the stages measured to the sections of the report; nothing is computed here but sums and means."""
+"""From what the stages measured to the sections of the report: statistics of matrices, sums and means."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def first_order_section(
 
     def delta_h1(gram: Tensor) -> r.Estimate:
         statistic = statistic_of(gram)[1]
-        return r.Estimate(value=-lr * statistic.u_cross, se=lr * (statistic.se_plugin or 0.0))
+        return r.Estimate(value=-lr * statistic.u_cross, se=lr * statistic.se_plugin)
 
     matrices = gradients.grams(units.x, units.y, precond)
     matrix = torch.stack(list(matrices.values())).sum(0)
@@ -109,7 +109,7 @@ def first_order_section(
         lr=lr,
         lr_source=lr_source,
         delta_h1=-lr * statistic.u_cross,
-        delta_h1_se=None if statistic.se_plugin is None else lr * statistic.se_plugin,
+        delta_h1_se=lr * statistic.se_plugin,
         **asdict(statistic),
     )
 
@@ -136,15 +136,15 @@ def two_batch_section(
 ) -> r.TwoBatchSection:
     def delta_h1(gram: Tensor) -> r.Estimate:
         moments = two_batch.two_batch_moments(gram, e.sizes, u.sizes)
-        return r.Estimate(value=-lr * moments.bars_dot, se=lr * (moments.total_se or 0.0))
+        return r.Estimate(value=-lr * moments.bars_dot, se=lr * moments.total_se)
 
     matrices = gradients.grams(e.x, u.y, precond)
     moments = two_batch.two_batch_moments(torch.stack(list(matrices.values())).sum(0), e.sizes, u.sizes)
     return r.TwoBatchSection(
         bars_dot=moments.bars_dot,
         delta_h1=-lr * moments.bars_dot,
-        delta_h1_se=None if moments.total_se is None else lr * moments.total_se,
-        conditional_se=None if moments.conditional_se is None else lr * moments.conditional_se,
+        delta_h1_se=lr * moments.total_se,
+        conditional_se=lr * moments.conditional_se,
         projections=moments.projections.tolist(),
         delta_h1_parts=_parts(matrices, delta_h1),
     )

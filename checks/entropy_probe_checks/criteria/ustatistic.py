@@ -19,7 +19,7 @@ from entropy_probe_checks.thresholds import limit_for
 
 @Criterion
 def gradient_witness(report: ProbeReport) -> Finding:
-    """Larger of ‖X_fast − X_naive‖/‖X_naive‖ and the same of Y, over two prompts that are recomputed one at a time.
+    """Larger of ‖X_fast − X_naive‖ and the same of Y, relative to their terms, over two units that are recomputed.
 
     The fast per-prompt gradients are not this model's: it uses a parameter in a way that mixes rows or prompts, such as
     tokens that change places. U_cross and δH₁ cannot be believed; please report the architecture.
@@ -33,17 +33,18 @@ def gradient_witness(report: ProbeReport) -> Finding:
 
 @Criterion
 def projections_agree(report: ProbeReport) -> Finding:
-    """Largest |s_k − X_kᵀPȲ| of four prompts, in units of ‖X_k‖·‖Ȳ‖ under P; s_k by a JVP, and by the α-trick.
+    """Largest |s_k − X_kᵀw| relative to ‖X_k‖·‖w‖: w = PȲ by a JVP and by the α-trick, w = v by the run's own JVP.
 
-    Three ways to the same projections of the entropy gradient on the update differ: a gradient is cut, a mode of
-    differentiation is wrong for an operation of this model, or prompts are mixed up. Nothing of first order holds.
+    Several ways to the same projections of the entropy gradient differ: a gradient is cut, a mode of differentiation is
+    wrong for an operation of this model, or prompts are mixed up. Nothing of first order holds.
     """
-    measured = report.witness or {}
-    ways = [measured.get(key) for key in ("projections_jvp", "projections_alpha")]
-    found = [value for value in ways if value is not None]
-    if not found:
-        return not_applicable("An operation of the model has neither a forward-mode nor a second derivative.")
-    return at_most(largest(*found), limit_for(report, "projections_agree"))
+    if report.witness is None:
+        return not_applicable("No prompt was recomputed.")
+    names = {"projections_jvp": "JVP", "projections_alpha": "α-trick", "projections_v": "JVP along v"}
+    found = {way: value for key, way in names.items() if (value := report.witness.get(key)) is not None}
+    missing = [way for way in names.values() if way not in found]
+    detail = f"[no {', no '.join(missing)}: an operation lacks that derivative]" if missing else ""
+    return at_most(largest(*found.values()), limit_for(report, "projections_agree"), detail=detail)
 
 
 @Criterion
@@ -70,7 +71,7 @@ def _ratio(report: ProbeReport) -> float | Finding:
     f = report.first_order
     if f.num_units < 3 or f.se_jackknife is None or f.se_plugin is None:
         return not_applicable(f"The jackknife needs 3 units, the batch has {f.num_units}.")
-    if f.se_plugin == 0:
+    if f.se_plugin <= 1e-12 * max(map(abs, f.row_means)):  # rounding
         return inconclusive(
             "The standard error is 0: all row means are equal, as when no prompt has differing rewards. "
             "Give more prompts."

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
+from scipy import stats
 from torch import Tensor
 
 
@@ -41,6 +43,11 @@ class Change:
     se: float
     influence: Float[Tensor, "B G"]
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """ΔĤ ± t_{B−1}·SE."""
+        half = float(stats.t.ppf(0.5 + level / 2, len(self.influence) - 1)) * self.se
+        return self.value - half, self.value + half
+
 
 def cluster_se(influence: Float[Tensor, "B G"]) -> float:
     """√(B/(B−1)·Σ_prompts(Σ_g φ)²)/N: responses of one prompt are not independent. Intervals use t_{B−1}."""
@@ -53,17 +60,24 @@ def entropy_change(
     after: Float[Tensor, "B G"],
     weights_before: Float[Tensor, "B G"],
     weights_after: Float[Tensor, "B G"],
+    units: Float[Tensor, "B G"] | None = None,
 ) -> Change:
     """ΔĤ of a payload f per response (−S for the naive estimate, R for Rao-Blackwell), in nats.
 
-        Ĥ⁺ = Σŵ⁺f⁺,   Ĥ = Σŵf,   φ = N·ŵ⁺(f⁺ − Ĥ⁺) − N·ŵ(f − Ĥ)
+        Ĥ⁺ = Σŵ⁺f⁺ / Σŵ⁺T,   Ĥ = Σŵf / Σŵ T,   φ = N·[ŵ⁺(f⁺ − Ĥ⁺T)/Σŵ⁺T − ŵ(f − ĤT)/Σŵ T]
 
-    ŵ are the weights at θ: 1/N each at top_p = 1, where responses come from π itself. At top_p < 1 they are π/q
-    within the nucleus, so that both terms are of the same restricted policy. Equal arguments give exactly 0.
+    `units` T are what the entropy is of: the lengths give it per token; without them T = 1, per response. ŵ are the
+    weights at θ: 1/N each at top_p = 1, where responses come from π itself. At top_p < 1 they are π/q within the
+    nucleus, so that both terms are of the same restricted policy. Equal arguments give exactly 0.
     """
-    size = weights_before.numel()
-    mean_after, mean_before = (weights_after * after).sum(), (weights_before * before).sum()
-    influence = size * (weights_after * (after - mean_after) - weights_before * (before - mean_before))
+
+    def side(weights: Tensor, payload: Tensor) -> tuple[Tensor, Tensor]:
+        total = weights.new_ones(()) if units is None else (weights * units).sum()
+        mean = (weights * payload).sum() / total
+        return mean, weights.numel() * weights * (payload - mean * (1.0 if units is None else units)) / total
+
+    (mean_after, of_after), (mean_before, of_before) = side(weights_after, after), side(weights_before, before)
+    influence = of_after - of_before
     return Change(float(mean_after - mean_before), cluster_se(influence), influence)
 
 
@@ -82,10 +96,18 @@ def ratio_and_se(values: Float[Tensor, "B G"], units: Int[Tensor, "B G"]) -> tup
 def pareto_k(log_weights: Float[Tensor, "B G"], ess: float) -> float | None:
     """k̂ of the generalised Pareto tail (arviz-stats); `None` where N < 64 or ESS/N ≥ 0.95, where it means nothing."""
     size = log_weights.numel()
-    if size < 64 or ess / size >= 0.95:
-        return None
+    return None if size < 64 or ess / size >= 0.95 else _psis(log_weights)[1]
+
+
+def smoothed_weights(log_weights: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+    """log w with its largest values replaced by the quantiles of the fitted Pareto tail (PSIS, Vehtari et al. 2024);
+    up to a constant."""
+    return _psis(log_weights)[0]
+
+
+def _psis(log_weights: Tensor) -> tuple[Tensor, float]:
     from arviz_stats.base.array import array_stats
 
     # psislw takes log-likelihoods, whose negatives are the log-weights
-    _, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
-    return float(k)
+    smoothed, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
+    return torch.from_numpy(smoothed).reshape(log_weights.shape), float(k)

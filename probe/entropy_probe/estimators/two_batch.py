@@ -11,18 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TwoBatchMoments:
-    """X̄_EᵀPȲ_U, its projections s_k = X_kᵀPȲ_U, and standard errors given U and in all (`None` below two prompts)."""
+    """X̄_EᵀPȲ_U, its projections s_k = X_kᵀPȲ_U, and standard errors given U and in all."""
 
     bars_dot: float
     projections: Float[Tensor, " E"]
-    conditional_se: float | None
-    total_se: float | None
+    conditional_se: float
+    total_se: float
 
 
 def two_batch_moments(
     gram: Float[Tensor, "E U"], sizes_e: Int[Tensor, " E"], sizes_u: Int[Tensor, " U"]
 ) -> TwoBatchMoments:
-    """Moments of K_km = X_kᵀPY_m with k in E, m in U; a unit is a prompt, or a block weighted by its `sizes`.
+    """Moments of K_km = X_kᵀPY_m with k in E, m in U; a unit is a prompt, or a block weighted by its `sizes`. Needs two
+    of each.
 
         bars_dot = mean(K),  s_k = mean_m K_km,  t_m = mean_k K_km        (no diagonal to remove)
         Var(· | U) = s²(s_k)/B_E
@@ -40,8 +41,6 @@ def two_batch_moments(
     weights_e, weights_u = (sizes.double() / sizes.sum() for sizes in (sizes_e, sizes_u))
     s, t = gram @ weights_u, weights_e @ gram
     mean = weights_e @ s
-    if size_e < 2 or size_u < 2:
-        return TwoBatchMoments(float(mean), s, None, None)
     var_s = float(s.var()) / size_e
     var_t = float(t.var()) / size_u
     residual = gram - s[:, None] - t[None, :] + mean

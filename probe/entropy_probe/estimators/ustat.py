@@ -24,12 +24,12 @@ class CrossMoments:
 
 @dataclass(frozen=True)
 class UStatistic:
-    """U_cross with its standard errors. `None`: too few units (plug-in needs 2, jackknife 3, unbiased variance 5)."""
+    """U_cross with its standard errors. `None`: too few units (the jackknife needs 3, the unbiased variance 5)."""
 
     u_cross: float
-    zeta1_plugin: float | None
+    zeta1_plugin: float
     zeta1_jackknife: float | None
-    se_plugin: float | None
+    se_plugin: float
     se_jackknife: float | None
     var_unbiased: float | None
 
@@ -85,10 +85,8 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic
     )
 
 
-def interval(statistic: UStatistic, num_units: int, level: float = 0.95) -> tuple[float, float] | None:
-    """U_cross ± t_{U−1}·se_plugin; `None` without a standard error."""
-    if statistic.se_plugin is None:
-        return None
+def interval(statistic: UStatistic, num_units: int, level: float = 0.95) -> tuple[float, float]:
+    """U_cross ± t_{U−1}·se_plugin."""
     half = float(stats.t.ppf(0.5 + level / 2, num_units - 1)) * statistic.se_plugin
     return statistic.u_cross - half, statistic.u_cross + half
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,7 @@ class Capture(TorchFunctionMode):
         self._known = {id(p): _Weight(p, True, p._version, given.get(name)) for name, p in parameters.items()}
         self._tap = torch.zeros((), requires_grad=True, device=weights.device)
         self._listening = True
+        self._before_piece: set[int] = set()
         self.fell_back: set[str] = set()
         self.shape: tuple[int, int] | None = None
         self.rows_of: Int[Tensor, " r"] | None = None
@@ -78,14 +79,17 @@ class Capture(TorchFunctionMode):
         """Σ_{i in n} w_ki ∂S_i/∂θ by name, where `values` are S; zero where S does not depend on a parameter."""
         if values.requires_grad:
             self._differentiated(values, torch.arange(len(values), device=values.device), [])
+        self._pull_back(set())
         self._listening = False
-        self._pull_back()
         return {name: self._total(self._known[id(tensor)]) for name, tensor in self._parameters.items()}
 
     def piece(self, values: Float[Tensor, " r"], rows: Int[Tensor, " r"], states: Tensor) -> Tensor:
         """∂Σ values/∂states, where `values` are terms of S of the given rows that depend on the rest of the graph
-        through `states` alone: what the parameters between the two add to the sums is collected."""
-        return self._differentiated(values, rows, [states])[0]
+        through `states` alone: what the parameters between the two add to the sums is collected. To be called after
+        the block of `positions` in which they were made, whose tensors are let go."""
+        (gradient,) = self._differentiated(values, rows, [states])
+        self._pull_back(self._before_piece)
+        return gradient
 
     def _differentiated(self, values: Tensor, rows: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """∂Σ values/∂inputs. Layers that are known take their part as the gradient passes; a parameter that it still
@@ -121,11 +125,13 @@ class Capture(TorchFunctionMode):
     def _each(self) -> Iterator[tuple[int, int]]:
         return itertools.product(range(len(self._weights)), range(self._num_prompts))
 
-    def _pull_back(self) -> None:
-        """Gradients of tensors that were made of parameters go on to these, prompt by prompt."""
+    def _pull_back(self, kept: Collection[int]) -> None:
+        """Gradients of tensors that were made of parameters, but of those `kept`, go on to these, prompt by prompt."""
         tensors = list(self._parameters.values())
-        for weight in [w for w in self._known.values() if not w.is_parameter and w.total is not None]:
-            assert weight.total is not None
+        made = [key for key, weight in self._known.items() if not weight.is_parameter and key not in kept]
+        for weight in [self._known.pop(key) for key in made]:
+            if weight.total is None:
+                continue
             if weight.tensor._version != weight.version:
                 raise MeasurementError(
                     "gradients", "the model changes a tensor made of its parameters in place", "use plain expressions"
@@ -144,6 +150,7 @@ class Capture(TorchFunctionMode):
     def positions(self, rows: Int[Tensor, " r"]) -> Iterator[None]:
         """Within the block inputs are [1, r, ...], and position j belongs to row `rows[j]`."""
         before, self.rows_of = self.rows_of, rows
+        self._before_piece = set(self._known)
         try:
             with self:
                 yield

@@ -326,6 +326,10 @@ def bind(model: nn.Module, dtype: torch.dtype = torch.float32) -> BoundModel:
         raise MeasurementError("the model", problem, f"give it in {dtype}".replace("torch.", "")) from error
     for parameter in clone.parameters():
         parameter.grad = None
+    for part in clone.modules():  # torch's grouped product of experts knows no float64
+        config = getattr(part, "config", None)
+        if dtype is torch.float64 and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     return BoundModel(Registry(clone.to(dtype)), dtype)
 
 

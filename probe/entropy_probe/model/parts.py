@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+# the first that matches: post_attention_layernorm and ln_mlp are norms, attention.dense is attention
 _KINDS = {
+    "norm": r"(norm|\bln|_ln)[^.]*\.(modules_to_save\.\w+\.)?\w+$",
     "attention": r"attn|attention",
     "mlp": r"mlp|ffn|feed_forward|moe|expert|fc\d|dense",
-    "norm": r"norm|ln_|_ln|\bln\b",
     "embedding": r"embed|wte|wpe",
     "output": r"lm_head|embed_out|output",
 }
@@ -29,8 +30,9 @@ class Part(NamedTuple):
 
 
 def part_of(name: str) -> Part:
-    """The first number in the name is the layer. A module that is of no known kind is "other"; a parameter that is
-    trained itself is "weight" or "bias"."""
+    """The first number in the name is the layer. "norm" is what a normalisation owns itself, wherever it stands: q_norm
+    of an attention too. A module that is of no known kind is "other"; a parameter that is trained itself is "weight" or
+    "bias"."""
     module = next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name.lower())), "other")
     number = re.search(r"\.(\d+)\.", name)
     own = "bias" if name.endswith("bias") else "weight"

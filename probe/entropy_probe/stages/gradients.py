@@ -28,15 +28,19 @@ _WITNESSED = 8
 
 @dataclass(frozen=True)
 class UnitGradients:
-    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit.
+    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit; the unit of each prompt.
 
     A unit is a prompt (`exact`), or the mean over a block of prompts whose sizes differ by at most one (`block`).
     """
 
     x: dict[str, Float[Tensor, "U D"]]
     y: dict[str, Float[Tensor, "U D"]]
-    sizes: Int[Tensor, " U"]
+    unit_of: Int[Tensor, " B"]
     mode: str
+
+    @property
+    def sizes(self) -> Int[Tensor, " U"]:
+        return torch.bincount(self.unit_of)
 
 
 def response_advantages(rollouts: Rollouts, config: FirstOrderConfig) -> Float[Tensor, "B G"]:
@@ -125,7 +129,7 @@ def unit_gradients(
         raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
     mode, num_units = units_within_memory(bound, rollouts, config)
     unit_of = torch.arange(rollouts.num_prompts) * num_units // rollouts.num_prompts
-    sizes = torch.bincount(unit_of, minlength=num_units)
+    sizes = torch.bincount(unit_of)
     x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
     y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
     on_cpu = bound.device.type == "cpu"  # then sums are added where they belong, and no second copy is made of them
@@ -158,7 +162,7 @@ def unit_gradients(
         done += len(rows)
         if progress is not None:
             progress(stage, done, len(rollouts.gen_lens))
-    return UnitGradients(x, y, sizes, mode)
+    return UnitGradients(x, y, unit_of, mode)
 
 
 def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,7 +191,7 @@ def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConf
     if first_order.mode == "exact" and size_b <= room:
         return "exact", size_b
     most = int(room)
-    wanted = max(most, 2) if first_order.mode == "exact" else first_order.num_blocks
+    wanted = max(most, 2) if first_order.mode == "exact" else min(first_order.num_blocks, size_b)
     if wanted > most:
         raise MeasurementError(
             "first_order.max_gradient_gib",
@@ -195,7 +199,7 @@ def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConf
             f"{first_order.max_gradient_gib:g} are allowed",
             "raise it, or set first_order.num_blocks lower" if wanted > 2 else "raise it",
         )
-    return "block", min(wanted, size_b)
+    return "block", wanted
 
 
 def gram(

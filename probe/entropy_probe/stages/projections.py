@@ -1,12 +1,12 @@
-"""Projections s_k = X_kᵀPȲ of a few prompts in three ways that must agree, on the user's own model at every run."""
+"""Projections of the entropy gradient, s_k = X_kᵀPȲ and X_kᵀv, in several ways that must agree, at every run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
@@ -15,21 +15,30 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length, score_rows
-from entropy_probe.stages.slopes import directional_derivatives
-from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, largest, units_of_prompts
+from entropy_probe.stages.slopes import Derivatives, directional_derivatives
+from entropy_probe.stages.update import norm
+from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, largest
 
 _PROMPTS = 4
 # Σ_k s_k against the gradient's own product: rounding in float32 is far below, a missing path through the model above.
 _EULER = 1e-3
 
 
+Way = Callable[[BoundModel, Rollouts, Payload, Mapping[str, Tensor], ProbeConfig], Tensor]
+
+
 @dataclass(frozen=True)
 class ProjectionAgreement:
-    """Largest |s_k − X_kᵀPȲ|/(‖X_k‖_P·‖Ȳ‖_P) of a prompt, with s_k by a JVP and by the α-trick, X_k the per-prompt
-    gradients of the run and ‖a‖_P = √(aᵀPa); `None` where an operation of the model lacks that derivative."""
+    """Largest difference between X_uᵀw and what gives it another way, s_u, relative to ‖X_u‖·‖w‖.
+
+    `jvp` and `alpha`: w = PȲ for a few units, relative to ‖X_u‖_P·‖Ȳ‖_P with ‖a‖_P = √(aᵀPa); s_u by a JVP and by the
+    α-trick, `None` where an operation of the model lacks that derivative. `v`: w = v for every unit, s_u by the D_v of
+    the run.
+    """
 
     projections_jvp: float | None
     projections_alpha: float | None
+    projections_v: float
 
 
 def projection_agreement(
@@ -40,36 +49,64 @@ def projection_agreement(
     units: UnitGradients,
     precond: Mapping[str, Tensor],
     ascent: Mapping[str, Tensor],
+    v: Mapping[str, Tensor],
+    along_v: Derivatives,
 ) -> ProjectionAgreement:
-    """On the (at most four) prompts of the E batch with the largest weights in X; `units` are that batch's, `ascent` is
-    Ȳ of the U batch. Where units are blocks, X of these prompts is computed anew."""
-    prompts = largest(of_x, _PROMPTS)
-    x = units_of_prompts(bound, rollouts, config, units, prompts, of_x).x
-    x = {name: x[name] for name in precond}
+    """On the four prompts (or one block) of the E batch with the largest weights in X, and along v on all; `units` are
+    that batch's, `ascent` is Ȳ of the U batch."""
+    chosen = largest(of_x, units, _PROMPTS if units.mode == "exact" else 1)
+    prompts = torch.isin(units.unit_of, chosen).nonzero()[:, 0]
+    x = {name: units.x[name][chosen] for name in precond}
     y = {name: ascent[name].reshape(1, -1) for name in precond}
     captured = gram(x, y, precond)[:, 0]
     scale = (gram(x, x, precond).diagonal() * gram(y, y, precond)[0, 0]).sqrt()
     direction = {name: p * ascent[name].reshape(p.shape) for name, p in precond.items()}
-    few, payload, found = rollouts.of_prompts(prompts), of_x.of_prompts(prompts), []
-    for way in (by_jvp, by_alpha):
+    few, payload = rollouts.of_prompts(prompts), of_x.of_prompts(prompts)
+
+    def difference(way: Way) -> float | None:
         try:
-            off = (way(bound, few, payload, direction, config) - captured).abs()
-            found.append(float(torch.where(off == 0, 0.0, off / scale).max()))
+            projections = means_over_units(way(bound, few, payload, direction, config), units.unit_of[prompts])[chosen]
         except RuntimeError as error:
             if not lacks_derivative(error):
                 raise
-            found.append(None)
-    return ProjectionAgreement(*found)
+            return None
+        return _largest_difference(projections, captured, scale)
+
+    return ProjectionAgreement(difference(by_jvp), difference(by_alpha), _along_v(of_x, units, v, along_v))
+
+
+def _along_v(of_x: Payload, units: UnitGradients, v: Mapping[str, Tensor], along_v: Derivatives) -> float:
+    x = {name: units.x[name] for name in v}
+    w = {name: value.reshape(1, -1) for name, value in v.items()}
+    scale = torch.tensor([norm({n: rows[u] for n, rows in x.items()}) for u in range(len(units.sizes))]) * norm(w)
+    return _largest_difference(
+        means_over_units(projections_of(of_x, along_v), units.unit_of), gram(x, w)[:, 0], scale.double()
+    )
+
+
+def _largest_difference(one: Tensor, other: Tensor, scale: Tensor) -> float:
+    off = (one - other).abs()
+    return float(torch.where(off == 0, 0.0, off / scale).max())
+
+
+def means_over_units(values: Float[Tensor, " B"], unit_of: Int[Tensor, " B"]) -> Float[Tensor, " U"]:
+    """The mean over the prompts of every unit; NaN for a unit that has none here."""
+    sums = torch.zeros(int(unit_of.max()) + 1, dtype=values.dtype).index_add_(0, unit_of, values)
+    return sums / torch.bincount(unit_of)
+
+
+def projections_of(payload: Payload, along: Derivatives) -> Float[Tensor, " B"]:
+    """Σ_g w_ng D f_ng of every prompt, from D log p and D H."""
+    d_logp, d_entropy = (d.flatten(0, 1) for d in (along.d_logp, along.d_entropy))
+    derivative = payload.sums(d_logp, d_entropy, torch.arange(len(d_logp)))
+    return (payload.weights * derivative.reshape(payload.weights.shape)).sum(1)
 
 
 def by_jvp(
     bound: BoundModel, rollouts: Rollouts, payload: Payload, direction: Mapping[str, Tensor], config: ProbeConfig
 ) -> Float[Tensor, " B"]:
     """s_k = Σ_g w_kg D f_kg with D the derivative along `direction` (PȲ), in one forward-mode pass."""
-    along = directional_derivatives(bound, rollouts, direction, config)
-    d_logp, d_entropy = (d.flatten(0, 1) for d in (along.d_logp, along.d_entropy))
-    derivative = payload.sums(d_logp, d_entropy, torch.arange(len(d_logp)))
-    return (payload.weights * rollouts.per_prompt(derivative)).sum(1)
+    return projections_of(payload, directional_derivatives(bound, rollouts, direction, config))
 
 
 def by_alpha(
@@ -97,6 +134,6 @@ def by_alpha(
             projections += torch.autograd.grad(reached, alpha, along)[0]
         terms = torch.stack([(g.detach().double() * d.double()).sum().cpu() for g, d in pairs])
         sizes += torch.stack([terms.sum(), terms.abs().sum()])
-    if not (projections.sum() - sizes[0]).abs() <= _EULER * sizes[1]:
+    if (projections.sum() - sizes[0]).abs() > _EULER * sizes[1]:  # not so where a number is no number: that is a fault
         raise NotImplementedError("the backward pass of an operation left no graph")
     return projections

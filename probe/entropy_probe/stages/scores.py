@@ -133,8 +133,10 @@ def score_rows(
 
 
 def rows_without_graph(rollouts: Rollouts, policy: GenerationConfig) -> int:
-    """Rows of a pass that keeps no graph: `tf_batch_size`, or more where they are short."""
-    return max(policy.tf_batch_size, _TOKENS // int((rollouts.prompt_lens + rollouts.gen_lens).max()))
+    """Rows of a pass that keeps no graph: `tf_batch_size`, or up to 8 times as many where they are short; 1 stays 1."""
+    size = policy.tf_batch_size
+    fitting = _TOKENS // int((rollouts.prompt_lens + rollouts.gen_lens).max())
+    return 1 if size == 1 else max(size, min(8 * size, fitting))
 
 
 def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from entropy_probe.stages.update import UpdateDirection, norm
 
 # Largest change of a response's log-probability along the stencil. The five-point rule then errs by about
 # (1e-3)⁴ in truncation and by 1e-16·|S|/1e-3 in rounding: both stay below 1e-9 of the terms.
-_STENCIL_CHANGE = 1e-3
+_STENCIL_CHANGE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ def _derivatives_by_difference(
 @dataclass(frozen=True)
 class Slopes:
     """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline) and curvature,
-    per prompt of the E batch; D²_vS and D²_vR of its responses."""
+    per prompt of the E batch; D_v at θ, and D²_vS and D²_vR of its responses."""
 
     naive: PromptMean
     rb: dict[Baseline, PromptMean]
     curvature: PromptMean
+    at_theta: Derivatives
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
 
@@ -151,6 +152,7 @@ def slopes_along(
         naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
         rb={baseline: rb(baseline) for baseline in BASELINES},
         curvature=curvature(scores.rb_sum, at_theta.d_seq_logp, at_theta.d_rb_sum, d2_seq_logp, d2_rb_sum),
+        at_theta=at_theta,
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
     )

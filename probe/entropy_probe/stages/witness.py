@@ -1,10 +1,10 @@
-"""Gradients and curvature of two prompts by slow ways, beside those of the run, on the user's own model every time."""
+"""Gradients and curvature of a few prompts by slow ways, beside those of the run, on the user's own model."""
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients import Payload, UnitGradients, gram, unit_gradients
+from entropy_probe.stages.gradients import Payload, UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score_rows
 from entropy_probe.stages.slopes import Slopes
@@ -28,8 +28,8 @@ _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|once_differentiable|d
 
 @dataclass(frozen=True)
 class Witness:
-    """U_cross of the two prompts by the naive loop and by the fast path, and the larger of the two prompts'
-    ‖X_fast − X_naive‖/‖X_naive‖, and the same of Y; norms over all trainable parameters."""
+    """U_cross of two units by the naive loop and by the fast path, and the larger of their ‖X_fast − X_naive‖, relative
+    to the sum of the norms of the terms, Σ_i ‖w_i ∇f_i‖; the same of Y. Norms over all trainable parameters."""
 
     u_cross: float
     u_cross_fast: float
@@ -46,72 +46,65 @@ def gradient_witness(
     units: UnitGradients,
     precond: Mapping[str, Tensor],
 ) -> Witness:
-    """The two prompts with the largest weights in Y, so that both sides have something to compare.
+    """The two units with the largest weights in Y, so that both sides have something to compare: prompts, or blocks.
 
-    for n in prompts:  X_n = autograd.grad(Σ_g w_ng f_ng),   Y_n = autograd.grad(Σ_g a_ng S_ng)
+    for n in unit, for g in responses:  X += w_ng · autograd.grad(f_ng),   Y += a_ng · autograd.grad(S_ng)
     """
-    prompts = largest(of_y, 2)
-    naive_x = _naive(bound, rollouts, prompts, of_x, config, true=True)
-    naive_y = _naive(bound, rollouts, prompts, of_y, config, true=bound.autograd_is_derivative)
-    fast = units_of_prompts(bound, rollouts, config, units, prompts, of_x, of_y)
+    chosen = largest(of_y, units, 2)
+    fast_x, fast_y = ({name: values[chosen] for name, values in side.items()} for side in (units.x, units.y))
+    naive_x, scale_x = _naive(bound, rollouts, units, chosen, of_x, config, true=True)
+    naive_y, scale_y = _naive(bound, rollouts, units, chosen, of_y, config, true=bound.autograd_is_derivative)
     return Witness(
         u_cross=cross_moments(gram(naive_x, naive_y, precond)).u_cross,
-        u_cross_fast=cross_moments(gram(fast.x, fast.y, precond)).u_cross,
-        x_difference=_difference(fast.x, naive_x),
-        y_difference=_difference(fast.y, naive_y),
+        u_cross_fast=cross_moments(gram(fast_x, fast_y, precond)).u_cross,
+        x_difference=_difference(fast_x, naive_x, scale_x),
+        y_difference=_difference(fast_y, naive_y, scale_y),
     )
 
 
-def largest(payload: Payload, count: int) -> Int[Tensor, " b"]:
-    """The prompts with the largest Σ_g |weight|, in ascending order; all of them if there are fewer."""
-    weights = payload.weights
-    return weights.abs().sum(1).topk(min(count, len(weights))).indices.sort().values
-
-
-def units_of_prompts(
-    bound: BoundModel,
-    rollouts: Rollouts,
-    config: ProbeConfig,
-    units: UnitGradients,
-    prompts: Int[Tensor, " b"],
-    of_x: Payload,
-    of_y: Payload | None = None,
-) -> UnitGradients:
-    """X and Y of some prompts by the fast path: rows of `units`, or computed anew where its units are blocks."""
-    if units.mode == "exact":
-        x, y = ({name: values[prompts] for name, values in side.items()} for side in (units.x, units.y))
-        return UnitGradients(x, y, units.sizes[prompts], "exact")
-    whatever_fits = {"mode": "exact", "max_gradient_gib": math.inf}  # they have been counted in
-    exact = config.model_copy(update={"first_order": config.first_order.model_copy(update=whatever_fits)})
-    sides = of_x.of_prompts(prompts), None if of_y is None else of_y.of_prompts(prompts)
-    return unit_gradients(bound, rollouts.of_prompts(prompts), exact, *sides)
+def largest(payload: Payload, units: UnitGradients, count: int) -> Int[Tensor, " u"]:
+    """The units with the largest mean of |weight|, in ascending order; all of them if there are fewer."""
+    sums = torch.zeros(len(units.sizes), dtype=torch.float64)
+    sums.index_add_(0, units.unit_of, payload.weights.double().abs().sum(1))
+    return (sums / units.sizes).topk(min(count, len(sums))).indices.sort().values
 
 
 def _naive(
-    bound: BoundModel, rollouts: Rollouts, prompts: Tensor, payload: Payload, config: ProbeConfig, *, true: bool
-) -> dict[str, Tensor]:
-    """[2, numel] by name, one backward pass for each prompt and microbatch."""
+    bound: BoundModel,
+    rollouts: Rollouts,
+    units: UnitGradients,
+    chosen: Tensor,
+    payload: Payload,
+    config: ProbeConfig,
+    *,
+    true: bool,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """[u, numel] by name and Σ_i ‖w_i ∇f_i‖ of each unit, one backward pass for each response."""
     parameters, group = bound.registry.trainable, rollouts.num_responses
-    totals = {name: torch.zeros(len(prompts), p.numel(), dtype=bound.dtype) for name, p in parameters.items()}
-    for i, n in enumerate(prompts.tolist()):
-        for g in torch.arange(group).split(config.generation.tf_batch_size):
-            rows = n * group + g
-            scored = score_rows(bound, rollouts, rows, config, true_derivative=true)
-            loss = (payload.weights[n, g].to(bound.device) * payload.sums(scored.logp, scored.entropy, rows)).sum()
+    totals = {name: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for name, p in parameters.items()}
+    scales = []
+    for i, unit in enumerate(chosen.tolist()):
+        prompts, scale = (units.unit_of == unit).nonzero()[:, 0], 0.0
+        weights = payload.weights / len(prompts)
+        for n, g in itertools.product(prompts.tolist(), range(group)):
+            row = torch.tensor([n * group + g])
+            scored = score_rows(bound, rollouts, row, config, true_derivative=true)
+            loss = (weights[n, g].to(bound.device) * payload.sums(scored.logp, scored.entropy, row)).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    totals[name][i] += gradient.reshape(-1).to("cpu", bound.dtype)
-    return totals
+            found = {n: g.reshape(-1).cpu() for n, g in zip(parameters, gradients, strict=True) if g is not None}
+            scale += norm(found)
+            for name, gradient in found.items():
+                totals[name][i] += gradient
+        scales.append(scale)
+    return totals, scales
 
 
-def _difference(fast: Mapping[str, Tensor], naive: Mapping[str, Tensor]) -> float:
-    """Largest ‖fast − naive‖/‖naive‖ of a prompt; infinite where only one of the two is zero."""
+def _difference(fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales: Sequence[float]) -> float:
+    """Largest ‖fast − naive‖/scale of a unit; infinite where there is a difference and the scale is zero."""
     ratios = []
-    for i in range(2):
-        size = norm({name: value[i] for name, value in naive.items()})
+    for i, scale in enumerate(scales):
         off = norm({name: fast[name][i].double() - value[i].double() for name, value in naive.items()})
-        ratios.append(off / size if size > 0 else (0.0 if off == 0 else float("inf")))
+        ratios.append(0.0 if off == 0 else off / scale if scale > 0 else float("inf"))
     return max(ratios, key=lambda ratio: float("inf") if ratio != ratio else ratio)
 
 
@@ -126,7 +119,7 @@ def curvature_witness(
     """
     rb_sum = scores.rb_sum
     rho = rb_sum - (rb_sum.sum() - rb_sum) / (rb_sum.numel() - 1)
-    prompts = largest(Payload(rho), 2)
+    prompts = rho.abs().sum(1).topk(min(2, len(rho))).indices
     by_difference = along.d2_rb_sum[prompts] + (rho * along.d2_seq_logp)[prompts]
     try:
         expected = twice_in_reverse(float64, rollouts.of_prompts(prompts), rho[prompts], v, config)

@@ -1,0 +1,83 @@
+"""A function of η that vanishes at 0, against its Taylor series: derivatives from a stencil, and orders in log-log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+STENCIL = (-2, -1, 1, 2)
+
+
+def stencil_derivatives(f: Mapping[int, float], h: float) -> tuple[float, float, float]:
+    """(f′, f″, f‴) at 0, where f(0) = 0, from f at the multiples of h in `STENCIL`; errors h⁴, h⁴, h².
+
+    f′ = (8a₁ − a₂)/12h,   f″ = (16s₁ − s₂)/12h²,   f‴ = (a₂ − 2a₁)/2h³,   a_k = f(kh) − f(−kh), s_k = f(kh) + f(−kh)
+    """
+    a1, a2, s1, s2 = f[1] - f[-1], f[2] - f[-2], f[1] + f[-1], f[2] + f[-2]
+    return (8 * a1 - a2) / (12 * h), (16 * s1 - s2) / (12 * h**2), (a2 - 2 * a1) / (2 * h**3)
+
+
+def radius(first: float, second: float, third: float) -> float:
+    """min(η*, η**), η* = 2|f′|/|f″| and η** = 3|f″|/|f‴|: where a term of the series is as large as the one before it.
+
+    Up to a share x of it, ηf′ is off from f by a share x and ½η²f″ from f − ηf′ by a share x, and orders by as much. η*
+    alone says nothing where f″ happens to vanish. 0 where f′ or f″ is zero, NaN where one is not finite.
+    """
+    if not math.isfinite(first + second + third):
+        return math.nan
+    ratios = ((2 * abs(first), abs(second)), (3 * abs(second), abs(third)))
+    return min(above / below if below > 0 else (math.inf if above > 0 else 0.0) for above, below in ratios)
+
+
+def loglog_slope(etas: Float[Tensor, " K"], values: Float[Tensor, " K"]) -> float:
+    """Least-squares slope of log|f| against log η; NaN where an f is 0 or not finite."""
+    x, y = etas.log(), values.abs().log()
+    x = x - x.mean()
+    return float((x * y).sum() / x.square().sum()) if bool(y.isfinite().all()) else math.nan
+
+
+def order(
+    etas: Float[Tensor, " K"], values: Float[Tensor, " K"], floor: float, eta_max: float, decades: float
+) -> float | None:
+    """`loglog_slope` over the η ≤ eta_max above every one at which |f| ≤ floor; `None` where that leaves fewer decades.
+
+    NaN where an f is not finite, or eta_max is NaN.
+    """
+    if math.isnan(eta_max) or not bool(values.isfinite().all()):
+        return math.nan
+    below = etas <= eta_max
+    chosen = below & from_which_on((values.abs() > floor) | ~below)
+    if int(chosen.sum()) < 2 or float((etas[chosen][-1] / etas[chosen][0]).log10()) < decades - 1e-9:
+        return None
+    return loglog_slope(etas[chosen], values[chosen])
+
+
+def from_which_on(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:
+    """True at k where it holds at k and at all that follow."""
+    return holds.flip(0).long().cumprod(0).flip(0).bool()
+
+
+def snis_terms(
+    weights: Float[Tensor, "B G"],
+    payload: Float[Tensor, "B G"],
+    d_payload: Float[Tensor, "B G"],
+    d_seq_logp: Float[Tensor, "B G"],
+) -> Float[Tensor, "2 B G"]:
+    """ŵ(f − Ĥ)·D_vS and ŵ·D_vf, which add up to dĤ/dη at 0 of Ĥ(η) = Σŵf, log w = S(θ + ηv) − log q, Ĥ = Σŵf.
+
+    ŵ = 1/N where the responses come from π, and the bar is that of all N responses, their own included: another one
+    gives the same expectation and another number.
+    """
+    return torch.stack([weights * (payload - (weights * payload).sum()) * d_seq_logp, weights * d_payload])
+
+
+def identity_error(by_difference: float, terms: Float[Tensor, "2 B G"], rounding: float) -> float | None:
+    """|by_difference − Σterms|/Σ|terms|, infinite where all terms are 0; `None` where neither exceeds `rounding`."""
+    size = float(terms.abs().sum())
+    if max(size, abs(by_difference)) <= rounding:
+        return None
+    return abs(by_difference - float(terms.sum())) / size if size > 0 else math.inf

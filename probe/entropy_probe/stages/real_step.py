@@ -1,0 +1,237 @@
+"""ΔĤ after a step that is taken: θ + lr·v written in place and undone, and a step of torch's own optimizer.
+
+Both on a copy, so that the live model is not touched for a moment: an interrupted or failing pass leaves nothing to
+repair, and a graph that the caller holds stays valid (an in-place write, undone or not, would end it).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
+from entropy_probe.estimators import importance
+from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.model.registry import Registry
+from entropy_probe.stages.entropy_change import change_at
+from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.scores import Scores, score
+
+_PROMPTS = 4
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class RealStep:
+    """On a few prompts in true float64, at η = lr:
+
+    `delta_h`             ΔĤ_RB at θ + lr·v by functional override (nats)
+    `virtual_difference`  |ΔĤ_RB in place − `delta_h`|, 0: the same numbers in the same operations
+    `virtual_undone`      θ is back bit for bit
+    `real_difference`     |ΔĤ_RB after the optimizer's step − `delta_h`|
+    `real_relative`       the same over the terms that rounding acts on, Σŵ[R + T + |R − Ĥ|(|S| + T)]
+    `real_seq_logp`       max_i|S_i after the optimizer's step − S_i(θ + lr·v)|/(|S_i| + T_i)
+
+    The last two are a few ulp times what the network makes of one; T stands for tokens that are all but certain, where
+    log p is smaller than its own rounding.
+    """
+
+    delta_h: float
+    virtual_difference: float
+    virtual_undone: bool
+    real_difference: float
+    real_relative: float
+    real_seq_logp: float
+
+
+@torch.no_grad()
+def real_step(
+    float64: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    v: Mapping[str, Tensor],
+    ascent: Mapping[str, Tensor],
+    adam: Mapping[str, AdamState],
+    lr: float,
+    config: ProbeConfig,
+) -> RealStep:
+    """ΔĤ_RB(lr) of up to four prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
+    was made from, before clipping.
+
+    Raises `MeasurementError` where the copy and its optimizer do not fit into memory.
+    """
+    require_memory(needed_bytes(float64, adam), available_bytes(float64.device))
+    prompts = torch.linspace(0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)).long()
+    few = rollouts.of_prompts(prompts)
+    # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.
+    token_logq = scores.token_logq[prompts, :, : few.max_gen_len]
+    before = replace(score(float64, few, config, {}), token_logq=token_logq)
+    functional = score(float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype))
+    own = copied(float64, v)
+    virtual = after_virtual_step(own, few, v, lr, config)
+    originals, now = float64.registry.parameters, own.registry.parameters
+    undone = all(torch.equal(now[name], originals[name]) for name in v)
+    real = after_real_step(own, few, ascent, adam, lr, config)
+    delta_h, in_place, stepped = (change_at(before, s, lr, config).rb.value for s in (functional, virtual, real))
+    sizes = functional.seq_logp.abs() + functional.gen_lens
+    return RealStep(
+        delta_h=delta_h,
+        virtual_difference=abs(in_place - delta_h),
+        virtual_undone=undone,
+        real_difference=abs(stepped - delta_h),
+        real_relative=abs(stepped - delta_h) / _terms(before, functional, config),
+        real_seq_logp=float(((real.seq_logp - functional.seq_logp).abs() / sizes).max()),
+    )
+
+
+def _terms(before: Scores, after: Scores, config: ProbeConfig) -> float:
+    """Σŵ[R + T + |R − Ĥ|(|S| + T)]: dĤ = Σŵ[dR + (R − Ĥ)dS], with dR and dS in proportion to R + T and |S| + T."""
+    weights = importance.snis_weights(after.seq_logp - before.seq_logq, config.true_delta_h.clip_log_weight).normalised
+    entropy, tokens = after.rb_sum, after.gen_lens
+    off_mean = (entropy - (weights * entropy).sum()).abs()
+    return float((weights * (entropy + tokens + off_mean * (after.seq_logp.abs() + tokens))).sum())
+
+
+def after_virtual_step(
+    bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], eta: float, config: ProbeConfig
+) -> Scores:
+    """Scores at θ + ηv, which stands in the module itself while they are made."""
+    with virtually_stepped(bound, v, eta):
+        return score(bound, rollouts, config, {})
+
+
+@contextmanager
+def virtually_stepped(bound: BoundModel, v: Mapping[str, Tensor], eta: float) -> Iterator[None]:
+    """θ + ηv of `theta_plus_eta_v` in place; θ is put back from a copy, bit for bit, whatever happens inside.
+
+    p + δ − δ would not be p.
+    """
+    stepped = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+    theta = {name: bound.registry.parameters[name].detach().clone() for name in stepped}
+    try:
+        _write(bound.registry, stepped)
+        yield
+    finally:
+        _write(bound.registry, theta)
+
+
+@torch.no_grad()
+def _write(registry: Registry, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        registry.parameters[name].copy_(value)
+
+
+def after_real_step(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    ascent: Mapping[str, Tensor],
+    adam: Mapping[str, AdamState],
+    lr: float,
+    config: ProbeConfig,
+) -> Scores:
+    """Scores after `take_step`, which changes `bound` for good: give a copy."""
+    take_step(bound.registry, ascent, adam, lr, config.update.max_grad_norm)
+    return score(bound, rollouts, config, {})
+
+
+def take_step(
+    registry: Registry,
+    ascent: Mapping[str, Tensor],
+    adam: Mapping[str, AdamState],
+    lr: float,
+    max_grad_norm: float | None,
+) -> None:
+    """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) with the checkpoint's state and one group for
+    each parameter, on the gradient −Ȳ that `clip_grad_norm_` has clipped.
+
+    The largest learning rate is `lr`, the others keep their ratio to it; where all are 0, those of `initial_lr`.
+    """
+    parameters = {name: registry.parameters[name] for name in adam}
+    for name, p in parameters.items():
+        p.grad = -ascent[name].reshape(p.shape).to(p)
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
+    lrs = _learning_rates(adam, lr)
+    for kind, decoupled in ((torch.optim.AdamW, True), (torch.optim.Adam, False)):
+        names = [name for name, state in adam.items() if state.decoupled == decoupled]
+        if names:
+            optimizer = kind([_group(parameters[name], adam[name], lrs[name]) for name in names], foreach=False)
+            for name in names:
+                optimizer.state[parameters[name]] = _state(parameters[name], adam[name])
+            optimizer.step()
+    for p in parameters.values():
+        p.grad = None
+
+
+def _learning_rates(adam: Mapping[str, AdamState], lr: float) -> dict[str, float]:
+    found = {name: state.lr for name, state in adam.items()}
+    if not any(found.values()):
+        found = {name: state.initial_lr or 0.0 for name, state in adam.items()}
+    largest = max(found.values(), default=0.0)
+    return {name: own * (lr / largest) if largest > 0 else lr for name, own in found.items()}
+
+
+def _group(parameter: nn.Parameter, state: AdamState, lr: float) -> dict[str, object]:
+    of_group = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+    return {"params": [parameter], "lr": lr} | {key: getattr(state, key) for key in of_group}
+
+
+def _state(parameter: nn.Parameter, state: AdamState) -> dict[str, Tensor]:
+    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    if state.amsgrad:
+        moments["max_exp_avg_sq"] = state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
+    own = {key: value.to(parameter, copy=True).reshape(parameter.shape) for key, value in moments.items()}
+    return {"step": torch.tensor(float(state.step)), **own}
+
+
+def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:
+    """A copy of the module with its own parameters of these names and its own buffers; all others are shared."""
+    kept = set(names)
+    shared = {id(p): p for name, p in bound.registry.parameters.items() if name not in kept}
+    try:
+        return BoundModel(Registry(copy.deepcopy(bound.module, shared)), bound.dtype)
+    except (RuntimeError, TypeError) as error:
+        raise MeasurementError(
+            "the model", f"cannot be copied ({error})", "remove what it was given beside it"
+        ) from error
+
+
+def needed_bytes(bound: BoundModel, adam: Mapping[str, AdamState]) -> int:
+    """What a step on a copy holds at once: each parameter of the optimizer, its gradient and its two moments (three
+    under AMSGrad), and the buffers."""
+    parameters = {name: bound.registry.parameters[name] for name in adam}
+    stepped = sum(p.numel() * p.element_size() * (5 if adam[name].amsgrad else 4) for name, p in parameters.items())
+    return stepped + sum(b.numel() * b.element_size() for b in bound.module.buffers())
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had there: CUDA's free memory with what torch holds of it unused, `MemAvailable` on
+    Linux; `None` where neither is known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not _MEMINFO.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(encoding="ascii"))
+    return int(found[1]) * 1024 if found else None
+
+
+def require_memory(needed: int, available: int | None) -> None:
+    """Raise `MeasurementError` with both numbers where less is known to be available."""
+    if available is not None and needed > available:
+        raise MeasurementError(
+            "optimizer step on a copy",
+            f"the copy, its gradient and its optimizer need {needed / 2**30:.2g} GiB, {available / 2**30:.2g} "
+            "are available",
+            "free memory, or choose another --probe-device",
+        )
