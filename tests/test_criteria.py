@@ -48,6 +48,11 @@ def with_row(report: ProbeReport, eta: float, **changes: Any) -> ProbeReport:
     return report.model_copy(update={"entropy_change": rows})
 
 
+def every_row(report: ProbeReport, **changes: Any) -> ProbeReport:
+    rows = [row.model_copy(update=changes) for row in report.entropy_change]
+    return report.model_copy(update={"entropy_change": rows})
+
+
 def invariance(report: ProbeReport, name: str, worst: float) -> ProbeReport:
     changed = getattr(report.invariance, name).model_copy(update={"worst": worst})
     return poisoned(report, "invariance", **{name: changed})
@@ -111,6 +116,45 @@ POISON: dict[str, list[tuple[Any, str]]] = {
             for x in (0.1, math.inf)
         ),
         (lambda r: r.model_copy(update={"witness": {**r.witness, "curvature": None}}), "not_applicable"),
+    ],
+    "logit_slope": [
+        *((lambda r, x=x: poisoned(r, "continuity", logit_slope=x), "fail") for x in (0.97, 1.03, math.nan)),
+        (lambda r: poisoned(r, "continuity", logit_monotone=False), "fail"),
+        (lambda r: poisoned(r, "continuity", logit_slope=None, logit_monotone=None), "not_applicable"),
+    ],
+    "delta_h_slope": [
+        *((lambda r, x=x: poisoned(r, "continuity", delta_h_slope=x), "fail") for x in (0.97, 2.0, math.nan)),
+        (lambda r: poisoned(r, "continuity", delta_h_slope=None), "not_applicable"),
+    ],
+    "taylor_order": [
+        *((lambda r, x=x: poisoned(r, "continuity", taylor_order=x), "fail") for x in (1.0, 2.2, math.nan)),
+        (lambda r: poisoned(r, "continuity", taylor_order=None), "not_applicable"),
+    ],
+    "change_identity": [
+        (lambda r: poisoned(r, "continuity", identity_error_naive=1e-5), "fail"),
+        (lambda r: poisoned(r, "continuity", identity_error_rb=math.nan), "fail"),
+        (lambda r: poisoned(r, "continuity", identity_error_rb=math.inf), "fail"),
+        (
+            lambda r: poisoned(r, "continuity", identity_error_naive=None, identity_error_rb=None),
+            "not_applicable",
+        ),
+    ],
+    "virtual_step": [
+        (lambda r: poisoned(r, "real_step", virtual_difference=1e-15), "fail"),
+        (lambda r: poisoned(r, "real_step", virtual_undone=False), "fail"),
+        (lambda r: r.model_copy(update={"real_step": None, "real_step_missing": "memory"}), "not_applicable"),
+    ],
+    "real_step": [
+        (lambda r: poisoned(r, "real_step", real_relative=1e-9), "fail"),
+        (lambda r: poisoned(r, "real_step", real_seq_logp=math.nan), "fail"),
+        (lambda r: r.model_copy(update={"real_step": None}), "not_applicable"),
+    ],
+    "prediction": [
+        (lambda r: with_row(r, LR, difference=1.0, difference_se=0.2, in_range=True), "fail"),
+        (lambda r: with_row(r, LR, difference=math.nan, in_range=True), "fail"),
+        (lambda r: with_row(r, LR, difference=1.0, difference_se=0.0, in_range=True), "fail"),
+        (lambda r: every_row(r, in_range=False), "inconclusive"),
+        (lambda r: every_row(r, predicted=None), "not_applicable"),
     ],
     "optimizer_step_cosine": [
         *(

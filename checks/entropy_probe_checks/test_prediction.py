@@ -17,3 +17,15 @@ def test_optimizer_step_norm(_probe_judge):
 
 def test_curvature_witness(_probe_judge):
     _probe_judge(prediction.curvature_witness)
+
+
+def test_virtual_step(_probe_judge):
+    _probe_judge(prediction.virtual_step)
+
+
+def test_real_step(_probe_judge):
+    _probe_judge(prediction.real_step)
+
+
+def test_prediction(_probe_judge):
+    _probe_judge(prediction.prediction)

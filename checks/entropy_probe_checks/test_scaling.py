@@ -13,3 +13,19 @@ def test_param_scaling(_probe_judge):
 
 def test_logit_scaling(_probe_judge):
     _probe_judge(scaling.logit_scaling)
+
+
+def test_logit_slope(_probe_judge):
+    _probe_judge(scaling.logit_slope)
+
+
+def test_delta_h_slope(_probe_judge):
+    _probe_judge(scaling.delta_h_slope)
+
+
+def test_taylor_order(_probe_judge):
+    _probe_judge(scaling.taylor_order)
+
+
+def test_change_identity(_probe_judge):
+    _probe_judge(scaling.change_identity)

@@ -137,10 +137,10 @@ class FirstOrderConfig(_Section):
 class TrueDeltaHConfig(_Section):
     etas: Literal["auto"] | list[Annotated[float, Field(ge=-1e3, le=1e3)]] = "auto"
     clip_log_weight: PositiveFloat | None = None
-    normalize: Literal["per_sequence"] = "per_sequence"
+    normalize: Literal["per_sequence", "per_token"] = "per_sequence"
     min_ess_fraction: Probability = 0.5
     max_pareto_k: PositiveFloat = 0.7
-    fallback: Literal["none"] = "none"
+    fallback: Literal["none", "psis", "resample"] = "none"
 
 
 class UpdateConfig(_Section):

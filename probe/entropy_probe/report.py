@@ -151,6 +151,8 @@ class UpdateSection(_Section):
     estimators: dict[str, Estimate]
     slope_of_v0: float
     slope_by_unit: list[float]
+    delta_h1_per_lr_per_token: float
+    delta_h1_per_lr_per_token_se: float
     curvature: float | None
     curvature_se: float | None
     eta_star: float | None
@@ -161,6 +163,10 @@ class UpdateSection(_Section):
 
 class EntropyChangeRow(_Section):
     """The realised change at one η, by self-normalised importance sampling on the E batch.
+
+    `delta_h` (naive) and `delta_h_rb` are per response or per token, as `true_delta_h.normalize` says, with 95 %
+    intervals; `delta_h_per_token` is Rao-Blackwell. `method` is `snis`, or the fallback that was taken.
+    `difference` is `delta_h_rb` − `predicted`; `in_range` says whether the two are to be compared at this η.
 
     `restricted`: the responses were sampled at top_p < 1, and the change is that of π restricted to the nucleus; the
     slope of π's entropy predicts nothing about it.
@@ -176,12 +182,40 @@ class EntropyChangeRow(_Section):
     pareto_k: float | None
     clip_fraction: float
     restricted: bool
+    delta_h_interval: tuple[float, float]
+    delta_h_rb_interval: tuple[float, float]
+    delta_h_per_token: float
+    delta_h_per_token_se: float
+    log_weight_min: float
+    log_weight_median: float
+    log_weight_max: float
+    method: str
     predicted: float | None
     predicted_se: float | None
+    difference: float | None
+    difference_se: float | None
+    in_range: bool | None
+
+
+class RealStepSection(_Section):
+    """ΔĤ_RB at η = lr on a few prompts in true float64: by functional override (`delta_h`), by θ + lr·v written into a
+    copy and undone, and after a step of torch's own optimizer. Relative differences: to the terms that are rounded."""
+
+    delta_h: float
+    virtual_difference: float
+    virtual_undone: bool
+    real_difference: float
+    real_relative: float
+    real_seq_logp: float
 
 
 class ContinuitySection(_Section):
-    """Zero check in the configured precision; ratios in true float64, normalised so that 1 is perfect."""
+    """Zero check in the configured precision; ratios in true float64, normalised so that 1 is perfect.
+
+    Then, on a few responses in true float64: the log-log slopes against η of ‖Δlogits‖ and |ΔĤ| (1) and of the Taylor
+    remainder (`taylor_order`, 2), the relative error of dΔĤ/dη at 0 against the derivative by JVP, and the smallest η
+    from which ΔĤ in the configured dtype can be trusted to 10 %.
+    """
 
     zero_check_max_abs: float
     zero_check_bitwise: bool
@@ -190,6 +224,12 @@ class ContinuitySection(_Section):
     param_ratio: float
     logit_ratio: float
     taylor_order: float | None
+    logit_slope: float | None
+    logit_monotone: bool | None
+    delta_h_slope: float | None
+    identity_error_naive: float | None
+    identity_error_rb: float | None
+    trusted_eta_min: float | None
 
 
 class WorstCase(_Section):
@@ -284,6 +324,8 @@ class ProbeReport(_Section):
     invariance: InvarianceSection
     sampler_parity: SamplerParitySection | None
     witness: dict[str, float | None] | None
+    real_step: RealStepSection | None
+    real_step_missing: str | None
     registry: RegistrySection
     preconditioner: PreconditionerSection
     integrity: IntegritySection

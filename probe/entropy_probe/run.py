@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
-from entropy_probe.stages.batches import draw_batches
+from entropy_probe.stages.batches import draw_batches, resample
 from entropy_probe.stages.optimizer_step import optimizer_step_agreement
 from entropy_probe.stages.projections import projection_agreement
+from entropy_probe.stages.real_step import real_step
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witness import curvature_witness, gradient_witness
@@ -139,11 +141,26 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             if witness["projections_alpha"] is not None:
                 witness["curvature"] = curvature_witness(float64, e, scores_e, along, direction.v, config)
         with clock("entropy change"):
-            etas = entropy_change.grid(config, lr)
-            changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress)
+            etas = entropy_change.grid(config, lr, along.at_theta.d_seq_logp)
+            redraw = partial(resample, bound, e, checkpoint.tokenizer, config)
+            changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress, redraw)
+            slope, curvature = (cross or along.rb[baseline]), along.curvature
+            if config.true_delta_h.normalize == "per_token":
+                slope, curvature = along.per_token, None
+            predictions = [
+                None if change.restricted else entropy_change.predict(change, slope, curvature, config)
+                for change in changes
+            ]
+        with clock("real step"):
+            taken, missing = None, None
+            try:
+                taken = real_step(float64, e, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
+            except MeasurementError as error:  # memory for a copy: the rest of the report does not need it
+                missing = str(error)
         with clock("continuity"):
             zero = continuity.zero_check(bound, e, direction.v)
             scaling = continuity.scaling(float64, e, direction.v)
+            taylor = continuity.taylor(float64, bound, e, direction.v, config)
             invariant = invariance.invariance(bound, float64, e, config)
             covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
@@ -159,13 +176,13 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         first_order=first_order,
         two_batch=across,
         update=sections.update_section(direction, along, cross, agreement, sources, baseline),
-        entropy_change=[
-            sections.change_row(change, cross or along.rb[baseline], along.curvature) for change in changes
-        ],
-        continuity=sections.continuity_section(zero, scaling),
+        entropy_change=[sections.change_row(*row) for row in zip(changes, predictions, strict=True)],
+        continuity=sections.continuity_section(zero, scaling, taylor),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=r.InvarianceSection(**asdict(invariant)),
         witness=witness,
+        real_step=None if taken is None else r.RealStepSection(**asdict(taken)),
+        real_step_missing=missing,
         registry=r.RegistrySection(**asdict(covered)),
         preconditioner=sections.preconditioner_section(checkpoint, precond, bound),
         integrity=r.IntegritySection(

@@ -180,6 +180,8 @@ def update_section(
         estimators={name: r.Estimate(value=slope.value, se=slope.se) for name, slope in estimators.items()},
         slope_of_v0=sources.of_v0,
         slope_by_unit=sources.by_unit.tolist(),
+        delta_h1_per_lr_per_token=along.per_token.value,
+        delta_h1_per_lr_per_token_se=along.per_token.se,
         curvature=along.curvature.value,
         curvature_se=along.curvature.se,
         eta_star=entropy_change.eta_star(rb, along.curvature),
@@ -189,10 +191,10 @@ def update_section(
     )
 
 
-def change_row(change: entropy_change.EntropyChange, slope: PromptMean, curvature: PromptMean) -> r.EntropyChangeRow:
-    predicted, predicted_se = None, None
-    if not change.restricted:
-        predicted, predicted_se = entropy_change.predicted(change.eta, slope, curvature)
+def change_row(
+    change: entropy_change.EntropyChange, prediction: entropy_change.Prediction | None
+) -> r.EntropyChangeRow:
+    low, middle, high = change.log_weights
     return r.EntropyChangeRow(
         eta=change.eta,
         delta_h=change.naive.value,
@@ -204,12 +206,25 @@ def change_row(change: entropy_change.EntropyChange, slope: PromptMean, curvatur
         pareto_k=change.pareto_k,
         clip_fraction=change.clip_fraction,
         restricted=change.restricted,
-        predicted=predicted,
-        predicted_se=predicted_se,
+        delta_h_interval=change.naive.interval(),
+        delta_h_rb_interval=change.rb.interval(),
+        delta_h_per_token=change.per_token.value,
+        delta_h_per_token_se=change.per_token.se,
+        log_weight_min=low,
+        log_weight_median=middle,
+        log_weight_max=high,
+        method=change.method,
+        predicted=None if prediction is None else prediction.value,
+        predicted_se=None if prediction is None else prediction.se,
+        difference=None if prediction is None else prediction.difference,
+        difference_se=None if prediction is None else prediction.difference_se,
+        in_range=None if prediction is None else prediction.in_range,
     )
 
 
-def continuity_section(zero: continuity.ZeroCheck, scaling: continuity.Scaling) -> r.ContinuitySection:
+def continuity_section(
+    zero: continuity.ZeroCheck, scaling: continuity.Scaling, taylor: continuity.Taylor
+) -> r.ContinuitySection:
     return r.ContinuitySection(
         zero_check_max_abs=zero.max_abs,
         zero_check_bitwise=zero.bitwise,
@@ -217,7 +232,13 @@ def continuity_section(zero: continuity.ZeroCheck, scaling: continuity.Scaling) 
         eta_tiny=continuity.ETA_TINY,
         param_ratio=scaling.param_ratio,
         logit_ratio=scaling.logit_ratio,
-        taylor_order=None,
+        taylor_order=taylor.taylor_order,
+        logit_slope=taylor.logit_slope,
+        logit_monotone=taylor.logit_monotone,
+        delta_h_slope=taylor.delta_h_slope,
+        identity_error_naive=taylor.identity_error_naive,
+        identity_error_rb=taylor.identity_error_rb,
+        trusted_eta_min=taylor.trusted_eta_min,
     )
 
 

@@ -48,6 +48,8 @@ def ess(report: ProbeReport) -> Finding:
     """
     row = _row(report, report.first_order.lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
+    if row.method != "snis":
+        return not_applicable(f"ΔH there comes from the fallback `{row.method}`.", row.ess_fraction, limit)
     return at_least(row.ess_fraction, limit, otherwise="inconclusive")
 
 
@@ -60,6 +62,8 @@ def pareto_k(report: ProbeReport) -> Finding:
     """
     row = _row(report, report.first_order.lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
+    if row.method == "resample":
+        return not_applicable("ΔH there comes from fresh responses.", row.pareto_k, limit)
     if row.pareto_k is None:
         reason = f"k-hat means something only for N ≥ 64 and ESS/N < 0.95; ESS/N is {row.ess_fraction:.3f}."
         return not_applicable(reason, None, limit)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from entropy_probe import ProbeReport
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, not_applicable
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, inconclusive, largest, not_applicable
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -43,6 +45,57 @@ def curvature_witness(report: ProbeReport) -> Finding:
     if value is None:
         return not_applicable("An operation of the model has no second derivative.")
     return at_most(value, limit_for(report, "curvature_witness"))
+
+
+@Criterion
+def virtual_step(report: ProbeReport) -> Finding:
+    """|ΔH after θ + lr·v is written into a copy − ΔH by functional override|, and whether the copy was put back.
+
+    The functional path does not evaluate the model at θ + lr·v: a tensor is not replaced, or replaced twice (tied).
+    """
+    step, limit = report.real_step, limit_for(report, "virtual_step")
+    if step is None:
+        return not_applicable(report.real_step_missing or "No step was taken.")
+    if not step.virtual_undone:
+        return Finding("fail", step.virtual_difference, limit, "[θ was not put back bit for bit]")
+    return at_most(step.virtual_difference, limit)
+
+
+@Criterion
+def real_step(report: ProbeReport) -> Finding:
+    """Largest relative difference in S and ΔH between θ + lr·v and a copy after one step of torch's own optimizer.
+
+    The step that is measured is not the one that the optimizer takes: a learning rate of a group, clipping, a moment or
+    the decay is wrong.
+    """
+    step = report.real_step
+    if step is None:
+        return not_applicable(report.real_step_missing or "No step was taken.")
+    return at_most(largest(step.real_relative, step.real_seq_logp), limit_for(report, "real_step"))
+
+
+@Criterion
+def prediction(report: ProbeReport) -> Finding:
+    """Largest |ΔH realised − predicted| over the SE of that difference, over the η in range; both share their prompts.
+
+    The entropy does not change as slope and curvature say: v, the slope or the weights are wrong, or the responses are
+    not from this policy. Where the same responses serve both batches, use two.
+    """
+    rows = [row for row in report.entropy_change if row.eta != 0 and row.predicted is not None]
+    if not rows:
+        return not_applicable("top_p < 1: the slope of π predicts nothing about π restricted to the nucleus.")
+    judged = [row for row in rows if row.in_range]
+    limit = limit_for(report, "prediction")
+    if not judged:
+        return inconclusive("No η is in range: give smaller true_delta_h.etas, or more responses.", None, limit)
+    worst = largest(*(_in_se(row.difference, row.difference_se) for row in judged))
+    return at_most(worst, limit)
+
+
+def _in_se(difference: float | None, se: float | None) -> float:
+    if difference is None or se is None:
+        return math.nan
+    return 0.0 if difference == 0 else abs(difference) / se if se > 0 else math.inf
 
 
 def _where(report: ProbeReport) -> str:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from entropy_probe import ProbeReport
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, factor_from_one
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_most,
+    factor_from_one,
+    largest,
+    not_applicable,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -25,3 +34,56 @@ def logit_scaling(report: ProbeReport) -> Finding:
     (a custom layer that casts with an operation the float64 context does not know), or it is not deterministic.
     """
     return at_most(factor_from_one(report.continuity.logit_ratio), limit_for(report, "logit_scaling"))
+
+
+def _off_from(value: float | None, expected: float, limit: float, missing: str) -> Finding:
+    """|value − expected|; NaN and infinities never pass."""
+    return not_applicable(missing) if value is None else at_most(abs(value - expected), limit)
+
+
+@Criterion
+def logit_slope(report: ProbeReport) -> Finding:
+    """|log-log slope of ‖Δlogits‖ against η − 1| over four decades of η, in true float64.
+
+    The logits do not follow η, or do not grow with it: noise, rounding, or a forward that is not a function of θ. Look
+    for dropout, state that changes from one forward to the next, and casts.
+    """
+    limit = limit_for(report, "logit_slope")
+    if report.continuity.logit_monotone is False:
+        return Finding("fail", math.inf, limit, "[not monotone in η]")
+    return _off_from(report.continuity.logit_slope, 1.0, limit, "No logit moves along v.")
+
+
+@Criterion
+def delta_h_slope(report: ProbeReport) -> Finding:
+    """|log-log slope of |ΔH| against η − 1| in the range of first order, on a few responses in true float64.
+
+    The realised change does not start in proportion to η: weights, payload or θ + ηv are not smooth in η.
+    """
+    missing = "Rounding leaves fewer than 1.5 decades of η in the range of first order."
+    return _off_from(report.continuity.delta_h_slope, 1.0, limit_for(report, "delta_h_slope"), missing)
+
+
+@Criterion
+def taylor_order(report: ProbeReport) -> Finding:
+    """|log-log slope of the remainder |ΔH − η·derivative| against η − 2|, the derivative being this estimator's own.
+
+    What is left after the first order is not of second order: the derivative is not that of what is measured. A
+    baseline, a weight, a detached tensor or float32 in one of the two.
+    """
+    missing = "Rounding leaves fewer than 1.5 decades of η for the remainder, or there is no forward-mode derivative."
+    return _off_from(report.continuity.taylor_order, 2.0, limit_for(report, "taylor_order"), missing)
+
+
+@Criterion
+def change_identity(report: ProbeReport) -> Finding:
+    """Larger relative error of dΔH/dη at 0 by finite difference against its JVP, naive and Rao-Blackwell.
+
+    Realised change and derivative do not belong to the same function of θ: reversed log-weights, another payload, a
+    detached tensor.
+    """
+    errors = [report.continuity.identity_error_naive, report.continuity.identity_error_rb]
+    found = [error for error in errors if error is not None]
+    if not found:
+        return not_applicable("The entropy does not move along v, or there is no forward-mode derivative.")
+    return at_most(largest(*found), limit_for(report, "change_identity"))

@@ -60,23 +60,29 @@ def entropy_change(
     after: Float[Tensor, "B G"],
     weights_before: Float[Tensor, "B G"],
     weights_after: Float[Tensor, "B G"],
-    units: Float[Tensor, "B G"] | None = None,
+    units: Float[Tensor, "B G"] | tuple[Tensor, Tensor] | None = None,
 ) -> Change:
     """ΔĤ of a payload f per response (−S for the naive estimate, R for Rao-Blackwell), in nats.
 
         Ĥ⁺ = Σŵ⁺f⁺ / Σŵ⁺T,   Ĥ = Σŵf / Σŵ T,   φ = N·[ŵ⁺(f⁺ − Ĥ⁺T)/Σŵ⁺T − ŵ(f − ĤT)/Σŵ T]
 
-    `units` T are what the entropy is of: the lengths give it per token; without them T = 1, per response. ŵ are the
+    `units` T are what the entropy is of: the lengths give it per token (those at θ and at θ⁺, where the responses are
+    not the same); without them T = 1, per response. ŵ are the
     weights at θ: 1/N each at top_p = 1, where responses come from π itself. At top_p < 1 they are π/q within the
     nucleus, so that both terms are of the same restricted policy. Equal arguments give exactly 0.
     """
 
-    def side(weights: Tensor, payload: Tensor) -> tuple[Tensor, Tensor]:
-        total = weights.new_ones(()) if units is None else (weights * units).sum()
+    def side(weights: Tensor, payload: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
+        if units is None:
+            mean = (weights * payload).sum()
+            return mean, weights.numel() * weights * (payload - mean)
+        total = (weights * units).sum()
         mean = (weights * payload).sum() / total
-        return mean, weights.numel() * weights * (payload - mean * (1.0 if units is None else units)) / total
+        return mean, weights.numel() * weights * (payload - mean * units) / total
 
-    (mean_after, of_after), (mean_before, of_before) = side(weights_after, after), side(weights_before, before)
+    units_before, units_after = units if isinstance(units, tuple) else (units, units)
+    mean_after, of_after = side(weights_after, after, units_after)
+    mean_before, of_before = side(weights_before, before, units_before)
     influence = of_after - of_before
     return Change(float(mean_after - mean_before), cluster_se(influence), influence)
 
@@ -99,7 +105,7 @@ def pareto_k(log_weights: Float[Tensor, "B G"], ess: float) -> float | None:
     return None if size < 64 or ess / size >= 0.95 else _psis(log_weights)[1]
 
 
-def smoothed_weights(log_weights: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+def smoothed(log_weights: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
     """log w with its largest values replaced by the quantiles of the fitted Pareto tail (PSIS, Vehtari et al. 2024);
     up to a constant."""
     return _psis(log_weights)[0]

@@ -41,6 +41,18 @@ def rb_slope(
     return PromptMean((d_entropy + coefficients * d_logp).sum(-1).mean(1))
 
 
+def per_token_slope(
+    rb_sum: Float[Tensor, "B G"],
+    lengths: Float[Tensor, "B G"],
+    d_seq_logp: Float[Tensor, "B G"],
+    d_rb_sum: Float[Tensor, "B G"],
+) -> PromptMean:
+    """Slope of the entropy per token, (1/ΣT_i)·[Σ_i (R_i − h̄T_i)·D_vS_i + Σ_i D_vR_i] with h̄ = ΣR/ΣT."""
+    ratio = rb_sum.sum() / lengths.sum()
+    terms = (rb_sum - ratio * lengths) * d_seq_logp + d_rb_sum
+    return PromptMean(terms.mean(1) / lengths.mean())
+
+
 def curvature(
     rb_sum: Float[Tensor, "B G"],
     d_seq_logp: Float[Tensor, "B G"],

@@ -226,7 +226,12 @@ class BoundModel:
         return self._kept(output, keep)
 
     def next_logits(
-        self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N M"], cache: Any | None = None
+        self,
+        ids: Int[Tensor, "N L"],
+        mask: Int[Tensor, "N M"],
+        cache: Any | None = None,
+        *,
+        override: Mapping[str, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "N V"], Any]:
         """Logits of the token that follows the last column, and the key-value cache, which now holds `ids` too.
 
@@ -238,8 +243,10 @@ class BoundModel:
         with self._evaluating(), forward_context(self.dtype), torch.no_grad():
             keep = slice(-1, None)
             arguments = self._arguments(ids, mask, keep) | {"use_cache": True, "past_key_values": cache}
+            if override:
+                self._record(override)
             try:
-                output = self.module(ids, **arguments)
+                output = torch.func.functional_call(self.module, dict(override or {}), (ids,), arguments)
             except IndexError as error:
                 raise MeasurementError(
                     "sampling", f"the model cannot hold rows of {mask.shape[1]} tokens ({error})", "sample shorter ones"

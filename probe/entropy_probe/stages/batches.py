@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import tasks
 from entropy_probe.stages.rewards import find_reward
-from entropy_probe.stages.rollouts import Progress, Rollouts, read_rollouts, sample_rollouts
+from entropy_probe.stages.rollouts import Progress, Rollouts, read_rollouts, redrawn, sample_rollouts
+
+
+def resample(
+    bound: BoundModel, rollouts: Rollouts, tokenizer: Any | None, config: ProbeConfig, override: Mapping[str, Tensor]
+) -> Rollouts:
+    """Fresh responses of the same prompts, as many of each, with the parameters in `override` replaced; no rewards."""
+    seed = _seed("resampled", config.batch.seed)
+    return redrawn(bound, rollouts, tokenizer, config.generation, seed=seed, override=override)
+
+
+def _seed(which: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{which} {seed}".encode()).digest()[:6])
 
 
 def draw_batches(
@@ -40,13 +55,12 @@ def draw_batches(
     drawn = tasks.draw_prompts(pool, count, seed=batch.seed, with_replacement=batch.with_replacement)
 
     def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:
-        seed = int.from_bytes(hashlib.sha256(f"{which} {batch.seed}".encode()).digest()[:6])
         return sample_rollouts(
             bound,
             tokenizer,
             own,
             config.generation,
-            seed=seed,
+            seed=_seed(which, batch.seed),
             reward=reward,
             stage=f"sampling {which}",
             progress=progress,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
@@ -17,43 +18,81 @@ from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 
+_POINTS_PER_DECADE, _POINTS = 2, 5
+
 
 @dataclass(frozen=True)
 class EntropyChange:
-    """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, with the diagnostics of its weights."""
+    """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, with the diagnostics of its weights.
+
+    `naive` and `rb` are per response or per token, as `true_delta_h.normalize` says; `per_token` is Rao-Blackwell.
+    `method` is `snis`, or the fallback that was taken: `psis` (smoothed weights) or `resample` (fresh responses).
+    """
 
     eta: float
     naive: importance.Change
     rb: importance.Change
+    per_token: importance.Change
     ess: float
     ess_fraction: float
     pareto_k: float | None
     clip_fraction: float
+    log_weights: tuple[float, float, float]
+    method: str
     restricted: bool
 
 
-def grid(config: ProbeConfig, lr: float) -> list[float]:
-    """The configured η, or `auto`: 0 and ±lr/100, ±lr/10, ±lr. η = 0 and lr are always in it."""
+def grid(config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None) -> list[float]:
+    """The configured η, or `auto`: ± two a decade down from the smaller of lr and the η at which ESS/N is expected to
+    fall to `min_ess_fraction`. η = 0 and lr are always in it.
+
+        ESS/N ≈ exp(−η²·Var D_vS)       (log-weights are normal and small: their variance is η²·Var D_vS)
+    """
     etas = config.true_delta_h.etas
-    chosen = [0.0, lr, *(etas if etas != "auto" else (s * lr / k for k in (1, 10, 100) for s in (-1, 1)))]
-    return sorted(set(chosen))
+    if etas != "auto":
+        return sorted({0.0, lr, *etas})
+    end = lr
+    if d_seq_logp is not None and float(d_seq_logp.var()) > 0:
+        end = min(lr, math.sqrt(-math.log(config.true_delta_h.min_ess_fraction) / float(d_seq_logp.var())) or lr)
+    steps = (end * 10 ** (-k / _POINTS_PER_DECADE) for k in range(_POINTS))
+    return sorted({0.0, lr, *(sign * step for step in steps for sign in (-1.0, 1.0))})
 
 
 def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeConfig) -> EntropyChange:
-    """log w = S(θ⁺) − log q, then ΔĤ of −S and of R."""
+    """log w = S(θ⁺) − log q, then ΔĤ of −S and of R; with smoothed weights where `fallback: psis` applies."""
     log_weights = scores_after.seq_logp - scores.seq_logq
     weights = importance.snis_weights(log_weights, config.true_delta_h.clip_log_weight)
+    pareto_k, method = importance.pareto_k(log_weights, weights.ess), "snis"
+    normalised = weights.normalised
+    ess_fraction = weights.ess / log_weights.numel()
+    if config.true_delta_h.fallback == "psis" and out_of_bounds(ess_fraction, pareto_k, config):
+        normalised, method = importance.snis_weights(importance.smoothed(log_weights)).normalised, "psis"
     weights_before = importance.snis_weights(scores.seq_logp - scores.seq_logq).normalised
+    lengths = scores.gen_lens.double()
+    units = lengths if config.true_delta_h.normalize == "per_token" else None
+
+    def change(before: Tensor, after: Tensor, units: Tensor | None) -> importance.Change:
+        return importance.entropy_change(before, after, weights_before, normalised, units)
+
     return EntropyChange(
         eta=eta,
-        naive=importance.entropy_change(-scores.seq_logp, -scores_after.seq_logp, weights_before, weights.normalised),
-        rb=importance.entropy_change(scores.rb_sum, scores_after.rb_sum, weights_before, weights.normalised),
+        naive=change(-scores.seq_logp, -scores_after.seq_logp, units),
+        rb=change(scores.rb_sum, scores_after.rb_sum, units),
+        per_token=change(scores.rb_sum, scores_after.rb_sum, lengths),
         ess=weights.ess,
-        ess_fraction=weights.ess / log_weights.numel(),
-        pareto_k=importance.pareto_k(log_weights, weights.ess),
+        ess_fraction=ess_fraction,
+        pareto_k=pareto_k,
         clip_fraction=weights.clip_fraction,
+        log_weights=(float(log_weights.min()), float(log_weights.median()), float(log_weights.max())),
+        method=method,
         restricted=config.generation.top_p < 1.0,
     )
+
+
+def out_of_bounds(ess_fraction: float, pareto_k: float | None, config: ProbeConfig) -> bool:
+    """Whether the weights are not to be believed: too few responses carry them, or their tail is too heavy."""
+    limits = config.true_delta_h
+    return ess_fraction < limits.min_ess_fraction or (pareto_k is not None and pareto_k > limits.max_pareto_k)
 
 
 def sweep(
@@ -64,24 +103,79 @@ def sweep(
     etas: Sequence[float],
     config: ProbeConfig,
     progress: Progress | None = None,
+    resample: Callable[[Mapping[str, Tensor]], Rollouts] | None = None,
 ) -> list[EntropyChange]:
-    """ΔĤ at θ + ηv for every η: one scoring pass each, with only the parameters in v replaced, one copy at a time."""
+    """ΔĤ at θ + ηv for every η: one scoring pass each, with only the parameters in v replaced, one copy at a time.
+
+    Where the weights are out of bounds and the fallback is `resample`, fresh responses of the same prompts are drawn
+    at θ + ηv by `resample` and scored there.
+    """
     changes = []
     for done, eta in enumerate(etas, start=1):
         override = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-        changes.append(change_at(scores, score(bound, rollouts, config, override), eta, config))
+        change = change_at(scores, score(bound, rollouts, config, override), eta, config)
+        wanted = config.true_delta_h.fallback == "resample"
+        if resample is not None and wanted and out_of_bounds(change.ess_fraction, change.pareto_k, config):
+            change = _resampled(change, scores, score(bound, resample(override), config, override), config)
+        changes.append(change)
         if progress is not None:
             progress("entropy change", done, len(etas))
     return changes
 
 
-def predicted(eta: float, slope: PromptMean, curvature: PromptMean) -> tuple[float, float]:
-    """(η·∇Hᵀv + ½η²·vᵀ∇²Hv, its SE). Per-prompt terms are added first, so that the SE knows that both share prompts;
-    where the slope has one term per block of prompts, the two variances are added."""
-    value = eta * slope.value + 0.5 * eta**2 * curvature.value
-    if len(slope.per_prompt) != len(curvature.per_prompt):
-        return value, math.hypot(eta * slope.se, 0.5 * eta**2 * curvature.se)
-    return value, PromptMean(eta * slope.per_prompt + 0.5 * eta**2 * curvature.per_prompt).se
+def _resampled(change: EntropyChange, scores: Scores, fresh: Scores, config: ProbeConfig) -> EntropyChange:
+    """Mean over fresh responses at θ⁺ minus mean over those at θ, of the same prompts: no importance weights."""
+    even = torch.full_like(scores.seq_logp, 1.0 / scores.seq_logp.numel())
+    before, after = (s.gen_lens.double() for s in (scores, fresh))
+
+    def difference(at_theta: Tensor, at_step: Tensor, *, per_token: bool) -> importance.Change:
+        units = (before, after) if per_token else None
+        return importance.entropy_change(at_theta, at_step, even, even, units)
+
+    per_token = config.true_delta_h.normalize == "per_token"
+    return replace(
+        change,
+        naive=difference(-scores.seq_logp, -fresh.seq_logp, per_token=per_token),
+        rb=difference(scores.rb_sum, fresh.rb_sum, per_token=per_token),
+        per_token=difference(scores.rb_sum, fresh.rb_sum, per_token=True),
+        method="resample",
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What slope and curvature say for one η, realised minus predicted with the SE of that difference (both are
+    measured on the same prompts), and whether η is where it means something."""
+
+    value: float
+    se: float
+    difference: float
+    difference_se: float
+    in_range: bool
+
+
+def predict(change: EntropyChange, slope: PromptMean, curvature: PromptMean | None, config: ProbeConfig) -> Prediction:
+    """η·∇Hᵀv + ½η²·vᵀ∇²Hv beside the realised Rao-Blackwell change; without curvature, η·∇Hᵀv.
+
+    Terms of a prompt are added before the spread over prompts is taken, so that the SE knows what they share; where the
+    slope has one term per block of prompts, variances are added. In range: the weights are within bounds, and
+    |η| ≤ η*/10, so that what lies beyond second order is a small part of what is predicted.
+    """
+    eta, size_b = change.eta, len(change.rb.influence)
+    terms = [eta * slope.per_prompt] + ([] if curvature is None else [0.5 * eta**2 * curvature.per_prompt])
+    realised = PromptMean(change.rb.influence.mean(1))
+    value = sum(float(term.mean()) for term in terms)
+    if all(len(term) == size_b for term in terms):
+        predicted = PromptMean(torch.stack(terms).sum(0))
+        se, difference_se = predicted.se, PromptMean(realised.per_prompt - predicted.per_prompt).se
+    else:
+        se = math.hypot(*(PromptMean(term).se for term in terms))
+        difference_se = math.hypot(se, change.rb.se)
+    bound = None if curvature is None else eta_star(slope, curvature)
+    believed = change.method == "resample" or not out_of_bounds(change.ess_fraction, change.pareto_k, config)
+    return Prediction(
+        value, se, change.rb.value - value, difference_se, believed and (bound is None or abs(eta) <= bound / 10)
+    )
 
 
 def eta_star(slope: PromptMean, curvature: PromptMean) -> float | None:

@@ -10,7 +10,8 @@ One prompt a line, the same number G of responses on every line:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -303,3 +304,36 @@ def sample_rollouts(
         texts = [tokenizer.decode(response, skip_special_tokens=True) for response in own]
         lines.append(_Line(encoded[n], own, [reward(text, prompt.gold) for text in texts], None))
     return _assemble(lines, "sampled", sum(prompt.gold is None for prompt in prompts))
+
+
+def redrawn(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    tokenizer: Any | None,
+    generation: GenerationConfig,
+    *,
+    seed: int,
+    override: Mapping[str, Tensor],
+) -> Rollouts:
+    """As many fresh responses of the same prompts, from q at the parameters in `override`. Rewards are NaN."""
+    size_b, group = rollouts.num_prompts, rollouts.num_responses
+    prompts = [rollouts.ids[n * group, : int(rollouts.prompt_lens[n * group])].tolist() for n in range(size_b)]
+    if generation.stop and tokenizer is None:
+        raise MeasurementError("generation.stop", "needs a tokenizer, the checkpoint has none", "leave it out")
+    stop = StopStrings(tokenizer.decode, tuple(generation.stop)) if tokenizer is not None and generation.stop else None
+    responses = sample(
+        bound,
+        prompts,
+        num_return_sequences=group,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        max_new_tokens=generation.max_new_tokens,
+        eos_ids=eos_ids(bound.language_model, tokenizer),
+        seed=seed,
+        gen_batch_size=generation.gen_batch_size,
+        stop=stop,
+        override=override,
+    )
+    nothing = [math.nan] * group
+    lines = [_Line(own, responses[n * group : (n + 1) * group], nothing, None) for n, own in enumerate(prompts)]
+    return _assemble(lines, "resampled", 0)

@@ -7,7 +7,7 @@ step) and to nothing else, and a row that has ended leaves the batch, so nothing
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,7 @@ def sample(
     gen_batch_size: int,
     stop: StopStrings | None = None,
     first_prompt: int = 0,
+    override: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """G responses of every prompt; entry n·G + g is response g of prompt n.
@@ -87,7 +88,8 @@ def sample(
     At most `gen_batch_size` rows run at once. The responses do not depend on it, nor on the other prompts: in float64
     they are the same, in float32 they are but where a number falls within rounding of the boundary between two sets of
     tokens (`draw`). A process that samples the prompts from `first_prompt` on gets what one process would have got for
-    them. `progress(done, all)` counts tokens, those that a response ended without included.
+    them. `override` replaces parameters. `progress(done, all)` counts tokens, those that a response ended without
+    included.
 
     No global generator is used. Raises `MeasurementError`: a prompt without tokens, logits that are not finite.
     """
@@ -109,14 +111,14 @@ def sample(
         chosen = by_length[start : start + at_once]
         ids, mask = left_padded([prompts[n] for n in chosen], pad=0)
         mask = mask.to(bound.device)
-        logits, cache = bound.next_logits(ids.to(bound.device), mask)
+        logits, cache = bound.next_logits(ids.to(bound.device), mask, override=override)
         for first in range(0, group, gen_batch_size):
             members = range(first, min(first + gen_batch_size, group))
             rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n in chosen for g in members]
             of_prompt = torch.arange(len(chosen), device=bound.device).repeat_interleave(len(members))
             own = cache if members.stop == group else copy.deepcopy(cache)
             own.batch_select_indices(of_prompt)
-            state = _State(rows, logits[of_prompt], mask[of_prompt], own)
+            state = _State(rows, logits[of_prompt], mask[of_prompt], own, override)
             _run(bound, state, temperature, top_p, ended_by, report)
             finished += len(rows)
             for row in rows:
@@ -144,6 +146,7 @@ class _State:
     logits: Tensor
     mask: Tensor
     cache: Any
+    override: Mapping[str, Tensor] | None
 
 
 def _run(
@@ -174,7 +177,7 @@ def _run(
             tokens, mask = tokens[kept], mask[kept]
             cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits, cache = bound.next_logits(tokens[:, None], mask, cache)
+        logits, cache = bound.next_logits(tokens[:, None], mask, cache, override=state.override)
 
 
 def noise_of(seed: int, prompt: int, response: int) -> np.random.Generator:

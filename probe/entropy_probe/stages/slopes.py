@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
-from entropy_probe.estimators.slope import PromptMean, curvature, naive_slope, rb_slope
+from entropy_probe.estimators.slope import PromptMean, curvature, naive_slope, per_token_slope, rb_slope
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
@@ -102,6 +102,7 @@ class Slopes:
 
     naive: PromptMean
     rb: dict[Baseline, PromptMean]
+    per_token: PromptMean
     curvature: PromptMean
     at_theta: Derivatives
     d2_seq_logp: Float[Tensor, "B G"]
@@ -151,6 +152,7 @@ def slopes_along(
     return Slopes(
         naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
         rb={baseline: rb(baseline) for baseline in BASELINES},
+        per_token=per_token_slope(scores.rb_sum, scores.gen_lens.double(), at_theta.d_seq_logp, at_theta.d_rb_sum),
         curvature=curvature(scores.rb_sum, at_theta.d_seq_logp, at_theta.d_rb_sum, d2_seq_logp, d2_rb_sum),
         at_theta=at_theta,
         d2_seq_logp=d2_seq_logp,
