@@ -35,7 +35,7 @@ from entropy_probe.stages.slopes import Slopes, slopes_along
 from entropy_probe.stages.witness import curvature_witness, largest, twice_in_reverse
 
 TOLERANCE = 1e-9
-# What `slopes._STENCIL_CHANGE` claims for the five-point rule; measured: 1e-10, the rule's truncation.
+# What `slopes._JVP_CHANGE` claims for the central difference; measured: 1e-10, the rule's truncation.
 CURVATURE_TOLERANCE = 1e-9
 
 
@@ -318,7 +318,7 @@ def forward_over_reverse(subject: Subject, rho: Tensor) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_second_derivative(name: str, tmp_path: Path) -> None:
-    """Reverse twice with respect to η is forward over reverse, to rounding; the five-point difference, to its error."""
+    """Reverse twice with respect to η is forward over reverse, to rounding; the central difference, to its error."""
     subject = Subject.of(MODELS[name](), tmp_path)
     found = twice_in_reverse(subject.bound, subject.rollouts, RHO, subject.v, subject.config)
     assert abs(found - forward_over_reverse(subject, RHO)) < 1e-12 * abs(found)
@@ -339,11 +339,11 @@ def test_second_derivative_is_the_naive_loop(tmp_path: Path) -> None:
 
 
 def test_second_derivative_is_wrong(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, derivative = slopes._stencil_step, slopes._stencil_derivative
+    step, derivative = slopes.step_of, slopes.stencil_derivative
     faults: list[tuple[str, Any, float]] = [
-        ("_stencil_step", lambda *a: 3e4 * step(*a), 1e-8),  # too long a step
-        ("_stencil_derivative", lambda at, h: (1 + 1e-3) * derivative(at, h), 1e-5),
-        ("_stencil_derivative", lambda at, h: -derivative(at, h), 1e-2),
+        ("step_of", lambda *a: 3e4 * step(*a), 1e-8),  # too long a step
+        ("stencil_derivative", lambda at, h: (1 + 1e-3) * derivative(at, h), 1e-5),
+        ("stencil_derivative", lambda at, h: -derivative(at, h), 1e-2),
     ]
     for name, fault, least in faults:
         with monkeypatch.context() as patch:

@@ -52,7 +52,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "curvature_witness",
                 1e-6,
-                "true float64: at most 1e-10 measured, truncation of the five-point rule; a factor 1.001 shows as 1e-3",
+                "true float64: at most 3e-10 measured, rounding of the difference; a factor 1.001 shows as 1e-3",
             ),
             _limit("u_cross_identity", 1e-9, "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum"),
             _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),

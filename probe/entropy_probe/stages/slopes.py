@@ -22,9 +22,11 @@ from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, rows_without_graph, score, score_rows
 from entropy_probe.stages.update import UpdateDirection, norm
 
-# Largest change of a response's log-probability along the stencil. The five-point rule then errs by about
-# (1e-3)⁴ in truncation and by 1e-16·|S|/1e-3 in rounding: both stay below 1e-9 of the terms.
-_STENCIL_CHANGE = 1e-5
+# Largest change of a response's log-probability along a stencil, and its points. Of D_v, which is exact: a central
+# difference errs by (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses
+# the kinks of a ReLU. Of scores, twice in a row: five points and a longer step, as 1e-16·|S| is divided by it twice.
+_JVP_CHANGE, _TWO_POINTS = 1e-5, (-1, 1)
+_SCORE_CHANGE, _FIVE_POINTS = 1e-3, (-2, -1, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,15 @@ def directional_derivatives(
     return Derivatives(rollouts.per_prompt(d_logp), rollouts.per_prompt(d_entropy))
 
 
-_STENCIL = (-2, -1, 1, 2)
+def step_of(fastest: float, v: Mapping[str, Tensor], change: float) -> float:
+    """h with fastest·h = change, where `fastest` is the largest |D_vS| of a response."""
+    return change / fastest if fastest > 0 else change / max(norm(v), 1.0)
 
 
-def _stencil_step(fastest: float, v: Mapping[str, Tensor]) -> float:
-    """h with fastest·h = 1e-3, where `fastest` is the largest |D_vS| of a response."""
-    return _STENCIL_CHANGE / fastest if fastest > 0 else _STENCIL_CHANGE / max(norm(v), 1.0)
-
-
-def _stencil_derivative(values: Mapping[int, Tensor], h: float) -> Tensor:
-    """[8(f(h) − f(−h)) − (f(2h) − f(−2h))]/(12h), from f at the multiples of h in `_STENCIL`."""
+def stencil_derivative(values: Mapping[int, Tensor], h: float) -> Tensor:
+    """[f(h) − f(−h)]/(2h), or [8(f(h) − f(−h)) − (f(2h) − f(−2h))]/(12h), from f at the given multiples of h."""
+    if 2 not in values:
+        return (values[1] - values[-1]) / (2 * h)
     return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
 
 
@@ -86,12 +87,12 @@ def _derivatives_by_difference(
 ) -> Derivatives:
     """D_v log p and D_v H_t at θ + ηv as five-point differences of scores in true float64."""
     at = {}
-    for k in _STENCIL:
+    for k in _FIVE_POINTS:
         override = theta_plus_eta_v(float64.registry, v, eta + k * h, float64.dtype)
         at[k] = score(float64, rollouts, config, override)
     return Derivatives(
-        _stencil_derivative({k: s.token_logp for k, s in at.items()}, h),
-        _stencil_derivative({k: s.rb_entropy for k, s in at.items()}, h),
+        stencil_derivative({k: s.token_logp for k, s in at.items()}, h),
+        stencil_derivative({k: s.rb_entropy for k, s in at.items()}, h),
     )
 
 
@@ -118,32 +119,34 @@ def slopes_along(
     config: ProbeConfig,
     progress: Progress | None = None,
 ) -> Slopes:
-    """∇Hᵀv by every estimator, and vᵀ∇²Hv by a five-point difference of D_v in true float64.
+    """∇Hᵀv by every estimator, and vᵀ∇²Hv by a central difference of D_v in true float64.
 
-        D²_v f ≈ [8(D_vf(h) − D_vf(−h)) − (D_vf(2h) − D_vf(−2h))]/(12h)
+        D²_v f ≈ [D_vf(h) − D_vf(−h)]/(2h)
 
-    with h such that no response's log-probability moves by more than 1e-3. Where an operation of the model has no
-    forward-mode derivative, D_v itself is such a difference of scores in float64.
+    with h such that no response's log-probability moves by more than 1e-5. Where an operation of the model has no
+    forward-mode derivative, D_v itself is a difference of scores in float64, and both have five points.
     """
     try:
         at_theta = directional_derivatives(bound, rollouts, v, config)
         derivatives = partial(directional_derivatives, float64, rollouts, v, config)
+        change, points = _JVP_CHANGE, _TWO_POINTS
     except NotImplementedError:
         trial = 1e-7 / max(norm(v), 1.0)
         moved = score(float64, rollouts, config, theta_plus_eta_v(float64.registry, v, trial, float64.dtype))
         still = score(float64, rollouts, config)
-        step = _stencil_step(float((moved.seq_logp - still.seq_logp).abs().max()) / trial, v)
+        change, points = _SCORE_CHANGE, _FIVE_POINTS
+        step = step_of(float((moved.seq_logp - still.seq_logp).abs().max()) / trial, v, change)
         derivatives = partial(_derivatives_by_difference, float64, rollouts, v, config, step)
         at_theta = derivatives(0.0)
-    h = _stencil_step(float(at_theta.d_seq_logp.abs().max()), v)
+    h = step_of(float(at_theta.d_seq_logp.abs().max()), v, change)
     at: dict[int, Derivatives] = {}
-    for k in _STENCIL:
+    for k in points:
         if progress is not None:
-            progress("slopes", 1 + len(at), 1 + len(_STENCIL))
+            progress("slopes", 1 + len(at), 1 + len(points))
         at[k] = derivatives(k * h)
 
-    d2_seq_logp = _stencil_derivative({k: d.d_seq_logp for k, d in at.items()}, h)
-    d2_rb_sum = _stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
+    d2_seq_logp = stencil_derivative({k: d.d_seq_logp for k, d in at.items()}, h)
+    d2_rb_sum = stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
 
     def rb(baseline: Baseline) -> PromptMean:
         kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)

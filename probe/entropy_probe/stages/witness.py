@@ -52,8 +52,12 @@ def gradient_witness(
     """
     chosen = largest(of_y, units, 2)
     fast_x, fast_y = ({name: values[chosen] for name, values in side.items()} for side in (units.x, units.y))
-    naive_x, scale_x = _naive(bound, rollouts, units, chosen, of_x, config, true=True)
-    naive_y, scale_y = _naive(bound, rollouts, units, chosen, of_y, config, true=bound.autograd_is_derivative)
+    if of_x.coefficients is None and bound.autograd_is_derivative:
+        sums = _naive(bound, rollouts, units, chosen, [of_x, of_y], config, true=True)
+    else:
+        sums = _naive(bound, rollouts, units, chosen, [of_x], config, true=True)
+        sums += _naive(bound, rollouts, units, chosen, [of_y], config, true=bound.autograd_is_derivative)
+    (naive_x, scale_x), (naive_y, scale_y) = sums
     return Witness(
         u_cross=cross_moments(gram(naive_x, naive_y, precond)).u_cross,
         u_cross_fast=cross_moments(gram(fast_x, fast_y, precond)).u_cross,
@@ -74,29 +78,33 @@ def _naive(
     rollouts: Rollouts,
     units: UnitGradients,
     chosen: Tensor,
-    payload: Payload,
+    payloads: list[Payload],
     config: ProbeConfig,
     *,
     true: bool,
-) -> tuple[dict[str, Tensor], list[float]]:
-    """[u, numel] by name and Σ_i ‖w_i ∇f_i‖ of each unit, one backward pass for each response."""
+) -> list[tuple[dict[str, Tensor], list[float]]]:
+    """For each payload (of the same f) [u, numel] by name, and Σ_i ‖w_i ∇f_i‖ of each unit; one backward pass for each
+    response."""
     parameters, group = bound.registry.trainable, rollouts.num_responses
-    totals = {name: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for name, p in parameters.items()}
-    scales = []
+    sums = [
+        {n: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for n, p in parameters.items()} for _ in payloads
+    ]
+    scales = [[0.0] * len(chosen) for _ in payloads]
     for i, unit in enumerate(chosen.tolist()):
-        prompts, scale = (units.unit_of == unit).nonzero()[:, 0], 0.0
-        weights = payload.weights / len(prompts)
+        prompts = (units.unit_of == unit).nonzero()[:, 0]
         for n, g in itertools.product(prompts.tolist(), range(group)):
             row = torch.tensor([n * group + g])
             scored = score_rows(bound, rollouts, row, config, true_derivative=true)
-            loss = (weights[n, g].to(bound.device) * payload.sums(scored.logp, scored.entropy, row)).sum()
+            loss = payloads[0].sums(scored.logp, scored.entropy, row).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            found = {n: g.reshape(-1).cpu() for n, g in zip(parameters, gradients, strict=True) if g is not None}
-            scale += norm(found)
-            for name, gradient in found.items():
-                totals[name][i] += gradient
-        scales.append(scale)
-    return totals, scales
+            found = {k: d.reshape(-1).cpu() for k, d in zip(parameters, gradients, strict=True) if d is not None}
+            size = norm(found)
+            for payload, total, scale in zip(payloads, sums, scales, strict=True):
+                weight = float(payload.weights[n, g]) / len(prompts)
+                scale[i] += abs(weight) * size
+                for name, gradient in found.items():
+                    total[name][i] += weight * gradient
+    return list(zip(sums, scales, strict=True))
 
 
 def _difference(fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales: Sequence[float]) -> float:
@@ -111,7 +119,7 @@ def _difference(fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales:
 def curvature_witness(
     float64: BoundModel, rollouts: Rollouts, scores: Scores, along: Slopes, v: Mapping[str, Tensor], config: ProbeConfig
 ) -> float | None:
-    """|Σ by five-point difference − Σ by `twice_in_reverse`| / Σ_i[|D²_vR_i| + |ρ_i·D²_vS_i|], in true float64, where
+    """|Σ by central difference − Σ by `twice_in_reverse`| / Σ_i[|D²_vR_i| + |ρ_i·D²_vS_i|], in true float64, where
 
         Σ = Σ_i [D²_vR_i + ρ_i·D²_vS_i],   ρ_i = R_i − mean of R over the batch's other responses
 
