@@ -1,4 +1,4 @@
-"""Loads and measures checkpoints; the only file that imports `entropy_probe`, and only inside functions.
+"""Loads and measures checkpoints. `entropy_probe` is imported inside functions only: here, in settings and in summary.
 
 A `Subject` is one checkpoint in this process: loaded and measured at most once, in whatever order tests run.
 """

@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
+    "plot": ("PATH", True, "draw prediction against realisation here (.png, .svg); with several checkpoints a folder"),
     "xfails": ("FILE", True, "known failures: id prefix and reason a line; strict"),
 }
 

@@ -38,6 +38,7 @@ class Settings:
     update_rollouts: Path | None = None
     prompts: Path | None = None
     json_path: Path | None = None
+    plot_path: Path | None = None
     xfails_file: Path | None = None
     device: str | None = None
     seed: int | None = None
@@ -50,9 +51,14 @@ class Settings:
 
     def json_file(self, name: str) -> Path | None:
         """Where the report of `name` goes: the file itself, or NAME.json in a folder when there are several."""
-        if self.json_path is None or len(self.targets) == 1:
-            return self.json_path
-        return self.json_path / f"{name}.json"
+        return self._file(self.json_path, f"{name}.json")
+
+    def plot_file(self, name: str) -> Path | None:
+        """Where the figure of `name` goes: the file itself, or NAME.png in a folder when there are several."""
+        return self._file(self.plot_path, f"{name}.png")
+
+    def _file(self, path: Path | None, name: str) -> Path | None:
+        return path if path is None or len(self.targets) == 1 else path / name
 
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -73,8 +79,16 @@ def read_settings(config: pytest.Config) -> Settings:
         device=_text(config, "device"),
         seed=_seed(config),
     )
-    settings = replace(without_targets, targets=_targets(config))
-    return replace(settings, json_path=_json_path(config, several=len(settings.targets) > 1))
+    targets = _targets(config)
+    several = len(targets) > 1
+    settings = replace(
+        without_targets,
+        targets=targets,
+        json_path=_output_path(config, "json", "report.json", several),
+        plot_path=_output_path(config, "plot", "figure.png", several),
+    )
+    _require_drawable(config, settings)
+    return settings
 
 
 def checkpoints_given(config: pytest.Config) -> bool:
@@ -131,11 +145,11 @@ def _seed(config: pytest.Config) -> int | None:
     return seed
 
 
-def _json_path(config: pytest.Config, several: bool) -> Path | None:
-    value = _text(config, "json")
+def _output_path(config: pytest.Config, key: str, example: str, several: bool) -> Path | None:
+    value = _text(config, key)
     if value is None:
         return None
-    label, start = _origin(config, "json")
+    label, start = _origin(config, key)
     path = _absolute(value, start)
     if several and path.is_file():
         raise pytest.UsageError(f"{label}: {path} is a file; give a folder, as there are several checkpoints")
@@ -143,8 +157,22 @@ def _json_path(config: pytest.Config, several: bool) -> Path | None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise pytest.UsageError(f"{label}: cannot write into {parent}; give another path")
     if not several and path.is_dir():
-        raise pytest.UsageError(f"{label}: {path} is a folder; give a file, such as {path / 'report.json'}")
+        raise pytest.UsageError(f"{label}: {path} is a folder; give a file, such as {path / example}")
     return path
+
+
+def _require_drawable(config: pytest.Config, settings: Settings) -> None:
+    """Say before the measurement, not after it, that a figure could not be drawn."""
+    path = settings.plot_file(settings.targets[0].name)
+    if path is None:
+        return
+    from entropy_probe import ProbeError
+    from entropy_probe.plots import require_drawable
+
+    try:
+        require_drawable(path)
+    except ProbeError as error:
+        raise pytest.UsageError(f"{_origin(config, 'plot')[0]}: {error}") from error
 
 
 def _targets(config: pytest.Config) -> tuple[Target, ...]:

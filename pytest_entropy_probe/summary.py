@@ -1,4 +1,4 @@
-"""What is seen: header, one table per checkpoint, report.json; and the hand-over from xdist workers.
+"""What is seen: header, tables per checkpoint, report.json, the figure; and the hand-over from xdist workers.
 
 The table is built from the properties of test reports, which reach the controller whichever process ran the test.
 Registered only when a checkpoint is given.
@@ -11,13 +11,14 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import StringIO
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_entropy_probe.collect import DROPPED, suite_wanted
-from pytest_entropy_probe.fixtures import SUBJECTS, probe_config, write_reports
+from pytest_entropy_probe.fixtures import SUBJECTS, probe_config, warnings_are_not_errors, write_reports
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.settings import SETTINGS
 
@@ -74,6 +75,7 @@ class Summary:
         self._states: dict[str, str] = {}
         self._headlines: dict[str, str] = {}
         self._handed_over: list[dict[str, str]] = []
+        self._predictions: dict[str, str] = {}
         self._notes: list[str] = []
 
     def pytest_report_header(self) -> list[str]:
@@ -137,17 +139,22 @@ class Summary:
             self._notes.append(output[DROPPED])
 
     def _write(self, sources: list[dict[str, str]]) -> bool:
-        """Write report.json of every checkpoint that was measured; whether all that was tried succeeded."""
+        """Write report and figure of every checkpoint that was measured; whether all that was tried succeeded."""
         settings, succeeded = self._config.stash[SETTINGS], True
         for target in settings.targets:
-            path = settings.json_file(target.name)
             texts = [source[target.name] for source in sources if target.name in source]
-            if path is not None and texts:
-                trouble = write_reports(path, texts)
-                self._notes += [trouble] if trouble else []
-                succeeded = succeeded and not trouble
-            elif path is not None and target.name in self._states:
-                self._notes.append(f"{path}: not written; there is no report of {target.name}")
+            if texts and self._config.get_verbosity() > 0:
+                self._predictions[target.name] = _prediction(texts[0], plain=_plain())
+            for path, write in (
+                (settings.json_file(target.name), write_reports),
+                (settings.plot_file(target.name), _write_figure),
+            ):
+                if path is not None and texts:
+                    trouble = write(path, texts)
+                    self._notes += [trouble] if trouble else []
+                    succeeded = succeeded and not trouble
+                elif path is not None and target.name in self._states:
+                    self._notes.append(f"{path}: not written; there is no report of {target.name}")
         return succeeded
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -169,7 +176,6 @@ class Summary:
     def _show(self, name: str, rows: list[Row], reporter: Any) -> None:
         from rich.console import Console
 
-        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         text = StringIO()
         console = Console(
             file=text,
@@ -178,13 +184,44 @@ class Summary:
             color_system="standard" if reporter.hasmarkup else None,
             legacy_windows=False,
         )
-        plain = not encoding.lower().startswith("utf")
+        plain = _plain()
         console.print(_table(name, rows, plain=plain))
         headline = self._headlines.get(name, "")
         if headline:
             console.out(headline.translate(_ASCII) if plain else headline, highlight=False)
-        for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
+        if name in self._predictions:
+            console.out(self._predictions[name], highlight=False)
+        for line in text.getvalue().encode(_encoding(), "replace").decode(_encoding()).splitlines():
             reporter.write_line(line.rstrip())
+
+
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "ascii"
+
+
+def _plain() -> bool:
+    return not _encoding().lower().startswith("utf")
+
+
+def _write_figure(path: Path, texts: list[str]) -> str | None:
+    """Draw one checkpoint's figure; `texts` are copies of its report that differ in their verdicts. The error line."""
+    from entropy_probe import ProbeError, ProbeReport
+    from entropy_probe.plots import save_figure
+
+    with warnings_are_not_errors():
+        try:
+            save_figure(ProbeReport.model_validate_json(texts[0]), path)
+        except ProbeError as error:
+            return str(error)
+    return None
+
+
+def _prediction(text: str, *, plain: bool) -> str:
+    """The table of prediction against realisation of a report."""
+    from entropy_probe import ProbeReport
+    from entropy_probe.plots import text_table
+
+    return text_table(ProbeReport.model_validate_json(text), plain=plain)
 
 
 def _known(report: pytest.TestReport) -> str | None:

@@ -158,6 +158,16 @@ class Oracle:
         first = torch.autograd.grad(_entropy(self.theta + eta * v), eta, create_graph=True)[0]
         return float(torch.autograd.grad(first, eta)[0])
 
+    def entropy_per_token(self, theta: Tensor) -> Tensor:
+        """H(θ')/E[T], the entropy per token at θ' [D]: what ΣR/ΣT of an endless batch is."""
+        seq_logp = _seq_logp(theta)
+        return _entropy(theta) / (seq_logp.exp() * LENGTHS).sum(-1).mean(-1)
+
+    def slope_per_token(self, v: Tensor) -> float:
+        """Derivative of the entropy per token along v, by autograd through the enumeration."""
+        eta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return float(torch.autograd.grad(self.entropy_per_token(self.theta + eta * v), eta)[0])
+
     def along(self, v: Tensor) -> tuple[PerToken, PerToken]:
         """(D_v, D²_v) of log p and H_t of every response."""
 
@@ -193,7 +203,14 @@ class Oracle:
         chosen = torch.randint(PROMPTS, (replications, prompts), generator=generator)
         if fixed_set:
             chosen = torch.arange(prompts).repeat(replications, 1)
-        uniform = torch.rand(replications, prompts, group, generator=generator, dtype=torch.float64)
+        return self._responses_of(chosen, group, generator)
+
+    def redraw(self, draw: Draw, seed: int) -> Draw:
+        """Fresh responses of the same prompts, as many of each."""
+        return self._responses_of(draw.prompts, draw.responses.shape[-1], torch.Generator().manual_seed(seed))
+
+    def _responses_of(self, chosen: Tensor, group: int, generator: torch.Generator) -> Draw:
+        uniform = torch.rand(*chosen.shape, group, generator=generator, dtype=torch.float64)
         responses = torch.zeros(uniform.shape, dtype=torch.long)
         for n, cumulative in enumerate(self.probability.cumsum(-1)):
             here = chosen == n

@@ -457,6 +457,40 @@ def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
     agree(section.delta_h1_per_lr_cross, -(whole[0] - all_pairs) - off, scale)
 
 
+def per_token_slopes(both: Both) -> tuple[float, list[float], float]:
+    """(slope of ΣR/ΣT along v, the influence of every prompt on it, the size of its terms): with A = Σ(R − h̄T)D_vS +
+    ΣD_vR and C = ΣT·D_vS, the influence of a response is N[(R − h̄T)(D_vS − C/ΣT) + D_vR − A/ΣT·T]/ΣT."""
+    rows = [[(float(x["r"]), len(x["entropy"]), float(x["d_s"]), float(x["d_r"])) for x in row] for row in both.along]
+    flat = [x for row in rows for x in row]
+    count = math.fsum(t for _, t, _, _ in flat)
+    h = math.fsum(r for r, *_ in flat) / count
+    value = math.fsum((r - h * t) * s + d for r, t, s, d in flat) / count
+    c = math.fsum(t * s for _, t, s, _ in flat) / count
+    influence = [
+        ref.mean([len(flat) * ((r - h * t) * (s - c) + d - value * t) / count for r, t, s, d in row]) for row in rows
+    ]
+    return value, influence, math.fsum(abs(r * s) + abs(h * t * s) + abs(d) for r, t, s, d in flat) / count
+
+
+def test_per_token_slope(both: Both) -> None:
+    value, _, scale = per_token_slopes(both)
+    agree(both.report.update.delta_h1_per_lr_per_token, value, scale)
+
+
+def test_per_token_slope_has_the_spread_of_its_influence(both: Both) -> None:
+    _, influence, scale = per_token_slopes(both)
+    se = ref.sd(influence) / math.sqrt(len(influence))
+    agree(both.report.update.delta_h1_per_lr_per_token_se, se, scale)
+
+
+def agree_with_interval(got: tuple[float, float], value: float, se: float, scale: float) -> None:
+    if se == 0.0:  # η = 0
+        assert got == (value, value)
+        return
+    for end, expected in zip(got, stats.t.interval(0.95, 4, loc=value, scale=se), strict=True):
+        agree(end, float(expected), scale)
+
+
 def test_entropy_change(both: Both) -> None:
     rows = {row.eta: row for row in both.report.entropy_change}
     assert set(rows) == {0.0, 1e-3, *ETAS}
@@ -477,6 +511,19 @@ def test_entropy_change(both: Both) -> None:
         ]
         total = math.fsum(map(math.fsum, w))
         ess = total**2 / math.fsum(x * x for line in w for x in line)
+        raw = sorted(
+            float(a[0].sum() - b[0].sum())
+            for x, y in zip(after, before, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+        moved = max(abs(float(t[0].sum())) for line in before for t in line)
+        for got, expected in (
+            (row.log_weight_min, raw[0]),
+            (row.log_weight_median, raw[7]),
+            (row.log_weight_max, raw[14]),
+        ):
+            agree(got, expected, moved)
+        assert row.method == "snis"
         agree(row.ess, ess, 15)
         agree(row.ess_fraction, ess / 15, 1)
         for value, se, part, sign in ((row.delta_h, row.delta_h_se, 0, -1), (row.delta_h_rb, row.delta_h_rb_se, 1, 1)):
@@ -492,11 +539,86 @@ def test_entropy_change(both: Both) -> None:
                 for n in range(5)
             ]
             agree(se, math.sqrt(5 / 4 * math.fsum(x * x for x in phi)) / 15, abs(h) + abs(h_after))
+            interval = row.delta_h_interval if part == 0 else row.delta_h_rb_interval
+            agree_with_interval(interval, value, se, abs(h) + abs(h_after))
+        value, se, scale = _change_per_token(before, after, w)
+        agree(row.delta_h_per_token, value, scale)
+        agree(row.delta_h_per_token_se, se, scale)
         predicted = [eta * s + 0.5 * eta**2 * c for s, c in zip(rb, curvature, strict=True)]
         scale = abs(eta) * slope_scale + 0.5 * eta**2 * curvature_scale
         agree(row.predicted, ref.mean(predicted), scale)
         agree(row.predicted_se, ref.sd(predicted) / math.sqrt(5), scale)
+        left = [x / 3 - y for x, y in zip(phi, predicted, strict=True)]
+        agree(row.difference, row.delta_h_rb - ref.mean(predicted), abs(h) + abs(h_after) + scale)
+        agree(row.difference_se, ref.sd(left) / math.sqrt(5), abs(h) + abs(h_after) + scale)
     assert (rows[0.0].delta_h, rows[0.0].delta_h_rb, rows[0.0].ess) == (0.0, 0.0, 15.0)
+
+
+Lines = list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def _change_per_token(before: Lines, after: Lines, w: list[list[float]], part: int = 1) -> tuple[float, float, float]:
+    """(ΔĤ per token, its SE, the size of its terms) of R, or of −S where `part` is 0."""
+    sign, total = (1 if part else -1), math.fsum(map(math.fsum, w))
+    size = sum(map(len, w))
+    flat = [
+        (n, w[n][g] / total, sign * float(b[part].sum()), sign * float(after[n][g][part].sum()), len(b[part]))
+        for n, line in enumerate(before)
+        for g, b in enumerate(line)
+    ]
+    count = math.fsum(t for *_, t in flat)
+    count_after = size * math.fsum(x * t for _, x, _, _, t in flat)
+    h = math.fsum(f for _, _, f, _, _ in flat) / count
+    h_after = size * math.fsum(x * f for _, x, _, f, _ in flat) / count_after
+    clusters = [
+        math.fsum(
+            size * (size * x * (f_after - h_after * t) / count_after - (f - h * t) / count)
+            for m, x, f, f_after, t in flat
+            if m == n
+        )
+        for n in range(len(before))
+    ]
+    factor = len(before) / (len(before) - 1)
+    return h_after - h, math.sqrt(factor * math.fsum(c * c for c in clusters)) / size, abs(h) + abs(h_after)
+
+
+@pytest.mark.parametrize("both", ["gpt2 full"], indirect=True)
+def test_normalised_per_token(both: Both, tmp_path: Path) -> None:
+    """`normalize: per_token`: every change of the row is per token, and so is what is predicted, without curvature."""
+    e = models.random_rollouts(tmp_path / "e.jsonl", prompts=5, responses=3, seed=1)
+    u = models.random_rollouts(tmp_path / "u.jsonl", prompts=6, responses=2, seed=2)
+    mapping = {
+        "precision": FLOAT64,
+        "true_delta_h": {"etas": ETAS, "normalize": "per_token"},
+        "generation": {"temperature": 0.9, "tf_batch_size": 4},
+    }
+    report = run_probe(both.path, ProbeConfig.from_mapping(mapping), e, u)
+    slope, _, slope_scale = per_token_slopes(both)
+    with torch.no_grad():
+        before = [[both.e.tokens(n, g) for g in range(3)] for n in range(5)]
+    for row in report.entropy_change:
+        theta = {n: p.detach().clone() for n, p in both.e.named.items()}
+        with torch.no_grad():
+            for name, p in both.e.named.items():
+                p.add_(both.v[name], alpha=row.eta)
+            after = [[both.e.tokens(n, g) for g in range(3)] for n in range(5)]
+            for name, p in both.e.named.items():
+                p.copy_(theta[name])
+        w = [
+            [math.exp(float(a[0].sum() - b[0].sum())) for a, b in zip(*x, strict=True)]
+            for x in zip(after, before, strict=True)
+        ]
+        naive, naive_se, naive_scale = _change_per_token(before, after, w, part=0)
+        rb, rb_se, scale = _change_per_token(before, after, w)
+        agree(row.delta_h, naive, naive_scale)
+        agree(row.delta_h_se, naive_se, naive_scale)
+        agree_with_interval(row.delta_h_interval, naive, naive_se, naive_scale)
+        for value, se in ((row.delta_h_rb, row.delta_h_rb_se), (row.delta_h_per_token, row.delta_h_per_token_se)):
+            agree(value, rb, scale)
+            agree(se, rb_se, scale)
+        agree_with_interval(row.delta_h_rb_interval, rb, rb_se, scale)
+        agree(row.predicted, row.eta * slope, abs(row.eta) * slope_scale)
+        agree(row.difference, rb - row.eta * slope, scale + abs(row.eta) * slope_scale)
 
 
 def _nucleus_logq(p: torch.Tensor, top_p: float) -> dict[int, float]:

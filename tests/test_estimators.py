@@ -141,6 +141,69 @@ def test_pareto_k_is_null_where_it_means_nothing() -> None:
     assert importance.pareto_k(random_matrix(7, 9, 1), 10.0) is None
 
 
+@pytest.mark.parametrize("size", [64, 256])
+def test_tail_of_responses_that_repeat(size: int) -> None:
+    """A response that was drawn often has one weight many times, at the edge of the tail too: k̂ is a number or `None`,
+    smoothed weights are finite, and nothing is divided by zero."""
+    log_weights = random_matrix(size, 1, 4).flatten().sort().values
+    tail = int(min(0.2 * size, 3 * math.sqrt(size)))
+    log_weights[-tail - 1 : -tail // 2] = log_weights[-tail - 1].item()
+    log_weights = log_weights.reshape(-1, 4)
+    k = importance.pareto_k(log_weights, size / 10)
+    assert k is None or math.isfinite(k)
+    assert bool(torch.isfinite(importance.smoothed(log_weights)).all())
+
+
+@FAST
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(0, 10_000), st.booleans())
+def test_change_per_token_against_loops(prompts: int, group: int, seed: int, own_lengths: bool) -> None:
+    """φ = N[ŵ⁺(f⁺ − h⁺T⁺)/Σŵ⁺T⁺ − ŵ(f − hT)/Σŵ T], one response at a time; units of 1 give ΔH per response, equal
+    arguments exactly 0. Seen to fail: h⁺ for h in the second term."""
+    size, number = prompts * group, range(prompts * group)
+    f, f_after, w, w_after = (random_matrix(prompts, group, seed + i) for i in range(4))
+    w, w_after = w.exp() / w.exp().sum(), w_after.exp() / w_after.exp().sum()
+    generator = torch.Generator().manual_seed(seed)
+    t, t_after = (torch.randint(1, 9, (prompts, group), generator=generator).double() for _ in range(2))
+    t_after = t_after if own_lengths else t
+    change = importance.entropy_change(f, f_after, w, w_after, (t, t_after) if own_lengths else t)
+    sides = [[x.flatten().tolist() for x in side] for side in ((w, f, t), (w_after, f_after, t_after))]
+    count = [math.fsum(a * c for a, c in zip(side[0], side[2], strict=True)) for side in sides]
+    h = [
+        math.fsum(a * b for a, b in zip(*side[:2], strict=True)) / total
+        for side, total in zip(sides, count, strict=True)
+    ]
+
+    def term(side: int, i: int, of: float) -> float:
+        weight, payload, units = (x[i] for x in sides[side])
+        return size * weight * (payload - of * units) / count[side]
+
+    phi = [term(1, i, h[1]) - term(0, i, h[0]) for i in number]
+    clusters = [math.fsum(phi[n * group : (n + 1) * group]) for n in range(prompts)]
+    se = math.sqrt(prompts / (prompts - 1) * math.fsum(x * x for x in clusters)) / size
+    assert change.value == pytest.approx(h[1] - h[0], abs=1e-12)
+    assert change.influence.flatten().tolist() == pytest.approx(phi, abs=1e-10)
+    assert change.se == pytest.approx(se, abs=1e-12)
+    assert phi != pytest.approx([term(1, i, h[1]) - term(0, i, h[1]) for i in number], abs=1e-10)
+    plain = importance.entropy_change(f, f_after, w, w_after)
+    ones = importance.entropy_change(f, f_after, w, w_after, torch.ones_like(f))
+    assert (ones.value, ones.se) == pytest.approx((plain.value, plain.se), abs=1e-13)
+    assert torch.allclose(ones.influence, plain.influence, rtol=0, atol=1e-12)
+    still = importance.entropy_change(f, f.clone(), w, w.clone(), (t, t.clone()))
+    assert (still.value, still.se) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("prompts", [2, 5, 16])
+def test_interval_of_a_change_is_that_of_t(prompts: int) -> None:
+    """ΔĤ ± t_{B−1}·SE; a normal quantile, or N−1 degrees of freedom, is seen to be narrower."""
+    change = importance.Change(0.3, 0.2, torch.zeros(prompts, 4, dtype=torch.float64))
+    for level in (0.5, 0.95):
+        expected = stats.t.interval(level, prompts - 1, loc=0.3, scale=0.2)
+        assert change.interval(level) == pytest.approx(tuple(map(float, expected)), rel=1e-12)
+        narrower = (stats.norm.interval(level, 0.3, 0.2), stats.t.interval(level, 4 * prompts - 1, 0.3, 0.2))
+        assert all(change.interval(level)[1] > high * (1 + 1e-3) for _, high in narrower)
+    assert change.interval() == change.interval(0.95)
+
+
 # advantages, slopes
 
 
@@ -179,6 +242,19 @@ def test_rb_slope_counts_later_entropies_only() -> None:
     d_logp = torch.tensor([[[1.0, 10.0, 100.0]]], dtype=torch.float64)
     coefficients = baselines.rb_coefficients(entropy, torch.tensor([[3]]), "hk")
     assert slope.rb_slope(coefficients, d_logp, torch.zeros_like(entropy)).value == 1 * 6 + 10 * 4 + 100 * 0
+
+
+def test_per_token_slope_against_loops() -> None:
+    """(1/ΣT)·[Σ(R − h̄T)·D_vS + ΣD_vR]; its per-prompt terms add up to it. Seen to fail: R − h̄ for R − h̄T."""
+    r, d_s, d_r = (random_matrix(4, 3, seed) for seed in (1, 2, 3))
+    lengths = torch.randint(1, 9, (4, 3), generator=torch.Generator().manual_seed(4)).double()
+    rows = list(zip(*(x.flatten().tolist() for x in (r, lengths, d_s, d_r)), strict=True))
+    count = math.fsum(t for _, t, _, _ in rows)
+    h = math.fsum(x for x, _, _, _ in rows) / count
+    found = slope.per_token_slope(r, lengths, d_s, d_r)
+    assert found.value == pytest.approx(math.fsum((x - h * t) * s + d for x, t, s, d in rows) / count, abs=1e-14)
+    assert found.value != pytest.approx(math.fsum((x - h) * s + d for x, _, s, d in rows) / count, rel=1e-3)
+    assert found.per_prompt.shape == (4,)
 
 
 # Adam

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure a checkpoint and write its report")
     run.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one")
     run.add_argument("--out", type=Path, metavar="FILE", help="where report.json goes (default: standard output)")
+    run.add_argument("--plot", type=Path, metavar="FILE", help="draw prediction against realisation (.png or .svg)")
     run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
     run.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
     run.add_argument("--rollouts", type=Path, metavar="FILE", help="E batch: responses to use in place of sampling")
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe import ProbeConfig, run_probe
     from entropy_probe.demo import checkpoint_path
+    from entropy_probe.plots import require_drawable, save_figure
 
+    if arguments.plot is not None:
+        require_drawable(arguments.plot)
     overrides = {"device": arguments.device, "batch.seed": arguments.seed}
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
     is_demo = arguments.checkpoint == "demo"
@@ -64,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
         print(report.model_dump_json(indent=2))
     else:
         report.to_json(arguments.out)
+    if arguments.plot is not None:
+        save_figure(report, arguments.plot)
     return 0
 
 

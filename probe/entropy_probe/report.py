@@ -353,20 +353,20 @@ class ProbeReport(_Section):
             ) from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path`, then move it there.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content`, text as UTF-8, to a temporary file beside `path`, then move it there.
 
     A link is followed; what is not a regular file (a pipe, /dev/stdout) is written to directly.
     """
-    temporary = None
+    temporary, content = None, content.encode() if isinstance(content, str) else content
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None:

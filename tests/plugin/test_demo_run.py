@@ -50,9 +50,8 @@ def _run(folder: Path, *args: str) -> Run:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return _run(
-        tmp_path_factory.mktemp("single"), "--probe-checkpoint=demo", "--probe-json=report.json", "--probe-seed=3"
-    )
+    args = ("--probe-checkpoint=demo", "--probe-json=report.json", "--probe-plot=figure.svg", "--probe-seed=3")
+    return _run(tmp_path_factory.mktemp("single"), *args)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "small.yaml").write_text(SMALL)
     args = ("--probe-checkpoint=demo", "--probe-checkpoint=again=demo", "--probe-config=small.yaml")
-    return _run(folder, *args, "--probe-json=reports", "-n2")
+    return _run(folder, *args, "--probe-json=reports", "--probe-plot=figures", "-n2", "-v")
 
 
 def test_the_demo_passes(single: Run) -> None:
@@ -98,3 +97,13 @@ def test_workers_hand_over_reports_and_verdicts(distributed: Run) -> None:
         assert len(report["verdicts"]) == sum(p["probe_checkpoint"] == name for p in properties) > 10
     table = distributed.out.partition("= entropy probe =")[2]
     assert table.index("demo\n") < table.index("again\n")
+
+
+def test_figures_and_tables_of_prediction(single: Run, distributed: Run) -> None:
+    assert (single.folder / "figure.svg").read_text().startswith("<?xml")
+    assert "prediction against realisation" not in single.out
+    for name in ("demo", "again"):
+        assert (distributed.folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    table = distributed.out.partition("= entropy probe =")[2]
+    assert table.count("prediction against realisation (nats/response)") == 2
+    assert max(map(len, table.splitlines())) <= 80

@@ -6,7 +6,10 @@ import pytest
 
 from pytest_entropy_probe.plugin import MARKERS, OPTIONS
 
-HEAVY = {"torch", "transformers", "pydantic", "numpy", "rich", "yaml", "entropy_probe", "entropy_probe_checks"}
+HEAVY = {
+    *("torch", "transformers", "pydantic", "numpy", "matplotlib", "rich", "yaml"),
+    *("entropy_probe", "entropy_probe_checks"),
+}
 
 SPY = """
 import sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def _folders(*names: str) -> None:
         (["--probe-checkpoint=a", "--probe-seed=-1"], "--probe-seed: got '-1'; give*"),
         (["--probe-checkpoint=a", "--probe-json=a"], "--probe-json: */a is a folder; give*"),
         (["--probe-checkpoint=a", "--probe-checkpoint=b", "--probe-json=f"], "--probe-json: */f is a file; give*"),
+        (
+            ["--probe-checkpoint=a", "--probe-plot=f.pdf"],
+            "--probe-plot: */f.pdf: is not a kind *; end its name in *",
+        ),
+        (["--probe-checkpoint=a", "--probe-plot=a"], "--probe-plot: */a is a folder; give*figure.png"),
+        (["--probe-checkpoint=a", "--probe-checkpoint=b", "--probe-plot=f"], "--probe-plot: */f is a file; give*"),
+        (["--probe-checkpoint=a", "-oprobe_plot=f.pdf"], "probe_plot (ini): */f.pdf: is not a kind *"),
         (["--probe-checkpoint=n=a", "--probe-checkpoint=n=b"], "--probe-checkpoint: the name 'n' is given to 2*"),
         (["--probe-checkpoint=a", "-oprobe_rollouts=x"], "probe_rollouts (ini): no such file: */x; give*"),
     ],
@@ -51,14 +59,41 @@ def test_usage_errors_name_option_value_and_remedy(own: pytest.Pytester, args: l
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("args", [["--probe-checkpoint=nowhere"], ["--probe-checkpoint=a", "--probe-config=bad.yaml"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--probe-checkpoint=nowhere"],
+        ["--probe-checkpoint=a", "--probe-config=bad.yaml"],
+        ["--probe-checkpoint=a", "--probe-plot=figure.pdf"],
+    ],
+)
 def test_usage_errors_end_with_exit_code_4_and_one_line(own: pytest.Pytester, args: list[str]) -> None:
     _folders("a")
     Path("bad.yaml").write_text("no_such_key: 1\n")
     result = own.runpytest_subprocess("test_own.py", *args)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = filter(None, result.errlines)
-    assert fnmatch(line, "ERROR: *nowhere; *") or fnmatch(line, "ERROR: *bad.yaml: *no_such_key*; *")
+    complaints = ("ERROR: *nowhere; *", "ERROR: *bad.yaml: *no_such_key*; *", "ERROR: *figure.pdf: *; *")
+    assert any(fnmatch(line, complaint) for complaint in complaints)
+
+
+def test_a_figure_without_matplotlib_is_refused_at_the_start(
+    own: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folders("a")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(pytest.UsageError, match=r"^--probe-plot: .*; pip install pytest-entropy-probe\[plots\]$"):
+        read_settings(own.parseconfig("test_own.py", "--probe-checkpoint=a", "--probe-plot=figure.svg"))
+
+
+def test_where_figures_go(own: pytest.Pytester) -> None:
+    _folders("a", "b")
+    one = read_settings(own.parseconfig("test_own.py", "--probe-checkpoint=a", "--probe-plot=figure.svg"))
+    assert one.plot_file("a") == own.path / "figure.svg"
+    two = read_settings(
+        own.parseconfig("test_own.py", "--probe-checkpoint=a", "--probe-checkpoint=b", "--probe-plot=figures")
+    )
+    assert two.plot_file("b") == own.path / "figures" / "b.png"
 
 
 @pytest.mark.parametrize(

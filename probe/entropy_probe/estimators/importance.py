@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import stats
@@ -71,20 +72,20 @@ def entropy_change(
     weights at θ: 1/N each at top_p = 1, where responses come from π itself. At top_p < 1 they are π/q within the
     nucleus, so that both terms are of the same restricted policy. Equal arguments give exactly 0.
     """
-
-    def side(weights: Tensor, payload: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
-        if units is None:
-            mean = (weights * payload).sum()
-            return mean, weights.numel() * weights * (payload - mean)
-        total = (weights * units).sum()
-        mean = (weights * payload).sum() / total
-        return mean, weights.numel() * weights * (payload - mean * units) / total
-
     units_before, units_after = units if isinstance(units, tuple) else (units, units)
-    mean_after, of_after = side(weights_after, after, units_after)
-    mean_before, of_before = side(weights_before, before, units_before)
+    mean_after, of_after = _mean_and_influence(weights_after, after, units_after)
+    mean_before, of_before = _mean_and_influence(weights_before, before, units_before)
     influence = of_after - of_before
     return Change(float(mean_after - mean_before), cluster_se(influence), influence)
+
+
+def _mean_and_influence(weights: Tensor, payload: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
+    if units is None:
+        mean = (weights * payload).sum()
+        return mean, weights.numel() * weights * (payload - mean)
+    total = (weights * units).sum()
+    mean = (weights * payload).sum() / total
+    return mean, weights.numel() * weights * (payload - mean * units) / total
 
 
 def mean_and_se(values: Float[Tensor, "B G"]) -> tuple[float, float]:
@@ -100,7 +101,8 @@ def ratio_and_se(values: Float[Tensor, "B G"], units: Int[Tensor, "B G"]) -> tup
 
 
 def pareto_k(log_weights: Float[Tensor, "B G"], ess: float) -> float | None:
-    """k̂ of the generalised Pareto tail (arviz-stats); `None` where N < 64 or ESS/N ≥ 0.95, where it means nothing."""
+    """k̂ of the generalised Pareto tail (arviz-stats); `None` where N < 64 or ESS/N ≥ 0.95, where it means nothing, and
+    where the largest weights are equal, so that there is no tail to fit."""
     size = log_weights.numel()
     return None if size < 64 or ess / size >= 0.95 else _psis(log_weights)[1]
 
@@ -111,9 +113,13 @@ def smoothed(log_weights: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
     return _psis(log_weights)[0]
 
 
-def _psis(log_weights: Tensor) -> tuple[Tensor, float]:
+def _psis(log_weights: Tensor) -> tuple[Tensor, float | None]:
+    """Smoothed log-weights and k̂; as they are and `None` where no tail can be fitted."""
     from arviz_stats.base.array import array_stats
 
-    # psislw takes log-likelihoods, whose negatives are the log-weights
-    smoothed, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
-    return torch.from_numpy(smoothed).reshape(log_weights.shape), float(k)
+    # psislw takes log-likelihoods, whose negatives are the log-weights; it divides by zero where the tail has ties
+    with np.errstate(all="ignore"):
+        smoothed, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
+    if not np.isfinite(smoothed).all():
+        return log_weights, None
+    return torch.from_numpy(smoothed).reshape(log_weights.shape), float(k) if np.isfinite(k) else None

@@ -47,10 +47,17 @@ def per_token_slope(
     d_seq_logp: Float[Tensor, "B G"],
     d_rb_sum: Float[Tensor, "B G"],
 ) -> PromptMean:
-    """Slope of the entropy per token, (1/ΣT_i)·[Σ_i (R_i − h̄T_i)·D_vS_i + Σ_i D_vR_i] with h̄ = ΣR/ΣT."""
-    ratio = rb_sum.sum() / lengths.sum()
-    terms = (rb_sum - ratio * lengths) * d_seq_logp + d_rb_sum
-    return PromptMean(terms.mean(1) / lengths.mean())
+    """Slope of the entropy per token, (1/ΣT_i)·[Σ_i (R_i − h̄T_i)·D_vS_i + Σ_i D_vR_i] with h̄ = ΣR/ΣT.
+
+    The terms of the prompts are the value plus their influence on it, which knows that h̄ and ΣT are estimates too:
+
+        φ_i = N·[(R_i − h̄T_i)·(D_vS_i − ΣT·D_vS/ΣT) + D_vR_i − value·T_i]/ΣT
+    """
+    total, excess = lengths.sum(), rb_sum - rb_sum.sum() / lengths.sum() * lengths
+    value = (excess * d_seq_logp + d_rb_sum).sum() / total
+    centered = d_seq_logp - (lengths * d_seq_logp).sum() / total
+    influence = lengths.numel() * (excess * centered + d_rb_sum - value * lengths) / total
+    return PromptMean(value + influence.mean(1))
 
 
 def curvature(

@@ -27,7 +27,7 @@ def theta_plus_eta_v(registry: Registry, v: Mapping[str, Tensor], eta: float, dt
                 f"has shape {tuple(direction.shape)}, the parameter {tuple(parameter.shape)}",
                 "compute v on this model",
             )
-        mapping[name] = parameter.to(dtype) + eta * direction.to(device=parameter.device, dtype=dtype)
+        mapping[name] = torch.add(parameter.to(dtype), direction.to(device=parameter.device, dtype=dtype), alpha=eta)
     return mapping
 
 

@@ -65,7 +65,8 @@ def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeCon
     pareto_k, method = importance.pareto_k(log_weights, weights.ess), "snis"
     normalised = weights.normalised
     ess_fraction = weights.ess / log_weights.numel()
-    if config.true_delta_h.fallback == "psis" and out_of_bounds(ess_fraction, pareto_k, config):
+    enough = log_weights.numel() >= 64  # for a tail to be fitted
+    if enough and config.true_delta_h.fallback == "psis" and out_of_bounds(ess_fraction, pareto_k, config):
         normalised, method = importance.snis_weights(importance.smoothed(log_weights)).normalised, "psis"
     weights_before = importance.snis_weights(scores.seq_logp - scores.seq_logq).normalised
     lengths = scores.gen_lens.double()
@@ -118,6 +119,7 @@ def sweep(
         if resample is not None and wanted and out_of_bounds(change.ess_fraction, change.pareto_k, config):
             change = _resampled(change, scores, score(bound, resample(override), config, override), config)
         changes.append(change)
+        del override
         if progress is not None:
             progress("entropy change", done, len(etas))
     return changes

@@ -1,0 +1,187 @@
+"""Prediction against realisation, η by η: a figure (matplotlib, the extra `plots`) and a table of 80 columns.
+
+Both read the report alone. Left in the figure is ΔH; right is ΔH/η, on which decades of η can be compared: there the
+prediction is slope + ½η·curvature, and the bars are the SE of realised − predicted, which share their prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entropy_probe.errors import ConfigError
+from entropy_probe.report import EntropyChangeRow, ProbeReport, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg")
+# Okabe and Ito's palette, which stays apart for colour-blind readers and in grey.
+_PREDICTED, _REALISED, _END = "#0072B2", "#D55E00", "#009E73"
+_STYLE: dict[str, Any] = {"svg.hashsalt": "entropy-probe", "font.size": 9.0, "axes.titlesize": 9.0, "savefig.dpi": 150}
+_NO_DATE: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+_RESTRICTED = "top_p < 1: the change within the nucleus, about which nothing is predicted"
+
+
+def require_drawable(path: Path) -> None:
+    """A `ConfigError` where no figure could be written to `path`: another suffix, or no matplotlib."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(path, "is not a kind of figure that is written", f"end its name in {' or '.join(FORMATS)}")
+    if find_spec("matplotlib") is None:
+        raise ConfigError(path, "figures need matplotlib", "pip install pytest-entropy-probe[plots]")
+
+
+def save_figure(report: ProbeReport, path: Path) -> None:
+    """Draw into a .png or .svg file, atomically; the same report gives the same bytes.
+
+    The user's own matplotlib settings are neither used nor changed.
+    """
+    require_drawable(path)
+    import matplotlib.style
+
+    image = BytesIO()
+    kind = path.suffix.lower()
+    with matplotlib.style.context(["default", _STYLE]):
+        _figure(report).savefig(image, format=kind[1:], metadata=_NO_DATE[kind])
+    write_atomically(path, image.getvalue())
+
+
+def text_table(report: ProbeReport, *, plain: bool = False) -> str:
+    """One line per η, within 80 columns: predicted and realised with their SE, (realised − predicted)/SE of that
+    difference, realised/predicted, ESS/N, and whether the two are to be compared; in ASCII where `plain`."""
+    eta, se = ("eta", "+/- SE") if plain else ("η", "± SE")
+    heading = (eta, "predicted", se, "realised", se, "diff/SE", "ratio", "ESS/N", "in range")
+    cells = [heading, *(_cells(row) for row in report.entropy_change if row.eta != 0)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    star = report.update.eta_star
+    notes = ["" if star is None else f"{eta}* = {star:.3g}", _RESTRICTED if _restricted(report) else ""]
+    notes = [note.replace("η", eta) for note in notes if note]
+    return "\n".join([f"prediction against realisation ({_unit(report)})", *lines, *notes])
+
+
+def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
+    off = _over(row.difference, row.difference_se)
+    ratio = _over(row.delta_h_rb, row.predicted)
+    numbers = (
+        (row.eta, ".2g"),
+        (row.predicted, "+.3g"),
+        (row.predicted_se, ".2g"),
+        (row.delta_h_rb, "+.3g"),
+        (row.delta_h_rb_se, ".2g"),
+        (off, "+.2f" if off is None or abs(off) < 100 else "+.1e"),
+        (ratio, ".2f" if ratio is None or abs(ratio) < 100 else ".0e"),
+        (row.ess_fraction, ".2f"),
+    )
+    shown = ("-" if value is None else format(value, digits) for value, digits in numbers)
+    return (*shown, "-" if row.in_range is None else "yes" if row.in_range else "no")
+
+
+def _over(value: float | None, by: float | None) -> float | None:
+    return None if value is None or not by else value / by
+
+
+def _restricted(report: ProbeReport) -> bool:
+    return any(row.restricted for row in report.entropy_change)
+
+
+def _unit(report: ProbeReport) -> str:
+    return "nats/token" if report.config["true_delta_h"]["normalize"] == "per_token" else "nats/response"
+
+
+def _figure(report: ProbeReport) -> Figure:
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.delta_h_rb)]
+    figure = Figure(figsize=(10.0, 4.4), layout="constrained")
+    figure.suptitle(_title(report, rows), parse_math=False)
+    change, slope = figure.subplots(1, 2)
+    change.set(xlabel="η", ylabel=f"ΔH ({_unit(report)})", title="the change; bars: SE of realised")
+    change.locator_params(axis="x", nbins=5)
+    against = "" if _restricted(report) else " − predicted"
+    slope.set(xlabel="η", ylabel=f"ΔH/η ({_unit(report)} per unit η)", title=f"over η; bars: SE of realised{against}")
+    if rows:
+        decade = math.floor(math.log10(min(abs(row.eta) for row in rows)))
+        slope.set_xscale("symlog", linthresh=10.0**decade, linscale=0.7)
+    for axes, power in ((change, 0), (slope, 1)):
+        _predicted(axes, rows, power)
+        _realised(axes, rows, power, report.config["true_delta_h"]["min_ess_fraction"])
+        _marks(axes, report, rows, power)
+    handles, labels = slope.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _title(report: ProbeReport, rows: Sequence[EntropyChangeRow]) -> str:
+    name = report.checkpoint.name
+    title = f"{name if len(name) <= 50 else '…' + name[-49:]}: entropy along the next update, predicted and realised"
+    if _restricted(report):
+        return f"{title}\n{_RESTRICTED}"
+    return title if rows else f"{title}\nnothing was measured"
+
+
+def _finite(*values: float | None) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
+def _array(values: Iterable[float | None]) -> Any:
+    """As an array; what is missing or not finite is NaN, which is not drawn."""
+    array = np.array([math.nan if value is None else value for value in values], dtype=float)
+    return np.where(np.isfinite(array), array, math.nan)
+
+
+def _predicted(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
+    """predicted/η is linear in η, so that between two η of the report it may be interpolated; its SE nearly so."""
+    rows = [row for row in rows if _finite(row.predicted)]
+    if not rows:
+        return
+    at = _array(row.eta for row in rows)
+    size = np.abs(at)
+    decades = np.geomspace(size.min(), size.max(), 200)
+    eta = np.unique(np.concatenate([np.linspace(at.min(), at.max(), 200), -decades, decades, at]))
+    eta = eta[(eta >= at.min()) & (eta <= at.max())]
+    value = np.interp(eta, at, _array(row.predicted for row in rows) / at) * eta ** (1 - power)
+    se = np.interp(eta, at, _array(row.predicted_se for row in rows) / size) * np.abs(eta) ** (1 - power)
+    axes.plot(eta, value, color=_PREDICTED, label="predicted ± SE")
+    axes.fill_between(eta, value - se, value + se, color=_PREDICTED, alpha=0.2, linewidth=0)
+
+
+def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int, enough: float) -> None:
+    for hollow, label in ((False, "realised"), (True, f"realised, ESS/N < {enough:g}")):
+        shown = [row for row in rows if (row.method != "resample" and not row.ess_fraction >= enough) == hollow]
+        if not shown:
+            continue
+        eta = _array(row.eta for row in shown)
+        se = _array(row.difference_se if power and row.predicted is not None else row.delta_h_rb_se for row in shown)
+        axes.errorbar(
+            eta,
+            _array(row.delta_h_rb for row in shown) / eta**power,
+            se / np.abs(eta) ** power,
+            fmt="o",
+            markersize=5,
+            capsize=2,
+            elinewidth=1,
+            color=_REALISED,
+            markerfacecolor="white" if hollow else _REALISED,
+            label=label,
+        )
+
+
+def _marks(axes: Axes, report: ProbeReport, rows: Sequence[EntropyChangeRow], power: int) -> None:
+    """Where the two are compared; the learning rate; η*, in the linear panel only where it comes near."""
+    compared = [0.0, *(row.eta for row in rows if row.in_range)]
+    if len(compared) > 1:
+        axes.axvspan(min(compared), max(compared), color="0.95", zorder=0, label="in range")
+    axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
+    lr, star = report.first_order.lr, report.update.eta_star
+    axes.axvline(lr, color="0.3", linewidth=1, linestyle=":", label=f"lr = {lr:.3g}")
+    reach = max((abs(row.eta) for row in rows), default=lr)
+    if star is not None and math.isfinite(star) and (power or star <= 2 * reach):
+        axes.axvline(star, color=_END, linewidth=1.2, linestyle="--", label=f"η* = {star:.3g}")
