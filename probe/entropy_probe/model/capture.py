@@ -203,14 +203,13 @@ class Capture(TorchFunctionMode):
             return False
         return x.dim() == 2 and len(x) == self.shape[0] * self.shape[1]
 
-    def tapped(self, out: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        """`out`, which calls `receive` with its gradient."""
+    def tapped(self, out: Tensor, *receivers: Callable[[Tensor], None]) -> Tensor:
+        """`out`, whose gradient goes to each of the `receivers` while the capture listens."""
+        return _Tap.apply(out, self._tap, self, receivers)  # pyright: ignore[reportReturnType]
 
-        def once(gradient: Tensor) -> None:
-            if self._listening:
-                receive(gradient)
-
-        return _Tap.apply(out, self._tap, once)  # pyright: ignore[reportReturnType]
+    def received(self, gradient: Tensor, receivers: Sequence[Callable[[Tensor], None]]) -> None:
+        for receive in receivers if self._listening else ():
+            receive(gradient)
 
     # The backward
 
@@ -275,18 +274,18 @@ class Capture(TorchFunctionMode):
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward hands the gradient to `receive`. `tap` makes it a part of every backward pass."""
+    """The identity; its backward hands the gradient to the receivers. `tap` makes it a part of every backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, tap: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
+    def forward(ctx: Any, out: Tensor, tap: Tensor, capture: Capture, receivers: Any) -> Tensor:
+        ctx.capture, ctx.receivers = capture, receivers
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.receive(gradient)
-        return gradient, gradient.new_zeros((), dtype=torch.float32), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.capture.received(gradient, ctx.receivers)
+        return gradient, gradient.new_zeros((), dtype=torch.float32), None, None
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -322,15 +321,13 @@ def _linear(capture: Capture, x: Any, weight: Any, bias: Any = None) -> Tensor |
         return None
     rows, rows_of, kept = capture.rows(), capture.rows_of, x.detach().reshape(-1, x.shape[-1])
 
-    def receive(gradient: Tensor) -> None:
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        if own is not None:
-            capture.add_outer(own, flat, kept, rows)
-        if own_bias is not None:
-            capture.add_broadcast(own_bias, gradient, rows_of)
-
+    receivers = []
+    if own is not None:
+        receivers.append(lambda gradient: capture.add_outer(own, gradient.flatten(0, -2), kept, rows))
+    if own_bias is not None:
+        receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient, rows_of))
     used = weight.detach() if own is not None else weight
-    return capture.tapped(F.linear(x, used, bias if own_bias is None else bias.detach()), receive)
+    return capture.tapped(F.linear(x, used, bias if own_bias is None else bias.detach()), *receivers)
 
 
 def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> Tensor | None:
@@ -340,14 +337,13 @@ def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> 
         return None
     rows, kept = capture.rows(), x.detach()
 
-    def receive(gradient: Tensor) -> None:
-        if own is not None:
-            capture.add_outer(own, kept, gradient, rows)
-        if own_bias is not None:
-            capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None)
-
+    receivers = []
+    if own is not None:
+        receivers.append(lambda gradient: capture.add_outer(own, kept, gradient, rows))
+    if own_bias is not None:
+        receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None))
     used = weight.detach() if own is not None else weight
-    return capture.tapped(torch.addmm(bias if own_bias is None else bias.detach(), x, used), receive)
+    return capture.tapped(torch.addmm(bias if own_bias is None else bias.detach(), x, used), *receivers)
 
 
 def _embedding(
@@ -385,15 +381,16 @@ def _layer_norm(
         return None
     kept, rows_of = x.detach(), capture.rows_of
 
-    def receive(gradient: Tensor) -> None:
-        if own is not None:
-            capture.add_broadcast(own, gradient * F.layer_norm(kept, shape, None, None, eps), rows_of)
-        if own_bias is not None:
-            capture.add_broadcast(own_bias, gradient, rows_of)
-
+    receivers = []
+    if own is not None:
+        receivers.append(
+            lambda gradient: capture.add_broadcast(own, gradient * F.layer_norm(kept, shape, None, None, eps), rows_of)
+        )
+    if own_bias is not None:
+        receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient, rows_of))
     used = weight if own is None else weight.detach()
     used_bias = bias if own_bias is None else bias.detach()
-    return capture.tapped(F.layer_norm(x, shape, used, used_bias, eps), receive)
+    return capture.tapped(F.layer_norm(x, shape, used, used_bias, eps), *receivers)
 
 
 def _elementwise(capture: Capture, one: Any, other: Any) -> tuple[_Weight, Tensor] | None:
