@@ -16,6 +16,7 @@ import torch
 import models
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.errors import MeasurementError
+from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import entropy_change
@@ -295,3 +296,38 @@ def test_no_fallback_leaves_the_verdict_open(files: Files) -> None:
     assert [row.method for row in report.entropy_change] == ["snis", "snis"]
     assert CRITERIA["ess"](report).status == "inconclusive"
     assert report.entropy_change[1].in_range is False
+
+
+# Prediction
+
+
+def test_where_prediction_and_realisation_are_compared(sampled: Sampled) -> None:
+    """Up to η*/10 where curvature is decided, and within bounds; per token, without curvature, where ESS/N ≥ 0.99."""
+    change = entropy_change.change_at(sampled.scores, sampled.scores, 1.0, config_of())
+    steady = PromptMean(torch.ones(24, dtype=torch.float64))  # spread 0: its mean is decided
+
+    def in_range(eta: float, ess_fraction: float, curvature: PromptMean | None) -> bool:
+        at = replace(change, eta=eta, ess_fraction=ess_fraction)
+        return entropy_change.predict(at, steady, curvature, config_of()).in_range
+
+    assert in_range(0.2, 0.6, steady)  # η* = 2
+    assert not in_range(0.21, 0.6, steady)
+    assert not in_range(0.1, 0.4, steady)
+    noise = PromptMean(torch.tensor([-1.0, 1.2] * 12, dtype=torch.float64))
+    assert in_range(5.0, 0.6, noise)
+    assert in_range(5.0, 0.991, None)
+    assert not in_range(5.0, 0.98, None)
+
+
+@pytest.mark.parametrize("normalize", ["per_sequence", "per_token"])
+def test_the_notes_verb_speaks_of_one_entropy(sampled: Sampled, normalize: str) -> None:
+    """`H_upd` − `H_orig` is ΔH, per response or per token; `H_orig` is the entropy of the same kind."""
+    config = config_of(normalize=normalize)
+    result = entropy_change.entropy_change_two_batch_vector(
+        sampled.bound, sampled.rollouts, update_vector_named=sampled.v, etas=[0.0, 1e-4], config=config
+    )
+    total, tokens = float(sampled.scores.rb_sum.sum()), int(sampled.rollouts.gen_lens.sum())
+    responses = len(sampled.rollouts.gen_lens)
+    assert result["H_orig"] == pytest.approx(total / (tokens if normalize == "per_token" else responses), rel=1e-12)
+    for after, change in zip(result["H_upd_list"], result["deltaH_true_list"], strict=True):
+        assert after - result["H_orig"] == pytest.approx(change, abs=1e-12)

@@ -106,7 +106,9 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
             scores_e = score(bound, e, config, with_features=True)
-            scores_u = scores_e if same_batch else score(bound, u, config, with_features=True)
+            scores_u = (
+                scores_e if same_batch else score(bound, u, config, with_features=config.first_order.estimator == "rb")
+            )
         with clock("gradients"):
             of_x, of_y = gradients.payloads(u, scores_u, config)
             units_u = gradients.unit_gradients(bound, u, config, of_x, of_y, stage="gradients of U", progress=progress)

@@ -68,9 +68,9 @@ def entropy_change(
         Ĥ⁺ = Σŵ⁺f⁺ / Σŵ⁺T,   Ĥ = Σŵf / Σŵ T,   φ = N·[ŵ⁺(f⁺ − Ĥ⁺T)/Σŵ⁺T − ŵ(f − ĤT)/Σŵ T]
 
     `units` T are what the entropy is of: the lengths give it per token (those at θ and at θ⁺, where the responses are
-    not the same); without them T = 1, per response. ŵ are the
-    weights at θ: 1/N each at top_p = 1, where responses come from π itself. At top_p < 1 they are π/q within the
-    nucleus, so that both terms are of the same restricted policy. Equal arguments give exactly 0.
+    not the same); without them T = 1, per response. ŵ are the weights at θ: 1/N each at top_p = 1, where responses come
+    from π itself. At top_p < 1 they are π/q within the nucleus, so that both terms are of the same restricted policy.
+    Equal arguments give exactly 0.
     """
     units_before, units_after = units if isinstance(units, tuple) else (units, units)
     mean_after, of_after = _mean_and_influence(weights_after, after, units_after)

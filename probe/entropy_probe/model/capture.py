@@ -13,6 +13,7 @@ no use of a parameter is lost.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -301,12 +302,15 @@ def _aligned(weight: Tensor, x: Tensor) -> tuple[int, ...]:
     return (1,) * (x.dim() - weight.dim()) + tuple(weight.shape)
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def _applied(
     rule: Callable[..., Tensor | None], capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """The rule's result; `None` where it does not take such arguments."""
     try:
-        bound = inspect.signature(rule).bind(capture, *args, **kwargs)
+        bound = _signature(rule).bind(capture, *args, **kwargs)
     except TypeError:
         return None
     return rule(*bound.args, **bound.kwargs)

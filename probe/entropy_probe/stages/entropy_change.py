@@ -19,6 +19,7 @@ from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 
 _POINTS_PER_DECADE, _POINTS = 2, 5
+_FIRST_ORDER = 0.99
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def predict(change: EntropyChange, slope: PromptMean, curvature: PromptMean | No
 
     Terms of a prompt are added before the spread over prompts is taken, so that the SE knows what they share; where the
     slope has one term per block of prompts, variances are added. In range: the weights are within bounds, and
-    |η| ≤ η*/10, so that what lies beyond second order is a small part of what is predicted.
+    |η| ≤ η*/10, so that what lies beyond second order is a small part of what is predicted; without curvature, ESS/N is
+    at least 0.99, so that first order is nearly all there is.
     """
     eta, size_b = change.eta, len(change.rb.influence)
     terms = [eta * slope.per_prompt] + ([] if curvature is None else [0.5 * eta**2 * curvature.per_prompt])
@@ -173,11 +175,12 @@ def predict(change: EntropyChange, slope: PromptMean, curvature: PromptMean | No
     else:
         se = math.hypot(*(PromptMean(term).se for term in terms))
         difference_se = math.hypot(se, change.rb.se)
-    bound = None if curvature is None else eta_star(slope, curvature)
-    believed = change.method == "resample" or not out_of_bounds(change.ess_fraction, change.pareto_k, config)
-    return Prediction(
-        value, se, change.rb.value - value, difference_se, believed and (bound is None or abs(eta) <= bound / 10)
-    )
+    in_range = change.method == "resample" or not out_of_bounds(change.ess_fraction, change.pareto_k, config)
+    if curvature is None:
+        in_range = in_range and change.ess_fraction >= _FIRST_ORDER
+    elif (end := eta_star(slope, curvature)) is not None:
+        in_range = in_range and abs(eta) <= end / 10
+    return Prediction(value, se, change.rb.value - value, difference_se, in_range)
 
 
 def eta_star(slope: PromptMean, curvature: PromptMean) -> float | None:
@@ -201,7 +204,8 @@ def entropy_change_two_batch_vector(
     config = config or ProbeConfig()
     scores = score(bound, rollouts, config)
     changes = sweep(bound, rollouts, scores, update_vector_named, etas, config)
-    entropy = float(scores.rb_sum.mean())
+    per_token = config.true_delta_h.normalize == "per_token"
+    entropy = float(scores.rb_sum.sum() / (scores.gen_lens.sum() if per_token else scores.gen_lens.numel()))
     return {
         "H_orig": entropy,
         "H_upd_list": [entropy + change.rb.value for change in changes],

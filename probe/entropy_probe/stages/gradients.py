@@ -120,9 +120,9 @@ def unit_gradients(
 ) -> UnitGradients:
     """X_n and Y_n (`payloads`) of every prompt n, or their means within blocks of prompts.
 
-    Where the module detaches a part of itself (DoRA), X is the true
-    derivative and Y the module's own autograd, because that is what the trainer's step uses; where both are that, and
-    both are weighted ∇S, they come from one forward and one backward. Without `of_y` only X.
+    Where the module detaches a part of itself (DoRA), X is the true derivative and Y the module's own autograd, because
+    that is what the trainer's step uses; where the two are one, and both are weighted ∇S, X and Y come from one forward
+    and one backward. Without `of_y` only X.
     """
     parameters = bound.registry.trainable
     if not parameters:
