@@ -26,6 +26,7 @@ from entropy_probe.stages import continuity
 from entropy_probe.stages.continuity import Taylor
 from entropy_probe.stages.rollouts import Rollouts, read_rollouts, sample_rollouts
 from entropy_probe.stages.tasks import Prompt
+from test_projections import relu_model
 from test_rollouts import OneToken
 
 CONFIG = ProbeConfig()
@@ -362,3 +363,20 @@ def test_identity_error() -> None:
     assert series.identity_error(1e-30, 0 * terms, 0.0) == math.inf
     assert series.identity_error(1e-9, 1e-9 * terms, 1e-8) is None
     assert series.identity_error(1e-7, 0 * terms, 1e-8) == math.inf
+
+
+def test_kinks_are_no_fault(tmp_path: Path) -> None:
+    """A wide ReLU network: derivative and difference of the step before are off by 1e-3, and nothing is said of it."""
+    bound = bind(relu_model(), torch.float64)
+    rollouts = read_rollouts(models.random_rollouts(tmp_path / "e.jsonl", prompts=6, responses=3, seed=1), bound, None)
+    generator = torch.Generator().manual_seed(1)
+    v = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in bound.registry.trainable.items()
+    }
+    found = continuity.taylor(bound, bound, rollouts, v, ProbeConfig())
+    assert found.taylor_order is None
+    assert found.delta_h_slope is None
+    errors = (found.identity_error_naive, found.identity_error_rb)
+    assert all(error is None or error < 1e-6 for error in errors)
+    assert found.logit_slope == pytest.approx(1, abs=0.02)

@@ -150,7 +150,15 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: r.model_copy(update={"real_step": None}), "not_applicable"),
     ],
     "prediction": [
-        (lambda r: with_row(r, LR, difference=1.0, difference_se=0.2, in_range=True), "fail"),
+        (lambda r: with_row(r, LR, difference=20.0, difference_se=0.2, in_range=True), "fail"),
+        (lambda r: with_row(r, LR, difference=1.2, difference_se=0.2, in_range=True), "pass"),  # 5 prompts: t of 4
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=1.0), "inconclusive"),
+        (
+            lambda r: r.model_copy(
+                update={"config": {**r.config, "true_delta_h": {**r.config["true_delta_h"], "normalize": "per_token"}}}
+            ),
+            "not_applicable",
+        ),
         (lambda r: with_row(r, LR, difference=math.nan, in_range=True), "fail"),
         (lambda r: with_row(r, LR, difference=1.0, difference_se=0.0, in_range=True), "fail"),
         (lambda r: every_row(r, in_range=False), "inconclusive"),

@@ -66,7 +66,7 @@ LIMITS: dict[str, Limit] = (
             _limit("optimizer_step_norm", 1e-10, "float64 against float64; θ' − θ loses |θ|/|v| ulps"),
             _limit("virtual_step", 0.0, "the same numbers in the same operations"),
             _limit("real_step", 1e-12, "5e-15 measured at 32 layers in float64; a moment off by 1e-3 shows as 1e-9"),
-            _limit("prediction", 4.0, "standard errors of the difference: noise alone passes it once in 1e4"),
+            _limit("prediction", 4.0, "standard errors of a normal; noise alone passes it once in 1e4"),
             _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
             _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
         ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from scipy import stats
+
 from entropy_probe import ProbeReport
 from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, inconclusive, largest, not_applicable
 from entropy_probe_checks.thresholds import limit_for
@@ -76,7 +78,7 @@ def real_step(report: ProbeReport) -> Finding:
 
 @Criterion
 def prediction(report: ProbeReport) -> Finding:
-    """Largest |ΔH realised − predicted| over the SE of that difference, over the η in range; both share their prompts.
+    """Largest |ΔH realised − predicted| in standard errors of that difference, of a normal, over the η in range.
 
     The entropy does not change as slope and curvature say: v, the slope or the weights are wrong, or the responses are
     not from this policy. Where the same responses serve both batches, use two.
@@ -84,18 +86,28 @@ def prediction(report: ProbeReport) -> Finding:
     rows = [row for row in report.entropy_change if row.eta != 0 and row.predicted is not None]
     if not rows:
         return not_applicable("top_p < 1: the slope of π predicts nothing about π restricted to the nucleus.")
-    judged = [row for row in rows if row.in_range]
+    if report.config["true_delta_h"]["normalize"] == "per_token":
+        return not_applicable(
+            "Per token only the first order is predicted, which the realised change has by construction."
+        )
+    resolved = report.continuity.trusted_eta_min or 0.0
+    judged = [row for row in rows if row.in_range and abs(row.eta) >= resolved]
     limit = limit_for(report, "prediction")
     if not judged:
         return inconclusive("No η is in range: give smaller true_delta_h.etas, or more responses.", None, limit)
     worst = largest(*(_in_se(row.difference, row.difference_se) for row in judged))
-    return at_most(worst, limit)
+    return at_most(_of_a_normal(worst, report.batch.num_prompts - 1), limit)
 
 
 def _in_se(difference: float | None, se: float | None) -> float:
     if difference is None or se is None:
         return math.nan
     return 0.0 if difference == 0 else abs(difference) / se if se > 0 else math.inf
+
+
+def _of_a_normal(t: float, degrees: int) -> float:
+    """As many standard errors of a normal as are as rare as `t` of Student's distribution: 4 prompts easily give 6."""
+    return float(stats.norm.isf(stats.t.sf(t, degrees)))
 
 
 def _where(report: ProbeReport) -> str:

@@ -60,7 +60,7 @@ def delta_h_slope(report: ProbeReport) -> Finding:
 
     The realised change does not start in proportion to η: weights, payload or θ + ηv are not smooth in η.
     """
-    missing = "Rounding leaves fewer than 1.5 decades of η in the range of first order."
+    missing = "Rounding or the model's kinks leave fewer than 1.5 decades of η in the range of first order."
     return _off_from(report.continuity.delta_h_slope, 1.0, limit_for(report, "delta_h_slope"), missing)
 
 
@@ -71,7 +71,9 @@ def taylor_order(report: ProbeReport) -> Finding:
     What is left after the first order is not of second order: the derivative is not that of what is measured. A
     baseline, a weight, a detached tensor or float32 in one of the two.
     """
-    missing = "Rounding leaves fewer than 1.5 decades of η for the remainder, or there is no forward-mode derivative."
+    missing = (
+        "Rounding or kinks leave fewer than 1.5 decades of η for the remainder, or there is no forward-mode derivative."
+    )
     return _off_from(report.continuity.taylor_order, 2.0, limit_for(report, "taylor_order"), missing)
 
 
@@ -85,5 +87,7 @@ def change_identity(report: ProbeReport) -> Finding:
     errors = [report.continuity.identity_error_naive, report.continuity.identity_error_rb]
     found = [error for error in errors if error is not None]
     if not found:
-        return not_applicable("The entropy does not move along v, or there is no forward-mode derivative.")
+        return not_applicable(
+            "The entropy does not move along v, the model has kinks at every step, or there is no forward-mode derivative."
+        )
     return at_most(largest(*found), limit_for(report, "change_identity"))

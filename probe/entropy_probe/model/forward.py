@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from entropy_probe.errors import MeasurementError, OverrideError
 from entropy_probe.model.capture import Capture
-from entropy_probe.model.output_layer import OutputLayer
+from entropy_probe.model.output_layer import Captured, OutputLayer
 from entropy_probe.model.precision import forward_context, has_detached_norm
 from entropy_probe.model.registry import Registry, unwrap
 
@@ -135,19 +135,7 @@ class BoundModel:
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
         used = [mapping.get(name, self._tensors[name]) for name in own_names]
         versions = [tensor._version for tensor in used]
-
-        def piece(states_of_part: Tensor, part: slice) -> tuple[Tensor, ...]:
-            if versions != [tensor._version for tensor in used]:
-                raise MeasurementError(
-                    "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
-                )
-            of_positions = nullcontext() if capture is None else capture.positions(rows[part])
-            if capture is not None:
-                capture.mark(states_of_part)
-            with of_positions, self._evaluating(), self._context(true_derivative):
-                logits = output_layer(captured, states_of_part, own_mapping)
-            return read(logits, part)
-
+        piece = _Piece(self, output_layer, captured, own_mapping, used, versions, rows, read, true_derivative, capture)
         if capture is not None and torch.is_grad_enabled():
             size = max(_ROWS, _CHUNK_DIFFERENTIATED // vocabulary)
             values, gradients = [], []
@@ -294,6 +282,35 @@ class BoundModel:
         finally:
             for module in training:
                 module.training = True
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What `read` makes of the logits of positions `part`, from their hidden states; the `used` tensors must not have
+    changed since, because a piece may be computed again."""
+
+    bound: BoundModel
+    output_layer: OutputLayer
+    captured: Captured
+    mapping: dict[str, Tensor]
+    used: list[Tensor]
+    versions: list[int]
+    rows: Tensor
+    read: Callable[[Tensor, slice], tuple[Tensor, ...]]
+    true_derivative: bool
+    capture: Capture | None
+
+    def __call__(self, states: Tensor, part: slice) -> tuple[Tensor, ...]:
+        if self.versions != [tensor._version for tensor in self.used]:
+            raise MeasurementError(
+                "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
+            )
+        of_positions = nullcontext() if self.capture is None else self.capture.positions(self.rows[part])
+        if self.capture is not None:
+            self.capture.mark(states)
+        with of_positions, self.bound._evaluating(), self.bound._context(self.true_derivative):
+            logits = self.output_layer(self.captured, states, self.mapping)
+        return self.read(logits, part)
 
 
 class _Differentiated(torch.autograd.Function):

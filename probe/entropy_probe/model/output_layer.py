@@ -26,6 +26,11 @@ class Captured:
     output: Any = None
     states: Float[Tensor, "N L D"] | None = None
 
+    def take(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the backbone."""
+        self.output, self.states = output, output[0]
+        return _with_states(output, output[0][:, :0])
+
 
 class _Given(nn.Module):
     """Stands where the backbone stood, and returns what it was given."""
@@ -61,12 +66,7 @@ class OutputLayer:
     def skipped(self) -> Iterator[Captured]:
         """Within the block a forward of the model gives no rows to the output layer, and leaves its hidden states."""
         captured = Captured()
-
-        def capture(module: nn.Module, args: Any, output: Any) -> Any:
-            captured.output, captured.states = output, output[0]
-            return _with_states(output, output[0][:, :0])
-
-        handle = self.model.get_submodule(self.backbone).register_forward_hook(capture)
+        handle = self.model.get_submodule(self.backbone).register_forward_hook(captured.take)
         try:
             yield captured
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,21 +67,19 @@ def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeCon
     pareto_k, method = importance.pareto_k(log_weights, weights.ess), "snis"
     normalised = weights.normalised
     ess_fraction = weights.ess / log_weights.numel()
-    enough = log_weights.numel() >= 64  # for a tail to be fitted
-    if enough and config.true_delta_h.fallback == "psis" and out_of_bounds(ess_fraction, pareto_k, config):
+    wanted = config.true_delta_h.fallback == "psis" and eta != 0 and pareto_k is not None  # there is a tail to smooth
+    if wanted and out_of_bounds(ess_fraction, pareto_k, config):
         normalised, method = importance.snis_weights(importance.smoothed(log_weights)).normalised, "psis"
-    weights_before = importance.snis_weights(scores.seq_logp - scores.seq_logq).normalised
+    clip = config.true_delta_h.clip_log_weight
+    weights_before = importance.snis_weights(scores.seq_logp - scores.seq_logq, clip).normalised
     lengths = scores.gen_lens.double()
     units = lengths if config.true_delta_h.normalize == "per_token" else None
-
-    def change(before: Tensor, after: Tensor, units: Tensor | None) -> importance.Change:
-        return importance.entropy_change(before, after, weights_before, normalised, units)
-
+    change = partial(importance.entropy_change, weights_before=weights_before, weights_after=normalised)
     return EntropyChange(
         eta=eta,
-        naive=change(-scores.seq_logp, -scores_after.seq_logp, units),
-        rb=change(scores.rb_sum, scores_after.rb_sum, units),
-        per_token=change(scores.rb_sum, scores_after.rb_sum, lengths),
+        naive=change(-scores.seq_logp, -scores_after.seq_logp, units=units),
+        rb=change(scores.rb_sum, scores_after.rb_sum, units=units),
+        per_token=change(scores.rb_sum, scores_after.rb_sum, units=lengths),
         ess=weights.ess,
         ess_fraction=ess_fraction,
         pareto_k=pareto_k,
@@ -116,7 +115,8 @@ def sweep(
     for done, eta in enumerate(etas, start=1):
         override = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
         change = change_at(scores, score(bound, rollouts, config, override), eta, config)
-        wanted = config.true_delta_h.fallback == "resample"
+        # below top_p = 1 fresh responses would measure another entropy than the weighted ones do
+        wanted = config.true_delta_h.fallback == "resample" and not change.restricted and eta != 0
         if resample is not None and wanted and out_of_bounds(change.ess_fraction, change.pareto_k, config):
             change = _resampled(change, scores, score(bound, resample(override), config, override), config)
         changes.append(change)

@@ -23,6 +23,7 @@ from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry
+from entropy_probe.stages.continuity import with_plain_weights
 from entropy_probe.stages.entropy_change import change_at
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
@@ -71,6 +72,7 @@ def real_step(
     Raises `MeasurementError` where the copy and its optimizer do not fit into memory.
     """
     require_memory(needed_bytes(float64, adam), available_bytes(float64.device))
+    config = with_plain_weights(config)
     prompts = torch.linspace(0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)).long()
     few = rollouts.of_prompts(prompts)
     # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.

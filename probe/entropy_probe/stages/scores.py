@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -105,12 +106,16 @@ def read_rows(
 def policy_scores(bound: BoundModel, policy: GenerationConfig, precision: PrecisionSection) -> Read:
     """(log p, log q, entropy of π, entropy of q) of some tokens under the policy, as a reading for `read_rows`."""
     dtype = torch.float64 if precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
+    return partial(_scored, policy, dtype)
 
-    def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
-        return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
-    return read
+def _scored(policy: GenerationConfig, dtype: torch.dtype, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
+    return scored.logp, scored.logq, scored.entropy, scored.entropy_q
+
+
+def _scored_with_features(policy: GenerationConfig, read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    return (*read(logits, tokens), step_features(step_diagnostics(logits, policy.top_p, policy.temperature)))
 
 
 def score_rows(
@@ -171,12 +176,9 @@ def score(
     """Score every response at θ, or with the parameters in `override` replaced."""
     policy = config.generation
     read = policy_scores(bound, policy, config.precision)
-
-    def read_with_features(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        return (*read(logits, tokens), step_features(step_diagnostics(logits, policy.top_p, policy.temperature)))
-
-    chosen = read_with_features if with_features else read
-    scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), chosen, override)
+    if with_features:
+        read = partial(_scored_with_features, policy, read)
+    scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), read, override)
     logp, logq, entropy, entropy_q, *features = (values.double().cpu() for values in scores)
     if override is None:
         require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")
