@@ -88,6 +88,6 @@ def change_identity(report: ProbeReport) -> Finding:
     found = [error for error in errors if error is not None]
     if not found:
         return not_applicable(
-            "The entropy does not move along v, the model has kinks at every step, or there is no forward-mode derivative."
+            "ΔH does not move along v, the model has kinks at every step, or there is no forward-mode derivative."
         )
     return at_most(largest(*found), limit_for(report, "change_identity"))

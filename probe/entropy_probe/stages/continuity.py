@@ -152,8 +152,8 @@ def taylor(
 
     Both hold for the estimator on any fixed responses, without sampling noise. For the same reason the ranges come from
     this function of η, not from the population's η*. Log-weights are not clipped. Where the model has kinks within the
-    range (ReLU, a router's choice), a difference with a longer step is off, and the orders are `None`; so are the errors
-    where the shortest step crosses kinks too.
+    range (ReLU, a router's choice), a difference with a longer step is off, and the orders are `None`; so are the
+    errors where the shortest step crosses kinks too.
     """
     config = with_plain_weights(config)
     some = _some_prompts(rollouts)
