@@ -634,7 +634,8 @@ def _nucleus_logq(p: torch.Tensor, top_p: float) -> dict[int, float]:
 
 
 def test_restricted_policy(tmp_path: Path) -> None:
-    """top_p 0.7 at temperature 1.3: weights are S(θ⁺) − log q, and both entropies are of the restricted policy."""
+    """top_p 0.7 at temperature 1.3: weights are S(θ⁺) − log q, clipped as those at θ are, so that η = 0 gives exactly 0;
+    both entropies are of the restricted policy."""
     path = models.adapter_checkpoint(tmp_path / "ckpt", "llama")
     checkpoint = load_checkpoint(path)
     config = ProbeConfig.from_mapping(
@@ -689,7 +690,7 @@ def test_restricted_policy(tmp_path: Path) -> None:
             after = [e.tokens(n, k) for n in range(3) for k in range(3)]
             for name, p in e.named.items():
                 p.sub_(v[name], alpha=row.eta)
-            weights_before = [math.exp(a - b) for a, b in zip(s, logq, strict=True)]
+            weights_before = [math.exp(min(0.5, max(-0.5, a - b))) for a, b in zip(s, logq, strict=True)]
             raw = [float(a[0].sum()) - b for a, b in zip(after, logq, strict=True)]
             weights = [math.exp(min(0.5, max(-0.5, x))) for x in raw]
             assert row.clip_fraction == pytest.approx(sum(abs(x) > 0.5 for x in raw) / 9)
