@@ -634,8 +634,8 @@ def _nucleus_logq(p: torch.Tensor, top_p: float) -> dict[int, float]:
 
 
 def test_restricted_policy(tmp_path: Path) -> None:
-    """top_p 0.7 at temperature 1.3: weights are S(θ⁺) − log q, clipped as those at θ are, so that η = 0 gives exactly 0;
-    both entropies are of the restricted policy."""
+    """top_p 0.7 at temperature 1.3: weights are S(θ⁺) − log q, clipped as those at θ are, so that η = 0 gives exactly
+    0; both entropies are of the restricted policy."""
     path = models.adapter_checkpoint(tmp_path / "ckpt", "llama")
     checkpoint = load_checkpoint(path)
     config = ProbeConfig.from_mapping(
