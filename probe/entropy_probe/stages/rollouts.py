@@ -285,19 +285,8 @@ def sample_rollouts(
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise MeasurementError(f"prompt {prompts[empty].text!r}", "encodes to no token", "leave it out")
-    responses = sample(
-        bound,
-        encoded,
-        num_return_sequences=group,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        max_new_tokens=generation.max_new_tokens,
-        eos_ids=eos_ids(bound.language_model, tokenizer),
-        seed=seed,
-        gen_batch_size=generation.gen_batch_size,
-        stop=StopStrings(tokenizer.decode, tuple(generation.stop)) if generation.stop else None,
-        progress=None if progress is None else partial(progress, stage),
-    )
+    counted = None if progress is None else partial(progress, stage)
+    responses = _sampled(bound, tokenizer, encoded, group, generation, seed=seed, progress=counted)
     lines = []
     for n, prompt in enumerate(prompts):
         own = responses[n * group : (n + 1) * group]
@@ -318,10 +307,25 @@ def redrawn(
     """As many fresh responses of the same prompts, from q at the parameters in `override`. Rewards are NaN."""
     size_b, group = rollouts.num_prompts, rollouts.num_responses
     prompts = [rollouts.ids[n * group, : int(rollouts.prompt_lens[n * group])].tolist() for n in range(size_b)]
+    responses = _sampled(bound, tokenizer, prompts, group, generation, seed=seed, override=override)
+    nothing = [math.nan] * group
+    lines = [_Line(own, responses[n * group : (n + 1) * group], nothing, None) for n, own in enumerate(prompts)]
+    return _assemble(lines, "resampled", 0)
+
+
+def _sampled(
+    bound: BoundModel,
+    tokenizer: Any | None,
+    prompts: Sequence[Sequence[int]],
+    group: int,
+    generation: GenerationConfig,
+    **options: Any,
+) -> list[list[int]]:
+    """`sample` under the policy of `generation`, `group` responses of each prompt; a tokenizer finds stop strings."""
     if generation.stop and tokenizer is None:
         raise MeasurementError("generation.stop", "needs a tokenizer, the checkpoint has none", "leave it out")
     stop = StopStrings(tokenizer.decode, tuple(generation.stop)) if tokenizer is not None and generation.stop else None
-    responses = sample(
+    return sample(
         bound,
         prompts,
         num_return_sequences=group,
@@ -329,11 +333,7 @@ def redrawn(
         top_p=generation.top_p,
         max_new_tokens=generation.max_new_tokens,
         eos_ids=eos_ids(bound.language_model, tokenizer),
-        seed=seed,
         gen_batch_size=generation.gen_batch_size,
         stop=stop,
-        override=override,
+        **options,
     )
-    nothing = [math.nan] * group
-    lines = [_Line(own, responses[n * group : (n + 1) * group], nothing, None) for n, own in enumerate(prompts)]
-    return _assemble(lines, "resampled", 0)
