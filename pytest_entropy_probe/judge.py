@@ -32,17 +32,18 @@ def headline(report: ProbeReport) -> str:
         batches = f"{batches}, {first.num_units} blocks"
     step = next(row for row in report.entropy_change if row.eta == first.lr)
     se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
+    unit = "nats/token" if report.config["true_delta_h"]["normalize"] == "per_token" else "nats"
     predicted = "not predicted (top_p < 1)"
     if step.predicted is not None and step.predicted_se is not None:
         predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
-    return "\n".join(
-        (
-            f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
-            f"{entropy.per_token.value:.3g} nats/token ({batch.num_prompts}×{batch.num_responses} responses)",
-            f"δH₁  {delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
-            f"ΔH   realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}, {predicted} nats (next step)",
-        )
+    lines = (
+        f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
+        f"{entropy.per_token.value:.3g} nats/token ({batch.num_prompts}×{batch.num_responses} responses)",
+        f"δH₁  {delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
+        f"ΔH   realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}, {predicted} {unit}",
     )
+    warning = ("     one batch: what is realised holds the noise that the update fitted",)
+    return "\n".join(lines + (warning if batch.same_batch else ()))
 
 
 def number(value: float | str | None) -> str:

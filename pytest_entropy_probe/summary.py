@@ -204,7 +204,10 @@ def _plain() -> bool:
 
 
 def _write_figure(path: Path, texts: list[str]) -> str | None:
-    """Draw one checkpoint's figure; `texts` are copies of its report that differ in their verdicts. The error line."""
+    """Draw one checkpoint's figure; `texts` are copies of its report that differ in their verdicts. The error line.
+
+    Whatever a drawing library raises, the verdicts stand.
+    """
     from entropy_probe import ProbeError, ProbeReport
     from entropy_probe.plots import save_figure
 
@@ -213,6 +216,8 @@ def _write_figure(path: Path, texts: list[str]) -> str | None:
             save_figure(ProbeReport.model_validate_json(texts[0]), path)
         except ProbeError as error:
             return str(error)
+        except Exception as error:
+            return f"{path}: cannot be drawn ({type(error).__name__}: {error})"
     return None
 
 

@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 VOCABULARY = 67
+FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 EOS = 2
 _COMMON = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
 _ROPE = {

@@ -28,7 +28,6 @@ from entropy_probe.stages.rollouts import sample_rollouts
 from entropy_probe.stages.tasks import Prompt
 from test_rollouts import OneToken
 
-FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 TOLERANCE = 1e-9
 ETAS = [1e-5, 3e-4]
 KINDS: dict[str, Any] = {
@@ -62,7 +61,7 @@ class Both:
         u = models.random_rollouts(folder / "u.jsonl", prompts=6, responses=2, seed=2)
         self.baseline = BASELINE[kind]
         mapping = {
-            "precision": FLOAT64,
+            "precision": models.FLOAT64,
             "true_delta_h": {"etas": ETAS},
             "generation": {"temperature": 0.9, "tf_batch_size": 4},
         }
@@ -441,6 +440,35 @@ def test_update(both: Both) -> None:
     assert section.delta_h1_per_lr_cross is None
 
 
+@pytest.mark.parametrize("both", ["llama+lora"], indirect=True)
+def test_cross_fitted_slope_per_token(both: Both, tmp_path: Path) -> None:
+    """One batch, per token: what is predicted is by −X̄ᵀv₀ − U_cross[P → D] of X_n = (1/G) Σ_g [f − the others' f]∇S/T̄,
+    f = S − s̄T."""
+    e = models.random_rollouts(tmp_path / "e.jsonl", prompts=5, responses=3, seed=1)
+    mapping = {
+        "precision": models.FLOAT64,
+        "true_delta_h": {"etas": [1e-6], "normalize": "per_token"},
+        "generation": {"temperature": 0.9},
+    }
+    report = run_probe(both.path, ProbeConfig.from_mapping(mapping), e)
+    scored = [[both.e.tokens(n, g)[0] for g in range(3)] for n in range(5)]
+    mean_t = ref.mean([len(logp) for row in scored for logp in row])
+    s_bar = math.fsum(float(logp.detach().sum()) for row in scored for logp in row) / (15 * mean_t)
+    xs = []
+    for row in scored:
+        f = [float(logp.detach().sum()) - s_bar * len(logp) for logp in row]
+        loss = sum((f[g] - ref.mean([f[k] for k in range(3) if k != g])) * row[g].sum() for g in range(3)) / 3 / mean_t
+        xs.append(both.e.gradient(loss))
+    ys = [both.e.y(n) for n in range(5)]
+    v0, diagonal = both.momentum_and_diagonal(ys)
+    along, scale = ref.dot(average(xs), v0)
+    k = gram(xs, ys, diagonal)
+    off = math.fsum(k[n][m][0] for n in range(5) for m in range(5) if n != m) / 20
+    row = next(row for row in report.entropy_change if row.eta == 1e-6)
+    predicted = 1e-6 * (-along - off) + 0.5e-12 * report.update.curvature_per_token
+    agree(row.predicted, predicted, 1e-6 * (scale + math.fsum(t[1] for line in k for t in line) / 20))
+
+
 def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
     section = both.same.update
     assert both.same.batch.same_batch
@@ -470,6 +498,45 @@ def per_token_slopes(both: Both) -> tuple[float, list[float], float]:
         ref.mean([len(flat) * ((r - h * t) * (s - c) + d - value * t) / count for r, t, s, d in row]) for row in rows
     ]
     return value, influence, math.fsum(abs(r * s) + abs(h * t * s) + abs(d) for r, t, s, d in flat) / count
+
+
+def per_token_curvature(both: Both) -> tuple[float, float, float]:
+    """(second derivative of ΣwR/ΣwT along v, its SE, the size of its terms). With W = D²_vS + (D_vS)² it is the mean of
+    D²_vR + 2D_vR·D_vS + (R − hT)W − 2s(T − T̄)D_vS over T̄; the SE from the same mean with a prompt left in once more."""
+    keys = ("r", "d_s", "d_r", "d2_s", "d2_r")
+    rows = [[(len(x["entropy"]), *(float(x[key]) for key in keys)) for x in row] for row in both.along]
+
+    def value(weights: list[float]) -> float:
+        flat = [(w / math.fsum(weights) / 3, *x) for w, row in zip(weights, rows, strict=True) for x in row]
+        mean_t = math.fsum(w * t for w, t, *_ in flat)
+        h = math.fsum(w * r for w, _, r, *_ in flat) / mean_t
+        s = math.fsum(w * ((r - h * t) * d_s + d_r) for w, t, r, d_s, d_r, *_ in flat) / mean_t
+        terms = [
+            w * (d2_r + 2 * d_r * d_s + (r - h * t) * (d2_s + d_s**2) - 2 * s * (t - mean_t) * d_s) / mean_t
+            for w, t, r, d_s, d_r, d2_s, d2_r in flat
+        ]
+        return math.fsum(terms)
+
+    def influence(n: int, step: float = 1e-4) -> float:
+        up, down = ([1 + sign * step * (m == n) for m in range(5)] for sign in (1, -1))
+        return 5 * (value(up) - value(down)) / (2 * step)
+
+    scale = ref.mean(
+        [
+            abs(d2_r) + 2 * abs(d_r * d_s) + r * (abs(d2_s) + d_s**2)
+            for row in rows
+            for _, r, d_s, d_r, d2_s, d2_r in row
+        ]
+    )
+    se = ref.sd([influence(n) for n in range(5)]) / math.sqrt(5)
+    return value([1.0] * 5), se, scale / ref.mean([t for row in rows for t, *_ in row])
+
+
+def test_per_token_curvature(both: Both) -> None:
+    section = both.report.update
+    value, se, scale = per_token_curvature(both)
+    agree(section.curvature_per_token, value, scale)
+    assert section.curvature_per_token_se == pytest.approx(se, rel=1e-6)  # a difference of step 1e-4
 
 
 def test_per_token_slope(both: Both) -> None:
@@ -584,16 +651,17 @@ def _change_per_token(before: Lines, after: Lines, w: list[list[float]], part: i
 
 @pytest.mark.parametrize("both", ["gpt2 full"], indirect=True)
 def test_normalised_per_token(both: Both, tmp_path: Path) -> None:
-    """`normalize: per_token`: every change of the row is per token, and so is what is predicted, without curvature."""
+    """`normalize: per_token`: every change of the row is per token, and so is what is predicted."""
     e = models.random_rollouts(tmp_path / "e.jsonl", prompts=5, responses=3, seed=1)
     u = models.random_rollouts(tmp_path / "u.jsonl", prompts=6, responses=2, seed=2)
     mapping = {
-        "precision": FLOAT64,
+        "precision": models.FLOAT64,
         "true_delta_h": {"etas": ETAS, "normalize": "per_token"},
         "generation": {"temperature": 0.9, "tf_batch_size": 4},
     }
     report = run_probe(both.path, ProbeConfig.from_mapping(mapping), e, u)
     slope, _, slope_scale = per_token_slopes(both)
+    curvature, _, curvature_scale = per_token_curvature(both)
     with torch.no_grad():
         before = [[both.e.tokens(n, g) for g in range(3)] for n in range(5)]
     for row in report.entropy_change:
@@ -617,8 +685,13 @@ def test_normalised_per_token(both: Both, tmp_path: Path) -> None:
             agree(value, rb, scale)
             agree(se, rb_se, scale)
         agree_with_interval(row.delta_h_rb_interval, rb, rb_se, scale)
-        agree(row.predicted, row.eta * slope, abs(row.eta) * slope_scale)
-        agree(row.difference, rb - row.eta * slope, scale + abs(row.eta) * slope_scale)
+        predicted = row.eta * slope + 0.5 * row.eta**2 * curvature
+        predicted_scale = abs(row.eta) * slope_scale + 0.5 * row.eta**2 * curvature_scale
+        agree(row.predicted, predicted, predicted_scale)
+        agree(row.difference, rb - predicted, scale + predicted_scale)
+        agree(row.delta_h_per_token_naive, naive, naive_scale)
+        agree(row.delta_h_per_token_naive_se, naive_se, naive_scale)
+        agree_with_interval(row.delta_h_per_token_interval, rb, rb_se, scale)
 
 
 def _nucleus_logq(p: torch.Tensor, top_p: float) -> dict[int, float]:
@@ -640,7 +713,7 @@ def test_restricted_policy(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(path)
     config = ProbeConfig.from_mapping(
         {
-            "precision": FLOAT64,
+            "precision": models.FLOAT64,
             "generation": {"temperature": 1.3, "top_p": 0.7, "num_return_sequences": 3, "max_new_tokens": 5},
             "true_delta_h": {"etas": [1e-3], "clip_log_weight": 0.5},
         }
@@ -707,7 +780,7 @@ def test_restricted_policy(tmp_path: Path) -> None:
 def test_losses_and_advantages(both: Both, loss: str, advantage: str, tmp_path: Path) -> None:
     config = ProbeConfig.from_mapping(
         {
-            "precision": FLOAT64,
+            "precision": models.FLOAT64,
             "first_order": {"loss": loss, "advantage": advantage},
             "generation": {"temperature": 0.9, "max_new_tokens": 40},
         }

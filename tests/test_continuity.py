@@ -25,6 +25,7 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.stages import continuity
 from entropy_probe.stages.continuity import Taylor
 from entropy_probe.stages.rollouts import Rollouts, read_rollouts, sample_rollouts
+from entropy_probe.stages.scores import score
 from entropy_probe.stages.tasks import Prompt
 from test_projections import relu_model
 from test_rollouts import OneToken
@@ -53,7 +54,8 @@ class Subject:
 
     def taylor(self, **changes: Any) -> Taylor:
         given = {"float64": self.float64, "bound": self.bound, "rollouts": self.rollouts, "v": self.v, "config": CONFIG}
-        return continuity.taylor(**{**given, **changes})
+        given |= changes
+        return continuity.taylor(scores=score(given["bound"], given["rollouts"], given["config"]), **given)
 
 
 @functools.cache
@@ -163,7 +165,14 @@ def test_model_without_forward_mode(llama: Subject, monkeypatch: pytest.MonkeyPa
 
 def test_run_in_float64_is_trusted_everywhere(llama: Subject) -> None:
     found = llama.taylor(bound=llama.float64)
-    assert found.trusted_eta_min == found.eta_min
+    assert (found.trusted_eta_min, found.trusted_eta_max) == (found.eta_min, found.eta_max)
+
+
+def test_longest_run() -> None:
+    """Of equally long stretches, the last; nothing where it never holds."""
+    for holds, expected in (("1101110", "0001110"), ("1100110", "0000110"), ("0000", "0000"), ("111", "111")):
+        given = torch.tensor([c == "1" for c in holds])
+        assert "".join("01"[int(x)] for x in series.longest_run(given)) == expected
 
 
 # Planted faults
@@ -353,8 +362,8 @@ def test_radius() -> None:
 
 
 def test_from_which_on() -> None:
-    assert series.from_which_on(torch.tensor([True, False, True, True])).tolist() == [False, False, True, True]
-    assert series.from_which_on(torch.tensor([True, False])).tolist() == [False, False]
+    assert series._from_which_on(torch.tensor([True, False, True, True])).tolist() == [False, False, True, True]
+    assert series._from_which_on(torch.tensor([True, False])).tolist() == [False, False]
 
 
 def test_identity_error() -> None:
@@ -374,7 +383,7 @@ def test_kinks_are_no_fault(tmp_path: Path) -> None:
         name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
         for name, p in bound.registry.trainable.items()
     }
-    found = continuity.taylor(bound, bound, rollouts, v, ProbeConfig())
+    found = continuity.taylor(bound, bound, rollouts, score(bound, rollouts, ProbeConfig()), v, ProbeConfig())
     assert found.taylor_order is None
     assert found.delta_h_slope is None
     errors = (found.identity_error_naive, found.identity_error_rb)

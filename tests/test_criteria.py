@@ -153,12 +153,9 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: with_row(r, LR, difference=20.0, difference_se=0.2, in_range=True), "fail"),
         (lambda r: with_row(r, LR, difference=1.2, difference_se=0.2, in_range=True), "pass"),  # 5 prompts: t of 4
         (lambda r: poisoned(r, "continuity", trusted_eta_min=1.0), "inconclusive"),
-        (
-            lambda r: r.model_copy(
-                update={"config": {**r.config, "true_delta_h": {**r.config["true_delta_h"], "normalize": "per_token"}}}
-            ),
-            "not_applicable",
-        ),
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=None, trusted_eta_max=None), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_max=1e-15), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_max=1e-15, taylor_eta_max=1e-15), "pass"),  # seen no further
         (lambda r: with_row(r, LR, difference=math.nan, in_range=True), "fail"),
         (lambda r: with_row(r, LR, difference=1.0, difference_se=0.0, in_range=True), "fail"),
         (lambda r: every_row(r, in_range=False), "inconclusive"),
@@ -203,6 +200,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: with_row(r, 0.0, restricted=True, ess=3.0), "not_applicable"),
     ],
     "ess": [
+        (lambda r: with_row(r, LR, unclipped_ess_fraction=0.4), "inconclusive"),
         (lambda r: with_row(r, LR, ess_fraction=0.49), "inconclusive"),
         (lambda r: with_row(r, LR, ess_fraction=math.nan), "inconclusive"),
     ],
@@ -289,3 +287,14 @@ def test_missing_state_chosen_as_identity_is_inconclusive(report: ProbeReport) -
     chosen = report.model_copy(update={"config": {**report.config, "first_order": first_order}})
     verdict = CRITERIA["preconditioner_complete"](poisoned(chosen, "preconditioner", missing=["a"]))
     assert verdict.status == "inconclusive"
+
+
+def test_why_no_step_is_in_range(report: ProbeReport) -> None:
+    """What to do is said: other η where second order does not reach, other weights where they are of no use."""
+    for reliable, remedy in (
+        (True, "give smaller true_delta_h.etas, or `auto`"),
+        (False, "more responses, or a fallback"),
+    ):
+        verdict = CRITERIA["prediction"](every_row(report, in_range=False, reliable=reliable))
+        assert verdict.status == "inconclusive"
+        assert remedy in verdict.hint

@@ -15,12 +15,13 @@ import torch
 
 import models
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
-from entropy_probe.errors import MeasurementError
-from entropy_probe.estimators.slope import PromptMean
+from entropy_probe.errors import ConfigError, MeasurementError
+from entropy_probe.estimators import prediction
+from entropy_probe.estimators.slope import PromptMean, per_token_curvature, per_token_slope
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import entropy_change
-from entropy_probe.stages.batches import resample
+from entropy_probe.stages.batches import redraw_for
 from entropy_probe.stages.rollouts import Rollouts, redrawn, sample_rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.slopes import directional_derivatives
@@ -85,6 +86,15 @@ def test_auto_grid_ends_where_the_weights_do(sampled: Sampled, lr: float, limit:
     assert change.ess_fraction == pytest.approx(limit, abs=0.15)
     doubled = score(sampled.bound, sampled.rollouts, config, sampled.override(3 * end))
     assert entropy_change.change_at(sampled.scores, doubled, end, config).ess_fraction < limit - 0.15
+
+
+def test_the_grid_holds_what_prediction_reaches() -> None:
+    """± the reach of slope and curvature, where all other η are beyond it; given η stand as they are."""
+    for reach in (1e-7, 1e-5):
+        assert len(entropy_change.grid(config_of(), 1e-3, None, reach)) == (13 if reach == 1e-7 else 11)
+    assert {1e-7, -1e-7} < set(entropy_change.grid(config_of(), 1e-3, None, 1e-7))
+    assert len(entropy_change.grid(config_of(), 1e-3, None, 0.0)) == 11
+    assert entropy_change.grid(config_of(etas=[0.2]), 1e-3, None, 1e-7) == [0.0, 1e-3, 0.2]
 
 
 def test_grid_without_a_derivative_or_with_given_steps() -> None:
@@ -170,14 +180,82 @@ def test_sampling_at_eta_zero_is_sampling(sampled: Sampled) -> None:
     assert same.source == "resampled"
 
 
+def redrawn_at(sampled: Sampled, eta: float, rollouts: Rollouts | None = None) -> Rollouts:
+    redraw = redraw_for(sampled.bound, rollouts or sampled.rollouts, None, config_of(fallback="resample"))
+    assert redraw is not None
+    return redraw(sampled.override(eta))
+
+
 def test_redrawn_prompts_are_those_of_the_batch(sampled: Sampled) -> None:
-    """The same prompts, with as many responses, at a seed that is not that of E."""
-    fresh = resample(sampled.bound, sampled.rollouts, None, config_of(), sampled.override(0.0))
+    """The same prompts, with as many responses."""
+    fresh = redrawn_at(sampled, 0.0)
     assert torch.equal(fresh.prompt_lens, sampled.rollouts.prompt_lens)
     assert fresh.rewards.shape == sampled.rollouts.rewards.shape
     for i, length in enumerate(fresh.prompt_lens.tolist()):
         assert torch.equal(fresh.ids[i, :length], sampled.rollouts.ids[i, :length])
     assert fresh.ids.shape != sampled.rollouts.ids.shape or not torch.equal(fresh.ids, sampled.rollouts.ids)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cut", "limit"),
+    [
+        ([3, 5, 4], [], 6),  # none was cut: the configuration's limit
+        ([3, 9, 4], [], 9),  # none was cut, one is longer than the configuration allows
+        ([3, 4, 4], [1, 2], 4),
+        ([3, 9, 4], [1], 9),
+        ([3, 5, 4], [2], None),  # cut at 4, and 5 tokens long
+        ([3, 5, 4], [1, 2], None),
+    ],
+)
+def test_fresh_responses_have_the_limit_of_the_given_ones(
+    sampled: Sampled, lengths: list[int], cut: list[int], limit: int | None
+) -> None:
+    """An entropy per response depends on where responses are cut: a rollouts file says where, or it is one line."""
+    size = max(lengths)
+    ids = torch.tensor([[7] + [9] * size for _ in lengths])
+    for i, length in enumerate(lengths):
+        ids[i, length] = 9 if i in cut else models.EOS
+    rollouts = replace(
+        sampled.rollouts,
+        ids=ids,
+        prompt_lens=torch.ones(len(lengths), dtype=torch.long),
+        gen_lens=torch.tensor(lengths),
+        rewards=torch.zeros(1, len(lengths), dtype=torch.float64),
+        source="file.jsonl",
+    )
+    if limit is None:
+        with pytest.raises(MeasurementError, match=r"file.jsonl: responses without EOS .*; set true_delta_h\.fallback"):
+            redrawn_at(sampled, 0.0, rollouts)
+        return
+    asked: list[int] = []
+    config = config_of(fallback="resample")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("entropy_probe.stages.batches.redrawn", lambda b, r, t, g, **_: asked.append(g.max_new_tokens))
+        redraw = redraw_for(sampled.bound, rollouts, None, config)
+        assert redraw is not None
+        redraw({})
+    assert asked == [limit]
+
+
+def test_fresh_responses_share_the_noise_of_the_batch(sampled: Sampled) -> None:
+    """A batch that was sampled comes again at θ, and after a small step most of it: the change has a fraction of the SE
+    that responses of their own noise give."""
+    config = config_of(fallback="resample")
+    seed = __import__("entropy_probe.stages.batches", fromlist=["_seed"])._seed("E", config.batch.seed)
+    prompts = [Prompt(chr(97 + n) * (1 + n % 3)) for n in range(24)]
+    e = sample_rollouts(sampled.bound, OneToken(), prompts, config.generation, seed=seed)
+    assert torch.equal(redrawn_at(sampled, 0.0, e).ids, e.ids)
+    scores = score(sampled.bound, e, config)
+    eta = 0.01
+    after = score(sampled.bound, e, config, sampled.override(eta))
+    change = entropy_change.change_at(scores, after, eta, config)
+
+    def se(fresh: Rollouts) -> float:
+        at = score(sampled.bound, fresh, config, sampled.override(eta))
+        return entropy_change.resampled(change, scores, at, config).rb.se
+
+    own = redrawn(sampled.bound, e, None, config.generation, seed=seed + 1, override=sampled.override(eta))
+    assert se(redrawn_at(sampled, eta, e)) < se(own) / 2
 
 
 def test_stop_strings_cannot_be_found_without_a_tokenizer(sampled: Sampled) -> None:
@@ -213,19 +291,44 @@ def test_smoothing_needs_64_responses(sampled: Sampled) -> None:
 
 
 def test_responses_within_bounds_are_not_drawn_again(sampled: Sampled) -> None:
-    """`resample` is called where the weights are out of bounds, once for each such η, and nowhere else."""
+    """They are drawn where the weights are out of bounds, once for each such η, and nowhere else; without the fallback
+    there is nothing that could draw them."""
     asked: list[dict[str, torch.Tensor]] = []
 
     def redraw(override: Any) -> Rollouts:
         asked.append(override)
-        return resample(sampled.bound, sampled.rollouts, None, config_of(), override)
+        return redrawn_at(sampled, 0.3)
 
     arguments = (sampled.bound, sampled.rollouts, sampled.scores, sampled.v, [0.0, 1e-4, 0.3])
     found = entropy_change.sweep(*arguments, config_of(fallback="resample"), None, redraw)
     assert [change.method for change in found] == ["snis", "snis", "resample"]
+    assert [change.reliable for change in found] == [True, True, True]
     assert len(asked) == 1
-    entropy_change.sweep(*arguments, config_of(), None, redraw)
-    assert len(asked) == 1
+    assert [change.reliable for change in entropy_change.sweep(*arguments, config_of())] == [True, True, False]
+    for fallback in ("none", "psis"):
+        assert redraw_for(sampled.bound, sampled.rollouts, None, config_of(fallback=fallback)) is None
+
+
+def test_clipping_hides_nothing(sampled: Sampled) -> None:
+    """Clipped weights have a high ESS; whether they are to be believed is decided by those before clipping, and none of
+    them may have been clipped."""
+    far, near = (at_end(sampled, eta, 24, clip_log_weight=clip) for eta, clip in ((0.3, 0.05), (1e-3, 1e-4)))
+    assert far.ess_fraction > 0.9 > 0.5 > far.unclipped_ess_fraction
+    assert far.unclipped_ess_fraction == at_end(sampled, 0.3, 24).ess_fraction
+    assert far.pareto_k == at_end(sampled, 0.3, 24).pareto_k
+    assert near.unclipped_ess_fraction > 0.99
+    assert near.clip_fraction > 0
+    assert [far.reliable, near.reliable] == [False, False]
+    assert at_end(sampled, 1e-3, 24, clip_log_weight=1.0).reliable
+
+
+def test_smoothed_weights_are_believed_as_far_as_their_tail(sampled: Sampled) -> None:
+    """ESS/N below its limit, k̂ within or beyond its own."""
+    k = at_end(sampled, 0.3, 24).pareto_k
+    assert k is not None
+    for limit in (k - 0.01, k + 0.01):
+        change = at_end(sampled, 0.3, 24, fallback="psis", max_pareto_k=limit, min_ess_fraction=0.99)
+        assert (change.method, change.reliable) == ("psis", limit > k)
 
 
 LR = 0.3
@@ -234,7 +337,7 @@ LR = 0.3
 class Files:
     def __init__(self, folder: Path) -> None:
         self.checkpoint = models.adapter_checkpoint(folder / "ckpt", "llama")
-        self.e = models.random_rollouts(folder / "e.jsonl", prompts=5, responses=3, seed=1)
+        self.e = models.random_rollouts(folder / "e.jsonl", prompts=5, responses=3, seed=1, truncate=False)
         self.u = models.random_rollouts(folder / "u.jsonl", prompts=5, responses=3, seed=2)
 
     def run(self, fallback: str, seed: int = 0, lr: float = LR) -> ProbeReport:
@@ -301,22 +404,67 @@ def test_no_fallback_leaves_the_verdict_open(files: Files) -> None:
 # Prediction
 
 
-def test_where_prediction_and_realisation_are_compared(sampled: Sampled) -> None:
-    """Up to η*/10 where curvature is decided, and within bounds; per token, without curvature, where ESS/N ≥ 0.99."""
-    change = entropy_change.change_at(sampled.scores, sampled.scores, 1.0, config_of())
+def test_how_far_slope_and_curvature_reach() -> None:
+    """η*/10; without end where curvature is not decided; by 2 SE of a slope that is smaller than they are."""
     steady = PromptMean(torch.ones(24, dtype=torch.float64))  # spread 0: its mean is decided
-
-    def in_range(eta: float, ess_fraction: float, curvature: PromptMean | None) -> bool:
-        at = replace(change, eta=eta, ess_fraction=ess_fraction)
-        return entropy_change.predict(at, steady, curvature, config_of()).in_range
-
-    assert in_range(0.2, 0.6, steady)  # η* = 2
-    assert not in_range(0.21, 0.6, steady)
-    assert not in_range(0.1, 0.4, steady)
     noise = PromptMean(torch.tensor([-1.0, 1.2] * 12, dtype=torch.float64))
-    assert in_range(5.0, 0.6, noise)
-    assert in_range(5.0, 0.991, None)
-    assert not in_range(5.0, 0.98, None)
+    assert (prediction.eta_star(steady, steady), prediction.reach(steady, steady)) == (2.0, 0.2)
+    assert (prediction.eta_star(steady, noise), prediction.reach(steady, noise)) == (None, math.inf)
+    assert prediction.reach(noise, steady) == pytest.approx(0.4 * noise.se)
+    assert prediction.eta_star(noise, steady) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("mode", ["exact", "block"])
+@pytest.mark.parametrize("normalize", ["per_sequence", "per_token"])
+def test_one_batch_is_predicted_by_the_cross_fitted_slope(files: Files, mode: str, normalize: str) -> None:
+    """Per response or per token, with prompts or blocks of them for units: the SE of the difference is that of numbers
+    which share their prompts, far below two independent ones, and in range is what `reach` says."""
+    mapping = {
+        "true_delta_h": {"normalize": normalize},
+        "first_order": {"lr": 1e-4, "mode": mode, "num_blocks": 4},
+        "precision": models.FLOAT64,
+    }
+    report = run_probe(files.checkpoint, ProbeConfig.from_mapping(mapping), files.e)
+    assert report.batch.same_batch
+    of_response = report.update.delta_h1_per_lr_cross
+    assert of_response is not None
+    row = next(row for row in report.entropy_change if 0 < row.eta < 1e-4)
+    curvature = report.update.curvature_per_token if normalize == "per_token" else report.update.curvature
+    assert curvature is not None
+    assert row.predicted is not None
+    slope = (row.predicted - 0.5 * row.eta**2 * curvature) / row.eta
+    if normalize == "per_sequence":
+        assert slope == pytest.approx(of_response, rel=1e-9)
+    else:  # h' = (H' − h·E[T]')/E[T]: of the same size as H'/E[T], and another number
+        mean_length = report.batch.num_tokens / 15
+        assert abs(slope) < 30 * abs(of_response) / mean_length
+        assert slope != pytest.approx(report.update.delta_h1_per_lr_per_token, rel=1e-3)
+    assert row.difference_se is not None
+    assert row.predicted_se is not None
+    assert row.difference == pytest.approx(row.delta_h_rb - row.predicted)
+    assert row.ratio == pytest.approx(row.delta_h_rb / row.predicted)
+    assert row.in_range
+
+
+def test_per_token_derivatives_have_their_influence() -> None:
+    """Each prompt's term is the value plus the derivative of the estimator in that prompt's weight, h, s and T̄
+    included: taken by counting the prompt a thousandth more and less often."""
+    generator = torch.Generator().manual_seed(0)
+    tables = [torch.rand(5, 2, generator=generator, dtype=torch.float64) for _ in range(5)]
+    lengths = torch.randint(1, 9, (5, 2), generator=generator).double()
+
+    def both(counts: torch.Tensor | None = None) -> list[PromptMean]:
+        rows = torch.arange(5) if counts is None else torch.arange(5).repeat_interleave(counts)
+        r, *derivatives = (table[rows] for table in tables)
+        t = lengths[rows]
+        return [per_token_slope(r, t, *derivatives[:2]), per_token_curvature(r, t, *derivatives)]
+
+    for k, estimate in enumerate(both()):
+        for n in range(5):
+            more, less = torch.full((5,), 1000), torch.full((5,), 1000)
+            more[n], less[n] = 1001, 999
+            derivative = (both(more)[k].value - both(less)[k].value) / 2 * 5000
+            assert float(estimate.per_prompt[n]) - estimate.value == pytest.approx(derivative, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("normalize", ["per_sequence", "per_token"])
@@ -331,3 +479,21 @@ def test_the_notes_verb_speaks_of_one_entropy(sampled: Sampled, normalize: str) 
     assert result["H_orig"] == pytest.approx(total / (tokens if normalize == "per_token" else responses), rel=1e-12)
     for after, change in zip(result["H_upd_list"], result["deltaH_true_list"], strict=True):
         assert after - result["H_orig"] == pytest.approx(change, abs=1e-12)
+
+
+def test_the_notes_verb_below_top_p_and_its_fallbacks(sampled: Sampled) -> None:
+    """At top_p < 1 `H_orig` is of the restricted policy, weighted as ΔH is; fresh responses need `run_probe`."""
+    config = ProbeConfig.from_mapping({"generation": {"top_p": 0.9, "num_return_sequences": 4, "max_new_tokens": 6}})
+    e = sample_rollouts(sampled.bound, OneToken(), [Prompt("a"), Prompt("bb")], config.generation, seed=3)
+    arguments = {"update_vector_named": sampled.v, "etas": [1e-4]}
+    result = entropy_change.entropy_change_two_batch_vector(sampled.bound, e, config=config, **arguments)
+    scores = score(sampled.bound, e, config)
+    weights = torch.softmax((scores.seq_logp - scores.seq_logq).flatten(), 0)
+    expected = float((weights * scores.rb_sum.flatten()).sum())
+    assert result["H_orig"] == pytest.approx(expected, rel=1e-12)
+    assert expected != pytest.approx(float(scores.rb_sum.mean()), rel=1e-7)
+    assert result["snis_diagnostics"][0]["method"] == "snis"
+    with pytest.raises(ConfigError, match=r"true_delta_h\.fallback: `resample` is not offered here"):
+        entropy_change.entropy_change_two_batch_vector(
+            sampled.bound, e, config=config_of(fallback="resample"), **arguments
+        )

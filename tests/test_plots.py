@@ -16,7 +16,7 @@ from entropy_probe import ProbeConfig, ProbeError, ProbeReport, run_probe
 from entropy_probe.__main__ import main
 from entropy_probe.plots import _figure, save_figure, text_table
 
-UNPREDICTED = {"predicted": None, "predicted_se": None, "difference": None, "difference_se": None, "in_range": None}
+UNPREDICTED = dict.fromkeys(("predicted", "predicted_se", "difference", "difference_se", "ratio", "in_range"))
 NAN = {"delta_h_rb_se": math.nan, "predicted": math.nan, "predicted_se": math.inf, "difference_se": math.nan}
 
 
@@ -65,13 +65,26 @@ def test_the_legend_says_what_is_there(report: ProbeReport) -> None:
     lr = f"lr = {report.first_order.lr:.3g}"
     assert entries(report) == {"predicted ± SE", "realised", "in range", lr}
     assert "η* = 3e-05" in entries(with_eta_star(report, 3e-5))
-    far = with_rows(report, ess_fraction=0.3, in_range=False)
-    assert entries(far) == {"predicted ± SE", "realised, ESS/N < 0.5", lr}
-    assert entries(with_rows(far, method="resample")) == {"predicted ± SE", "realised", lr}
+    far = with_rows(report, unclipped_ess_fraction=0.3, reliable=False, in_range=False)
+    assert entries(far) == {"predicted ± SE", "realised, not reliable: ESS/N or k̂", lr}
+    assert entries(with_rows(far, method="resample", reliable=True)) == {"predicted ± SE", "realised", lr}
     restricted = with_rows(report, restricted=True, **UNPREDICTED)
     assert entries(restricted) == {"realised", lr}
     title = _figure(restricted).get_suptitle()
     assert title.endswith("\ntop_p < 1: the change within the nucleus, about which nothing is predicted")
+    one = report.model_copy(update={"batch": report.batch.model_copy(update={"same_batch": True})})
+    warning = "one batch: what is realised holds the noise that the update fitted"
+    assert _figure(one).get_suptitle().endswith(f"\n{warning}")
+    assert text_table(one).endswith(f"\n{warning}")
+
+
+def test_in_range_is_shaded_around_zero_only(report: ProbeReport) -> None:
+    """An η in range beyond one that is not does not stretch the shade over that one."""
+    etas = sorted(row.eta for row in report.entropy_change if row.eta > 0)
+    rows = [row.model_copy(update={"in_range": row.eta != etas[1]}) for row in report.entropy_change]
+    for axes in _figure(report.model_copy(update={"entropy_change": rows})).axes:
+        (shade,) = axes.patches
+        assert shade.get_extents().transformed(axes.transData.inverted()).x1 == pytest.approx(etas[0])
 
 
 def test_a_distant_eta_star_stretches_the_decades_only(report: ProbeReport) -> None:
@@ -102,7 +115,7 @@ def test_points_and_line_are_the_numbers_of_the_report(report: ProbeReport) -> N
     "poison",
     [
         lambda r: with_rows(r, restricted=True, **UNPREDICTED),
-        lambda r: with_rows(r, in_range=False, ess_fraction=math.nan),
+        lambda r: with_rows(r, in_range=False, unclipped_ess_fraction=math.nan),
         lambda r: with_rows(r, **NAN),
         lambda r: with_rows(r, delta_h_rb=math.nan),
         lambda r: with_rows(r, eta=0.0),
@@ -177,7 +190,7 @@ def test_the_table_has_one_line_per_eta(report: ProbeReport) -> None:
         )
         assert numbers[5] == pytest.approx(row.difference / row.difference_se, rel=0.01, abs=0.006)
         assert numbers[6] == pytest.approx(row.delta_h_rb / row.predicted, rel=0.01, abs=0.006)
-        assert numbers[7] == pytest.approx(row.ess_fraction, abs=0.006)
+        assert numbers[7] == pytest.approx(row.unclipped_ess_fraction, abs=0.006)
         assert cells[-1] == ("yes" if row.in_range else "no")
     assert text_table(with_eta_star(report, 3e-5), plain=True).endswith("\neta* = 3e-05")
     restricted = text_table(with_rows(report, restricted=True, **UNPREDICTED)).splitlines()

@@ -48,4 +48,8 @@ class OverrideError(ProbeError):
 
 
 class MeasurementError(ProbeError):
-    """The measurement cannot be made as configured: too little memory, too few prompts, no gradient."""
+    """The measurement cannot be made as configured: too few prompts, no gradient."""
+
+
+class NoCopyError(MeasurementError):
+    """A copy of the model cannot be made: it does not fit into memory, or holds what cannot be copied."""

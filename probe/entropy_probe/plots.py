@@ -28,6 +28,7 @@ _PREDICTED, _REALISED, _END = "#0072B2", "#D55E00", "#009E73"
 _STYLE: dict[str, Any] = {"svg.hashsalt": "entropy-probe", "font.size": 9.0, "axes.titlesize": 9.0, "savefig.dpi": 150}
 _NO_DATE: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 _RESTRICTED = "top_p < 1: the change within the nucleus, about which nothing is predicted"
+_SAME_BATCH = "one batch: what is realised holds the noise that the update fitted"
 
 
 def require_drawable(path: Path) -> None:
@@ -62,14 +63,13 @@ def text_table(report: ProbeReport, *, plain: bool = False) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     star = report.update.eta_star
-    notes = ["" if star is None else f"{eta}* = {star:.3g}", _RESTRICTED if _restricted(report) else ""]
-    notes = [note.replace("η", eta) for note in notes if note]
-    return "\n".join([f"prediction against realisation ({_unit(report)})", *lines, *notes])
+    notes = [] if star is None else [f"{eta}* = {star:.3g}"]
+    return "\n".join([f"prediction against realisation ({_unit(report)})", *lines, *notes, *_warnings(report)])
 
 
 def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
     off = _over(row.difference, row.difference_se)
-    ratio = _over(row.delta_h_rb, row.predicted)
+    ratio = row.ratio
     numbers = (
         (row.eta, ".2g"),
         (row.predicted, "+.3g"),
@@ -78,7 +78,7 @@ def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
         (row.delta_h_rb_se, ".2g"),
         (off, "+.2f" if off is None or abs(off) < 100 else "+.1e"),
         (ratio, ".2f" if ratio is None or abs(ratio) < 100 else ".0e"),
-        (row.ess_fraction, ".2f"),
+        (row.unclipped_ess_fraction, ".2f"),
     )
     shown = ("-" if value is None else format(value, digits) for value, digits in numbers)
     return (*shown, "-" if row.in_range is None else "yes" if row.in_range else "no")
@@ -90,6 +90,12 @@ def _over(value: float | None, by: float | None) -> float | None:
 
 def _restricted(report: ProbeReport) -> bool:
     return any(row.restricted for row in report.entropy_change)
+
+
+def _warnings(report: ProbeReport) -> list[str]:
+    """What must be known before the numbers are read."""
+    said = {_RESTRICTED: _restricted(report), _SAME_BATCH: report.batch.same_batch}
+    return [warning for warning, holds in said.items() if holds]
 
 
 def _unit(report: ProbeReport) -> str:
@@ -112,7 +118,7 @@ def _figure(report: ProbeReport) -> Figure:
         slope.set_xscale("symlog", linthresh=10.0**decade, linscale=0.7)
     for axes, power in ((change, 0), (slope, 1)):
         _predicted(axes, rows, power)
-        _realised(axes, rows, power, report.config["true_delta_h"]["min_ess_fraction"])
+        _realised(axes, rows, power)
         _marks(axes, report, rows, power)
     handles, labels = slope.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -122,9 +128,7 @@ def _figure(report: ProbeReport) -> Figure:
 def _title(report: ProbeReport, rows: Sequence[EntropyChangeRow]) -> str:
     name = report.checkpoint.name
     title = f"{name if len(name) <= 50 else '…' + name[-49:]}: entropy along the next update, predicted and realised"
-    if _restricted(report):
-        return f"{title}\n{_RESTRICTED}"
-    return title if rows else f"{title}\nnothing was measured"
+    return "\n".join([title, *_warnings(report), *([] if rows else ["nothing was measured"])])
 
 
 def _finite(*values: float | None) -> bool:
@@ -153,9 +157,9 @@ def _predicted(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None
     axes.fill_between(eta, value - se, value + se, color=_PREDICTED, alpha=0.2, linewidth=0)
 
 
-def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int, enough: float) -> None:
-    for hollow, label in ((False, "realised"), (True, f"realised, ESS/N < {enough:g}")):
-        shown = [row for row in rows if (row.method != "resample" and not row.ess_fraction >= enough) == hollow]
+def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
+    for hollow, label in ((False, "realised"), (True, "realised, not reliable: ESS/N or k̂")):
+        shown = [row for row in rows if row.reliable != hollow]
         if not shown:
             continue
         eta = _array(row.eta for row in shown)
@@ -176,7 +180,12 @@ def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int, enough: 
 
 def _marks(axes: Axes, report: ProbeReport, rows: Sequence[EntropyChangeRow], power: int) -> None:
     """Where the two are compared; the learning rate; η*, in the linear panel only where it comes near."""
-    compared = [0.0, *(row.eta for row in rows if row.in_range)]
+    beyond = [row.eta for row in rows if not row.in_range]
+    low, high = (
+        max([e for e in beyond if e < 0], default=-math.inf),
+        min([e for e in beyond if e > 0], default=math.inf),
+    )
+    compared = [0.0, *(row.eta for row in rows if row.in_range and low < row.eta < high)]
     if len(compared) > 1:
         axes.axvspan(min(compared), max(compared), color="0.95", zorder=0, label="in range")
     axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)

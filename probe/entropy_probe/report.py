@@ -135,8 +135,9 @@ class UpdateSection(_Section):
     """The update direction v = v₀ + D·Ȳ per unit learning rate, and the slope of the entropy along it on the E batch.
 
     `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
-    configured baseline. `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the
-    prompts), for every unit of the U batch, add up to −X̄ᵀv.
+    configured baseline. `eta_star` belongs to what is predicted: the slope cross-fitted where one batch serves as both,
+    per token where `true_delta_h.normalize` says so. `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` =
+    −X̄ᵀD·Y_u·(its share of the prompts), for every unit of the U batch, add up to −X̄ᵀv.
     """
 
     norm: float
@@ -155,6 +156,8 @@ class UpdateSection(_Section):
     delta_h1_per_lr_per_token_se: float
     curvature: float | None
     curvature_se: float | None
+    curvature_per_token: float
+    curvature_per_token_se: float
     eta_star: float | None
     cosine_with_optimizer_step: float | None
     norm_ratio_with_optimizer_step: float | None
@@ -165,8 +168,11 @@ class EntropyChangeRow(_Section):
     """The realised change at one η, by self-normalised importance sampling on the E batch.
 
     `delta_h` (naive) and `delta_h_rb` are per response or per token, as `true_delta_h.normalize` says, with 95 %
-    intervals; `delta_h_per_token` is Rao-Blackwell. `method` is `snis`, or the fallback that was taken.
-    `difference` is `delta_h_rb` − `predicted`; `in_range` says whether the two are to be compared at this η.
+    intervals; `delta_h_per_token` is Rao-Blackwell, `delta_h_per_token_naive` is not. `method` is `snis`, or the
+    fallback that was taken, and `reliable` whether it is to be believed: ESS/N and k̂ of the weights before clipping
+    are within their limits and none was clipped, smoothed ones have k̂ within its limit, fresh responses need no
+    weights. `difference` is `delta_h_rb` − `predicted`, `ratio` the one over the other; `in_range` says whether the two
+    are to be compared at this η: reliable, and near enough for second order.
 
     `restricted`: the responses were sampled at top_p < 1, and the change is that of π restricted to the nucleus; the
     slope of π's entropy predicts nothing about it.
@@ -186,14 +192,20 @@ class EntropyChangeRow(_Section):
     delta_h_rb_interval: tuple[float, float]
     delta_h_per_token: float
     delta_h_per_token_se: float
+    delta_h_per_token_interval: tuple[float, float]
+    delta_h_per_token_naive: float
+    delta_h_per_token_naive_se: float
+    unclipped_ess_fraction: float
     log_weight_min: float
     log_weight_median: float
     log_weight_max: float
     method: str
+    reliable: bool
     predicted: float | None
     predicted_se: float | None
     difference: float | None
     difference_se: float | None
+    ratio: float | None
     in_range: bool | None
 
 
@@ -212,9 +224,10 @@ class RealStepSection(_Section):
 class ContinuitySection(_Section):
     """Zero check in the configured precision; ratios in true float64, normalised so that 1 is perfect.
 
-    Then, on a few responses in true float64: the log-log slopes against η of ‖Δlogits‖ and |ΔĤ| (1) and of the Taylor
-    remainder (`taylor_order`, 2), the relative error of dΔĤ/dη at 0 against the derivative by JVP, and the smallest η
-    from which ΔĤ in the configured dtype can be trusted to 10 %.
+    Then, on a few responses in true float64, for η from `taylor_eta_min` to `taylor_eta_max`: the log-log slopes
+    against η of ‖Δlogits‖ and |ΔĤ| (1) and of the Taylor remainder (`taylor_order`, 2), ΔĤ's `taylor_slope` at 0 and
+    the relative error of its difference against the derivative by JVP, the `taylor_radius` within which one order of
+    its series is smaller than the one before, and the range of η in which ΔĤ in the configured dtype is within 10 %.
     """
 
     zero_check_max_abs: float
@@ -230,6 +243,11 @@ class ContinuitySection(_Section):
     identity_error_naive: float | None
     identity_error_rb: float | None
     trusted_eta_min: float | None
+    trusted_eta_max: float | None
+    taylor_eta_min: float
+    taylor_eta_max: float
+    taylor_radius: float
+    taylor_slope: float | None
 
 
 class WorstCase(_Section):

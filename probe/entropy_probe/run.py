@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +13,14 @@ import torch
 from entropy_probe import __version__, sections
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import MeasurementError
+from entropy_probe.errors import MeasurementError, NoCopyError
+from entropy_probe.estimators import prediction
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
-from entropy_probe.stages.batches import draw_batches, resample
+from entropy_probe.stages.batches import draw_batches, redraw_for
 from entropy_probe.stages.optimizer_step import optimizer_step_agreement
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.real_step import real_step
@@ -102,6 +102,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     checkpoint, config, bound = prepared.checkpoint, prepared.config, prepared.model
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch, baseline = e is u, config.first_order.baseline
+    redraw = redraw_for(bound, e, checkpoint.tokenizer, config)
     clock = _Clock(progress, dict(prepared.seconds))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
@@ -133,6 +134,8 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             copies = {model: checksum(model) for model in own_copies}
             along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config, progress)
             cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
+            slope, curvature = slopes.predictors(bound, u, scores_u, config, units_u, direction, along, cross)
+            reach = prediction.reach(slope, curvature)
             sources = slopes.slope_sources(units_e, units_u, direction)
         with clock("witnesses"):
             witness = asdict(gradient_witness(bound, u, of_x, of_y, config, units_u, precond))
@@ -143,26 +146,22 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             if witness["projections_alpha"] is not None:
                 witness["curvature"] = curvature_witness(float64, e, scores_e, along, direction.v, config)
         with clock("entropy change"):
-            etas = entropy_change.grid(config, lr, along.at_theta.d_seq_logp)
-            redraw = partial(resample, bound, e, checkpoint.tokenizer, config)
+            etas = entropy_change.grid(config, lr, along.at_theta.d_seq_logp, reach)
             changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress, redraw)
-            slope, curvature = (cross or along.rb[baseline]), along.curvature
-            if config.true_delta_h.normalize == "per_token":
-                slope, curvature = along.per_token, None
-            predictions = [
-                None if change.restricted else entropy_change.predict(change, slope, curvature, config)
-                for change in changes
+            predicted = [
+                None if c.restricted else prediction.predict(c.eta, c.rb, slope, curvature, units_e.unit_of)
+                for c in changes
             ]
         with clock("real step"):
             taken, missing = None, None
             try:
                 taken = real_step(float64, e, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
-            except MeasurementError as error:  # memory for a copy: the rest of the report does not need it
+            except NoCopyError as error:  # the rest of the report does not need it
                 missing = str(error)
         with clock("continuity"):
             zero = continuity.zero_check(bound, e, direction.v)
             scaling = continuity.scaling(float64, e, direction.v)
-            taylor = continuity.taylor(float64, bound, e, direction.v, config)
+            taylor = continuity.taylor(float64, bound, e, scores_e, direction.v, config)
             invariant = invariance.invariance(bound, float64, e, config)
             covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
@@ -177,8 +176,8 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         entropy=sections.entropy_section(scores_e),
         first_order=first_order,
         two_batch=across,
-        update=sections.update_section(direction, along, cross, agreement, sources, baseline),
-        entropy_change=[sections.change_row(*row) for row in zip(changes, predictions, strict=True)],
+        update=sections.update_section(direction, along, cross, (slope, curvature), agreement, sources, baseline),
+        entropy_change=[sections.change_row(*row, reach) for row in zip(changes, predicted, strict=True)],
         continuity=sections.continuity_section(zero, scaling, taylor),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=r.InvarianceSection(**asdict(invariant)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.config import FirstOrderConfig
 from entropy_probe.errors import printable
-from entropy_probe.estimators import advantages, importance, parity, two_batch, ustat
+from entropy_probe.estimators import advantages, importance, parity, prediction, two_batch, ustat
 from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.checkpoint import Checkpoint
@@ -161,6 +161,7 @@ def update_section(
     direction: update.UpdateDirection,
     along: Slopes,
     cross: PromptMean | None,
+    predicting: tuple[PromptMean, PromptMean],
     agreement: StepAgreement,
     sources: SlopeSources,
     baseline: Baseline,
@@ -184,7 +185,9 @@ def update_section(
         delta_h1_per_lr_per_token_se=along.per_token.se,
         curvature=along.curvature.value,
         curvature_se=along.curvature.se,
-        eta_star=entropy_change.eta_star(rb, along.curvature),
+        curvature_per_token=along.per_token_curvature.value,
+        curvature_per_token_se=along.per_token_curvature.se,
+        eta_star=prediction.eta_star(*predicting),
         cosine_with_optimizer_step=agreement.cosine,
         norm_ratio_with_optimizer_step=agreement.norm_ratio,
         worst_parameter=agreement.worst,
@@ -192,7 +195,7 @@ def update_section(
 
 
 def change_row(
-    change: entropy_change.EntropyChange, prediction: entropy_change.Prediction | None
+    change: entropy_change.EntropyChange, predicted: prediction.Prediction | None, reach: float
 ) -> r.EntropyChangeRow:
     low, middle, high = change.log_weights
     return r.EntropyChangeRow(
@@ -210,15 +213,21 @@ def change_row(
         delta_h_rb_interval=change.rb.interval(),
         delta_h_per_token=change.per_token.value,
         delta_h_per_token_se=change.per_token.se,
+        delta_h_per_token_interval=change.per_token.interval(),
+        delta_h_per_token_naive=change.naive_per_token.value,
+        delta_h_per_token_naive_se=change.naive_per_token.se,
+        unclipped_ess_fraction=change.unclipped_ess_fraction,
         log_weight_min=low,
         log_weight_median=middle,
         log_weight_max=high,
         method=change.method,
-        predicted=None if prediction is None else prediction.value,
-        predicted_se=None if prediction is None else prediction.se,
-        difference=None if prediction is None else prediction.difference,
-        difference_se=None if prediction is None else prediction.difference_se,
-        in_range=None if prediction is None else prediction.in_range,
+        reliable=change.reliable,
+        predicted=None if predicted is None else predicted.value,
+        predicted_se=None if predicted is None else predicted.se,
+        difference=None if predicted is None else predicted.difference,
+        difference_se=None if predicted is None else predicted.difference_se,
+        ratio=change.rb.value / predicted.value if predicted is not None and predicted.value != 0 else None,
+        in_range=None if predicted is None else change.reliable and abs(change.eta) <= reach,
     )
 
 
@@ -239,6 +248,11 @@ def continuity_section(
         identity_error_naive=taylor.identity_error_naive,
         identity_error_rb=taylor.identity_error_rb,
         trusted_eta_min=taylor.trusted_eta_min,
+        trusted_eta_max=taylor.trusted_eta_max,
+        taylor_eta_min=taylor.eta_min,
+        taylor_eta_max=taylor.eta_max,
+        taylor_radius=taylor.radius,
+        taylor_slope=taylor.slope,
     )
 
 

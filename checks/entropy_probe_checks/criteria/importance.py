@@ -41,7 +41,7 @@ def zero_step_ess(report: ProbeReport) -> Finding:
 
 @Criterion
 def ess(report: ProbeReport) -> Finding:
-    """ESS/N at η = lr, the step that the optimizer would take.
+    """ESS/N at η = lr, the step that the optimizer would take; of the weights before any clipping.
 
     Few responses carry the weight: θ+ηv is too far for these samples, and ΔH there is not measured. Sample more
     responses, or look at smaller steps (first_order.lr, true_delta_h.etas).
@@ -49,8 +49,9 @@ def ess(report: ProbeReport) -> Finding:
     row = _row(report, report.first_order.lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
     if row.method != "snis":
-        return not_applicable(f"ΔH there comes from the fallback `{row.method}`.", row.ess_fraction, limit)
-    return at_least(row.ess_fraction, limit, otherwise="inconclusive")
+        return not_applicable(f"ΔH there comes from the fallback `{row.method}`.", row.unclipped_ess_fraction, limit)
+    least = -largest(-row.ess_fraction, -row.unclipped_ess_fraction)
+    return at_least(least, limit, otherwise="inconclusive")
 
 
 @Criterion
@@ -65,6 +66,10 @@ def pareto_k(report: ProbeReport) -> Finding:
     if row.method == "resample":
         return not_applicable("ΔH there comes from fresh responses.", row.pareto_k, limit)
     if row.pareto_k is None:
-        reason = f"k-hat means something only for N ≥ 64 and ESS/N < 0.95; ESS/N is {row.ess_fraction:.3f}."
+        size = report.batch.num_prompts * report.batch.num_responses
+        reason = (
+            f"k-hat means something only for N ≥ 64 and ESS/N < 0.95, and where the largest weights differ: N is {size}"
+            f", ESS/N is {row.unclipped_ess_fraction:.3f}."
+        )
         return not_applicable(reason, None, limit)
     return at_most(row.pareto_k, limit, otherwise="inconclusive")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from scipy import stats
 
@@ -81,22 +83,35 @@ def prediction(report: ProbeReport) -> Finding:
     """Largest |ΔH realised − predicted| in standard errors of that difference, of a normal, over the η in range.
 
     The entropy does not change as slope and curvature say: v, the slope or the weights are wrong, or the responses are
-    not from this policy. Where the same responses serve both batches, use two.
+    not from this policy. Where the same responses serve both batches, the realised change holds what the update fitted
+    in them and the cross-fitted prediction does not: use two.
     """
     rows = [row for row in report.entropy_change if row.eta != 0 and row.predicted is not None]
     if not rows:
         return not_applicable("top_p < 1: the slope of π predicts nothing about π restricted to the nucleus.")
-    if report.config["true_delta_h"]["normalize"] == "per_token":
-        return not_applicable(
-            "Per token only the first order is predicted, which the realised change has by construction."
-        )
-    resolved = report.continuity.trusted_eta_min or 0.0
-    judged = [row for row in rows if row.in_range and abs(row.eta) >= resolved]
-    limit = limit_for(report, "prediction")
+    in_range, limit = [row for row in rows if row.in_range], limit_for(report, "prediction")
+    if not in_range:
+        return inconclusive(_why_out_of_range(rows), None, limit)
+    seen = report.continuity
+    low, high = seen.trusted_eta_min or math.inf, seen.trusted_eta_max or math.inf
+    high = math.inf if high >= seen.taylor_eta_max else high  # nothing was looked at beyond
+    judged = [row for row in in_range if low <= abs(row.eta) <= high]
     if not judged:
-        return inconclusive("No η is in range: give smaller true_delta_h.etas, or more responses.", None, limit)
+        dtype = report.config["precision"]["func_override"]["dtype"]
+        return inconclusive(f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit)
     worst = largest(*(_in_se(row.difference, row.difference_se) for row in judged))
     return at_most(_of_a_normal(worst, report.batch.num_prompts - 1), limit)
+
+
+def _why_out_of_range(rows: Sequence[Any]) -> str:
+    """What to do where no η is in range: the nearest ones are too far for the weights, or for second order."""
+    nearest = min(abs(row.eta) for row in rows)
+    if any(row.reliable for row in rows if abs(row.eta) == nearest):
+        return f"Second order does not reach to η = {nearest:.2g}: give smaller true_delta_h.etas, or `auto`."
+    return (
+        f"The importance weights at η = {nearest:.2g} are not to be believed: give smaller true_delta_h.etas or "
+        "first_order.lr, more responses, or a fallback."
+    )
 
 
 def _in_se(difference: float | None, se: float | None) -> float:

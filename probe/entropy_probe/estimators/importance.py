@@ -38,8 +38,9 @@ def snis_weights(log_weights: Float[Tensor, "B G"], clip: float | None = None) -
 
 @dataclass(frozen=True)
 class Change:
-    """ΔĤ = Ĥ(θ⁺) − Ĥ(θ), its standard error, and the influence φ of every response on it [B, G]."""
+    """ΔĤ = Ĥ(θ⁺) − Ĥ(θ), with Ĥ(θ) `before`; its standard error, and the influence φ of every response on it [B, G]."""
 
+    before: float
     value: float
     se: float
     influence: Float[Tensor, "B G"]
@@ -76,7 +77,7 @@ def entropy_change(
     mean_after, of_after = _mean_and_influence(weights_after, after, units_after)
     mean_before, of_before = _mean_and_influence(weights_before, before, units_before)
     influence = of_after - of_before
-    return Change(float(mean_after - mean_before), cluster_se(influence), influence)
+    return Change(float(mean_before), float(mean_after - mean_before), cluster_se(influence), influence)
 
 
 def _mean_and_influence(weights: Tensor, payload: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,37 @@ def per_token_slope(
     return PromptMean(value + influence.mean(1))
 
 
+def per_token_curvature(
+    rb_sum: Float[Tensor, "B G"],
+    lengths: Float[Tensor, "B G"],
+    d_seq_logp: Float[Tensor, "B G"],
+    d_rb_sum: Float[Tensor, "B G"],
+    d2_seq_logp: Float[Tensor, "B G"],
+    d2_rb_sum: Float[Tensor, "B G"],
+) -> PromptMean:
+    """Second derivative of the entropy per token, h = E[R]/E[T] along v, with s = `per_token_slope` and T̄ = E[T]:
+
+        h″ = {E[D²_vR + 2·D_vR·D_vS + (R − hT)·W] − 2s·E[T·D_vS]}/T̄,   W = D²_vS + (D_vS)²
+
+    from h″ = (M″ − 2h′L′ − hL″)/L of M = E[R], L = E[T], M″ = E[D²_vR + 2·D_vR·D_vS + R·W], L″ = E[T·W]. D_vS has
+    expectation 0, and T − T̄ in its place makes the mean of T·D_vS less noisy. The terms of the prompts are the value
+    plus their influence on it, through h, s and T̄ too.
+    """
+    mean_t = lengths.mean()
+    h = rb_sum.mean() / mean_t
+    excess, longer = rb_sum - h * lengths, lengths - mean_t
+    slope = (excess * d_seq_logp + d_rb_sum).mean() / mean_t
+    slope_influence = per_token_slope(rb_sum, lengths, d_seq_logp, d_rb_sum).per_prompt[:, None] - slope
+    second = d2_seq_logp + d_seq_logp.square()
+    terms = d2_rb_sum + 2 * d_rb_sum * d_seq_logp + excess * second - 2 * slope * longer * d_seq_logp
+    value = terms.mean() / mean_t
+    through_h = (lengths * second).mean() * excess / mean_t
+    through_s = 2 * (longer * d_seq_logp).mean() * slope_influence
+    through_mean = longer * (value - 2 * slope * d_seq_logp.mean())
+    influence = (terms - terms.mean() - through_h - through_s - through_mean) / mean_t
+    return PromptMean(value + influence.mean(1))
+
+
 def curvature(
     rb_sum: Float[Tensor, "B G"],
     d_seq_logp: Float[Tensor, "B G"],

@@ -50,15 +50,23 @@ def order(
     if math.isnan(eta_max) or not bool(values.isfinite().all()):
         return math.nan
     below = etas <= eta_max
-    chosen = below & from_which_on((values.abs() > floor) | ~below)
+    chosen = below & _from_which_on((values.abs() > floor) | ~below)
     if int(chosen.sum()) < 2 or float((etas[chosen][-1] / etas[chosen][0]).log10()) < decades - 1e-9:
         return None
     return loglog_slope(etas[chosen], values[chosen])
 
 
-def from_which_on(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:
+def _from_which_on(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:
     """True at k where it holds at k and at all that follow."""
     return holds.flip(0).long().cumprod(0).flip(0).bool()
+
+
+def longest_run(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:
+    """True on the longest stretch on which it holds; of equally long ones, the last."""
+    starts = (~holds).long().cumsum(0)  # one number for each stretch
+    lengths = torch.bincount(starts[holds]) if bool(holds.any()) else starts.new_zeros(1)
+    longest = len(lengths) - 1 - int(lengths.flip(0).argmax())
+    return holds & (starts == longest)
 
 
 def snis_terms(

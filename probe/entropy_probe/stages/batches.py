@@ -3,25 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import tasks
 from entropy_probe.stages.rewards import find_reward
-from entropy_probe.stages.rollouts import Progress, Rollouts, read_rollouts, redrawn, sample_rollouts
+from entropy_probe.stages.rollouts import Progress, Rollouts, eos_ids, read_rollouts, redrawn, sample_rollouts
 
 
-def resample(
-    bound: BoundModel, rollouts: Rollouts, tokenizer: Any | None, config: ProbeConfig, override: Mapping[str, Tensor]
-) -> Rollouts:
-    """Fresh responses of the same prompts, as many of each, with the parameters in `override` replaced; no rewards."""
-    seed = _seed("resampled", config.batch.seed)
-    return redrawn(bound, rollouts, tokenizer, config.generation, seed=seed, override=override)
+def redraw_for(
+    bound: BoundModel, rollouts: Rollouts, tokenizer: Any | None, config: ProbeConfig
+) -> Callable[[Mapping[str, Tensor]], Rollouts] | None:
+    """What draws fresh responses of the same prompts, as many of each, at a mapping of parameters; `None` where no
+    `fallback: resample` asks for it.
+
+    The noise is that of the E batch: at θ a sampled batch comes again, so that what differs at θ + ηv is what the step
+    changed.
+    """
+    if config.true_delta_h.fallback != "resample":
+        return None
+    limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
+    generation = config.generation.model_copy(update={"max_new_tokens": limit})
+    seed = _seed("E", config.batch.seed)
+    return lambda override: redrawn(bound, rollouts, tokenizer, generation, seed=seed, override=override)
+
+
+def _length_limit(rollouts: Rollouts, ends: set[int], config: ProbeConfig) -> int:
+    """`max_new_tokens` of the responses: an entropy per response is that of a policy with a certain limit.
+
+    Responses without an end were cut at it. Where they have several lengths, or one that is not the longest, no limit
+    explains them. (With stop strings they may have ended by one: then the configuration is believed.)
+    """
+    lengths, last = rollouts.gen_lens, rollouts.prompt_lens + rollouts.gen_lens - 1
+    tokens = rollouts.ids.gather(1, last[:, None])[:, 0].tolist()
+    cut = {int(length) for length, token in zip(lengths, tokens, strict=True) if token not in ends}
+    if not cut or config.generation.stop:
+        return max(config.generation.max_new_tokens, rollouts.max_gen_len)
+    if cut != {rollouts.max_gen_len}:
+        raise MeasurementError(
+            rollouts.source,
+            f"responses without EOS have {len(cut)} length{'s'[: len(cut) > 1]} (longest: {max(cut)} tokens, of all: "
+            f"{rollouts.max_gen_len}), so the limit at which they were cut is not known",
+            "set true_delta_h.fallback to none or psis",
+        )
+    return rollouts.max_gen_len
 
 
 def _seed(which: str, seed: int) -> int:

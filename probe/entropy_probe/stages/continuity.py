@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import importance
 from entropy_probe.estimators.taylor import (
     STENCIL,
-    from_which_on,
     identity_error,
     loglog_slope,
+    longest_run,
     order,
     radius,
     snis_terms,
@@ -116,13 +116,15 @@ def scaling(float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor]) ->
 class Taylor:
     """Slopes in log-log against η, on a few responses in true float64; η runs from `eta_min` to `eta_max`.
 
-    `logit_slope`      of ‖Δlogits‖, 1; `logit_monotone`: it grows with η every decade; `None` where no logit moves
+    `logit_slope`      of ‖Δlogits‖ over the four lowest decades, 1; `logit_monotone`: it grows with η there; `None`
+                       where no logit moves
     `delta_h_slope`    of |ΔĤ_RB|, 1, over η ≤ 0.02·radius
     `taylor_order`     of |ΔĤ_RB − η·slope|, 2, over η ≤ 0.1·radius
     `slope`            dΔĤ_RB/dη at 0 of this estimator on these responses, from a JVP
     `radius`           min(2|f′|/|f″|, 3|f″|/|f‴|) of f = ΔĤ_RB(η) on these responses
     `identity_error_*` |dΔĤ/dη by five points − from a JVP|/Σ|terms|
-    `trusted_eta_min`  from it on ΔĤ_RB in the configured dtype is within 10 % of that in float64; `None`: nowhere
+    `trusted_eta_min`  from it to `trusted_eta_max`, the longest such stretch, ΔĤ_RB in the configured dtype is within
+                       10 % of that in float64; `None`: nowhere
 
     The two orders are `None` where fewer than 1.5 decades of η are left between rounding, 1e3·eps·Ĥ, and the end of
     their range; the errors where ΔĤ does not move. What comes from a JVP is `None` where an operation of the model has
@@ -140,13 +142,19 @@ class Taylor:
     identity_error_naive: float | None
     identity_error_rb: float | None
     trusted_eta_min: float | None
+    trusted_eta_max: float | None
 
 
 @torch.no_grad()
 def taylor(
-    float64: BoundModel, bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], config: ProbeConfig
+    float64: BoundModel,
+    bound: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
 ) -> Taylor:
-    """The Taylor tests on about 16 responses: the orders, and the identity
+    """The Taylor tests on about 16 responses (`scores` are those of all, as measured): the orders, and the identity
 
         dΔĤ/dη at 0 = Σŵ[(f − Ĥ)·D_vS + D_vf],   f = −S or R,   ŵ = 1/N at top_p = 1
 
@@ -156,8 +164,11 @@ def taylor(
     errors where the shortest step crosses kinks too.
     """
     config = with_plain_weights(config)
-    some = _some_prompts(rollouts)
-    along = _Along(float64, some, v, config, score(float64, some, config))
+    prompts = _some_prompts(rollouts)
+    some = rollouts.of_prompts(prompts)
+    # with the log q that was measured: in float64 a token may fall out at the edge of the nucleus
+    token_logq = scores.token_logq[prompts, :, : some.max_gen_len]
+    along = _Along(float64, some, v, config, replace(score(float64, some, config, {}), token_logq=token_logq))
     try:
         derivatives = directional_derivatives(float64, some, v, config)
         fastest = float(derivatives.d_seq_logp.abs().max())
@@ -174,15 +185,15 @@ def taylor(
     naive_by_difference, *_ = stencil_derivatives({k: c.naive.value for k, c in stencil.items()}, h)
     reach = radius(slope_by_difference, second, third)
     delta_h = along.delta_h(etas)
-    scores, weights = along.at_theta, along.weights
-    entropy = float((weights * scores.rb_sum).sum())
+    at_theta, weights = along.at_theta, along.weights
+    entropy = float((weights * at_theta.rb_sum).sum())
     floor, rounding = _FLOOR * entropy, _ROUNDING * entropy / h
     slope = taylor_order = identity_naive = identity_rb = None
     smooth = True
     if derivatives is not None:
         d_seq_logp = derivatives.d_seq_logp
-        naive_terms = snis_terms(weights, -scores.seq_logp, -d_seq_logp, d_seq_logp)
-        rb_terms = snis_terms(weights, scores.rb_sum, derivatives.d_rb_sum, d_seq_logp)
+        naive_terms = snis_terms(weights, -at_theta.seq_logp, -d_seq_logp, d_seq_logp)
+        rb_terms = snis_terms(weights, at_theta.rb_sum, derivatives.d_rb_sum, d_seq_logp)
         slope = float(rb_terms.sum())
         taylor_order = order(etas, delta_h - slope * etas, floor, _ORDER_RANGE * reach, _DECADES)
         identity_naive = identity_error(naive_by_difference, naive_terms, rounding)
@@ -201,14 +212,14 @@ def taylor(
     moved = bool((logits != 0).any())
     trusted = torch.ones_like(etas, dtype=torch.bool)
     if bound.dtype is not torch.float64:
-        there = _Along(bound, some, v, config, score(bound, some, config)).delta_h(etas)
+        there = _Along(bound, some, v, config, scores.of_prompts(prompts)).delta_h(etas)
         scale = torch.maximum(delta_h.abs(), (slope_by_difference * etas).abs())  # ΔĤ may cross 0
-        trusted = from_which_on((there - delta_h).abs() <= _TRUSTED * scale)
+        trusted = longest_run((there - delta_h).abs() <= _TRUSTED * scale)
     return Taylor(
         eta_min=float(etas[0]),
         eta_max=float(etas[-1]),
         logit_slope=loglog_slope(decades[tiny], logits[tiny]) if moved else None,
-        logit_monotone=bool((logits.diff() > 0).all()) if moved else None,
+        logit_monotone=bool((logits[tiny].diff() > 0).all()) if moved else None,
         delta_h_slope=order(etas, delta_h, floor, _SLOPE_RANGE * reach, _DECADES) if smooth else None,
         taylor_order=taylor_order if smooth else None,
         slope=slope,
@@ -216,6 +227,7 @@ def taylor(
         identity_error_naive=identity_naive,
         identity_error_rb=identity_rb,
         trusted_eta_min=float(etas[trusted][0]) if bool(trusted.any()) else None,
+        trusted_eta_max=float(etas[trusted][-1]) if bool(trusted.any()) else None,
     )
 
 
@@ -240,10 +252,10 @@ def with_plain_weights(config: ProbeConfig) -> ProbeConfig:
     return config.model_copy(update={"true_delta_h": config.true_delta_h.model_copy(update=plain)})
 
 
-def _some_prompts(rollouts: Rollouts) -> Rollouts:
+def _some_prompts(rollouts: Rollouts) -> Int[Tensor, " b"]:
     """Prompts spread over the batch: two, or more where they have fewer than 8 responses."""
     count = min(rollouts.num_prompts, max(2, _RESPONSES // rollouts.num_responses))
-    return rollouts.of_prompts(torch.linspace(0, rollouts.num_prompts - 1, count).long())
+    return torch.linspace(0, rollouts.num_prompts - 1, count).long()
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,18 @@ def payloads(rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[P
     return Payload(torch.full_like(weights_x, -1.0 / rollouts.num_responses), kappa), y
 
 
+def per_token_payload(scores: Scores) -> Payload:
+    """That of X for the entropy per token, whose mean over prompts estimates −∇(H/E[T]), naive:
+
+        X_n = Σ_g c_ng ∇S_ng/T̄,   c of S − s̄T in place of S,   s̄ = ΣS/ΣT
+
+    s̄ and T̄ are constants of it; what they add to the spread of a cross-fitted slope is lost in the noise of Y.
+    """
+    lengths = scores.gen_lens.double()
+    excess = scores.seq_logp - scores.seq_logp.sum() / lengths.sum() * lengths
+    return Payload(x_weights(excess) / lengths.mean())
+
+
 def unit_gradients(
     bound: BoundModel,
     rollouts: Rollouts,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import MeasurementError
+from entropy_probe.errors import NoCopyError
 from entropy_probe.estimators import importance
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import BoundModel
@@ -30,6 +30,11 @@ from entropy_probe.stages.scores import Scores, score
 
 _PROMPTS = 4
 _MEMINFO = Path("/proc/meminfo")
+# (limit, in use) of a container, and how much of that is cached files: control groups, version 2 and 1
+_CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def real_step(
     """ΔĤ_RB(lr) of up to four prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
     was made from, before clipping.
 
-    Raises `MeasurementError` where the copy and its optimizer do not fit into memory.
+    Raises `NoCopyError` where the copy and its optimizer do not fit.
     """
     require_memory(needed_bytes(float64, adam), available_bytes(float64.device))
     config = with_plain_weights(config)
@@ -203,9 +208,7 @@ def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:
     try:
         return BoundModel(Registry(copy.deepcopy(bound.module, shared)), bound.dtype)
     except (RuntimeError, TypeError) as error:
-        raise MeasurementError(
-            "the model", f"cannot be copied ({error})", "remove what it was given beside it"
-        ) from error
+        raise NoCopyError("the model", f"cannot be copied ({error})", "remove what it was given beside it") from error
 
 
 def needed_bytes(bound: BoundModel, adam: Mapping[str, AdamState]) -> int:
@@ -217,21 +220,33 @@ def needed_bytes(bound: BoundModel, adam: Mapping[str, AdamState]) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had there: CUDA's free memory with what torch holds of it unused, `MemAvailable` on
-    Linux; `None` where neither is known."""
+    """Memory that can still be had there: CUDA's free memory with what torch holds of it unused; on Linux
+    `MemAvailable`, or what a container's limit leaves where that is less. `None` where nothing is known."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu" or not _MEMINFO.is_file():
         return None
     found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(encoding="ascii"))
-    return int(found[1]) * 1024 if found else None
+    known = [int(found[1]) * 1024] if found else []
+    known += [left for container in _CONTAINERS if (left := _left_in(*container)) is not None]
+    return min(known, default=None)
+
+
+def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    """What a control group's limit leaves; files that are cached make room when it is needed."""
+    try:
+        most, now, stat = ((folder / name).read_text(encoding="ascii") for name in (limit, used, "memory.stat"))
+    except OSError:
+        return None
+    found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
+    return int(most) - int(now) + (int(found[1]) if found else 0) if most.strip().isdecimal() else None
 
 
 def require_memory(needed: int, available: int | None) -> None:
-    """Raise `MeasurementError` with both numbers where less is known to be available."""
+    """Raise `NoCopyError` with both numbers where less is known to be available."""
     if available is not None and needed > available:
-        raise MeasurementError(
+        raise NoCopyError(
             "optimizer step on a copy",
             f"the copy, its gradient and its optimizer need {needed / 2**30:.2g} GiB, {available / 2**30:.2g} "
             "are available",

@@ -183,7 +183,7 @@ def score(
     if override is None:
         require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")
     else:
-        require_finite(rollouts, logp, entropy, "at θ + ηv", "give smaller true_delta_h.etas")
+        require_finite(rollouts, logp, entropy, "at θ + ηv", "give smaller true_delta_h.etas or first_order.lr")
     if override is None:
         require_inside_nucleus(rollouts, logq, policy.top_p)
     phi = with_position(features[0], policy.max_new_tokens) if with_features else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,11 +13,18 @@ from torch.autograd import forward_ad
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
-from entropy_probe.estimators.slope import PromptMean, curvature, naive_slope, per_token_slope, rb_slope
+from entropy_probe.estimators.slope import (
+    PromptMean,
+    curvature,
+    naive_slope,
+    per_token_curvature,
+    per_token_slope,
+    rb_slope,
+)
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages.gradients import UnitGradients, gram, prompt_mean
+from entropy_probe.stages.gradients import UnitGradients, gram, per_token_payload, prompt_mean, unit_gradients
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, rows_without_graph, score, score_rows
 from entropy_probe.stages.update import UpdateDirection, norm
@@ -105,6 +112,7 @@ class Slopes:
     rb: dict[Baseline, PromptMean]
     per_token: PromptMean
     curvature: PromptMean
+    per_token_curvature: PromptMean
     at_theta: Derivatives
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
@@ -152,11 +160,13 @@ def slopes_along(
         kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)
         return rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
 
+    lengths, first = scores.gen_lens.double(), (at_theta.d_seq_logp, at_theta.d_rb_sum)
     return Slopes(
         naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
         rb={baseline: rb(baseline) for baseline in BASELINES},
-        per_token=per_token_slope(scores.rb_sum, scores.gen_lens.double(), at_theta.d_seq_logp, at_theta.d_rb_sum),
-        curvature=curvature(scores.rb_sum, at_theta.d_seq_logp, at_theta.d_rb_sum, d2_seq_logp, d2_rb_sum),
+        per_token=per_token_slope(scores.rb_sum, lengths, *first),
+        curvature=curvature(scores.rb_sum, *first, d2_seq_logp, d2_rb_sum),
+        per_token_curvature=per_token_curvature(scores.rb_sum, lengths, *first, d2_seq_logp, d2_rb_sum),
         at_theta=at_theta,
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
@@ -188,3 +198,25 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
     momentum = gram(x, {name: value.reshape(1, -1) for name, value in direction.v0.items()})[:, 0]
     moments = cross_moments(gram(x, units.y, direction.diagonal))
     return PromptMean(-momentum - (2 * moments.row_means - moments.u_cross))
+
+
+def predictors(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    config: ProbeConfig,
+    units: UnitGradients,
+    direction: UpdateDirection,
+    along: Slopes,
+    cross: PromptMean | None,
+) -> tuple[PromptMean, PromptMean]:
+    """The slope and the curvature by which ΔH is predicted, per response or per token as `true_delta_h.normalize` says.
+
+    With one batch (`cross` is not `None`) the slope is the cross-fitted one; per token it needs one more backward pass.
+    """
+    if config.true_delta_h.normalize == "per_sequence":
+        return cross or along.rb[config.first_order.baseline], along.curvature
+    if cross is None:
+        return along.per_token, along.per_token_curvature
+    of_tokens = unit_gradients(bound, rollouts, config, per_token_payload(scores))
+    return cross_fitted_slope(replace(units, x=of_tokens.x), direction), along.per_token_curvature
