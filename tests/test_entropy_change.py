@@ -367,6 +367,7 @@ def test_resampling_end_to_end(files: Files) -> None:
     assert all(map(math.isfinite, numbers))
     assert row.ess_fraction < 0.5
     assert row.delta_h_rb_se > 0
+    assert (row.reliable, row.in_range) == (True, False)  # measured, and too far for second order
     verdicts = {name: CRITERIA[name](report).status for name in ("ess", "pareto_k", "live_model_unmodified")}
     assert verdicts == {"ess": "not_applicable", "pareto_k": "not_applicable", "live_model_unmodified": "pass"}
     assert report.integrity.checksum_before == report.integrity.checksum_after

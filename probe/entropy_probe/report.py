@@ -172,7 +172,8 @@ class EntropyChangeRow(_Section):
     fallback that was taken, and `reliable` whether it is to be believed: ESS/N and k̂ of the weights before clipping
     are within their limits and none was clipped, smoothed ones have k̂ within its limit, fresh responses need no
     weights. `difference` is `delta_h_rb` − `predicted`, `ratio` the one over the other; `in_range` says whether the two
-    are to be compared at this η: reliable, and near enough for second order.
+    are to be compared at this η: reliable, and near enough for second order, which needs ESS/N within its limit even
+    where fresh responses were drawn.
 
     `restricted`: the responses were sampled at top_p < 1, and the change is that of π restricted to the nucleus; the
     slope of π's entropy predicts nothing about it.

@@ -102,7 +102,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     checkpoint, config, bound = prepared.checkpoint, prepared.config, prepared.model
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch, baseline = e is u, config.first_order.baseline
-    redraw = redraw_for(bound, e, checkpoint.tokenizer, config)
+    redraw, min_ess = redraw_for(bound, e, checkpoint.tokenizer, config), config.true_delta_h.min_ess_fraction
     clock = _Clock(progress, dict(prepared.seconds))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
@@ -177,7 +177,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         first_order=first_order,
         two_batch=across,
         update=sections.update_section(direction, along, cross, (slope, curvature), agreement, sources, baseline),
-        entropy_change=[sections.change_row(*row, reach) for row in zip(changes, predicted, strict=True)],
+        entropy_change=[sections.change_row(*row, reach, min_ess) for row in zip(changes, predicted, strict=True)],
         continuity=sections.continuity_section(zero, scaling, taylor),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=r.InvarianceSection(**asdict(invariant)),

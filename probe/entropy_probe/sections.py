@@ -195,9 +195,10 @@ def update_section(
 
 
 def change_row(
-    change: entropy_change.EntropyChange, predicted: prediction.Prediction | None, reach: float
+    change: entropy_change.EntropyChange, predicted: prediction.Prediction | None, reach: float, min_ess: float
 ) -> r.EntropyChangeRow:
     low, middle, high = change.log_weights
+    near = abs(change.eta) <= reach and change.unclipped_ess_fraction >= min_ess
     return r.EntropyChangeRow(
         eta=change.eta,
         delta_h=change.naive.value,
@@ -227,7 +228,7 @@ def change_row(
         difference=None if predicted is None else predicted.difference,
         difference_se=None if predicted is None else predicted.difference_se,
         ratio=change.rb.value / predicted.value if predicted is not None and predicted.value != 0 else None,
-        in_range=None if predicted is None else change.reliable and abs(change.eta) <= reach,
+        in_range=None if predicted is None else change.reliable and near,
     )
 
 
