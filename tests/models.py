@@ -10,6 +10,9 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from entropy_probe.model.forward import bind
+from entropy_probe.stages.sampling import sample
+
 VOCABULARY = 67
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 EOS = 2
@@ -74,6 +77,38 @@ def random_rollouts(path: Path, *, prompts: int, responses: int, seed: int, trun
         rewards = torch.rand(responses, generator=generator).tolist()
         lines.append(json.dumps({"prompt_ids": tokens(2, 7), "response_ids": group, "rewards": rewards}))
     path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def sampled_rollouts(path: Path, model: Any, *, prompts: int, responses: int, seed: int) -> Path:
+    """A rollouts file of the model's own responses to random prompts, with random rewards."""
+    bound, generator = bind(model), torch.Generator().manual_seed(seed)
+    given = [
+        torch.randint(
+            3, VOCABULARY, (int(torch.randint(2, 7, (1,), generator=generator)),), generator=generator
+        ).tolist()
+        for _ in range(prompts)
+    ]
+    drawn = sample(
+        bound,
+        given,
+        num_return_sequences=responses,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=8,
+        eos_ids=[EOS],
+        gen_batch_size=32,
+        seed=seed,
+    )
+    lines = [
+        {
+            "prompt_ids": prompt,
+            "response_ids": drawn[n * responses : (n + 1) * responses],
+            "rewards": torch.rand(responses, generator=generator).tolist(),
+        }
+        for n, prompt in enumerate(given)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return path
 
 

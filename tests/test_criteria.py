@@ -11,8 +11,8 @@ import pytest
 
 import entropy_probe_checks
 import models
-from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, run_probe
-from entropy_probe.report import SamplerParitySection
+from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
+from entropy_probe.report import Estimate, Parts, SamplerParitySection
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
@@ -34,8 +34,9 @@ def in_test_files() -> dict[str, str]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> ProbeReport:
     folder = tmp_path_factory.mktemp("criteria")
     path = models.adapter_checkpoint(folder / "ckpt", "llama", adamw={"lr": 1e-5})
-    e = models.random_rollouts(folder / "e.jsonl", prompts=5, responses=3, seed=1)
-    u = models.random_rollouts(folder / "u.jsonl", prompts=6, responses=3, seed=2)
+    model = load_checkpoint(path).model
+    e = models.sampled_rollouts(folder / "e.jsonl", model, prompts=5, responses=3, seed=1)
+    u = models.sampled_rollouts(folder / "u.jsonl", model, prompts=6, responses=3, seed=2)
     return run_probe(path, ProbeConfig(), e, u)
 
 
@@ -61,6 +62,18 @@ def invariance(report: ProbeReport, name: str, worst: float) -> ProbeReport:
 def parity(report: ProbeReport, k3: float) -> ProbeReport:
     numbers = dict.fromkeys(SamplerParitySection.model_fields, 1.0) | {"num_tokens": 1, "k3": k3}
     return report.model_copy(update={"sampler_parity": SamplerParitySection(**numbers)})
+
+
+def off_in(report: ProbeReport, section: str, table: str) -> ProbeReport:
+    """One part of one table of δH₁ is off by 1e-4 of itself."""
+    parts: Parts = getattr(report, section).delta_h1_parts
+    name, part = next((n, p) for n, p in getattr(parts, table).items() if p.value != 0)
+    off = {**getattr(parts, table), name: part.model_copy(update={"value": part.value * 1.0001})}
+    return poisoned(report, section, delta_h1_parts=parts.model_copy(update={table: off}))
+
+
+def surprised(report: ProbeReport, value: float, se: float) -> ProbeReport:
+    return poisoned(report, "entropy", surprise=Estimate(value=value, se=se))
 
 
 LR = 1e-5
@@ -191,7 +204,67 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "first_order", se_jackknife=math.nan), "fail"),
         (lambda r: poisoned(r, "first_order", num_units=2, se_jackknife=None), "not_applicable"),
     ],
+    "delta_h1_identity": [
+        *(
+            (lambda r, k=k, x=x: poisoned(r, "first_order", **{k: x * getattr(r.first_order, k)}), "fail")
+            for k in ("delta_h1", "delta_h1_se", "u_cross")
+            for x in (-1.0, 1.0001, math.nan)
+        ),
+        (lambda r: poisoned(r, "first_order", delta_h1_by_unit=[0.0] * 6), "fail"),
+        *(
+            (lambda r, t=t: off_in(r, "first_order", t), "fail") for t in ("layer", "module", "factor")
+        ),
+    ],
+    "two_batch_identity": [
+        *(
+            (lambda r, k=k, x=x: poisoned(r, "two_batch", **{k: x * getattr(r.two_batch, k)}), "fail")
+            for k in ("bars_dot", "delta_h1", "conditional_se")
+            for x in (3.0, 1.0001, math.nan)
+        ),
+        (lambda r: poisoned(r, "two_batch", projections=[0.0] * 5), "fail"),
+        (lambda r: poisoned(r, "two_batch", conditional_se=None), "fail"),
+        (lambda r: off_in(r, "two_batch", "layer"), "fail"),
+        (lambda r: r.model_copy(update={"two_batch": None}), "not_applicable"),
+    ],
+    "se_formula": [
+        *(
+            (lambda r, k=k, x=x: poisoned(r, "first_order", **{k: x * getattr(r.first_order, k)}), "fail")
+            for k in ("zeta1_plugin", "zeta1_jackknife", "se_plugin", "se_jackknife")
+            for x in (math.sqrt(6) / 2, 1.0001, math.nan)
+        ),
+        (lambda r: poisoned(r, "first_order", se_jackknife=None), "fail"),
+        (lambda r: poisoned(r, "first_order", interval=(-1.0, 1.0)), "fail"),
+        (lambda r: poisoned(r, "first_order", row_means=[1.0] * 6), "inconclusive"),
+    ],
+    "preconditioner_witness": [
+        *(
+            (lambda r, x=x: poisoned(r, "preconditioner", difference_from_torch=x), "fail")
+            for x in (1e-9, 0.9, math.nan, math.inf)
+        ),
+        (lambda r: poisoned(r, "preconditioner", difference_from_torch=None), "not_applicable"),
+    ],
+    "on_policy": [
+        (lambda r: surprised(r, 60.0, 1.0), "fail"),
+        (lambda r: surprised(r, -60.0, 1.0), "fail"),
+        (lambda r: surprised(r, 6.0, 1.0), "pass"),  # 5 prompts: t of 4
+        (lambda r: surprised(r, math.nan, 1.0), "fail"),
+        (lambda r: surprised(r, 1.0, 0.0), "fail"),
+        (lambda r: surprised(r, 0.0, 0.0), "pass"),
+    ],
+    "gold_complete": [
+        (lambda r: poisoned(poisoned(r, "batch", source="sampled"), "update_batch", missing_gold=1), "pass"),
+        (lambda r: poisoned(r, "batch", source="sampled", missing_gold=1), "inconclusive"),
+        (lambda r: poisoned(r, "update_batch", source="sampled"), "pass"),
+    ],
+    "step_resolved": [
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=2e-5, trusted_eta_max=1e-3), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=1e-7, trusted_eta_max=9e-6), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_max=9e-6, taylor_eta_max=9e-6), "pass"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=None, trusted_eta_max=None), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=math.nan), "inconclusive"),
+    ],
     "zero_step_change": [
+        (lambda r: with_row(r, 0.0, delta_h_per_token=1e-17), "fail"),
         (lambda r: with_row(r, 0.0, delta_h=1e-17), "fail"),
         (lambda r: with_row(r, 0.0, delta_h_rb=math.nan), "fail"),
     ],
@@ -241,7 +314,8 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     assert isinstance(verdict, Verdict)
     assert verdict.criterion == name
     assert verdict.family == CRITERIA[name].family
-    unasked = ("pareto_k", "sampler_parity")  # nearly constant weights; no `logprobs` in the rollouts
+    # nearly constant weights; no `logprobs` in the rollouts, and not from tag_pref
+    unasked = ("pareto_k", "sampler_parity", "gold_complete")
     assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 
 

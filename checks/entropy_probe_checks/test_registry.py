@@ -29,3 +29,7 @@ def test_buffers_overridden(_probe_judge):
 
 def test_live_model_unmodified(_probe_judge):
     _probe_judge(registry.live_model_unmodified)
+
+
+def test_preconditioner_witness(_probe_judge):
+    _probe_judge(registry.preconditioner_witness)

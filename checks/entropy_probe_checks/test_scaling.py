@@ -29,3 +29,7 @@ def test_taylor_order(_probe_judge):
 
 def test_change_identity(_probe_judge):
     _probe_judge(scaling.change_identity)
+
+
+def test_step_resolved(_probe_judge):
+    _probe_judge(scaling.step_resolved)

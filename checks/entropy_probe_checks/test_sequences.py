@@ -21,3 +21,11 @@ def test_chunk_invariance(_probe_judge):
 
 def test_sampler_parity(_probe_judge):
     _probe_judge(sequences.sampler_parity)
+
+
+def test_on_policy(_probe_judge):
+    _probe_judge(sequences.on_policy)
+
+
+def test_gold_complete(_probe_judge):
+    _probe_judge(sequences.gold_complete)

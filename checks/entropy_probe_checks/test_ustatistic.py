@@ -25,3 +25,15 @@ def test_se_identity(_probe_judge):
 
 def test_se_agreement(_probe_judge):
     _probe_judge(ustatistic.se_agreement)
+
+
+def test_delta_h1_identity(_probe_judge):
+    _probe_judge(ustatistic.delta_h1_identity)
+
+
+def test_two_batch_identity(_probe_judge):
+    _probe_judge(ustatistic.two_batch_identity)
+
+
+def test_se_formula(_probe_judge):
+    _probe_judge(ustatistic.se_formula)

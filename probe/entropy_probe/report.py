@@ -71,11 +71,14 @@ class EntropySection(_Section):
     """Ĥ per sequence (naive −S, and Rao-Blackwell R) and per token (ΣR/ΣT), in nats.
 
     `rb_q` is the Rao-Blackwell entropy of what was sampled from, π cut to its nucleus; equal to `rb` at top_p = 1.
+    `surprise` is Σ_t(−log q_t − H(q_t)): a martingale, so that it is 0 in expectation, whatever ends a response, if the
+    responses come from q.
     """
 
     naive: Estimate
     rb: Estimate
     rb_q: Estimate
+    surprise: Estimate
     per_token: Estimate
 
 
@@ -297,13 +300,15 @@ class RegistrySection(_Section):
 
 
 class PreconditionerSection(_Section):
-    """P = 1/(√v̂+ε) over all trainable tensors: how many there are, which lack state, its range."""
+    """P = 1/(√v̂+ε) over all trainable tensors: how many there are, which lack state, its range, and its largest
+    relative difference from what torch's own Adam divides by."""
 
     num_tensors: int
     missing: list[str]
     num_nonfinite: int
     smallest: float | None
     largest: float | None
+    difference_from_torch: float | None
 
 
 class IntegritySection(_Section):

@@ -21,7 +21,7 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
 from entropy_probe.stages.batches import draw_batches, redraw_for
-from entropy_probe.stages.optimizer_step import optimizer_step_agreement
+from entropy_probe.stages.optimizer_step import optimizer_step_agreement, preconditioner_agreement
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.real_step import real_step
 from entropy_probe.stages.rollouts import Rollouts
@@ -128,6 +128,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
                 bound.registry, checkpoint.adam, ascent, config.update.max_grad_norm
             )
             agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
+            of_torch = preconditioner_agreement(checkpoint.adam, precond)
         with clock("slopes"):
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
@@ -185,7 +186,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         real_step=None if taken is None else r.RealStepSection(**asdict(taken)),
         real_step_missing=missing,
         registry=r.RegistrySection(**asdict(covered)),
-        preconditioner=sections.preconditioner_section(checkpoint, precond, bound),
+        preconditioner=sections.preconditioner_section(checkpoint, precond, bound, of_torch),
         integrity=r.IntegritySection(
             checksum_before=prepared.checksum_before,
             checksum_after=checksum_after,

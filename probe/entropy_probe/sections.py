@@ -66,12 +66,13 @@ def batch_section(rollouts: Rollouts, same_batch: bool, config: FirstOrderConfig
 
 def entropy_section(scores: Scores) -> r.EntropySection:
     naive, rb = importance.mean_and_se(-scores.seq_logp), importance.mean_and_se(scores.rb_sum)
-    rb_q = importance.mean_and_se(scores.rb_sum_q)
+    rb_q, surprise = (importance.mean_and_se(x) for x in (scores.rb_sum_q, -scores.seq_logq - scores.rb_sum_q))
     per_token = importance.ratio_and_se(scores.rb_sum, scores.gen_lens)
     return r.EntropySection(
         naive=r.Estimate(value=naive[0], se=naive[1]),
         rb=r.Estimate(value=rb[0], se=rb[1]),
         rb_q=r.Estimate(value=rb_q[0], se=rb_q[1]),
+        surprise=r.Estimate(value=surprise[0], se=surprise[1]),
         per_token=r.Estimate(value=per_token[0], se=per_token[1]),
     )
 
@@ -258,7 +259,7 @@ def continuity_section(
 
 
 def preconditioner_section(
-    checkpoint: Checkpoint, precond: Mapping[str, Tensor], bound: BoundModel
+    checkpoint: Checkpoint, precond: Mapping[str, Tensor], bound: BoundModel, of_torch: float | None
 ) -> r.PreconditionerSection:
     missing = [n for n in bound.registry.trainable if n not in checkpoint.adam or checkpoint.adam[n].step == 0]
     values = list(precond.values())
@@ -268,6 +269,7 @@ def preconditioner_section(
         num_nonfinite=sum(int((~torch.isfinite(p)).sum()) for p in values),
         smallest=min(float(p.min()) for p in values),
         largest=max(float(p.max()) for p in values),
+        difference_from_torch=of_torch,
     )
 
 

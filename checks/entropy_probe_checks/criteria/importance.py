@@ -17,13 +17,14 @@ def _row(report: ProbeReport, eta: float) -> Any:
 
 @Criterion
 def zero_step_change(report: ProbeReport) -> Finding:
-    """Largest |ΔĤ| of the naive and the Rao-Blackwell estimate at η = 0.
+    """Largest |ΔĤ| at η = 0, naive and Rao-Blackwell, per response and per token.
 
     A step of zero changes the entropy: scores at θ and at θ+ηv do not come from one forward function, or the scores at
     θ are stale.
     """
     row = _row(report, 0.0)
-    return at_most(largest(abs(row.delta_h), abs(row.delta_h_rb)), limit_for(report, "zero_step_change"))
+    changes = (row.delta_h, row.delta_h_rb, row.delta_h_per_token, row.delta_h_per_token_naive)
+    return at_most(largest(*map(abs, changes)), limit_for(report, "zero_step_change"))
 
 
 @Criterion

@@ -6,10 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
-
 from entropy_probe import ProbeReport
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, inconclusive, largest, not_applicable
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_most,
+    in_se,
+    inconclusive,
+    largest,
+    not_applicable,
+    of_a_normal,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -99,8 +106,8 @@ def prediction(report: ProbeReport) -> Finding:
     if not judged:
         dtype = report.config["precision"]["func_override"]["dtype"]
         return inconclusive(f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit)
-    worst = largest(*(_in_se(row.difference, row.difference_se) for row in judged))
-    return at_most(_of_a_normal(worst, report.batch.num_prompts - 1), limit)
+    worst = largest(*(in_se(row.difference, row.difference_se) for row in judged))
+    return at_most(of_a_normal(worst, report.batch.num_prompts - 1), limit)
 
 
 def _why_out_of_range(rows: Sequence[Any]) -> str:
@@ -112,17 +119,6 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
         f"The importance weights at η = {nearest:.2g} are not to be believed: give smaller true_delta_h.etas or "
         "first_order.lr, more responses, or a fallback."
     )
-
-
-def _in_se(difference: float | None, se: float | None) -> float:
-    if difference is None or se is None:
-        return math.nan
-    return 0.0 if difference == 0 else abs(difference) / se if se > 0 else math.inf
-
-
-def _of_a_normal(t: float, degrees: int) -> float:
-    """As many standard errors of a normal as are as rare as `t` of Student's distribution: 4 prompts easily give 6."""
-    return float(stats.norm.isf(stats.t.sf(t, degrees)))
 
 
 def _where(report: ProbeReport) -> str:

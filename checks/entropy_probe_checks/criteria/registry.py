@@ -83,6 +83,19 @@ def preconditioner_finite(report: ProbeReport) -> Finding:
 
 
 @Criterion
+def preconditioner_witness(report: ProbeReport) -> Finding:
+    """Largest relative difference between P and what torch's own Adam divides a vanishing gradient by, in float64.
+
+    P is not 1/(√v̂ + ε): the bias correction, ε, the running maximum of AMSGrad or a group's learning rate is wrong, and
+    U_cross and δH₁ with it.
+    """
+    value = report.preconditioner.difference_from_torch
+    if value is None:
+        return not_applicable("No parameter has Adam state.")
+    return at_most(value, limit_for(report, "preconditioner_witness"))
+
+
+@Criterion
 def buffers_overridden(report: ProbeReport) -> Finding:
     """Number of buffers that a mapping of the default path replaced.
 

@@ -10,6 +10,7 @@ from entropy_probe_checks.criteria.verdicts import (
     Finding,
     at_most,
     factor_from_one,
+    inconclusive,
     largest,
     not_applicable,
 )
@@ -91,3 +92,21 @@ def change_identity(report: ProbeReport) -> Finding:
             "ΔH does not move along v, the model has kinks at every step, or there is no forward-mode derivative."
         )
     return at_most(largest(*found), limit_for(report, "change_identity"))
+
+
+@Criterion
+def step_resolved(report: ProbeReport) -> Finding:
+    """Smallest step at which ΔH in the configured precision is within 10 % of that in true float64, over lr.
+
+    The optimizer's step is lost in rounding: ΔH at η = lr is noise in this precision. Measure in float64 (precision).
+    """
+    seen, lr = report.continuity, report.first_order.lr
+    if report.config["precision"]["func_override"]["dtype"] == "float64":
+        return not_applicable("The run is in float64 itself.")
+    limit = limit_for(report, "step_resolved")
+    if seen.trusted_eta_min is None or seen.trusted_eta_max is None:
+        return inconclusive("ΔH differs from that in float64 at every η: measure in float64 (precision).", None, limit)
+    if seen.trusted_eta_max < min(lr, seen.taylor_eta_max):
+        detail = f"ΔH is resolved up to η = {seen.trusted_eta_max:.2g} only: measure in float64 (precision)."
+        return inconclusive(detail, seen.trusted_eta_min / lr, limit)
+    return at_most(seen.trusted_eta_min / lr, limit, otherwise="inconclusive")

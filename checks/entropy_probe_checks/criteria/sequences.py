@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from entropy_probe import ProbeReport
 from entropy_probe.report import WorstCase
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, not_applicable
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, in_se, not_applicable, of_a_normal
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -41,6 +41,34 @@ def chunk_invariance(report: ProbeReport) -> Finding:
 
 def _within_rounding(measured: WorstCase) -> Finding:
     return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
+
+
+@Criterion
+def on_policy(report: ProbeReport) -> Finding:
+    """Mean of Σ_t(−log q_t − H(q_t)) over the responses in standard errors of a normal: 0 if they come from q.
+
+    The responses are not from this policy: another temperature or top_p, another checkpoint, other prompts than the
+    sampler saw, or tokens scored at the wrong positions. Entropy, slope and importance weights are then of something
+    else. Give the settings and the checkpoint that sampled them.
+    """
+    surprise, prompts = report.entropy.surprise, report.batch.num_prompts
+    value = of_a_normal(in_se(surprise.value, surprise.se), prompts - 1)
+    detail = f"[{surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
+    return at_most(value, limit_for(report, "on_policy"), detail=detail)
+
+
+@Criterion
+def gold_complete(report: ProbeReport) -> Finding:
+    """Number of prompts without a gold answer, in both batches, where `tag_pref` rewards sampled responses.
+
+    Without gold the reward is 0 and all advantages of the prompt are 0: it adds nothing to the update. Give `gold`, or
+    a reward that needs none (batch.reward).
+    """
+    sampled = [b for b in (report.batch, report.update_batch) if b.source == "sampled"]
+    if not sampled or report.config["batch"]["reward"] != "tag_pref":
+        return not_applicable("The rewards are not from tag_pref.")
+    missing = float(sum(b.missing_gold for b in sampled))
+    return at_most(missing, limit_for(report, "gold_complete"), otherwise="inconclusive")
 
 
 @Criterion

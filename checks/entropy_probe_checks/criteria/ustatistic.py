@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
+
+from scipy import stats
 
 from entropy_probe import ProbeReport
 from entropy_probe_checks.criteria.verdicts import (
@@ -64,6 +68,86 @@ def u_cross_identity(report: ProbeReport) -> Finding:
     ]
     value = largest(*(d / scale if scale > 0 else d for d, scale in deviations))
     return at_most(value, limit_for(report, "u_cross_identity"))
+
+
+@Criterion
+def delta_h1_identity(report: ProbeReport) -> Finding:
+    """Largest relative deviation of δH₁ from −lr·U_cross, of its SE from lr·se_plugin, and of its sums over units,
+    layers, modules and factors from the whole.
+
+    δH₁ is not the first-order term of the U_cross beside it: a sign, the learning rate or a part is wrong.
+    """
+    f = report.first_order
+    scale = f.lr * math.fsum(abs(x) for x in f.row_means) / f.num_units
+    sums = [math.fsum(f.delta_h1_by_unit), *_sums(f.delta_h1_parts)]
+    deviations = [_relative(f.delta_h1, -f.lr * f.u_cross, scale), *(_relative(s, f.delta_h1, scale) for s in sums)]
+    if f.se_plugin is not None:
+        deviations.append(_relative(f.delta_h1_se, f.lr * f.se_plugin, f.lr * f.se_plugin))
+    return at_most(largest(*deviations), limit_for(report, "delta_h1_identity"))
+
+
+@Criterion
+def two_batch_identity(report: ProbeReport) -> Finding:
+    """Largest relative deviation of X̄ᵀPȲ from the mean of its projections, of δH₁ from −lr·X̄ᵀPȲ, of the SE given the
+    update from sd(s)·lr/√units, and of sums over parts from the whole.
+
+    The two-batch term, its projections and its standard error do not belong together: units are weighted wrongly, or a
+    sign or the learning rate is.
+    """
+    across = report.two_batch
+    if across is None:
+        return not_applicable("One batch serves as both.")
+    s, lr, prompts = across.projections, report.first_order.lr, report.batch.num_prompts
+    units = len(s)
+    of_unit = Counter(n * units // prompts for n in range(prompts))
+    mean = math.fsum(of_unit[k] * x for k, x in enumerate(s)) / prompts
+    size = math.fsum(map(abs, s)) / units
+    centre = math.fsum(s) / units
+    se = lr * math.sqrt(math.fsum((x - centre) ** 2 for x in s) / (units - 1) / units)
+    deviations = [
+        _relative(across.bars_dot, mean, size),
+        _relative(across.delta_h1, -lr * across.bars_dot, lr * size),
+        _relative(across.conditional_se, se, lr * size),
+        *(_relative(total, across.delta_h1, lr * size) for total in _sums(across.delta_h1_parts)),
+    ]
+    return at_most(largest(*deviations), limit_for(report, "two_batch_identity"))
+
+
+def _sums(parts: Any) -> list[float]:
+    """Each table of parts, added up."""
+    return [math.fsum(part.value for part in table.values()) for table in (parts.layer, parts.module, parts.factor)]
+
+
+def _relative(got: float | None, expected: float, scale: float) -> float:
+    """|got − expected|/scale; 0 where both are 0, NaN where there is nothing."""
+    if got is None:
+        return math.nan
+    return abs(got - expected) / scale if scale > 0 else abs(got - expected)
+
+
+@Criterion
+def se_formula(report: ProbeReport) -> Finding:
+    """Largest relative deviation of both standard errors of U_cross, their ζ̂₁ and the interval from their formulas on
+    the row means: ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife over U_{−u} = (U·U_cross − 2r_u)/(U−2).
+
+    A standard error has a wrong factor, such as U/4 in ζ̂₁: all that is said in units of SE is wrong with it.
+    """
+    f = report.first_order
+    units, mean = f.num_units, math.fsum(f.row_means) / f.num_units
+    spread = math.fsum((r - mean) ** 2 for r in f.row_means)
+    if spread <= 1e-24 * math.fsum(r * r for r in f.row_means):  # rounding
+        return inconclusive("The standard error is 0: all row means are equal.")
+    se = math.sqrt(4 * spread / (units - 1) / units)
+    half = float(stats.t.ppf(0.975, units - 1)) * se
+    expected = [(f.zeta1_plugin, spread / (units - 1)), (f.se_plugin, se)]
+    expected += [(high - low, 2 * half) for low, high in [f.interval]]
+    if units >= 3:
+        left_out = [(units * f.u_cross - 2 * r) / (units - 2) for r in f.row_means]
+        centre = math.fsum(left_out) / units
+        variance = (units - 1) / units * math.fsum((x - centre) ** 2 for x in left_out)
+        expected += [(f.se_jackknife, math.sqrt(variance)), (f.zeta1_jackknife, units / 4 * variance)]
+    middle = _relative(sum(f.interval) / 2, f.u_cross, half)
+    return at_most(largest(middle, *(_relative(got, x, x) for got, x in expected)), limit_for(report, "se_formula"))
 
 
 def _ratio(report: ProbeReport) -> float | Finding:

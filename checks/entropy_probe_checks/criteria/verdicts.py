@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from scipy import stats
+
 from entropy_probe import ProbeReport, Verdict
 
 Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
@@ -98,3 +100,15 @@ def factor_from_one(ratio: float) -> float:
 def largest(*values: float) -> float:
     """The largest value; NaN if any is NaN."""
     return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+def in_se(difference: float | None, se: float | None) -> float:
+    """|difference|/SE; 0 where the difference is 0, infinite where only the SE is, NaN where one is missing."""
+    if difference is None or se is None:
+        return math.nan
+    return 0.0 if difference == 0 else abs(difference) / se if se > 0 else math.inf
+
+
+def of_a_normal(t: float, degrees: int) -> float:
+    """As many standard errors of a normal as are as rare as `t` of Student's distribution: 4 prompts easily give 6."""
+    return float(stats.norm.isf(stats.t.sf(t, degrees)))

@@ -1,10 +1,10 @@
-"""v beside what torch's own optimizer does with the same state and gradient."""
+"""v and P beside what torch's own optimizer does with the same state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.update import UpdateDirection, lr_shares
+
+_VANISHING = 1e-100  # its square is 0 beside any second moment
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,32 @@ def torch_step(theta: Tensor, gradient: Tensor, state: AdamState) -> Tensor:
     optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **copies}
     optimizer.step()
     return parameter.detach() - theta.double()
+
+
+def preconditioner_agreement(adam: Mapping[str, AdamState], precond: Mapping[str, Tensor]) -> float | None:
+    """max|P_torch/P − 1| over all entries, in float64; `None` where no tensor has state.
+
+    P is what a step of torch's Adam divides a vanishing gradient δ by: at θ = 0 with no momentum (β₁ = 0), with
+    `exp_avg_sq`/β₂ so that it is `exp_avg_sq` after the step, and at lr = 1, θ' = −δ·P.
+    """
+    shares, found = lr_shares(adam), []
+    for name, state in adam.items():
+        if state.step == 0:
+            continue
+        before = {
+            "exp_avg": torch.zeros_like(state.exp_avg),
+            "exp_avg_sq": state.exp_avg_sq.double() / state.betas[1],
+            "betas": (0.0, state.betas[1]),
+            "step": state.step - 1,
+            "weight_decay": 0.0,
+            "maximize": False,
+        }
+        delta = torch.full(precond[name].shape, _VANISHING, dtype=torch.float64)
+        of_torch = -torch_step(torch.zeros_like(delta), delta, replace(state, **before)) / _VANISHING * shares[name]
+        p = precond[name].double().cpu()
+        off = torch.where(of_torch == p, 0.0, (of_torch / p - 1).abs())
+        found.append(float(off.max()))
+    return max(found, key=lambda value: math.inf if math.isnan(value) else value, default=None)
 
 
 def _compared(product: float, square_v: float, square_step: float) -> tuple[float, float]:
