@@ -243,6 +243,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         ),
         (lambda r: poisoned(r, "preconditioner", difference_from_torch=None), "not_applicable"),
     ],
+    "moments_match": [
+        *((lambda r, x=x: poisoned(r, "preconditioner", exchanged=x), "fail") for x in (5.1, math.nan, math.inf)),
+        (lambda r: poisoned(r, "preconditioner", exchanged=None), "not_applicable"),
+    ],
     "on_policy": [
         (lambda r: surprised(r, 60.0, 1.0), "fail"),
         (lambda r: surprised(r, -60.0, 1.0), "fail"),

@@ -33,3 +33,7 @@ def test_live_model_unmodified(_probe_judge):
 
 def test_preconditioner_witness(_probe_judge):
     _probe_judge(registry.preconditioner_witness)
+
+
+def test_moments_match(_probe_judge):
+    _probe_judge(registry.moments_match)

@@ -39,6 +39,11 @@ LIMITS: dict[str, Limit] = (
             _limit("preconditioner_complete", 0.0, "a tensor without Adam state would silently get P = 1"),
             _limit("preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"),
             _limit("preconditioner_witness", 1e-12, "float64: 1e-15 measured; without bias correction 0.9"),
+            _limit(
+                "moments_match",
+                5.0,
+                "at most 2.2 on 900 healthy pairs; exchanged LoRA factors 5 to 16",
+            ),
             _limit("buffers_overridden", 0.0, "the default path maps parameters only"),
             _limit("live_model_unmodified", 0.0, "checksum over parameters, buffers, gradients and training mode"),
             _limit(

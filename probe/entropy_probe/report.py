@@ -301,7 +301,11 @@ class RegistrySection(_Section):
 
 class PreconditionerSection(_Section):
     """P = 1/(√v̂+ε) over all trainable tensors: how many there are, which lack state, its range, and its largest
-    relative difference from what torch's own Adam divides by."""
+    relative difference from what torch's own Adam divides by.
+
+    `exchanged`: of two tensors of one shape, the evidence in standard errors that each holds the other's second
+    moments, for the pair where it is largest; in `num_undecided` of `num_pairs` an exchange would not be seen.
+    """
 
     num_tensors: int
     missing: list[str]
@@ -309,6 +313,10 @@ class PreconditionerSection(_Section):
     smallest: float | None
     largest: float | None
     difference_from_torch: float | None
+    exchanged: float | None
+    exchanged_pair: tuple[str, str] | None
+    num_pairs: int
+    num_undecided: int
 
 
 class IntegritySection(_Section):

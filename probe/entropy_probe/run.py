@@ -21,6 +21,7 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
 from entropy_probe.stages.batches import draw_batches, redraw_for
+from entropy_probe.stages.moments import moments_match
 from entropy_probe.stages.optimizer_step import optimizer_step_agreement, preconditioner_agreement
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.real_step import real_step
@@ -129,6 +130,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             )
             agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
             of_torch = preconditioner_agreement(checkpoint.adam, precond)
+            match = moments_match(checkpoint.adam, units_u.y)
         with clock("slopes"):
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
@@ -186,7 +188,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         real_step=None if taken is None else r.RealStepSection(**asdict(taken)),
         real_step_missing=missing,
         registry=r.RegistrySection(**asdict(covered)),
-        preconditioner=sections.preconditioner_section(checkpoint, precond, bound, of_torch),
+        preconditioner=sections.preconditioner_section(checkpoint, precond, bound, of_torch, match),
         integrity=r.IntegritySection(
             checksum_before=prepared.checksum_before,
             checksum_after=checksum_after,

@@ -19,6 +19,7 @@ from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
+from entropy_probe.stages.moments import MomentsMatch
 from entropy_probe.stages.optimizer_step import StepAgreement
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
@@ -259,7 +260,11 @@ def continuity_section(
 
 
 def preconditioner_section(
-    checkpoint: Checkpoint, precond: Mapping[str, Tensor], bound: BoundModel, of_torch: float | None
+    checkpoint: Checkpoint,
+    precond: Mapping[str, Tensor],
+    bound: BoundModel,
+    of_torch: float | None,
+    match: MomentsMatch,
 ) -> r.PreconditionerSection:
     missing = [n for n in bound.registry.trainable if n not in checkpoint.adam or checkpoint.adam[n].step == 0]
     values = list(precond.values())
@@ -270,6 +275,10 @@ def preconditioner_section(
         smallest=min(float(p.min()) for p in values),
         largest=max(float(p.max()) for p in values),
         difference_from_torch=of_torch,
+        exchanged=match.worst,
+        exchanged_pair=match.pair,
+        num_pairs=match.num_pairs,
+        num_undecided=match.num_undecided,
     )
 
 

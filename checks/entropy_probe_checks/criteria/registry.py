@@ -96,6 +96,20 @@ def preconditioner_witness(report: ProbeReport) -> Finding:
 
 
 @Criterion
+def moments_match(report: ProbeReport) -> Finding:
+    """Evidence that two tensors of one shape hold each other's second moments, in standard errors; the largest.
+
+    Gradients of this batch look like another tensor's exp_avg_sq: optimizer state was mapped to parameters in another
+    order, and P, v, U_cross and δH₁ are wrong. Save the optimizer with names, or from parameters in the model's order.
+    """
+    p = report.preconditioner
+    if p.exchanged is None or p.exchanged_pair is None:
+        return not_applicable("No two tensors of one shape have second moments and a gradient.")
+    detail = f"[{' and '.join(p.exchanged_pair)}; an exchange would not be seen in {p.num_undecided} of {p.num_pairs}]"
+    return at_most(p.exchanged, limit_for(report, "moments_match"), detail=detail)
+
+
+@Criterion
 def buffers_overridden(report: ProbeReport) -> Finding:
     """Number of buffers that a mapping of the default path replaced.
 

@@ -1,0 +1,58 @@
+"""The checkpoint's second moments beside the gradients of the same tensors on this batch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_probe.estimators.moments import exchange_evidence
+from entropy_probe.model.checkpoint import AdamState
+
+_ENTRIES = 4096
+_CLEAR = 5.0
+
+
+@dataclass(frozen=True)
+class MomentsMatch:
+    """Pairs of tensors of one shape, by the evidence that their second moments were exchanged (in standard errors).
+
+    `worst` is the largest, of `pair`; `None` where no two tensors have one shape, or no gradient is there. Of the
+    `num_pairs`, in `num_undecided` an exchange would not be seen (evidence against it below 5).
+    """
+
+    worst: float | None
+    pair: tuple[str, str] | None
+    num_pairs: int
+    num_undecided: int
+
+
+def moments_match(adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "U D"]]) -> MomentsMatch:
+    """mean_u Y_u² against `exp_avg_sq`, entry by entry, of up to 4096 entries of each tensor."""
+    by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, state in adam.items():
+        if state.step > 0 and bool((y[name] != 0).any()):
+            by_shape[tuple(state.exp_avg_sq.shape)].append(name)
+    worst, pair, found = None, None, []
+    for names in by_shape.values():
+        if len(names) < 2:
+            continue
+        size = y[names[0]].shape[1]
+        some = torch.linspace(0, size - 1, min(size, _ENTRIES)).long()
+        squares = torch.stack([y[name][:, some].double().square().mean(0).cpu() for name in names])
+        moments = torch.stack(
+            [adam[name].exp_avg_sq.flatten()[some.to(adam[name].exp_avg_sq.device)] for name in names]
+        )
+        evidence = exchange_evidence(squares, moments.double().cpu())
+        first, second = torch.triu_indices(len(names), len(names), offset=1)
+        of_pairs = evidence[first, second]
+        found.append(of_pairs)
+        k = int(of_pairs.argmax())
+        if worst is None or float(of_pairs[k]) > worst:
+            worst, pair = float(of_pairs[k]), (names[int(first[k])], names[int(second[k])])
+    everything = torch.cat(found) if found else torch.zeros(0)
+    return MomentsMatch(worst, pair, len(everything), int((everything > -_CLEAR).sum()))
