@@ -134,6 +134,7 @@ def test_direction_of_zero(llama: Subject) -> None:
         "taylor_order",
         "identity_error_naive",
         "identity_error_rb",
+        "identity_error_per_token",
     }
     assert (found.slope, found.radius) == (0, 0)
 
@@ -158,7 +159,8 @@ def test_model_without_forward_mode(llama: Subject, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(continuity, "directional_derivatives", refuse)
     found = llama.taylor()
     none = {name for name, value in vars(found).items() if value is None}
-    assert none == {"taylor_order", "slope", "identity_error_naive", "identity_error_rb"}
+    identities = {f"identity_error_{name}" for name in ("naive", "rb", "per_token")}
+    assert none == {"taylor_order", "slope", *identities}
     assert found.eta_max == pytest.approx(whole.eta_max, rel=1e-3)
     assert wrong(found) == set()
 

@@ -103,6 +103,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         ),
     ],
     "preconditioner_complete": [(lambda r: poisoned(r, "preconditioner", missing=["a"]), "fail")],
+    "slope_identity": [
+        (lambda r: poisoned(r, "update", slope_of_v0=2 * r.update.slope_of_v0 + 1.0), "fail"),
+        (lambda r: poisoned(r, "update", slope_of_v0=math.nan), "fail"),
+    ],
     "preconditioner_finite": [(lambda r: poisoned(r, "preconditioner", num_nonfinite=1), "fail")],
     "buffers_overridden": [(lambda r: poisoned(r, "integrity", buffers_overridden=["inv_freq"]), "fail")],
     "live_model_unmodified": [
@@ -148,7 +152,9 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "continuity", identity_error_rb=math.nan), "fail"),
         (lambda r: poisoned(r, "continuity", identity_error_rb=math.inf), "fail"),
         (
-            lambda r: poisoned(r, "continuity", identity_error_naive=None, identity_error_rb=None),
+            lambda r: poisoned(
+                r, "continuity", identity_error_naive=None, identity_error_rb=None, identity_error_per_token=None
+            ),
             "not_applicable",
         ),
     ],
@@ -250,7 +256,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "on_policy": [
         (lambda r: surprised(r, 60.0, 1.0), "fail"),
         (lambda r: surprised(r, -60.0, 1.0), "fail"),
-        (lambda r: surprised(r, 6.0, 1.0), "pass"),  # 5 prompts: t of 4
+        (lambda r: surprised(r, 4.1, 1.0), "fail"),
+        (lambda r: surprised(r, -3.9, 1.0), "pass"),
         (lambda r: surprised(r, math.nan, 1.0), "fail"),
         (lambda r: surprised(r, 1.0, 0.0), "fail"),
         (lambda r: surprised(r, 0.0, 0.0), "pass"),
@@ -276,6 +283,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: with_row(r, 0.0, ess=14.999), "fail"),
         (lambda r: with_row(r, 0.0, restricted=True, ess=3.0), "not_applicable"),
     ],
+    "se_by_prompt": [
+        (lambda r: with_row(r, LR, delta_h_rb_se=1e3), "fail"),
+        (lambda r: poisoned(r, "entropy", rb=Estimate(value=1.0, se=math.nan)), "fail"),
+    ],
     "ess": [
         (lambda r: with_row(r, LR, unclipped_ess_fraction=0.4), "inconclusive"),
         (lambda r: with_row(r, LR, ess_fraction=0.49), "inconclusive"),
@@ -292,7 +303,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     ],
     **{
         f"{name}_invariance": [(lambda r, n=name, w=w: invariance(r, n, w), "fail") for w in (1e-3, math.nan)]
-        for name in ("padding", "batch", "chunk")
+        for name in ("padding", "batch", "chunk", "precision")
     },
 }  # fmt: skip
 

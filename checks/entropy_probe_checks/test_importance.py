@@ -21,3 +21,7 @@ def test_ess(_probe_judge):
 
 def test_pareto_k(_probe_judge):
     _probe_judge(importance.pareto_k)
+
+
+def test_se_by_prompt(_probe_judge):
+    _probe_judge(importance.se_by_prompt)

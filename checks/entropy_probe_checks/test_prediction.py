@@ -29,3 +29,7 @@ def test_real_step(_probe_judge):
 
 def test_prediction(_probe_judge):
     _probe_judge(prediction.prediction)
+
+
+def test_slope_identity(_probe_judge):
+    _probe_judge(prediction.slope_identity)

@@ -29,3 +29,7 @@ def test_on_policy(_probe_judge):
 
 def test_gold_complete(_probe_judge):
     _probe_judge(sequences.gold_complete)
+
+
+def test_precision_invariance(_probe_judge):
+    _probe_judge(sequences.precision_invariance)

@@ -66,6 +66,9 @@ LIMITS: dict[str, Limit] = (
             _limit("two_batch_identity", 1e-9, "float64 sums of the same numbers in another order"),
             _limit("se_formula", 1e-9, "the same formula on the report's own row means; float64 rounding only"),
             _limit("se_identity", 1e-9, "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only"),
+            _limit(
+                "se_by_prompt", 1e-6, "the same number by two formulas; their rounding is that of ΔH over its terms"
+            ),
             _limit("se_agreement", 3.0, "notes: jackknife and plug-in within a factor of 2 to 3 on few units"),
             _limit(
                 "sampler_parity",
@@ -79,6 +82,7 @@ LIMITS: dict[str, Limit] = (
             _limit("virtual_step", 0.0, "the same numbers in the same operations"),
             _limit("real_step", 1e-12, "5e-15 measured at 32 layers in float64; a moment off by 1e-3 shows as 1e-9"),
             _limit("prediction", 4.0, "standard errors of a normal; noise alone passes it once in 1e4"),
+            _limit("slope_identity", 1e-4, "float32: 1e-6 measured"),
             _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
             _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
         ]
@@ -91,7 +95,7 @@ LIMITS: dict[str, Limit] = (
     }
     | {
         name: Limit(None, "rounding: 4·√(depth·length)·eps·max|log p|, in the report", None)
-        for name in ("padding_invariance", "batch_invariance", "chunk_invariance")
+        for name in ("padding_invariance", "batch_invariance", "chunk_invariance", "precision_invariance")
     }
 )
 

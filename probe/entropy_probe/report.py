@@ -71,8 +71,8 @@ class EntropySection(_Section):
     """Ĥ per sequence (naive −S, and Rao-Blackwell R) and per token (ΣR/ΣT), in nats.
 
     `rb_q` is the Rao-Blackwell entropy of what was sampled from, π cut to its nucleus; equal to `rb` at top_p = 1.
-    `surprise` is Σ_t(−log q_t − H(q_t)): a martingale, so that it is 0 in expectation, whatever ends a response, if the
-    responses come from q.
+    `surprise` is Σ_t(−log q_t − H(q_t)), with its standard error under q: a martingale, so that it is 0 in expectation,
+    whatever ends a response, if the responses come from q. `rb_by_prompt`: mean of R over the responses of each prompt.
     """
 
     naive: Estimate
@@ -80,6 +80,7 @@ class EntropySection(_Section):
     rb_q: Estimate
     surprise: Estimate
     per_token: Estimate
+    rb_by_prompt: list[float]
 
 
 class Parts(_Section):
@@ -187,6 +188,7 @@ class EntropyChangeRow(_Section):
     delta_h_se: float
     delta_h_rb: float
     delta_h_rb_se: float
+    delta_h_rb_by_prompt: list[float]
     ess: float
     ess_fraction: float
     pareto_k: float | None
@@ -246,6 +248,7 @@ class ContinuitySection(_Section):
     delta_h_slope: float | None
     identity_error_naive: float | None
     identity_error_rb: float | None
+    identity_error_per_token: float | None
     trusted_eta_min: float | None
     trusted_eta_max: float | None
     taylor_eta_min: float
@@ -268,6 +271,7 @@ class InvarianceSection(_Section):
     padding: WorstCase
     batch: WorstCase
     chunk: WorstCase
+    precision: WorstCase
 
 
 class SamplerParitySection(_Section):

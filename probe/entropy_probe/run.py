@@ -141,7 +141,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             reach = prediction.reach(slope, curvature)
             sources = slopes.slope_sources(units_e, units_u, direction)
         with clock("witnesses"):
-            witness = asdict(gradient_witness(bound, u, of_x, of_y, config, units_u, precond))
+            witness = asdict(gradient_witness(bound, u, scores_u, config, units_u, precond))
             witness |= asdict(
                 projection_agreement(bound, e, of_x_e, config, units_e, precond, ascent, direction.v, along.at_theta)
             )
@@ -176,7 +176,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         config=config.model_dump(mode="json"),
         batch=sections.batch_section(e, same_batch, config.first_order),
         update_batch=sections.batch_section(u, same_batch, config.first_order),
-        entropy=sections.entropy_section(scores_e),
+        entropy=sections.entropy_section(scores_e, config.generation.temperature),
         first_order=first_order,
         two_batch=across,
         update=sections.update_section(direction, along, cross, (slope, curvature), agreement, sources, baseline),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -65,16 +66,21 @@ def batch_section(rollouts: Rollouts, same_batch: bool, config: FirstOrderConfig
     )
 
 
-def entropy_section(scores: Scores) -> r.EntropySection:
+def entropy_section(scores: Scores, temperature: float) -> r.EntropySection:
     naive, rb = importance.mean_and_se(-scores.seq_logp), importance.mean_and_se(scores.rb_sum)
-    rb_q, surprise = (importance.mean_and_se(x) for x in (scores.rb_sum_q, -scores.seq_logq - scores.rb_sum_q))
+    rb_q = importance.mean_and_se(scores.rb_sum_q)
     per_token = importance.ratio_and_se(scores.rb_sum, scores.gen_lens)
+    # under q the terms of all tokens are uncorrelated, with known variances: Var_q(log q) = Var_q(z)/temperature²
+    assert scores.features is not None
+    size, variance = scores.seq_logq.numel(), float(scores.features[..., 5].sum()) / temperature**2
+    surprise = (float((-scores.seq_logq - scores.rb_sum_q).mean()), math.sqrt(variance) / size)
     return r.EntropySection(
         naive=r.Estimate(value=naive[0], se=naive[1]),
         rb=r.Estimate(value=rb[0], se=rb[1]),
         rb_q=r.Estimate(value=rb_q[0], se=rb_q[1]),
         surprise=r.Estimate(value=surprise[0], se=surprise[1]),
         per_token=r.Estimate(value=per_token[0], se=per_token[1]),
+        rb_by_prompt=scores.rb_sum.mean(1).tolist(),
     )
 
 
@@ -207,6 +213,7 @@ def change_row(
         delta_h_se=change.naive.se,
         delta_h_rb=change.rb.value,
         delta_h_rb_se=change.rb.se,
+        delta_h_rb_by_prompt=change.rb.influence.mean(1).tolist(),
         ess=change.ess,
         ess_fraction=change.ess_fraction,
         pareto_k=change.pareto_k,
@@ -250,6 +257,7 @@ def continuity_section(
         delta_h_slope=taylor.delta_h_slope,
         identity_error_naive=taylor.identity_error_naive,
         identity_error_rb=taylor.identity_error_rb,
+        identity_error_per_token=taylor.identity_error_per_token,
         trusted_eta_min=taylor.trusted_eta_min,
         trusted_eta_max=taylor.trusted_eta_max,
         taylor_eta_min=taylor.eta_min,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from typing import Any
 
 from entropy_probe import ProbeReport
@@ -38,6 +40,19 @@ def zero_step_ess(report: ProbeReport) -> Finding:
         return not_applicable(_RESTRICTED)
     size = report.batch.num_prompts * report.batch.num_responses
     return at_most(abs(size - row.ess), limit_for(report, "zero_step_ess"))
+
+
+@Criterion
+def se_by_prompt(report: ProbeReport) -> Finding:
+    """Largest relative difference between a standard error, of H and of every ΔH, and sd/√B of what each prompt adds.
+
+    A standard error is not that of a mean over prompts: responses of one prompt are taken for independent, or √B is
+    missing. Every comparison in standard errors is then wrong by as much.
+    """
+    pairs = [(report.entropy.rb.se, report.entropy.rb_by_prompt)]
+    pairs += [(row.delta_h_rb_se, row.delta_h_rb_by_prompt) for row in report.entropy_change]
+    found = [(se, statistics.stdev(terms) / math.sqrt(len(terms))) for se, terms in pairs]
+    return at_most(largest(*(abs(a - b) / b if b > 0 else a for a, b in found)), limit_for(report, "se_by_prompt"))
 
 
 @Criterion

@@ -121,5 +121,19 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
     )
 
 
+@Criterion
+def slope_identity(report: ProbeReport) -> Finding:
+    """|−X̄ᵀv − mean of the slope's own terms| relative to the terms of −X̄ᵀv: gradients against JVPs, own weights each.
+
+    The slope along v is not that of the gradients: a baseline, a term or a weight differs between the two.
+    """
+    update, first = report.update, report.config["first_order"]
+    name = "naive" if first["estimator"] == "naive" else f"rb_{first['baseline']}"
+    parts = [update.slope_of_v0, *update.slope_by_unit]
+    size = math.fsum(map(abs, parts))
+    off = abs(math.fsum(parts) - update.estimators[name].value)
+    return at_most(off / size if size > 0 else off, limit_for(report, "slope_identity"))
+
+
 def _where(report: ProbeReport) -> str:
     return f"[{report.update.worst_parameter}]" if report.update.worst_parameter else ""

@@ -80,12 +80,13 @@ def taylor_order(report: ProbeReport) -> Finding:
 
 @Criterion
 def change_identity(report: ProbeReport) -> Finding:
-    """Larger relative error of dΔH/dη at 0 by finite difference against its JVP, naive and Rao-Blackwell.
+    """Largest relative error of dΔH/dη at 0 by finite difference against its JVP: naive, Rao-Blackwell, per token.
 
     Realised change and derivative do not belong to the same function of θ: reversed log-weights, another payload, a
     detached tensor.
     """
-    errors = [report.continuity.identity_error_naive, report.continuity.identity_error_rb]
+    found = report.continuity
+    errors = [found.identity_error_naive, found.identity_error_rb, found.identity_error_per_token]
     found = [error for error in errors if error is not None]
     if not found:
         return not_applicable(

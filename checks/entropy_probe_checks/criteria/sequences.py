@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from entropy_probe import ProbeReport
 from entropy_probe.report import WorstCase
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, in_se, not_applicable, of_a_normal
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, in_se, not_applicable
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -45,14 +45,14 @@ def _within_rounding(measured: WorstCase) -> Finding:
 
 @Criterion
 def on_policy(report: ProbeReport) -> Finding:
-    """Mean of Σ_t(−log q_t − H(q_t)) over the responses in standard errors of a normal: 0 if they come from q.
+    """|Mean of Σ_t(−log q_t − H(q_t))| over the responses in its standard errors under q: 0 if they come from q.
 
     The responses are not from this policy: another temperature or top_p, another checkpoint, other prompts than the
     sampler saw, or tokens scored at the wrong positions. Entropy, slope and importance weights are then of something
     else. Give the settings and the checkpoint that sampled them.
     """
-    surprise, prompts = report.entropy.surprise, report.batch.num_prompts
-    value = of_a_normal(in_se(surprise.value, surprise.se), prompts - 1)
+    surprise = report.entropy.surprise
+    value = in_se(surprise.value, surprise.se)
     detail = f"[{surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
     return at_most(value, limit_for(report, "on_policy"), detail=detail)
 
@@ -69,6 +69,21 @@ def gold_complete(report: ProbeReport) -> Finding:
         return not_applicable("The rewards are not from tag_pref.")
     missing = float(sum(b.missing_gold for b in sampled))
     return at_most(missing, limit_for(report, "gold_complete"), otherwise="inconclusive")
+
+
+@Criterion
+def precision_invariance(report: ProbeReport) -> Finding:
+    """Largest |difference| of a token's log p or entropy between the configured precision and true float64.
+
+    The configured precision is not what it is called: TF32 or autocast within the forward, a softmax in fewer bits, or
+    an addition of θ and ηv in them.
+    """
+    precision = report.config["precision"]
+    if precision["func_override"]["dtype"] == "float64":
+        return not_applicable("The run is in float64 itself.")
+    if precision["allow_tf32"]:
+        return not_applicable("TF32 is allowed by the configuration.")
+    return _within_rounding(report.invariance.precision)
 
 
 @Criterion

@@ -72,7 +72,9 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic
     zeta1_plugin = float((r - r.mean()).square().sum()) / (units - 1)
     zeta1_jackknife = se_jackknife = None
     if units >= 3:
-        leave_one_out = (units * moments.u_cross - 2 * r) / (units - 2)
+        k = gram.double()
+        own = k.sum(1) + k.sum(0) - 2 * k.diagonal()
+        leave_one_out = (k.sum() - k.diagonal().sum() - own) / ((units - 1) * (units - 2))
         variance = (units - 1) / units * float((leave_one_out - leave_one_out.mean()).square().sum())
         zeta1_jackknife, se_jackknife = units / 4 * variance, math.sqrt(variance)
     return UStatistic(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import importance
+from entropy_probe.estimators.slope import per_token_slope
 from entropy_probe.estimators.taylor import (
     STENCIL,
     identity_error,
@@ -141,6 +142,7 @@ class Taylor:
     radius: float
     identity_error_naive: float | None
     identity_error_rb: float | None
+    identity_error_per_token: float | None
     trusted_eta_min: float | None
     trusted_eta_max: float | None
 
@@ -166,9 +168,10 @@ def taylor(
     config = with_plain_weights(config)
     prompts = _some_prompts(rollouts)
     some = rollouts.of_prompts(prompts)
-    # with the log q that was measured: in float64 a token may fall out at the edge of the nucleus
-    token_logq = scores.token_logq[prompts, :, : some.max_gen_len]
-    along = _Along(float64, some, v, config, replace(score(float64, some, config, {}), token_logq=token_logq))
+    at_theta = score(float64, some, config, {})
+    if config.generation.top_p < 1.0:  # as it was measured: in float64 a token may fall out at the edge of the nucleus
+        at_theta = replace(at_theta, token_logq=scores.token_logq[prompts, :, : some.max_gen_len])
+    along = _Along(float64, some, v, config, at_theta)
     try:
         derivatives = directional_derivatives(float64, some, v, config)
         fastest = float(derivatives.d_seq_logp.abs().max())
@@ -185,10 +188,10 @@ def taylor(
     naive_by_difference, *_ = stencil_derivatives({k: c.naive.value for k, c in stencil.items()}, h)
     reach = radius(slope_by_difference, second, third)
     delta_h = along.delta_h(etas)
-    at_theta, weights = along.at_theta, along.weights
+    weights = along.weights
     entropy = float((weights * at_theta.rb_sum).sum())
     floor, rounding = _FLOOR * entropy, _ROUNDING * entropy / h
-    slope = taylor_order = identity_naive = identity_rb = None
+    slope = taylor_order = identity_naive = identity_rb = identity_per_token = None
     smooth = True
     if derivatives is not None:
         d_seq_logp = derivatives.d_seq_logp
@@ -207,6 +210,12 @@ def taylor(
             smooth = False
         elif _worst(errors) <= _SMOOTH and _worst(far) > _FAR_ERROR:
             smooth = False
+        if smooth and identity_rb is not None and config.generation.top_p == 1.0:
+            by_difference, *_ = stencil_derivatives({k: c.per_token.value for k, c in stencil.items()}, h)
+            lengths = at_theta.gen_lens.double()
+            expected = per_token_slope(at_theta.rb_sum, lengths, d_seq_logp, derivatives.d_rb_sum).value
+            size = float(rb_terms.abs().sum()) / float(lengths.mean())
+            identity_per_token = abs(by_difference - expected) / size if size > 0 else float("inf")
     decades, tiny = etas[::2], _LOG_CHANGES[::2] <= _LOGITS_UP_TO
     logits = _logit_changes(float64, rollouts, v, decades)
     moved = bool((logits != 0).any())
@@ -226,6 +235,7 @@ def taylor(
         radius=reach,
         identity_error_naive=identity_naive,
         identity_error_rb=identity_rb,
+        identity_error_per_token=identity_per_token,
         trusted_eta_min=float(etas[trusted][0]) if bool(trusted.any()) else None,
         trusted_eta_max=float(etas[trusted][-1]) if bool(trusted.any()) else None,
     )

@@ -43,6 +43,7 @@ class Invariance:
     padding: WorstDifference
     batch: WorstDifference
     chunk: WorstDifference
+    precision: WorstDifference
 
 
 def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Invariance:
@@ -57,7 +58,8 @@ def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, confi
     """
     models = [float64] if bound.dtype is float64.dtype else [float64, bound]
     found = [(padding(m, rollouts), batch(m, rollouts, config), chunk(m, rollouts, config)) for m in models]
-    return Invariance(*(max(worst, key=lambda w: w.share) for worst in zip(*found, strict=True)))
+    of_padding, of_batch, of_chunk = (max(worst, key=lambda w: w.share) for worst in zip(*found, strict=True))
+    return Invariance(of_padding, of_batch, of_chunk, precision(bound, float64, rollouts, config))
 
 
 @torch.no_grad()
@@ -117,6 +119,16 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
             yield f"row {row} in pieces of {_PIECE}", whole, pieces[i, : len(whole)]
 
     return _worst(model, rollouts.ids.shape[1], differences())
+
+
+@torch.no_grad()
+def precision(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
+    """The generated tokens of a row: in the configured precision, against true float64."""
+    chosen = _some_rows(rollouts)
+
+    reference, configured = (_generated(model, rollouts, chosen, config) for model in (float64, bound))
+    where = f"{len(chosen)} rows against float64"
+    return _worst(bound, rollouts.ids.shape[1], iter([(where, reference, configured)]))
 
 
 def _some_rows(rollouts: Rollouts) -> Tensor:

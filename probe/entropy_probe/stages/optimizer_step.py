@@ -20,7 +20,7 @@ _VANISHING = 1e-100  # its square is 0 beside any second moment
 class StepAgreement:
     """cos(v, step) and ‖v‖/‖step‖, the worst over the whole and over every parameter; and which one that was.
 
-    Cosine 1 and ratio 1 where nothing moves.
+    Cosine 1 and ratio 1 where nothing moves; NaN without parameters.
     """
 
     cosine: float
@@ -48,6 +48,8 @@ def optimizer_step_agreement(
         sums = [float((v * step).sum()), float(v.square().sum()), float(step.square().sum())]
         whole = [a + b for a, b in zip(whole, sums, strict=True)]
         found.append((*_compared(*sums), name))
+    if not found:
+        return StepAgreement(math.nan, math.nan, "")
     found.append((*_compared(*whole), "the whole"))
     cosine, _, where = min(found, key=lambda f: f[0] if not math.isnan(f[0]) else -math.inf)
     _, ratio, where_norm = max(found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf)

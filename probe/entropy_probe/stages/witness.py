@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.baselines import rb_coefficients
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
@@ -22,6 +25,9 @@ from entropy_probe.stages.update import norm
 
 FEWER_ROWS = 4
 """With so many times fewer rows the graph of a gradient takes less memory than the pass behind X with all of them."""
+
+_ROUNDED = 1e-9
+"""Of S: where all responses of a prompt are one, S − S̄ is rounding, and two ways to add it up do not agree."""
 
 _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|once_differentiable|double backward")
 
@@ -40,8 +46,7 @@ class Witness:
 def gradient_witness(
     bound: BoundModel,
     rollouts: Rollouts,
-    of_x: Payload,
-    of_y: Payload,
+    scores: Scores,
     config: ProbeConfig,
     units: UnitGradients,
     precond: Mapping[str, Tensor],
@@ -50,6 +55,7 @@ def gradient_witness(
 
     for n in unit, for g in responses:  X += w_ng · autograd.grad(f_ng),   Y += a_ng · autograd.grad(S_ng)
     """
+    of_x, of_y = payloads_by_loop(rollouts, scores, config)
     chosen = largest(of_y, units, 2)
     fast_x, fast_y = ({name: values[chosen] for name, values in side.items()} for side in (units.x, units.y))
     if of_x.coefficients is None and bound.autograd_is_derivative:
@@ -64,6 +70,45 @@ def gradient_witness(
         x_difference=_difference(fast_x, naive_x, scale_x),
         y_difference=_difference(fast_y, naive_y, scale_y),
     )
+
+
+def payloads_by_loop(rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[Payload, Payload]:
+    """`payloads` response by response: nothing of what the fast pass has its weights from, but for `hk_ridge`."""
+    first, group, prompts = config.first_order, rollouts.num_responses, range(rollouts.num_prompts)
+    s, lengths, rewards = scores.seq_logp.tolist(), scores.gen_lens.tolist(), rollouts.rewards.tolist()
+    x, y = (torch.zeros(rollouts.num_prompts, group, dtype=torch.float64) for _ in range(2))
+    for n, g in itertools.product(prompts, range(group)):
+        others = math.fsum(s[n][k] for k in range(group) if k != g) / (group - 1)
+        x[n, g] = (s[n][g] - others) / group if first.estimator == "naive" else -1.0 / group
+        advantage = rewards[n][g] - (0.0 if first.advantage == "raw" else math.fsum(rewards[n]) / group)
+        if first.advantage == "grpo":
+            advantage /= statistics.stdev(rewards[n]) + 1e-4
+        if rollouts.advantages is not None:
+            advantage = float(rollouts.advantages[n, g])
+        divisors = {"lmax": max(lengths[n]), "sequence_mean": lengths[n][g], "token_mean": sum(lengths[n]) / group}
+        y[n, g] = advantage / divisors.get(first.loss, config.generation.max_new_tokens) / group
+    return Payload(x, None if first.estimator == "naive" else _coefficients_by_loop(scores, config)), Payload(y)
+
+
+def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
+    """κ_t = R_{≥t} − b_t, with sums of Python floats; `hk_ridge` by `rb_coefficients` itself."""
+    baseline = config.first_order.baseline
+    if baseline == "hk_ridge":
+        return rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)
+    entropy, lengths = scores.rb_entropy.double().tolist(), scores.gen_lens.tolist()
+    later = [
+        [[math.fsum(row[t + 1 : end]) for t in range(end)] for row, end in zip(*of_prompt, strict=True)]
+        for of_prompt in zip(entropy, lengths, strict=True)
+    ]
+    result = torch.zeros_like(scores.rb_entropy, dtype=torch.float64)
+    for n, g in itertools.product(*map(range, scores.gen_lens.shape)):
+        for t in range(lengths[n][g]):
+            b = 0.0 if baseline == "none" else entropy[n][g][t]
+            if baseline == "hk_ema":
+                others = [row[t] for m, rows in enumerate(later) if m != n for row in rows if len(row) > t]
+                b += math.fsum(others) / len(others) if others else 0.0
+            result[n, g, t] = entropy[n][g][t] + later[n][g][t] - b
+    return result
 
 
 def largest(payload: Payload, units: UnitGradients, count: int) -> Int[Tensor, " u"]:
@@ -98,10 +143,10 @@ def _naive(
             loss = payloads[0].sums(scored.logp, scored.entropy, row).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             found = {k: d.reshape(-1).cpu() for k, d in zip(parameters, gradients, strict=True) if d is not None}
-            size = norm(found)
+            size, rounding = norm(found), _ROUNDED * abs(float(loss.detach())) / (len(prompts) * group)
             for payload, total, scale in zip(payloads, sums, scales, strict=True):
                 weight = float(payload.weights[n, g]) / len(prompts)
-                scale[i] += abs(weight) * size
+                scale[i] += (abs(weight) + rounding) * size
                 for name, gradient in found.items():
                     total[name][i] += weight * gradient
     return list(zip(sums, scales, strict=True))

@@ -1,0 +1,95 @@
+"""Every planted fault turns the criteria red that are there for it and no others; without a fault none is red."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from entropy_probe import ProbeConfig, run_probe
+from entropy_probe.model import forward
+from entropy_probe_checks.criteria import CRITERIA
+from faults.catalogue import FAULTS, Fault, page
+from faults.subjects import Bench, Subject, adapter, full, statuses
+
+# More data decides these; nothing that is planted here makes them more than inconclusive.
+STATISTICAL = {"ess", "pareto_k", "preconditioner_complete"}
+
+HEALTHY = {
+    "llama": partial(full, "llama", layers=2),
+    "qwen2": partial(full, "qwen2", layers=2),
+    "qwen3-lora": partial(adapter, "qwen3", layers=2),
+    "mistral": partial(full, "mistral", layers=2),
+    "gemma2-dora": partial(adapter, "gemma2", layers=2, use_dora=True),
+    "gpt2": partial(full, "gpt2", layers=2),
+    "phi3-lora": partial(adapter, "phi3", layers=2),
+    "gpt_neox": partial(full, "gpt_neox", layers=2),
+    "mixtral-lora": partial(adapter, "mixtral", layers=2),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fault_is_caught(bench: Bench, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.files(fault.subject)  # made before anything is damaged
+    fault.plant(monkeypatch)
+    if fault.refused:
+        with pytest.raises(Exception, match=fault.refused):
+            bench.run(fault.subject, fault.config)
+        return
+    found = statuses(bench.run(fault.subject, fault.config))
+    red = {name for name, status in found.items() if status == "fail"}
+    assert fault.red <= red <= fault.red | fault.also
+    assert {found[name] for name in fault.inconclusive} <= {"inconclusive"}
+
+
+def test_every_criterion_has_its_fault() -> None:
+    assert set(CRITERIA) - {name for fault in FAULTS.values() for name in fault.red} == STATISTICAL
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", HEALTHY)
+def test_without_a_fault_nothing_is_red(bench: Bench, name: str, seed: int) -> None:
+    found = statuses(bench.run(name, {}, seed, Subject(name, HEALTHY[name])))
+    assert {n for n, status in found.items() if status == "fail"} == set()
+    assert {n for n, status in found.items() if status == "inconclusive"} <= STATISTICAL | {"prediction"}
+
+
+def test_autocast_outside_changes_nothing(bench: Bench) -> None:
+    clean = bench.run("llama", {}).model_dump(exclude={"timing"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bench.run("llama", {}).model_dump(exclude={"timing"}) == clean
+
+
+def test_tied_parameter_in_a_dict_is_refused() -> None:
+    """`functional_call` would leave θ + ηv in the live module."""
+    from peft import LoraConfig, get_peft_model
+
+    model = models.tiny_model("qwen2")
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[4, 5], task_type="CAUSAL_LM")
+    with pytest.raises(Exception, match="is tied, in a ParameterDict") as caught:
+        forward.bind(get_peft_model(model, config))
+    assert "\n" not in str(caught.value)
+
+
+def test_uncovered_parameters_are_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, e, u = bench.files("llama")
+    FAULTS["part_of_the_forward_detached"].plant(monkeypatch)
+    uncovered = run_probe(checkpoint, ProbeConfig(), e, u).registry.uncovered
+    assert {name.split(".")[-2] for name in uncovered} == {
+        "down_proj",
+        "gate_proj",
+        "up_proj",
+        "post_attention_layernorm",
+    }
+
+
+def test_the_page_is_the_catalogue() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "faults.md").read_text() == page()
