@@ -12,7 +12,7 @@ import pytest
 import entropy_probe_checks
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
-from entropy_probe.report import Estimate, Parts, SamplerParitySection
+from entropy_probe.report import Estimate, Parts, SamplerParitySection, SamplingSection
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
@@ -74,6 +74,10 @@ def off_in(report: ProbeReport, section: str, table: str) -> ProbeReport:
 
 def surprised(report: ProbeReport, value: float, se: float) -> ProbeReport:
     return poisoned(report, "entropy", surprise=Estimate(value=value, se=se))
+
+
+def drawn_again(report: ProbeReport, same: float, other: float) -> ProbeReport:
+    return report.model_copy(update={"sampling": SamplingSection(same_seed=same, other_seed=other)})
 
 
 LR = 1e-5
@@ -224,7 +228,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "two_batch_identity": [
         *(
             (lambda r, k=k, x=x: poisoned(r, "two_batch", **{k: x * getattr(r.two_batch, k)}), "fail")
-            for k in ("bars_dot", "delta_h1", "conditional_se")
+            for k in ("bars_dot", "delta_h1", "conditional_se", "delta_h1_se")
             for x in (3.0, 1.0001, math.nan)
         ),
         (lambda r: poisoned(r, "two_batch", projections=[0.0] * 5), "fail"),
@@ -261,6 +265,23 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: surprised(r, math.nan, 1.0), "fail"),
         (lambda r: surprised(r, 1.0, 0.0), "fail"),
         (lambda r: surprised(r, 0.0, 0.0), "pass"),
+    ],
+    "ends_at_eos": [
+        (lambda r: poisoned(r, "batch", early_eos=1), "fail"),
+        (lambda r: poisoned(r, "update_batch", early_eos=2), "fail"),
+        (lambda r: poisoned(r, "batch", unended=1), "fail"),
+    ],
+    "batches_as_given": [
+        (lambda r: poisoned(r, "batch", source=r.update_batch.source), "fail"),
+        (lambda r: poisoned(r, "update_batch", source="sampled"), "fail"),
+    ],
+    "seeded": [
+        (lambda r: drawn_again(r, 1.0, 0.0), "pass"),
+        (lambda r: drawn_again(r, 0.94, 0.5), "pass"),
+        (lambda r: drawn_again(r, 0.5, 0.0), "fail"),
+        (lambda r: drawn_again(r, math.nan, 0.0), "fail"),
+        (lambda r: drawn_again(r, 1.0, 1.0), "fail"),
+        (lambda r: drawn_again(poisoned(r, "entropy", rb=Estimate(value=0.1, se=0.1)), 1.0, 1.0), "inconclusive"),
     ],
     "gold_complete": [
         (lambda r: poisoned(poisoned(r, "batch", source="sampled"), "update_batch", missing_gold=1), "pass"),
@@ -330,7 +351,7 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     assert verdict.criterion == name
     assert verdict.family == CRITERIA[name].family
     # nearly constant weights; no `logprobs` in the rollouts, and not from tag_pref
-    unasked = ("pareto_k", "sampler_parity", "gold_complete")
+    unasked = ("pareto_k", "sampler_parity", "gold_complete", "seeded")
     assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 
 

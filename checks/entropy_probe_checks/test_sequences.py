@@ -33,3 +33,15 @@ def test_gold_complete(_probe_judge):
 
 def test_precision_invariance(_probe_judge):
     _probe_judge(sequences.precision_invariance)
+
+
+def test_ends_at_eos(_probe_judge):
+    _probe_judge(sequences.ends_at_eos)
+
+
+def test_batches_as_given(_probe_judge):
+    _probe_judge(sequences.batches_as_given)
+
+
+def test_seeded(_probe_judge):
+    _probe_judge(sequences.seeded)

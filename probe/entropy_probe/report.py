@@ -50,7 +50,9 @@ class CheckpointSection(_Section):
 
 
 class BatchSection(_Section):
-    """One batch of responses; `num_tokens` counts the scored tokens."""
+    """One batch of responses; `num_tokens` counts the scored tokens. `given` is the file that was asked for, or
+    `sampled`; `early_eos` counts the responses with an EOS before their last token, `unended` those that end neither with
+    one nor at the length limit (`None` where the limit is not known, or stop strings end responses too)."""
 
     num_prompts: int
     num_responses: int
@@ -60,6 +62,16 @@ class BatchSection(_Section):
     mean_reward: float
     zero_advantage_fraction: float
     missing_gold: int
+    given: str
+    early_eos: int
+    unended: int | None
+
+
+class SamplingSection(_Section):
+    """The shares of the responses of two prompts that the same seed, and another seed, draw again."""
+
+    same_seed: float
+    other_seed: float
 
 
 class Estimate(_Section):
@@ -125,13 +137,16 @@ class FirstOrderSection(_Section):
 
 class TwoBatchSection(_Section):
     """E against U: bars_dot = X̄_EᵀPȲ_U, with `projections` s_k = X_kᵀPȲ_U of every unit of E (a prompt, in `exact`
-    mode). Each table of `delta_h1_parts` adds up to `delta_h1`."""
+    mode), `update_projections` t_m = X̄_EᵀPY_m of every unit of U, and the `interaction` s²_int of X_kᵀPY_m after both.
+    Each table of `delta_h1_parts` adds up to `delta_h1`."""
 
     bars_dot: float
     delta_h1: float
     delta_h1_se: float | None
     conditional_se: float | None
     projections: list[float]
+    update_projections: list[float]
+    interaction: float
     delta_h1_parts: Parts
 
 
@@ -351,6 +366,7 @@ class ProbeReport(_Section):
     config: dict[str, Any]
     batch: BatchSection
     update_batch: BatchSection
+    sampling: SamplingSection | None
     entropy: EntropySection
     first_order: FirstOrderSection
     two_batch: TwoBatchSection | None

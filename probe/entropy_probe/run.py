@@ -20,12 +20,12 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
-from entropy_probe.stages.batches import draw_batches, redraw_for
+from entropy_probe.stages.batches import draw_batches, redraw_for, redrawn_shares
 from entropy_probe.stages.moments import moments_match
 from entropy_probe.stages.optimizer_step import optimizer_step_agreement, preconditioner_agreement
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.real_step import real_step
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.rollouts import Rollouts, eos_ids
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witness import curvature_witness, gradient_witness
 
@@ -69,6 +69,8 @@ class Prepared:
     model: BoundModel
     rollouts: Rollouts
     update_rollouts: Rollouts
+    given: tuple[str, str]
+    redrawn: tuple[float, float] | None
     checksum_before: str
     seconds: dict[str, float]
 
@@ -95,7 +97,9 @@ def prepare(
             bound = bind(checkpoint.model, str_to_dtype(config.precision.func_override.dtype))
         with clock("rollouts"):
             e, u = draw_batches(bound, checkpoint.tokenizer, config, rollouts, update_rollouts, prompts, progress)
-    return Prepared(checkpoint, config, bound, e, u, checksum_before, clock.seconds)
+            redrawn = redrawn_shares(bound, e, checkpoint.tokenizer, config) if rollouts is None else None
+    given = str(rollouts or "sampled"), str((rollouts if e is u else update_rollouts) or "sampled")
+    return Prepared(checkpoint, config, bound, e, u, given, redrawn, checksum_before, clock.seconds)
 
 
 def measure(prepared: Prepared, *, name: str | None = None, progress: Progress | None = None) -> r.ProbeReport:
@@ -104,6 +108,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch, baseline = e is u, config.first_order.baseline
     redraw, min_ess = redraw_for(bound, e, checkpoint.tokenizer, config), config.true_delta_h.min_ess_fraction
+    eos = set(eos_ids(bound.language_model, checkpoint.tokenizer))
     clock = _Clock(progress, dict(prepared.seconds))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
@@ -174,8 +179,9 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         probe_version=__version__,
         checkpoint=sections.checkpoint_section(checkpoint, name),
         config=config.model_dump(mode="json"),
-        batch=sections.batch_section(e, same_batch, config.first_order),
-        update_batch=sections.batch_section(u, same_batch, config.first_order),
+        batch=sections.batch_section(e, same_batch, config, prepared.given[0], eos),
+        update_batch=sections.batch_section(u, same_batch, config, prepared.given[1], eos),
+        sampling=sections.sampling_section(prepared.redrawn),
         entropy=sections.entropy_section(scores_e, config.generation.temperature),
         first_order=first_order,
         two_batch=across,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from entropy_probe import report as r
-from entropy_probe.config import FirstOrderConfig
+from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import printable
 from entropy_probe.estimators import advantages, importance, parity, prediction, two_batch, ustat
 from entropy_probe.estimators.baselines import Baseline
@@ -22,7 +22,7 @@ from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
 from entropy_probe.stages.moments import MomentsMatch
 from entropy_probe.stages.optimizer_step import StepAgreement
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.rollouts import Rollouts, early_eos
 from entropy_probe.stages.scores import Scores
 from entropy_probe.stages.slopes import Slopes, SlopeSources
 
@@ -52,8 +52,13 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
     )
 
 
-def batch_section(rollouts: Rollouts, same_batch: bool, config: FirstOrderConfig) -> r.BatchSection:
-    advantage = gradients.response_advantages(rollouts, config)
+def batch_section(
+    rollouts: Rollouts, same_batch: bool, config: ProbeConfig, given: str, eos: Collection[int]
+) -> r.BatchSection:
+    advantage = gradients.response_advantages(rollouts, config.first_order)
+    cut = [response for response in rollouts.responses if response[-1] not in eos]
+    limit = config.generation.max_new_tokens
+    known = rollouts.source == "sampled" and not config.generation.stop
     return r.BatchSection(
         num_prompts=rollouts.num_prompts,
         num_responses=rollouts.num_responses,
@@ -63,7 +68,14 @@ def batch_section(rollouts: Rollouts, same_batch: bool, config: FirstOrderConfig
         mean_reward=float(rollouts.rewards.mean()),
         zero_advantage_fraction=float(advantages.zero_advantage(advantage, rollouts.rewards).double().mean()),
         missing_gold=rollouts.missing_gold,
+        given=printable(given),
+        early_eos=sum(early_eos(response, eos) is not None for response in rollouts.responses),
+        unended=sum(len(response) < limit for response in cut) if known else None,
     )
+
+
+def sampling_section(redrawn: tuple[float, float] | None) -> r.SamplingSection | None:
+    return None if redrawn is None else r.SamplingSection(same_seed=redrawn[0], other_seed=redrawn[1])
 
 
 def entropy_section(scores: Scores, temperature: float) -> r.EntropySection:
@@ -154,6 +166,8 @@ def two_batch_section(
         delta_h1_se=lr * moments.total_se,
         conditional_se=lr * moments.conditional_se,
         projections=moments.projections.tolist(),
+        update_projections=moments.update_projections.tolist(),
+        interaction=moments.interaction,
         delta_h1_parts=_parts(matrices, delta_h1),
     )
 

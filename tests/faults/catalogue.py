@@ -390,12 +390,12 @@ def frozen_weight_in_v(patch: Patch) -> None:
     then(patch, update.compute_update_vector_adamw, with_base)
 
 
-@fault("llama")
+@fault("qwen2", "moments_match")
 def state_of_another_parameter(patch: Patch) -> None:
     """Adam's moments of two parameters of one shape change places when the file is read."""
 
     def swapped(states: Any) -> Any:
-        one, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        one, other = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
         return {**states, one: states[other], other: states[one]}
 
     patch.setattr(optimizer, "map_adam_state", _after(optimizer.map_adam_state, swapped))
@@ -493,7 +493,7 @@ def standard_error_of_a_sum(patch: Patch) -> None:
     _statistic(patch, lambda s, u: {"se_plugin": s.se_plugin * u})
 
 
-@fault("llama")
+@fault("llama", "two_batch_identity")
 def interaction_counted_twice(patch: Patch) -> None:
     """The standard error across two batches holds the interaction of prompts in both of its terms."""
     from entropy_probe.estimators import two_batch
@@ -930,7 +930,7 @@ def adapter_merged(patch: Patch) -> None:
     then(patch, adapter.load_adapter, merged)
 
 
-@fault("lora", refused="does not require grad")
+@fault("lora", refused="no trainable parameter has a part")
 def every_adapter_merged(patch: Patch) -> None:
     """The whole adapter is merged: no trainable parameter has a part in the forward."""
 
@@ -997,15 +997,15 @@ def window_one_token_early(patch: Patch) -> None:
     everywhere(patch, original, early)
 
 
-@fault("llama")
+@fault("sampled", "ends_at_eos", also="seeded")
 def eos_dropped(patch: Patch) -> None:
     """The EOS that ends a response is not scored."""
 
     def dropped(r: Any) -> Any:
         last = r.ids.gather(1, (r.prompt_lens + r.gen_lens - 1)[:, None])[:, 0]
-        return with_fields(r, gen_lens=lambda n: (n - (last == 2).long()).clamp(min=1))
+        return with_fields(r, gen_lens=lambda n: (n - (last < 30).long()).clamp(min=1))
 
-    _lines(patch, dropped)
+    then(patch, run.draw_batches, lambda batches: tuple(map(dropped, batches)))
 
 
 @fault("llama", "sampler_parity on_policy")
@@ -1097,7 +1097,7 @@ def sampler_without_the_crossing_token(patch: Patch) -> None:
     patch.setattr(sampling, "nucleus", narrower)
 
 
-@fault("sampled", "on_policy")
+@fault("sampled", "on_policy", also="seeded ends_at_eos")
 def prompt_scored_with_the_response(patch: Patch) -> None:
     """The last token of every prompt counts as generated."""
     _lines(patch, lambda r: with_fields(r, prompt_lens=lambda n: n - 1, gen_lens=lambda n: n + 1))
@@ -1110,20 +1110,20 @@ def one_noise_for_all_responses(patch: Patch) -> None:
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(seed, prompt, 0))
 
 
-@fault("sampled")
+@fault("sampled", "seeded")
 def seed_ignored(patch: Patch) -> None:
     """The configured seed is not used: every run draws the same responses."""
     original = sampling.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(0, prompt, response))
 
 
-@fault("sampled")
+@fault("sampled", "ends_at_eos")
 def sampler_goes_on_after_eos(patch: Patch) -> None:
     """Responses run to the length limit, whatever they hold."""
     patch.setattr(rollouts, "eos_ids", lambda model, tokenizer: [])
 
 
-@fault("sampled")
+@fault("sampled", "ends_at_eos")
 def sampler_drops_eos(patch: Patch) -> None:
     """The EOS that ended a response is cut off."""
     original = sampling.sample
@@ -1135,7 +1135,7 @@ def sampler_drops_eos(patch: Patch) -> None:
     patch.setattr(rollouts, "sample", cut)
 
 
-@fault("llama")
+@fault("llama", "batches_as_given")
 def batches_swapped(patch: Patch) -> None:
     """The update comes from the E batch, and the entropy is measured on the U batch."""
     then(patch, run.draw_batches, lambda batches: batches[::-1])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from entropy_probe import ProbeReport
 from entropy_probe.report import WorstCase
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, in_se, not_applicable
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_least, at_most, in_se, not_applicable
 from entropy_probe_checks.thresholds import limit_for
+
+_FEW_NATS = 1.0  # per response: four and more responses of two prompts may well be the same
 
 
 @Criterion
@@ -55,6 +57,44 @@ def on_policy(report: ProbeReport) -> Finding:
     value = in_se(surprise.value, surprise.se)
     detail = f"[{surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
     return at_most(value, limit_for(report, "on_policy"), detail=detail)
+
+
+@Criterion
+def ends_at_eos(report: ProbeReport) -> Finding:
+    """Number of responses, in both batches, that go on after an EOS or end without one before the length limit.
+
+    Tokens after the end are scored as if they had been answered, or the EOS, a decision of the policy, is not: the
+    sampler does not stop, cuts the EOS off, or knows another one.
+    """
+    batches = (report.batch, report.update_batch)
+    wrong = sum(batch.early_eos + (batch.unended or 0) for batch in batches)
+    return at_most(float(wrong), limit_for(report, "ends_at_eos"))
+
+
+@Criterion
+def batches_as_given(report: ProbeReport) -> Finding:
+    """Number of the two batches that do not come from where they were asked for: a file, or sampling.
+
+    E and U are exchanged, or a file is not used: the update is judged on responses that it comes from.
+    """
+    wrong = [batch.source for batch in (report.batch, report.update_batch) if batch.source != batch.given]
+    detail = f"[{', '.join(wrong)}]" if wrong else ""
+    return at_most(float(len(wrong)), limit_for(report, "batches_as_given"), detail=detail)
+
+
+@Criterion
+def seeded(report: ProbeReport) -> Finding:
+    """Share of the responses of two prompts that come again with the same seed; with another seed some must differ.
+
+    The seed does not decide what is sampled: two runs are not the same run, or every run draws the same responses.
+    """
+    drawn, limit = report.sampling, limit_for(report, "seeded")
+    if drawn is None:
+        return not_applicable("The responses were not sampled here.")
+    if drawn.other_seed == 1.0 and drawn.same_seed == 1.0:
+        known = report.entropy.rb.value < _FEW_NATS
+        return Finding("inconclusive" if known else "fail", 1.0, limit, "[another seed draws the same responses]")
+    return at_least(drawn.same_seed, limit)
 
 
 @Criterion

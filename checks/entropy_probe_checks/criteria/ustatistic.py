@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from typing import Any
 
@@ -88,8 +89,8 @@ def delta_h1_identity(report: ProbeReport) -> Finding:
 
 @Criterion
 def two_batch_identity(report: ProbeReport) -> Finding:
-    """Largest relative deviation of X̄ᵀPȲ from the mean of its projections, of δH₁ from −lr·X̄ᵀPȲ, of the SE given the
-    update from sd(s)·lr/√units, and of sums over parts from the whole.
+    """Largest relative deviation of X̄ᵀPȲ from the mean of its projections on either side, of δH₁ from −lr·X̄ᵀPȲ, of the
+    two SEs from the variances of projections and interaction, and of sums over parts from the whole.
 
     The two-batch term, its projections and its standard error do not belong together: units are weighted wrongly, or a
     sign or the learning rate is.
@@ -97,20 +98,25 @@ def two_batch_identity(report: ProbeReport) -> Finding:
     across = report.two_batch
     if across is None:
         return not_applicable("One batch serves as both.")
-    s, lr, prompts = across.projections, report.first_order.lr, report.batch.num_prompts
-    units = len(s)
-    of_unit = Counter(n * units // prompts for n in range(prompts))
-    mean = math.fsum(of_unit[k] * x for k, x in enumerate(s)) / prompts
-    size = math.fsum(map(abs, s)) / units
-    centre = math.fsum(s) / units
-    se = lr * math.sqrt(math.fsum((x - centre) ** 2 for x in s) / (units - 1) / units)
+    s, t, lr = across.projections, across.update_projections, report.first_order.lr
+    size = math.fsum(map(abs, s)) / len(s)
+    var_s, var_t = (statistics.variance(x) / len(x) for x in (s, t))
+    of_both = across.interaction / (len(s) * len(t))
     deviations = [
-        _relative(across.bars_dot, mean, size),
+        _relative(across.bars_dot, _weighted_mean(s, report.batch.num_prompts), size),
+        _relative(across.bars_dot, _weighted_mean(t, report.update_batch.num_prompts), size),
         _relative(across.delta_h1, -lr * across.bars_dot, lr * size),
-        _relative(across.conditional_se, se, lr * size),
+        _relative(across.conditional_se, lr * math.sqrt(var_s), lr * size),
+        _relative(across.delta_h1_se, lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4)), lr * size),
         *(_relative(total, across.delta_h1, lr * size) for total in _sums(across.delta_h1_parts)),
     ]
     return at_most(largest(*deviations), limit_for(report, "two_batch_identity"))
+
+
+def _weighted_mean(of_units: list[float], prompts: int) -> float:
+    """Mean over prompts of a number per unit; sizes of units differ by at most one."""
+    sizes = Counter(n * len(of_units) // prompts for n in range(prompts))
+    return math.fsum(sizes[k] * x for k, x in enumerate(of_units)) / prompts
 
 
 def _sums(parts: Any) -> list[float]:

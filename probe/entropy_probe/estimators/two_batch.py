@@ -11,10 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TwoBatchMoments:
-    """X̄_EᵀPȲ_U, its projections s_k = X_kᵀPȲ_U, and standard errors given U and in all."""
+    """X̄_EᵀPȲ_U, its projections s_k = X_kᵀPȲ_U and t_m = X̄_EᵀPY_m, s²_int, and standard errors given U and in all."""
 
     bars_dot: float
     projections: Float[Tensor, " E"]
+    update_projections: Float[Tensor, " U"]
+    interaction: float
     conditional_se: float
     total_se: float
 
@@ -47,4 +49,4 @@ def two_batch_moments(
     interaction = float(residual.square().sum()) / ((size_e - 1) * (size_u - 1))
     of_both = interaction / (size_e * size_u)
     total = max(var_s + var_t - of_both, of_both / 4)
-    return TwoBatchMoments(float(mean), s, math.sqrt(var_s), math.sqrt(total))
+    return TwoBatchMoments(float(mean), s, t, interaction, math.sqrt(var_s), math.sqrt(total))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from entropy_probe.errors import MeasurementError, OverrideError
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.output_layer import Captured, OutputLayer
-from entropy_probe.model.precision import forward_context, has_detached_norm
+from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
 from entropy_probe.model.registry import Registry, unwrap
 
 # Logits that are held at once, and positions at least. Below 64 rows, reading the head's weights for every piece is the
@@ -67,8 +67,18 @@ class BoundModel:
 
     @cached_property
     def autograd_is_derivative(self) -> bool:
-        """False where the module detaches a part of itself (DoRA)."""
-        return not has_detached_norm(self.module)
+        """False where the module detaches a part of itself (DoRA), or has `untrained_tokens`."""
+        return not has_detached_norm(self.module) and not self.untrained_tokens
+
+    @cached_property
+    def untrained_tokens(self) -> set[int]:
+        return untrained_tokens(self.module)
+
+    def autograd_is_derivative_of(self, tokens: Int[Tensor, " K"]) -> bool:
+        """Whether the module's own autograd is the derivative where these tokens are read."""
+        if self.autograd_is_derivative or has_detached_norm(self.module):
+            return self.autograd_is_derivative
+        return not self.untrained_tokens & set(tokens.unique().tolist())
 
     def logits(
         self,
@@ -190,8 +200,8 @@ class BoundModel:
         return {**self.registry.parameters, **dict(self.module.named_buffers())}
 
     def _context(self, true_derivative: bool) -> AbstractContextManager[None]:
-        through_detach = true_derivative and not self.autograd_is_derivative
-        return forward_context(self.dtype, forward_mode=true_derivative, through_detach=through_detach)
+        differentiate = true_derivative and not self.autograd_is_derivative
+        return forward_context(self.dtype, forward_mode=true_derivative, differentiate=differentiate)
 
     def _called(
         self, ids: Tensor, mask: Tensor | None, keep: slice, mapping: dict[str, Tensor], true_derivative: bool

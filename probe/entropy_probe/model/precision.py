@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -119,23 +120,35 @@ class TrueFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class DetachIsIdentity(TorchFunctionMode):
-    """Make `detach` the identity, so that the derivative is that of the function itself.
+class TrueDerivative(TorchFunctionMode):
+    """Make reverse mode differentiate what the module computes: `detach` is the identity, and an embedding's padding
+    token has a gradient.
 
-    peft detaches DoRA's weight norm: autograd through it is not the derivative of what the module computes.
+    peft detaches DoRA's weight norm, and torch leaves out the gradient of `padding_idx`, which matters where that token
+    stands among a prompt or a response.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in (Tensor.detach, torch.detach):
             return args[0]
-        return func(*args, **(kwargs or {}))
+        if func is F.embedding:
+            args = (*args[:2], None, *args[3:])
+            kwargs = {key: value for key, value in kwargs.items() if key != "padding_idx"}
+        return func(*args, **kwargs)
 
 
 def has_detached_norm(module: nn.Module) -> bool:
-    """Whether autograd through the module differs from its derivative (DoRA)."""
+    """Whether the module detaches a part of itself (DoRA)."""
     return any("lora_magnitude_vector" in name for name, _ in module.named_parameters())
+
+
+def untrained_tokens(module: nn.Module) -> set[int]:
+    """The padding tokens of embeddings that are trained: autograd gives their vectors no gradient."""
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding) and part.weight.requires_grad]
+    return {part.padding_idx for part in embeddings if part.padding_idx is not None}
 
 
 @contextmanager
@@ -162,18 +175,18 @@ def numerics(precision: PrecisionSection, num_parameters: int) -> Iterator[int]:
 
 
 @contextmanager
-def forward_context(dtype: torch.dtype, *, forward_mode: bool = False, through_detach: bool = False) -> Iterator[None]:
+def forward_context(dtype: torch.dtype, *, forward_mode: bool = False, differentiate: bool = False) -> Iterator[None]:
     """The one context of every forward: autocast off on every device type, true float64 where asked for.
 
     `forward_mode`: attention by SDPA's MATH kernel, which alone has forward-mode and second derivatives.
-    `through_detach`: `detach` is the identity.
+    `differentiate`: under `TrueDerivative`.
     """
     with ExitStack() as stack:
         stack.enter_context(autocast_off())
         if forward_mode:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if through_detach:
-            stack.enter_context(DetachIsIdentity())
+        if differentiate:
+            stack.enter_context(TrueDerivative())
         if dtype is torch.float64:
             stack.enter_context(TrueFloat64())
         yield

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
@@ -34,15 +35,26 @@ def redraw_for(
     return lambda override: redrawn(bound, rollouts, tokenizer, generation, seed=seed, override=override)
 
 
+def redrawn_shares(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config: ProbeConfig) -> tuple[float, float]:
+    """Of the responses of E's first two prompts: the share that the same seed draws again, and the share that another
+    seed, that of U, draws too."""
+    few = e.of_prompts(torch.arange(2))
+
+    def same(which: str) -> float:
+        again = redrawn(bound, few, tokenizer, config.generation, seed=_seed(which, config.batch.seed), override={})
+        equal = [a == b for a, b in zip(few.responses, again.responses, strict=True)]
+        return sum(equal) / len(equal)
+
+    return same("E"), same("U")
+
+
 def _length_limit(rollouts: Rollouts, ends: set[int], config: ProbeConfig) -> int:
     """`max_new_tokens` of the responses: an entropy per response is that of a policy with a certain limit.
 
     Responses without an end were cut at it. Where they have several lengths, or one that is not the longest, no limit
     explains them. (With stop strings they may have ended by one: then the configuration is believed.)
     """
-    lengths, last = rollouts.gen_lens, rollouts.prompt_lens + rollouts.gen_lens - 1
-    tokens = rollouts.ids.gather(1, last[:, None])[:, 0].tolist()
-    cut = {int(length) for length, token in zip(lengths, tokens, strict=True) if token not in ends}
+    cut = {len(response) for response in rollouts.responses if response[-1] not in ends}
     if not cut or config.generation.stop:
         return max(config.generation.max_new_tokens, rollouts.max_gen_len)
     if cut != {rollouts.max_gen_len}:

@@ -132,9 +132,9 @@ def unit_gradients(
 ) -> UnitGradients:
     """X_n and Y_n (`payloads`) of every prompt n, or their means within blocks of prompts.
 
-    Where the module detaches a part of itself (DoRA), X is the true derivative and Y the module's own autograd, because
-    that is what the trainer's step uses; where the two are one, and both are weighted ∇S, X and Y come from one forward
-    and one backward. Without `of_y` only X.
+    Where the module detaches a part of itself (DoRA), or its padding token is read, X is the true derivative and Y the
+    module's own autograd, because that is what the trainer's step uses; where the two are one, and both are weighted
+    ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
     """
     parameters = bound.registry.trainable
     if not parameters:
@@ -163,9 +163,10 @@ def unit_gradients(
             for k, n in itertools.product(range(len(sides)), range(len(units))):
                 own[k][n].add_(sums[name][k][n].cpu())
 
+    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(rollouts.tokens)
     done = 0
     for units, rows in _microbatches(rollouts, unit_of, config.generation.tf_batch_size):
-        if of_y is not None and bound.autograd_is_derivative and of_x.coefficients is None:
+        if of_y is not None and one_pass:
             add(units, rows, [(x, of_x), (y, of_y)], true=False)
         else:
             add(units, rows, [(x, of_x)], true=True)

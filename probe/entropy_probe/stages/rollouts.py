@@ -66,6 +66,18 @@ class Rollouts:
     def gen_mask(self) -> Bool[Tensor, "N T"]:
         return torch.arange(self.max_gen_len)[None, :] < self.gen_lens[:, None]
 
+    @cached_property
+    def responses(self) -> list[list[int]]:
+        """The tokens of every response."""
+        ends = (self.prompt_lens + self.gen_lens).tolist()
+        return [row[p:end] for row, p, end in zip(self.ids.tolist(), self.prompt_lens.tolist(), ends, strict=True)]
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, " K"]:
+        """Every token of every row, without padding."""
+        positions = torch.arange(self.ids.shape[1])[None, :]
+        return self.ids[positions < (self.prompt_lens + self.gen_lens)[:, None]]
+
     def of_prompts(self, prompts: Int[Tensor, " b"]) -> Rollouts:
         """The same for some prompts only."""
         rows = (prompts[:, None] * self.num_responses + torch.arange(self.num_responses)).reshape(-1)

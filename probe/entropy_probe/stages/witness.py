@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.baselines import rb_coefficients
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
@@ -58,11 +59,12 @@ def gradient_witness(
     of_x, of_y = payloads_by_loop(rollouts, scores, config)
     chosen = largest(of_y, units, 2)
     fast_x, fast_y = ({name: values[chosen] for name, values in side.items()} for side in (units.x, units.y))
-    if of_x.coefficients is None and bound.autograd_is_derivative:
+    own = bound.autograd_is_derivative_of(rollouts.tokens)
+    if of_x.coefficients is None and own:
         sums = _naive(bound, rollouts, units, chosen, [of_x, of_y], config, true=True)
     else:
         sums = _naive(bound, rollouts, units, chosen, [of_x], config, true=True)
-        sums += _naive(bound, rollouts, units, chosen, [of_y], config, true=bound.autograd_is_derivative)
+        sums += _naive(bound, rollouts, units, chosen, [of_y], config, true=own)
     (naive_x, scale_x), (naive_y, scale_y) = sums
     return Witness(
         u_cross=cross_moments(gram(naive_x, naive_y, precond)).u_cross,
@@ -141,6 +143,12 @@ def _naive(
             row = torch.tensor([n * group + g])
             scored = score_rows(bound, rollouts, row, config, true_derivative=true)
             loss = payloads[0].sums(scored.logp, scored.entropy, row).sum()
+            if not loss.requires_grad:
+                raise MeasurementError(
+                    "gradients",
+                    "no trainable parameter has a part in the scores",
+                    "load the adapter without merging it",
+                )
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             found = {k: d.reshape(-1).cpu() for k, d in zip(parameters, gradients, strict=True) if d is not None}
             size, rounding = norm(found), _ROUNDED * abs(float(loss.detach())) / (len(prompts) * group)
