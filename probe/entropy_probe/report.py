@@ -51,8 +51,8 @@ class CheckpointSection(_Section):
 
 class BatchSection(_Section):
     """One batch of responses; `num_tokens` counts the scored tokens. `given` is the file that was asked for, or
-    `sampled`; `early_eos` counts the responses with an EOS before their last token, `unended` those that end neither with
-    one nor at the length limit (`None` where the limit is not known, or stop strings end responses too)."""
+    `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end neither
+    with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too)."""
 
     num_prompts: int
     num_responses: int
