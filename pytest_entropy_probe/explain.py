@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,7 @@ def explanation(name: str) -> str:
     from entropy_probe_checks.criteria import CRITERIA
 
     if name == ALL:
-        return "\n".join(_one(criterion) for criterion in CRITERIA.values())
+        return "\n".join([*(_one(criterion) for criterion in CRITERIA.values()), *_budgets()])
     if name not in CRITERIA:
         near = difflib.get_close_matches(name, CRITERIA, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"give {ALL}, {', '.join(CRITERIA)}"
@@ -29,7 +30,27 @@ def explanation(name: str) -> str:
     return _one(CRITERIA[name])
 
 
+def _budgets() -> Iterator[str]:
+    """What each budget sets, and which criteria it leaves out."""
+    from entropy_probe.budgets import BUDGETS
+    from entropy_probe_checks.criteria import CRITERIA
+
+    yield "budgets (--probe-budget)"
+    for name, budget in BUDGETS.items():
+        values = (f"{section}.{key} {value}" for section, of in budget.values.items() for key, value in of.items())
+        yield _wrapped(name, ", ".join(values) or "the defaults")
+        without = [criterion.name for criterion in CRITERIA.values() if criterion.part in budget.left_out]
+        if without:
+            yield _wrapped("", f"without {', '.join(without)}")
+    yield ""
+
+
+def _wrapped(head: str, text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent=f"  {head:<9}", subsequent_indent=" " * 11)
+
+
 def _one(criterion: Criterion) -> str:
+    from entropy_probe.budgets import BUDGETS
     from entropy_probe_checks.thresholds import LIMITS
 
     limit = LIMITS[criterion.name]
@@ -40,8 +61,8 @@ def _one(criterion: Criterion) -> str:
         "limit": f"{value}{limit.source}.{where}",
         "failure": criterion.meaning,
     }
-    wrapped = [
-        textwrap.fill(text, 80, initial_indent=f"  {head:<9}", subsequent_indent=" " * 11)
-        for head, text in parts.items()
-    ]
+    without = [name for name, budget in BUDGETS.items() if criterion.part in budget.left_out]
+    if without:
+        parts["budget"] = f"not asked under {', '.join(without)}"
+    wrapped = [_wrapped(head, text) for head, text in parts.items()]
     return "\n".join([f"{criterion.name} (-m {criterion.family})", *wrapped, ""])

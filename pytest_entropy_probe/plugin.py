@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "rollouts": ("FILE", True, "responses on which the entropy is measured, in place of sampling (JSON lines)"),
     "update_rollouts": ("FILE", True, "responses from which the update is computed (JSON lines)"),
     "prompts": ("FILE", True, "prompts to sample from (JSON lines)"),
+    "budget": ("NAME", False, "how much is computed: smoke, standard or full; anything you set yourself stays"),
     "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),

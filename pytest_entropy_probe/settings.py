@@ -40,13 +40,14 @@ class Settings:
     json_path: Path | None = None
     plot_path: Path | None = None
     xfails_file: Path | None = None
+    budget: str | None = None
     device: str | None = None
     seed: int | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
         """The options that replace a configuration key, by dotted key."""
-        given = {"device": self.device, "batch.seed": self.seed}
+        given = {"budget": self.budget, "device": self.device, "batch.seed": self.seed}
         return {key: value for key, value in given.items() if value is not None}
 
     def json_file(self, name: str) -> Path | None:
@@ -76,6 +77,7 @@ def read_settings(config: pytest.Config) -> Settings:
         update_rollouts=_path(config, "update_rollouts", "file"),
         prompts=_path(config, "prompts", "file"),
         xfails_file=_path(config, "xfails", "file"),
+        budget=_budget(config),
         device=_text(config, "device"),
         seed=_seed(config),
     )
@@ -130,6 +132,17 @@ def _path(config: pytest.Config, key: str, kind: str) -> Path | None:
     if not (path.is_dir() if kind == "folder" else path.is_file()):
         raise pytest.UsageError(f"{label}: no such {kind}: {path}; give the path of an existing {kind}")
     return path
+
+
+def _budget(config: pytest.Config) -> str | None:
+    value = _text(config, "budget")
+    if value is None:
+        return None
+    from entropy_probe.budgets import BUDGETS
+
+    if value not in BUDGETS:
+        raise pytest.UsageError(f"{_origin(config, 'budget')[0]}: got {value!r}; give one of {', '.join(BUDGETS)}")
+    return value
 
 
 def _seed(config: pytest.Config) -> int | None:

@@ -82,12 +82,14 @@ class Summary:
         return [self._what(), *(self._limits() if self._config.get_verbosity() > 0 else ())]
 
     def _limits(self) -> list[str]:
-        """Every limit in force, and where it comes from."""
+        """The budget, and every limit in force with where it comes from."""
         from entropy_probe_checks.thresholds import in_force
 
-        limits = in_force(probe_config(self._config).model_dump(mode="json"))
+        config = probe_config(self._config)
+        limits = in_force(config.model_dump(mode="json"))
         shown = {name: "-" if value is None else number(value) for name, (value, _) in limits.items()}
-        return [f"  limit {name} = {shown[name]}: {source}" for name, (_, source) in limits.items()]
+        budget = f"  budget {config.budget}" + (f", without {', '.join(config.left_out)}" if config.left_out else "")
+        return [budget, *(f"  limit {name} = {shown[name]}: {source}" for name, (_, source) in limits.items())]
 
     def _what(self) -> str:
         here = self._config.invocation_params.dir

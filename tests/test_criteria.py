@@ -12,6 +12,7 @@ import pytest
 import entropy_probe_checks
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
+from entropy_probe.budgets import BUDGETS
 from entropy_probe.report import Estimate, Parts, SamplerParitySection, SamplingSection
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
@@ -47,6 +48,12 @@ def poisoned(report: ProbeReport, section: str, **changes: Any) -> ProbeReport:
 def with_row(report: ProbeReport, eta: float, **changes: Any) -> ProbeReport:
     rows = [row.model_copy(update=changes) if row.eta == eta else row for row in report.entropy_change]
     return report.model_copy(update={"entropy_change": rows})
+
+
+def without_range(report: ProbeReport, **changes: Any) -> ProbeReport:
+    """No Taylor tests, so nothing is known about the range of η that the dtype resolves."""
+    unknown = dict.fromkeys(("trusted_eta_min", "trusted_eta_max", "taylor_eta_min", "taylor_eta_max"))
+    return with_row(poisoned(report, "continuity", **unknown), LR, **changes)
 
 
 def every_row(report: ProbeReport, **changes: Any) -> ProbeReport:
@@ -86,6 +93,14 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=1e-12), "fail"),
         (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=math.nan), "fail"),
         (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=0.0), "fail"),
+    ],
+    "drawn_zero_check": [
+        *((lambda r, w=w: invariance(r, "zero_step", w), "fail") for w in (1e-12, math.nan)),
+        (lambda r: poisoned(r, "invariance", zero_step=None), "not_applicable"),
+    ],
+    "drawn_scaling": [
+        *((lambda r, w=w: invariance(r, "scaling", w), "fail") for w in (0.5, math.nan)),
+        (lambda r: poisoned(r, "invariance", scaling=None), "not_applicable"),
     ],
     "param_scaling": [
         (lambda r, x=x: poisoned(r, "continuity", param_ratio=x), "fail") for x in (2.1, 0.4, math.nan, 0.0, -1.0)
@@ -179,6 +194,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "continuity", trusted_eta_min=None, trusted_eta_max=None), "inconclusive"),
         (lambda r: poisoned(r, "continuity", trusted_eta_max=1e-15), "inconclusive"),
         (lambda r: poisoned(r, "continuity", trusted_eta_max=1e-15, taylor_eta_max=1e-15), "pass"),  # seen no further
+        (lambda r: without_range(r, in_range=True), "pass"),
+        (lambda r: without_range(r, difference=20.0, difference_se=0.2, in_range=True), "fail"),
         (lambda r: with_row(r, LR, difference=math.nan, in_range=True), "fail"),
         (lambda r: with_row(r, LR, difference=1.0, difference_se=0.0, in_range=True), "fail"),
         (lambda r: every_row(r, in_range=False), "inconclusive"),
@@ -265,6 +282,13 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: surprised(r, math.nan, 1.0), "fail"),
         (lambda r: surprised(r, 1.0, 0.0), "fail"),
         (lambda r: surprised(r, 0.0, 0.0), "pass"),
+    ],
+    "sweep_identity": [
+        (lambda r: poisoned(r, "update", slope_of_change=-9 * r.update.slope_of_change_size), "fail"),
+        (lambda r: poisoned(r, "update", slope_of_change=math.nan), "fail"),
+        (lambda r: every_row(r, delta_h_per_token=0.0), "fail"),
+        (lambda r: every_row(r, delta_h_rb=math.nan), "fail"),
+        (lambda r: every_row(r, reliable=False), "not_applicable"),
     ],
     "ends_at_eos": [
         (lambda r: poisoned(r, "batch", early_eos=1), "fail"),
@@ -363,6 +387,23 @@ def test_poison_is_seen(report: ProbeReport, name: str, poison: Any, status: str
     verdict = CRITERIA[name](poison(report))
     assert verdict.status == status, verdict
     assert verdict.hint
+
+
+def test_what_the_budget_leaves_out_is_not_asked(report: ProbeReport) -> None:
+    """Whatever stands in the report, and never a pass; a budget has no part that no criterion needs."""
+    parts = {criterion.part for criterion in CRITERIA.values()} - {None}
+    for name, budget in BUDGETS.items():
+        assert set(budget.left_out) <= parts
+        asked = report.model_copy(
+            update={"left_out": list(budget.left_out), "config": {**report.config, "budget": name}}
+        )
+        for criterion in CRITERIA.values():
+            verdict = criterion(asked)
+            if criterion.part in budget.left_out:
+                assert (verdict.status, verdict.value) == ("not_applicable", None)
+                assert verdict.hint == f"left out by budget {name}"
+            else:
+                assert verdict == criterion(report)
 
 
 def test_limits_can_be_set(report: ProbeReport) -> None:

@@ -33,3 +33,7 @@ def test_prediction(_probe_judge):
 
 def test_slope_identity(_probe_judge):
     _probe_judge(prediction.slope_identity)
+
+
+def test_sweep_identity(_probe_judge):
+    _probe_judge(prediction.sweep_identity)

@@ -15,6 +15,10 @@ def test_logit_scaling(_probe_judge):
     _probe_judge(scaling.logit_scaling)
 
 
+def test_drawn_scaling(_probe_judge):
+    _probe_judge(scaling.drawn_scaling)
+
+
 def test_logit_slope(_probe_judge):
     _probe_judge(scaling.logit_slope)
 

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--rollouts", type=Path, metavar="FILE", help="E batch: responses to use in place of sampling")
     run.add_argument("--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from")
     run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to sample from")
+    run.add_argument("--budget", help="how much is computed: smoke, standard or full (default: standard)")
     run.add_argument("--device", help="where it runs (default: cpu)")
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
     return main_parser
@@ -51,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
-    overrides = {"device": arguments.device, "batch.seed": arguments.seed}
+    overrides = {"budget": arguments.budget, "device": arguments.device, "batch.seed": arguments.seed}
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
     is_demo = arguments.checkpoint == "demo"
     report = run_probe(

@@ -1,4 +1,4 @@
-"""Configuration: one frozen model per section, read from defaults < pyproject < YAML < command line.
+"""Configuration: one frozen model per section, read from defaults < budget < pyproject < YAML < command line.
 
 `ProbeConfig.load` is the only reader. Unknown keys and impossible values raise `ConfigError` on one line that
 names the key and, for a misspelt key, the nearest valid one.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from entropy_probe.budgets import BUDGETS, Name, Part
 from entropy_probe.errors import ConfigError
 
 DType = Literal["float32", "float64"]
@@ -147,6 +149,12 @@ class UpdateConfig(_Section):
     max_grad_norm: PositiveFloat | None = None
 
 
+class InvarianceConfig(_Section):
+    """`max_examples` cases are drawn on which padding, batch, pieces, η = 0 and scaling are tried; 0: none."""
+
+    max_examples: Annotated[int, Field(ge=0)] = 5
+
+
 _Config = TypeVar("_Config", bound="SequenceConfig")
 
 
@@ -168,16 +176,35 @@ class SequenceConfig(_Section):
 
 
 class ProbeConfig(SequenceConfig):
-    """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults."""
+    """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults.
 
+    The values of the `budget` (`budgets.py`) stand where nothing else is given.
+    """
+
+    budget: Name = "standard"
     device: Annotated[str, AfterValidator(_is_device)] = "cpu"
     generation: Annotated[GenerationConfig, AfterValidator(_has_groups)] = GenerationConfig()
     batch: BatchConfig = BatchConfig()
     first_order: FirstOrderConfig = FirstOrderConfig()
     true_delta_h: TrueDeltaHConfig = TrueDeltaHConfig()
     update: UpdateConfig = UpdateConfig()
+    invariance: InvarianceConfig = InvarianceConfig()
     limits: dict[str, FiniteFloat] = {}
     allow_inconclusive: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_budget(cls, values: Any) -> Any:
+        name = values.get("budget", "standard") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in BUDGETS:
+            return values
+        under = BUDGETS[name].values
+        return _merge(under, {key: _given(value) if key in under else value for key, value in values.items()})
+
+    @property
+    def left_out(self) -> tuple[Part, ...]:
+        """The parts of the measurement that the budget leaves out."""
+        return BUDGETS[self.budget].left_out
 
     @classmethod
     def load(
@@ -221,7 +248,12 @@ def _read_pyproject(path: Path) -> dict[str, Any]:
     return table
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _given(section: Any) -> Any:
+    """What the user set of a section, as a table."""
+    return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)

@@ -155,8 +155,10 @@ class UpdateSection(_Section):
 
     `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
     configured baseline. `eta_star` belongs to what is predicted: the slope cross-fitted where one batch serves as both,
-    per token where `true_delta_h.normalize` says so. `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` =
-    −X̄ᵀD·Y_u·(its share of the prompts), for every unit of the U batch, add up to −X̄ᵀv.
+    per token where `true_delta_h.normalize` says so. `slope_of_change` is the derivative at η = 0 of the estimator
+    behind `delta_h_rb` itself, at top_p = 1, and `slope_of_change_size` the sum of the absolute values of its terms.
+    `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the prompts), for every
+    unit of the U batch, add up to −X̄ᵀv.
     """
 
     norm: float
@@ -173,6 +175,8 @@ class UpdateSection(_Section):
     slope_by_unit: list[float]
     delta_h1_per_lr_per_token: float
     delta_h1_per_lr_per_token_se: float
+    slope_of_change: float
+    slope_of_change_size: float
     curvature: float | None
     curvature_se: float | None
     curvature_per_token: float
@@ -249,6 +253,7 @@ class ContinuitySection(_Section):
     against η of ‖Δlogits‖ and |ΔĤ| (1) and of the Taylor remainder (`taylor_order`, 2), ΔĤ's `taylor_slope` at 0 and
     the relative error of its difference against the derivative by JVP, the `taylor_radius` within which one order of
     its series is smaller than the one before, and the range of η in which ΔĤ in the configured dtype is within 10 %.
+    All of these are `None` where the budget leaves them out.
     """
 
     zero_check_max_abs: float
@@ -266,9 +271,9 @@ class ContinuitySection(_Section):
     identity_error_per_token: float | None
     trusted_eta_min: float | None
     trusted_eta_max: float | None
-    taylor_eta_min: float
-    taylor_eta_max: float
-    taylor_radius: float
+    taylor_eta_min: float | None
+    taylor_eta_max: float | None
+    taylor_radius: float | None
     taylor_slope: float | None
 
 
@@ -281,12 +286,20 @@ class WorstCase(_Section):
 
 
 class InvarianceSection(_Section):
-    """What a token's scores must not depend on: padding, neighbours in the batch, pieces in which logits are read."""
+    """What a token's scores must not depend on: padding, neighbours in the batch, pieces in which logits are read.
+
+    On rows of the batch and on `num_examples` drawn cases; of all, the one nearest to its bound. On drawn cases alone,
+    `None` without: max|Δlogits| at θ + 0·v in the configured dtype (`zero_step`), and 1 − min(r, 1/r) in true float64
+    with r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000 (`scaling`; `None` too where rounding hides every change).
+    """
 
     padding: WorstCase
     batch: WorstCase
     chunk: WorstCase
     precision: WorstCase
+    zero_step: WorstCase | None
+    scaling: WorstCase | None
+    num_examples: int
 
 
 class SamplerParitySection(_Section):
@@ -360,10 +373,13 @@ class Verdict(_Section):
 
 
 class ProbeReport(_Section):
+    """`left_out` are the parts of the measurement that the budget left out."""
+
     schema_version: int = SCHEMA_VERSION
     probe_version: str
     checkpoint: CheckpointSection
     config: dict[str, Any]
+    left_out: list[str]
     batch: BatchSection
     update_batch: BatchSection
     sampling: SamplingSection | None

@@ -24,6 +24,7 @@ from entropy_probe.stages.batches import draw_batches, redraw_for, redrawn_share
 from entropy_probe.stages.moments import moments_match
 from entropy_probe.stages.optimizer_step import optimizer_step_agreement, preconditioner_agreement
 from entropy_probe.stages.projections import projection_agreement
+from entropy_probe.stages.properties import drawn_properties
 from entropy_probe.stages.real_step import real_step
 from entropy_probe.stages.rollouts import Rollouts, eos_ids
 from entropy_probe.stages.scores import score
@@ -147,11 +148,14 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             sources = slopes.slope_sources(units_e, units_u, direction)
         with clock("witnesses"):
             witness = asdict(gradient_witness(bound, u, scores_u, config, units_u, precond))
-            witness |= asdict(
-                projection_agreement(bound, e, of_x_e, config, units_e, precond, ascent, direction.v, along.at_theta)
-            )
+            if "projections" not in config.left_out:
+                witness |= asdict(
+                    projection_agreement(
+                        bound, e, of_x_e, config, units_e, precond, ascent, direction.v, along.at_theta
+                    )
+                )
             witness["curvature"] = None  # without the second derivative that the α-trick needs too
-            if witness["projections_alpha"] is not None:
+            if witness.get("projections_alpha") is not None and "curvature witness" not in config.left_out:
                 witness["curvature"] = curvature_witness(float64, e, scores_e, along, direction.v, config)
         with clock("entropy change"):
             etas = entropy_change.grid(config, lr, along.at_theta.d_seq_logp, reach)
@@ -163,13 +167,18 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         with clock("real step"):
             taken, missing = None, None
             try:
-                taken = real_step(float64, e, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
+                if "real step" not in config.left_out:
+                    taken = real_step(float64, e, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
             except NoCopyError as error:  # the rest of the report does not need it
                 missing = str(error)
+        with clock("properties"):
+            drawn = drawn_properties(bound, float64, config, eos_ids(bound.language_model, checkpoint.tokenizer))
         with clock("continuity"):
             zero = continuity.zero_check(bound, e, direction.v)
             scaling = continuity.scaling(float64, e, direction.v)
-            taylor = continuity.taylor(float64, bound, e, scores_e, direction.v, config)
+            taylor = None
+            if "taylor" not in config.left_out:
+                taylor = continuity.taylor(float64, bound, e, scores_e, direction.v, config)
             invariant = invariance.invariance(bound, float64, e, config)
             covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
@@ -179,6 +188,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         probe_version=__version__,
         checkpoint=sections.checkpoint_section(checkpoint, name),
         config=config.model_dump(mode="json"),
+        left_out=list(config.left_out),
         batch=sections.batch_section(e, same_batch, config, prepared.given[0], eos),
         update_batch=sections.batch_section(u, same_batch, config, prepared.given[1], eos),
         sampling=sections.sampling_section(prepared.redrawn),
@@ -189,7 +199,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         entropy_change=[sections.change_row(*row, reach, min_ess) for row in zip(changes, predicted, strict=True)],
         continuity=sections.continuity_section(zero, scaling, taylor),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
-        invariance=r.InvarianceSection(**asdict(invariant)),
+        invariance=sections.invariance_section(invariant, drawn),
         witness=witness,
         real_step=None if taken is None else r.RealStepSection(**asdict(taken)),
         real_step_missing=missing,

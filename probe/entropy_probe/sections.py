@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
+from entropy_probe.stages.invariance import Invariance, WorstDifference
 from entropy_probe.stages.moments import MomentsMatch
 from entropy_probe.stages.optimizer_step import StepAgreement
+from entropy_probe.stages.properties import Drawn, nearest
 from entropy_probe.stages.rollouts import Rollouts, early_eos
 from entropy_probe.stages.scores import Scores
 from entropy_probe.stages.slopes import Slopes, SlopeSources
@@ -205,6 +207,8 @@ def update_section(
         slope_by_unit=sources.by_unit.tolist(),
         delta_h1_per_lr_per_token=along.per_token.value,
         delta_h1_per_lr_per_token_se=along.per_token.se,
+        slope_of_change=float(along.of_change.sum()),
+        slope_of_change_size=float(along.of_change.abs().sum()),
         curvature=along.curvature.value,
         curvature_se=along.curvature.se,
         curvature_per_token=along.per_token_curvature.value,
@@ -255,8 +259,15 @@ def change_row(
     )
 
 
+# Names of the section → names of `Taylor`.
+_OF_TAYLOR = {
+    f"taylor_{f.name}" if f.name in ("eta_min", "eta_max", "radius", "slope") else f.name: f.name
+    for f in fields(continuity.Taylor)
+}
+
+
 def continuity_section(
-    zero: continuity.ZeroCheck, scaling: continuity.Scaling, taylor: continuity.Taylor
+    zero: continuity.ZeroCheck, scaling: continuity.Scaling, taylor: continuity.Taylor | None
 ) -> r.ContinuitySection:
     return r.ContinuitySection(
         zero_check_max_abs=zero.max_abs,
@@ -265,20 +276,26 @@ def continuity_section(
         eta_tiny=continuity.ETA_TINY,
         param_ratio=scaling.param_ratio,
         logit_ratio=scaling.logit_ratio,
-        taylor_order=taylor.taylor_order,
-        logit_slope=taylor.logit_slope,
-        logit_monotone=taylor.logit_monotone,
-        delta_h_slope=taylor.delta_h_slope,
-        identity_error_naive=taylor.identity_error_naive,
-        identity_error_rb=taylor.identity_error_rb,
-        identity_error_per_token=taylor.identity_error_per_token,
-        trusted_eta_min=taylor.trusted_eta_min,
-        trusted_eta_max=taylor.trusted_eta_max,
-        taylor_eta_min=taylor.eta_min,
-        taylor_eta_max=taylor.eta_max,
-        taylor_radius=taylor.radius,
-        taylor_slope=taylor.slope,
+        **{key: None if taylor is None else getattr(taylor, name) for key, name in _OF_TAYLOR.items()},
     )
+
+
+def invariance_section(fixed: Invariance, drawn: Drawn | None) -> r.InvarianceSection:
+    """The rows of the batch and the drawn cases together: of each property the difference nearest to its bound."""
+    both = [fixed] if drawn is None else [fixed, drawn]
+    return r.InvarianceSection(
+        padding=_worst_case(*(measured.padding for measured in both)),
+        batch=_worst_case(*(measured.batch for measured in both)),
+        chunk=_worst_case(*(measured.chunk for measured in both)),
+        precision=_worst_case(fixed.precision),
+        zero_step=None if drawn is None else _worst_case(drawn.zero_step),
+        scaling=None if drawn is None or drawn.scaling is None else _worst_case(drawn.scaling),
+        num_examples=0 if drawn is None else drawn.num_examples,
+    )
+
+
+def _worst_case(*found: WorstDifference) -> r.WorstCase:
+    return r.WorstCase(**asdict(nearest(*found)))
 
 
 def preconditioner_section(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe import run
+from entropy_probe import run, sections
 from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
@@ -493,6 +493,12 @@ def standard_error_of_a_sum(patch: Patch) -> None:
     _statistic(patch, lambda s, u: {"se_plugin": s.se_plugin * u})
 
 
+@fault("llama", "delta_h1_identity")
+def delta_h1_with_the_wrong_sign(patch: Patch) -> None:
+    """δH₁ = lr·U_cross."""
+    then(patch, sections.first_order_section, lambda f: f.model_copy(update={"delta_h1": -f.delta_h1}))
+
+
 @fault("llama", "two_batch_identity")
 def interaction_counted_twice(patch: Patch) -> None:
     """The standard error across two batches holds the interaction of prompts in both of its terms."""
@@ -670,9 +676,16 @@ def _stepped(patch: Patch, change: Callable[[Any, dict[str, Tensor], float], dic
     )
 
 
+@fault("llama", "sweep_identity")
+def realised_at_the_opposite_step(patch: Patch) -> None:
+    """ΔH is measured at θ − ηv."""
+    original = overrides.theta_plus_eta_v
+    patch.setattr(entropy_change, "theta_plus_eta_v", lambda r, v, eta, dtype: original(r, v, -eta, dtype))
+
+
 @fault(
     "llama",
-    "zero_check zero_step_change zero_step_ess param_scaling",
+    "zero_check zero_step_change zero_step_ess param_scaling drawn_scaling drawn_zero_check",
     also="change_identity curvature_witness delta_h_slope logit_scaling real_step taylor_order",
 )
 def not_theta_at_zero(patch: Patch) -> None:
@@ -682,7 +695,7 @@ def not_theta_at_zero(patch: Patch) -> None:
 
 @fault(
     "llama",
-    "zero_check zero_step_change zero_step_ess param_scaling logit_scaling",
+    "zero_check zero_step_change zero_step_ess param_scaling logit_scaling drawn_scaling drawn_zero_check",
     also="change_identity curvature_witness delta_h_slope logit_slope projections_agree real_step slope_identity "
     "taylor_order",
 )
@@ -693,7 +706,7 @@ def added_in_bfloat16(patch: Patch) -> None:
 
 @fault(
     "llama",
-    "param_scaling logit_scaling logit_slope",
+    "param_scaling logit_scaling logit_slope drawn_scaling",
     also="change_identity curvature_witness delta_h_slope real_step taylor_order",
 )
 def added_in_float32(patch: Patch) -> None:
@@ -823,7 +836,8 @@ def rows_normalised_together(patch: Patch) -> None:
 
 @fault(
     "gpt2",
-    "zero_check zero_step_change zero_step_ess logit_scaling batch_invariance sampler_parity",
+    "zero_check zero_step_change zero_step_ess logit_scaling batch_invariance sampler_parity drawn_scaling "
+    "drawn_zero_check",
     also="change_identity chunk_invariance curvature_witness delta_h_slope gradient_witness logit_slope "
     "padding_invariance precision_invariance projections_agree real_step slope_identity taylor_order virtual_step",
 )
@@ -838,7 +852,11 @@ def dropout_left_on(patch: Patch) -> None:
     then(patch, run.load_checkpoint, training)
 
 
-@fault("llama", "precision_invariance", also="gradient_witness padding_invariance projections_agree slope_identity")
+@fault(
+    "llama",
+    "precision_invariance",
+    also="gradient_witness padding_invariance projections_agree slope_identity batch_invariance",
+)
 def autocast_left_on(patch: Patch) -> None:
     """The trainer's bf16 autocast is on during the forward."""
 
@@ -873,7 +891,11 @@ def products_in_tf32(patch: Patch) -> None:
     everywhere(patch, original, rounding)
 
 
-@fault("llama", "logit_scaling logit_slope", also="change_identity curvature_witness delta_h_slope taylor_order")
+@fault(
+    "llama",
+    "logit_scaling logit_slope drawn_scaling",
+    also="change_identity curvature_witness delta_h_slope taylor_order",
+)
 def float32_islands_in_float64(patch: Patch) -> None:
     """A float64 copy whose norms, rotary embeddings and softmax still run in float32."""
     plain = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))  # noqa: E731
@@ -883,7 +905,10 @@ def float32_islands_in_float64(patch: Patch) -> None:
 @fault(
     "llama",
     "change_identity gradient_witness projections_agree",
-    also="batch_invariance chunk_invariance delta_h_slope precision_invariance slope_identity taylor_order",
+    also=(
+        "batch_invariance chunk_invariance delta_h_slope precision_invariance slope_identity"
+        " taylor_order padding_invariance"
+    ),
 )
 def log_softmax_in_bfloat16(patch: Patch) -> None:
     """Logits are rounded to bf16 before the softmax."""
@@ -958,7 +983,7 @@ def another_base_model(patch: Patch) -> None:
 # --- which tokens are scored, and how
 
 
-@fault("llama", "chunk_invariance sampler_parity")
+@fault("llama", "chunk_invariance sampler_parity padding_invariance", also="batch_invariance")
 def logits_one_position_late(patch: Patch) -> None:
     """The token at i is scored with the logits at i, which have seen it."""
     original = BoundModel.read_logits
@@ -986,7 +1011,7 @@ def _lines(patch: Patch, change: Callable[[Any], Any]) -> None:
     patch.setattr(rollouts, "_assemble", lambda lines, *a: change(original(lines, *a)))
 
 
-@fault("llama", "chunk_invariance sampler_parity")
+@fault("llama", "chunk_invariance sampler_parity", also="batch_invariance")
 def window_one_token_early(patch: Patch) -> None:
     """The generated region starts and ends one token early."""
     original = scores.read_rows
@@ -1008,7 +1033,7 @@ def eos_dropped(patch: Patch) -> None:
     then(patch, run.draw_batches, lambda batches: tuple(map(dropped, batches)))
 
 
-@fault("llama", "sampler_parity on_policy")
+@fault("llama", "sampler_parity on_policy", also="ends_at_eos")
 def padding_scored(patch: Patch) -> None:
     """Every response counts as being as long as the longest."""
 
@@ -1030,7 +1055,11 @@ def tokens_after_eos(patch: Patch) -> None:
     patch.setattr(rollouts._LineReader, "read", read)
 
 
-@fault("temperature", "chunk_invariance gradient_witness projections_agree sampler_parity", also="slope_identity")
+@fault(
+    "temperature",
+    "chunk_invariance gradient_witness projections_agree sampler_parity",
+    also="slope_identity batch_invariance",
+)
 def temperature_in_the_gradients_only(patch: Patch) -> None:
     """Scores are those of temperature 1, gradients those of the configured one."""
     original = policy.score_tokens

@@ -85,9 +85,21 @@ def test_report_holds_the_verdicts_of_the_run(single: Run) -> None:
     report = json.loads((single.folder / "report.json").read_text())
     assert report["config"]["batch"]["seed"] == 3
     assert report["checkpoint"]["name"] == "demo"
+    assert report["left_out"] == []
+    assert report["invariance"]["num_examples"] == report["config"]["invariance"]["max_examples"] > 0
     verdicts = {verdict["criterion"]: verdict["status"] for verdict in report["verdicts"]}
     assert verdicts == {p["probe_criterion"]: p["probe_status"] for p in single.properties()}
     assert len(verdicts) > 10
+
+
+def test_drawn_cases_leave_nothing_behind(single: Run, distributed: Run) -> None:
+    """No folder of hypothesis' own, and the same cases in every process."""
+    for run in (single, distributed):
+        assert not list(run.folder.rglob(".hypothesis"))
+    one, other = (
+        json.loads((distributed.folder / "reports" / f"{name}.json").read_text()) for name in ("demo", "again")
+    )
+    assert one["invariance"] == other["invariance"]
 
 
 def test_workers_hand_over_reports_and_verdicts(distributed: Run) -> None:

@@ -50,11 +50,11 @@ def test_fixtures_of_the_users_own_do_not_reach_the_checks(project: pytest.Pytes
         "import pytest\n" + "".join(f"@pytest.fixture\ndef {name}(): return lambda *_: None\n" for name in names)
     )
     result = project.runpytest_subprocess("--probe-checkpoint=ckpt")
-    result.assert_outcomes(passed=1, failed=1, skipped=33)
+    result.assert_outcomes(passed=1, failed=1, skipped=50)
     result.stdout.fnmatch_lines(["*ckpt: has neither config.json nor adapter_config.json; *"])
 
 
-@pytest.mark.parametrize("option", ["checkpoint", "config", "json", "seed", "rollouts", "device"])
+@pytest.mark.parametrize("option", ["checkpoint", "config", "json", "seed", "rollouts", "device", "budget"])
 def test_empty_values_are_refused(project: pytest.Pytester, option: str) -> None:
     given = () if option == "checkpoint" else ("--probe-checkpoint=ckpt",)
     result = project.runpytest_subprocess(*given, f"--probe-{option}=")

@@ -16,6 +16,7 @@ from entropy_probe_checks.criteria.verdicts import (
     largest,
     not_applicable,
     of_a_normal,
+    part,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -45,7 +46,7 @@ def optimizer_step_norm(report: ProbeReport) -> Finding:
     return at_most(abs(ratio - 1), limit_for(report, "optimizer_step_norm"), detail=_where(report))
 
 
-@Criterion
+@part("curvature witness")
 def curvature_witness(report: ProbeReport) -> Finding:
     """Difference between D²_v by central differences and by reverse mode twice, on two prompts, relative to its terms.
 
@@ -58,7 +59,7 @@ def curvature_witness(report: ProbeReport) -> Finding:
     return at_most(value, limit_for(report, "curvature_witness"))
 
 
-@Criterion
+@part("real step")
 def virtual_step(report: ProbeReport) -> Finding:
     """|ΔH after θ + lr·v is written into a copy − ΔH by functional override|, and whether the copy was put back.
 
@@ -72,7 +73,7 @@ def virtual_step(report: ProbeReport) -> Finding:
     return at_most(step.virtual_difference, limit)
 
 
-@Criterion
+@part("real step")
 def real_step(report: ProbeReport) -> Finding:
     """Largest relative difference in S and ΔH between θ + lr·v and a copy after one step of torch's own optimizer.
 
@@ -99,15 +100,51 @@ def prediction(report: ProbeReport) -> Finding:
     in_range, limit = [row for row in rows if row.in_range], limit_for(report, "prediction")
     if not in_range:
         return inconclusive(_why_out_of_range(rows), None, limit)
-    seen = report.continuity
-    low, high = seen.trusted_eta_min or math.inf, seen.trusted_eta_max or math.inf
-    high = math.inf if high >= seen.taylor_eta_max else high  # nothing was looked at beyond
+    low, high = _resolved(report)
     judged = [row for row in in_range if low <= abs(row.eta) <= high]
     if not judged:
         dtype = report.config["precision"]["func_override"]["dtype"]
         return inconclusive(f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit)
     worst = largest(*(in_se(row.difference, row.difference_se) for row in judged))
     return at_most(of_a_normal(worst, report.batch.num_prompts - 1), limit)
+
+
+@Criterion
+def sweep_identity(report: ProbeReport) -> Finding:
+    """|[ΔH(η) − ΔH(−η)]/2η − the derivative of this estimator on these responses|, relative to its terms; the best ±η.
+
+    The realised changes are not measured at θ + ηv: another direction, sign or length of the step, other responses or
+    other weights than those of the slope. There is no sampling noise in this difference.
+    """
+    rows = {row.eta: row for row in report.entropy_change if row.reliable and row.method == "snis"}
+    low, high = _resolved(report)
+    pairs = [eta for eta in rows if eta > 0 and -eta in rows and low <= eta <= high]
+    if report.config["generation"]["top_p"] < 1.0:
+        return not_applicable("top_p < 1: the weights are those of the restricted policy.")
+    if not pairs:
+        return not_applicable("No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas.")
+    update = report.update
+    mean_length = report.batch.num_tokens / (report.batch.num_prompts * report.batch.num_responses)
+    size = update.slope_of_change_size / mean_length
+    found = []
+    for eta in pairs:
+        per_token = (rows[eta].delta_h_per_token - rows[-eta].delta_h_per_token) / (2 * eta)
+        off = abs(per_token - update.delta_h1_per_lr_per_token) / size if size > 0 else abs(per_token)
+        if report.config["true_delta_h"]["normalize"] == "per_sequence":
+            change = (rows[eta].delta_h_rb - rows[-eta].delta_h_rb) / (2 * eta)
+            off = largest(off, abs(change - update.slope_of_change) / (size * mean_length) if size > 0 else abs(change))
+        found.append(off)
+    best = min(found, key=lambda off: math.inf if math.isnan(off) else off)
+    return at_most(best, limit_for(report, "sweep_identity"))
+
+
+def _resolved(report: ProbeReport) -> tuple[float, float]:
+    """The range of η that the configured dtype resolves, without an end where nothing was looked at."""
+    seen = report.continuity
+    if seen.taylor_eta_max is None:
+        return 0.0, math.inf
+    low, high = seen.trusted_eta_min or math.inf, seen.trusted_eta_max or math.inf
+    return low, math.inf if high >= seen.taylor_eta_max else high
 
 
 def _why_out_of_range(rows: Sequence[Any]) -> str:

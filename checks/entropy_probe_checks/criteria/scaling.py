@@ -13,6 +13,7 @@ from entropy_probe_checks.criteria.verdicts import (
     inconclusive,
     largest,
     not_applicable,
+    part,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -37,12 +38,25 @@ def logit_scaling(report: ProbeReport) -> Finding:
     return at_most(factor_from_one(report.continuity.logit_ratio), limit_for(report, "logit_scaling"))
 
 
+@Criterion
+def drawn_scaling(report: ProbeReport) -> Finding:
+    """1 − min(r, 1/r) with r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000 in true float64, on drawn rows along drawn v.
+
+    Along some few tensors the logits do not follow η, which a v that moves every tensor hides: a cast, a cached weight
+    or a random number in the one module that the example names.
+    """
+    measured = report.invariance.scaling
+    if measured is None:
+        return not_applicable("invariance.max_examples is 0, or no drawn v moves a logit above rounding.")
+    return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
+
+
 def _off_from(value: float | None, expected: float, limit: float, missing: str) -> Finding:
     """|value − expected|; NaN and infinities never pass."""
     return not_applicable(missing) if value is None else at_most(abs(value - expected), limit)
 
 
-@Criterion
+@part("taylor")
 def logit_slope(report: ProbeReport) -> Finding:
     """|log-log slope of ‖Δlogits‖ against η − 1| over four decades of η, in true float64.
 
@@ -55,7 +69,7 @@ def logit_slope(report: ProbeReport) -> Finding:
     return _off_from(report.continuity.logit_slope, 1.0, limit, "No logit moves along v.")
 
 
-@Criterion
+@part("taylor")
 def delta_h_slope(report: ProbeReport) -> Finding:
     """|log-log slope of |ΔH| against η − 1| in the range of first order, on a few responses in true float64.
 
@@ -65,7 +79,7 @@ def delta_h_slope(report: ProbeReport) -> Finding:
     return _off_from(report.continuity.delta_h_slope, 1.0, limit_for(report, "delta_h_slope"), missing)
 
 
-@Criterion
+@part("taylor")
 def taylor_order(report: ProbeReport) -> Finding:
     """|log-log slope of the remainder |ΔH − η·derivative| against η − 2|, the derivative being this estimator's own.
 
@@ -78,7 +92,7 @@ def taylor_order(report: ProbeReport) -> Finding:
     return _off_from(report.continuity.taylor_order, 2.0, limit_for(report, "taylor_order"), missing)
 
 
-@Criterion
+@part("taylor")
 def change_identity(report: ProbeReport) -> Finding:
     """Largest relative error of dΔH/dη at 0 by finite difference against its JVP: naive, Rao-Blackwell, per token.
 
@@ -95,7 +109,7 @@ def change_identity(report: ProbeReport) -> Finding:
     return at_most(largest(*found), limit_for(report, "change_identity"))
 
 
-@Criterion
+@part("taylor")
 def step_resolved(report: ProbeReport) -> Finding:
     """Smallest step at which ΔH in the configured precision is within 10 % of that in true float64, over lr.
 
@@ -107,7 +121,7 @@ def step_resolved(report: ProbeReport) -> Finding:
     limit = limit_for(report, "step_resolved")
     if seen.trusted_eta_min is None or seen.trusted_eta_max is None:
         return inconclusive("ΔH differs from that in float64 at every η: measure in float64 (precision).", None, limit)
-    if seen.trusted_eta_max < min(lr, seen.taylor_eta_max):
+    if seen.trusted_eta_max < min(lr, seen.taylor_eta_max or lr):
         detail = f"ΔH is resolved up to η = {seen.trusted_eta_max:.2g} only: measure in float64 (precision)."
         return inconclusive(detail, seen.trusted_eta_min / lr, limit)
     return at_most(seen.trusted_eta_min / lr, limit, otherwise="inconclusive")

@@ -18,6 +18,7 @@ from entropy_probe_checks.criteria.verdicts import (
     inconclusive,
     largest,
     not_applicable,
+    part,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -36,7 +37,7 @@ def gradient_witness(report: ProbeReport) -> Finding:
     return at_most(largest(*(d for d in differences if d is not None)), limit_for(report, "gradient_witness"))
 
 
-@Criterion
+@part("projections")
 def projections_agree(report: ProbeReport) -> Finding:
     """Largest |s_k − X_kᵀw| relative to ‖X_k‖·‖w‖: w = PȲ by a JVP and by the α-trick, w = v by the run's own JVP.
 

@@ -6,11 +6,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from scipy import stats
 
 from entropy_probe import ProbeReport, Verdict
+from entropy_probe.budgets import Part
 
 Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
 
@@ -30,10 +32,12 @@ class Criterion:
     """Call it with a report to get a `Verdict`.
 
     The first paragraph of the function's docstring says what is measured (`measures`), the second what a failure
-    usually means and what to do (`meaning`); the name of its file is its family.
+    usually means and what to do (`meaning`); the name of its file is its family. `part` is the part of the measurement
+    without which it is not asked, as some budgets leave it out.
     """
 
     judge: Callable[[ProbeReport], Finding]
+    part: Part | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +60,10 @@ class Criterion:
         return " ".join(first.split()), " ".join(second.split())
 
     def __call__(self, report: ProbeReport) -> Verdict:
-        found = self.judge(report)
+        if self.part in report.left_out:
+            found = not_applicable(f"left out by budget {report.config['budget']}")
+        else:
+            found = self.judge(report)
         asked = found.status in ("pass", "fail") or not found.detail
         return Verdict(
             criterion=self.name,
@@ -66,6 +73,11 @@ class Criterion:
             limit=found.limit,
             hint=f"{found.detail} {self.meaning}".strip() if asked else found.detail,
         )
+
+
+def part(name: Part) -> Callable[[Callable[[ProbeReport], Finding]], Criterion]:
+    """`@part(name)` in place of `@Criterion`: a criterion that is not asked where a budget leaves this part out."""
+    return partial(Criterion, part=name)
 
 
 def at_most(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, not_applicable
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -19,3 +19,16 @@ def zero_check(report: ProbeReport) -> Finding:
     if not measured.zero_check_bitwise and value == 0.0:
         value = float("nan")  # NaN logits compare unequal to themselves: their difference must not pass as zero
     return at_most(value, limit_for(report, "zero_check"))
+
+
+@Criterion
+def drawn_zero_check(report: ProbeReport) -> Finding:
+    """The same bit for bit on drawn rows, with drawn v in place of the update, in the configured precision.
+
+    On some rows, or with some tensors replaced, the functional path and the module itself disagree. The example names
+    them. Look for code that asks what a weight is (a Parameter, or the one it has seen) or that treats a token apart.
+    """
+    measured = report.invariance.zero_step
+    if measured is None:
+        return not_applicable("invariance.max_examples is 0.")
+    return at_most(measured.worst, limit_for(report, "drawn_zero_check"), detail=f"[{measured.example}]")

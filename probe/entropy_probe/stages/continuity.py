@@ -192,12 +192,12 @@ def taylor(
     entropy = float((weights * at_theta.rb_sum).sum())
     floor, rounding = _FLOOR * entropy, _ROUNDING * entropy / h
     slope = taylor_order = identity_naive = identity_rb = identity_per_token = None
-    smooth = True
+    smooth, size_of_terms = True, 0.0
     if derivatives is not None:
         d_seq_logp = derivatives.d_seq_logp
         naive_terms = snis_terms(weights, -at_theta.seq_logp, -d_seq_logp, d_seq_logp)
         rb_terms = snis_terms(weights, at_theta.rb_sum, derivatives.d_rb_sum, d_seq_logp)
-        slope = float(rb_terms.sum())
+        slope, size_of_terms = float(rb_terms.sum()), float(rb_terms.abs().sum())
         taylor_order = order(etas, delta_h - slope * etas, floor, _ORDER_RANGE * reach, _DECADES)
         identity_naive = identity_error(naive_by_difference, naive_terms, rounding)
         identity_rb = identity_error(slope_by_difference, rb_terms, rounding)
@@ -222,8 +222,9 @@ def taylor(
     trusted = torch.ones_like(etas, dtype=torch.bool)
     if bound.dtype is not torch.float64:
         there = _Along(bound, some, v, config, scores.of_prompts(prompts)).delta_h(etas)
-        scale = torch.maximum(delta_h.abs(), (slope_by_difference * etas).abs())  # ΔĤ may cross 0
-        trusted = longest_run((there - delta_h).abs() <= _TRUSTED * scale)
+        # ΔĤ may cross 0, and so few responses may give a slope near 0: a tenth of its terms is as good as any
+        first_order = max(abs(slope_by_difference), _TRUSTED * size_of_terms) * etas
+        trusted = longest_run((there - delta_h).abs() <= _TRUSTED * torch.maximum(delta_h.abs(), first_order))
     return Taylor(
         eta_min=float(etas[0]),
         eta_max=float(etas[-1]),

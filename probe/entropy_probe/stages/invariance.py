@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -33,7 +33,10 @@ class WorstDifference:
 
     @property
     def share(self) -> float:
-        return math.inf if math.isnan(self.worst) else self.worst / self.bound
+        """How much of its bound it takes: 0 where nothing differs, infinite for NaN and above a bound of 0."""
+        if self.worst == 0:
+            return 0.0
+        return self.worst / self.bound if self.bound > 0 and not math.isnan(self.worst) else math.inf
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,17 @@ def padding(model: BoundModel, rollouts: Rollouts) -> WorstDifference:
     longest = max(totals)
     limit = getattr(getattr(model.language_model, "config", None), "max_position_embeddings", None) or math.inf
     width = max(longest, int(min(longest + 3, limit)))
-    # a last row of full width makes the others as wide, and is dropped
-    widest = [*rows, [0] * width]
-    right = pad_sequence(list(map(torch.tensor, widest)), batch_first=True)[:-1]
-    left, mask = (padded[:-1] for padded in left_padded(widest, pad=0))
+    right, left, mask = padded_to(rows, width)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
-        of_right, of_left = _every_token(model, right, None), _every_token(model, left, mask)
+        of_right, of_left = every_token(model, right, None), every_token(model, left, mask)
         for i, row in enumerate(rows):
-            alone = _every_token(model, torch.tensor([row]), None)[0]
+            alone = every_token(model, torch.tensor([row]), None)[0]
             where = f"row {int(chosen[i])} of {len(row)} tokens"
             yield f"{where}, padded right", alone, of_right[i, : len(row) - 1]
             yield f"{where}, padded left", alone, of_left[i, width - len(row) :]
 
-    return _worst(model, width, differences())
+    return worst_difference(model, width, differences())
 
 
 @torch.no_grad()
@@ -93,12 +93,12 @@ def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
     chosen = _some_rows(rollouts)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
-        together = _generated(model, rollouts, chosen, config)
+        together = generated(model, rollouts, chosen, config)
         for i, row in enumerate(chosen):
-            alone = _generated(model, rollouts, row[None], config)[0]
+            alone = generated(model, rollouts, row[None], config)[0]
             yield f"row {int(row)} among {len(chosen)}", alone, together[i, : len(alone)]
 
-    return _worst(model, rollouts.ids.shape[1], differences())
+    return worst_difference(model, rollouts.ids.shape[1], differences())
 
 
 @torch.no_grad()
@@ -108,27 +108,33 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
     chosen = _some_rows(rollouts)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
-        pieces = _generated(model, rollouts, chosen, config, rows_at_once=_PIECE)
+        pieces = generated(model, rollouts, chosen, config, rows_at_once=_PIECE)
         for i, row in enumerate(chosen.tolist()):
             first, last = int(rollouts.prompt_lens[row]), int((rollouts.prompt_lens + rollouts.gen_lens)[row])
             last = min(last, first + _WHOLE)
             ids = rollouts.ids[row : row + 1, :last].to(model.device)
             logits = model.logits(ids, keep=slice(first - 1, last - 1))
-            scored = score_tokens(logits, ids[:, first:], policy.temperature, policy.top_p, torch.float64)
-            whole = torch.stack([scored.logp, scored.entropy], -1)[0]
+            whole = scored_whole(logits, ids[:, first:], policy.temperature)[0]
             yield f"row {row} in pieces of {_PIECE}", whole, pieces[i, : len(whole)]
 
-    return _worst(model, rollouts.ids.shape[1], differences())
+    return worst_difference(model, rollouts.ids.shape[1], differences())
 
 
 @torch.no_grad()
 def precision(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """The generated tokens of a row: in the configured precision, against true float64."""
     chosen = _some_rows(rollouts)
-
-    reference, configured = (_generated(model, rollouts, chosen, config) for model in (float64, bound))
+    reference, configured = (generated(model, rollouts, chosen, config) for model in (float64, bound))
     where = f"{len(chosen)} rows against float64"
-    return _worst(bound, rollouts.ids.shape[1], iter([(where, reference, configured)]))
+    return worst_difference(bound, rollouts.ids.shape[1], [(where, reference, configured)])
+
+
+def padded_to(rows: list[list[int]], width: int) -> tuple[Int[Tensor, "R W"], Int[Tensor, "R W"], Int[Tensor, "R W"]]:
+    """(rows padded right, rows padded left, mask of the latter), `width` columns each."""
+    widest = [*rows, [0] * width]  # makes the others as wide, and is dropped
+    right = pad_sequence(list(map(torch.tensor, widest)), batch_first=True)[:-1]
+    left, mask = (padded[:-1] for padded in left_padded(widest, pad=0))
+    return right, left, mask
 
 
 def _some_rows(rollouts: Rollouts) -> Tensor:
@@ -137,14 +143,23 @@ def _some_rows(rollouts: Rollouts) -> Tensor:
     return order[torch.linspace(0, len(order) - 1, min(_ROWS, len(order))).long()]
 
 
-def _generated(
+def generated(
     model: BoundModel, rollouts: Rollouts, rows: Tensor, config: ProbeConfig, rows_at_once: int | None = None
 ) -> Float[Tensor, "R T 2"]:
+    """(log p, entropy) of every generated token of some rows, by `score_rows`."""
     scored = score_rows(model, rollouts, rows, config, rows_at_once=rows_at_once)
     return torch.stack([scored.logp, scored.entropy], -1).double()
 
 
-def _every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Tensor, "N L 2"]:
+def scored_whole(
+    logits: Float[Tensor, "N L V"], tokens: Int[Tensor, "N L"], temperature: float
+) -> Float[Tensor, "N L 2"]:
+    """(log p, entropy) of tokens from whole logits."""
+    scored = score_tokens(logits, tokens, temperature, 1.0, torch.float64)
+    return torch.stack([scored.logp, scored.entropy], -1)
+
+
+def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Tensor, "N L 2"]:
     """(log p, entropy) of every token but the first, given those before it."""
     ids = ids.to(model.device)
     of_row, column = (i.flatten() for i in torch.meshgrid(*map(torch.arange, ids[:, 1:].shape), indexing="ij"))
@@ -159,16 +174,23 @@ def _every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[T
     return torch.stack(scores, -1).reshape(*ids[:, 1:].shape, 2)
 
 
-def _worst(model: BoundModel, width: int, differences: Iterator[tuple[str, Tensor, Tensor]]) -> WorstDifference:
+def worst_difference(
+    model: BoundModel, width: int, differences: Iterable[tuple[str, Tensor, Tensor]]
+) -> WorstDifference:
+    """The largest |difference| of (where, reference, other), and its bound for rows of `width` columns."""
     worst, scale, example = 0.0, 1.0, "none"
     for where, reference, other in differences:
-        difference = float((other - reference).abs().max())
-        scale = max(scale, float(reference.abs().max()))
+        difference = float((other - reference).masked_fill(other == reference, 0.0).abs().max())  # −∞ equals −∞
+        scale = max(scale, float(reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
         if difference > worst or (math.isnan(difference) and not math.isnan(worst)):
             worst, example = difference, f"{where}, {model.dtype}".replace("torch.", "")
+    return WorstDifference(worst, rounding(model, width, scale), example)
+
+
+def rounding(model: BoundModel, width: int, scale: float) -> float:
+    """Bound on what another order of summation does to numbers up to `scale`, over rows of `width` columns."""
     # Another order of summation moves each of the L terms of a sum by one rounding in a random direction, √L·eps of
     # its size; four times that over `depth` layers
     # is 12 times the largest difference seen over six architectures, 2 to 12 layers and 6 to 400 tokens.
     depth = getattr(getattr(model.language_model, "config", None), "num_hidden_layers", None) or 32
-    rounding = 4 * math.sqrt(depth * width) * torch.finfo(model.dtype).eps * scale
-    return WorstDifference(worst, rounding, example)
+    return 4 * math.sqrt(depth * width) * torch.finfo(model.dtype).eps * scale

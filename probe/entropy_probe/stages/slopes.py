@@ -21,6 +21,7 @@ from entropy_probe.estimators.slope import (
     per_token_slope,
     rb_slope,
 )
+from entropy_probe.estimators.taylor import snis_terms
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
@@ -106,13 +107,14 @@ def _derivatives_by_difference(
 @dataclass(frozen=True)
 class Slopes:
     """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline) and curvature,
-    per prompt of the E batch; D_v at θ, and D²_vS and D²_vR of its responses."""
+    per prompt of the E batch; the terms of dΔĤ_RB/dη at 0; D_v at θ, and D²_vS and D²_vR of its responses."""
 
     naive: PromptMean
     rb: dict[Baseline, PromptMean]
     per_token: PromptMean
     curvature: PromptMean
     per_token_curvature: PromptMean
+    of_change: Float[Tensor, "2 B G"]
     at_theta: Derivatives
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
@@ -167,6 +169,7 @@ def slopes_along(
         per_token=per_token_slope(scores.rb_sum, lengths, *first),
         curvature=curvature(scores.rb_sum, *first, d2_seq_logp, d2_rb_sum),
         per_token_curvature=per_token_curvature(scores.rb_sum, lengths, *first, d2_seq_logp, d2_rb_sum),
+        of_change=snis_terms(torch.full_like(lengths, 1 / lengths.numel()), scores.rb_sum, first[1], first[0]),
         at_theta=at_theta,
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
