@@ -1,0 +1,88 @@
+"""Second moments that belong to another tensor are seen, and those that belong to their own are left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.demo import checkpoint_path
+from entropy_probe.estimators.moments import exchange_evidence, log_correlations
+from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.run import prepare
+from entropy_probe.stages import gradients
+from entropy_probe.stages.moments import moments_match
+from entropy_probe.stages.scores import score
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def noisy(like: torch.Tensor, noise: float) -> torch.Tensor:
+    return like * (noise * torch.randn(like.shape, generator=GENERATOR, dtype=torch.float64)).exp()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_correlations_are_those_of_the_entries_at_which_both_are_positive(zeros: bool) -> None:
+    a, b = (torch.rand(3, 40, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
+    if zeros:
+        a[0, :5] = b[1, 3:9] = 0.0
+    z, count = log_correlations(a, b)
+    for i in range(3):
+        for j in range(3):
+            there = (a[i] > 0) & (b[j] > 0)
+            expected = torch.corrcoef(torch.stack([a[i][there].log(), b[j][there].log()]))[0, 1].atanh()
+            assert float(z[i, j]) == pytest.approx(float(expected), abs=1e-12)
+            assert int(count[i, j]) == int(there.sum())
+
+
+def test_evidence_is_symmetric_and_changes_sign_with_an_exchange() -> None:
+    """Exchanged moments: the evidence of that pair is what it was with the other sign. Constant or few entries: 0."""
+    squares = torch.rand(3, 200, generator=GENERATOR, dtype=torch.float64) + 0.1
+    moments = noisy(squares, 0.3)
+    own = exchange_evidence(squares, moments)
+    assert torch.equal(own, own.T)
+    assert bool((own.diagonal() == 0).all())
+    assert float(own[0, 1]) < -5
+    exchanged = exchange_evidence(squares, moments[[1, 0, 2]])
+    assert float(exchanged[0, 1]) == pytest.approx(-float(own[0, 1]))
+    assert bool((exchange_evidence(squares[:, :5], moments[:, :5]) == 0).all())
+    assert bool((exchange_evidence(torch.ones_like(squares), moments) == 0).all())
+
+
+def test_large_tensors_need_more_than_a_small_gain() -> None:
+    """With any number of entries, correlations 0.1 apart say nothing: entries share rows and columns."""
+    common = torch.randn(1, 100_000, generator=GENERATOR, dtype=torch.float64)
+    squares = (common + 0.3 * torch.randn(2, 100_000, generator=GENERATOR, dtype=torch.float64)).exp()
+    moments = squares[[1, 0]].log() + 0.8 * torch.randn(2, 100_000, generator=GENERATOR, dtype=torch.float64)
+    assert 0 < float(exchange_evidence(squares, moments.exp())[0, 1]) < 5
+
+
+def test_exchanged_states_of_the_demo_are_named() -> None:
+    """All states where they belong: no pair above 2. Two exchanged LoRA factors: that pair, above the limit."""
+    checkpoint = load_checkpoint(checkpoint_path())
+    prepared = prepare(checkpoint, ProbeConfig())
+    u, config = prepared.update_rollouts, prepared.config
+    scores = score(prepared.model, u, config)
+    y = gradients.unit_gradients(prepared.model, u, config, *gradients.payloads(u, scores, config)).y
+    found = moments_match(checkpoint.adam, y)
+    assert found.worst is not None
+    assert found.worst < 2
+    assert found.num_undecided < found.num_pairs / 3
+    prefix = "base_model.model.model.layers"
+    one, other = (f"{prefix}.{n}.mlp.gate_proj.lora_A.default.weight" for n in (0, 3))
+    states: dict[str, AdamState] = {**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}
+    exchanged = moments_match(states, y)
+    assert exchanged.worst is not None
+    assert exchanged.worst > 5
+    assert exchanged.pair is not None
+    assert set(exchanged.pair) == {one, other}
+
+
+def test_nothing_to_compare() -> None:
+    state = AdamState(torch.zeros(4), torch.rand(4), None, 1.0, 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    y = {name: torch.rand(2, 4, generator=GENERATOR) for name in "ab"}
+    assert moments_match({"a": state}, y).worst is None
+    assert moments_match({"a": state, "b": replace(state, step=0.0)}, y).worst is None
+    assert moments_match({"a": state, "b": state}, {**y, "b": torch.zeros(2, 4)}).num_pairs == 0
