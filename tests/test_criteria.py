@@ -83,6 +83,18 @@ def surprised(report: ProbeReport, value: float, se: float) -> ProbeReport:
     return poisoned(report, "entropy", surprise=Estimate(value=value, se=se))
 
 
+def bent(report: ProbeReport, curvature: float) -> ProbeReport:
+    """Changes that second order can be seen in: ½·η²·1e12·… beside a second derivative of `curvature`."""
+    rows = [row.model_copy(update={"delta_h_rb": row.eta**2 * 1e10}) for row in report.entropy_change]
+    report = report.model_copy(update={"entropy_change": rows})
+    return poisoned(report, "update", curvature_of_change=curvature * 2e10, curvature_of_change_size=2e10)
+
+
+def with_optimizer(report: ProbeReport, **changes: Any) -> ProbeReport:
+    optimizer = report.checkpoint.optimizer.model_copy(update=changes)
+    return poisoned(report, "checkpoint", optimizer=optimizer)
+
+
 def drawn_again(report: ProbeReport, same: float, other: float) -> ProbeReport:
     return report.model_copy(update={"sampling": SamplingSection(same_seed=same, other_seed=other)})
 
@@ -290,6 +302,16 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: every_row(r, delta_h_rb=math.nan), "fail"),
         (lambda r: every_row(r, reliable=False), "not_applicable"),
     ],
+    "curvature_identity": [
+        *((lambda r, x=x: bent(r, x), "fail") for x in (1e3, -1e3, math.nan)),
+        (lambda r: every_row(bent(r, 1e3), reliable=False), "not_applicable"),
+        (lambda r: poisoned(bent(r, 1e3), "update", curvature_of_change_size=1e-9), "not_applicable"),
+    ],
+    "optimizer_as_saved": [
+        (lambda r: with_optimizer(r, saved={"a": 3}), "fail"),
+        (lambda r: with_optimizer(r, saved={}), "fail"),
+        (lambda r: with_optimizer(r, read={}), "fail"),
+    ],
     "ends_at_eos": [
         (lambda r: poisoned(r, "batch", early_eos=1), "fail"),
         (lambda r: poisoned(r, "update_batch", early_eos=2), "fail"),
@@ -375,7 +397,8 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     assert verdict.criterion == name
     assert verdict.family == CRITERIA[name].family
     # nearly constant weights; no `logprobs` in the rollouts, and not from tag_pref
-    unasked = ("pareto_k", "sampler_parity", "gold_complete", "seeded")
+    # steps so small that second order is lost in rounding
+    unasked = ("pareto_k", "sampler_parity", "gold_complete", "seeded", "curvature_identity")
     assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 
 

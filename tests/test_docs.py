@@ -12,11 +12,13 @@ import yaml
 
 from entropy_probe import ProbeConfig, ProbeReport
 from entropy_probe.__main__ import parser
+from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS
 from pytest_entropy_probe.plugin import MARKERS, OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CRITERIA_PAGE = (ROOT / "docs" / "criteria.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -100,3 +102,15 @@ def test_nothing_speaks_of_machines_or_people() -> None:
         if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml") and name != "tests/test_docs.py" and path.is_file():
             found = banned.search(path.read_text())
             assert found is None or name == "tests/test_demo.py", f"{name}: {found}"
+
+
+def test_every_criterion_has_its_row() -> None:
+    """And every name in the first column of the table is a criterion."""
+    table = CRITERIA_PAGE.partition("## The criteria")[2].partition("\n## ")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(CRITERIA)
+
+
+def test_faults_named_among_the_criteria_are_planted() -> None:
+    planted = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE))
+    assert set(re.findall(r"fault `(\w+)`", CRITERIA_PAGE)) <= planted

@@ -37,3 +37,7 @@ def test_slope_identity(_probe_judge):
 
 def test_sweep_identity(_probe_judge):
     _probe_judge(prediction.sweep_identity)
+
+
+def test_curvature_identity(_probe_judge):
+    _probe_judge(prediction.curvature_identity)

@@ -37,3 +37,7 @@ def test_preconditioner_witness(_probe_judge):
 
 def test_moments_match(_probe_judge):
     _probe_judge(registry.moments_match)
+
+
+def test_optimizer_as_saved(_probe_judge):
+    _probe_judge(registry.optimizer_as_saved)

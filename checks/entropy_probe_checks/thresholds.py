@@ -38,6 +38,7 @@ LIMITS: dict[str, Limit] = (
             _limit("x_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
             _limit("y_coverage", 1.0, "a tensor without a gradient is missing from every dot product"),
             _limit("preconditioner_complete", 0.0, "a tensor without Adam state would silently get P = 1"),
+            _limit("optimizer_as_saved", 0.0, "what the file holds, counted before anything is mapped"),
             _limit("preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"),
             _limit("preconditioner_witness", 1e-12, "float64: 1e-15 measured; without bias correction 0.9"),
             _limit(
@@ -86,6 +87,7 @@ LIMITS: dict[str, Limit] = (
             _limit("virtual_step", 0.0, "the same numbers in the same operations"),
             _limit("real_step", 1e-12, "5e-15 measured at 32 layers in float64; a moment off by 1e-3 shows as 1e-9"),
             _limit("sweep_identity", 2e-2, "float32, small steps: at most 2e-3 measured; −v for v gives 0.9"),
+            _limit("curvature_identity", 2e-2, "float32: at most 2e-3 measured; without 2·D_vR·D_vS 7e-2"),
             _limit("prediction", 4.0, "standard errors of a normal; noise alone passes it once in 1e4"),
             _limit("slope_identity", 1e-4, "float32: 1e-6 measured"),
             _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),

@@ -25,7 +25,10 @@ class _Section(BaseModel):
 
 
 class OptimizerSection(_Section):
-    """The optimizer as the checkpoint recorded it; `covered` of `total` trainable tensors have a second moment."""
+    """The optimizer as the checkpoint recorded it; `covered` of `total` trainable tensors have a second moment.
+
+    `saved`: how many tensors stand under each set of hyper-parameters in the file; `read`: how many were taken with it.
+    """
 
     type: str
     lr: float
@@ -35,6 +38,8 @@ class OptimizerSection(_Section):
     step: int | None
     covered: int
     total: int
+    saved: dict[str, int]
+    read: dict[str, int]
 
 
 class CheckpointSection(_Section):
@@ -156,7 +161,8 @@ class UpdateSection(_Section):
     `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
     configured baseline. `eta_star` belongs to what is predicted: the slope cross-fitted where one batch serves as both,
     per token where `true_delta_h.normalize` says so. `slope_of_change` is the derivative at η = 0 of the estimator
-    behind `delta_h_rb` itself, at top_p = 1, and `slope_of_change_size` the sum of the absolute values of its terms.
+    behind `delta_h_rb` itself, at top_p = 1, and `slope_of_change_size` the sum of the absolute values of its terms;
+    `curvature_of_change` is its second derivative, from `curvature`, and the size of its terms.
     `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the prompts), for every
     unit of the U batch, add up to −X̄ᵀv.
     """
@@ -177,6 +183,8 @@ class UpdateSection(_Section):
     delta_h1_per_lr_per_token_se: float
     slope_of_change: float
     slope_of_change_size: float
+    curvature_of_change: float
+    curvature_of_change_size: float
     curvature: float | None
     curvature_se: float | None
     curvature_per_token: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
 
@@ -16,7 +17,8 @@ from entropy_probe.errors import printable
 from entropy_probe.estimators import advantages, importance, parity, prediction, two_batch, ustat
 from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.estimators.slope import PromptMean
-from entropy_probe.model.checkpoint import Checkpoint
+from entropy_probe.model.checkpoint import AdamState, Checkpoint
+from entropy_probe.model.checkpoint.optimizer import hyper_parameters
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
@@ -50,8 +52,14 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
             step=int(max(state.step for state in adam.values())),
             covered=sum(state.step > 0 for state in adam.values()),
             total=len(adam),
+            saved=info.saved_states,
+            read=dict(Counter(_hyper_parameters(state) for state in adam.values() if state.step > 0)),
         ),
     )
+
+
+def _hyper_parameters(state: AdamState) -> str:
+    return hyper_parameters(state.lr, *state.betas, state.eps, state.weight_decay)
 
 
 def batch_section(
@@ -209,6 +217,8 @@ def update_section(
         delta_h1_per_lr_per_token_se=along.per_token.se,
         slope_of_change=float(along.of_change.sum()),
         slope_of_change_size=float(along.of_change.abs().sum()),
+        curvature_of_change=along.curvature_of_change[0],
+        curvature_of_change_size=along.curvature_of_change[1],
         curvature=along.curvature.value,
         curvature_se=along.curvature.se,
         curvature_per_token=along.per_token_curvature.value,

@@ -20,6 +20,9 @@ from entropy_probe_checks.criteria.verdicts import (
 )
 from entropy_probe_checks.thresholds import limit_for
 
+# Of an entropy: changes of it are rounded by some ulp of what they are made of.
+_ROUNDING = {"float32": 1e-6, "float64": 1e-14}
+
 
 @Criterion
 def optimizer_step_cosine(report: ProbeReport) -> Finding:
@@ -116,9 +119,7 @@ def sweep_identity(report: ProbeReport) -> Finding:
     The realised changes are not measured at θ + ηv: another direction, sign or length of the step, other responses or
     other weights than those of the slope. There is no sampling noise in this difference.
     """
-    rows = {row.eta: row for row in report.entropy_change if row.reliable and row.method == "snis"}
-    low, high = _resolved(report)
-    pairs = [eta for eta in rows if eta > 0 and -eta in rows and low <= eta <= high]
+    pairs = _pairs(report)
     if report.config["generation"]["top_p"] < 1.0:
         return not_applicable("top_p < 1: the weights are those of the restricted policy.")
     if not pairs:
@@ -127,15 +128,44 @@ def sweep_identity(report: ProbeReport) -> Finding:
     mean_length = report.batch.num_tokens / (report.batch.num_prompts * report.batch.num_responses)
     size = update.slope_of_change_size / mean_length
     found = []
-    for eta in pairs:
-        per_token = (rows[eta].delta_h_per_token - rows[-eta].delta_h_per_token) / (2 * eta)
+    for eta, (up, down) in pairs.items():
+        per_token = (up.delta_h_per_token - down.delta_h_per_token) / (2 * eta)
         off = abs(per_token - update.delta_h1_per_lr_per_token) / size if size > 0 else abs(per_token)
         if report.config["true_delta_h"]["normalize"] == "per_sequence":
-            change = (rows[eta].delta_h_rb - rows[-eta].delta_h_rb) / (2 * eta)
+            change = (up.delta_h_rb - down.delta_h_rb) / (2 * eta)
             off = largest(off, abs(change - update.slope_of_change) / (size * mean_length) if size > 0 else abs(change))
         found.append(off)
     best = min(found, key=lambda off: math.inf if math.isnan(off) else off)
     return at_most(best, limit_for(report, "sweep_identity"))
+
+
+@Criterion
+def curvature_identity(report: ProbeReport) -> Finding:
+    """|[ΔH(η) + ΔH(−η)]/η² − the second derivative of this estimator, from the curvature|, over its terms; the best ±η.
+
+    The curvature is not the second derivative of what is measured: a term of it is missing or has a wrong factor.
+    Second-order prediction and η* are wrong with it.
+    """
+    limit, update = limit_for(report, "curvature_identity"), report.update
+    if report.config["generation"]["top_p"] < 1.0 or report.config["true_delta_h"]["normalize"] != "per_sequence":
+        return not_applicable("It is asked of the entropy per response at top_p = 1.")
+    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(report.entropy.rb.value)
+    size = update.curvature_of_change_size
+    pairs = {eta: pair for eta, pair in _pairs(report).items() if eta**2 * size * limit > rounding}
+    if not pairs:
+        return not_applicable("At every ±η second order is lost in rounding.")
+    found = [
+        abs((up.delta_h_rb + down.delta_h_rb) / eta**2 - update.curvature_of_change) / size
+        for eta, (up, down) in pairs.items()
+    ]
+    return at_most(min(found, key=lambda off: math.inf if math.isnan(off) else off), limit)
+
+
+def _pairs(report: ProbeReport) -> dict[float, tuple[Any, Any]]:
+    """η > 0 → the rows at η and −η, where both are reliable and resolved."""
+    rows = {row.eta: row for row in report.entropy_change if row.reliable and row.method == "snis"}
+    low, high = _resolved(report)
+    return {eta: (row, rows[-eta]) for eta, row in rows.items() if low <= eta <= high and eta > 0 and -eta in rows}
 
 
 def _resolved(report: ProbeReport) -> tuple[float, float]:

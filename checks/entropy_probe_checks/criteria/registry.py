@@ -74,6 +74,19 @@ def preconditioner_complete(report: ProbeReport) -> Finding:
 
 
 @Criterion
+def optimizer_as_saved(report: ProbeReport) -> Finding:
+    """Number of tensors whose Adam state was read with other hyper-parameters than the file has, or not at all.
+
+    State in the file was not mapped to a parameter, or a group's learning rate, β, ε or decay was not taken: P and v
+    are those of another optimizer.
+    """
+    saved, read = report.checkpoint.optimizer.saved, report.checkpoint.optimizer.read
+    off = {key: abs(saved.get(key, 0) - read.get(key, 0)) for key in {*saved, *read}}
+    wrong = [key for key, count in off.items() if count]
+    return at_most(float(sum(off.values())), limit_for(report, "optimizer_as_saved"), detail=_some(sorted(wrong)))
+
+
+@Criterion
 def preconditioner_finite(report: ProbeReport) -> Finding:
     """Number of entries of P = 1/(√v̂ + ε) that are NaN or infinite.
 

@@ -60,6 +60,28 @@ def per_token_slope(
     return PromptMean(value + influence.mean(1))
 
 
+def curvature_of_change(
+    value: float,
+    rb_sum: Float[Tensor, "B G"],
+    d_seq_logp: Float[Tensor, "B G"],
+    d_rb_sum: Float[Tensor, "B G"],
+    d2_seq_logp: Float[Tensor, "B G"],
+    d2_rb_sum: Float[Tensor, "B G"],
+) -> tuple[float, float]:
+    """(second derivative at 0 of ΔĤ(η) = Σŵ⁺R⁺ on these responses, the size of its terms), from `curvature`'s value:
+
+        f″ = value − Cov(R, W)/(N−1) − 2·mean(D_vS)·[mean(D_vR) + Cov(R, D_vS)],   W = D²_vS + (D_vS)²
+
+    The self-normalised estimator subtracts the mean of all N responses where `curvature` leaves one out, and divides by
+    the sum of the weights, which moves with η by mean(D_vS).
+    """
+    second, centered = d2_seq_logp + d_seq_logp.square(), rb_sum - rb_sum.mean()
+    own = (centered * second).mean() / (rb_sum.numel() - 1)
+    by_weights = 2 * d_seq_logp.mean() * (d_rb_sum.mean() + (centered * d_seq_logp).mean())
+    size = (d2_rb_sum.abs() + 2 * (d_rb_sum * d_seq_logp).abs() + (centered * second).abs()).mean()
+    return value - float(own + by_weights), float(size)
+
+
 def per_token_curvature(
     rb_sum: Float[Tensor, "B G"],
     lengths: Float[Tensor, "B G"],

@@ -16,6 +16,7 @@ from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficie
 from entropy_probe.estimators.slope import (
     PromptMean,
     curvature,
+    curvature_of_change,
     naive_slope,
     per_token_curvature,
     per_token_slope,
@@ -107,7 +108,8 @@ def _derivatives_by_difference(
 @dataclass(frozen=True)
 class Slopes:
     """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline) and curvature,
-    per prompt of the E batch; the terms of dΔĤ_RB/dη at 0; D_v at θ, and D²_vS and D²_vR of its responses."""
+    per prompt of the E batch; the terms of dΔĤ_RB/dη at 0, and d²ΔĤ_RB/dη² with its size; D_v at θ, and D²_vS and D²_vR
+    of its responses."""
 
     naive: PromptMean
     rb: dict[Baseline, PromptMean]
@@ -115,6 +117,7 @@ class Slopes:
     curvature: PromptMean
     per_token_curvature: PromptMean
     of_change: Float[Tensor, "2 B G"]
+    curvature_of_change: tuple[float, float]
     at_theta: Derivatives
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
@@ -163,11 +166,13 @@ def slopes_along(
         return rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
 
     lengths, first = scores.gen_lens.double(), (at_theta.d_seq_logp, at_theta.d_rb_sum)
+    bent = curvature(scores.rb_sum, *first, d2_seq_logp, d2_rb_sum)
     return Slopes(
         naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
         rb={baseline: rb(baseline) for baseline in BASELINES},
         per_token=per_token_slope(scores.rb_sum, lengths, *first),
-        curvature=curvature(scores.rb_sum, *first, d2_seq_logp, d2_rb_sum),
+        curvature=bent,
+        curvature_of_change=curvature_of_change(bent.value, scores.rb_sum, *first, d2_seq_logp, d2_rb_sum),
         per_token_curvature=per_token_curvature(scores.rb_sum, lengths, *first, d2_seq_logp, d2_rb_sum),
         of_change=snis_terms(torch.full_like(lengths, 1 / lengths.numel()), scores.rb_sum, first[1], first[0]),
         at_theta=at_theta,

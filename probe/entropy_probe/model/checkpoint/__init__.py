@@ -29,7 +29,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the folder is: its kind, files and fingerprint (SHA-256 over weights, configuration and optimizer)."""
+    """What the folder is: its kind, files and fingerprint (SHA-256 over weights, configuration and optimizer).
+
+    `saved_states`: how many tensors the optimizer's file holds moments of, by their hyper-parameters.
+    """
 
     path: Path
     base_model: Path | None
@@ -41,6 +44,7 @@ class CheckpointInfo:
     optimizer_file: Path
     global_step: int | None
     fingerprint: str
+    saved_states: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def load_checkpoint(
         optimizer_file=optimizer_file,
         global_step=_global_step(folder),
         fingerprint=fingerprint([*files, optimizer_file, *(weight_files(base, "model") if base is not None else [])]),
+        saved_states=optimizer.inventory(state_dict),
     )
     return Checkpoint(model, tokenizer, adam, info)
 

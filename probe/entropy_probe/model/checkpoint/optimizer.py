@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,24 @@ def find_state(content: Any, path: Path) -> dict[str, Any]:
     raise CheckpointError(
         path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()"
     )
+
+
+def inventory(state_dict: dict[str, Any]) -> dict[str, int]:
+    """How many tensors with both moments stand under each set of hyper-parameters, as the file has them."""
+    counted: Counter[str] = Counter()
+    for group in state_dict["param_groups"]:
+        for key in group["params"]:
+            entry = state_dict["state"].get(key)
+            if isinstance(entry, dict) and {"exp_avg", "exp_avg_sq"} <= set(entry):
+                beta1, beta2 = map(float, group["betas"])
+                values = (float(group["lr"]), beta1, beta2, float(group["eps"]), float(group.get("weight_decay", 0.0)))
+                counted[hyper_parameters(*values)] += 1
+    return dict(counted)
+
+
+def hyper_parameters(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> str:
+    """As they are shown in a report."""
+    return f"lr {lr:.9g}, betas {beta1:.9g} {beta2:.9g}, eps {eps:.9g}, weight decay {weight_decay:.9g}"
 
 
 def map_adam_state(
