@@ -79,17 +79,21 @@ class Summary:
         self._notes: list[str] = []
 
     def pytest_report_header(self) -> list[str]:
-        return [self._what(), *(self._limits() if self._config.get_verbosity() > 0 else ())]
+        return [self._what(), *self._in_force(everything=self._config.get_verbosity() > 0)]
 
-    def _limits(self) -> list[str]:
-        """The budget, and every limit in force with where it comes from."""
-        from entropy_probe_checks.thresholds import in_force
+    def _in_force(self, *, everything: bool) -> list[str]:
+        """The budget and the limits in force with where they come from; or what of them is not the default."""
+        from entropy_probe_checks.thresholds import LIMITS, in_force
 
-        config = probe_config(self._config)
-        limits = in_force(config.model_dump(mode="json"))
-        shown = {name: "-" if value is None else number(value) for name, (value, _) in limits.items()}
-        budget = f"  budget {config.budget}" + (f", without {', '.join(config.left_out)}" if config.left_out else "")
-        return [budget, *(f"  limit {name} = {shown[name]}: {source}" for name, (_, source) in limits.items())]
+        config, lines = probe_config(self._config), []
+        if everything or config.budget != "standard":
+            lines.append(
+                f"  budget {config.budget}" + (f", without {', '.join(config.left_out)}" * bool(config.left_out))
+            )
+        for name, (value, source) in in_force(config.model_dump(mode="json")).items():
+            if everything or source != LIMITS[name].source:
+                lines.append(f"  limit {name} = {'-' if value is None else number(value)}: {source}")
+        return lines
 
     def _what(self) -> str:
         here = self._config.invocation_params.dir

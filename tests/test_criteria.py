@@ -273,7 +273,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         ),
         (lambda r: poisoned(r, "first_order", se_jackknife=None), "fail"),
         (lambda r: poisoned(r, "first_order", interval=(-1.0, 1.0)), "fail"),
-        (lambda r: poisoned(r, "first_order", row_means=[1.0] * 6), "inconclusive"),
+        (lambda r: poisoned(r, "first_order", row_means=[1.0] * 6), "not_applicable"),
     ],
     "preconditioner_witness": [
         *(

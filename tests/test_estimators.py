@@ -195,7 +195,7 @@ def test_change_per_token_against_loops(prompts: int, group: int, seed: int, own
 @pytest.mark.parametrize("prompts", [2, 5, 16])
 def test_interval_of_a_change_is_that_of_t(prompts: int) -> None:
     """ΔĤ ± t_{B−1}·SE; a normal quantile, or N−1 degrees of freedom, is seen to be narrower."""
-    change = importance.Change(0.3, 0.2, torch.zeros(prompts, 4, dtype=torch.float64))
+    change = importance.Change(1.0, 0.3, 0.2, torch.zeros(prompts, 4, dtype=torch.float64))
     for level in (0.5, 0.95):
         expected = stats.t.interval(level, prompts - 1, loc=0.3, scale=0.2)
         assert change.interval(level) == pytest.approx(tuple(map(float, expected)), rel=1e-12)

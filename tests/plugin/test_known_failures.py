@@ -136,3 +136,15 @@ def test_lines_of_progress_come_every_ten_seconds(tmp_path: Path, monkeypatch: p
             write("sampling", done, 4)
     lines = ["", "entropy-probe: demo: sampling 1/4, 12 s", "entropy-probe: demo: sampling 3/4, 23 s", ""]
     assert (tmp_path / "err").read_text() == "\n".join(lines)
+
+
+def test_what_differs_from_the_defaults_stands_in_the_header(tmp_path: Path) -> None:
+    """A limit and a budget of the user's own are shown without -v; what is as it always is, is not."""
+    (tmp_path / "probe.yaml").write_text("budget: smoke\nlimits: {logit_scaling: 2.5}\n")
+    given = ("--probe-checkpoint=demo", "--collect-only")
+    changed, plain = _pytest(tmp_path, *given, "--probe-config=probe.yaml").stdout, _pytest(tmp_path, *given).stdout
+    assert "limit logit_scaling = 2.5: limits.logit_scaling of the configuration" in changed
+    assert "budget smoke, without taylor" in changed
+    assert "limit zero_check" not in changed
+    assert "  limit " not in plain
+    assert "  budget " not in plain

@@ -143,7 +143,7 @@ def se_formula(report: ProbeReport) -> Finding:
     units, mean = f.num_units, math.fsum(f.row_means) / f.num_units
     spread = math.fsum((r - mean) ** 2 for r in f.row_means)
     if spread <= 1e-24 * math.fsum(r * r for r in f.row_means):  # rounding
-        return inconclusive("The standard error is 0: all row means are equal.")
+        return not_applicable("The standard error is 0: all row means are equal.")
     se = math.sqrt(4 * spread / (units - 1) / units)
     half = float(stats.t.ppf(0.975, units - 1)) * se
     expected = [(f.zeta1_plugin, spread / (units - 1)), (f.se_plugin, se)]
