@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,11 @@ def drawn_again(report: ProbeReport, same: float, other: float) -> ProbeReport:
     return report.model_copy(update={"sampling": SamplingSection(same_seed=same, other_seed=other)})
 
 
+UNREAD = {
+    *("batches_as_given", "buffers_overridden", "ends_at_eos", "gold_complete", "live_model_unmodified"),
+    *("optimizer_as_saved", "preconditioner_complete", "preconditioner_finite", "pareto_k", "sampler_parity", "seeded"),
+    "curvature_identity",
+}
 LR = 1e-5
 POISON: dict[str, list[tuple[Any, str]]] = {
     "zero_check": [
@@ -472,3 +479,55 @@ def test_why_no_step_is_in_range(report: ProbeReport) -> None:
         verdict = CRITERIA["prediction"](every_row(report, in_range=False, reliable=reliable))
         assert verdict.status == "inconclusive"
         assert remedy in verdict.hint
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the numbers of a report stand."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from leaves(below, (*path, key))
+    elif isinstance(value, list):
+        for k, below in enumerate(value):
+            yield from leaves(below, (*path, k))
+    elif isinstance(value, float) and path[-1] != "eta":  # which names a row
+        yield path
+
+
+def with_leaf(table: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = list(table) if isinstance(table, list) else dict(table)
+    changed[path[0]] = with_leaf(table[path[0]], path[1:], value)
+    return changed
+
+
+def test_no_number_that_is_missing_passes(report: ProbeReport) -> None:
+    """NaN in place of any one number: a criterion that notices it at all does not pass. Every number is noticed that
+    the criteria are there for; a key that is not there is an error when the report is read."""
+    table = report.model_dump()
+    healthy = {name: criterion(report) for name, criterion in CRITERIA.items()}
+    noticed: dict[str, set[str]] = {name: set() for name in CRITERIA}
+    for path in leaves({key: part for key, part in table.items() if key not in ("config", "timing", "verdicts")}):
+        poisoned_report = ProbeReport.model_validate(with_leaf(table, path, math.nan))
+        for name, criterion in CRITERIA.items():
+            try:
+                verdict = criterion(poisoned_report)
+            except ProbeError:  # the row at 0 or at lr is not there
+                continue
+            if (verdict.status, verdict.value) != (healthy[name].status, healthy[name].value):
+                assert verdict.status != "pass", (name, path)
+                noticed[name].add(str(path[0]))
+    # of whole numbers, of verdicts by name, and what cannot be asked of this report
+    unread = {name for name, sections in noticed.items() if not sections}
+    assert unread == UNREAD, sorted(unread ^ UNREAD)
+
+
+def test_a_missing_key_is_an_error(report: ProbeReport, tmp_path: Path) -> None:
+    table = json.loads(report.model_dump_json())
+    sections = ("checkpoint", "batch", "entropy", "first_order", "two_batch", "update", "continuity", "integrity")
+    for path in [(key,) for key in table if key != "schema_version"] + [(s, key) for s in sections for key in table[s]]:
+        inside = table if len(path) == 1 else table[path[0]]
+        rest = {key: value for key, value in inside.items() if key != path[-1]}
+        (tmp_path / "r.json").write_text(json.dumps(rest if len(path) == 1 else {**table, path[0]: rest}))
+        with pytest.raises(ProbeError, match="is not a report"):
+            ProbeReport.from_json(tmp_path / "r.json")

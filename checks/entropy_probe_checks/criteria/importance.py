@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Any
 
-from entropy_probe import ProbeReport
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_least, at_most, largest, not_applicable
+from entropy_probe import ProbeError, ProbeReport
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_least,
+    at_most,
+    largest,
+    not_applicable,
+    relative,
+    variance,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 _RESTRICTED = "top_p < 1: the weights are π/q, which differ from 1 at η = 0."
 
 
 def _row(report: ProbeReport, eta: float) -> Any:
-    return next(row for row in report.entropy_change if row.eta == eta)
+    found = next((row for row in report.entropy_change if row.eta == eta), None)
+    if found is None:
+        raise ProbeError("report", f"has no entropy_change at η = {eta:g}", "measure again")
+    return found
 
 
 @Criterion
@@ -51,8 +62,8 @@ def se_by_prompt(report: ProbeReport) -> Finding:
     """
     pairs = [(report.entropy.rb.se, report.entropy.rb_by_prompt)]
     pairs += [(row.delta_h_rb_se, row.delta_h_rb_by_prompt) for row in report.entropy_change]
-    found = [(se, statistics.stdev(terms) / math.sqrt(len(terms))) for se, terms in pairs]
-    return at_most(largest(*(abs(a - b) / b if b > 0 else a for a, b in found)), limit_for(report, "se_by_prompt"))
+    found = [(se, math.sqrt(variance(terms) / len(terms))) for se, terms in pairs]
+    return at_most(largest(*(relative(abs(a - b), b) for a, b in found)), limit_for(report, "se_by_prompt"))
 
 
 @Criterion

@@ -17,6 +17,7 @@ from entropy_probe_checks.criteria.verdicts import (
     not_applicable,
     of_a_normal,
     part,
+    relative,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -130,13 +131,12 @@ def sweep_identity(report: ProbeReport) -> Finding:
     found = []
     for eta, (up, down) in pairs.items():
         per_token = (up.delta_h_per_token - down.delta_h_per_token) / (2 * eta)
-        off = abs(per_token - update.delta_h1_per_lr_per_token) / size if size > 0 else abs(per_token)
+        off = relative(abs(per_token - update.delta_h1_per_lr_per_token), size)
         if report.config["true_delta_h"]["normalize"] == "per_sequence":
             change = (up.delta_h_rb - down.delta_h_rb) / (2 * eta)
-            off = largest(off, abs(change - update.slope_of_change) / (size * mean_length) if size > 0 else abs(change))
+            off = largest(off, relative(abs(change - update.slope_of_change), update.slope_of_change_size))
         found.append(off)
-    best = min(found, key=lambda off: math.inf if math.isnan(off) else off)
-    return at_most(best, limit_for(report, "sweep_identity"))
+    return at_most(_best(found), limit_for(report, "sweep_identity"))
 
 
 @Criterion
@@ -158,7 +158,12 @@ def curvature_identity(report: ProbeReport) -> Finding:
         abs((up.delta_h_rb + down.delta_h_rb) / eta**2 - update.curvature_of_change) / size
         for eta, (up, down) in pairs.items()
     ]
-    return at_most(min(found, key=lambda off: math.inf if math.isnan(off) else off), limit)
+    return at_most(_best(found), limit)
+
+
+def _best(found: list[float]) -> float:
+    """The smallest; NaN if any is NaN."""
+    return -largest(*(-off for off in found))
 
 
 def _pairs(report: ProbeReport) -> dict[float, tuple[Any, Any]]:
@@ -199,7 +204,7 @@ def slope_identity(report: ProbeReport) -> Finding:
     parts = [update.slope_of_v0, *update.slope_by_unit]
     size = math.fsum(map(abs, parts))
     off = abs(math.fsum(parts) - update.estimators[name].value)
-    return at_most(off / size if size > 0 else off, limit_for(report, "slope_identity"))
+    return at_most(relative(off, size), limit_for(report, "slope_identity"))
 
 
 def _where(report: ProbeReport) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from typing import Any
 
@@ -19,6 +18,8 @@ from entropy_probe_checks.criteria.verdicts import (
     largest,
     not_applicable,
     part,
+    relative,
+    variance,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -68,7 +69,7 @@ def u_cross_identity(report: ProbeReport) -> Finding:
         (abs(math.fsum(f.row_means) / units - f.u_cross), row_terms),
         (abs(whole - diagonal - f.u_cross), abs(whole) + abs(diagonal)),
     ]
-    value = largest(*(d / scale if scale > 0 else d for d, scale in deviations))
+    value = largest(*(relative(*deviation) for deviation in deviations))
     return at_most(value, limit_for(report, "u_cross_identity"))
 
 
@@ -101,7 +102,7 @@ def two_batch_identity(report: ProbeReport) -> Finding:
         return not_applicable("One batch serves as both.")
     s, t, lr = across.projections, across.update_projections, report.first_order.lr
     size = math.fsum(map(abs, s)) / len(s)
-    var_s, var_t = (statistics.variance(x) / len(x) for x in (s, t))
+    var_s, var_t = (variance(x) / len(x) for x in (s, t))
     of_both = across.interaction / (len(s) * len(t))
     deviations = [
         _relative(across.bars_dot, _weighted_mean(s, report.batch.num_prompts), size),
@@ -129,7 +130,7 @@ def _relative(got: float | None, expected: float, scale: float) -> float:
     """|got − expected|/scale; 0 where both are 0, NaN where there is nothing."""
     if got is None:
         return math.nan
-    return abs(got - expected) / scale if scale > 0 else abs(got - expected)
+    return relative(abs(got - expected), scale)
 
 
 @Criterion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -124,3 +124,14 @@ def in_se(difference: float | None, se: float | None) -> float:
 def of_a_normal(t: float, degrees: int) -> float:
     """As many standard errors of a normal as are as rare as `t` of Student's distribution: 4 prompts easily give 6."""
     return float(stats.norm.isf(stats.t.sf(t, degrees)))
+
+
+def relative(difference: float, scale: float) -> float:
+    """difference/scale; the difference itself where the scale is 0, NaN where it is not a number."""
+    return difference if scale == 0 else difference / scale
+
+
+def variance(values: Sequence[float]) -> float:
+    """Σ(x − mean)²/(n−1); NaN where one is."""
+    mean = math.fsum(values) / len(values)
+    return math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1)
