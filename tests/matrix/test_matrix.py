@@ -127,7 +127,9 @@ def test_a_run_without_its_suite_is_an_error(repository: Repository) -> None:
     """The checks are missing from the installation: the user's tests alone must not make the run green."""
     (repository.folder / "entropy_probe_checks").mkdir()
     (repository.folder / "entropy_probe_checks" / "__init__.py").touch()
-    (repository.folder / "entropy_probe_checks" / "thresholds.py").write_text("def require_known(*_): pass\n")
+    (repository.folder / "entropy_probe_checks" / "thresholds.py").write_text(
+        "LIMITS = {}\ndef require_known(*_): pass\ndef in_force(_): return {}\n"
+    )
     ran = repository.run()
     assert ran.code not in (0, 5), ran.output
     assert "no checks are installed" in ran.output
