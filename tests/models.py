@@ -16,9 +16,9 @@ from entropy_probe.stages.sampling import sample
 VOCABULARY = 67
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
 EOS = 2
-_COMMON = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
-_ROPE = {
-    **_COMMON,
+COMMON = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
+ROPE = {
+    **COMMON,
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -28,13 +28,13 @@ _ROPE = {
     "max_position_embeddings": 64,
 }
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**_ROPE),
-    "qwen2": lambda: transformers.Qwen2Config(**_ROPE, tie_word_embeddings=True),
-    "qwen3": lambda: transformers.Qwen3Config(**_ROPE),
-    "mistral": lambda: transformers.MistralConfig(**_ROPE, sliding_window=8),
-    "gemma2": lambda: transformers.Gemma2Config(**_ROPE, query_pre_attn_scalar=6, sliding_window=8),
+    "llama": lambda: transformers.LlamaConfig(**ROPE),
+    "qwen2": lambda: transformers.Qwen2Config(**ROPE, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**ROPE),
+    "mistral": lambda: transformers.MistralConfig(**ROPE, sliding_window=8),
+    "gemma2": lambda: transformers.Gemma2Config(**ROPE, query_pre_attn_scalar=6, sliding_window=8),
     "gpt2": lambda: transformers.GPT2Config(
-        **_COMMON, n_embd=24, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=True
+        **COMMON, n_embd=24, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=True
     ),
 }
 _TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}

@@ -21,7 +21,7 @@ from entropy_probe.estimators.slope import PromptMean, per_token_curvature, per_
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import entropy_change
-from entropy_probe.stages.batches import redraw_for
+from entropy_probe.stages.batches import _seed, redraw_for
 from entropy_probe.stages.rollouts import Rollouts, redrawn, sample_rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.slopes import directional_derivatives
@@ -241,7 +241,7 @@ def test_fresh_responses_share_the_noise_of_the_batch(sampled: Sampled) -> None:
     """A batch that was sampled comes again at θ, and after a small step most of it: the change has a fraction of the SE
     that responses of their own noise give."""
     config = config_of(fallback="resample")
-    seed = __import__("entropy_probe.stages.batches", fromlist=["_seed"])._seed("E", config.batch.seed)
+    seed = _seed("E", config.batch.seed)
     prompts = [Prompt(chr(97 + n) * (1 + n % 3)) for n in range(24)]
     e = sample_rollouts(sampled.bound, OneToken(), prompts, config.generation, seed=seed)
     assert torch.equal(redrawn_at(sampled, 0.0, e).ids, e.ids)

@@ -137,7 +137,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [False, True])
 def test_whole_logits_are_never_made(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, at a vocabulary where one piece is not enough; backwards too."""
-    monkeypatch.setitem(models._ROPE, "vocab_size", 50_000)
+    monkeypatch.setitem(models.ROPE, "vocab_size", 50_000)
     bound = bind(models.tiny_model("qwen2"))
     for parameter in bound.module.parameters():
         parameter.requires_grad_(parameter.numel() < 1000)

@@ -27,8 +27,6 @@ from entropy_probe.stages.entropy_change import entropy_change_two_batch_vector
 from entropy_probe.stages.rollouts import read_rollouts
 from entropy_probe_checks.criteria import CRITERIA
 
-FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
-
 
 class Files:
     def __init__(self, folder: Path) -> None:
@@ -81,15 +79,15 @@ def test_reports_that_cannot_be_read_or_written(tmp_path: Path) -> None:
 
 
 def test_blocks_of_single_prompts_are_exact(files: Files) -> None:
-    exact = files.run(precision=FLOAT64).first_order
-    blocks = files.run(precision=FLOAT64, first_order={"mode": "block", "num_blocks": 7}).first_order
+    exact = files.run(precision=models.FLOAT64).first_order
+    blocks = files.run(precision=models.FLOAT64, first_order={"mode": "block", "num_blocks": 7}).first_order
     assert blocks.u_cross == pytest.approx(exact.u_cross, rel=1e-12)
     assert blocks.row_means == pytest.approx(exact.row_means, rel=1e-12)
-    fewer = files.run(precision=FLOAT64, first_order={"mode": "block", "num_blocks": 3})
+    fewer = files.run(precision=models.FLOAT64, first_order={"mode": "block", "num_blocks": 3})
     assert fewer.first_order.num_units == 3
     assert fewer.first_order.var_unbiased is None
     # Ȳ, and so v and everything on the E batch along v, is the mean over prompts whatever the blocks
-    assert fewer.update.norm == pytest.approx(files.run(precision=FLOAT64).update.norm, rel=1e-12)
+    assert fewer.update.norm == pytest.approx(files.run(precision=models.FLOAT64).update.norm, rel=1e-12)
     same = run_probe(
         files.checkpoint, ProbeConfig.from_mapping({"first_order": {"mode": "block", "num_blocks": 3}}), files.e
     )
@@ -97,8 +95,8 @@ def test_blocks_of_single_prompts_are_exact(files: Files) -> None:
 
 
 def test_two_batches_in_uneven_blocks_weight_prompts_equally(files: Files) -> None:
-    exact = files.run(precision=FLOAT64)
-    blocks = files.run(precision=FLOAT64, first_order={"mode": "block", "num_blocks": 4})
+    exact = files.run(precision=models.FLOAT64)
+    blocks = files.run(precision=models.FLOAT64, first_order={"mode": "block", "num_blocks": 4})
     assert exact.two_batch is not None
     assert blocks.two_batch is not None
     assert blocks.two_batch.bars_dot == pytest.approx(exact.two_batch.bars_dot, rel=1e-10)
@@ -108,13 +106,13 @@ def test_two_batches_in_uneven_blocks_weight_prompts_equally(files: Files) -> No
 
 def test_a_model_without_forward_mode_gives_the_same_slopes(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some operations (grouped experts, custom functions) have none: differences in float64 take over."""
-    expected = files.run(precision=FLOAT64).update
+    expected = files.run(precision=models.FLOAT64).update
 
     def refuse(*_: Any, **__: Any) -> None:
         raise NotImplementedError
 
     monkeypatch.setattr(slopes, "directional_derivatives", refuse)
-    got = files.run(precision=FLOAT64).update
+    got = files.run(precision=models.FLOAT64).update
     for key in ("delta_h1_per_lr_naive", "delta_h1_per_lr_rb", "delta_h1_per_lr_rb_se"):
         assert getattr(got, key) == pytest.approx(getattr(expected, key), rel=1e-8)
     assert got.curvature == pytest.approx(expected.curvature, rel=1e-5)
@@ -171,7 +169,7 @@ def test_memory_is_bounded_with_a_remedy(files: Files) -> None:
 
 
 def test_float32_is_close_to_float64(files: Files) -> None:
-    a, b = files.run(), files.run(precision=FLOAT64)
+    a, b = files.run(), files.run(precision=models.FLOAT64)
     assert a.first_order.u_cross == pytest.approx(b.first_order.u_cross, rel=1e-4)
     assert a.entropy.rb.value == pytest.approx(b.entropy.rb.value, rel=1e-6)
 
@@ -258,11 +256,11 @@ def test_the_notes_verb_gives_what_the_report_gives(files: Files) -> None:
     """`entropy_change_two_batch_vector` on the same responses and an arbitrary v: keys of the notes, zero at η = 0."""
     bound = bind(load_checkpoint(files.checkpoint).model, torch.float64)
     v = {name: torch.full_like(p, 0.5) for name, p in bound.registry.trainable.items()}
-    rollouts, config = read_rollouts(files.e, bound, None), ProbeConfig.from_mapping({"precision": FLOAT64})
+    rollouts, config = read_rollouts(files.e, bound, None), ProbeConfig.from_mapping({"precision": models.FLOAT64})
     etas = [0.0, 1e-4]
     result = entropy_change_two_batch_vector(bound, rollouts, update_vector_named=v, etas=etas, config=config)
     assert set(result) == {"H_orig", "H_upd_list", "etas", "deltaH_true_list", "snis_diagnostics"}
-    assert result["H_orig"] == pytest.approx(files.run(precision=FLOAT64).entropy.rb.value, rel=1e-12)
+    assert result["H_orig"] == pytest.approx(files.run(precision=models.FLOAT64).entropy.rb.value, rel=1e-12)
     assert result["deltaH_true_list"][0] == 0.0
     assert result["deltaH_true_list"][1] != 0.0
     for before, after, change in zip(

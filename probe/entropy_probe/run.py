@@ -109,7 +109,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch, baseline = e is u, config.first_order.baseline
     redraw, min_ess = redraw_for(bound, e, checkpoint.tokenizer, config), config.true_delta_h.min_ess_fraction
-    eos = set(eos_ids(bound.language_model, checkpoint.tokenizer))
+    eos = eos_ids(bound.language_model, checkpoint.tokenizer)
     clock = _Clock(progress, dict(prepared.seconds))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):
@@ -172,7 +172,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             except NoCopyError as error:  # the rest of the report does not need it
                 missing = str(error)
         with clock("properties"):
-            drawn = drawn_properties(bound, float64, config, eos_ids(bound.language_model, checkpoint.tokenizer))
+            drawn = drawn_properties(bound, float64, config, eos)
         with clock("continuity"):
             zero = continuity.zero_check(bound, e, direction.v)
             scaling = continuity.scaling(float64, e, direction.v)

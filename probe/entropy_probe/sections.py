@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from entropy_probe.errors import printable
 from entropy_probe.estimators import advantages, importance, parity, prediction, two_batch, ustat
 from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.estimators.slope import PromptMean
+from entropy_probe.estimators.token_stats import LOGIT_VAR
 from entropy_probe.model.checkpoint import AdamState, Checkpoint
 from entropy_probe.model.checkpoint.optimizer import hyper_parameters
 from entropy_probe.model.forward import BoundModel
@@ -92,10 +92,9 @@ def entropy_section(scores: Scores, temperature: float) -> r.EntropySection:
     naive, rb = importance.mean_and_se(-scores.seq_logp), importance.mean_and_se(scores.rb_sum)
     rb_q = importance.mean_and_se(scores.rb_sum_q)
     per_token = importance.ratio_and_se(scores.rb_sum, scores.gen_lens)
-    # under q the terms of all tokens are uncorrelated, with known variances: Var_q(log q) = Var_q(z)/temperature²
     assert scores.features is not None
-    size, variance = scores.seq_logq.numel(), float(scores.features[..., 5].sum()) / temperature**2
-    surprise = (float((-scores.seq_logq - scores.rb_sum_q).mean()), math.sqrt(variance) / size)
+    logit_var = scores.features[..., LOGIT_VAR]
+    surprise = importance.surprise(scores.seq_logq, scores.rb_sum_q, logit_var, temperature)
     return r.EntropySection(
         naive=r.Estimate(value=naive[0], se=naive[1]),
         rb=r.Estimate(value=rb[0], se=rb[1]),

@@ -678,6 +678,10 @@ def _stepped(patch: Patch, change: Callable[[Any, dict[str, Tensor], float], dic
     )
 
 
+def _rounded(dtype: torch.dtype) -> Callable[[Any, dict[str, Tensor], float], dict[str, Tensor]]:
+    return lambda registry, mapping, eta: {name: t.to(dtype).to(t.dtype) for name, t in mapping.items()}
+
+
 @fault("llama", "sweep_identity")
 def realised_at_the_opposite_step(patch: Patch) -> None:
     """ΔH is measured at θ − ηv."""
@@ -703,7 +707,7 @@ def not_theta_at_zero(patch: Patch) -> None:
 )
 def added_in_bfloat16(patch: Patch) -> None:
     """θ + ηv is rounded to bf16."""
-    _stepped(patch, lambda registry, mapping, eta: {n: t.bfloat16().to(t.dtype) for n, t in mapping.items()})
+    _stepped(patch, _rounded(torch.bfloat16))
 
 
 @fault(
@@ -713,7 +717,7 @@ def added_in_bfloat16(patch: Patch) -> None:
 )
 def added_in_float32(patch: Patch) -> None:
     """θ + ηv is rounded to float32 in the float64 checks."""
-    _stepped(patch, lambda registry, mapping, eta: {n: t.float().to(t.dtype) for n, t in mapping.items()})
+    _stepped(patch, _rounded(torch.float32))
 
 
 @fault(

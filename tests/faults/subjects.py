@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: transformers.Olmo2Config(**_LLAMA_LIKE),
     "stablelm": lambda: transformers.StableLmConfig(**_LLAMA_LIKE),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        **_SPECIAL,
+        **models.COMMON,
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=2,
@@ -33,16 +33,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         **_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
     ),
 }
-_SPECIAL = {"vocab_size": models.VOCABULARY, "eos_token_id": models.EOS, "bos_token_id": 1, "pad_token_id": 0}
-_LLAMA_LIKE = {
-    **_SPECIAL,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+_LLAMA_LIKE = {key: value for key, value in models.ROPE.items() if key != "head_dim"}
 TARGETS: dict[str, list[str]] = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],

@@ -101,6 +101,21 @@ def ratio_and_se(values: Float[Tensor, "B G"], units: Int[Tensor, "B G"]) -> tup
     return float(ratio), cluster_se((values - ratio * units) / units.double().mean())
 
 
+def surprise(
+    seq_logq: Float[Tensor, "B G"],
+    rb_sum_q: Float[Tensor, "B G"],
+    logit_var: Float[Tensor, "B G T"],
+    temperature: float,
+) -> tuple[float, float]:
+    """Mean over responses of Σ_t(−log q_t − H(q_t)), and its standard error under q.
+
+    A martingale: under q the terms of all tokens have mean 0 and are uncorrelated, and their variances are known,
+    Var_q(log q) = Var_q(z)/temperature². `logit_var` is Var_q(z), zero past the end of a response.
+    """
+    error = math.sqrt(float(logit_var.sum()) / temperature**2) / seq_logq.numel()
+    return float((-seq_logq - rb_sum_q).mean()), error
+
+
 def pareto_k(log_weights: Float[Tensor, "B G"], ess: float) -> float | None:
     """k̂ of the generalised Pareto tail (arviz-stats); `None` where N < 64 or ESS/N ≥ 0.95, where it means nothing, and
     where the largest weights are equal, so that there is no tail to fit."""

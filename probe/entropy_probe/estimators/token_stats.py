@@ -26,6 +26,7 @@ WINDOW = 16
 """Steps in the early and in the late window of a response; all of its steps where it is shorter (then both agree)."""
 
 MARGIN_CAP = 1e4
+LOGIT_VAR = 5  # of the features φ
 """Largest margin that enters φ. Models stay far below it; a mask (−∞, or the smallest number of a dtype) does not, and
 one infinite or huge entry would make the regression on φ meaningless."""
 
@@ -324,6 +325,7 @@ def features_of_steps(step: TokenStepDiagnostics, max_new_tokens: int) -> Float[
 def step_features(step: TokenStepDiagnostics) -> Float[Tensor, "*batch T 6"]:
     """φ_t without its last entry: what one step knows by itself."""
     margin = step.margin.clamp(max=MARGIN_CAP)
+    # LOGIT_VAR is the place of the last
     features = (step.policy_entropy, step.top1_prob, margin, step.head_mass, step.two_point_entropy, step.logit_var)
     return torch.stack(features, dim=-1)
 

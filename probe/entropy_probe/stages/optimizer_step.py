@@ -92,6 +92,7 @@ def preconditioner_agreement(adam: Mapping[str, AdamState], precond: Mapping[str
         before = {
             "exp_avg": torch.zeros_like(state.exp_avg),
             "exp_avg_sq": state.exp_avg_sq.double() / state.betas[1],
+            "max_exp_avg_sq": state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq,
             "betas": (0.0, state.betas[1]),
             "step": state.step - 1,
             "weight_decay": 0.0,
