@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
+	--probe-rollouts=golden/demo/e.jsonl --probe-update-rollouts=golden/demo/u.jsonl
 
 .PHONY: acceptance test lint matrix bench demo picture clean
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
 	$(BIN)/pytest --probe-checkpoint=demo -m acceptance probe-checks
+	$(BIN)/pytest --probe-checkpoint=demo $(GOLDEN) -m golden probe-checks
 
 test: $(READY)
 	$(BIN)/pytest -n 2

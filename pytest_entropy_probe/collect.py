@@ -11,14 +11,14 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.runner import pytest_make_collect_report as collect_now
 
-from pytest_entropy_probe.fixtures import TARGET_FIXTURE, warnings_are_not_errors
+from pytest_entropy_probe.fixtures import TARGET_FIXTURE, probe_config, warnings_are_not_errors
 from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.xfails import KnownFailure, covers, mark, read_xfails
 
@@ -36,6 +36,26 @@ def check_modules() -> dict[str, Path]:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     names = sorted(module.name for module in pkgutil.iter_modules(folders) if module.name.startswith("test_"))
     return {name: Path(folders[0]) / f"{name}.py" for name in names}
+
+
+def withheld(module: str, config: pytest.Config, function: str = "") -> str:
+    """Why a shipped module, or one check of it, takes no part in this run and what would change that; empty where it
+    does."""
+    if module == "test_golden" and config.stash[SETTINGS].golden_dir is None:
+        return "golden checks are collected only with --probe-golden-dir=DIR; give it"
+    if module == "test_gate":
+        name, on = function.removeprefix("test_"), gates_on(config)
+        if not on or (name and name not in on):
+            what = f"the gate {name} is off" if name else "no gate is on"
+            return f"{what}; set bounds, such as limits: {{{name or 'entropy'}: {{min: 0.05}}}}"
+    return ""
+
+
+def gates_on(config: pytest.Config) -> Collection[str]:
+    """The gates that have bounds."""
+    from entropy_probe_checks.bounds import bounds_of
+
+    return bounds_of(probe_config(config).model_dump(mode="json")["limits"])
 
 
 class CheckModule(pytest.Module):
@@ -57,7 +77,7 @@ class CheckModule(pytest.Module):
         chosen = [item for item in items if not selectors or any(covers(s, item.nodeid) for s in selectors)]
         if not chosen:
             raise self.CollectError(f"{self.nodeid}: no check is selected from this module; look at the id")
-        return chosen
+        return [item for item in chosen if not withheld(self.path.stem, self.config, _function(item.name))]
 
 
 class CheckFolder(pytest.Directory):
@@ -70,6 +90,8 @@ class CheckFolder(pytest.Directory):
         selectors = self.config.stash[SELECTORS]
         for name, path in modules.items():
             nodeid = f"{NODE}/{name}.py"
+            if withheld(name, self.config):
+                continue
             if not selectors or any(covers(s, nodeid) or covers(nodeid, s) for s in selectors):
                 yield CheckModule.from_parent(self, path=path, name=f"{name}.py", nodeid=nodeid)
 
@@ -105,6 +127,9 @@ def take_selectors(config: pytest.Config) -> None:
     for arg, selector in taken.items():
         if not _exists(selector, config):
             raise pytest.UsageError(f"not found: {arg}; pytest --co --probe-checkpoint=... lists the ids")
+        reason = withheld(_module(selector), config, _function(selector.partition("::")[2]))
+        if reason:
+            raise pytest.UsageError(f"{arg}: {reason}")
 
 
 def take_known_failures(config: pytest.Config) -> None:
@@ -163,12 +188,22 @@ def _selector(arg: str, config: pytest.Config) -> str | None:
     return None
 
 
+def _module(selector: str) -> str:
+    """The name of the module that an id begins with; empty for all of them."""
+    return selector.partition("::")[0].removeprefix(NODE).removeprefix("/").removesuffix(".py")
+
+
+def _function(test: str) -> str:
+    """The name of a test without its parameters."""
+    return test.partition("[")[0]
+
+
 def _exists(selector: str, config: pytest.Config) -> bool:
     """Whether a folder, module, function or checkpoint fits; nothing is imported unless a function is named."""
     path, _, test = selector.partition("::")
     if path == NODE:
         return not test
-    module = path.removeprefix(f"{NODE}/").removesuffix(".py")
+    module = _module(selector)
     if module not in check_modules() or not path.endswith(".py"):
         return False
     name, _, parameters = test.partition("[")

@@ -13,21 +13,23 @@ from pytest_entropy_probe.judge import number
 
 if TYPE_CHECKING:
     from entropy_probe_checks.criteria.verdicts import Criterion
+    from entropy_probe_checks.thresholds import Limit
 
 ALL = "all"
 
 
 def explanation(name: str) -> str:
     """The text for one criterion, or for `all`; `pytest.UsageError` for a name that no criterion has."""
-    from entropy_probe_checks.criteria import CRITERIA
+    from entropy_probe_checks.criteria import CRITERIA, GATES
 
+    known = CRITERIA | GATES
     if name == ALL:
-        return "\n".join([*(_one(criterion) for criterion in CRITERIA.values()), *_budgets()])
-    if name not in CRITERIA:
-        near = difflib.get_close_matches(name, CRITERIA, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"give {ALL}, {', '.join(CRITERIA)}"
+        return "\n".join([*(_one(criterion) for criterion in known.values()), *_budgets()])
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"give {ALL}, {', '.join(known)}"
         raise pytest.UsageError(f"--probe-explain: no criterion {name!r}; {remedy}")
-    return _one(CRITERIA[name])
+    return _one(known[name])
 
 
 def _budgets() -> Iterator[str]:
@@ -51,14 +53,12 @@ def _wrapped(head: str, text: str) -> str:
 
 def _one(criterion: Criterion) -> str:
     from entropy_probe.budgets import BUDGETS
+    from entropy_probe_checks.bounds import GATES
     from entropy_probe_checks.thresholds import LIMITS
 
-    limit = LIMITS[criterion.name]
-    value = "" if limit.value is None else f"{number(limit.value)}: "
-    where = f" Set it with {limit.key}." if limit.key else ""
     parts = {
         "measures": criterion.measures,
-        "limit": f"{value}{limit.source}.{where}",
+        "limit": _bounds(criterion.name) if criterion.name in GATES else _limit(LIMITS[criterion.name]),
         "failure": criterion.meaning,
     }
     without = [name for name, budget in BUDGETS.items() if criterion.part in budget.left_out]
@@ -66,3 +66,20 @@ def _one(criterion: Criterion) -> str:
         parts["budget"] = f"not asked under {', '.join(without)}"
     wrapped = [_wrapped(head, text) for head, text in parts.items()]
     return "\n".join([f"{criterion.name} (-m {criterion.family})", *wrapped, ""])
+
+
+def _limit(limit: Limit) -> str:
+    value = "" if limit.value is None else f"{number(limit.value)}: "
+    return f"{value}{limit.source}." + (f" Set it with {limit.key}." if limit.key else "")
+
+
+def _bounds(name: str) -> str:
+    """What a gate can be held against."""
+    from entropy_probe_checks.bounds import COUNTS, NOISE
+
+    if name in COUNTS:
+        return f"none, the gate is off. Set limits.{name}: {{max: 0}}."
+    return (
+        f"none, the gate is off. Set under limits.{name}: min, max; fall, rise (shares of --probe-baseline); "
+        f"fall_se, rise_se (in standard errors). Within {NOISE:g} standard errors (noise) of a bound it does not fail."
+    )

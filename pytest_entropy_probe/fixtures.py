@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from pytest_entropy_probe.judge import conclude, headline
+from pytest_entropy_probe.kept import Kept, kept_report
 from pytest_entropy_probe.settings import SETTINGS, Target
 
 if TYPE_CHECKING:
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
     from entropy_probe.model.forward import BoundModel
+    from entropy_probe.report import BaselineSection
     from entropy_probe.run import Prepared
     from entropy_probe.stages.rollouts import Rollouts
 
@@ -81,20 +83,24 @@ class Subject:
         self.measure_trouble: Trouble | None = None
         self.trouble_was_reported = False
         self.headline_was_recorded = False
+        self.note = ""
         self._config = config
         self._keep = keep
+        self._kept: Kept | None = None
         self._checkpoint: Checkpoint | None = None
         self._prepared: Prepared | None = None
 
     def load(self) -> Trouble | None:
-        """Load once; the trouble that it ended in, if any."""
+        """Load once, unless the report of this very checkpoint is kept; the trouble that it ended in, if any."""
         if self._checkpoint is None and self.report is None and self.trouble is None:
-            self._attempt("load_trouble", self._load)
+            self._recall()
+            if self.report is None:
+                self._attempt("load_trouble", self._load)
         return self.load_trouble
 
     def measure(self) -> Trouble | None:
         """Load and measure once; the trouble that either ended in, if any."""
-        if self.report is None and self.load() is None and self.trouble is None:
+        if self.report is None and self.load() is None and self.report is None and self.trouble is None:
             self._attempt("measure_trouble", self._measure)
             if not self._keep:
                 self._checkpoint = self._prepared = None
@@ -133,6 +139,19 @@ class Subject:
         """Why there are no numbers, or an empty string."""
         return NOT_LOADED if self.load_trouble else NOT_MEASURED if self.measure_trouble else ""
 
+    def _recall(self) -> None:
+        """The report that an earlier run kept of the same measurement, under this run's name and limits."""
+        with warnings_are_not_errors():
+            self._kept = kept_report(self._config, self.path, probe_config(self._config))
+            report, self.note = self._kept.read() if self._kept else (None, "")
+        if report is not None:
+            checkpoint = report.checkpoint.model_copy(update={"name": self.name, "path": str(self.path)})
+            now = {"checkpoint": checkpoint, "config": probe_config(self._config).model_dump(mode="json")}
+            self.report = self._with_baseline(report.model_copy(update=now))
+
+    def _with_baseline(self, report: ProbeReport) -> ProbeReport:
+        return report.model_copy(update={"baseline": baseline(self._config, self.name)})
+
     def _load(self, progress: Progress) -> None:
         from entropy_probe import load_checkpoint
 
@@ -162,7 +181,11 @@ class Subject:
         if self._prepared is None:
             self._prepare(progress)
         assert self._prepared is not None
-        self.report = measure(self._prepared, name=self.name, progress=progress)
+        report = measure(self._prepared, name=self.name, progress=progress)
+        self.report = self._with_baseline(report)
+        if self._kept:
+            not_kept = self._kept.write(report)
+            self.note = self.note or not_kept
 
     def judged_report(self) -> ProbeReport | None:
         """The report with the verdicts that were reached in this process."""
@@ -183,11 +206,27 @@ def probe_config(config: pytest.Config) -> ProbeConfig:
         with warnings_are_not_errors():
             try:
                 resolved = ProbeConfig.load(settings.config_file, settings.pyproject, settings.overrides)
-                require_known(resolved.limits, resolved.allow_inconclusive)
+                limits = resolved.model_dump(mode="json")["limits"]
+                require_known(limits, resolved.allow_inconclusive, has_baseline=settings.baseline is not None)
                 config.stash[_CONFIG] = resolved
             except ProbeError as error:
                 raise pytest.UsageError(str(error)) from error
     return config.stash[_CONFIG]
+
+
+def baseline(config: pytest.Config, name: str) -> BaselineSection | None:
+    """What gates compare the checkpoint `name` with; a report that is not there, or not one, ends with exit code 4."""
+    path = config.stash[SETTINGS].baseline_file(name)
+    if path is None:
+        return None
+    from entropy_probe import ProbeError, ProbeReport
+    from entropy_probe_checks.criteria.gate import baseline_of
+
+    with warnings_are_not_errors():
+        try:
+            return baseline_of(ProbeReport.from_json(path))
+        except ProbeError as error:
+            raise pytest.UsageError(f"--probe-baseline: {error}") from error
 
 
 def demo_path() -> Path:
@@ -273,7 +312,7 @@ def _probe_loaded(request: pytest.FixtureRequest, _probe_subject: Subject) -> Ca
     def check() -> None:
         __tracebackhide__ = True
         trouble = _probe_subject.load()
-        _record(request, _probe_subject)
+        record(request, _probe_subject)
         if trouble:
             trouble.end()
 
@@ -287,9 +326,9 @@ def _probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> 
     def check() -> None:
         __tracebackhide__ = True
         trouble = _probe_subject.measure()
-        _record(request, _probe_subject)
+        record(request, _probe_subject)
         if _probe_subject.load_trouble:
-            _no_numbers(request, _probe_subject)
+            no_numbers(request, _probe_subject)
         if trouble:
             trouble.end()
 
@@ -305,18 +344,18 @@ def _probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Cal
         _probe_subject.measure()
         report = _probe_subject.report
         if report is None:
-            _record(request, _probe_subject)
-            _no_numbers(request, _probe_subject)
+            record(request, _probe_subject)
+            no_numbers(request, _probe_subject)
         with warnings_are_not_errors():
             verdict = criterion(report)
         _probe_subject.verdicts[verdict.criterion] = verdict
-        _record(request, _probe_subject, verdict)
+        record(request, _probe_subject, verdict)
         conclude(verdict, allowed=verdict.criterion in report.config.get("allow_inconclusive", ()))
 
     return judge
 
 
-def _no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
+def no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
     """Skip, as another test reports the trouble; where that one wasn't selected, the first that comes here does."""
     __tracebackhide__ = True
     reporter = "_probe_loaded" if subject.load_trouble else "_probe_measured"
@@ -335,7 +374,7 @@ def _target_of(item: pytest.Item) -> Target | None:
     return callspec.params.get(TARGET_FIXTURE) if callspec else None
 
 
-def _record(request: pytest.FixtureRequest, subject: Subject, verdict: Verdict | None = None) -> None:
+def record(request: pytest.FixtureRequest, subject: Subject, verdict: Verdict | None = None) -> None:
     """Put the verdict into the test's properties, as plain builtins: they go to JUnit files and between processes.
 
     What was found, in words, goes with the first test that has it.

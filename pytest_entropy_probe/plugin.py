@@ -1,7 +1,7 @@
 """Options, ini keys and markers; wakes the rest of the plugin when a checkpoint is given.
 
-Without a checkpoint nothing happens but the parsing of options: this file, `settings.py` and `fixtures.py` import
-pytest and the standard library only.
+Without a checkpoint nothing happens but the parsing of options: this file, `settings.py`, `fixtures.py` and `golden.py`
+import pytest and the standard library only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
     "plot": ("PATH", True, "draw prediction against realisation here (.png, .svg); with several checkpoints a folder"),
+    "baseline": ("PATH", True, "report.json that gates compare with; or a folder of them, NAME.json each"),
+    "golden_dir": ("DIR", True, "compare with the golden files in DIR/NAME/"),
+    "golden_update": ("MODE", False, "write golden files: missing, changed or all"),
     "xfails": ("FILE", True, "known failures: id prefix and reason a line; strict"),
+}
+FLAGS: dict[str, str] = {
+    "golden_update_in_ci": "let --probe-golden-update write where CI is set",
+    "no_cache": "measure again; a report that pytest's cache holds is neither used nor kept",
 }
 
 MARKERS = {
@@ -68,6 +75,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini(
             f"probe_{key}", text, type="linelist" if repeatable else "string", default=[] if repeatable else ""
         )
+    for key, text in FLAGS.items():
+        group.addoption(f"--probe-{key.replace('_', '-')}", dest=f"probe_{key}", action="store_true", help=text)
+        parser.addini(f"probe_{key}", text, type="bool", default=False)
     group.addoption(
         "--probe-explain",
         metavar="CRITERION",
@@ -115,12 +125,13 @@ def _separate_values(config: pytest.Config) -> Iterator[tuple[str, str]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from pytest_entropy_probe import fixtures
+    from pytest_entropy_probe import fixtures, golden
 
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
     config.stash[SETTINGS] = Settings()
     config.pluginmanager.register(fixtures, "entropy_probe_fixtures")
+    config.pluginmanager.register(golden, "entropy_probe_golden")
     if config.option.help or config.option.version:
         return
     if checkpoints_given(config):
@@ -137,11 +148,14 @@ def _refuse_checks(config: pytest.Config) -> None:
 
 
 def _wake(config: pytest.Config) -> None:
-    from pytest_entropy_probe import collect, fixtures, summary
+    from pytest_entropy_probe import collect, fixtures, golden, summary
 
     config.stash[SETTINGS] = read_settings(config)
     fixtures.probe_config(config)
+    for target in config.stash[SETTINGS].targets:
+        fixtures.baseline(config, target.name)
     collect.take_selectors(config)
     collect.take_known_failures(config)
     config.pluginmanager.register(collect, "entropy_probe_collect")
+    config.pluginmanager.register(golden.Files(config), golden.FILES)
     config.pluginmanager.register(summary.Summary(config), "entropy_probe_summary")

@@ -39,6 +39,10 @@ class Settings:
     prompts: Path | None = None
     json_path: Path | None = None
     plot_path: Path | None = None
+    baseline: Path | None = None
+    golden_dir: Path | None = None
+    golden_update: str | None = None
+    no_cache: bool = False
     xfails_file: Path | None = None
     budget: str | None = None
     device: str | None = None
@@ -58,6 +62,10 @@ class Settings:
         """Where the figure of `name` goes: the file itself, or NAME.png in a folder when there are several."""
         return self._file(self.plot_path, f"{name}.png")
 
+    def baseline_file(self, name: str) -> Path | None:
+        """The report that `name` is compared with: the file itself, or NAME.json of the folder that was given."""
+        return self.baseline / f"{name}.json" if self.baseline is not None and self.baseline.is_dir() else self.baseline
+
     def _file(self, path: Path | None, name: str) -> Path | None:
         return path if path is None or len(self.targets) == 1 else path / name
 
@@ -76,6 +84,10 @@ def read_settings(config: pytest.Config) -> Settings:
         rollouts=_path(config, "rollouts", "file"),
         update_rollouts=_path(config, "update_rollouts", "file"),
         prompts=_path(config, "prompts", "file"),
+        baseline=_path(config, "baseline", "file or folder"),
+        golden_dir=_golden_dir(config),
+        golden_update=_golden_update(config),
+        no_cache=_flag(config, "no_cache"),
         xfails_file=_path(config, "xfails", "file"),
         budget=_budget(config),
         device=_text(config, "device"),
@@ -129,7 +141,7 @@ def _path(config: pytest.Config, key: str, kind: str) -> Path | None:
         return None
     label, start = _origin(config, key)
     path = _absolute(value, start)
-    if not (path.is_dir() if kind == "folder" else path.is_file()):
+    if not ((path.is_dir() and "folder" in kind) or (path.is_file() and "file" in kind)):
         raise pytest.UsageError(f"{label}: no such {kind}: {path}; give the path of an existing {kind}")
     return path
 
@@ -142,6 +154,39 @@ def _budget(config: pytest.Config) -> str | None:
 
     if value not in BUDGETS:
         raise pytest.UsageError(f"{_origin(config, 'budget')[0]}: got {value!r}; give one of {', '.join(BUDGETS)}")
+    return value
+
+
+def _flag(config: pytest.Config, key: str) -> bool:
+    return bool(config.getoption(f"probe_{key}") or config.getini(f"probe_{key}"))
+
+
+def _golden_dir(config: pytest.Config) -> Path | None:
+    value = _text(config, "golden_dir")
+    if value is None:
+        return None
+    label, start = _origin(config, "golden_dir")
+    path = _absolute(value, start)
+    if path.exists() and not path.is_dir():
+        raise pytest.UsageError(f"{label}: {path} is a file; give a folder")
+    return path
+
+
+def _golden_update(config: pytest.Config) -> str | None:
+    value = _text(config, "golden_update")
+    if value is None:
+        return None
+    from entropy_probe.golden import MODES
+
+    label = _origin(config, "golden_update")[0]
+    if value not in MODES:
+        raise pytest.UsageError(f"{label}: got {value!r}; give one of {', '.join(MODES)}")
+    if _text(config, "golden_dir") is None:
+        raise pytest.UsageError(f"{label}: there is nothing to update; give --probe-golden-dir=DIR")
+    if os.environ.get("CI") and not _flag(config, "golden_update_in_ci"):
+        raise pytest.UsageError(
+            f"{label}: CI is set, where golden files are compared, not written; give --probe-golden-update-in-ci too"
+        )
     return value
 
 

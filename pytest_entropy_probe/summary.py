@@ -1,14 +1,14 @@
-"""What is seen: header, tables per checkpoint, report.json, the figure; and the hand-over from xdist workers.
+"""What is seen: header, tables, report.json, figures, GitHub's step summary; and the hand-over from xdist workers.
 
-The table is built from the properties of test reports, which reach the controller whichever process ran the test.
+The tables are built from the properties of test reports, which reach the controller whichever process ran the test.
 Registered only when a checkpoint is given.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -17,53 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_entropy_probe.collect import DROPPED, suite_wanted
+from pytest_entropy_probe.collect import DROPPED, suite_wanted, withheld
 from pytest_entropy_probe.fixtures import SUBJECTS, probe_config, warnings_are_not_errors, write_reports
 from pytest_entropy_probe.judge import number
+from pytest_entropy_probe.markdown import VARIABLE, append, summary
 from pytest_entropy_probe.settings import SETTINGS
+from pytest_entropy_probe.tables import Row, Step, by_step, criteria_table, step_of, steps_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HANDED_OVER = "entropy_probe_reports"
+    from entropy_probe import ProbeReport
+
+HANDED_OVER, NOTES = "entropy_probe_reports", "entropy_probe_notes"
 WIDTH = 80
 _ASCII = str.maketrans({"±": "+/-", "×": "x", "δ": "d", "₁": "1", "Δ": "D"})
-_SHOWN = {
-    "pass": ("PASS", "green"),
-    "fail": ("FAIL", "bold red"),
-    "inconclusive": ("INCONCLUSIVE", "yellow"),
-    "not_applicable": ("N/A", "dim"),
-    "xfail": ("XFAIL", "yellow"),
-    "xpass": ("XPASS", "bold red"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One criterion's verdict on one checkpoint."""
-
-    checkpoint: str
-    criterion: str
-    status: str
-    value: float | str | None
-    limit: float | str | None
-
-    @property
-    def margin(self) -> str:
-        """How far inside the limit, as a factor: 12x is twelve times better than asked, 0.5x misses it by two."""
-        if not isinstance(self.value, float) or not isinstance(self.limit, float):
-            return "-"
-        if self.limit == 0:
-            return "exact" if self.value == 0 and self.status == "pass" else "-"
-        above = self.value > self.limit
-        is_lower_limit = above == (self.status == "pass")
-        above_zero = self.value >= 0 and self.limit > 0
-        if not above_zero or not math.isfinite(self.value) or self.status not in ("pass", "fail"):
-            return "-"
-        if self.value == 0:
-            return "0x" if is_lower_limit else "exact"
-        factor = self.value / self.limit if is_lower_limit else self.limit / self.value
-        return ">9999x" if factor > 9999 else f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
 
 
 class Summary:
@@ -75,8 +43,10 @@ class Summary:
         self._states: dict[str, str] = {}
         self._headlines: dict[str, str] = {}
         self._handed_over: list[dict[str, str]] = []
+        self._steps: list[Step] = []
         self._predictions: dict[str, str] = {}
-        self._notes: list[str] = []
+        self._notes: dict[str, str] = {}
+        self._troubles: list[str] = []
 
     def pytest_report_header(self) -> list[str]:
         return [self._what(), *self._in_force(everything=self._config.get_verbosity() > 0)]
@@ -91,8 +61,10 @@ class Summary:
                 f"  budget {config.budget}" + (f", without {', '.join(config.left_out)}" * bool(config.left_out))
             )
         for name, (value, source) in in_force(config.model_dump(mode="json")).items():
-            if everything or source != LIMITS[name].source:
+            if everything or name not in LIMITS or source != LIMITS[name].source:
                 lines.append(f"  limit {name} = {'-' if value is None else number(value)}: {source}")
+        if "gate" in (self._config.getoption("markexpr", "") or "") and withheld("test_gate", self._config):
+            lines.append(f"  {withheld('test_gate', self._config)}")
         return lines
 
     def _what(self) -> str:
@@ -110,39 +82,49 @@ class Summary:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
             return
-        found: dict[str, Any] = {key: value for key, value in report.user_properties if key.startswith("probe_")}
-        checkpoint = found.get("probe_checkpoint")
-        if checkpoint is None:
-            return
-        self._states[checkpoint] = found.get("probe_state", "")
-        if "probe_headline" in found:
-            self._headlines[checkpoint] = found["probe_headline"]
-        if "probe_criterion" in found:
-            self._rows[report.nodeid] = Row(
-                checkpoint,
-                found["probe_criterion"],
-                _known(report) or found["probe_status"],
-                found.get("probe_value"),
-                found.get("probe_limit"),
-            )
+        for found in _records(report):
+            checkpoint = found["probe_checkpoint"]
+            self._states[checkpoint] = found.get("probe_state", "")
+            if "probe_headline" in found:
+                self._headlines[checkpoint] = found["probe_headline"]
+            if "probe_criterion" in found or report.failed:
+                criterion = found.get("probe_criterion", "")
+                self._rows[f"{report.nodeid} {criterion}"] = Row(
+                    checkpoint,
+                    criterion,
+                    _known(report) or found.get("probe_status", "fail"),
+                    found.get("probe_value"),
+                    found.get("probe_limit"),
+                    report.longreprtext if report.failed else "",
+                )
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         subjects = self._config.stash.get(SUBJECTS, {})
         judged = {subject.name: report for subject in subjects.values() if (report := subject.judged_report())}
         reports = {name: report.model_dump_json() for name, report in judged.items()}
+        notes = {subject.name: subject.note for subject in subjects.values() if subject.note}
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is not None:
-            output[HANDED_OVER] = reports
+            output[HANDED_OVER], output[NOTES] = reports, notes
             return
-        if not self._write([reports, *self._handed_over]) and session.exitstatus == pytest.ExitCode.OK:
+        self._notes |= notes
+        sources = [reports, *self._handed_over]
+        written = [self._write(sources), self._compare(sources)]
+        if not all(written) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if os.environ.get(VARIABLE) and self._steps:
+            rows = {step.name: self._rows_of(step.name) for step in self._steps}
+            text = summary(self._what(), self._steps, rows, self._headlines, [*self._said(), *self._troubles])
+            trouble = append(Path(os.environ[VARIABLE]), text)
+            self._troubles += [trouble] if trouble else []
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         output = getattr(node, "workeroutput", {})
         self._handed_over.append(output.get(HANDED_OVER, {}))
-        if DROPPED in output and output[DROPPED] not in self._notes:
-            self._notes.append(output[DROPPED])
+        self._notes |= output.get(NOTES, {})
+        if DROPPED in output and output[DROPPED] not in self._troubles:
+            self._troubles.append(output[DROPPED])
 
     def _write(self, sources: list[dict[str, str]]) -> bool:
         """Write report and figure of every checkpoint that was measured; whether all that was tried succeeded."""
@@ -157,29 +139,67 @@ class Summary:
             ):
                 if path is not None and texts:
                     trouble = write(path, texts)
-                    self._notes += [trouble] if trouble else []
+                    self._troubles += [trouble] if trouble else []
                     succeeded = succeeded and not trouble
                 elif path is not None and target.name in self._states:
-                    self._notes.append(f"{path}: not written; there is no report of {target.name}")
+                    self._troubles.append(f"{path}: not written; there is no report of {target.name}")
         return succeeded
 
+    def _compare(self, sources: list[dict[str, str]]) -> bool:
+        """Put the checkpoints of the run in the order of their steps; whether their figure, if any, was drawn."""
+        settings, reports = self._config.stash[SETTINGS], {}
+        for target in settings.targets:
+            if target.name in self._states:
+                texts = (source[target.name] for source in sources if target.name in source)
+                text, rows = next(texts, None), self._rows_of(target.name)
+                report = reports[target.name] = None if text is None else _read(text)
+                run = str(target.path.parent)
+                self._steps.append(step_of(target.name, run, report, rows, self._states[target.name]))
+        self._steps = by_step(self._steps)
+        measured = {step: report for step in self._steps if (report := reports[step.name]) is not None}
+        if settings.plot_path is None or len(settings.targets) == 1 or not measured:
+            return True
+        from entropy_probe.plots import save_steps
+
+        series = [(step.run, step.step, report) for step, report in measured.items()]
+        trouble = _draw(lambda path: save_steps(series, path), settings.plot_path / "by_step.png")
+        self._troubles += [trouble] if trouble else []
+        return not trouble
+
+    def _said(self) -> list[str]:
+        """The notes, one line for all checkpoints that share one."""
+        names = {text: [name for name, said in self._notes.items() if said == text] for text in self._notes.values()}
+        return [f"{of[0] if len(of) == 1 else f'{len(of)} checkpoints'}: {text}" for text, of in names.items()]
+
+    def _rows_of(self, name: str) -> list[Row]:
+        return [row for row in self._rows.values() if row.checkpoint == name]
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The criteria of every checkpoint; of several, those that did not pass (all under -v), then the run."""
         if self._config.get_verbosity() >= 0 and self._states:
             terminalreporter.write_sep("=", "entropy probe")
+            in_full = len(self._states) == 1 or self._config.get_verbosity() > 0
             for name in sorted(self._states, key=self._order):
                 if self._states[name]:
                     terminalreporter.write_line(f"{name}: {self._states[name]}")
-                rows = [row for row in self._rows.values() if row.checkpoint == name]
-                if rows:
-                    self._show(name, rows, terminalreporter)
-        for line in self._notes:
+                rows = [row for row in self._rows_of(name) if row.criterion]
+                shown = rows if in_full else [row for row in rows if row.status not in ("pass", "not_applicable")]
+                if shown:
+                    plain = _plain()
+                    below = (self._headlines.get(name, ""), self._predictions.get(name, ""))
+                    self._print(terminalreporter, criteria_table(name, shown, plain=plain), below if in_full else ())
+            if len(self._steps) > 1:
+                self._print(terminalreporter, steps_table(self._steps, plain=_plain()))
+        for line in self._said():
+            terminalreporter.write_line(f"entropy-probe: {line}")
+        for line in self._troubles:
             terminalreporter.write_line(f"entropy-probe: {line}", red=True)
 
     def _order(self, name: str) -> int:
         names = [target.name for target in self._config.stash[SETTINGS].targets]
         return names.index(name) if name in names else len(names)
 
-    def _show(self, name: str, rows: list[Row], reporter: Any) -> None:
+    def _print(self, reporter: Any, table: Table, below: Iterable[str] = ()) -> None:
         from rich.console import Console
 
         text = StringIO()
@@ -190,15 +210,22 @@ class Summary:
             color_system="standard" if reporter.hasmarkup else None,
             legacy_windows=False,
         )
-        plain = _plain()
-        console.print(_table(name, rows, plain=plain))
-        headline = self._headlines.get(name, "")
-        if headline:
-            console.out(headline.translate(_ASCII) if plain else headline, highlight=False)
-        if name in self._predictions:
-            console.out(self._predictions[name], highlight=False)
+        console.print(table)
+        for lines in filter(None, below):
+            console.out(lines.translate(_ASCII) if _plain() else lines, highlight=False)
         for line in text.getvalue().encode(_encoding(), "replace").decode(_encoding()).splitlines():
             reporter.write_line(line.rstrip())
+
+
+def _records(report: pytest.TestReport) -> list[dict[str, Any]]:
+    """What the test recorded, one table a verdict: each begins with the checkpoint."""
+    records: list[dict[str, Any]] = []
+    for key, value in report.user_properties:
+        if key == "probe_checkpoint":
+            records.append({})
+        if key.startswith("probe_") and records:
+            records[-1][key] = value
+    return records
 
 
 def _encoding() -> str:
@@ -209,17 +236,26 @@ def _plain() -> bool:
     return not _encoding().lower().startswith("utf")
 
 
-def _write_figure(path: Path, texts: list[str]) -> str | None:
-    """Draw one checkpoint's figure; `texts` are copies of its report that differ in their verdicts. The error line.
+def _read(text: str) -> ProbeReport:
+    from entropy_probe import ProbeReport
 
-    Whatever a drawing library raises, the verdicts stand.
-    """
-    from entropy_probe import ProbeError, ProbeReport
+    return ProbeReport.model_validate_json(text)
+
+
+def _write_figure(path: Path, texts: list[str]) -> str | None:
+    """Draw one checkpoint's figure; `texts` are copies of its report that differ in their verdicts. The error line."""
     from entropy_probe.plots import save_figure
+
+    return _draw(lambda path: save_figure(_read(texts[0]), path), path)
+
+
+def _draw(draw: Callable[[Path], None], path: Path) -> str | None:
+    """Draw into `path`. The error line: whatever a drawing library raises, the verdicts stand."""
+    from entropy_probe import ProbeError
 
     with warnings_are_not_errors():
         try:
-            save_figure(ProbeReport.model_validate_json(texts[0]), path)
+            draw(path)
         except ProbeError as error:
             return str(error)
         except Exception as error:
@@ -229,10 +265,9 @@ def _write_figure(path: Path, texts: list[str]) -> str | None:
 
 def _prediction(text: str, *, plain: bool) -> str:
     """The table of prediction against realisation of a report."""
-    from entropy_probe import ProbeReport
     from entropy_probe.plots import text_table
 
-    return text_table(ProbeReport.model_validate_json(text), plain=plain)
+    return text_table(_read(text), plain=plain)
 
 
 def _known(report: pytest.TestReport) -> str | None:
@@ -240,20 +275,3 @@ def _known(report: pytest.TestReport) -> str | None:
     if hasattr(report, "wasxfail") and report.skipped:
         return "xfail"
     return "xpass" if report.failed and str(report.longrepr).startswith("[XPASS(strict)]") else None
-
-
-def _table(name: str, rows: list[Row], *, plain: bool) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=name, title_justify="left", box=box.ASCII2 if plain else box.ROUNDED, title_style="bold")
-    table.add_column("criterion", overflow="fold")
-    for heading in ("value", "limit", "margin"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for row in rows:
-        shown, style = _SHOWN.get(row.status, (row.status, ""))
-        value, limit = ("-" if cell is None else number(cell) for cell in (row.value, row.limit))
-        table.add_row(Text(row.criterion), Text(value), Text(limit), Text(row.margin), Text(shown, style))
-    return table

@@ -16,7 +16,7 @@ import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
 from entropy_probe.budgets import BUDGETS
 from entropy_probe.report import Estimate, Parts, SamplerParitySection, SamplingSection
-from entropy_probe_checks.criteria import CRITERIA
+from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
 
@@ -384,7 +384,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
 
 def test_every_shipped_test_has_its_criterion_and_its_poison() -> None:
     shipped = in_test_files()
-    assert {name.removeprefix("test_") for name in shipped} == set(shipped.values()) == set(POISON)
+    assert {name.removeprefix("test_") for name in shipped} == set(shipped.values()) == {*POISON, *GATES}
     assert set(CRITERIA) == set(POISON) == set(LIMITS)
 
 

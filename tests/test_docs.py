@@ -14,7 +14,7 @@ from entropy_probe import ProbeConfig, ProbeReport
 from entropy_probe.__main__ import parser
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS
-from pytest_entropy_probe.plugin import MARKERS, OPTIONS
+from pytest_entropy_probe.plugin import FLAGS, MARKERS, OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def test_every_option_in_the_readme_exists() -> None:
-    options = {f"--probe-{key.replace('_', '-')}" for key in OPTIONS} | {"--probe-explain"}
+    options = {f"--probe-{key.replace('_', '-')}" for key in (*OPTIONS, *FLAGS)} | {"--probe-explain"}
     mentioned = set(re.findall(r"--probe-[a-z-]+", README))
     assert mentioned <= options
     assert {"--probe-checkpoint", "--probe-base-model", "--probe-rollouts", "--probe-prompts"} <= mentioned
@@ -40,7 +40,7 @@ def test_help_lists_every_option_and_marker(tmp_path: Path) -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "--markers"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    for key in OPTIONS:
+    for key in (*OPTIONS, *FLAGS):
         assert f"--probe-{key.replace('_', '-')}" in run.stdout
     for marker in MARKERS:
         assert f"@pytest.mark.{marker}:" in listed.stdout

@@ -15,6 +15,7 @@ from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
+from entropy_probe.sections import batch_section
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.invariance import padding
 from entropy_probe.stages.rollouts import read_rollouts, sample_rollouts
@@ -85,6 +86,24 @@ def test_ids_are_kept(tmp_path: Path, tiny: Any) -> None:
     assert rollouts.ids.tolist() == [[5, 6, 7, 2], [5, 6, 8, 0], [9, 7, 7, 7], [9, 8, 2, 0]]
     assert rollouts.rewards.tolist() == [[1, 0], [0.5, 2]]
     assert rollouts.advantages is None
+
+
+def test_the_fingerprint_is_that_of_tokens_rewards_and_advantages(tmp_path: Path, tiny: Any) -> None:
+    def fingerprint(**changes: Any) -> str:
+        file = tmp_path / "r.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in ({**GOOD, **changes}, {**GOOD, **changes})))
+        return batch_section(read_rollouts(file, tiny, None), False, ProbeConfig(), str(file), [2]).fingerprint
+
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"prompt_ids": [5, 9]},
+        {"prompt_ids": [5], "response_ids": [[6, 7, 2], [6, 8]]},  # the same rows, which begin elsewhere
+        {"response_ids": [[7, 2], [9]]},
+        {"rewards": [1.0, 1e-300]},
+        {"advantages": [0.5, -0.5]},
+    )
+    assert len({fingerprint(**change) for change in changes}) == len(changes)
+    assert fingerprint() == fingerprint()
 
 
 def test_text_is_tokenised_and_ended(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Every limit of every criterion, with its source. `limits: {name: value}` in the configuration replaces a value."""
+"""Every limit of every criterion, with its source. `limits: {name: value}` in the configuration replaces a value.
+
+Gates (`bounds.py`) have no default: `limits: {name: {min: value, ..}}` turns one on.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entropy_probe import ProbeError, ProbeReport
+from entropy_probe_checks.bounds import GATES, bounds_of, require_sensible
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,16 @@ LIMITS: dict[str, Limit] = (
 def limit_for(report: ProbeReport, name: str) -> float:
     """The limit in force: the configuration's, else the default."""
     chosen = report.config["limits"].get(name, LIMITS[name].value)
-    assert chosen is not None
+    assert isinstance(chosen, int | float)
     return float(chosen)
 
 
-def in_force(config: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
-    """Every criterion's limit under a resolved configuration, and its source: the key that set it, or its reason."""
-    shown: dict[str, tuple[float | None, str]] = {}
+def in_force(config: Mapping[str, Any]) -> dict[str, tuple[float | str | None, str]]:
+    """Every criterion's limit under a resolved configuration, and its source: the key that set it, or its reason.
+
+    Of gates, those that are on.
+    """
+    shown: dict[str, tuple[float | str | None, str]] = {}
     for name, limit in LIMITS.items():
         value: Any = config
         for part in (limit.key or "").split("."):
@@ -130,13 +137,22 @@ def in_force(config: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
             shown[name] = (float(value), f"{limit.key} of the configuration")
         else:
             shown[name] = (limit.value, limit.source)
+    for name, bounds in bounds_of(config["limits"]).items():
+        text = ", ".join(f"{key} {value:g}" for key, value in bounds.items())
+        shown[name] = (text, f"limits.{name} of the configuration")
     return shown
 
 
-def require_known(limits: Mapping[str, float], allow_inconclusive: Collection[str] = ()) -> None:
-    """Raise on the first name in `limits` or `allow_inconclusive` that no criterion has."""
-    settable = [name for name, limit in LIMITS.items() if limit.key == f"limits.{name}"]
-    for key, names, valid in (("limits", limits, settable), ("allow_inconclusive", allow_inconclusive, list(LIMITS))):
+def require_known(
+    limits: Mapping[str, float | Mapping[str, float]],
+    allow_inconclusive: Collection[str] = (),
+    *,
+    has_baseline: bool = False,
+) -> None:
+    """Raise on the first name in `limits` or `allow_inconclusive` that no criterion has, or value that does not fit."""
+    settable = [*(name for name, limit in LIMITS.items() if limit.key == f"limits.{name}"), *GATES]
+    allowable = [*LIMITS, *GATES]
+    for key, names, valid in (("limits", limits, settable), ("allow_inconclusive", allow_inconclusive, allowable)):
         for name in names:
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, n=1)
@@ -144,3 +160,9 @@ def require_known(limits: Mapping[str, float], allow_inconclusive: Collection[st
                 if key == "limits" and name in LIMITS:
                     remedy = f"set {LIMITS[name].key}" if LIMITS[name].key else "the report derives this limit"
                 raise ProbeError("configuration", f"unknown criterion `{name}` under `{key}`", remedy)
+    for name, value in limits.items():
+        if isinstance(value, Mapping) != (name in GATES):
+            remedy = f"write `{name}: {{min: ..}}`" if name in GATES else "give a number"
+            raise ProbeError("configuration", f"`limits.{name}` is {value}", remedy)
+        if isinstance(value, Mapping):
+            require_sensible(name, value, has_baseline=has_baseline)

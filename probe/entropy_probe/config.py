@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from entropy_probe.budgets import BUDGETS, Name, Part
 from entropy_probe.errors import ConfigError
@@ -26,8 +26,17 @@ Seed = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Bounds = dict[Literal["min", "max", "fall", "rise", "fall_se", "rise_se", "noise"], FiniteFloat]
 Only = Literal[True]
 Never = Literal[False]
+
+
+def _kind(limit: Any) -> str:
+    return "bounds" if isinstance(limit, Mapping) else "number"
+
+
+_Number = Annotated[FiniteFloat, Tag("number")]
+_Table = Annotated[Bounds, Tag("bounds")]
 
 
 def _is_device(name: str) -> str:
@@ -36,6 +45,8 @@ def _is_device(name: str) -> str:
     return name
 
 
+JUDGES = ("limits", "allow_inconclusive")
+"""Sections that judge a report and have no part in its measurement."""
 _reading: ContextVar[bool] = ContextVar("_reading", default=False)
 """Whether `from_mapping` is at work: it says where in the whole a value stands."""
 
@@ -176,7 +187,8 @@ class SequenceConfig(_Section):
 
 
 class ProbeConfig(SequenceConfig):
-    """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults.
+    """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults, and the
+    bounds of gates, which are off without.
 
     The values of the `budget` (`budgets.py`) stand where nothing else is given.
     """
@@ -189,7 +201,7 @@ class ProbeConfig(SequenceConfig):
     true_delta_h: TrueDeltaHConfig = TrueDeltaHConfig()
     update: UpdateConfig = UpdateConfig()
     invariance: InvarianceConfig = InvarianceConfig()
-    limits: dict[str, FiniteFloat] = {}
+    limits: dict[str, Annotated[_Number | _Table, Discriminator(_kind)]] = {}
     allow_inconclusive: list[str] = []
 
     @model_validator(mode="before")
@@ -274,7 +286,8 @@ def _fields_at(location: tuple[int | str, ...], section: Any) -> list[str]:
 
 def _one_line(error: ValidationError, where: object, model: type[BaseModel]) -> ConfigError:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not re.fullmatch(r"literal\[.*\]|list\[.*\]", str(part)))
+    of_pydantic = r"literal\[.*\]|list\[.*\]|number|bounds|\[key\]"
+    key = ".".join(str(part) for part in first["loc"] if not re.fullmatch(of_pydantic, str(part)))
     if first["type"] == "extra_forbidden":
         valid = _fields_at(first["loc"], model)
         near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)

@@ -2,12 +2,13 @@
 
 Both read the report alone. Left in the figure is ΔH; right is ΔH/η, on which decades of η can be compared: there the
 prediction is slope + ½η·curvature, and the bars are the SE of realised − predicted, which share their prompts.
+Of several checkpoints, a second kind of figure shows entropy, prediction and realisation step by step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -44,13 +45,23 @@ def save_figure(report: ProbeReport, path: Path) -> None:
 
     The user's own matplotlib settings are neither used nor changed.
     """
+    _save(lambda: _figure(report), path)
+
+
+def save_steps(checkpoints: Sequence[tuple[str, int | None, ProbeReport]], path: Path) -> None:
+    """Draw (run, step, report) of several checkpoints, in order: entropy over steps, and below it the change by the
+    next step, predicted and realised at η = lr. A checkpoint whose step is not known stands at its place in its run."""
+    _save(lambda: _steps_figure(checkpoints), path)
+
+
+def _save(draw: Callable[[], Figure], path: Path) -> None:
     require_drawable(path)
     import matplotlib.style
 
     image = BytesIO()
     kind = path.suffix.lower()
     with matplotlib.style.context(["default", _STYLE]):
-        _figure(report).savefig(image, format=kind[1:], metadata=_NO_DATE[kind])
+        draw().savefig(image, format=kind[1:], metadata=_NO_DATE[kind])
     write_atomically(path, image.getvalue())
 
 
@@ -122,6 +133,52 @@ def _figure(report: ProbeReport) -> Figure:
         _marks(axes, report, rows, power)
     handles, labels = slope.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) -> Figure:
+    """Predictions that are out of range are pale, and do not set the scale: their errors can be of any size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 5.6), layout="constrained")
+    figure.suptitle("entropy over steps, and its change by the next step", parse_math=False)
+    entropy, change = figure.subplots(2, 1, sharex=True)
+    units = {_unit(report) for _, _, report in checkpoints}
+    entropy.set(ylabel="H (nats/token)")
+    change.set(xlabel="step", ylabel=f"ΔH by the next step ({', '.join(sorted(units))})")
+    change.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
+    runs = list(dict.fromkeys(run for run, _, _ in checkpoints))
+    ends = [0.0]
+    for number, run in enumerate(runs):
+        mine = [(step, report) for name, step, report in checkpoints if name == run]
+        at = _array(place if step is None else step for place, (step, _) in enumerate(mine))
+        tokens = [report.entropy.per_token for _, report in mine]
+        rows = [next(r for r in report.entropy_change if r.eta == report.first_order.lr) for _, report in mine]
+        of = f", {Path(run).name}" if len(runs) > 1 else ""
+        realised = [(r.delta_h_rb, r.delta_h_rb_se) for r in rows]
+        inside = [(r.predicted, r.predicted_se) if r.in_range else (None, None) for r in rows]
+        outside = [(None, None) if r.in_range else (r.predicted, r.predicted_se) for r in rows]
+        ends += [v + s * sign for v, s in (*realised, *inside) if v is not None and s is not None for sign in (-1, 1)]
+        for axes, label, color, style, values in (
+            (entropy, f"H ± SE{of}", _END, {"linestyle": "-"}, [(e.value, e.se) for e in tokens]),
+            (change, "predicted ± SE", _PREDICTED, {}, inside),
+            (change, "predicted, out of range", _PREDICTED, {"alpha": 0.25}, outside),
+            (change, "realised ± SE", _REALISED, {"markerfacecolor": "white"}, realised),
+        ):
+            axes.errorbar(
+                at,
+                _array(value for value, _ in values),
+                _array(se for _, se in values),
+                label=label if axes is entropy or number == 0 else None,
+                color=color if len(runs) == 1 else f"C{number}",
+                **{"marker": "o", "markersize": 4, "capsize": 2, "linestyle": "", **style},
+            )
+    low, high = min(filter(math.isfinite, ends)), max(filter(math.isfinite, ends))
+    margin = 0.1 * (high - low) or 1.0
+    change.set_ylim(low - margin, high + margin)
+    entropy.set_ylim(bottom=0.0)
+    for axes in (entropy, change):
+        axes.legend(frameon=False)
     return figure
 
 

@@ -51,13 +51,15 @@ class CheckpointSection(_Section):
     num_trainable: int
     weights_dtype: str
     adapter: str | None
+    global_step: int | None
     optimizer: OptimizerSection
 
 
 class BatchSection(_Section):
     """One batch of responses; `num_tokens` counts the scored tokens. `given` is the file that was asked for, or
     `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end neither
-    with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too)."""
+    with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
+    `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file."""
 
     num_prompts: int
     num_responses: int
@@ -65,11 +67,13 @@ class BatchSection(_Section):
     source: str
     same_batch: bool
     mean_reward: float
+    mean_reward_se: float
     zero_advantage_fraction: float
     missing_gold: int
     given: str
     early_eos: int
     unended: int | None
+    fingerprint: str
 
 
 class SamplingSection(_Section):
@@ -380,8 +384,16 @@ class Verdict(_Section):
     hint: str
 
 
+class BaselineSection(_Section):
+    """What gates compare with: the quantities of another report, with their standard errors."""
+
+    name: str
+    fingerprint: str
+    quantities: dict[str, Estimate]
+
+
 class ProbeReport(_Section):
-    """`left_out` are the parts of the measurement that the budget left out."""
+    """`baseline` is added by who judges. `left_out` are the parts of the measurement that the budget left out."""
 
     schema_version: int = SCHEMA_VERSION
     probe_version: str
@@ -406,6 +418,7 @@ class ProbeReport(_Section):
     preconditioner: PreconditionerSection
     integrity: IntegritySection
     verdicts: list[Verdict]
+    baseline: BaselineSection | None = None
     environment: dict[str, str | int]
     timing: dict[str, float]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -43,6 +45,7 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
         num_trainable=info.num_trainable,
         weights_dtype=info.weights_dtype,
         adapter=info.adapter,
+        global_step=info.global_step,
         optimizer=r.OptimizerSection(
             type=("AdamW" if first.decoupled else "Adam") + (" (AMSGrad)" if first.amsgrad else ""),
             lr=max(state.lr for state in adam.values()),
@@ -76,12 +79,29 @@ def batch_section(
         source=printable(rollouts.source),
         same_batch=same_batch,
         mean_reward=float(rollouts.rewards.mean()),
+        mean_reward_se=importance.mean_and_se(rollouts.rewards)[1],
         zero_advantage_fraction=float(advantages.zero_advantage(advantage, rollouts.rewards).double().mean()),
         missing_gold=rollouts.missing_gold,
         given=printable(given),
         early_eos=sum(early_eos(response, eos) is not None for response in rollouts.responses),
         unended=sum(len(response) < limit for response in cut) if known else None,
+        fingerprint=_fingerprint(rollouts),
     )
+
+
+def _fingerprint(rollouts: Rollouts) -> str:
+    """SHA-256 of every row's token ids, with where its response begins, and of what was given beside them.
+
+    Not of advantages by rule: they follow from the rewards, in the rounding of the machine.
+    """
+    starts = rollouts.prompt_lens.tolist()
+    rows = [
+        [start, *row[: start + length]]
+        for row, start, length in zip(rollouts.ids.tolist(), starts, rollouts.gen_lens.tolist(), strict=True)
+    ]
+    given = None if rollouts.advantages is None else rollouts.advantages.tolist()
+    content = (rows, rollouts.rewards.tolist(), given)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def sampling_section(redrawn: tuple[float, float] | None) -> r.SamplingSection | None:

@@ -12,5 +12,6 @@ OTHERS = ("anyio", "benchmark", "hypothesispytest", "jaxtyping")
 @pytest.fixture(scope="session", autouse=True)
 def _without_other_plugins() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GITHUB_STEP_SUMMARY", raising=False)
         patch.setenv("PYTEST_ADDOPTS", " ".join(f"-pno:{name}" for name in OTHERS))
         yield

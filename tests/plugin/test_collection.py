@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import entropy_probe_checks
+from entropy_probe_checks.bounds import GATES
 
 HOSTILE = """
 [pytest]
@@ -18,12 +19,17 @@ addopts = --strict-markers --strict-config
 """
 
 
+GATES_ON = "limits: {" + ", ".join(f"{gate}: {{max: 1}}" for gate in GATES) + "}"
+ON_REQUEST = {"test_golden.py": "--probe-golden-dir=golden", "test_gate.py": "--probe-config=gates.yaml"}
+
+
 def shipped_tests() -> list[str]:
-    """Ids without the checkpoint, read from the source text of the shipped modules."""
+    """Ids without the checkpoint, read from the source text of the modules that need no other option."""
     folder = Path(next(iter(entropy_probe_checks.__path__)))
     return [
         f"probe-checks/{file.name}::{node.name}"
         for file in sorted(folder.glob("test_*.py"))
+        if file.name not in ON_REQUEST
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
@@ -51,9 +57,42 @@ def test_all_checks_join_the_users_own(project: pytest.Pytester) -> None:
     assert sorted(_collected(result)) == sorted(["check_own.py::check_mine", *shipped])
 
 
+def test_no_gate_is_on(project: pytest.Pytester) -> None:
+    result = project.runpytest_subprocess("--probe-checkpoint=ckpt", "-m", "gate")
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    result.stdout.fnmatch_lines(["*no gate is on; set bounds, such as*"])
+
+
 def test_a_path_leaves_the_checks_out(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess("--co", "-q", "--probe-checkpoint=ckpt", "check_own.py")
     assert _collected(result) == ["check_own.py::check_mine"]
+
+
+@pytest.mark.parametrize(("module", "option"), ON_REQUEST.items())
+def test_a_module_on_request(project: pytest.Pytester, module: str, option: str) -> None:
+    Path("gates.yaml").write_text(GATES_ON)
+    selected = ("--co", "-q", "--probe-checkpoint=ckpt", f"probe-checks/{module}")
+    without = project.runpytest_subprocess(*selected)
+    assert without.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, without.errlines)
+    assert line.startswith(f"ERROR: probe-checks/{module}: ")
+    with_it = project.runpytest_subprocess(*selected, option)
+    assert with_it.ret == pytest.ExitCode.OK
+    collected = [line for line in with_it.outlines if "::" in line]
+    assert collected
+    assert all(line.startswith(f"probe-checks/{module}::") for line in collected)
+    everything = project.runpytest_subprocess("--co", "-q", "--probe-checkpoint=ckpt", option)
+    assert set(collected) < set(_collected(everything))
+
+
+def test_a_gate_without_bounds_is_off_beside_others(project: pytest.Pytester) -> None:
+    Path("one.yaml").write_text("limits: {reward: {min: 0}}")
+    one = ("--co", "-q", "--probe-checkpoint=ckpt", "--probe-config=one.yaml")
+    on = project.runpytest_subprocess(*one, "probe-checks/test_gate.py")
+    assert _collected(on) == ["probe-checks/test_gate.py::test_reward[ckpt]"]
+    off = project.runpytest_subprocess(*one, "probe-checks/test_gate.py::test_entropy")
+    assert off.ret == pytest.ExitCode.USAGE_ERROR
+    off.stderr.fnmatch_lines(["ERROR: *: the gate entropy is off; set bounds, such as limits: {entropy: {min: 0.05}}"])
 
 
 @pytest.mark.parametrize(

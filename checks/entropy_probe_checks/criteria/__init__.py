@@ -1,8 +1,20 @@
-"""One pure function a criterion, report → Verdict, one file a family; `CRITERIA` holds them all by name."""
+"""One pure function a criterion, report → Verdict, one file a family.
+
+`CRITERIA` holds those of the acceptance suite by name, `GATES` those that ask for bounds of the user's.
+"""
 
 from __future__ import annotations
 
-from entropy_probe_checks.criteria import importance, prediction, registry, scaling, sequences, ustatistic, zero_check
+from entropy_probe_checks.criteria import (
+    gate,
+    importance,
+    prediction,
+    registry,
+    scaling,
+    sequences,
+    ustatistic,
+    zero_check,
+)
 from entropy_probe_checks.criteria.verdicts import Criterion
 
 CRITERIA: dict[str, Criterion] = {
@@ -11,3 +23,4 @@ CRITERIA: dict[str, Criterion] = {
     for item in vars(family).values()
     if isinstance(item, Criterion)
 }
+GATES: dict[str, Criterion] = {item.name: item for item in vars(gate).values() if isinstance(item, Criterion)}

@@ -1,0 +1,47 @@
+"""Bounds of gates: training-health limits that the user sets. A gate without bounds is off.
+
+    limits: {entropy: {min: 0.05, fall: 0.5}, zero_advantage: {max: 0.8}, adam_step: {max: 0}}
+
+min, max            of the quantity itself
+fall, rise          of a baseline report's quantity b, as a share of |b|
+fall_se, rise_se    of the baseline's, in standard errors of the difference
+noise               standard errors beyond a bound that count as noise (4)
+
+x ± s fails `min: m` where x < m − noise·s: a change smaller than its noise fails no gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from entropy_probe import ProbeError
+
+GATES = ("entropy", "predicted_change", "realised_ratio", "zero_advantage", "adam_step", "finite_moments", "reward")
+COUNTS = ("adam_step", "finite_moments")
+"""Quantities without noise, to which only `max` applies."""
+OF_A_BASELINE = ("fall", "rise", "fall_se", "rise_se")
+NOISE = 4.0
+"""Standard errors within which a criterion on a noisy quantity does not fail; of a normal, once in 3e4."""
+
+
+def bounds_of(limits: Mapping[str, float | Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The gates that are on: gate → its bounds."""
+    return {name: bounds for name, bounds in limits.items() if name in GATES and isinstance(bounds, Mapping)}
+
+
+def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bool) -> None:
+    """Raise on bounds that can't be met, that the gate does not take, or that lack the baseline they speak of."""
+    for key, value in bounds.items():
+        where = f"`limits.{name}.{key}`"
+        if name in COUNTS and key != "max":
+            raise ProbeError("configuration", f"{where}: the gate is a count", "give `max` alone")
+        if key in OF_A_BASELINE and not has_baseline:
+            raise ProbeError("configuration", f"{where} speaks of a baseline", "give --probe-baseline=report.json")
+        lowest = 1.0 if key in ("noise", "fall_se", "rise_se") else 0.0
+        if key not in ("min", "max") and value < lowest:
+            raise ProbeError("configuration", f"{where} is {value:g}", f"give {lowest:g} or more")
+    if not set(bounds) - {"noise"}:
+        raise ProbeError("configuration", f"`limits.{name}` has no bound", "give `min`, `max` or another")
+    if bounds.get("min", -math.inf) > bounds.get("max", math.inf):
+        raise ProbeError("configuration", f"`limits.{name}`: min is above max", "exchange them")

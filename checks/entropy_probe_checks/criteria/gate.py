@@ -1,0 +1,199 @@
+"""Training health: quantities of the report held against the bounds that the user sets (`bounds.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from entropy_probe import ProbeReport
+from entropy_probe.report import BaselineSection, Estimate
+from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, bounds_of
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, inconclusive, not_applicable, relative
+
+
+@Criterion
+def entropy(report: ProbeReport) -> Finding:
+    """Entropy of the policy in nats per token on the E batch, Rao-Blackwell.
+
+    The policy has collapsed to few responses, or come apart: it no longer explores, or no longer answers. Go back to an
+    earlier checkpoint, with a smaller learning rate, a larger group or another penalty.
+    """
+    return _held(report, "entropy")
+
+
+@Criterion
+def predicted_change(report: ProbeReport) -> Finding:
+    """|lr·∇Hᵀv|/H: the share of its entropy that the policy gains or loses in the next step, to first order.
+
+    The next step moves the entropy further than you allow. The learning rate is too large for these moments, or the
+    update has turned against the entropy: stop before it is taken.
+    """
+    return _held(report, "predicted_change")
+
+
+@Criterion
+def realised_ratio(report: ProbeReport) -> Finding:
+    """ΔH realised over ΔH predicted at η = lr; 1 where the step is as small as its derivatives assume.
+
+    The step goes where first and second order no longer describe the entropy: a smaller learning rate is needed for any
+    statement about it.
+    """
+    return _held(report, "realised_ratio")
+
+
+@Criterion
+def zero_advantage(report: ProbeReport) -> Finding:
+    """Share of the prompts of the U batch whose responses all have advantage 0, so that they add nothing to the update.
+
+    Most prompts are always solved, or never, and the gradient comes from few of them. Choose other prompts, or larger
+    groups.
+    """
+    return _held(report, "zero_advantage")
+
+
+@Criterion
+def adam_step(report: ProbeReport) -> Finding:
+    """|step of the optimizer's state − global_step of trainer_state.json|.
+
+    Moments and weights are of different moments of the run: a file was copied from another checkpoint, or the optimizer
+    was started anew.
+    """
+    return _held(report, "adam_step")
+
+
+@Criterion
+def finite_moments(report: ProbeReport) -> Finding:
+    """Entries of the preconditioner 1/(√v̂+ε) that are not finite.
+
+    The optimizer's second moments have overflowed, and its next step writes NaN into the weights.
+    """
+    return _held(report, "finite_moments")
+
+
+@Criterion
+def reward(report: ProbeReport) -> Finding:
+    """Mean reward of the responses of the E batch.
+
+    The policy earns less than you allow: it forgot the task or its format, or the reward is no longer computed.
+    """
+    return _held(report, "reward")
+
+
+def _entropy(report: ProbeReport) -> Estimate:
+    return report.entropy.per_token
+
+
+def _predicted_change(report: ProbeReport) -> Estimate | Finding:
+    """SE(a/h) ≤ (SE(a) + |a/h|·SE(h))/h, whatever their correlation."""
+    update, size, lr = report.update, report.entropy.rb, report.first_order.lr
+    slope, se = update.delta_h1_per_lr_rb, update.delta_h1_per_lr_rb_se
+    if update.delta_h1_per_lr_cross is not None and update.delta_h1_per_lr_cross_se is not None:
+        slope, se = update.delta_h1_per_lr_cross, update.delta_h1_per_lr_cross_se
+    if size.value == 0:
+        return inconclusive("The entropy is 0: it has no relative change.")
+    share = abs(lr * slope) / size.value
+    return Estimate(value=share, se=(lr * se + share * size.se) / size.value)
+
+
+def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
+    """SE((r − l·p)/p) ≤ (SE(r − p) + |1 − l|·SE(p))/|p|, at the ratio l that was found."""
+    step = next(row for row in report.entropy_change if row.eta == report.first_order.lr)
+    if step.predicted is None or step.predicted_se is None or step.difference_se is None:
+        return not_applicable("top_p < 1: nothing is predicted about π restricted to the nucleus.")
+    if not step.reliable or step.ratio is None:
+        return inconclusive(
+            f"The change at η = lr is not reliable: ESS/N {step.unclipped_ess_fraction:.2g}. "
+            "Give more responses, or true_delta_h.fallback: resample."
+        )
+    se = (step.difference_se + abs(1 - step.ratio) * step.predicted_se) / abs(step.predicted)
+    return Estimate(value=step.ratio, se=se)
+
+
+def _zero_advantage(report: ProbeReport) -> Estimate:
+    """Standard error of a share that allows for one more prompt of either kind: 16 of 16 are not certainty."""
+    share, count = report.update_batch.zero_advantage_fraction, report.update_batch.num_prompts
+    near = (share * count + 1) / (count + 2)
+    return Estimate(value=share, se=math.sqrt(near * (1 - near) / count))
+
+
+def _adam_step(report: ProbeReport) -> Estimate | Finding:
+    step, saved = report.checkpoint.optimizer.step, report.checkpoint.global_step
+    if step is None or saved is None:
+        return not_applicable("The checkpoint has no trainer_state.json with a global_step.")
+    return Estimate(value=float(abs(step - saved)), se=0.0)
+
+
+def _finite_moments(report: ProbeReport) -> Estimate:
+    return Estimate(value=float(report.preconditioner.num_nonfinite), se=0.0)
+
+
+def _reward(report: ProbeReport) -> Estimate:
+    return Estimate(value=report.batch.mean_reward, se=report.batch.mean_reward_se)
+
+
+_QUANTITIES: dict[str, Callable[[ProbeReport], Estimate | Finding]] = {
+    "entropy": _entropy,
+    "predicted_change": _predicted_change,
+    "realised_ratio": _realised_ratio,
+    "zero_advantage": _zero_advantage,
+    "adam_step": _adam_step,
+    "finite_moments": _finite_moments,
+    "reward": _reward,
+}
+
+
+def baseline_of(report: ProbeReport) -> BaselineSection:
+    """What gates compare with, of a report that serves as baseline."""
+    found = {name: quantity(report) for name, quantity in _QUANTITIES.items() if name not in COUNTS}
+    return BaselineSection(
+        name=report.checkpoint.name,
+        fingerprint=report.checkpoint.fingerprint,
+        quantities={name: value for name, value in found.items() if isinstance(value, Estimate)},
+    )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One bound: what is shown beside its limit, and how far beyond limit and noise the quantity lies."""
+
+    key: str
+    value: float
+    limit: float
+    beyond: float
+
+
+def _held(report: ProbeReport, name: str) -> Finding:
+    """The bound that is missed by most, or met by least."""
+    bounds = bounds_of(report.config["limits"]).get(name)
+    if bounds is None:
+        return not_applicable(f"Off: no bound under limits.{name}.")
+    found = _QUANTITIES[name](report)
+    if isinstance(found, Finding):
+        return found
+    before = report.baseline.quantities.get(name) if report.baseline is not None else None
+    if before is None and set(bounds) & set(OF_A_BASELINE):
+        return inconclusive(f"The baseline has no {name}: take a report of a longer batch as baseline.")
+    worst = max(_each(found, before, bounds), key=lambda held: math.inf if math.isnan(held.beyond) else held.beyond)
+    beside = "" if before is None else f", baseline {before.value:.3g} ± {before.se:.2g}"
+    detail = f"[limits.{name}.{worst.key}; {name} {found.value:.3g} ± {found.se:.2g}{beside}]"
+    return Finding("pass" if worst.beyond <= 0 else "fail", worst.value, worst.limit, detail)
+
+
+def _each(found: Estimate, before: Estimate | None, bounds: Mapping[str, float]) -> Iterator[_Held]:
+    noise = bounds.get("noise", NOISE)
+    for key, sign in (("min", -1), ("max", 1)):
+        if key in bounds:
+            yield _Held(key, found.value, bounds[key], sign * (found.value - bounds[key]) - noise * found.se)
+    if before is None:
+        return
+    size, together = abs(before.value), math.hypot(found.se, before.se)
+    for key, sign in (("fall", -1), ("rise", 1)):
+        change = sign * (found.value - before.value)
+        if key in bounds:
+            moved = before.se * abs(1 + sign * math.copysign(bounds[key], before.value))  # SE of b ∓ share·|b|
+            beyond = change - bounds[key] * size - noise * math.hypot(found.se, moved)
+            yield _Held(key, relative(change, size), bounds[key], beyond)
+        if f"{key}_se" in bounds:
+            limit = bounds[f"{key}_se"]
+            yield _Held(f"{key}_se", relative(change, together), limit, change - limit * together)

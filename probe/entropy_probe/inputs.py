@@ -1,0 +1,80 @@
+"""What a report depends on: the files that are read, the configuration, this library's code, and what it runs on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_probe.config import JUDGES, ProbeConfig
+from entropy_probe.errors import ConfigError
+from entropy_probe.model.checkpoint.adapter import find_base_model
+from entropy_probe.model.checkpoint.files import file_digest
+from entropy_probe.stages.rewards import REWARDS
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "arviz-stats",
+    "hypothesis",
+)
+
+
+def digest(
+    checkpoint: Path,
+    config: ProbeConfig,
+    rollouts: Path | None = None,
+    update_rollouts: Path | None = None,
+    *,
+    prompts: Path | None = None,
+    base_model: Path | None = None,
+) -> str:
+    """SHA-256 over everything that `run_probe` with these arguments depends on, the limits of criteria excluded.
+
+    Every file of the checkpoint's folder (and of its base model's) counts, tokenizer and all. Nothing is loaded. Raises
+    `ProbeError` where the report depends on what has no digest: a dataset or a reward that is code of the user's own.
+    """
+    if rollouts is None and config.batch.reward not in REWARDS:
+        raise ConfigError("batch.reward", f"{config.batch.reward!r} is code of your own", "measure again")
+    adapter = (checkpoint / "adapter_config.json").is_file()
+    base = find_base_model(checkpoint, base_model) if adapter else None
+    given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
+    known = {
+        "checkpoint": _digests(checkpoint),
+        "base": None if base is None else _digests(base),
+        "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
+        "dataset": _dataset(config.batch.dataset) if rollouts is None and prompts is None else None,
+        "config": config.model_dump(mode="json", exclude=set(JUDGES)),
+        "code": _digests(Path(__file__).parent, "**/*.py"),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "machine": [platform.python_version(), platform.platform(), _device(config.device)],
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_digest(path) for path in folder.glob(pattern) if path.is_file()}
+
+
+def _dataset(name: str) -> Any:
+    kind, _, place = name.partition(":")
+    path = Path(place).expanduser()
+    if kind == "arithmetic":
+        return None
+    if kind not in ("jsonl", "gsm8k_r1_template") or not place:
+        raise ConfigError("batch.dataset", f"{name!r} is no file", "measure again")
+    return _digests(path) if path.is_dir() else file_digest(path)
+
+
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

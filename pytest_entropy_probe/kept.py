@@ -1,0 +1,85 @@
+"""Reports of finished measurements, kept in pytest's cache: a run that changes nothing but limits measures nothing.
+
+An entry is named by the digest of all that the measurement depends on (`entropy_probe.inputs`) and holds its own
+digest in front: what was cut short or changed is dropped, and measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_entropy_probe.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from entropy_probe import ProbeConfig, ProbeReport
+
+FOLDER = "entropy-probe"
+MOST = 100
+"""Entries that are kept; the oldest go first. One takes some 100 kB."""
+RECALLED = "report from pytest's cache (--probe-no-cache)"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the report of one measurement is kept."""
+
+    file: Path
+
+    def read(self) -> tuple[ProbeReport | None, str]:
+        """The report, if there is one, and what the user should know."""
+        from entropy_probe import ProbeReport
+
+        try:
+            digest, _, text = self.file.read_text(encoding="utf-8").partition("\n")
+        except FileNotFoundError:
+            return None, ""
+        except (OSError, UnicodeDecodeError):
+            digest = text = ""
+        if digest and digest == hashlib.sha256(text.encode()).hexdigest():
+            return ProbeReport.model_validate_json(text), RECALLED
+        self.file.unlink(missing_ok=True)
+        return None, f"measured again: its report in pytest's cache was damaged ({self.file.name})"
+
+    def write(self, report: ProbeReport) -> str:
+        """Keep the report. What the user should know, if it can't be kept."""
+        from entropy_probe import ProbeError
+        from entropy_probe.report import write_atomically
+
+        text = report.model_dump_json()
+        try:
+            write_atomically(self.file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        except ProbeError as error:
+            return f"the report is not kept in pytest's cache: {error}"
+        with suppress(FileNotFoundError):  # another process removes them too
+            entries = sorted(self.file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for old in entries[MOST:]:
+                old.unlink()
+        return ""
+
+
+def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig) -> Kept | None:
+    """`None` where nothing is to be kept, or where not all is known that the measurement depends on."""
+    from entropy_probe import ProbeError
+    from entropy_probe.inputs import digest
+
+    settings, cache = config.stash[SETTINGS], getattr(config, "cache", None)
+    if settings.no_cache or cache is None:
+        return None
+    try:
+        name = digest(
+            checkpoint,
+            probe_config,
+            settings.rollouts,
+            settings.update_rollouts,
+            prompts=settings.prompts,
+            base_model=settings.base_model,
+        )
+        return Kept(cache.mkdir(FOLDER) / f"{name}.json")
+    except (ProbeError, OSError):
+        return None

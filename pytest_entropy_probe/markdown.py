@@ -1,0 +1,65 @@
+"""The run in Markdown, as GitHub shows it beside a job: appended to the file that $GITHUB_STEP_SUMMARY names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pytest_entropy_probe.tables import STATUS, STEP_HEADINGS, Row, Step, steps_title
+
+VARIABLE = "GITHUB_STEP_SUMMARY"
+MOST_IN_FULL = 20
+"""Checkpoints whose criteria are all listed: a summary may have 1 MiB, and one checkpoint takes 5 kB of it."""
+
+
+def summary(
+    title: str,
+    steps: Sequence[Step],
+    rows: Mapping[str, Sequence[Row]],
+    headlines: Mapping[str, str],
+    notes: Sequence[str],
+) -> str:
+    """One table of the checkpoints by step; of each what failed, with what to do, and all criteria folded away."""
+    lines = [f"### {_escaped(title)}", "", f"{_escaped(steps_title(steps))}; H in nats/token:", ""]
+    lines += [*_table(STEP_HEADINGS, (step.cells for step in steps)), ""]
+    for step in steps:
+        mine = rows.get(step.name, ())
+        failures = [row.message for row in mine if row.message]
+        if len(steps) == 1 or failures:
+            lines += [f"#### {_escaped(step.name)}: {_escaped(step.verdicts)}", ""]
+        shown = [headlines[step.name]] if len(steps) == 1 and step.name in headlines else []
+        for text in shown + failures:
+            lines += ["```text", text.replace("```", "'''"), "```", ""]
+        judged = [_cells(row) for row in mine if row.criterion]
+        if judged and len(steps) <= MOST_IN_FULL:
+            lines += [f"<details><summary>{_escaped(step.name)}: all {len(judged)} criteria</summary>", ""]
+            lines += [*_table(("criterion", "value", "limit", "margin", "status"), judged), "", "</details>", ""]
+    return "\n".join([*lines, *(f"* {_escaped(note)}" for note in notes), ""])
+
+
+def append(path: Path, text: str) -> str | None:
+    """Add `text` to the file. The error line, if it can't be written."""
+    try:
+        with path.open("a", encoding="utf-8", errors="replace") as stream:
+            stream.write(text + "\n")
+    except OSError as error:
+        return f"{VARIABLE}: {path}: cannot be written ({error.strerror})"
+    return None
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.criterion, *row.shown, row.margin, STATUS.get(row.status, (row.status, ""))[0]
+
+
+def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    headings = list(headings)
+    yield f"| {' | '.join(headings)} |"
+    yield f"|{'---|' * len(headings)}"
+    for cells in rows:
+        yield f"| {' | '.join(map(_escaped, cells))} |"
+
+
+def _escaped(text: str) -> str:
+    """As text: names of folders and criteria are nobody's markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,186 @@
+"""What a run found, as rows, and the tables that are made of them: criteria of one checkpoint, checkpoints by step.
+
+The terminal shows them (rich, 80 columns), and markdown.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_entropy_probe.judge import number
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from entropy_probe import ProbeReport
+
+STATUS = {
+    "pass": ("PASS", "green"),
+    "fail": ("FAIL", "bold red"),
+    "inconclusive": ("INCONCLUSIVE", "yellow"),
+    "not_applicable": ("N/A", "dim"),
+    "xfail": ("XFAIL", "yellow"),
+    "xpass": ("XPASS", "bold red"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One criterion's verdict on one checkpoint; `message` is how a failure ends its test."""
+
+    checkpoint: str
+    criterion: str
+    status: str
+    value: float | str | None
+    limit: float | str | None
+    message: str = ""
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """Value and limit, as they are written."""
+        value, limit = ("-" if cell is None else number(cell) for cell in (self.value, self.limit))
+        return value, limit
+
+    @property
+    def margin(self) -> str:
+        """How far inside the limit, as a factor: 12x is twelve times better than asked, 0.5x misses it by two."""
+        if not isinstance(self.value, float) or not isinstance(self.limit, float):
+            return "-"
+        if self.limit == 0:
+            return "exact" if self.value == 0 and self.status == "pass" else "-"
+        above = self.value > self.limit
+        is_lower_limit = above == (self.status == "pass")
+        above_zero = self.value >= 0 and self.limit > 0
+        if not above_zero or not math.isfinite(self.value) or self.status not in ("pass", "fail"):
+            return "-"
+        if self.value == 0:
+            return "0x" if is_lower_limit else "exact"
+        factor = self.value / self.limit if is_lower_limit else self.limit / self.value
+        return ">9999x" if factor > 9999 else f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One checkpoint of a run: what its next step does, in `unit`, and how its verdicts ended."""
+
+    name: str
+    run: str
+    step: int | None
+    entropy: str
+    predicted: str
+    realised: str
+    ess: str
+    verdicts: str
+    unit: str = ""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands under `STEP_HEADINGS`; a name that ends in its step says it already."""
+        named = self.step is None or self.name.endswith(str(self.step))
+        name = self.name if named else f"{self.name} ({self.step})"
+        return name, self.entropy, self.predicted, self.realised, self.ess, self.verdicts
+
+
+def step_of(name: str, run: str, report: ProbeReport | None, rows: Sequence[Row], state: str) -> Step:
+    """The line of one checkpoint; without a report, why there is none."""
+    if report is None:
+        return Step(
+            name, run, _last_number(name), "-", "-", "-", "-", state.removeprefix("checkpoint ") or "not measured"
+        )
+    checkpoint, per_token = report.checkpoint, report.entropy.per_token
+    step = next(row for row in report.entropy_change if row.eta == report.first_order.lr)
+    predicted = _with_se(step.predicted, step.predicted_se)
+    return Step(
+        name,
+        run,
+        checkpoint.optimizer.step if checkpoint.global_step is None else checkpoint.global_step,
+        _with_se(per_token.value, per_token.se, signed=False),
+        predicted if step.in_range else f"({predicted})",
+        _with_se(step.delta_h_rb, step.delta_h_rb_se),
+        f"{step.unclipped_ess_fraction:.2f}",
+        verdicts(rows),
+        "nats/token" if report.config["true_delta_h"]["normalize"] == "per_token" else "nats/response",
+    )
+
+
+def verdicts(rows: Iterable[Row]) -> str:
+    """How the verdicts on one checkpoint ended, in as few words as tell."""
+    ended = [row.status for row in rows]
+    failed, open_ = sum(s in ("fail", "xpass") for s in ended), ended.count("inconclusive")
+    said = [f"{failed} failed"] * (failed > 0) + [f"{open_} open"] * (open_ > 0)
+    return ", ".join(said) or ("passed" if ended else "-")
+
+
+def by_step(steps: Iterable[Step]) -> list[Step]:
+    """Run after run, each in the order of its steps."""
+    return sorted(steps, key=lambda s: (s.run, math.inf if s.step is None else s.step))
+
+
+def _last_number(name: str) -> int | None:
+    digits = name[len(name.rstrip("0123456789")) :]
+    return int(digits) if digits else None
+
+
+def _with_se(value: float | None, se: float | None, *, signed: bool = True) -> str:
+    """`value±se`, both to the first digit of the SE, as long as that is short."""
+    if value is None or se is None:
+        return "-"
+    sign, first = "+" * signed, -math.floor(math.log10(se)) if se > 0 and math.isfinite(se) else 0
+    if 1 <= first <= 4 and abs(value) < 100:
+        return f"{value:{sign}.{first}f}±{se:.{first}f}"
+    return f"{value:{sign}.2g}±{se:.1g}"
+
+
+STEP_HEADINGS = ("checkpoint", "H/token", "predicted", "realised", "ESS/N", "verdicts")
+
+
+def steps_title(steps: Sequence[Step], *, plain: bool = False) -> str:
+    """What the table shows, and in which units."""
+    units = ", ".join(sorted({step.unit for step in steps if step.unit})) or "nats"
+    of = f" of {len(steps)} checkpoints" if len(steps) > 1 else ""
+    return f"next step{of}: {'dH' if plain else 'ΔH'} in {units}, (out of range)"
+
+
+def steps_table(steps: Sequence[Step], *, plain: bool) -> Table:
+    """One line a checkpoint, within 80 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=steps_title(steps, plain=plain),
+        title_justify="left",
+        title_style="bold",
+        box=box.ASCII2 if plain else box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for heading in STEP_HEADINGS:
+        words = heading in ("checkpoint", "verdicts")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for step in steps:
+        *cells, ended = (Text(cell.replace("±", "+/-") if plain else cell) for cell in step.cells)
+        ended.stylize("green" if step.verdicts == "passed" else "bold red" if "failed" in step.verdicts else "yellow")
+        table.add_row(*cells, ended)
+    return table
+
+
+def criteria_table(name: str, rows: list[Row], *, plain: bool) -> Table:
+    """One line a criterion: value, limit, margin, status."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=name, title_justify="left", box=box.ASCII2 if plain else box.ROUNDED, title_style="bold")
+    table.add_column("criterion", overflow="fold")
+    for heading in ("value", "limit", "margin"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for row in rows:
+        shown, style = STATUS.get(row.status, (row.status, ""))
+        table.add_row(Text(row.criterion), *map(Text, row.shown), Text(row.margin), Text(shown, style))
+    return table

@@ -1,0 +1,171 @@
+"""Reports in pytest's cache: reused where only limits changed, dropped where anything else did."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from entropy_probe import ProbeConfig, ProbeError, inputs
+from entropy_probe.demo import checkpoint_path
+from pytest_entropy_probe.kept import FOLDER, MOST, Kept
+
+SMALL = "batch: {num_prompts: 2, num_update_prompts: 2}\ngeneration: {num_return_sequences: 2, max_new_tokens: 4}\n"
+OWN = "def test_own(probe_report): print('LIMITS', probe_report.config['limits'], probe_report.checkpoint.name)\n"
+# No forward: whatever calls a module fails the run.
+NO_FORWARD = """
+import torch
+def refuse(*args, **kwargs): raise AssertionError("a module was called")
+torch.nn.Module.__call__ = refuse
+"""
+
+
+def run(folder: Path, limits: str, *args: str, forward: bool = True) -> subprocess.CompletedProcess[str]:
+    (folder / "test_own.py").write_text(OWN)
+    (folder / "conftest.py").write_text("" if forward else NO_FORWARD)
+    (folder / "probe.yaml").write_text(f"budget: smoke\n{SMALL}limits: {{{limits}}}\n")
+    command = [sys.executable, "-m", "pytest", "-s", "--probe-config=probe.yaml", "test_own.py", *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted((folder / ".pytest_cache" / "d" / FOLDER).glob("*"))
+
+
+def test_other_limits_compute_no_forward(tmp_path: Path) -> None:
+    first = run(tmp_path, "", "--probe-checkpoint=demo")
+    assert first.returncode == 0, first.stdout
+    assert "cache" not in first.stdout
+    (entry,) = entries(tmp_path)
+
+    limits = "logit_scaling: 2.5, entropy: {min: 0.01}"
+    second = run(tmp_path, limits, "--probe-checkpoint=again=demo", forward=False)
+    assert second.returncode == 0, second.stdout
+    assert "LIMITS {'logit_scaling': 2.5, 'entropy': {'min': 0.01}} again" in second.stdout
+    assert "\nentropy-probe: again: report from pytest's cache (--probe-no-cache)\n" in second.stdout
+
+    for option in ("--probe-no-cache", "--probe-seed=1"):
+        measured = run(tmp_path, limits, "--probe-checkpoint=demo", option, forward=False)
+        assert measured.returncode == 1, option
+        assert "a module was called" in measured.stdout
+        assert entries(tmp_path) == [entry]
+
+    whole = entry.read_text()
+    entry.write_text(whole[: len(whole) // 2])
+    third = run(tmp_path, limits, "--probe-checkpoint=demo")
+    assert third.returncode == 0
+    assert "entropy-probe: demo: measured again: its report in pytest's cache was damaged (" in third.stdout
+    assert entries(tmp_path) == [entry]
+
+    cleared = run(tmp_path, limits, "--probe-checkpoint=demo", "--cache-clear", forward=False)
+    assert cleared.returncode == 1
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["", "0", "\n", "no digest\n{}", b"\xff\xfe"])
+def test_a_damaged_entry_is_dropped(tmp_path: Path, damage: str | bytes) -> None:
+    entry = tmp_path / "key.json"
+    entry.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    report, note = Kept(entry).read()
+    assert report is None
+    assert "damaged" in note
+    assert not entry.exists()
+    assert Kept(entry).read() == (None, "")
+
+
+def test_entries_do_not_pile_up(tmp_path: Path) -> None:
+    from entropy_probe import ProbeReport
+
+    report = ProbeReport.model_construct(schema_version=1)
+    for number in range(MOST + 3):
+        assert Kept(tmp_path / f"{number}.json").write(report) == ""
+    assert len(list(tmp_path.iterdir())) == MOST
+
+
+class Files:
+    """A checkpoint with its base model and files beside it, and the digest of a measurement on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint, self.base = folder / "checkpoint-100", folder / "base"
+        shutil.copytree(checkpoint_path(), self.checkpoint, copy_function=shutil.copyfile)
+        shutil.copytree(checkpoint_path().parent / "base", self.base, copy_function=shutil.copyfile)
+        self.prompts, self.data, self.e = folder / "prompts.jsonl", folder / "data.jsonl", folder / "e.jsonl"
+        for file in (self.prompts, self.data, self.e):
+            file.write_text("{}\n")
+        self.values: dict[str, object] = {"batch": {"dataset": f"jsonl:{self.data}"}}
+        self.arguments: dict[str, Path] = {}
+
+    def digest(self) -> str:
+        return inputs.digest(self.checkpoint, ProbeConfig.from_mapping(self.values), **self.arguments)
+
+
+CHANGES: dict[str, Callable[[Files, pytest.MonkeyPatch], object]] = {
+    "weights": lambda f, _: flip(f.checkpoint / "adapter_model.safetensors"),
+    "moments": lambda f, _: flip(f.checkpoint / "optimizer.pt"),
+    "adapter's configuration": lambda f, _: append(f.checkpoint / "adapter_config.json"),
+    "step": lambda f, _: append(f.checkpoint / "trainer_state.json"),
+    "tokenizer": lambda f, _: append(f.checkpoint / "tokenizer.json"),
+    "base weights": lambda f, _: flip(f.base / "model.safetensors"),
+    "base configuration": lambda f, _: append(f.base / "config.json"),
+    "another file": lambda f, _: append(f.checkpoint / "chat_template.jinja"),
+    "dataset": lambda f, _: append(f.data),
+    "prompts": lambda f, _: f.arguments.update(prompts=f.prompts),
+    "rollouts": lambda f, _: f.arguments.update(rollouts=f.e),
+    "seed": lambda f, _: f.values.update(batch={"dataset": f"jsonl:{f.data}", "seed": 1}),
+    "precision": lambda f, _: f.values.update(precision={"allow_tf32": True}),
+    "ess limit, which the measurement reads": lambda f, _: f.values.update(true_delta_h={"min_ess_fraction": 0.4}),
+    "budget": lambda f, _: f.values.update(budget="smoke"),
+    "a library's version": lambda f, m: m.setattr(inputs, "version", lambda name: "0"),
+    "our code": lambda f, m: m.setattr(inputs, "__file__", str(f.base / "x.py")),
+}
+
+
+def append(path: Path) -> None:
+    with path.open("a") as stream:
+        stream.write("\n")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_invalidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    files = Files(tmp_path)
+    before = files.digest()
+    CHANGES[change](files, monkeypatch)
+    assert files.digest() != before
+
+
+def test_a_file_that_changed_under_its_name_invalidates(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    for key, file in (("prompts", files.prompts), ("rollouts", files.e), ("update_rollouts", files.e)):
+        files.arguments = {key: file}
+        before = files.digest()
+        append(file)
+        assert files.digest() != before
+
+
+def test_limits_do_not_invalidate(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    before = files.digest()
+    files.values |= {"limits": {"logit_scaling": 2.5, "entropy": {"min": 1}}, "allow_inconclusive": ["ess"]}
+    assert files.digest() == before
+
+
+@pytest.mark.parametrize(
+    "batch", [{"reward": "mine:reward"}, {"dataset": "mine:data"}, {"dataset": "gsm8k_r1_template"}]
+)
+def test_what_depends_on_code_of_the_users_own_has_no_digest(tmp_path: Path, batch: dict[str, str]) -> None:
+    files = Files(tmp_path)
+    files.values = {"batch": batch}
+    with pytest.raises(ProbeError):
+        files.digest()
+    files.arguments = {"rollouts": files.e}  # with responses given, neither is called
+    assert files.digest()
