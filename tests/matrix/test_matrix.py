@@ -14,7 +14,7 @@ from matrix.conftest import OWN, Repository
 FAMILIES = {
     file.stem: {f"{node.name}[demo]" for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
     for file in Path(entropy_probe_checks.__file__).parent.glob("test_*.py")
-    if file.stem != "test_golden"  # collected only with --probe-golden-dir
+    if file.stem not in ("test_golden", "test_gate")  # collected on request
 }
 SHIPPED = set().union(*FAMILIES.values())
 SCALING = FAMILIES["test_scaling"]
@@ -37,7 +37,7 @@ PARAM = "probe-checks/test_scaling.py::test_param_scaling[demo]"
     ids=" ".join,
 )
 def test_everything_runs(repository: Repository, args: tuple[str, ...]) -> None:
-    ran = repository.run(*args)
+    ran = repository.run(*args, measure=True)
     assert ran.code == 0, ran.output
     assert ran.own == OWN
     assert ran.shipped == SHIPPED
@@ -129,7 +129,7 @@ def test_a_run_without_its_suite_is_an_error(repository: Repository) -> None:
     (repository.folder / "entropy_probe_checks").mkdir()
     (repository.folder / "entropy_probe_checks" / "__init__.py").touch()
     (repository.folder / "entropy_probe_checks" / "thresholds.py").write_text(
-        "LIMITS = {}\ndef require_known(*_): pass\ndef in_force(_): return {}\n"
+        "LIMITS = {}\ndef require_known(*_, **__): pass\ndef in_force(_): return {}\n"
     )
     ran = repository.run()
     assert ran.code not in (0, 5), ran.output
@@ -159,7 +159,9 @@ def test_checkpoint_is_loaded_once_whatever_the_workers(repository: Repository) 
     for name, args in {"alone": (), "two": ("-n2",), "three": ("-n3", "--dist=worksteal")}.items():
         loads = repository.folder / "loads"
         loads.unlink(missing_ok=True)
-        ran = repository.run(*args, *more, f"--probe-json={repository.folder / name}", checkpoint="a=demo")
+        ran = repository.run(
+            *args, *more, f"--probe-json={repository.folder / name}", checkpoint="a=demo", measure=True
+        )
         assert ran.code == 0, ran.output
         assert len(ran.shipped) == 3 * len(SHIPPED)
         assert len(loads.read_text().split()) == 3

@@ -33,8 +33,9 @@ def snippet(start: str) -> str:
     return textwrap.dedent(block.group(0))
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("place")
     shutil.copytree(checkpoint_path(), tmp_path / "runs" / "checkpoint-500")
     shutil.copytree(checkpoint_path().parent / "base", tmp_path / "runs" / "base")
     return tmp_path
@@ -79,6 +80,6 @@ def test_live_model_snippet(place: Path) -> None:
 
 def test_test_snippet(place: Path) -> None:
     (place / "test_mine.py").write_text(snippet("def test_entropy_is_alive"))
-    assert "1 skipped" in run(place, "pytest -p no:cacheprovider").stdout
-    done = run(place, "pytest -p no:cacheprovider --probe-checkpoint=demo test_mine.py")
+    assert "1 skipped" in run(place, "pytest").stdout
+    done = run(place, "pytest --probe-checkpoint=demo test_mine.py")
     assert "1 passed" in done.stdout, done.stdout
