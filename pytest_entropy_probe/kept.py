@@ -1,7 +1,7 @@
 """Reports of finished measurements, kept in pytest's cache: a run that changes nothing but limits measures nothing.
 
 An entry is named by the digest of all that the measurement depends on (`entropy_probe.inputs`) and holds its own
-digest in front: what was cut short or changed is dropped, and measured again.
+digest in front: what was cut short or changed, or is no report of this version, is dropped and measured again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Kept:
         except (OSError, UnicodeDecodeError):
             digest = text = ""
         if digest and digest == hashlib.sha256(text.encode()).hexdigest():
-            return ProbeReport.model_validate_json(text), RECALLED
-        self.file.unlink(missing_ok=True)
+            with suppress(ValueError):
+                return ProbeReport.model_validate_json(text), RECALLED
+        with suppress(OSError):  # what cannot be removed is written over, or named when it can't be
+            self.file.unlink()
         return None, f"measured again: its report in pytest's cache was damaged ({self.file.name})"
 
     def write(self, report: ProbeReport) -> str:
@@ -56,7 +58,7 @@ class Kept:
             write_atomically(self.file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         except ProbeError as error:
             return f"the report is not kept in pytest's cache: {error}"
-        with suppress(FileNotFoundError):  # another process removes them too
+        with suppress(OSError):  # another process removes them too; what is no file stays
             entries = sorted(self.file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
             for old in entries[MOST:]:
                 old.unlink()

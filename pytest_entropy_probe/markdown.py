@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def summary(
             lines += ["```text", text.replace("```", "'''"), "```", ""]
         judged = [_cells(row) for row in mine if row.criterion]
         if judged and len(steps) <= MOST_IN_FULL:
-            lines += [f"<details><summary>{_escaped(step.name)}: all {len(judged)} criteria</summary>", ""]
+            lines += [f"<details><summary>{html.escape(step.name)}: all criteria ({len(judged)})</summary>", ""]
             lines += [*_table(("criterion", "value", "limit", "margin", "status"), judged), "", "</details>", ""]
     return "\n".join([*lines, *(f"* {_escaped(note)}" for note in notes), ""])
 

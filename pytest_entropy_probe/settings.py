@@ -101,6 +101,7 @@ def read_settings(config: pytest.Config) -> Settings:
         json_path=_output_path(config, "json", "report.json", several),
         plot_path=_output_path(config, "plot", "figure.png", several),
     )
+    _keep_out_of_checkpoints(config, settings)
     _require_drawable(config, settings)
     return settings
 
@@ -217,6 +218,17 @@ def _output_path(config: pytest.Config, key: str, example: str, several: bool) -
     if not several and path.is_dir():
         raise pytest.UsageError(f"{label}: {path} is a folder; give a file, such as {path / example}")
     return path
+
+
+def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
+    """Nothing is written into a checkpoint: a training may read it again, and its files name its kept report."""
+    places = {"golden_dir": settings.golden_dir, "json": settings.json_path, "plot": settings.plot_path}
+    for key, path in places.items():
+        for target in settings.targets:
+            if path is not None and path.resolve().is_relative_to(target.path.resolve()):
+                raise pytest.UsageError(
+                    f"{_origin(config, key)[0]}: {path} is in the checkpoint {target.path}; give a path outside of it"
+                )
 
 
 def _require_drawable(config: pytest.Config, settings: Settings) -> None:

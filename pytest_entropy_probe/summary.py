@@ -96,6 +96,7 @@ class Summary:
                     found.get("probe_value"),
                     found.get("probe_limit"),
                     report.longreprtext if report.failed else "",
+                    noisy=found.get("probe_family") == "gate",
                 )
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -189,7 +190,7 @@ class Summary:
                     below = (self._headlines.get(name, ""), self._predictions.get(name, ""))
                     self._print(terminalreporter, criteria_table(name, shown, plain=plain), below if in_full else ())
             if len(self._steps) > 1:
-                self._print(terminalreporter, steps_table(self._steps, plain=_plain()))
+                self._print(terminalreporter, steps_table(self._steps, plain=_plain()), width=WIDTH)
         for line in self._said():
             terminalreporter.write_line(f"entropy-probe: {line}")
         for line in self._troubles:
@@ -199,13 +200,14 @@ class Summary:
         names = [target.name for target in self._config.stash[SETTINGS].targets]
         return names.index(name) if name in names else len(names)
 
-    def _print(self, reporter: Any, table: Table, below: Iterable[str] = ()) -> None:
+    def _print(self, reporter: Any, table: Table, below: Iterable[str] = (), *, width: int | None = None) -> None:
+        """As wide as the terminal, 80 columns at most; or `width`, for what loses its words in less."""
         from rich.console import Console
 
         text = StringIO()
         console = Console(
             file=text,
-            width=min(WIDTH, get_terminal_size((WIDTH, 24)).columns),
+            width=width or min(WIDTH, get_terminal_size((WIDTH, 24)).columns),
             force_terminal=reporter.hasmarkup,
             color_system="standard" if reporter.hasmarkup else None,
             legacy_windows=False,

@@ -29,7 +29,8 @@ STATUS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One criterion's verdict on one checkpoint; `message` is how a failure ends its test."""
+    """One criterion's verdict on one checkpoint; `message` is how a failure ends its test. What is `noisy`, as gates
+    are, passes on the wrong side of its limit too."""
 
     checkpoint: str
     criterion: str
@@ -37,6 +38,7 @@ class Row:
     value: float | str | None
     limit: float | str | None
     message: str = ""
+    noisy: bool = False
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -47,7 +49,7 @@ class Row:
     @property
     def margin(self) -> str:
         """How far inside the limit, as a factor: 12x is twelve times better than asked, 0.5x misses it by two."""
-        if not isinstance(self.value, float) or not isinstance(self.limit, float):
+        if self.noisy or not isinstance(self.value, float) or not isinstance(self.limit, float):
             return "-"
         if self.limit == 0:
             return "exact" if self.value == 0 and self.status == "pass" else "-"
@@ -79,7 +81,7 @@ class Step:
     @property
     def cells(self) -> tuple[str, ...]:
         """What stands under `STEP_HEADINGS`; a name that ends in its step says it already."""
-        named = self.step is None or self.name.endswith(str(self.step))
+        named = self.step is None or self.step == _last_number(self.name)
         name = self.name if named else f"{self.name} ({self.step})"
         return name, self.entropy, self.predicted, self.realised, self.ess, self.verdicts
 
@@ -175,7 +177,7 @@ def criteria_table(name: str, rows: list[Row], *, plain: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=name, title_justify="left", box=box.ASCII2 if plain else box.ROUNDED, title_style="bold")
+    table = Table(title=Text(name), title_justify="left", box=box.ASCII2 if plain else box.ROUNDED, title_style="bold")
     table.add_column("criterion", overflow="fold")
     for heading in ("value", "limit", "margin"):
         table.add_column(heading, justify="right", overflow="fold")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
@@ -151,13 +152,45 @@ def test_counts_have_no_noise(report: ProbeReport) -> None:
 
 @pytest.mark.parametrize(
     ("share", "prompts", "status"),
-    [(1.0, 16, "fail"), (1.0, 8, "pass"), (0.75, 16, "pass"), (0.8, 200, "fail"), (math.nan, 16, "fail")],
+    [(1.0, 32, "fail"), (1.0, 16, "pass"), (0.75, 32, "pass"), (0.8, 200, "fail"), (math.nan, 16, "fail")],
 )
 def test_zero_advantage_knows_how_few_prompts_it_is_of(
     report: ProbeReport, share: float, prompts: int, status: str
 ) -> None:
     batch = changed(report, "update_batch", zero_advantage_fraction=share, num_prompts=prompts)
     assert judged(batch, "zero_advantage", {"max": 0.65}).status == status
+
+
+@pytest.mark.parametrize("prompts", [3, 16, 64])
+def test_zero_advantage_is_rarely_red_by_chance(report: ProbeReport, prompts: int) -> None:
+    """Where the bound is the truth, `max` fails less than once in 4000: binomial probabilities, no approximation."""
+    counts = range(prompts + 1)
+    of = [changed(report, "update_batch", zero_advantage_fraction=k / prompts, num_prompts=prompts) for k in counts]
+    for truth in np.linspace(0.05, 0.95, 19).tolist():
+        red = [k for k in counts if judged(of[k], "zero_advantage", {"max": truth}).status == "fail"]
+        assert stats.binom.pmf(red, prompts, truth).sum() < 1 / 4000
+
+
+@pytest.mark.parametrize("key", ["fall", "rise", "fall_se", "rise_se"])
+def test_a_change_without_a_unit_is_infinite(report: ProbeReport, key: str) -> None:
+    """From a baseline of 0 and without noise, any change is beyond any bound, and is not shown as within it."""
+    value = -0.25 if key.startswith("fall") else 0.25
+    found = judged(holding(report, "reward", value, 0.0), "reward", {key: 2.0}, Estimate(value=0.0, se=0.0))
+    assert (found.status, found.value, found.limit) == ("fail", math.inf, 2.0)
+    same = judged(holding(report, "reward", 0.0, 0.0), "reward", {key: 2.0}, Estimate(value=0.0, se=0.0))
+    assert (same.status, same.value) == ("pass", 0.0)
+
+
+@pytest.mark.parametrize(("se", "se_b"), [(math.inf, 0.1), (math.nan, math.inf), (math.inf, math.nan)])
+def test_infinite_noise_never_passes(report: ProbeReport, se: float, se_b: float) -> None:
+    for bounds in ({"min": 0.5}, {"fall": 0.5}, {"rise_se": 4.0}):
+        noisy = judged(holding(report, "entropy", 1.0, se), "entropy", bounds, Estimate(value=1.0, se=se_b))
+        assert noisy.status in ("fail", "inconclusive")
+
+
+def test_a_baseline_without_the_step_of_the_optimizer_lacks_the_ratio(report: ProbeReport) -> None:
+    for other in (report.model_copy(update={"entropy_change": []}), changed(report, "first_order", lr=math.nan)):
+        assert "realised_ratio" not in baseline_of(other).quantities
 
 
 def test_quantities_are_those_of_the_report(report: ProbeReport, folder: Path) -> None:
@@ -237,6 +270,9 @@ def test_limits_in_force_name_the_bounds() -> None:
         ({"entropy": {"min": 1, "noise": 0.5}}, "`limits.entropy.noise` is 0.5; give 1 or more"),
         ({"adam_step": {"min": 0}}, "`limits.adam_step.min`: the gate is a count; give `max` alone"),
         ({"finite_moments": {"max": 0, "noise": 4}}, "the gate is a count"),
+        ({"finite_moments": {"max": -1}}, "`limits.finite_moments.max` is -1; give 0 or more"),
+        ({"predicted_change": {"max": -0.2}}, "`limits.predicted_change.max` is -0.2; give 0 or more"),
+        ({"zero_advantage": {"max": 80}}, "`limits.zero_advantage.max` is 80; give a share from 0 to 1"),
     ],
 )
 def test_bounds_that_make_no_sense(limits: dict[str, Any], complaint: str) -> None:
@@ -250,6 +286,9 @@ def test_bounds_of_a_baseline_are_fine_with_one() -> None:
     require_known({"entropy": {"fall": 0.5, "rise_se": 4}}, ["entropy", "ess"], has_baseline=True)
     with pytest.raises(ProbeError, match=r"entropy.fall` is -0.5; give 0 or more"):
         require_known({"entropy": {"fall": -0.5}}, has_baseline=True)
+    with pytest.raises(ProbeError, match=r"entropy.fall` is 50, which nothing falls by; give a share below 1"):
+        require_known({"entropy": {"fall": 50}}, has_baseline=True)
+    require_known({"reward": {"fall": 2, "max": -1}}, has_baseline=True)
 
 
 @pytest.mark.parametrize("limit", [{"mn": 1}, {"min": "x"}, [1], None, {"min": math.inf}])

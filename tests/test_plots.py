@@ -14,7 +14,7 @@ import pytest
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, run_probe
 from entropy_probe.__main__ import main
-from entropy_probe.plots import _figure, save_figure, text_table
+from entropy_probe.plots import _figure, save_figure, save_steps, text_table
 
 UNPREDICTED = dict.fromkeys(("predicted", "predicted_se", "difference", "difference_se", "ratio", "in_range"))
 NAN = {"delta_h_rb_se": math.nan, "predicted": math.nan, "predicted_se": math.inf, "difference_se": math.nan}
@@ -133,6 +133,12 @@ def test_poisoned_reports_are_drawn(report: ProbeReport, tmp_path: Path, poison:
     save_figure(poisoned, tmp_path / "figure.png")
     assert max(map(len, text_table(poisoned).splitlines())) <= 80
     assert text_table(poisoned, plain=True).isascii()
+
+
+def test_steps_of_any_run_are_drawn(report: ProbeReport, tmp_path: Path) -> None:
+    """The name of a run is no formula, and a step that is not known has its place."""
+    save_steps([(r"runs/$\y$", 1, report), ("runs/b", None, report)], tmp_path / "by_step.png")
+    assert (tmp_path / "by_step.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_settings_of_the_user_are_neither_used_nor_changed(report: ProbeReport, tmp_path: Path) -> None:

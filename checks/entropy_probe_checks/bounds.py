@@ -20,6 +20,8 @@ from entropy_probe import ProbeError
 GATES = ("entropy", "predicted_change", "realised_ratio", "zero_advantage", "adam_step", "finite_moments", "reward")
 COUNTS = ("adam_step", "finite_moments")
 """Quantities without noise, to which only `max` applies."""
+SIGNED = ("realised_ratio", "reward")
+"""Quantities that can be negative; the others do not fall by their whole size or more."""
 OF_A_BASELINE = ("fall", "rise", "fall_se", "rise_se")
 NOISE = 4.0
 """Standard errors within which a criterion on a noisy quantity does not fail; of a normal, once in 3e4."""
@@ -39,8 +41,12 @@ def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bo
         if key in OF_A_BASELINE and not has_baseline:
             raise ProbeError("configuration", f"{where} speaks of a baseline", "give --probe-baseline=report.json")
         lowest = 1.0 if key in ("noise", "fall_se", "rise_se") else 0.0
-        if key not in ("min", "max") and value < lowest:
+        if key != "min" and not (key == "max" and name in SIGNED) and value < lowest:
             raise ProbeError("configuration", f"{where} is {value:g}", f"give {lowest:g} or more")
+        if key == "fall" and name not in SIGNED and value >= 1:
+            raise ProbeError("configuration", f"{where} is {value:g}, which nothing falls by", "give a share below 1")
+        if key in ("min", "max") and name == "zero_advantage" and not 0 <= value <= 1:
+            raise ProbeError("configuration", f"{where} is {value:g}", "give a share from 0 to 1")
     if not set(bounds) - {"noise"}:
         raise ProbeError("configuration", f"`limits.{name}` has no bound", "give `min`, `max` or another")
     if bounds.get("min", -math.inf) > bounds.get("max", math.inf):

@@ -77,4 +77,9 @@ def _dataset(name: str) -> Any:
 
 
 def _device(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    if not device.startswith("cuda"):
+        return device
+    try:
+        return torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", f"{device!r} is not there ({error})", "give one that is") from error

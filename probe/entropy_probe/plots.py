@@ -154,7 +154,7 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
         at = _array(place if step is None else step for place, (step, _) in enumerate(mine))
         tokens = [report.entropy.per_token for _, report in mine]
         rows = [next(r for r in report.entropy_change if r.eta == report.first_order.lr) for _, report in mine]
-        of = f", {Path(run).name}" if len(runs) > 1 else ""
+        of = f", {Path(run).name}".replace("$", r"\$") if len(runs) > 1 else ""  # no formula
         realised = [(r.delta_h_rb, r.delta_h_rb_se) for r in rows]
         inside = [(r.predicted, r.predicted_se) if r.in_range else (None, None) for r in rows]
         outside = [(None, None) if r.in_range else (r.predicted, r.predicted_se) for r in rows]

@@ -102,13 +102,15 @@ def test_the_workflow(place: Path) -> None:
     (upload,) = (step for step in job["steps"] if "upload-artifact" in step.get("uses", ""))
     for name in upload["with"]["path"].split():
         assert (place / name).exists()
-    (cache,) = (step for step in job["steps"] if "actions/cache" in step.get("uses", ""))
-    assert list((place / cache["with"]["path"]).glob("*.json"))
+    restore, save = (step for step in job["steps"] if "actions/cache" in step.get("uses", ""))
+    assert list((place / save["with"]["path"]).glob("*.json"))
+    assert save["with"].items() <= restore["with"].items()
+    assert save["if"] == upload["if"] == "always()"
     assert "| checkpoint-10 (100) |" in (place / "summary.md").read_text()
 
 
 def test_the_callback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stops a training whose checkpoint does not pass, and only such a one."""
+    """It stops a training whose checkpoint does not pass, and only such a one; it does not take back another's stop."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("PYTEST_ADDOPTS", f"{os.environ.get('PYTEST_ADDOPTS', '')} --probe-budget=smoke")
     scope: dict[str, Any] = {}
@@ -120,6 +122,9 @@ def test_the_callback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         scope["EntropyGate"]().on_save(SimpleNamespace(output_dir="runs/a"), SimpleNamespace(global_step=10), control)
         assert control.should_training_stop is stops
     (place / "probe.yaml").write_text(limits)
+    done = TrainerControl(should_training_stop=True)
+    scope["EntropyGate"]().on_save(SimpleNamespace(output_dir="runs/a"), SimpleNamespace(global_step=10), done)
+    assert done.should_training_stop
 
 
 def test_the_reward_of_the_run_that_dies() -> None:

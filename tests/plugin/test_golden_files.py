@@ -166,6 +166,19 @@ def test_an_update_is_refused_under_ci(project: Project, monkeypatch: pytest.Mon
     assert project.passed()
 
 
+@pytest.mark.parametrize(
+    "option", ["--probe-golden-dir=ckpt/goldens", "--probe-json=ckpt/r.json", "--probe-golden-dir=link"]
+)
+def test_nothing_goes_into_a_checkpoint(project: Project, option: str) -> None:
+    (project.pytester.path / "link").symlink_to(project.pytester.path / "ckpt")
+    result = project.run(option, MISSING)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [f"ERROR: {option.partition('=')[0]}: * is in the checkpoint *; give a path outside of it"]
+    )
+    assert list((project.pytester.path / "ckpt").iterdir()) == []
+
+
 def test_the_marker_selects_what_compares(project: Project) -> None:
     project.pytester.makepyfile(
         test_own=OWN + "\n@pytest.mark.golden\ndef test_marked(probe_golden, request):\n"

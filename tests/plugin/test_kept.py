@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,34 @@ def test_a_damaged_entry_is_dropped(tmp_path: Path, damage: str | bytes) -> None
     assert "damaged" in note
     assert not entry.exists()
     assert Kept(entry).read() == (None, "")
+
+
+def test_an_entry_that_is_no_report_of_this_version_is_dropped(tmp_path: Path) -> None:
+    entry, text = tmp_path / "key.json", '{"schema_version": 1}'
+    entry.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    assert Kept(entry).read() == (None, "measured again: its report in pytest's cache was damaged (key.json)")
+    assert not entry.exists()
+
+
+def test_an_entry_that_cannot_be_removed_is_said(tmp_path: Path) -> None:
+    entry = tmp_path / "key.json"
+    entry.mkdir()
+    report, note = Kept(entry).read()
+    assert report is None
+    assert "damaged" in note
+
+
+def test_a_device_that_is_not_there_has_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading says what is wrong with it."""
+    monkeypatch.setattr("torch.cuda.get_device_name", refuse)
+    files = Files(tmp_path)
+    files.values = {"device": "cuda:7"}
+    with pytest.raises(ProbeError, match="'cuda:7' is not there"):
+        files.digest()
+
+
+def refuse(device: str) -> str:
+    raise AssertionError("Invalid device id")
 
 
 def test_entries_do_not_pile_up(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_checkpoint_that_does_not_load_has_its_line(folder: Path, tmp_path: Pa
     (folder / "b" / "checkpoint-7").mkdir(parents=True, exist_ok=True)
     summary = tmp_path / "summary.md"
     args = (ONE, "--probe-checkpoint=b/checkpoint-7", "-m", "gate")
-    done = run(folder, "entropy: {min: 1e-9}", *args, GITHUB_STEP_SUMMARY=str(summary))
+    done = run(folder, "entropy: {min: 1e-9}", *args, GITHUB_STEP_SUMMARY=str(summary), COLUMNS="40")
     assert done.returncode == 1
     assert "checkpoint-7 - - - - not loaded" in " ".join(done.stdout.split())
     assert "has neither config.json nor adapter_config.json" in summary.read_text()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from entropy_probe import ProbeReport
 from entropy_probe.report import BaselineSection, Estimate
 from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, bounds_of
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, inconclusive, not_applicable, relative
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, inconclusive, not_applicable
 
 
 @Criterion
@@ -98,7 +98,9 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
 
 def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
     """SE((r − l·p)/p) ≤ (SE(r − p) + |1 − l|·SE(p))/|p|, at the ratio l that was found."""
-    step = next(row for row in report.entropy_change if row.eta == report.first_order.lr)
+    step = next((row for row in report.entropy_change if row.eta == report.first_order.lr), None)
+    if step is None:
+        return inconclusive("The report has no change at η = lr.")
     if step.predicted is None or step.predicted_se is None or step.difference_se is None:
         return not_applicable("top_p < 1: nothing is predicted about π restricted to the nucleus.")
     if not step.reliable or step.ratio is None:
@@ -111,9 +113,12 @@ def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
 
 
 def _zero_advantage(report: ProbeReport) -> Estimate:
-    """Standard error of a share that allows for one more prompt of either kind: 16 of 16 are not certainty."""
+    """Standard error of a share that allows for NOISE²/2 more prompts of either kind, as Wilson's interval does.
+
+    16 of 16 are not certainty: a bound that is the truth fails less than once in 4000, whatever the number of prompts.
+    """
     share, count = report.update_batch.zero_advantage_fraction, report.update_batch.num_prompts
-    near = (share * count + 1) / (count + 2)
+    near = (share * count + NOISE**2 / 2) / (count + NOISE**2)
     return Estimate(value=share, se=math.sqrt(near * (1 - near) / count))
 
 
@@ -174,6 +179,8 @@ def _held(report: ProbeReport, name: str) -> Finding:
     before = report.baseline.quantities.get(name) if report.baseline is not None else None
     if before is None and set(bounds) & set(OF_A_BASELINE):
         return inconclusive(f"The baseline has no {name}: take a report of a longer batch as baseline.")
+    if math.isinf(found.se) or (before is not None and math.isinf(before.se)):
+        return inconclusive(f"The standard error of {name} is infinite.")
     worst = max(_each(found, before, bounds), key=lambda held: math.inf if math.isnan(held.beyond) else held.beyond)
     beside = "" if before is None else f", baseline {before.value:.3g} ± {before.se:.2g}"
     detail = f"[limits.{name}.{worst.key}; {name} {found.value:.3g} ± {found.se:.2g}{beside}]"
@@ -193,7 +200,14 @@ def _each(found: Estimate, before: Estimate | None, bounds: Mapping[str, float])
         if key in bounds:
             moved = before.se * abs(1 + sign * math.copysign(bounds[key], before.value))  # SE of b ∓ share·|b|
             beyond = change - bounds[key] * size - noise * math.hypot(found.se, moved)
-            yield _Held(key, relative(change, size), bounds[key], beyond)
+            yield _Held(key, _in_units(change, size), bounds[key], beyond)
         if f"{key}_se" in bounds:
             limit = bounds[f"{key}_se"]
-            yield _Held(f"{key}_se", relative(change, together), limit, change - limit * together)
+            yield _Held(f"{key}_se", _in_units(change, together), limit, change - limit * together)
+
+
+def _in_units(change: float, unit: float) -> float:
+    """change/unit; infinite for any change where the unit is 0."""
+    if unit == 0:
+        return change * math.inf if change else 0.0
+    return change / unit
