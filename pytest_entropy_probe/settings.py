@@ -22,10 +22,11 @@ _NAMED = re.compile(r"(?P<name>[\w.+-]+)=(?P<path>.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint folder and the name that stands for it in test ids."""
+    """A checkpoint folder and the name that stands for it in test ids; `note`, where it was chosen from a run."""
 
     name: str
     path: Path
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -326,4 +327,16 @@ def _name(found: list[_Found], label: str) -> tuple[Target, ...]:
     twice = [name for name, times in count.items() if times > 1]
     if twice:
         raise pytest.UsageError(f"{label}: the name {twice[0]!r} is given to {count[twice[0]]} folders; name each once")
-    return tuple(Target(name, folder.path) for name, folder in zip(names, found, strict=True))
+    return tuple(_target(name, folder.path) for name, folder in zip(names, found, strict=True))
+
+
+def _target(name: str, path: Path) -> Target:
+    """The checkpoint itself, or the newest of a run; what cannot be told is left for loading to complain about."""
+    from entropy_probe import ProbeError
+    from entropy_probe.layout import find_layout
+
+    try:
+        layout = find_layout(path)
+    except ProbeError:
+        return Target(name, path)
+    return Target(name, layout.folder, layout.note)

@@ -49,7 +49,8 @@ class Summary:
         self._troubles: list[str] = []
 
     def pytest_report_header(self) -> list[str]:
-        return [self._what(), *self._in_force(everything=self._config.get_verbosity() > 0)]
+        chosen = [f"  {target.note}" for target in self._config.stash[SETTINGS].targets if target.note]
+        return [self._what(), *chosen, *self._in_force(everything=self._config.get_verbosity() > 0)]
 
     def _in_force(self, *, everything: bool) -> list[str]:
         """The budget and the limits in force with where they come from; or what of them is not the default."""

@@ -21,6 +21,7 @@ from entropy_probe import load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.model.checkpoint import optimizer
+from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -63,7 +64,9 @@ def trained(folder: Path, model: Any, **arguments: Any) -> tuple[Path, dict[str,
     return folder / f"checkpoint-{settings['max_steps']}", held, dict(model.named_parameters())
 
 
-def assert_same(folder: Path, held: dict[str, dict[str, Any]], parameters: dict[str, Any]) -> None:
+def assert_same(
+    folder: Path, held: dict[str, dict[str, Any]], parameters: dict[str, Any], global_step: int | None = 3
+) -> None:
     checkpoint = load_checkpoint(folder)
     assert set(checkpoint.adam) == set(held)
     for name, state in checkpoint.adam.items():
@@ -81,7 +84,7 @@ def assert_same(folder: Path, held: dict[str, dict[str, Any]], parameters: dict[
         assert loaded[name].requires_grad == (name in held)
         assert loaded[name].dtype is torch.float32
     assert not any(module.training for module in checkpoint.model.modules())
-    assert checkpoint.info.global_step == 3
+    assert checkpoint.info.global_step == global_step
 
 
 @pytest.mark.parametrize("architecture", list(models.CONFIGS))
@@ -122,6 +125,73 @@ def test_sharded_weights(tmp_path: Path) -> None:
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name}: is missing"):
+        load_checkpoint(folder)
+
+
+def pickled(folder: Path, shards: int = 0) -> None:
+    """The weights of the folder as pickles, under the names that transformers and peft give them."""
+    source = next(folder.glob("*model.safetensors"))
+    name, tensors = source.name.replace("safetensors", "bin"), load_file(source)
+    name = name.replace("model", "pytorch_model") if name == "model.bin" else name
+    source.unlink()
+    if not shards:
+        return torch.save(tensors, folder / name)
+    weight_map = {n: name.replace(".bin", f"-{i % shards + 1:05}-of-{shards:05}.bin") for i, n in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        torch.save({n: t for n, t in tensors.items() if weight_map[n] == shard}, folder / shard)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama sharded", "lora", "dora", "modules_to_save"])
+def test_pickled_weights_are_those_of_safetensors(tmp_path: Path, kind: str) -> None:
+    if kind in ADAPTERS:
+        folder = models.adapter_checkpoint(tmp_path / "ckpt", "llama", **ADAPTERS[kind])
+    else:
+        folder = models.full_checkpoint(tmp_path / "ckpt", kind.split()[0])
+    expected = load_checkpoint(folder)
+    pickled(folder, shards=3 if "sharded" in kind else 0)
+    if kind in ADAPTERS:
+        pickled(tmp_path / "ckpt-base")
+    got = load_checkpoint(folder)
+    for (name, a), b in zip(expected.model.named_parameters(), got.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.requires_grad == b.requires_grad
+    assert all(torch.equal(got.adam[n].exp_avg_sq, state.exp_avg_sq) for n, state in expected.adam.items())
+    assert got.info.weights_dtype == expected.info.weights_dtype
+    assert got.info.num_parameters == expected.info.num_parameters
+    found = inspect_checkpoint(folder)
+    assert (found.problems, found.weights and found.weights.num_parameters) == ([], got.info.num_parameters)
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "adapter_model.bin", "shard"])
+@pytest.mark.parametrize("protocol", ["torch", "plain pickle"])
+def test_pickled_weights_with_a_payload_are_refused(tmp_path: Path, kind: str, protocol: str) -> None:
+    if kind == "adapter_model.bin":
+        folder = models.adapter_checkpoint(tmp_path / "ckpt", "llama")
+    else:
+        folder = models.full_checkpoint(tmp_path / "ckpt", "llama")
+    pickled(folder, shards=2 if kind == "shard" else 0)
+    victim = sorted(folder.glob("*model*.bin"))[-1]
+    content = {"weight": torch.ones(1), "more": Payload(tmp_path / "executed")}
+    if protocol == "torch":
+        torch.save(content, victim)
+    else:
+        victim.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=victim.name) as caught:
+        load_checkpoint(folder)
+    assert str(caught.value) in inspect_checkpoint(folder).problems
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pickled_weights_that_are_no_tensors(tmp_path: Path) -> None:
+    folder = models.full_checkpoint(tmp_path / "ckpt", "llama")
+    pickled(folder)
+    torch.save({"weight": [1, 2]}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: is not a dict of tensors by name"):
+        load_checkpoint(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: cannot be read"):
         load_checkpoint(folder)
 
 
@@ -239,6 +309,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "one state gone": (
         lambda f: edit_optimizer(f, lambda c: c["state"].pop(3)),
+        r"optimizer.pt: .*lora.* has no state",
+    ),
+    "state is a tensor": (
+        lambda f: edit_optimizer(f, lambda c: c["state"].update({3: torch.ones(2)})),
         r"optimizer.pt: .*lora.* has no state",
     ),
     "moment not finite": (

@@ -1,10 +1,12 @@
-"""`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest."""
+"""`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from entropy_probe import __version__
@@ -29,17 +31,21 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", help="how much is computed: smoke, standard or full (default: standard)")
     run.add_argument("--device", help="where it runs (default: cpu)")
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
+    inspect.add_argument("checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one")
+    inspect.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
+    inspect.add_argument("--json", action="store_true", help="for machines")
     return main_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 measured, 1 the checkpoint cannot be loaded or measured, 4 usage."""
+    """Exit codes: 0 all is well, 1 the checkpoint cannot be loaded or measured, 4 usage."""
     try:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return EXIT_USAGE if stop.code else 0
     try:
-        return _run(arguments)
+        return _inspect(arguments) if arguments.command == "inspect" else _run(arguments)
     except ProbeError as error:
         print(f"entropy-probe: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError | RolloutsError) else EXIT_FAILED
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe import ProbeConfig, run_probe
     from entropy_probe.demo import checkpoint_path
+    from entropy_probe.layout import find_layout
     from entropy_probe.plots import require_drawable, save_figure
 
     if arguments.plot is not None:
@@ -55,6 +62,8 @@ def _run(arguments: argparse.Namespace) -> int:
     overrides = {"budget": arguments.budget, "device": arguments.device, "batch.seed": arguments.seed}
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
     is_demo = arguments.checkpoint == "demo"
+    if not is_demo and (note := find_layout(arguments.checkpoint).note):
+        print(f"entropy-probe: {note}", file=sys.stderr)
     report = run_probe(
         checkpoint_path() if is_demo else arguments.checkpoint,
         config,
@@ -72,6 +81,18 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         save_figure(report, arguments.plot)
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from entropy_probe.demo import checkpoint_path
+    from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
+
+    path = checkpoint_path() if arguments.checkpoint == "demo" else Path(arguments.checkpoint).expanduser()
+    if not path.is_dir():
+        raise ConfigError(path, "no such folder", "give a checkpoint folder")
+    found = inspect_checkpoint(path, arguments.base_model)
+    print(json.dumps(asdict(found), indent=2) if arguments.json else found.text())
+    return EXIT_FAILED if found.problems else 0
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

@@ -47,7 +47,7 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
         adapter=info.adapter,
         global_step=info.global_step,
         optimizer=r.OptimizerSection(
-            type=("AdamW" if first.decoupled else "Adam") + (" (AMSGrad)" if first.amsgrad else ""),
+            type=first.kind,
             lr=max(state.lr for state in adam.values()),
             betas=first.betas,
             eps=first.eps,

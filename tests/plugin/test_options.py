@@ -153,3 +153,15 @@ def test_a_separate_value_must_not_move_rootdir(pytester: pytest.Pytester, monke
         result.stdout.fnmatch_lines(["rootdir: */repo"])
     monkeypatch.chdir("sub")
     pytester.runpytest_subprocess("../test_own.py", "--probe-checkpoint", "../below").assert_outcomes(passed=1)
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(own: pytest.Pytester) -> None:
+    _folders("run/checkpoint-9", "run/checkpoint-10", "run/checkpoint-11")
+    for n in (9, 10):
+        Path(f"run/checkpoint-{n}/optimizer.pt").touch()
+    result = own.runpytest_subprocess("--probe-checkpoint=run", "test_own.py", "-s")
+    result.stdout.fnmatch_lines([
+        "entropy-probe *: run (run/checkpoint-10)*",
+        "  checkpoint-10 is the newest of 3 checkpoints in *run; 1 newer without optimizer state",
+        "*FOLDER */run/checkpoint-10*",
+    ])  # fmt: skip

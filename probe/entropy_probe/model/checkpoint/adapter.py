@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason
+from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, weight_files
 from entropy_probe.model.checkpoint.pretrained import load_full_model
 
 _HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
@@ -41,16 +41,21 @@ def find_base_model(folder: Path, base_model: Path | None) -> Path:
     )
 
 
+def kind(folder: Path) -> str:
+    """`LoRA` or `DoRA`; any other kind of adapter raises."""
+    config_path = folder / "adapter_config.json"
+    config = read_json(config_path)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(config_path, f"peft_type is {config.get('peft_type')!r}", "use a LoRA or DoRA adapter")
+    return "DoRA" if config.get("use_dora") else "LoRA"
+
+
 def load_adapter(folder: Path, base: Path) -> nn.Module:
     """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode."""
     import peft
 
-    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    kind = read_json(config_path).get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(config_path, f"peft_type is {kind!r}", "use a LoRA or DoRA adapter")
-    if not weights_path.is_file():
-        raise CheckpointError(weights_path, "is missing", "save the adapter with safe_serialization=True")
+    kind(folder)
+    (weights_path,) = weight_files(folder, "adapter_model")
     stored = read_tensors(weights_path)
     base_model: Any = load_full_model(base)
     try:

@@ -1,6 +1,6 @@
 """Reading the files of a checkpoint: JSON, safetensors, and pickles that can hold nothing but tensors.
 
-Only safetensors and `torch.load(weights_only=True)` are ever opened; `training_args.bin` and `rng_state.pth` never.
+Only safetensors and `torch.load(weights_only=True)` open a file; `training_args.bin` and `rng_state.pth` stay closed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,26 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error
+    content = load_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
     return content
 
 
-def load_pickle(path: Path) -> Any:
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error
+
+
+def load_pickle(path: Path, remedy: str) -> Any:
     """`torch.load(weights_only=True)` on the CPU; what is not tensors and plain containers is refused, not run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -42,7 +49,7 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(
             path,
             "holds more than tensors and plain values, and was not executed",
-            "save the optimizer's state_dict alone",
+            remedy,
         ) from error
     except Exception as error:  # whatever a damaged file makes the unpickler raise
         raise _broken(path, error) from error
@@ -59,31 +66,33 @@ def reason(error: Exception) -> str:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """`stem.safetensors`, or the shards that `stem.safetensors.index.json` names; every one exists."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
-            raise CheckpointError(index, "has no `weight_map`", "restore the file")
-        shards = sorted({folder / Path(name).name for name in names.values()})
-        for shard in shards:
-            if not shard.is_file():
-                raise CheckpointError(shard, f"is missing, {index.name} names it", "copy the whole checkpoint folder")
-        return shards
-    pickled = [p.name for p in folder.glob("*.bin") if p.name in ("pytorch_model.bin", "adapter_model.bin")]
-    got = f"only {pickled[0]}" if pickled else "no weights"
-    raise CheckpointError(folder, f"{got}, expected {single.name}", "save the model with safe_serialization=True")
+    """`stem.safetensors`, or the shards that its index names, else the same of a pickle; every one exists.
+
+    `stem` is `model` (pickled: `pytorch_model.bin`) or `adapter_model`.
+    """
+    names = (f"{stem}.safetensors", "pytorch_model.bin" if stem == "model" else f"{stem}.bin")
+    for single, index in ((folder / name, folder / f"{name}.index.json") for name in names):
+        if single.is_file():
+            return [single]
+        if index.is_file() and stem == "model":  # peft has no shards
+            return _shards(index)
+    raise CheckpointError(folder, f"no weights, expected {names[0]}", "save the model with save_pretrained")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(index, "has no `weight_map`", "restore the file")
+    shards = sorted({index.parent / Path(name).name for name in names.values()})
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(shard, f"is missing, {index.name} names it", "copy the whole checkpoint folder")
+    return shards
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises on a truncated file and on the first non-finite tensor."""
-    try:
-        with safe_open(str(path), framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(path, f"is not a readable safetensors file ({error})", "copy it again") from error
+    """All tensors of one file, safetensors or pickle. Raises on a damaged file and on the first non-finite tensor."""
+    tensors = _unpickled(path) if path.suffix == ".bin" else _read_safetensors(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
@@ -91,6 +100,55 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 path, f"{name} holds {count} non-finite of {tensor.numel()} values", "use an earlier checkpoint"
             )
     return tensors
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every tensor of one file; of safetensors the header alone is read."""
+    if path.suffix == ".bin":
+        return {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in _unpickled(path).items()}
+    with _safetensors(path) as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+        return {n: (_DTYPES.get(dtypes[n], dtypes[n]), tuple(part.get_shape())) for n, part in slices.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _safetensors(path) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(path, f"is not a readable safetensors file ({error})", "copy it again") from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    tensors = load_pickle(path, "save the weights as safetensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(
+            path, "is not a dict of tensors by name", "save model.state_dict(), or use save_pretrained"
+        )
+    return dict(tensors)
+
+
+def stored_dtype(files: Iterable[Path]) -> str:
+    """The dtypes of the tensors in the files, such as `bfloat16` or `bfloat16/float32`."""
+    return "/".join(sorted({dtype for path in files for dtype, _ in stored_shapes(path).values()}))
+
+
+def global_step(folder: Path) -> int | None:
+    """The trainer's own count of its steps, where it left one."""
+    for name, key in (("trainer_state.json", "global_step"), ("training_info.json", "step")):
+        if (folder / name).is_file():
+            step = read_json(folder / name).get(key)
+            return step if isinstance(step, int) else None
+    return None
 
 
 def fingerprint(files: Iterable[Path]) -> str:

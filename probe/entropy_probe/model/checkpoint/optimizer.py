@@ -1,8 +1,8 @@
 """Adam's state, mapped to parameters by name.
 
-An `optimizer.pt` numbers its parameters by position. The names come from `param_names` or string keys where the file
-has them; else every known grouping (which trainers used, in which order) is tried against group sizes and shapes, and
-exactly one assignment must fit. What cannot be mapped for sure is an error, never a guess.
+An `optimizer.pt` numbers its parameters by position. The names come from `param_names`, from string keys or from an
+optimizer_param_names.json beside it; else every known grouping (which trainers used, in which order) is tried against
+group sizes and shapes, and exactly one assignment must fit. What cannot be mapped for sure is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
+from entropy_probe.model.checkpoint.files import load_json, load_pickle
 
 _NORM_OR_BIAS = [re.compile(p) for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")]
 _NOT_ADAM = {"momentum_decay": "NAdam", "momentum": "SGD or RMSprop", "lr_decay": "Adagrad", "rho": "Adadelta"}
 MissingState = Literal["raise", "identity"]
 _USE_ADAM = "use a checkpoint of Adam or AdamW"
 _IDENTITY = "set first_order.missing_state: identity to take P = 1 there"
+_NAMES_FILE = "optimizer_param_names.json"
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
 _DDP = re.compile(r"^module\.")
 
@@ -49,18 +52,48 @@ class AdamState:
     amsgrad: bool = False
     maximize: bool = False
 
+    @property
+    def kind(self) -> str:
+        return ("AdamW" if self.decoupled else "Adam") + (" (AMSGrad)" if self.amsgrad else "")
 
-def find_state(content: Any, path: Path) -> dict[str, Any]:
-    """The optimizer's state_dict in what the file holds: at top level, or under `optimizer`, `optimizer_state_dict`."""
+
+def state_files(path: Path) -> list[Path]:
+    """The files that `read_state` opens."""
+    return [file for file in (path, path.with_name(_NAMES_FILE)) if file.is_file()]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The optimizer's state_dict in its file: at top level, or under `optimizer` or `optimizer_state_dict`.
+
+    Its groups get the `param_names` that an optimizer_param_names.json beside it lists, group by group.
+    """
+    content = load_pickle(path, "save the optimizer's state_dict alone")
     nested = [content.get(key) for key in ("optimizer", "optimizer_state_dict")] if isinstance(content, dict) else []
     for candidate in [content, *nested]:
         if isinstance(candidate, dict) and "state" in candidate and "param_groups" in candidate:
             if not isinstance(candidate["state"], dict) or not isinstance(candidate["param_groups"], list | tuple):
                 break
-            return candidate
+            groups, names = list(candidate["param_groups"]), path.with_name(_NAMES_FILE)
+            keys = [_group_keys(group, path) for group in groups]
+            return {**candidate, "param_groups": _named(groups, keys, names) if names.is_file() else groups}
     raise CheckpointError(
         path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()"
     )
+
+
+def _named(groups: list[dict[str, Any]], keys: list[list[int | str]], path: Path) -> list[dict[str, Any]]:
+    """The groups with `param_names` from the file: a list of names for each group, or one list for all in a row."""
+    names, sizes = load_json(path), [len(of_group) for of_group in keys]
+    if isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == sum(sizes):
+        names = [names[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    if not isinstance(names, list) or [isinstance(n, list) and len(n) for n in names] != sizes:
+        raise CheckpointError(
+            path, f"is not a list of names for each group of {sizes} tensors", "save both files at the same step"
+        )
+    for group, of_group in zip(groups, names, strict=True):
+        if group.get("param_names", of_group) != of_group:
+            raise CheckpointError(path, "differs from the optimizer's own `param_names`", "remove the wrong one")
+    return [{**group, "param_names": of_group} for group, of_group in zip(groups, names, strict=True)]
 
 
 def inventory(state_dict: dict[str, Any]) -> dict[str, int]:
@@ -93,20 +126,26 @@ def map_adam_state(
     """
     state, groups = state_dict["state"], state_dict["param_groups"]
     parameters = dict(model.named_parameters())
-    keys = [_group_keys(group, path) for group in groups]
-    if not state:
-        raise CheckpointError(path, "was never stepped (its `state` is empty)", "save it after at least one step")
+    keys = keys_by_group(state_dict, path)
     names = _names_of(keys, groups, state, parameters, model, path)
     mapped: dict[str, AdamState] = {}
     for group, group_keys in zip(groups, keys, strict=True):
         for key in group_keys:
             name = names[key]
-            if not state.get(key) and not parameters[name].requires_grad:
+            if state.get(key) in (None, {}) and not parameters[name].requires_grad:
                 continue  # a frozen parameter that was handed to the optimizer and never stepped
             if name in mapped:
                 raise CheckpointError(path, f"{name} stands in it twice", "save the optimizer's state_dict again")
-            mapped[name] = _adam_state(name, state.get(key), group, parameters[name], path, missing_state)
+            mapped[name] = adam_state(name, state.get(key), group, parameters[name].shape, path, missing_state)
     return mapped
+
+
+def keys_by_group(state_dict: dict[str, Any], path: Path) -> list[list[int | str]]:
+    """The keys of each param_group. Raises for an optimizer that is not of Adam's kind, or was never stepped."""
+    keys = [_group_keys(group, path) for group in state_dict["param_groups"]]
+    if not state_dict["state"]:
+        raise CheckpointError(path, "was never stepped (its `state` is empty)", "save it after at least one step")
+    return keys
 
 
 def _group_keys(group: Any, path: Path) -> list[int | str]:
@@ -213,12 +252,18 @@ def _shapes_fit(
     return True
 
 
-def _adam_state(
-    name: str, entry: Any, group: dict[str, Any], parameter: nn.Parameter, path: Path, missing_state: MissingState
+def adam_state(
+    name: str,
+    entry: Any,
+    group: dict[str, Any],
+    shape: torch.Size,
+    path: Path,
+    missing_state: MissingState = "raise",
 ) -> AdamState:
+    """What the file holds of one parameter of that shape. Raises `CheckpointError` for anything that Adam cannot be."""
     entry = entry if isinstance(entry, dict) else {}
     if missing_state == "identity" and not {"exp_avg", "exp_avg_sq"} <= set(entry):
-        zeros = torch.zeros_like(parameter, dtype=torch.float32, device="cpu", requires_grad=False)
+        zeros = torch.zeros(shape)
         entry = {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros, "step": 0}
     elif not entry:
         raise CheckpointError(path, f"{name} has no state", f"save it after a step of every parameter, or {_IDENTITY}")
@@ -240,10 +285,10 @@ def _adam_state(
             raise CheckpointError(
                 path, f"{name}: `{moment}` is a {tensor.layout} tensor of {tensor.dtype}", "save dense floating moments"
             )
-        if tensor.shape != parameter.shape:
+        if tensor.shape != shape:
             raise CheckpointError(
                 path,
-                f"{name}: `{moment}` has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}",
+                f"{name}: `{moment}` has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}",
                 "use the optimizer saved with this model",
             )
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""A full model as `save_pretrained` writes it: config.json and safetensors."""
+"""A full model as `save_pretrained` writes it: config.json, and safetensors or pytorch_model.bin."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason
 from entropy_probe.model.quiet import quiet_transformers
 
 
-def load_full_model(folder: Path) -> nn.Module:
-    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random."""
+def check_config(folder: Path) -> str:
+    """The `model_type` of config.json. Remote code, quantised weights and unknown types raise."""
     config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise CheckpointError(
@@ -32,6 +32,12 @@ def load_full_model(folder: Path) -> nn.Module:
             f"model_type is {config.get('model_type')!r}, unknown to transformers {transformers.__version__}",
             "install a version that knows it",
         )
+    return config["model_type"]
+
+
+def load_full_model(folder: Path) -> nn.Module:
+    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random."""
+    check_config(folder)
     files = weight_files(folder, "model")
     stored: dict[str, Path] = {}
     dtypes: set[torch.dtype] = {torch.float32}
@@ -46,7 +52,7 @@ def load_full_model(folder: Path) -> nn.Module:
                 dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
-                use_safetensors=True,
+                use_safetensors=files[0].suffix == ".safetensors",
                 output_loading_info=True,
             )
     except Exception as error:  # whatever a damaged configuration makes transformers raise
