@@ -418,7 +418,7 @@ class ProbeReport(_Section):
     preconditioner: PreconditionerSection
     integrity: IntegritySection
     verdicts: list[Verdict]
-    baseline: BaselineSection | None = None
+    baseline: BaselineSection | None
     environment: dict[str, str | int]
     timing: dict[str, float]
 

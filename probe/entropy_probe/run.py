@@ -212,6 +212,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             buffers_overridden=sorted((bound.overridden | float64.overridden) & bound.registry.buffer_names),
         ),
         verdicts=[],
+        baseline=None,
         environment=sections.environment(bound, threads),
         timing=clock.seconds,
     )
