@@ -44,47 +44,21 @@ def train(factor: float) -> None:
     """GRPO on `base`, which lies in the current folder; after the healthy steps `factor` times their learning rate."""
     # Imported here: the probe takes `priced` from this file, and needs none of it.
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import AutoTokenizer
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from entropy_probe.demo.train import GROUP_SIZE, MAX_NEW_TOKENS, SEEDS
+    from entropy_probe.demo.train import grpo_trainer
 
     torch.set_num_threads(1)
-    arguments = GRPOConfig(
+    trainer = grpo_trainer(
+        "base",
+        arithmetic("train"),
+        reward,
         output_dir=".",
-        seed=SEEDS["grpo"],
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
-        num_generations=GROUP_SIZE,
-        max_completion_length=MAX_NEW_TOKENS,
-        temperature=1.0,
-        beta=0.0,
         learning_rate=HEALTHY_LR,
-        optim="adamw_torch",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        logging_steps=10,
         save_steps=1,
         save_total_limit=CHECKPOINTS,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    questions = [{"prompt": prompt.text, "gold": prompt.gold} for prompt in arithmetic("train")]
-    trainer = GRPOTrainer(
-        model="base",
-        args=arguments,
-        reward_funcs=reward,
-        train_dataset=Dataset.from_list(questions),
-        processing_class=AutoTokenizer.from_pretrained("base"),
-        peft_config=LoraConfig(
-            r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
     )
     # The trainer saves after the scheduler's step: optimizer.pt holds the learning rate that the next step uses.
     trainer.lr_scheduler = LambdaLR(trainer.create_optimizer(), lambda step: factor if step >= HEALTHY_STEPS else 1.0)

@@ -55,7 +55,7 @@ def gates_on(config: pytest.Config) -> Collection[str]:
     """The gates that have bounds."""
     from entropy_probe_checks.bounds import bounds_of
 
-    return bounds_of(probe_config(config).model_dump(mode="json")["limits"])
+    return bounds_of(probe_config(config).limits)
 
 
 class CheckModule(pytest.Module):

@@ -206,8 +206,8 @@ def probe_config(config: pytest.Config) -> ProbeConfig:
         with warnings_are_not_errors():
             try:
                 resolved = ProbeConfig.load(settings.config_file, settings.pyproject, settings.overrides)
-                limits = resolved.model_dump(mode="json")["limits"]
-                require_known(limits, resolved.allow_inconclusive, has_baseline=settings.baseline is not None)
+                has_baseline = settings.baseline is not None
+                require_known(resolved.limits, resolved.allow_inconclusive, has_baseline=has_baseline)
                 config.stash[_CONFIG] = resolved
             except ProbeError as error:
                 raise pytest.UsageError(str(error)) from error
@@ -328,7 +328,7 @@ def _probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> 
         trouble = _probe_subject.measure()
         record(request, _probe_subject)
         if _probe_subject.load_trouble:
-            no_numbers(request, _probe_subject)
+            _no_numbers(request, _probe_subject)
         if trouble:
             trouble.end()
 
@@ -341,11 +341,7 @@ def _probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Cal
 
     def judge(criterion: Criterion) -> None:
         __tracebackhide__ = True
-        _probe_subject.measure()
-        report = _probe_subject.report
-        if report is None:
-            record(request, _probe_subject)
-            no_numbers(request, _probe_subject)
+        report = measured(request, _probe_subject)
         with warnings_are_not_errors():
             verdict = criterion(report)
         _probe_subject.verdicts[verdict.criterion] = verdict
@@ -355,7 +351,17 @@ def _probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Cal
     return judge
 
 
-def no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
+def measured(request: pytest.FixtureRequest, subject: Subject) -> ProbeReport:
+    """The report; where there is none, the end of the test."""
+    __tracebackhide__ = True
+    subject.measure()
+    if subject.report is None:
+        record(request, subject)
+        _no_numbers(request, subject)
+    return subject.report
+
+
+def _no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
     """Skip, as another test reports the trouble; where that one wasn't selected, the first that comes here does."""
     __tracebackhide__ = True
     reporter = "_probe_loaded" if subject.load_trouble else "_probe_measured"

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_entropy_probe.fixtures import Subject, no_numbers, probe_config, record, warnings_are_not_errors
+from pytest_entropy_probe.fixtures import Subject, measured, probe_config, record, warnings_are_not_errors
 from pytest_entropy_probe.judge import conclude
 from pytest_entropy_probe.settings import SETTINGS
 
@@ -202,11 +202,7 @@ def _probe_golden_section(
         from entropy_probe import Verdict
         from entropy_probe.golden import Golden
 
-        _probe_subject.measure()
-        report = _probe_subject.report
-        if report is None:
-            record(request, _probe_subject)
-            no_numbers(request, _probe_subject)
+        report = measured(request, _probe_subject)
         with warnings_are_not_errors():
             fields = section(report)
         name = section.name

@@ -30,9 +30,9 @@ def headline(report: ProbeReport) -> str:
     delta, batches = (report.two_batch, "two batches") if report.two_batch else (first, "one batch")
     if first.mode == "block":
         batches = f"{batches}, {first.num_units} blocks"
-    step = next(row for row in report.entropy_change if row.eta == first.lr)
+    step, unit = report.next_step, report.unit_of_change.removesuffix("/response")
+    assert step is not None
     se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
-    unit = "nats/token" if report.config["true_delta_h"]["normalize"] == "per_token" else "nats"
     predicted = "not predicted (top_p < 1)"
     if step.predicted is not None and step.predicted_se is not None:
         predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"

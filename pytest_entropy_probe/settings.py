@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -137,26 +138,35 @@ def _absolute(value: str, start: Path) -> Path:
     return Path(os.path.abspath(start / Path(value).expanduser()))
 
 
-def _path(config: pytest.Config, key: str, kind: str) -> Path | None:
+def _place(config: pytest.Config, key: str) -> tuple[str, Path | None]:
+    """How the option is called in a message, and the path that it was given."""
     value = _text(config, key)
-    if value is None:
-        return None
     label, start = _origin(config, key)
-    path = _absolute(value, start)
+    return label, None if value is None else _absolute(value, start)
+
+
+def _path(config: pytest.Config, key: str, kind: str) -> Path | None:
+    label, path = _place(config, key)
+    if path is None:
+        return None
     if not ((path.is_dir() and "folder" in kind) or (path.is_file() and "file" in kind)):
         raise pytest.UsageError(f"{label}: no such {kind}: {path}; give the path of an existing {kind}")
     return path
 
 
+def _one_of(config: pytest.Config, key: str, valid: Collection[str]) -> str | None:
+    value = _text(config, key)
+    if value is not None and value not in valid:
+        raise pytest.UsageError(f"{_origin(config, key)[0]}: got {value!r}; give one of {', '.join(valid)}")
+    return value
+
+
 def _budget(config: pytest.Config) -> str | None:
-    value = _text(config, "budget")
-    if value is None:
+    if _text(config, "budget") is None:  # nothing is imported unless it is needed
         return None
     from entropy_probe.budgets import BUDGETS
 
-    if value not in BUDGETS:
-        raise pytest.UsageError(f"{_origin(config, 'budget')[0]}: got {value!r}; give one of {', '.join(BUDGETS)}")
-    return value
+    return _one_of(config, "budget", BUDGETS)
 
 
 def _flag(config: pytest.Config, key: str) -> bool:
@@ -164,25 +174,18 @@ def _flag(config: pytest.Config, key: str) -> bool:
 
 
 def _golden_dir(config: pytest.Config) -> Path | None:
-    value = _text(config, "golden_dir")
-    if value is None:
-        return None
-    label, start = _origin(config, "golden_dir")
-    path = _absolute(value, start)
-    if path.exists() and not path.is_dir():
+    label, path = _place(config, "golden_dir")
+    if path is not None and path.exists() and not path.is_dir():
         raise pytest.UsageError(f"{label}: {path} is a file; give a folder")
     return path
 
 
 def _golden_update(config: pytest.Config) -> str | None:
-    value = _text(config, "golden_update")
-    if value is None:
+    if _text(config, "golden_update") is None:
         return None
     from entropy_probe.golden import MODES
 
-    label = _origin(config, "golden_update")[0]
-    if value not in MODES:
-        raise pytest.UsageError(f"{label}: got {value!r}; give one of {', '.join(MODES)}")
+    value, label = _one_of(config, "golden_update", MODES), _origin(config, "golden_update")[0]
     if _text(config, "golden_dir") is None:
         raise pytest.UsageError(f"{label}: there is nothing to update; give --probe-golden-dir=DIR")
     if os.environ.get("CI") and not _flag(config, "golden_update_in_ci"):
@@ -206,11 +209,9 @@ def _seed(config: pytest.Config) -> int | None:
 
 
 def _output_path(config: pytest.Config, key: str, example: str, several: bool) -> Path | None:
-    value = _text(config, key)
-    if value is None:
+    label, path = _place(config, key)
+    if path is None:
         return None
-    label, start = _origin(config, key)
-    path = _absolute(value, start)
     if several and path.is_file():
         raise pytest.UsageError(f"{label}: {path} is a file; give a folder, as there are several checkpoints")
     parent = next(folder for folder in (path, *path.parents) if folder.exists() and folder != path)

@@ -93,7 +93,8 @@ def step_of(name: str, run: str, report: ProbeReport | None, rows: Sequence[Row]
             name, run, _last_number(name), "-", "-", "-", "-", state.removeprefix("checkpoint ") or "not measured"
         )
     checkpoint, per_token = report.checkpoint, report.entropy.per_token
-    step = next(row for row in report.entropy_change if row.eta == report.first_order.lr)
+    step = report.next_step
+    assert step is not None
     predicted = _with_se(step.predicted, step.predicted_se)
     return Step(
         name,
@@ -104,7 +105,7 @@ def step_of(name: str, run: str, report: ProbeReport | None, rows: Sequence[Row]
         _with_se(step.delta_h_rb, step.delta_h_rb_se),
         f"{step.unclipped_ess_fraction:.2f}",
         verdicts(rows),
-        "nats/token" if report.config["true_delta_h"]["normalize"] == "per_token" else "nats/response",
+        report.unit_of_change,
     )
 
 

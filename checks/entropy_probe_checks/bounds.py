@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from entropy_probe import ProbeError
 
@@ -27,7 +28,7 @@ NOISE = 4.0
 """Standard errors within which a criterion on a noisy quantity does not fail; of a normal, once in 3e4."""
 
 
-def bounds_of(limits: Mapping[str, float | Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+def bounds_of(limits: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """The gates that are on: gate → its bounds."""
     return {name: bounds for name, bounds in limits.items() if name in GATES and isinstance(bounds, Mapping)}
 

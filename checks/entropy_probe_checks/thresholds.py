@@ -144,7 +144,7 @@ def in_force(config: Mapping[str, Any]) -> dict[str, tuple[float | str | None, s
 
 
 def require_known(
-    limits: Mapping[str, float | Mapping[str, float]],
+    limits: Mapping[str, Any],
     allow_inconclusive: Collection[str] = (),
     *,
     has_baseline: bool = False,

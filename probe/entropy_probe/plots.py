@@ -75,7 +75,7 @@ def text_table(report: ProbeReport, *, plain: bool = False) -> str:
     lines = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     star = report.update.eta_star
     notes = [] if star is None else [f"{eta}* = {star:.3g}"]
-    return "\n".join([f"prediction against realisation ({_unit(report)})", *lines, *notes, *_warnings(report)])
+    return "\n".join([f"prediction against realisation ({report.unit_of_change})", *lines, *notes, *_warnings(report)])
 
 
 def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
@@ -109,10 +109,6 @@ def _warnings(report: ProbeReport) -> list[str]:
     return [warning for warning, holds in said.items() if holds]
 
 
-def _unit(report: ProbeReport) -> str:
-    return "nats/token" if report.config["true_delta_h"]["normalize"] == "per_token" else "nats/response"
-
-
 def _figure(report: ProbeReport) -> Figure:
     from matplotlib.figure import Figure
 
@@ -120,10 +116,12 @@ def _figure(report: ProbeReport) -> Figure:
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")
     figure.suptitle(_title(report, rows), parse_math=False)
     change, slope = figure.subplots(1, 2)
-    change.set(xlabel="η", ylabel=f"ΔH ({_unit(report)})", title="the change; bars: SE of realised")
+    change.set(xlabel="η", ylabel=f"ΔH ({report.unit_of_change})", title="the change; bars: SE of realised")
     change.locator_params(axis="x", nbins=5)
     against = "" if _restricted(report) else " − predicted"
-    slope.set(xlabel="η", ylabel=f"ΔH/η ({_unit(report)} per unit η)", title=f"over η; bars: SE of realised{against}")
+    slope.set(
+        xlabel="η", ylabel=f"ΔH/η ({report.unit_of_change} per unit η)", title=f"over η; bars: SE of realised{against}"
+    )
     if rows:
         decade = math.floor(math.log10(min(abs(row.eta) for row in rows)))
         slope.set_xscale("symlog", linthresh=10.0**decade, linscale=0.7)
@@ -143,7 +141,7 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
     figure = Figure(figsize=(8.0, 5.6), layout="constrained")
     figure.suptitle("entropy over steps, and its change by the next step", parse_math=False)
     entropy, change = figure.subplots(2, 1, sharex=True)
-    units = {_unit(report) for _, _, report in checkpoints}
+    units = {report.unit_of_change for _, _, report in checkpoints}
     entropy.set(ylabel="H (nats/token)")
     change.set(xlabel="step", ylabel=f"ΔH by the next step ({', '.join(sorted(units))})")
     change.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
@@ -153,7 +151,7 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
         mine = [(step, report) for name, step, report in checkpoints if name == run]
         at = _array(place if step is None else step for place, (step, _) in enumerate(mine))
         tokens = [report.entropy.per_token for _, report in mine]
-        rows = [next(r for r in report.entropy_change if r.eta == report.first_order.lr) for _, report in mine]
+        rows = [row for _, report in mine if (row := report.next_step) is not None]
         of = f", {Path(run).name}".replace("$", r"\$") if len(runs) > 1 else ""  # no formula
         realised = [(r.delta_h_rb, r.delta_h_rb_se) for r in rows]
         inside = [(r.predicted, r.predicted_se) if r.in_range else (None, None) for r in rows]

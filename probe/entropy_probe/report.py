@@ -422,6 +422,16 @@ class ProbeReport(_Section):
     environment: dict[str, str | int]
     timing: dict[str, float]
 
+    @property
+    def next_step(self) -> EntropyChangeRow | None:
+        """The change by the optimizer's next step, η = lr; a report that was measured has it."""
+        return next((row for row in self.entropy_change if row.eta == self.first_order.lr), None)
+
+    @property
+    def unit_of_change(self) -> str:
+        """Of the changes in `entropy_change`, as `true_delta_h.normalize` says."""
+        return "nats/token" if self.config["true_delta_h"]["normalize"] == "per_token" else "nats/response"
+
     def to_json(self, path: str | Path) -> None:
         """Write the report atomically: a kill at any moment leaves the old file or the new one."""
         write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")

@@ -98,7 +98,7 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
 
 def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
     """SE((r − l·p)/p) ≤ (SE(r − p) + |1 − l|·SE(p))/|p|, at the ratio l that was found."""
-    step = next((row for row in report.entropy_change if row.eta == report.first_order.lr), None)
+    step = report.next_step
     if step is None:
         return inconclusive("The report has no change at η = lr.")
     if step.predicted is None or step.predicted_se is None or step.difference_se is None:

@@ -24,6 +24,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -208,21 +209,17 @@ def reward_of_texts(completions: list[str], gold: list[str], **_: Any) -> list[f
     return [tag_pref(text, answer) for text, answer in zip(completions, gold, strict=True)]
 
 
-def reinforce(base: str, pool: list[Prompt]) -> Path:
-    """GRPO with LoRA on every projection of `base`; the folder of the only checkpoint.
+def grpo_trainer(base: str, pool: list[Prompt], reward: Callable[..., Any], **settings: Any) -> GRPOTrainer:
+    """GRPO with LoRA on every projection of `base`, on one core; `settings` are those of a run (`GRPOConfig`).
 
     `base` is relative to the current folder: it is written into adapter_config.json as it is given.
     """
     arguments = GRPOConfig(
-        output_dir="grpo",
         seed=SEEDS["grpo"],
-        max_steps=GRPO_STEPS,
-        per_device_train_batch_size=GRPO_BATCH,
         num_generations=GROUP_SIZE,
         max_completion_length=MAX_NEW_TOKENS,
         temperature=1.0,
         beta=0.0,
-        learning_rate=GRPO_LR,
         lr_scheduler_type="constant",
         optim="adamw_torch",
         use_cpu=True,
@@ -231,21 +228,28 @@ def reinforce(base: str, pool: list[Prompt]) -> Path:
         report_to="none",
         logging_steps=10,
         save_strategy="steps",
-        save_steps=GRPO_STEPS,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **settings,
     )
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         model=base,
         args=arguments,
-        reward_funcs=reward_of_texts,
+        reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": prompt.text, "gold": prompt.gold} for prompt in pool]),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(
             r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     )
-    trainer.train()
+
+
+def reinforce(base: str, pool: list[Prompt]) -> Path:
+    """Train the demo's adapter; the folder of the only checkpoint."""
+    run = {"output_dir": "grpo", "max_steps": GRPO_STEPS, "save_steps": GRPO_STEPS}
+    grpo_trainer(
+        base, pool, reward_of_texts, per_device_train_batch_size=GRPO_BATCH, learning_rate=GRPO_LR, **run
+    ).train()
     return Path("grpo") / f"checkpoint-{GRPO_STEPS}"
 
 
