@@ -106,6 +106,20 @@ def refuse(device: str) -> str:
     raise AssertionError("Invalid device id")
 
 
+def test_an_entry_that_was_changed_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even into another valid report."""
+    from entropy_probe import ProbeReport
+
+    monkeypatch.setattr(ProbeReport, "model_validate_json", lambda text: text)
+    entry = Kept(tmp_path / "key.json")
+    assert entry.write(ProbeReport.model_construct(schema_version=1)) == ""
+    assert entry.read()[0] == '{"schema_version":1}'
+    entry.file.write_text(entry.file.read_text().replace('n":1', 'n":2'))
+    report, note = entry.read()
+    assert report is None
+    assert "damaged" in note
+
+
 def test_entries_do_not_pile_up(tmp_path: Path) -> None:
     from entropy_probe import ProbeReport
 

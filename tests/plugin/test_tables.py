@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from pytest_entropy_probe import tables
 from pytest_entropy_probe.markdown import summary
 from pytest_entropy_probe.tables import Row, Step, criteria_table
 
@@ -38,3 +39,9 @@ def test_the_step_stands_beside_a_name_that_ends_in_another() -> None:
     assert step("checkpoint-110", 10).cells[0] == "checkpoint-110 (10)"
     assert step("checkpoint-10", 10).cells[0] == "checkpoint-10"
     assert step("last", None).cells[0] == "last"
+
+
+def test_steps_stand_in_their_order_run_after_run() -> None:
+    given = [("b", 3), ("a", 100), ("a", None), ("b", 1), ("a", 9)]
+    steps = [tables.Step(f"{run}-{step}", run, step, *"-----") for run, step in given]
+    assert [(s.run, s.step) for s in tables.by_step(steps)] == [("a", 9), ("a", 100), ("a", None), ("b", 1), ("b", 3)]
