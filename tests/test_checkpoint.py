@@ -20,7 +20,7 @@ import models
 from entropy_probe import load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import CheckpointError, ConfigError
-from entropy_probe.model.checkpoint import optimizer
+from entropy_probe.model.checkpoint import order
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -465,7 +465,7 @@ def test_damage_ends_in_one_line(adapter: Path, damage: str) -> None:
 
 
 def test_two_orders_that_both_fit_are_an_error(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = optimizer._candidate_orders
+    original = order._candidate_orders
 
     def one_more(model: Any) -> Any:
         orders = original(model)
@@ -476,7 +476,7 @@ def test_two_orders_that_both_fit_are_an_error(adapter: Path, monkeypatch: pytes
         swapped[same_shape], swapped[other] = swapped[other], swapped[same_shape]
         return {**orders, "another": [swapped]}
 
-    monkeypatch.setattr(optimizer, "_candidate_orders", one_more)
+    monkeypatch.setattr(order, "_candidate_orders", one_more)
     with pytest.raises(CheckpointError, match=r"its order of parameters is ambiguous \(.*another"):
         load_checkpoint(adapter)
 

@@ -20,11 +20,13 @@ _NUMBERED = re.compile(r"(?:checkpoint-|step_)(\d+)", re.ASCII)
 class Layout:
     """`folder` holds the optimizer, `weights` the rest: the same folder, or its `model/`.
 
-    `note` says which of a run's checkpoints was taken; it is empty where a checkpoint itself was given.
+    `format` is what `entropy-probe inspect` calls it. `note` says which of a run's checkpoints was taken; it is empty
+    where a checkpoint itself was given.
     """
 
     folder: Path
     weights: Path
+    format: str
     note: str = ""
 
     @property
@@ -57,7 +59,10 @@ def find_layout(path: str | Path) -> Layout:
             raise CheckpointError(folder, "its name is not UTF-8, which safetensors cannot open", "rename the folder")
         chosen, note = _chosen(folder)
         inner = chosen / "model"
-        return Layout(chosen, inner if _has_config(inner) and not _has_config(chosen) else chosen, note)
+        if _has_config(inner) and not _has_config(chosen):
+            return Layout(chosen, inner, "training_state/step_N", note)
+        by_trainer = (chosen / "trainer_state.json").is_file()
+        return Layout(chosen, chosen, "trainer folder" if by_trainer else "save_pretrained + optimizer", note)
     except OSError as error:
         raise CheckpointError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
 

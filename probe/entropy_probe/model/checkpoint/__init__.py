@@ -2,7 +2,8 @@
 
 files       JSON, safetensors, tensors-only pickles
 pretrained  full models;   adapter  PEFT adapters over a base model on disk;   tokenizer
-optimizer   Adam's state, mapped to parameters by name
+optimizer   Adam's state;   order  which parameter each of its tensors belongs to
+sharded     formats whose weights and moments lie in pieces, a file each
 inspect     what a folder holds, without loading it
 """
 
@@ -21,6 +22,7 @@ from entropy_probe.layout import find_layout
 from entropy_probe.model.checkpoint import adapter, optimizer, pretrained
 from entropy_probe.model.checkpoint.files import fingerprint, global_step, reason, stored_dtype, weight_files
 from entropy_probe.model.checkpoint.optimizer import AdamState
+from entropy_probe.model.checkpoint.sharded import READERS
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
 
 __all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "load_checkpoint"]
@@ -72,6 +74,7 @@ def load_checkpoint(
     """
     layout = find_layout(path)
     folder = layout.weights
+    whole = READERS[layout.format](layout) if layout.format in READERS else None
     base = Path(base_model).expanduser() if base_model is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers and peft; what matters is checked and raised
@@ -81,15 +84,15 @@ def load_checkpoint(
             config, kind = folder / "adapter_config.json", adapter.kind(folder)
         elif (folder / "config.json").is_file():
             config, kind, base = folder / "config.json", None, None
-            model = pretrained.load_full_model(folder)
+            model = pretrained.load_full_model(folder, whole and whole.weights, layout.folder)
         else:
             raise CheckpointError(
                 folder, "has neither config.json nor adapter_config.json", "give the folder that the trainer wrote"
             )
         tokenizer = load_tokenizer(folder, base)
-    files = weight_files(folder, "adapter_model" if kind else "model")
+    files = [] if whole else weight_files(folder, "adapter_model" if kind else "model")
     of_base = weight_files(base, "model") if base is not None else []
-    state_dict = optimizer.read_state(layout.optimizer)
+    state_dict = optimizer.read_state(layout.optimizer) if whole is None else whole.optimizer
     adam = optimizer.map_adam_state(state_dict, model, layout.optimizer, missing_state)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in adam)
@@ -102,10 +105,12 @@ def load_checkpoint(
         model_type=str(model.config.model_type),  # pyright: ignore[reportAttributeAccessIssue]
         num_parameters=sum(p.numel() for p in parameters),
         num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        weights_dtype=stored_dtype(files[:1]),
+        weights_dtype=stored_dtype(files[:1]) if whole is None else whole.dtype,
         optimizer_file=layout.optimizer,
         global_step=global_step(layout.folder),
-        fingerprint=fingerprint([*files, config, *optimizer.state_files(layout.optimizer), *of_base]),
+        fingerprint=fingerprint(
+            [*files, config, *(whole.files if whole else optimizer.state_files(layout.optimizer)), *of_base]
+        ),
         saved_states=optimizer.inventory(state_dict),
     )
     return Checkpoint(model, tokenizer, adam, info)

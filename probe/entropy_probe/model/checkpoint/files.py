@@ -93,13 +93,18 @@ def _shards(index: Path) -> list[Path]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, safetensors or pickle. Raises on a damaged file and on the first non-finite tensor."""
     tensors = _unpickled(path) if path.suffix == ".bin" else _read_safetensors(path)
+    require_finite(tensors, path)
+    return tensors
+
+
+def require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises for the first non-finite tensor."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 path, f"{name} holds {count} non-finite of {tensor.numel()} values", "use an earlier checkpoint"
             )
-    return tensors
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

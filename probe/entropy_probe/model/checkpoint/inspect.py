@@ -142,7 +142,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     return Inspection(
         path=printable(layout.folder),
         note=layout.note,
-        format=_format(layout),
+        format=layout.format,
         weights=weights,
         optimizer=of_optimizer,
         global_step=step,
@@ -168,12 +168,6 @@ class _Notes:
             self.problems.append(str(error))
         except OSError as error:
             self.problems.append(f"{error.filename}: cannot be read ({error.strerror}); make it readable")
-
-
-def _format(layout: Layout) -> str:
-    if layout.weights != layout.folder:
-        return "training_state/step_N"
-    return "trainer folder" if (layout.folder / "trainer_state.json").is_file() else "save_pretrained + optimizer"
 
 
 def _full_model(folder: Path, found: _Notes) -> FoundWeights:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, weight_files
+from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.quiet import quiet_transformers
 
 
@@ -35,38 +35,45 @@ def check_config(folder: Path) -> str:
     return config["model_type"]
 
 
-def load_full_model(folder: Path) -> nn.Module:
-    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random."""
+def load_full_model(folder: Path, weights: dict[str, Tensor] | None = None, source: Path | None = None) -> nn.Module:
+    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random.
+
+    `weights` were read from `source` already; else they are those in the folder's own files.
+    """
     check_config(folder)
-    files = weight_files(folder, "model")
+    files = [] if weights is not None else weight_files(folder, "model")
     stored: dict[str, Path] = {}
     dtypes: set[torch.dtype] = {torch.float32}
     for path in files:
         tensors = read_tensors(path)
         stored |= dict.fromkeys(tensors, path)
         dtypes |= {tensor.dtype for tensor in tensors.values()}
+    if weights is not None:
+        require_finite(weights, source or folder)
+        dtypes |= {tensor.dtype for tensor in weights.values()}
+    options: dict[str, Any] = {"output_loading_info": True}
+    options["dtype"] = torch.float64 if torch.float64 in dtypes else torch.float32
     try:
         with quiet_transformers():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=files[0].suffix == ".safetensors",
-                output_loading_info=True,
-            )
+            auto, offline = transformers.AutoModelForCausalLM, {"local_files_only": True, "trust_remote_code": False}
+            if weights is None:
+                safe = files[0].suffix == ".safetensors"
+                loaded: Any = auto.from_pretrained(folder, use_safetensors=safe, **offline, **options)
+            else:
+                config = transformers.AutoConfig.from_pretrained(folder, **offline)
+                architecture: Any = auto._model_mapping[type(config)]
+                loaded = architecture.from_pretrained(None, config=config, state_dict=weights, **options)
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         raise CheckpointError(
             folder, f"transformers cannot load it ({reason(error)})", "restore config.json and weights"
         ) from error
     model, info = loaded
-    _refuse_gaps(info, files, stored)
+    _refuse_gaps(info, files[0] if len(files) == 1 else source or folder, stored)
     return model.eval()
 
 
-def _refuse_gaps(info: dict[str, Any], files: list[Path], stored: dict[str, Path]) -> None:
+def _refuse_gaps(info: dict[str, Any], where: Path, stored: dict[str, Path]) -> None:
     """transformers initialises what it misses at random and goes on: refuse instead."""
-    where = files[0] if len(files) == 1 else files[0].parent
     for kind, problem in (("missing_keys", "is not in the file"), ("mismatched_keys", "has another shape in the file")):
         for key in sorted(info.get(kind) or [], key=str):
             name = key[0] if isinstance(key, tuple) else key
