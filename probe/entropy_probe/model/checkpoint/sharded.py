@@ -1,7 +1,7 @@
 """Checkpoints whose weights and moments lie in pieces: each format's reader puts them together as `Sharded`.
 
-A reader is a module with `read(layout) -> Sharded`, named in `READERS` under the format that `entropy_probe.layout` says
-a folder has. Nothing is ever executed: a pickle is opened with `weights_only=True`, or by `Restricted`.
+A reader is a module with `read(layout) -> Sharded`, named in `READERS` under the format that
+`entropy_probe.layout` sees. Nothing is ever executed: a pickle is opened with `weights_only=True`, or by `Restricted`.
 """
 
 from __future__ import annotations
