@@ -37,7 +37,7 @@ PARAM = "probe-checks/test_scaling.py::test_param_scaling[demo]"
     ids=" ".join,
 )
 def test_everything_runs(repository: Repository, args: tuple[str, ...]) -> None:
-    ran = repository.run(*args, measure=True)
+    ran = repository.run(*args, measure=args in ((), ("-W", "error"), ("-n2", "--dist=load")))
     assert ran.code == 0, ran.output
     assert ran.own == OWN
     assert ran.shipped == SHIPPED
