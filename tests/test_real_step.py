@@ -303,26 +303,6 @@ def test_memory_that_suffices_or_is_not_known() -> None:
     real_step.require_memory(2**60, None)
 
 
-def test_available_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(real_step, "_MEMINFO", meminfo)
-    monkeypatch.setattr(real_step, "_CONTAINERS", ((tmp_path, "limit", "used", "inactive_file"),))
-    assert real_step.available_bytes(torch.device("cpu")) is None
-    meminfo.write_text("MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n", encoding="ascii")
-    assert real_step.available_bytes(torch.device("cpu")) == 8_000_000 * 1024
-    assert real_step.available_bytes(torch.device("mps")) is None
-    (tmp_path / "limit").write_text("5000\n", encoding="ascii")
-    (tmp_path / "used").write_text("4000\n", encoding="ascii")
-    (tmp_path / "memory.stat").write_text("cache 1\ninactive_file 1500\n", encoding="ascii")
-    assert real_step.available_bytes(torch.device("cpu")) == 2500
-    (tmp_path / "limit").write_text("max\n", encoding="ascii")
-    assert real_step.available_bytes(torch.device("cpu")) == 8_000_000 * 1024
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-    assert real_step.available_bytes(torch.device("cuda")) == 130
-
-
 def test_model_that_cannot_be_copied(gpt2: Subject) -> None:
     module: Any = gpt2.float64.module
     module.state = torch.ones(1, requires_grad=True) * 2

@@ -7,11 +7,9 @@ repair, and a graph that the caller holds stays valid (an in-place write, undone
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import NoCopyError
 from entropy_probe.estimators import importance
+from entropy_probe.memory import available_bytes
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
@@ -29,12 +28,6 @@ from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
 
 _PROMPTS = 4
-_MEMINFO = Path("/proc/meminfo")
-# (limit, in use) of a container, and how much of that is cached files: control groups, version 2 and 1
-_CONTAINERS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 @dataclass(frozen=True)
@@ -217,30 +210,6 @@ def needed_bytes(bound: BoundModel, adam: Mapping[str, AdamState]) -> int:
     parameters = {name: bound.registry.parameters[name] for name in adam}
     stepped = sum(p.numel() * p.element_size() * (5 if adam[name].amsgrad else 4) for name, p in parameters.items())
     return stepped + sum(b.numel() * b.element_size() for b in bound.module.buffers())
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had there: CUDA's free memory with what torch holds of it unused; on Linux
-    `MemAvailable`, or what a container's limit leaves where that is less. `None` where nothing is known."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu" or not _MEMINFO.is_file():
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(encoding="ascii"))
-    known = [int(found[1]) * 1024] if found else []
-    known += [left for container in _CONTAINERS if (left := _left_in(*container)) is not None]
-    return min(known, default=None)
-
-
-def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
-    """What a control group's limit leaves; files that are cached make room when it is needed."""
-    try:
-        most, now, stat = ((folder / name).read_text(encoding="ascii") for name in (limit, used, "memory.stat"))
-    except OSError:
-        return None
-    found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
-    return int(most) - int(now) + (int(found[1]) if found else 0) if most.strip().isdecimal() else None
 
 
 def require_memory(needed: int, available: int | None) -> None:
