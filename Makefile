@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEVICE ?= cpu
 GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 	--probe-rollouts=golden/demo/e.jsonl --probe-update-rollouts=golden/demo/u.jsonl
 
@@ -27,7 +28,8 @@ matrix: $(READY)
 	PROBE_MATRIX=$(CURDIR)/build/matrix $(BIN)/pytest -n 2 tests/matrix
 
 bench: $(READY)
-	for file in benchmarks/*.py; do OMP_WAIT_POLICY=PASSIVE $(BIN)/python $$file || exit 1; done
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest benchmarks --device=$(DEVICE) \
+		--benchmark-json=benchmarks/results/$(shell date +%F)-$(DEVICE).json
 
 demo: $(READY)
 	$(BIN)/python -m entropy_probe.demo.train

@@ -14,7 +14,7 @@ NUCLEUS_EDGE = 1e-6
 about 2e-7 in the samplers that draw responses, and a sampled token must never get log q = −∞ for that."""
 
 # Entries of a row that are ranked at first, and where the nucleus does not end among them; then all are. A language
-# model's nucleus rarely holds more than the first (`benchmarks/nucleus.py`).
+# model's nucleus rarely holds more than the first (`benchmarks/test_nucleus.py`).
 _PREFIXES = (64, 4096)
 # exp(x) is exactly 0 below it, in float64 too: a logit of −∞ can be moved there, and 0·(−∞) never arises.
 _NOTHING = -1e4

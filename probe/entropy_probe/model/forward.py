@@ -22,7 +22,7 @@ from entropy_probe.model.precision import forward_context, has_detached_norm, un
 from entropy_probe.model.registry import Registry, unwrap
 
 # Logits that are held at once, and positions at least. Below 64 rows, reading the head's weights for every piece is the
-# larger cost; from 64 to 512 rows the time is the same within noise, and memory grows (`benchmarks/scoring.py`).
+# larger cost; from 64 to 512 rows the time is the same within noise, and memory grows (`benchmarks/test_scoring.py`).
 _CHUNK = 1 << 21
 _ROWS = 64
 # The same where each piece is differentiated as it is made. A row of 196 (at a vocabulary of 32k) takes 0.8 of the time

@@ -1,0 +1,137 @@
+"""Races: ours is timed by pytest-benchmark, and before each of its rounds every other way has its turn.
+
+A machine that slows down then slows all of them. On a CPU one thread, and processor time, which a busy machine disturbs
+less than wall time; on a GPU (`--device=cuda`) wall time of finished kernels. Results go to `extra_info`, and so into
+the JSON that `make bench` leaves in results/, with the machine and the date; the terminal shows them as one table.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from entropy_probe.memory import Peak
+
+Way = Callable[[], Any]
+_RACES = pytest.StashKey[list[tuple[str, dict[str, Any]]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the models are")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RACES] = []
+    if config.getoption("--device") == "cpu":
+        torch.set_num_threads(1)
+        config.option.benchmark_timer = "time.process_time"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What the numbers depend on; not the machine's name."""
+    machine_info.pop("node", None)
+    device = torch.device(config.getoption("--device"))
+    machine_info |= {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture
+def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+    """`race(ours, others, ...)` → ratio of each other way's median time to ours, and what it put into `extra_info`."""
+
+    def timed(way: Way) -> float:
+        start = time.process_time() if device.type == "cpu" else time.perf_counter()
+        _finished(way, device)
+        return (time.process_time() if device.type == "cpu" else time.perf_counter()) - start
+
+    def run(
+        ours: Way,
+        others: Mapping[str, Way],
+        *,
+        rounds: int = 5,
+        once: tuple[str, ...] = (),
+        times: Mapping[str, float] | None = None,
+        quality: Mapping[str, float] | None = None,
+        targets: Mapping[str, float] | None = None,
+        memory: bool = False,
+    ) -> dict[str, float]:
+        """`once`: ways too slow for more than one round, which the caller has warmed up. `times`: ways that did a part
+        of the work, and how many times it is the whole. `quality`: how good ours is, measured by the caller. `targets`:
+        the ratios asked for."""
+        taken: dict[str, list[float]] = {name: [] for name in others}
+
+        def turns() -> None:
+            for name, way in others.items():
+                if name not in once or not taken[name]:
+                    taken[name].append(timed(way))
+
+        benchmark.pedantic(lambda: _finished(ours, device), setup=turns, rounds=rounds, warmup_rounds=1)
+        scale = times or {}
+        seconds = {
+            name: statistics.median(all_of[1:] or all_of) * scale.get(name, 1.0) for name, all_of in taken.items()
+        }
+        own = benchmark.stats.stats.median
+        ratios = {name: other / own for name, other in seconds.items()}
+        found: dict[str, Any] = {
+            "seconds": {"ours": own, **seconds},
+            "ratios": ratios,
+            "quality": dict(quality or {}),
+            "targets": dict(targets or {}),
+        }
+        if memory:
+            found["bytes"] = {name: _peak(way, device) for name, way in {"ours": ours, **others}.items()}
+        benchmark.extra_info.update(found)
+        request.config.stash[_RACES].append((request.node.name.removeprefix("test_"), found))
+        return ratios
+
+    return run
+
+
+def _finished(way: Way, device: torch.device) -> Any:
+    result = way()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result
+
+
+def _peak(way: Way, device: torch.device) -> int | None:
+    peak = Peak(device)
+    result = _finished(way, device)
+    most = peak.bytes()
+    del result
+    return most
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Every way: its median, its ratio to ours, its memory; then quality and targets."""
+    for title, found in config.stash[_RACES]:
+        terminalreporter.write_line(f"\n{title}")
+        for name, seconds in found["seconds"].items():
+            of_memory = found.get("bytes", {}).get(name)
+            megabytes = f"{of_memory / 1e6:9.0f} MB" if of_memory is not None else ""
+            ratio = found["ratios"].get(name)
+            terminalreporter.write_line(
+                f"  {name:<24}{1000 * seconds:10.1f} ms{f'{ratio:8.2f} of ours' if ratio else ' ' * 16}{megabytes}"
+            )
+        for name, target in found["targets"].items():
+            terminalreporter.write_line(f"  target: {name} at {target:.2f} of ours; got {found['ratios'][name]:.2f}")
+        for name, value in found["quality"].items():
+            terminalreporter.write_line(f"  {name}: {value:.2g}")
