@@ -20,6 +20,7 @@ from _pytest.runner import pytest_make_collect_report as collect_now
 
 from pytest_entropy_probe.fixtures import TARGET_FIXTURE, probe_config, warnings_are_not_errors
 from pytest_entropy_probe.settings import SETTINGS
+from pytest_entropy_probe.speed import withheld_because
 from pytest_entropy_probe.xfails import KnownFailure, covers, mark, read_xfails
 
 NODE = "probe-checks"
@@ -43,6 +44,8 @@ def withheld(module: str, config: pytest.Config, function: str = "") -> str:
     does."""
     if module == "test_golden" and config.stash[SETTINGS].golden_dir is None:
         return "golden checks are collected only with --probe-golden-dir=DIR; give it"
+    if module == "test_benchmark":
+        return withheld_because(config)
     if module == "test_gate":
         name, on = function.removeprefix("test_"), gates_on(config)
         if not on or (name and name not in on):

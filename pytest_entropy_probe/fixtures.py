@@ -277,7 +277,7 @@ def _probe_subject(
         pytest.skip(_NO_CHECKPOINT)
     subjects = pytestconfig.stash.setdefault(SUBJECTS, {})
     asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    keep = bool(asked_for & {"probe_model", "probe_rollouts"})
+    keep = bool(asked_for & {"probe_model", "probe_rollouts", "_probe_benchmark"})
     return subjects.setdefault(_probe_target.name, Subject(_probe_target, pytestconfig, keep=keep))
 
 

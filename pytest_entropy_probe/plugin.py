@@ -58,6 +58,7 @@ MARKERS = {
     "prediction": "the predicted change of entropy against the measured one",
     "golden": "comparison with stored numbers of the same checkpoint",
     "gate": "training-health limits; off unless limits are configured",
+    "benchmark": "how long scoring, gradients and the sweep take, by pytest-benchmark; off unless asked for",
 }
 
 
@@ -148,7 +149,7 @@ def _refuse_checks(config: pytest.Config) -> None:
 
 
 def _wake(config: pytest.Config) -> None:
-    from pytest_entropy_probe import collect, fixtures, golden, summary
+    from pytest_entropy_probe import collect, fixtures, golden, speed, summary
 
     config.stash[SETTINGS] = read_settings(config)
     fixtures.probe_config(config)
@@ -157,5 +158,6 @@ def _wake(config: pytest.Config) -> None:
     collect.take_selectors(config)
     collect.take_known_failures(config)
     config.pluginmanager.register(collect, "entropy_probe_collect")
+    config.pluginmanager.register(speed, "entropy_probe_speed")
     config.pluginmanager.register(golden.Files(config), golden.FILES)
     config.pluginmanager.register(summary.Summary(config), "entropy_probe_summary")

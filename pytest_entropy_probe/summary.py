@@ -64,8 +64,9 @@ class Summary:
         for name, (value, source) in in_force(config.model_dump(mode="json")).items():
             if everything or name not in LIMITS or source != LIMITS[name].source:
                 lines.append(f"  limit {name} = {'-' if value is None else number(value)}: {source}")
-        if "gate" in (self._config.getoption("markexpr", "") or "") and withheld("test_gate", self._config):
-            lines.append(f"  {withheld('test_gate', self._config)}")
+        selected = self._config.getoption("markexpr", "") or ""
+        asked_for = [module for module in ("test_gate", "test_benchmark") if module.removeprefix("test_") in selected]
+        lines += [f"  {reason}" for module in asked_for if (reason := withheld(module, self._config))]
         return lines
 
     def _what(self) -> str:

@@ -20,7 +20,11 @@ addopts = --strict-markers --strict-config
 
 
 GATES_ON = "limits: {" + ", ".join(f"{gate}: {{max: 1}}" for gate in GATES) + "}"
-ON_REQUEST = {"test_golden.py": "--probe-golden-dir=golden", "test_gate.py": "--probe-config=gates.yaml"}
+ON_REQUEST = {
+    "test_golden.py": "--probe-golden-dir=golden",
+    "test_gate.py": "--probe-config=gates.yaml",
+    "test_benchmark.py": "--benchmark-only",
+}
 
 
 def shipped_tests() -> list[str]:
@@ -76,12 +80,12 @@ def test_a_module_on_request(project: pytest.Pytester, module: str, option: str)
     assert without.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = filter(None, without.errlines)
     assert line.startswith(f"ERROR: probe-checks/{module}: ")
-    with_it = project.runpytest_subprocess(*selected, option)
+    with_it = project.runpytest_subprocess(*selected, option, "-pbenchmark")
     assert with_it.ret == pytest.ExitCode.OK
     collected = [line for line in with_it.outlines if "::" in line]
     assert collected
     assert all(line.startswith(f"probe-checks/{module}::") for line in collected)
-    everything = project.runpytest_subprocess("--co", "-q", "--probe-checkpoint=ckpt", option)
+    everything = project.runpytest_subprocess("--co", "-q", "--probe-checkpoint=ckpt", option, "-pbenchmark")
     assert set(collected) < set(_collected(everything))
 
 
