@@ -64,6 +64,8 @@ def _one(criterion: Criterion) -> str:
     without = [name for name, budget in BUDGETS.items() if criterion.part in budget.left_out]
     if without:
         parts["budget"] = f"not asked under {', '.join(without)}"
+    if criterion.needs_second_moment:
+        parts["optimizer"] = "asked of Adam alone"
     wrapped = [_wrapped(head, text) for head, text in parts.items()]
     return "\n".join([f"{criterion.name} (-m {criterion.family})", *wrapped, ""])
 

@@ -27,6 +27,12 @@ def conclude(verdict: Verdict, *, allowed: bool) -> None:
 def headline(report: ProbeReport) -> str:
     """What was found: the entropy, the first-order term, and what the optimizer's next step does; within 80 columns."""
     batch, entropy, first = report.batch, report.entropy, report.first_order
+    of_entropy = (
+        f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
+        f"{entropy.per_token.value:.3g} nats/token ({batch.num_prompts}×{batch.num_responses} responses)"
+    )
+    if first is None:
+        return f"{of_entropy}\nnothing about the next step: {report.no_second_moment}"
     delta, batches = (report.two_batch, "two batches") if report.two_batch else (first, "one batch")
     if first.mode == "block":
         batches = f"{batches}, {first.num_units} blocks"
@@ -37,8 +43,7 @@ def headline(report: ProbeReport) -> str:
     if step.predicted is not None and step.predicted_se is not None:
         predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
     lines = (
-        f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
-        f"{entropy.per_token.value:.3g} nats/token ({batch.num_prompts}×{batch.num_responses} responses)",
+        of_entropy,
         f"δH₁  {delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
         f"ΔH   realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}, {predicted} {unit}",
     )

@@ -93,17 +93,20 @@ def step_of(name: str, run: str, report: ProbeReport | None, rows: Sequence[Row]
             name, run, _last_number(name), "-", "-", "-", "-", state.removeprefix("checkpoint ") or "not measured"
         )
     checkpoint, per_token = report.checkpoint, report.entropy.per_token
-    step = report.next_step
-    assert step is not None
-    predicted = _with_se(step.predicted, step.predicted_se)
+    step, cells = report.next_step, ("-", "-", "-")
+    if step is not None:
+        predicted = _with_se(step.predicted, step.predicted_se)
+        cells = (
+            predicted if step.in_range else f"({predicted})",
+            _with_se(step.delta_h_rb, step.delta_h_rb_se),
+            f"{step.unclipped_ess_fraction:.2f}",
+        )
     return Step(
         name,
         run,
         checkpoint.optimizer.step if checkpoint.global_step is None else checkpoint.global_step,
         _with_se(per_token.value, per_token.se, signed=False),
-        predicted if step.in_range else f"({predicted})",
-        _with_se(step.delta_h_rb, step.delta_h_rb_se),
-        f"{step.unclipped_ess_fraction:.2f}",
+        *cells,
         verdicts(rows),
         report.unit_of_change,
     )

@@ -136,7 +136,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "y_coverage": [
         (lambda r: poisoned(r, "registry", y_coverage=0.9, uncovered=["a.lora_A"]), "fail"),
         (
-            lambda r: poisoned(poisoned(r, "registry", y_coverage=0.0), "first_order", norm_y_sum=0.0),
+            lambda r: poisoned(r, "registry", y_coverage=0.0),
             "inconclusive",
         ),
     ],

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -58,7 +59,8 @@ def test_python_in_the_readme_names_real_things() -> None:
     for path in re.findall(r"(?<=report)\.([a-z_]+\.[a-z0-9_]+(?:\.value)?)", README):
         model = ProbeReport
         for part in path.split(".")[:-1]:
-            model = model.model_fields[part].annotation
+            kind = model.model_fields[part].annotation
+            model = next((of for of in get_args(kind) if of is not type(None)), kind)
         assert path.split(".")[-1] in model.model_fields, path
 
 

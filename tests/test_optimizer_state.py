@@ -95,6 +95,46 @@ GROUPS: dict[str, Callable[[list[tuple[str, Any]]], Groups]] = {
     "by layer from the top": lambda named: layers(named)[::-1],
     "each its own": lambda named: [{"params": [pair], "lr": 1e-3 * (k + 1)} for k, pair in enumerate(named)],
 }
+
+
+def decayed_by_444(model: Any) -> set[str]:
+    """The Trainer of transformers 4.44: all but biases, and but what a `nn.LayerNorm` holds: RMSNorms decay."""
+    owners = {
+        f"{at}.{own}": module
+        for at, module in model.named_modules()
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    return {n for n, _ in model.named_parameters() if "bias" not in n and not isinstance(owners[n], torch.nn.LayerNorm)}
+
+
+def decayed_by_5(model: Any) -> set[str]:
+    """Of 4.57 and 5: all but biases and norms of any kind."""
+    return {n for n, _ in model.named_parameters() if "bias" not in n and "norm" not in n}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rule", "sizes"),
+    [
+        ("qwen2", decayed_by_444, [20, 6]),
+        ("qwen2", decayed_by_5, [15, 11]),
+        ("llama", decayed_by_444, [21, 0]),
+        ("llama", decayed_by_5, [16, 5]),
+    ],
+)
+def test_decay_groups_of_the_trainer(tmp_path: Path, architecture: str, rule: Any, sizes: list[int]) -> None:
+    """By position, as the Trainer writes them; sizes as were seen of Qwen2 with 4.44 and 4.57."""
+    model = models.tiny_model(architecture)
+    decayed = rule(model)
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if (n in decayed) == wanted], "weight_decay": decay}
+        for wanted, decay in ((True, 0.1), (False, 0.0))
+    ]
+    assert [len(group["params"]) for group in groups] == sizes
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    models.train_steps(model, optimizer)
+    assert_held(models.save_checkpoint(tmp_path / "ckpt", model, optimizer), model, optimizer)
+
+
 SAVED = {
     "param_names": lambda folder, model, optimizer: optimizer.state_dict(),
     "by name": lambda folder, model, optimizer: get_optimizer_state_dict(

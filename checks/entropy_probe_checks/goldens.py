@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from entropy_probe import ProbeReport
 from entropy_probe.golden import Field, Tolerance, Value
-from entropy_probe.report import BatchSection, Estimate, Parts
+from entropy_probe.report import BatchSection, Estimate, FirstOrderSection, Parts
 
 EXACT = 0.0
 Scaled: TypeAlias = dict[str, tuple[Value, float]]
@@ -121,16 +121,18 @@ def _nats(report: ProbeReport) -> float:
     return max(abs(report.entropy.naive.value), abs(report.entropy.rb.value))
 
 
-def _gram(report: ProbeReport) -> float:
+def _gram(of: FirstOrderSection) -> float:
     """The size of one entry X_iᵀPY_j: means over rows, columns and all of them are sums of such."""
-    of = report.first_order
     return max(_largest(of.row_means), abs(of.diag_sum) / of.num_units)
 
 
 @GoldenSection
-def first_order(report: ProbeReport) -> Scaled:
+def first_order(report: ProbeReport) -> Scaled | str:
     """Scale: an entry of the matrix X_iᵀPY_j, its square for variances, times lr for δH₁."""
-    of, size = report.first_order, _gram(report)
+    of = report.first_order
+    if of is None:
+        return str(report.no_second_moment)
+    size = _gram(of)
     linear = ("u_cross", "bars_dot", "row_means", "se_plugin", "se_jackknife")
     return {
         **{name: (getattr(of, name), EXACT) for name in ("mode", "estimator", "num_units", "lr_source")},
@@ -149,10 +151,12 @@ def first_order(report: ProbeReport) -> Scaled:
 @GoldenSection
 def two_batch(report: ProbeReport) -> Scaled | str:
     """Scale: the largest projection; its square for the variance; times lr for δH₁."""
-    of, lr = report.two_batch, report.first_order.lr
+    of, first = report.two_batch, report.first_order
+    if first is None:
+        return str(report.no_second_moment)
     if of is None:
         return "one batch serves as both; give --probe-update-rollouts too"
-    size = _largest([*of.projections, *of.update_projections])
+    size, lr = _largest([*of.projections, *of.update_projections]), first.lr
     return {
         "bars_dot": (of.bars_dot, size),
         "projections": (of.projections, size),
@@ -164,9 +168,11 @@ def two_batch(report: ProbeReport) -> Scaled | str:
 
 
 @GoldenSection
-def update(report: ProbeReport) -> Scaled:
+def update(report: ProbeReport) -> Scaled | str:
     """Scale of slopes: the terms of the slope of ΔH itself; of curvatures: of its second derivative."""
     of = report.update
+    if of is None:
+        return str(report.no_second_moment)
     size = max(of.slope_of_change_size, *(max(abs(e.value), e.se) for e in of.estimators.values()))
     bend = max(of.curvature_of_change_size, abs(of.curvature or 0.0), of.curvature_se or 0.0)
     per_token = max(abs(of.delta_h1_per_lr_per_token), of.delta_h1_per_lr_per_token_se)
@@ -211,11 +217,14 @@ def entropy_change(report: ProbeReport) -> Scaled:
 def registry(report: ProbeReport) -> Scaled:
     """Every trainable tensor and its preconditioner; coverage is a share of them."""
     of, precond = report.registry, report.preconditioner
-    counts = ("num_tensors", "num_parameters", "x_coverage", "y_coverage", "uncovered")
+    names = ("num_tensors", "num_parameters", "x_coverage", "y_coverage", "uncovered")
+    counts: Scaled = {name: (getattr(of, name), EXACT) for name in names}
+    if precond is None:
+        return counts
     counted = ("num_tensors", "missing", "num_nonfinite", "num_pairs")
     ends = ("smallest", "largest")
     return {
-        **{name: (getattr(of, name), EXACT) for name in counts},
+        **counts,
         **{f"preconditioner.{name}": (getattr(precond, name), EXACT) for name in counted},
         **{f"preconditioner.{name}": (getattr(precond, name), getattr(precond, name) or EXACT) for name in ends},
     }

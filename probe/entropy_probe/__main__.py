@@ -74,6 +74,8 @@ def _run(arguments: argparse.Namespace) -> int:
         name="demo" if is_demo else None,
         progress=_print_progress if sys.stderr.isatty() else None,
     )
+    if report.no_second_moment is not None:
+        print(f"entropy-probe: nothing about the next step: {report.no_second_moment}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:

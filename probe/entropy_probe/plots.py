@@ -68,6 +68,8 @@ def _save(draw: Callable[[], Figure], path: Path) -> None:
 def text_table(report: ProbeReport, *, plain: bool = False) -> str:
     """One line per η, within 80 columns: predicted and realised with their SE, (realised − predicted)/SE of that
     difference, realised/predicted, ESS/N, and whether the two are to be compared; in ASCII where `plain`."""
+    if report.update is None:
+        return f"nothing about the next step: {report.no_second_moment}"
     eta, se = ("eta", "+/- SE") if plain else ("η", "± SE")
     heading = (eta, "predicted", se, "realised", se, "diff/SE", "ratio", "ESS/N", "in range")
     cells = [heading, *(_cells(row) for row in report.entropy_change if row.eta != 0)]
@@ -130,7 +132,8 @@ def _figure(report: ProbeReport) -> Figure:
         _realised(axes, rows, power)
         _marks(axes, report, rows, power)
     handles, labels = slope.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -151,11 +154,11 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
         mine = [(step, report) for name, step, report in checkpoints if name == run]
         at = _array(place if step is None else step for place, (step, _) in enumerate(mine))
         tokens = [report.entropy.per_token for _, report in mine]
-        rows = [row for _, report in mine if (row := report.next_step) is not None]
+        rows = [report.next_step for _, report in mine]
         of = f", {Path(run).name}".replace("$", r"\$") if len(runs) > 1 else ""  # no formula
-        realised = [(r.delta_h_rb, r.delta_h_rb_se) for r in rows]
-        inside = [(r.predicted, r.predicted_se) if r.in_range else (None, None) for r in rows]
-        outside = [(None, None) if r.in_range else (r.predicted, r.predicted_se) for r in rows]
+        realised = [(r.delta_h_rb, r.delta_h_rb_se) if r else (None, None) for r in rows]
+        inside = [(r.predicted, r.predicted_se) if r and r.in_range else (None, None) for r in rows]
+        outside = [(r.predicted, r.predicted_se) if r and not r.in_range else (None, None) for r in rows]
         ends += [v + s * sign for v, s in (*realised, *inside) if v is not None and s is not None for sign in (-1, 1)]
         for axes, label, color, style, values in (
             (entropy, f"H ± SE{of}", _END, {"linestyle": "-"}, [(e.value, e.se) for e in tokens]),
@@ -183,7 +186,9 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
 def _title(report: ProbeReport, rows: Sequence[EntropyChangeRow]) -> str:
     name = report.checkpoint.name
     title = f"{name if len(name) <= 50 else '…' + name[-49:]}: entropy along the next update, predicted and realised"
-    return "\n".join([title, *_warnings(report), *([] if rows else ["nothing was measured"])])
+    return "\n".join(
+        [title, *_warnings(report), *([] if rows else [report.no_second_moment or "nothing was measured"])]
+    )
 
 
 def _finite(*values: float | None) -> bool:
@@ -244,6 +249,8 @@ def _marks(axes: Axes, report: ProbeReport, rows: Sequence[EntropyChangeRow], po
     if len(compared) > 1:
         axes.axvspan(min(compared), max(compared), color="0.95", zorder=0, label="in range")
     axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
+    if report.first_order is None or report.update is None:
+        return
     lr, star = report.first_order.lr, report.update.eta_star
     axes.axvline(lr, color="0.3", linewidth=1, linestyle=":", label=f"lr = {lr:.3g}")
     reach = max((abs(row.eta) for row in rows), default=lr)

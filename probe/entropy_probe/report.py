@@ -28,10 +28,11 @@ class OptimizerSection(_Section):
     """The optimizer as the checkpoint recorded it; `covered` of `total` trainable tensors have a second moment.
 
     `saved`: how many tensors stand under each set of hyper-parameters in the file; `read`: how many were taken with it.
+    `no_second_moment`: why there are neither P nor v, where the optimizer is not Adam; `total` counts what it trains.
     """
 
     type: str
-    lr: float
+    lr: float | None
     betas: tuple[float, float] | None
     eps: float | None
     weight_decay: float | None
@@ -40,6 +41,7 @@ class OptimizerSection(_Section):
     total: int
     saved: dict[str, int]
     read: dict[str, int]
+    no_second_moment: str | None = None
 
 
 class CheckpointSection(_Section):
@@ -393,7 +395,12 @@ class BaselineSection(_Section):
 
 
 class ProbeReport(_Section):
-    """`baseline` is added by who judges. `left_out` are the parts of the measurement that the budget left out."""
+    """`baseline` is added by who judges. `left_out` are the parts of the measurement that the budget left out.
+
+    Where the optimizer is not Adam, and `no_second_moment` says so, all that needs P or v is `None`: `first_order`,
+    `two_batch`, `update`, `preconditioner`, `real_step`; of `entropy_change` the row at η = 0 is there, and what
+    `continuity` and `witness` need a direction for is along −sign(X̄), with P = 1.
+    """
 
     schema_version: int = SCHEMA_VERSION
     probe_version: str
@@ -404,9 +411,9 @@ class ProbeReport(_Section):
     update_batch: BatchSection
     sampling: SamplingSection | None
     entropy: EntropySection
-    first_order: FirstOrderSection
+    first_order: FirstOrderSection | None
     two_batch: TwoBatchSection | None
-    update: UpdateSection
+    update: UpdateSection | None
     entropy_change: list[EntropyChangeRow]
     continuity: ContinuitySection
     invariance: InvarianceSection
@@ -415,7 +422,7 @@ class ProbeReport(_Section):
     real_step: RealStepSection | None
     real_step_missing: str | None
     registry: RegistrySection
-    preconditioner: PreconditionerSection
+    preconditioner: PreconditionerSection | None
     integrity: IntegritySection
     verdicts: list[Verdict]
     baseline: BaselineSection | None
@@ -424,8 +431,14 @@ class ProbeReport(_Section):
 
     @property
     def next_step(self) -> EntropyChangeRow | None:
-        """The change by the optimizer's next step, η = lr; a report that was measured has it."""
-        return next((row for row in self.entropy_change if row.eta == self.first_order.lr), None)
+        """The change by the optimizer's next step, η = lr; `None` where the optimizer is not Adam."""
+        lr = None if self.first_order is None else self.first_order.lr
+        return next((row for row in self.entropy_change if row.eta == lr), None)
+
+    @property
+    def no_second_moment(self) -> str | None:
+        """Why nothing was measured that needs Adam's second moment; `None` where it was."""
+        return self.checkpoint.optimizer.no_second_moment
 
     @property
     def unit_of_change(self) -> str:

@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen: checkpoint → batches → first order → update → slopes → realised change → report."""
+"""The whole pipeline on one screen: checkpoint → batches → gradients → the next step → witnesses → report."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ import torch
 from entropy_probe import __version__, sections
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import MeasurementError, NoCopyError
-from entropy_probe.estimators import prediction
+from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
-from entropy_probe.stages import continuity, coverage, entropy_change, gradients, invariance, slopes, update
+from entropy_probe.next_step import Measured, NextStep, next_step, without_second_moment
+from entropy_probe.stages import continuity, coverage, gradients, invariance
 from entropy_probe.stages.batches import draw_batches, redraw_for, redrawn_shares
-from entropy_probe.stages.moments import moments_match
-from entropy_probe.stages.optimizer_step import optimizer_step_agreement, preconditioner_agreement
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.properties import drawn_properties
-from entropy_probe.stages.real_step import real_step
 from entropy_probe.stages.rollouts import Rollouts, eos_ids
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witness import curvature_witness, gradient_witness
@@ -87,7 +84,8 @@ def prepare(
 ) -> Prepared:
     """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
     clock = _Clock(progress, {})
-    stateless = [name for name in Registry.of(checkpoint.model).trainable if name not in checkpoint.adam]
+    trained = checkpoint.adam if checkpoint.other is None else checkpoint.other.trained
+    stateless = [name for name in Registry.of(checkpoint.model).trainable if name not in trained]
     if stateless:
         raise MeasurementError(
             f"parameter {stateless[0]}", "is trainable and has no Adam state", "freeze it, or give its state in `adam`"
@@ -107,8 +105,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     """Everything from scores to report on the two batches."""
     checkpoint, config, bound = prepared.checkpoint, prepared.config, prepared.model
     e, u = prepared.rollouts, prepared.update_rollouts
-    same_batch, baseline = e is u, config.first_order.baseline
-    redraw, min_ess = redraw_for(bound, e, checkpoint.tokenizer, config), config.true_delta_h.min_ess_fraction
+    same_batch = e is u
     eos = eos_ids(bound.language_model, checkpoint.tokenizer)
     clock = _Clock(progress, dict(prepared.seconds))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
@@ -124,61 +121,26 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             if not same_batch:
                 of_x_e, _ = gradients.payloads(e, scores_e, config)
                 units_e = gradients.unit_gradients(bound, e, config, of_x_e, stage="gradients of E", progress=progress)
-        with clock("first order"):
-            precond = update.adam_preconditioner(checkpoint.adam)
-            lr, lr_source = update.learning_rate(checkpoint.adam, config.first_order.lr)
-            first_order = sections.first_order_section(units_u, precond, lr, lr_source, config.first_order.estimator)
-            across = None if same_batch else sections.two_batch_section(units_e, units_u, precond, lr)
-        with clock("update"):
-            ascent = gradients.prompt_mean(units_u.y, units_u.sizes)
-            direction = update.compute_update_vector_adamw(
-                bound.registry, checkpoint.adam, ascent, config.update.max_grad_norm
-            )
-            agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
-            of_torch = preconditioner_agreement(checkpoint.adam, precond)
-            match = moments_match(checkpoint.adam, units_u.y)
         with clock("slopes"):
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
             copies = {model: checksum(model) for model in own_copies}
-            along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config, progress)
-            cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
-            slope, curvature = slopes.predictors(bound, u, scores_u, config, units_u, direction, along, cross)
-            reach = prediction.reach(slope, curvature)
-            sources = slopes.slope_sources(units_e, units_u, direction)
+        ascent = gradients.prompt_mean(units_u.y, units_u.sizes)
+        measured = Measured(checkpoint, config, bound, float64, e, u, scores_e, scores_u, units_e, units_u, ascent)
+        if checkpoint.other is None:
+            step = next_step(measured, clock, progress, redraw_for(bound, e, checkpoint.tokenizer, config))
+        else:
+            step = without_second_moment(measured)
         with clock("witnesses"):
-            witness = asdict(gradient_witness(bound, u, scores_u, config, units_u, precond))
-            if "projections" not in config.left_out:
-                witness |= asdict(
-                    projection_agreement(
-                        bound, e, of_x_e, config, units_e, precond, ascent, direction.v, along.at_theta
-                    )
-                )
-            witness["curvature"] = None  # without the second derivative that the α-trick needs too
-            if witness.get("projections_alpha") is not None and "curvature witness" not in config.left_out:
-                witness["curvature"] = curvature_witness(float64, e, scores_e, along, direction.v, config)
-        with clock("entropy change"):
-            etas = entropy_change.grid(config, lr, along.at_theta.d_seq_logp, reach)
-            changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress, redraw)
-            predicted = [
-                None if c.restricted else prediction.predict(c.eta, c.rb, slope, curvature, units_e.unit_of)
-                for c in changes
-            ]
-        with clock("real step"):
-            taken, missing = None, None
-            try:
-                if "real step" not in config.left_out:
-                    taken = real_step(float64, e, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
-            except NoCopyError as error:  # the rest of the report does not need it
-                missing = str(error)
+            witness = _witness(measured, of_x_e, step)
         with clock("properties"):
             drawn = drawn_properties(bound, float64, config, eos)
         with clock("continuity"):
-            zero = continuity.zero_check(bound, e, direction.v)
-            scaling = continuity.scaling(float64, e, direction.v)
+            zero = continuity.zero_check(bound, e, step.v)
+            scaling = continuity.scaling(float64, e, step.v)
             taylor = None
             if "taylor" not in config.left_out:
-                taylor = continuity.taylor(float64, bound, e, scores_e, direction.v, config)
+                taylor = continuity.taylor(float64, bound, e, scores_e, step.v, config)
             invariant = invariance.invariance(bound, float64, e, config)
             covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
@@ -193,18 +155,11 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         update_batch=sections.batch_section(u, same_batch, config, prepared.given[1], eos),
         sampling=sections.sampling_section(prepared.redrawn),
         entropy=sections.entropy_section(scores_e, config.generation.temperature),
-        first_order=first_order,
-        two_batch=across,
-        update=sections.update_section(direction, along, cross, (slope, curvature), agreement, sources, baseline),
-        entropy_change=[sections.change_row(*row, reach, min_ess) for row in zip(changes, predicted, strict=True)],
         continuity=sections.continuity_section(zero, scaling, taylor),
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=sections.invariance_section(invariant, drawn),
         witness=witness,
-        real_step=None if taken is None else r.RealStepSection(**asdict(taken)),
-        real_step_missing=missing,
         registry=r.RegistrySection(**asdict(covered)),
-        preconditioner=sections.preconditioner_section(checkpoint, precond, bound, of_torch, match),
         integrity=r.IntegritySection(
             checksum_before=prepared.checksum_before,
             checksum_after=checksum_after,
@@ -215,7 +170,27 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         baseline=None,
         environment=sections.environment(bound, threads),
         timing=clock.seconds,
+        **step.sections,
     )
+
+
+def _witness(of: Measured, of_x: gradients.Payload, step: NextStep) -> dict[str, float | None]:
+    """Gradients and curvature by other ways; what needs the second moment is `None` where there is none."""
+    bound, config = of.bound, of.config
+    witness: dict[str, float | None] = asdict(
+        gradient_witness(bound, of.u, of.scores_u, config, of.units_u, step.precond)
+    )
+    if "projections" not in config.left_out:
+        at_theta = None if step.along is None else step.along.at_theta
+        witness |= asdict(
+            projection_agreement(bound, of.e, of_x, config, of.units_e, step.precond, of.ascent, step.v, at_theta)
+        )
+    witness["curvature"] = None  # without the second derivative that the α-trick needs too
+    if step.along is None:
+        witness |= dict.fromkeys(("u_cross", "u_cross_fast"))
+    elif witness.get("projections_alpha") is not None and "curvature witness" not in config.left_out:
+        witness["curvature"] = curvature_witness(of.float64, of.e, of.scores_e, step.along, step.v, config)
+    return witness
 
 
 class _Clock:

@@ -19,7 +19,7 @@ from entropy_probe.estimators import advantages, importance, parity, prediction,
 from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.estimators.token_stats import LOGIT_VAR
-from entropy_probe.model.checkpoint import AdamState, Checkpoint
+from entropy_probe.model.checkpoint import AdamState, Checkpoint, OtherOptimizer
 from entropy_probe.model.checkpoint.optimizer import hyper_parameters
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
@@ -34,8 +34,7 @@ from entropy_probe.stages.slopes import Slopes, SlopeSources
 
 
 def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.CheckpointSection:
-    info, adam = checkpoint.info, checkpoint.adam
-    first = next(iter(adam.values()))
+    info = checkpoint.info
     return r.CheckpointSection(
         name=printable(name or info.path.name),
         path=printable(info.path),
@@ -46,18 +45,39 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
         weights_dtype=info.weights_dtype,
         adapter=info.adapter,
         global_step=info.global_step,
-        optimizer=r.OptimizerSection(
-            type=first.kind,
-            lr=max(state.lr for state in adam.values()),
-            betas=first.betas,
-            eps=first.eps,
-            weight_decay=first.weight_decay,
-            step=int(max(state.step for state in adam.values())),
-            covered=sum(state.step > 0 for state in adam.values()),
-            total=len(adam),
-            saved=info.saved_states,
-            read=dict(Counter(_hyper_parameters(state) for state in adam.values() if state.step > 0)),
-        ),
+        optimizer=_adam(checkpoint.adam, info.saved_states) if checkpoint.other is None else _other(checkpoint.other),
+    )
+
+
+def _adam(adam: Mapping[str, AdamState], saved: dict[str, int]) -> r.OptimizerSection:
+    first = next(iter(adam.values()))
+    return r.OptimizerSection(
+        type=first.kind,
+        lr=max(state.lr for state in adam.values()),
+        betas=first.betas,
+        eps=first.eps,
+        weight_decay=first.weight_decay,
+        step=int(max(state.step for state in adam.values())),
+        covered=sum(state.step > 0 for state in adam.values()),
+        total=len(adam),
+        saved=saved,
+        read=dict(Counter(_hyper_parameters(state) for state in adam.values() if state.step > 0)),
+    )
+
+
+def _other(optimizer: OtherOptimizer) -> r.OptimizerSection:
+    return r.OptimizerSection(
+        type=optimizer.kind,
+        lr=optimizer.lr,
+        betas=None,
+        eps=None,
+        weight_decay=None,
+        step=None if optimizer.step is None else int(optimizer.step),
+        covered=0,
+        total=len(optimizer.trained),
+        saved={},
+        read={},
+        no_second_moment=optimizer.reason,
     )
 
 

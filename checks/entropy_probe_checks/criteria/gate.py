@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from entropy_probe import ProbeReport
 from entropy_probe.report import BaselineSection, Estimate
 from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, bounds_of
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, inconclusive, not_applicable
+from entropy_probe_checks.criteria.verdicts import Criterion, Finding, inconclusive, not_applicable, second_moment
 
 
 @Criterion
@@ -22,7 +22,7 @@ def entropy(report: ProbeReport) -> Finding:
     return _held(report, "entropy")
 
 
-@Criterion
+@second_moment
 def predicted_change(report: ProbeReport) -> Finding:
     """|lr·∇Hᵀv|/H: the share of its entropy that the policy gains or loses in the next step, to first order.
 
@@ -32,7 +32,7 @@ def predicted_change(report: ProbeReport) -> Finding:
     return _held(report, "predicted_change")
 
 
-@Criterion
+@second_moment
 def realised_ratio(report: ProbeReport) -> Finding:
     """ΔH realised over ΔH predicted at η = lr; 1 where the step is as small as its derivatives assume.
 
@@ -62,7 +62,7 @@ def adam_step(report: ProbeReport) -> Finding:
     return _held(report, "adam_step")
 
 
-@Criterion
+@second_moment
 def finite_moments(report: ProbeReport) -> Finding:
     """Entries of the preconditioner 1/(√v̂+ε) that are not finite.
 
@@ -86,6 +86,8 @@ def _entropy(report: ProbeReport) -> Estimate:
 
 def _predicted_change(report: ProbeReport) -> Estimate | Finding:
     """SE(a/h) ≤ (SE(a) + |a/h|·SE(h))/h, whatever their correlation."""
+    if report.update is None or report.first_order is None:
+        return not_applicable(str(report.no_second_moment))
     update, size, lr = report.update, report.entropy.rb, report.first_order.lr
     slope, se = update.delta_h1_per_lr_rb, update.delta_h1_per_lr_rb_se
     if update.delta_h1_per_lr_cross is not None and update.delta_h1_per_lr_cross_se is not None:
@@ -99,6 +101,8 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
 def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
     """SE((r − l·p)/p) ≤ (SE(r − p) + |1 − l|·SE(p))/|p|, at the ratio l that was found."""
     step = report.next_step
+    if report.no_second_moment is not None:
+        return not_applicable(report.no_second_moment)
     if step is None:
         return inconclusive("The report has no change at η = lr.")
     if step.predicted is None or step.predicted_se is None or step.difference_se is None:
@@ -124,12 +128,16 @@ def _zero_advantage(report: ProbeReport) -> Estimate:
 
 def _adam_step(report: ProbeReport) -> Estimate | Finding:
     step, saved = report.checkpoint.optimizer.step, report.checkpoint.global_step
-    if step is None or saved is None:
+    if saved is None:
         return not_applicable("The checkpoint has no trainer_state.json with a global_step.")
+    if step is None:
+        return not_applicable(f"The optimizer is {report.checkpoint.optimizer.type}: its state has no step.")
     return Estimate(value=float(abs(step - saved)), se=0.0)
 
 
-def _finite_moments(report: ProbeReport) -> Estimate:
+def _finite_moments(report: ProbeReport) -> Estimate | Finding:
+    if report.preconditioner is None:
+        return not_applicable(str(report.no_second_moment))
     return Estimate(value=float(report.preconditioner.num_nonfinite), se=0.0)
 
 

@@ -12,8 +12,10 @@ from entropy_probe_checks.criteria.verdicts import (
     at_least,
     at_most,
     largest,
+    needed,
     not_applicable,
     relative,
+    second_moment,
     variance,
 )
 from entropy_probe_checks.thresholds import limit_for
@@ -66,14 +68,14 @@ def se_by_prompt(report: ProbeReport) -> Finding:
     return at_most(largest(*(relative(abs(a - b), b) for a, b in found)), limit_for(report, "se_by_prompt"))
 
 
-@Criterion
+@second_moment
 def ess(report: ProbeReport) -> Finding:
     """ESS/N at η = lr, the step that the optimizer would take; of the weights before any clipping.
 
     Few responses carry the weight: θ+ηv is too far for these samples, and ΔH there is not measured. Sample more
     responses, or look at smaller steps (first_order.lr, true_delta_h.etas).
     """
-    row = _row(report, report.first_order.lr)
+    row = _row(report, needed(report.first_order).lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
     if row.method != "snis":
         return not_applicable(f"ΔH there comes from the fallback `{row.method}`.", row.unclipped_ess_fraction, limit)
@@ -81,14 +83,14 @@ def ess(report: ProbeReport) -> Finding:
     return at_least(least, limit, otherwise="inconclusive")
 
 
-@Criterion
+@second_moment
 def pareto_k(report: ProbeReport) -> Finding:
     """k-hat, the tail shape of the largest importance weights at η = lr.
 
     The tail is so heavy that the weights' mean may not exist: ΔH at η = lr is not to be believed. Sample more
     responses, or look at smaller steps.
     """
-    row = _row(report, report.first_order.lr)
+    row = _row(report, needed(report.first_order).lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
     if row.method == "resample":
         return not_applicable("ΔH there comes from fresh responses.", row.pareto_k, limit)

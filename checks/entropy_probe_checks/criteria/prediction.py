@@ -8,16 +8,17 @@ from typing import Any
 
 from entropy_probe import ProbeReport
 from entropy_probe_checks.criteria.verdicts import (
-    Criterion,
     Finding,
     at_most,
     in_se,
     inconclusive,
     largest,
+    needed,
     not_applicable,
     of_a_normal,
     part,
     relative,
+    second_moment,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -25,32 +26,32 @@ from entropy_probe_checks.thresholds import limit_for
 _ROUNDING = {"float32": 1e-6, "float64": 1e-14}
 
 
-@Criterion
+@second_moment
 def optimizer_step_cosine(report: ProbeReport) -> Finding:
     """1 − cosine between v and a step of torch's own optimizer in float64, worst over the whole and every parameter.
 
     v is not the direction of the optimizer's next step: a moment, a bias correction, a decay or a sign is wrong.
     Predicted and realised changes are then those of another update.
     """
-    cosine = report.update.cosine_with_optimizer_step
+    cosine = needed(report.update).cosine_with_optimizer_step
     if cosine is None:
         return not_applicable("No step was compared.")
     return at_most(1 - cosine, limit_for(report, "optimizer_step_cosine"), detail=_where(report))
 
 
-@Criterion
+@second_moment
 def optimizer_step_norm(report: ProbeReport) -> Finding:
     """|‖v‖/‖step‖ − 1| against a step of torch's own optimizer in float64, worst over the whole and every parameter.
 
     v is as long as another step: a bias correction, epsilon or a learning rate of a group is wrong.
     """
-    ratio = report.update.norm_ratio_with_optimizer_step
+    ratio = needed(report.update).norm_ratio_with_optimizer_step
     if ratio is None:
         return not_applicable("No step was compared.")
     return at_most(abs(ratio - 1), limit_for(report, "optimizer_step_norm"), detail=_where(report))
 
 
-@part("curvature witness")
+@part("curvature witness", needs_second_moment=True)
 def curvature_witness(report: ProbeReport) -> Finding:
     """Difference between D²_v by central differences and by reverse mode twice, on two prompts, relative to its terms.
 
@@ -63,7 +64,7 @@ def curvature_witness(report: ProbeReport) -> Finding:
     return at_most(value, limit_for(report, "curvature_witness"))
 
 
-@part("real step")
+@part("real step", needs_second_moment=True)
 def virtual_step(report: ProbeReport) -> Finding:
     """|ΔH after θ + lr·v is written into a copy − ΔH by functional override|, and whether the copy was put back.
 
@@ -77,7 +78,7 @@ def virtual_step(report: ProbeReport) -> Finding:
     return at_most(step.virtual_difference, limit)
 
 
-@part("real step")
+@part("real step", needs_second_moment=True)
 def real_step(report: ProbeReport) -> Finding:
     """Largest relative difference in S and ΔH between θ + lr·v and a copy after one step of torch's own optimizer.
 
@@ -90,7 +91,7 @@ def real_step(report: ProbeReport) -> Finding:
     return at_most(largest(step.real_relative, step.real_seq_logp), limit_for(report, "real_step"))
 
 
-@Criterion
+@second_moment
 def prediction(report: ProbeReport) -> Finding:
     """Largest |ΔH realised − predicted| in standard errors of that difference, of a normal, over the η in range.
 
@@ -113,7 +114,7 @@ def prediction(report: ProbeReport) -> Finding:
     return at_most(of_a_normal(worst, report.batch.num_prompts - 1), limit)
 
 
-@Criterion
+@second_moment
 def sweep_identity(report: ProbeReport) -> Finding:
     """|[ΔH(η) − ΔH(−η)]/2η − the derivative of this estimator on these responses|, relative to its terms; the best ±η.
 
@@ -125,7 +126,7 @@ def sweep_identity(report: ProbeReport) -> Finding:
         return not_applicable("top_p < 1: the weights are those of the restricted policy.")
     if not pairs:
         return not_applicable("No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas.")
-    update = report.update
+    update = needed(report.update)
     mean_length = report.batch.num_tokens / (report.batch.num_prompts * report.batch.num_responses)
     size = update.slope_of_change_size / mean_length
     found = []
@@ -139,14 +140,14 @@ def sweep_identity(report: ProbeReport) -> Finding:
     return at_most(_best(found), limit_for(report, "sweep_identity"))
 
 
-@Criterion
+@second_moment
 def curvature_identity(report: ProbeReport) -> Finding:
     """|[ΔH(η) + ΔH(−η)]/η² − the second derivative of this estimator, from the curvature|, over its terms; the best ±η.
 
     The curvature is not the second derivative of what is measured: a term of it is missing or has a wrong factor.
     Second-order prediction and η* are wrong with it.
     """
-    limit, update = limit_for(report, "curvature_identity"), report.update
+    limit, update = limit_for(report, "curvature_identity"), needed(report.update)
     if report.config["generation"]["top_p"] < 1.0 or report.config["true_delta_h"]["normalize"] != "per_sequence":
         return not_applicable("It is asked of the entropy per response at top_p = 1.")
     rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(report.entropy.rb.value)
@@ -193,13 +194,13 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
     )
 
 
-@Criterion
+@second_moment
 def slope_identity(report: ProbeReport) -> Finding:
     """|−X̄ᵀv − mean of the slope's own terms| relative to the terms of −X̄ᵀv: gradients against JVPs, own weights each.
 
     The slope along v is not that of the gradients: a baseline, a term or a weight differs between the two.
     """
-    update, first = report.update, report.config["first_order"]
+    update, first = needed(report.update), report.config["first_order"]
     name = "naive" if first["estimator"] == "naive" else f"rb_{first['baseline']}"
     parts = [update.slope_of_v0, *update.slope_by_unit]
     size = math.fsum(map(abs, parts))
@@ -208,4 +209,4 @@ def slope_identity(report: ProbeReport) -> Finding:
 
 
 def _where(report: ProbeReport) -> str:
-    return f"[{report.update.worst_parameter}]" if report.update.worst_parameter else ""
+    return f"[{needed(report.update).worst_parameter}]" if needed(report.update).worst_parameter else ""

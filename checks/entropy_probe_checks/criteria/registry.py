@@ -9,14 +9,16 @@ from entropy_probe_checks.criteria.verdicts import (
     at_least,
     at_most,
     inconclusive,
+    needed,
     not_applicable,
+    second_moment,
 )
 from entropy_probe_checks.thresholds import limit_for
 
 
-def _coverage(report: ProbeReport, value: float, limit: float, norm: float, all_equal: str) -> Finding:
+def _coverage(report: ProbeReport, value: float, limit: float, all_equal: str) -> Finding:
     registry = report.registry
-    if value < limit and norm == 0.0:
+    if value == 0.0 < limit:
         return inconclusive(
             f"The gradient is zero everywhere: within every prompt all responses have the same {all_equal}. "
             "Give more prompts, or others.",
@@ -41,8 +43,7 @@ def x_coverage(report: ProbeReport) -> Finding:
     The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
     what is unused, or find where the graph is cut.
     """
-    norm = report.first_order.norm_x_sum
-    return _coverage(report, report.registry.x_coverage, limit_for(report, "x_coverage"), norm, "log-probability")
+    return _coverage(report, report.registry.x_coverage, limit_for(report, "x_coverage"), "log-probability")
 
 
 @Criterion
@@ -52,18 +53,17 @@ def y_coverage(report: ProbeReport) -> Finding:
     The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
     what is unused, or find where the graph is cut.
     """
-    norm = report.first_order.norm_y_sum
-    return _coverage(report, report.registry.y_coverage, limit_for(report, "y_coverage"), norm, "reward")
+    return _coverage(report, report.registry.y_coverage, limit_for(report, "y_coverage"), "reward")
 
 
-@Criterion
+@second_moment
 def preconditioner_complete(report: ProbeReport) -> Finding:
     """Number of trainable tensors without Adam state.
 
     P is 1 for these tensors, so δH₁ is not that of Adam's step. Save the checkpoint after a step in which every
     parameter took part.
     """
-    missing = report.preconditioner.missing
+    missing = needed(report.preconditioner).missing
     chosen = report.config["first_order"]["missing_state"] == "identity"
     return at_most(
         float(len(missing)),
@@ -73,7 +73,7 @@ def preconditioner_complete(report: ProbeReport) -> Finding:
     )
 
 
-@Criterion
+@second_moment
 def optimizer_as_saved(report: ProbeReport) -> Finding:
     """Number of tensors whose Adam state was read with other hyper-parameters than the file has, or not at all.
 
@@ -86,36 +86,36 @@ def optimizer_as_saved(report: ProbeReport) -> Finding:
     return at_most(float(sum(off.values())), limit_for(report, "optimizer_as_saved"), detail=_some(sorted(wrong)))
 
 
-@Criterion
+@second_moment
 def preconditioner_finite(report: ProbeReport) -> Finding:
     """Number of entries of P = 1/(√v̂ + ε) that are NaN or infinite.
 
     ε is 0 and some second moments are 0, or the moments overflowed: every dot product is NaN.
     """
-    return at_most(float(report.preconditioner.num_nonfinite), limit_for(report, "preconditioner_finite"))
+    return at_most(float(needed(report.preconditioner).num_nonfinite), limit_for(report, "preconditioner_finite"))
 
 
-@Criterion
+@second_moment
 def preconditioner_witness(report: ProbeReport) -> Finding:
     """Largest relative difference between P and what torch's own Adam divides a vanishing gradient by, in float64.
 
     P is not 1/(√v̂ + ε): the bias correction, ε, the running maximum of AMSGrad or a group's learning rate is wrong, and
     U_cross and δH₁ with it.
     """
-    value = report.preconditioner.difference_from_torch
+    value = needed(report.preconditioner).difference_from_torch
     if value is None:
         return not_applicable("No parameter has Adam state.")
     return at_most(value, limit_for(report, "preconditioner_witness"))
 
 
-@Criterion
+@second_moment
 def moments_match(report: ProbeReport) -> Finding:
     """Evidence that two tensors of one shape hold each other's second moments, in standard errors; the largest.
 
     Gradients of this batch look like another tensor's exp_avg_sq: optimizer state was mapped to parameters in another
     order, and P, v, U_cross and δH₁ are wrong. Save the optimizer with names, or from parameters in the model's order.
     """
-    p = report.preconditioner
+    p = needed(report.preconditioner)
     if p.exchanged is None or p.exchanged_pair is None:
         return not_applicable("No two tensors of one shape have second moments and a gradient.")
     detail = f"[{' and '.join(p.exchanged_pair)}; an exchange would not be seen in {p.num_undecided} of {p.num_pairs}]"

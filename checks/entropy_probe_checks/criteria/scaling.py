@@ -12,6 +12,7 @@ from entropy_probe_checks.criteria.verdicts import (
     factor_from_one,
     inconclusive,
     largest,
+    needed,
     not_applicable,
     part,
 )
@@ -109,13 +110,13 @@ def change_identity(report: ProbeReport) -> Finding:
     return at_most(largest(*found), limit_for(report, "change_identity"))
 
 
-@part("taylor")
+@part("taylor", needs_second_moment=True)
 def step_resolved(report: ProbeReport) -> Finding:
     """Smallest step at which ΔH in the configured precision is within 10 % of that in true float64, over lr.
 
     The optimizer's step is lost in rounding: ΔH at η = lr is noise in this precision. Measure in float64 (precision).
     """
-    seen, lr = report.continuity, report.first_order.lr
+    seen, lr = report.continuity, needed(report.first_order).lr
     if report.config["precision"]["func_override"]["dtype"] == "float64":
         return not_applicable("The run is in float64 itself.")
     limit = limit_for(report, "step_resolved")

@@ -16,9 +16,11 @@ from entropy_probe_checks.criteria.verdicts import (
     factor_from_one,
     inconclusive,
     largest,
+    needed,
     not_applicable,
     part,
     relative,
+    second_moment,
     variance,
 )
 from entropy_probe_checks.thresholds import limit_for
@@ -47,21 +49,25 @@ def projections_agree(report: ProbeReport) -> Finding:
     """
     if report.witness is None:
         return not_applicable("No prompt was recomputed.")
-    names = {"projections_jvp": "JVP", "projections_alpha": "α-trick", "projections_v": "JVP along v"}
+    names = {"projections_jvp": "JVP", "projections_alpha": "α-trick"}
+    if report.no_second_moment is None:
+        names["projections_v"] = "JVP along v"
     found = {way: value for key, way in names.items() if (value := report.witness.get(key)) is not None}
     missing = [way for way in names.values() if way not in found]
     detail = f"[no {', no '.join(missing)}: an operation lacks that derivative]" if missing else ""
+    if not found:
+        return not_applicable(detail)
     return at_most(largest(*found.values()), limit_for(report, "projections_agree"), detail=detail)
 
 
-@Criterion
+@second_moment
 def u_cross_identity(report: ProbeReport) -> Finding:
     """Larger of |mean(r) − U_cross| and |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross|, relative to their terms.
 
     U_cross, its row means and its bars and diagonal do not belong together: a factor B/(B−1), the diagonal or a
     preconditioner differs between them.
     """
-    f = report.first_order
+    f = needed(report.first_order)
     units = f.num_units
     row_terms = math.fsum(abs(r) for r in f.row_means) / units
     whole, diagonal = units / (units - 1) * f.bars_dot, f.diag_sum / (units * (units - 1))
@@ -73,14 +79,14 @@ def u_cross_identity(report: ProbeReport) -> Finding:
     return at_most(value, limit_for(report, "u_cross_identity"))
 
 
-@Criterion
+@second_moment
 def delta_h1_identity(report: ProbeReport) -> Finding:
     """Largest relative deviation of δH₁ from −lr·U_cross, of its SE from lr·se_plugin, and of its sums over units,
     layers, modules and factors from the whole.
 
     δH₁ is not the first-order term of the U_cross beside it: a sign, the learning rate or a part is wrong.
     """
-    f = report.first_order
+    f = needed(report.first_order)
     scale = f.lr * math.fsum(abs(x) for x in f.row_means) / f.num_units
     sums = [math.fsum(f.delta_h1_by_unit), *_sums(f.delta_h1_parts)]
     deviations = [_relative(f.delta_h1, -f.lr * f.u_cross, scale), *(_relative(s, f.delta_h1, scale) for s in sums)]
@@ -89,7 +95,7 @@ def delta_h1_identity(report: ProbeReport) -> Finding:
     return at_most(largest(*deviations), limit_for(report, "delta_h1_identity"))
 
 
-@Criterion
+@second_moment
 def two_batch_identity(report: ProbeReport) -> Finding:
     """Largest relative deviation of X̄ᵀPȲ from the mean of its projections on either side, of δH₁ from −lr·X̄ᵀPȲ, of the
     two SEs from the variances of projections and interaction, and of sums over parts from the whole.
@@ -100,7 +106,7 @@ def two_batch_identity(report: ProbeReport) -> Finding:
     across = report.two_batch
     if across is None:
         return not_applicable("One batch serves as both.")
-    s, t, lr = across.projections, across.update_projections, report.first_order.lr
+    s, t, lr = across.projections, across.update_projections, needed(report.first_order).lr
     size = math.fsum(map(abs, s)) / len(s)
     var_s, var_t = (variance(x) / len(x) for x in (s, t))
     of_both = across.interaction / (len(s) * len(t))
@@ -133,14 +139,14 @@ def _relative(got: float | None, expected: float, scale: float) -> float:
     return relative(abs(got - expected), scale)
 
 
-@Criterion
+@second_moment
 def se_formula(report: ProbeReport) -> Finding:
     """Largest relative deviation of both standard errors of U_cross, their ζ̂₁ and the interval from their formulas on
     the row means: ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife over U_{−u} = (U·U_cross − 2r_u)/(U−2).
 
     A standard error has a wrong factor, such as U/4 in ζ̂₁: all that is said in units of SE is wrong with it.
     """
-    f = report.first_order
+    f = needed(report.first_order)
     units, mean = f.num_units, math.fsum(f.row_means) / f.num_units
     spread = math.fsum((r - mean) ** 2 for r in f.row_means)
     if spread <= 1e-24 * math.fsum(r * r for r in f.row_means):  # rounding
@@ -160,7 +166,7 @@ def se_formula(report: ProbeReport) -> Finding:
 
 def _ratio(report: ProbeReport) -> float | Finding:
     """se_jackknife/se_plugin, or why there is none."""
-    f = report.first_order
+    f = needed(report.first_order)
     if f.num_units < 3 or f.se_jackknife is None or f.se_plugin is None:
         return not_applicable(f"The jackknife needs 3 units, the batch has {f.num_units}.")
     if f.se_plugin <= 1e-12 * max(map(abs, f.row_means)):  # rounding
@@ -171,20 +177,20 @@ def _ratio(report: ProbeReport) -> float | Finding:
     return f.se_jackknife / f.se_plugin
 
 
-@Criterion
+@second_moment
 def se_identity(report: ProbeReport) -> Finding:
     """|se_jackknife/se_plugin·(U−2)/(U−1) − 1|: the ratio is known exactly.
 
     Plug-in and jackknife differ by more than their exact ratio (U−1)/(U−2): one of them has a wrong factor, such as U/4
     in the plug-in or U−1 for U−2 in the jackknife.
     """
-    ratio, units = _ratio(report), report.first_order.num_units
+    ratio, units = _ratio(report), needed(report.first_order).num_units
     if isinstance(ratio, Finding):
         return ratio
     return at_most(abs(ratio * (units - 2) / (units - 1) - 1), limit_for(report, "se_identity"))
 
 
-@Criterion
+@second_moment
 def se_agreement(report: ProbeReport) -> Finding:
     """Factor between the jackknife and the plug-in standard error of U_cross.
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from scipy import stats
 
@@ -15,6 +15,7 @@ from entropy_probe import ProbeReport, Verdict
 from entropy_probe.budgets import Part
 
 Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Criterion:
 
     The first paragraph of the function's docstring says what is measured (`measures`), the second what a failure
     usually means and what to do (`meaning`); the name of its file is its family. `part` is the part of the measurement
-    without which it is not asked, as some budgets leave it out.
+    without which it is not asked, as some budgets leave it out. What `needs_second_moment` is asked of Adam alone.
     """
 
     judge: Callable[[ProbeReport], Finding]
     part: Part | None = None
+    needs_second_moment: bool = False
 
     @property
     def name(self) -> str:
@@ -62,6 +64,8 @@ class Criterion:
     def __call__(self, report: ProbeReport) -> Verdict:
         if self.part in report.left_out:
             found = not_applicable(f"left out by budget {report.config['budget']}")
+        elif self.needs_second_moment and report.no_second_moment is not None:
+            found = not_applicable(report.no_second_moment)
         else:
             found = self.judge(report)
         asked = found.status in ("pass", "fail") or not found.detail
@@ -75,9 +79,20 @@ class Criterion:
         )
 
 
-def part(name: Part) -> Callable[[Callable[[ProbeReport], Finding]], Criterion]:
+def part(name: Part, *, needs_second_moment: bool = False) -> Callable[[Callable[[ProbeReport], Finding]], Criterion]:
     """`@part(name)` in place of `@Criterion`: a criterion that is not asked where a budget leaves this part out."""
-    return partial(Criterion, part=name)
+    return partial(Criterion, part=name, needs_second_moment=needs_second_moment)
+
+
+def second_moment(judge: Callable[[ProbeReport], Finding]) -> Criterion:
+    """`@second_moment` in place of `@Criterion`: a criterion that is not asked where the optimizer is not Adam."""
+    return Criterion(judge, needs_second_moment=True)
+
+
+def needed(section: Section | None) -> Section:
+    """A section that is there whenever the criterion, which needs a second moment, is asked."""
+    assert section is not None
+    return section
 
 
 def at_most(

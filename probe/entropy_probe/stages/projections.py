@@ -33,12 +33,12 @@ class ProjectionAgreement:
 
     `jvp` and `alpha`: w = PȲ for a few units, relative to ‖X_u‖_P·‖Ȳ‖_P with ‖a‖_P = √(aᵀPa); s_u by a JVP and by the
     α-trick, `None` where an operation of the model lacks that derivative. `v`: w = v for every unit, s_u by the D_v of
-    the run.
+    the run, `None` where it has none.
     """
 
     projections_jvp: float | None
     projections_alpha: float | None
-    projections_v: float
+    projections_v: float | None
 
 
 def projection_agreement(
@@ -50,7 +50,7 @@ def projection_agreement(
     precond: Mapping[str, Tensor],
     ascent: Mapping[str, Tensor],
     v: Mapping[str, Tensor],
-    along_v: Derivatives,
+    along_v: Derivatives | None,
 ) -> ProjectionAgreement:
     """On the four prompts (or one block) of the E batch with the largest weights in X, and along v on all; `units` are
     that batch's, `ascent` is Ȳ of the U batch."""
@@ -72,7 +72,8 @@ def projection_agreement(
             return None
         return _largest_difference(projections, captured, scale)
 
-    return ProjectionAgreement(difference(by_jvp), difference(by_alpha), _along_v(of_x, units, v, along_v))
+    of_v = None if along_v is None else _along_v(of_x, units, v, along_v)
+    return ProjectionAgreement(difference(by_jvp), difference(by_alpha), of_v)
 
 
 def _along_v(of_x: Payload, units: UnitGradients, v: Mapping[str, Tensor], along_v: Derivatives) -> float:

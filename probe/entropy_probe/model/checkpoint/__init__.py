@@ -2,7 +2,7 @@
 
 files       JSON, safetensors, tensors-only pickles
 pretrained  full models;   adapter  PEFT adapters over a base model on disk;   tokenizer
-optimizer   Adam's state;   order  which parameter each of its tensors belongs to
+optimizer   Adam's state;   order  which parameter each of its tensors belongs to;   other_optimizers  not Adam
 sharded     formats whose weights and moments lie in pieces, a file each
 inspect     what a folder holds, without loading it
 """
@@ -19,13 +19,14 @@ from torch import nn
 
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import find_layout
-from entropy_probe.model.checkpoint import adapter, optimizer, pretrained
+from entropy_probe.model.checkpoint import adapter, optimizer, other_optimizers, pretrained
 from entropy_probe.model.checkpoint.files import fingerprint, global_step, reason, stored_dtype, weight_files
 from entropy_probe.model.checkpoint.optimizer import AdamState
+from entropy_probe.model.checkpoint.other_optimizers import OtherOptimizer
 from entropy_probe.model.checkpoint.sharded import READERS
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
 
-__all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "load_checkpoint"]
+__all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "OtherOptimizer", "load_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """{θ, Adam state}: the model in float32 and eval mode, its tokenizer, Adam's state by parameter name."""
+    """{θ, Adam state}: the model in float32 and eval mode, its tokenizer, Adam's state by parameter name.
+
+    `other`: the optimizer, where it is not Adam; `adam` is empty then.
+    """
 
     model: nn.Module
     tokenizer: Any | None
     adam: dict[str, AdamState]
     info: CheckpointInfo
+    other: OtherOptimizer | None = None
 
 
 def load_checkpoint(
@@ -69,8 +74,9 @@ def load_checkpoint(
 
     Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32 or wider whatever
     the file holds. Only safetensors and `torch.load(weights_only=True)` are used; nothing is downloaded or written.
-    A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer. Raises
-    `CheckpointError`: one line naming the file, what is wrong and what to do.
+    A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer. Of an
+    optimizer that is not Adam, its name and what it trains are taken. Raises `CheckpointError`: one line naming the
+    file, what is wrong and what to do.
     """
     layout = find_layout(path)
     folder = layout.weights
@@ -93,9 +99,15 @@ def load_checkpoint(
     files = [] if whole else weight_files(folder, "adapter_model" if kind else "model")
     of_base = weight_files(base, "model") if base is not None else []
     state_dict = optimizer.read_state(layout.optimizer) if whole is None else whole.optimizer
-    adam = optimizer.map_adam_state(state_dict, model, layout.optimizer, missing_state)
+    adam: dict[str, AdamState] = {}
+    other, kind_of_optimizer = None, other_optimizers.recognise(state_dict, layout.optimizer)
+    if kind_of_optimizer is None:
+        adam = optimizer.map_adam_state(state_dict, model, layout.optimizer, missing_state)
+    else:
+        other = other_optimizers.map_other(kind_of_optimizer, state_dict, model, layout.optimizer)
+    trained = set(adam if other is None else other.trained)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in adam)
+        parameter.requires_grad_(name in trained)
     model.to(_usable_device(device))
     parameters = list(model.parameters())
     info = CheckpointInfo(
@@ -111,9 +123,9 @@ def load_checkpoint(
         fingerprint=fingerprint(
             [*files, config, *(whole.files if whole else optimizer.state_files(layout.optimizer)), *of_base]
         ),
-        saved_states=optimizer.inventory(state_dict),
+        saved_states=optimizer.inventory(state_dict) if other is None else {},
     )
-    return Checkpoint(model, tokenizer, adam, info)
+    return Checkpoint(model, tokenizer, adam, info, other)
 
 
 def _usable_device(device: str) -> torch.device:

@@ -21,7 +21,7 @@ import transformers
 
 from entropy_probe.errors import CheckpointError, printable
 from entropy_probe.layout import Layout, find_layout
-from entropy_probe.model.checkpoint import adapter, optimizer, pretrained
+from entropy_probe.model.checkpoint import adapter, optimizer, other_optimizers, pretrained
 from entropy_probe.model.checkpoint.files import (
     global_step,
     read_json,
@@ -53,7 +53,10 @@ class FoundWeights:
 
 @dataclass(frozen=True)
 class FoundOptimizer:
-    """`covered` of the `total` tensors in the `groups` have moments, of `num_trainable` values together."""
+    """`covered` of the `total` tensors in the `groups` have moments, of `num_trainable` values together.
+
+    Of an optimizer that is not Adam none has, and their values are not counted.
+    """
 
     file: str
     type: str
@@ -63,7 +66,7 @@ class FoundOptimizer:
     betas: list[tuple[float, float]]
     covered: int
     total: int
-    num_trainable: int
+    num_trainable: int | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Inspection:
         if self.optimizer is not None:
             found = self.optimizer
             rows += [
-                ("trainable", f"{found.num_trainable:,}"),
+                ("trainable", "" if found.num_trainable is None else f"{found.num_trainable:,}"),
                 ("optimizer", f"{found.type} in {found.file}, {found.groups} group{'s' * (found.groups != 1)}"),
                 ("moments", f"of {found.covered} of its {found.total} tensors"),
                 ("step", " to ".join(f"{step:g}" for step in found.step)),
@@ -133,7 +136,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
         with found.trying():
             loaded = load_tokenizer(layout.weights, base if layout.is_adapter else None)
             tokenizer = None if loaded is None else len(loaded)
-    if of_optimizer is not None and step is not None and of_optimizer.step[-1] != step:
+    if of_optimizer is not None and step is not None and of_optimizer.step and of_optimizer.step[-1] != step:
         found.warnings.append(f"the optimizer's step is {of_optimizer.step[-1]:g}, the trainer's global step {step}")
     files = _files(layout)
     skipped = [name for name in files if any(Path(name).match(pattern) for pattern in _NEVER_OPENED)]
@@ -228,8 +231,11 @@ def _stored_model(folder: Path, found: _Notes) -> tuple[str, Shapes, str]:
 
 def _optimizer(path: Path, weights: FoundWeights | None, found: _Notes) -> FoundOptimizer:
     state_dict = optimizer.read_state(path)
+    kind = other_optimizers.recognise(state_dict, path)
+    if kind is not None:
+        return _other_optimizer(kind, state_dict, path, found)
     state, groups = state_dict["state"], state_dict["param_groups"]
-    keys = optimizer.keys_by_group(state_dict, path)
+    keys = optimizer.adam_keys(state_dict, path)
     states: list[optimizer.AdamState] = []
     broken: list[str] = []
     for group, of_group in zip(groups, keys, strict=True):
@@ -261,6 +267,24 @@ def _optimizer(path: Path, weights: FoundWeights | None, found: _Notes) -> Found
         covered=len(states),
         total=total,
         num_trainable=sum(state.exp_avg.numel() for state in states),
+    )
+
+
+def _other_optimizer(
+    kind: other_optimizers.Kind, state_dict: dict[str, Any], path: Path, found: _Notes
+) -> FoundOptimizer:
+    of = other_optimizers.described(kind, state_dict, path)
+    found.warnings.append(f"{of.reason}; criteria that need one are not applicable")
+    return FoundOptimizer(
+        file=path.name,
+        type=of.kind,
+        groups=len(state_dict["param_groups"]),
+        step=[] if of.step is None else [of.step],
+        lr=[] if of.lr is None else [of.lr],
+        betas=[],
+        covered=0,
+        total=sum(len(keys) for keys in other_optimizers.keys_of(kind, state_dict, path)),
+        num_trainable=None,
     )
 
 

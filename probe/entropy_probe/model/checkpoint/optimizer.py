@@ -1,6 +1,6 @@
 """Adam's state, mapped to parameters by name.
 
-`order` tells which parameter each of its tensors belongs to.
+`order` tells which parameter each of its tensors belongs to; `other_optimizers` are those that are not Adam.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def read_state(path: Path) -> dict[str, Any]:
             if not isinstance(candidate["state"], dict) or not isinstance(candidate["param_groups"], list | tuple):
                 break
             groups, names = list(candidate["param_groups"]), path.with_name(_NAMES_FILE)
-            keys = [_group_keys(group, path) for group in groups]
+            keys = [group_keys(group, path) for group in groups]
             return {**candidate, "param_groups": _named(groups, keys, names) if names.is_file() else groups}
     raise CheckpointError(
         path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()"
@@ -120,7 +120,7 @@ def map_adam_state(
     """
     state, groups = state_dict["state"], state_dict["param_groups"]
     parameters = dict(model.named_parameters())
-    keys = keys_by_group(state_dict, path)
+    keys = adam_keys(state_dict, path)
     names = names_of(keys, groups, state, parameters, model, path)
     mapped: dict[str, AdamState] = {}
     for group, group_keys in zip(groups, keys, strict=True):
@@ -134,23 +134,30 @@ def map_adam_state(
     return mapped
 
 
+def adam_keys(state_dict: dict[str, Any], path: Path) -> list[list[int | str]]:
+    """`keys_by_group` of Adam's groups. Raises for those that Adam cannot have written."""
+    for group in state_dict["param_groups"]:
+        for key, variant in _NOT_ADAM.items():
+            if key in group:
+                raise CheckpointError(path, f"its groups have `{key}`: it is {variant}", _USE_ADAM)
+        if "foreach" in group and "amsgrad" not in group:
+            raise CheckpointError(path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM)
+    return keys_by_group(state_dict, path)
+
+
 def keys_by_group(state_dict: dict[str, Any], path: Path) -> list[list[int | str]]:
-    """The keys of each param_group. Raises for an optimizer that is not of Adam's kind, or was never stepped."""
-    keys = [_group_keys(group, path) for group in state_dict["param_groups"]]
+    """The keys of each param_group. Raises for an optimizer that was never stepped."""
+    keys = [group_keys(group, path) for group in state_dict["param_groups"]]
     if not state_dict["state"]:
         raise CheckpointError(path, "was never stepped (its `state` is empty)", "save it after at least one step")
     return keys
 
 
-def _group_keys(group: Any, path: Path) -> list[int | str]:
+def group_keys(group: Any, path: Path) -> list[int | str]:
+    """The keys of one param_group, as `state` has them."""
     params = group.get("params") if isinstance(group, dict) else None
     if not isinstance(params, list | tuple) or any(type(key) not in (int, str) for key in params):
         raise CheckpointError(path, "has a param_group without a list of `params`", "save optimizer.state_dict()")
-    for key, variant in _NOT_ADAM.items():
-        if key in group:
-            raise CheckpointError(path, f"its groups have `{key}`: it is {variant}", _USE_ADAM)
-    if "foreach" in group and "amsgrad" not in group:
-        raise CheckpointError(path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM)
     return list(params)
 
 
@@ -199,14 +206,14 @@ def adam_state(
         if moment != "exp_avg" and bool((tensor < 0).any()):
             raise CheckpointError(path, f"{name}: `{moment}` is negative somewhere", "use an earlier checkpoint")
         moments[moment] = tensor
-    step = _number(entry.get("step"), f"{name}: `step`", path)
+    step = number(entry.get("step"), f"{name}: `step`", path)
     if step < 1 and missing_state == "raise":
         raise CheckpointError(path, f"{name}: `step` is {step:g}", "save it after at least one step")
     betas = group.get("betas")
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise CheckpointError(path, f"`betas` is {betas!r}", _USE_ADAM)
-    beta1, beta2 = (_number(beta, "`betas`", path) for beta in betas)
-    eps, lr = _number(group.get("eps"), "`eps`", path), _number(group.get("lr"), "`lr`", path)
+    beta1, beta2 = (number(beta, "`betas`", path) for beta in betas)
+    eps, lr = number(group.get("eps"), "`eps`", path), number(group.get("lr"), "`lr`", path)
     for what, value, valid in (
         ("`betas`", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
         ("`eps`", eps, eps >= 0),
@@ -223,8 +230,8 @@ def adam_state(
         lr=lr,
         betas=(beta1, beta2),
         eps=eps,
-        weight_decay=_number(group.get("weight_decay", 0.0), "`weight_decay`", path),
-        initial_lr=None if initial_lr is None else _number(initial_lr, "`initial_lr`", path),
+        weight_decay=number(group.get("weight_decay", 0.0), "`weight_decay`", path),
+        initial_lr=None if initial_lr is None else number(initial_lr, "`initial_lr`", path),
         # torch's Adam and AdamW share a class since 2.8 and say which they are; older files come from AdamW.
         decoupled=bool(group.get("decoupled_weight_decay", True)),
         amsgrad=bool(group.get("amsgrad", False)),
@@ -232,7 +239,7 @@ def adam_state(
     )
 
 
-def _number(value: Any, what: str, path: Path) -> float:
+def number(value: Any, what: str, path: Path) -> float:
     """A finite number from an int, a float, or a tensor with one element."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
