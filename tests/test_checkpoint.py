@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -20,7 +21,7 @@ import models
 from entropy_probe import load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import CheckpointError, ConfigError
-from entropy_probe.model.checkpoint import order
+from entropy_probe.model.checkpoint import groupings, order
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -227,7 +228,8 @@ def test_names_in_the_file_win_over_positions(tmp_path: Path) -> None:
 
 def test_an_order_that_cannot_be_proved_is_an_error(tmp_path: Path) -> None:
     model = models.tiny_model("llama")
-    stepped = torch.optim.AdamW(list(model.parameters())[::-1], lr=1e-3)
+    parameters = list(model.parameters())
+    stepped = torch.optim.AdamW(parameters[1::2] + parameters[::2], lr=1e-3)
     models.train_steps(model, stepped)
     folder = models.save_checkpoint(tmp_path / "ckpt", model, stepped)
     with pytest.raises(CheckpointError, match="fit no known order"):
@@ -465,19 +467,21 @@ def test_damage_ends_in_one_line(adapter: Path, damage: str) -> None:
 
 
 def test_two_orders_that_both_fit_are_an_error(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = order._candidate_orders
+    """Moments that say nothing, and an order that exchanges two tensors of one shape: orders and tensors are named."""
+    original = order.known_groupings
 
     def one_more(model: Any) -> Any:
-        orders = original(model)
-        first = orders["one group of trainable parameters"][0]
-        same_shape = next(i for i, name in enumerate(first) if "layers.0.self_attn.q_proj.lora_A" in name)
-        other = next(i for i, name in enumerate(first) if "layers.1.self_attn.q_proj.lora_A" in name)
-        swapped = list(first)
-        swapped[same_shape], swapped[other] = swapped[other], swapped[same_shape]
-        return {**orders, "another": [swapped]}
+        yield from original(model)
+        swapped = [name for name, p in model.named_parameters() if p.requires_grad]
+        i, j = (swapped.index(n) for n in swapped if re.search(r"layers.[01].self_attn.q_proj.lora_A", n))
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        yield groupings.Grouping("another", [swapped])
 
-    monkeypatch.setattr(order, "_candidate_orders", one_more)
-    with pytest.raises(CheckpointError, match=r"its order of parameters is ambiguous \(.*another"):
+    monkeypatch.setattr(order, "known_groupings", one_more)
+    edit_optimizer(adapter, lambda c: [entry["exp_avg_sq"].fill_(1e-4) for entry in c["state"].values()])
+    tensors = r"\S*layers.0.self_attn.q_proj.lora_A\S*, \S*layers.1.self_attn.q_proj.lora_A\S* \(0.00 against 0.00\)"
+    message = r"its order of parameters is ambiguous \(.*; another: all fit\), .* cannot tell apart " + tensors
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(adapter)
 
 

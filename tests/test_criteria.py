@@ -531,3 +531,13 @@ def test_a_missing_key_is_an_error(report: ProbeReport, tmp_path: Path) -> None:
         (tmp_path / "r.json").write_text(json.dumps(rest if len(path) == 1 else {**table, path[0]: rest}))
         with pytest.raises(ProbeError, match="is not a report"):
             ProbeReport.from_json(tmp_path / "r.json")
+
+
+def test_tensors_that_are_not_judged_are_named(report: ProbeReport) -> None:
+    """Frozen because the optimizer has no state of them; too small to tell whose moments they hold."""
+    left_out = poisoned(report, "registry", taken_as_frozen=["a", "b", "c", "d"])
+    for criterion in ("x_coverage", "y_coverage"):
+        verdict = CRITERIA[criterion](left_out)
+        assert "[taken as frozen, without Adam state: a, b, c, …]" in verdict.hint
+    pairs = poisoned(report, "preconditioner", num_undecided=1, num_pairs=7, undecided=["a", "b"])
+    assert "an exchange would not be seen in 1 of 7 pairs [a, b]]" in CRITERIA["moments_match"](pairs).hint

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
+import models
 from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.estimators.moments import exchange_evidence, log_correlations
@@ -78,6 +82,51 @@ def test_exchanged_states_of_the_demo_are_named() -> None:
     assert exchanged.worst > 5
     assert exchanged.pair is not None
     assert set(exchanged.pair) == {one, other}
+
+
+KINDS: dict[str, dict[str, Any] | None] = {"full": None, "lora": {}, "dora": {"use_dora": True}}
+MATRICES = {
+    "full": ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
+    "lora": tuple(f"base_model.model.model.layers.{n}.mlp.down_proj.lora_A.default.weight" for n in (0, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_exchanged_matrices_are_seen_and_small_vectors_are_named(tmp_path: Path, kind: str) -> None:
+    """Trained and measured on random text. 40 entries and more tell; two norms of 24 exchanged stay below the limit."""
+    lora = KINDS[kind]
+    model = models.tiny_model("llama")
+    if lora is not None:
+        model.save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = models.add_adapter(base, "llama", **lora)
+        model.peft_config["default"].base_model_name_or_path = "base"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    models.train_steps(model, optimizer, steps=60)
+    checkpoint = load_checkpoint(models.save_checkpoint(tmp_path / "ckpt", model, optimizer))
+    rollouts = models.random_rollouts(tmp_path / "e.jsonl", prompts=24, responses=4, seed=3)
+    prepared = prepare(checkpoint, ProbeConfig(), rollouts)
+    u, config = prepared.update_rollouts, prepared.config
+    y = gradients.unit_gradients(
+        prepared.model, u, config, *gradients.payloads(u, score(prepared.model, u, config), config)
+    ).y
+    healthy = moments_match(checkpoint.adam, y)
+    assert healthy.worst is not None
+    assert healthy.worst < 2.5
+    one, other = MATRICES["full" if lora is None else "lora"]
+
+    def exchanged(one: str, other: str) -> Any:
+        return moments_match({**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}, y)
+
+    found = exchanged(one, other)
+    assert found.worst > 5
+    assert set(found.pair) == {one, other}
+    if lora is None:
+        norms = {"model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
+        assert norms <= set(healthy.undecided)
+        assert exchanged(*norms).worst < 5
+        sizes = [checkpoint.adam[name].exp_avg.numel() for name in healthy.undecided]
+        assert sizes == sorted(sizes)
 
 
 def test_nothing_to_compare() -> None:

@@ -45,6 +45,8 @@ class OptimizerSection(_Section):
 
 
 class CheckpointSection(_Section):
+    """`warnings`: what was found out about the checkpoint rather than read, a line each."""
+
     name: str
     path: str
     fingerprint: str
@@ -55,6 +57,7 @@ class CheckpointSection(_Section):
     adapter: str | None
     global_step: int | None
     optimizer: OptimizerSection
+    warnings: list[str]
 
 
 class BatchSection(_Section):
@@ -334,7 +337,8 @@ class SamplerParitySection(_Section):
 class RegistrySection(_Section):
     """Coverage is the share of trainable tensors that received a non-zero gradient from X and from Y.
 
-    `explained` holds the tensors without a gradient whose reason is known: name → reason.
+    `explained` holds the tensors without a gradient whose reason is known: name → reason. `taken_as_frozen`: those of a
+    full model that the optimizer has no state of; they are not among the trainable ones.
     """
 
     num_tensors: int
@@ -343,6 +347,7 @@ class RegistrySection(_Section):
     y_coverage: float
     uncovered: list[str]
     explained: dict[str, str]
+    taken_as_frozen: list[str]
 
 
 class PreconditionerSection(_Section):
@@ -350,7 +355,8 @@ class PreconditionerSection(_Section):
     relative difference from what torch's own Adam divides by.
 
     `exchanged`: of two tensors of one shape, the evidence in standard errors that each holds the other's second
-    moments, for the pair where it is largest; in `num_undecided` of `num_pairs` an exchange would not be seen.
+    moments, for the pair where it is largest; in `num_undecided` of `num_pairs`, of the tensors in `undecided` (the
+    smallest first), an exchange would not be seen.
     """
 
     num_tensors: int
@@ -363,6 +369,7 @@ class PreconditionerSection(_Section):
     exchanged_pair: tuple[str, str] | None
     num_pairs: int
     num_undecided: int
+    undecided: list[str]
 
 
 class IntegritySection(_Section):

@@ -159,7 +159,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         sampler_parity=sections.sampler_parity_section(e, scores_e),
         invariance=sections.invariance_section(invariant, drawn),
         witness=witness,
-        registry=r.RegistrySection(**asdict(covered)),
+        registry=r.RegistrySection(**asdict(covered), taken_as_frozen=list(checkpoint.info.taken_as_frozen)),
         integrity=r.IntegritySection(
             checksum_before=prepared.checksum_before,
             checksum_after=checksum_after,

@@ -46,6 +46,7 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
         adapter=info.adapter,
         global_step=info.global_step,
         optimizer=_adam(checkpoint.adam, info.saved_states) if checkpoint.other is None else _other(checkpoint.other),
+        warnings=list(info.warnings),
     )
 
 
@@ -367,6 +368,7 @@ def preconditioner_section(
         exchanged_pair=match.pair,
         num_pairs=match.num_pairs,
         num_undecided=match.num_undecided,
+        undecided=match.undecided,
     )
 
 

@@ -29,7 +29,8 @@ def _coverage(report: ProbeReport, value: float, limit: float, all_equal: str) -
     if value < limit and not unexplained and registry.explained:
         name, reason = next(iter(registry.explained.items()))
         return not_applicable(f"{name}: {reason}", value, limit)
-    return at_least(value, limit, detail=_some(unexplained))
+    frozen = f"[taken as frozen, without Adam state: {_some(registry.taken_as_frozen)[1:]}"
+    return at_least(value, limit, detail=_some(unexplained) or (frozen if registry.taken_as_frozen else ""))
 
 
 def _some(names: list[str]) -> str:
@@ -118,7 +119,8 @@ def moments_match(report: ProbeReport) -> Finding:
     p = needed(report.preconditioner)
     if p.exchanged is None or p.exchanged_pair is None:
         return not_applicable("No two tensors of one shape have second moments and a gradient.")
-    detail = f"[{' and '.join(p.exchanged_pair)}; an exchange would not be seen in {p.num_undecided} of {p.num_pairs}]"
+    unseen = f"an exchange would not be seen in {p.num_undecided} of {p.num_pairs} pairs {_some(p.undecided)}"
+    detail = f"[{' and '.join(p.exchanged_pair)}; {unseen.strip()}]"
     return at_most(p.exchanged, limit_for(report, "moments_match"), detail=detail)
 
 

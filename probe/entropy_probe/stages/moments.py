@@ -22,13 +22,15 @@ class MomentsMatch:
     """Pairs of tensors of one shape, by the evidence that their second moments were exchanged (in standard errors).
 
     `worst` is the largest, of `pair`; `None` where no two tensors have one shape, or no gradient is there. Of the
-    `num_pairs`, in `num_undecided` an exchange would not be seen (evidence against it below 5).
+    `num_pairs`, in `num_undecided` an exchange would not be seen (evidence against it below 5); `undecided` names the
+    tensors of these pairs, the smallest first.
     """
 
     worst: float | None
     pair: tuple[str, str] | None
     num_pairs: int
     num_undecided: int
+    undecided: list[str]
 
 
 def moments_match(adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "U D"]]) -> MomentsMatch:
@@ -38,6 +40,7 @@ def moments_match(adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "
         if state.step > 0 and bool((y[name] != 0).any()):
             by_shape[tuple(state.exp_avg_sq.shape)].append(name)
     worst, pair, found = None, None, []
+    undecided: dict[str, int] = {}
     for names in by_shape.values():
         if len(names) < 2:
             continue
@@ -51,8 +54,11 @@ def moments_match(adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "
         first, second = torch.triu_indices(len(names), len(names), offset=1)
         of_pairs = evidence[first, second]
         found.append(of_pairs)
+        for i, j in zip(first[of_pairs > -_CLEAR].tolist(), second[of_pairs > -_CLEAR].tolist(), strict=True):
+            undecided |= {names[i]: size, names[j]: size}
         k = int(of_pairs.argmax())
         if worst is None or float(of_pairs[k]) > worst:
             worst, pair = float(of_pairs[k]), (names[int(first[k])], names[int(second[k])])
     everything = torch.cat(found) if found else torch.zeros(0)
-    return MomentsMatch(worst, pair, len(everything), int((everything > -_CLEAR).sum()))
+    smallest_first = sorted(undecided, key=lambda name: (undecided[name], name))
+    return MomentsMatch(worst, pair, len(everything), int((everything > -_CLEAR).sum()), smallest_first)

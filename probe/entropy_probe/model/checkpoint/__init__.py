@@ -2,7 +2,9 @@
 
 files       JSON, safetensors, tensors-only pickles
 pretrained  full models;   adapter  PEFT adapters over a base model on disk;   tokenizer
-optimizer   Adam's state;   order  which parameter each of its tensors belongs to;   other_optimizers  not Adam
+optimizer   Adam's state;   other_optimizers  not Adam's
+order       which parameter each of its tensors belongs to: by name, by known `groupings`, or by `content` where
+            several of these fit
 sharded     formats whose weights and moments lie in pieces, a file each
 inspect     what a folder holds, without loading it
 """
@@ -22,6 +24,7 @@ from entropy_probe.layout import find_layout
 from entropy_probe.model.checkpoint import adapter, optimizer, other_optimizers, pretrained
 from entropy_probe.model.checkpoint.files import fingerprint, global_step, reason, stored_dtype, weight_files
 from entropy_probe.model.checkpoint.optimizer import AdamState
+from entropy_probe.model.checkpoint.order import some_names
 from entropy_probe.model.checkpoint.other_optimizers import OtherOptimizer
 from entropy_probe.model.checkpoint.sharded import READERS
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
@@ -33,7 +36,8 @@ __all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "OtherOptimizer", "load_
 class CheckpointInfo:
     """What the folder is: its kind, files and fingerprint (SHA-256 over weights, configuration and optimizer).
 
-    `saved_states`: how many tensors the optimizer's file holds moments of, by their hyper-parameters.
+    `saved_states`: how many tensors the optimizer's file holds moments of, by their hyper-parameters. `warnings`: what
+    was found out rather than read. `taken_as_frozen`: trainable as far as the files tell, but without optimizer state.
     """
 
     path: Path
@@ -47,6 +51,8 @@ class CheckpointInfo:
     global_step: int | None
     fingerprint: str
     saved_states: dict[str, int]
+    warnings: tuple[str, ...] = ()
+    taken_as_frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,9 @@ def load_checkpoint(
 
     Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32 or wider whatever
     the file holds. Only safetensors and `torch.load(weights_only=True)` are used; nothing is downloaded or written.
-    A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer. Of an
-    optimizer that is not Adam, its name and what it trains are taken. Raises `CheckpointError`: one line naming the
-    file, what is wrong and what to do.
+    A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer; one of a
+    full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
+    name and what it trains are taken. Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
     layout = find_layout(path)
     folder = layout.weights
@@ -99,13 +105,17 @@ def load_checkpoint(
     files = [] if whole else weight_files(folder, "adapter_model" if kind else "model")
     of_base = weight_files(base, "model") if base is not None else []
     state_dict = optimizer.read_state(layout.optimizer) if whole is None else whole.optimizer
+    notes: list[str] = []
     adam: dict[str, AdamState] = {}
     other, kind_of_optimizer = None, other_optimizers.recognise(state_dict, layout.optimizer)
     if kind_of_optimizer is None:
-        adam = optimizer.map_adam_state(state_dict, model, layout.optimizer, missing_state)
+        adam = optimizer.map_adam_state(state_dict, model, layout.optimizer, missing_state, notes)
     else:
         other = other_optimizers.map_other(kind_of_optimizer, state_dict, model, layout.optimizer)
     trained = set(adam if other is None else other.trained)
+    frozen = tuple(name for name, p in model.named_parameters() if p.requires_grad and name not in trained)
+    if frozen:
+        notes.append(f"taken as frozen, without state in the optimizer: {some_names(frozen)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     model.to(_usable_device(device))
@@ -124,6 +134,8 @@ def load_checkpoint(
             [*files, config, *(whole.files if whole else optimizer.state_files(layout.optimizer)), *of_base]
         ),
         saved_states=optimizer.inventory(state_dict) if other is None else {},
+        warnings=tuple(notes),
+        taken_as_frozen=frozen,
     )
     return Checkpoint(model, tokenizer, adam, info, other)
 

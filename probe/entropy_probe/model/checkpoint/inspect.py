@@ -31,6 +31,7 @@ from entropy_probe.model.checkpoint.files import (
     stored_shapes,
     weight_files,
 )
+from entropy_probe.model.checkpoint.order import names_in_file
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
 
 _NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "scheduler.pt")
@@ -254,6 +255,9 @@ def _optimizer(path: Path, weights: FoundWeights | None, found: _Notes) -> Found
     if not states:
         raise CheckpointError(path, "has moments of no tensor", "use a checkpoint of Adam or AdamW")
     total = sum(len(of_group) for of_group in keys)
+    parts = sum(map(bool, keys))
+    if parts > 2 and names_in_file(keys, groups) is None:
+        found.warnings.append(f"{parts} groups without names: their order is decided when the model is loaded")
     with found.trying():
         _compare(states, total - len(broken), weights, path, found)
     steps = [state.step for state in states]
@@ -299,8 +303,8 @@ def _compare(
         found.warnings.append(f"steps differ: {min(s.step for s in states):g} to {max(s.step for s in states):g}")
     if weights is None:
         return
-    missing = (min(total, len(weights.shapes)) if "adapter" in weights.kind else total) - len(states)
-    if missing > 0:
+    missing = min(total, len(weights.shapes)) - len(states)
+    if "adapter" in weights.kind and missing > 0:
         raise CheckpointError(path, f"{missing} tensors have no moments", "save it after a step of every parameter")
     if total > len(states):
         found.warnings.append(f"{total - len(states)} frozen tensors stand in the optimizer, without moments")

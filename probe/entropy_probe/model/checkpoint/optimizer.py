@@ -109,11 +109,18 @@ def hyper_parameters(lr: float, beta1: float, beta2: float, eps: float, weight_d
 
 
 def map_adam_state(
-    state_dict: dict[str, Any], model: nn.Module, path: Path, missing_state: MissingState = "raise"
+    state_dict: dict[str, Any],
+    model: nn.Module,
+    path: Path,
+    missing_state: MissingState = "raise",
+    notes: list[str] | None = None,
 ) -> dict[str, AdamState]:
     """`{parameter name: AdamState}` for the parameters the optimizer holds, in the order of the groups.
 
     A parameter without moments raises, or under `missing_state="identity"` gets those of a fresh optimizer (step 0).
+    One that stands in the optimizer without any state had no gradient at any step: in a full model, where all are
+    trainable as far as the files tell, it was frozen, and is left out. `notes` gets a line where the order was decided
+    by content.
 
     Raises `CheckpointError` where the order cannot be proved, where a shape differs, where a moment is missing or not
     finite, or where the optimizer is not of Adam's kind.
@@ -121,16 +128,23 @@ def map_adam_state(
     state, groups = state_dict["state"], state_dict["param_groups"]
     parameters = dict(model.named_parameters())
     keys = adam_keys(state_dict, path)
-    names = names_of(keys, groups, state, parameters, model, path)
+    names, note = names_of(keys, groups, state, parameters, model, path)
+    full_model = all(parameter.requires_grad for parameter in parameters.values())
+    # state that belongs to no group may be that of a tensor which then seems to have none
+    may_be_frozen = full_model and missing_state == "raise" and set(state) <= set(names)
     mapped: dict[str, AdamState] = {}
     for group, group_keys in zip(groups, keys, strict=True):
         for key in group_keys:
             name = names[key]
-            if state.get(key) in (None, {}) and not parameters[name].requires_grad:
-                continue  # a frozen parameter that was handed to the optimizer and never stepped
+            if (may_be_frozen or not parameters[name].requires_grad) and state.get(key) in (None, {}):
+                continue  # it was handed to the optimizer and never stepped
             if name in mapped:
                 raise CheckpointError(path, f"{name} stands in it twice", "save the optimizer's state_dict again")
             mapped[name] = adam_state(name, state.get(key), group, parameters[name].shape, path, missing_state)
+    if not mapped:
+        raise CheckpointError(path, "has state of none of its tensors", "save optimizer.state_dict() again")
+    if notes is not None and note:
+        notes.append(note)
     return mapped
 
 

@@ -1,24 +1,27 @@
 """Which parameter is which: an `optimizer.pt` numbers its parameters by position.
 
 The names come from `param_names`, from string keys or from an optimizer_param_names.json beside it; else every known
-grouping (which trainers used, in which order) is tried against group sizes and shapes, and exactly one assignment must
-fit. What cannot be mapped for sure is an error, never a guess.
+grouping (`groupings`) is tried against group sizes and shapes. Where several fit, `content` decides if it clearly can.
+What cannot be mapped for sure is an error, never a guess.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
+from entropy_probe.model.checkpoint.content import choose
+from entropy_probe.model.checkpoint.groupings import known_groupings
 
-_NORM_OR_BIAS = [re.compile(p) for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")]
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
 _DDP = re.compile(r"^module\.")
+_MOST_NAMES = 4
 
 
 def names_of(
@@ -28,40 +31,68 @@ def names_of(
     parameters: dict[str, nn.Parameter],
     model: nn.Module,
     path: Path,
-) -> dict[int | str, str]:
-    """The name of the parameter behind each key. Raises `CheckpointError` where it cannot be told for sure."""
-    named = _names_in_file(keys, groups)
+) -> tuple[dict[int | str, str], str]:
+    """The name of the parameter behind each key, and a note where content decided which it is ("" otherwise).
+
+    Raises `CheckpointError` where it cannot be told for sure.
+    """
+    named = names_in_file(keys, groups)
     if named is not None:
         for name in named.values():
             if name not in parameters:
                 raise CheckpointError(
                     path, f"has state for {name}, which the model lacks", "use the optimizer saved with this model"
                 )
-        return named
+        return named, ""
     flat = [key for group in keys for key in group]
-    sizes = [len(group) for group in keys if group]
-    fitting: dict[tuple[str, ...], str] = {}
-    for label, candidate in _candidate_orders(model).items():
-        order = [name for group in candidate for name in group]
-        if [len(group) for group in candidate if group] == sizes and _shapes_fit(flat, order, state, parameters):
-            fitting.setdefault(tuple(order), label)
-    if len(fitting) == 1:
-        return dict(zip(flat, next(iter(fitting)), strict=True))
-    count = sum(p.requires_grad for p in parameters.values())
+    fitting = fitting_orders(keys, state, parameters, model)
     if not fitting:
+        count = sum(p.requires_grad for p in parameters.values())
         raise CheckpointError(
             path,
-            f"its {len(flat)} tensors in groups of {sizes} fit no known order of this model's {count} trainable ones",
+            f"its {len(flat)} tensors in groups of {[len(group) for group in keys if group]} fit no known order of "
+            f"this model's {count} trainable ones",
             "use the optimizer saved with this model, or save it with `param_names`",
         )
+    orders, labels = list(fitting), list(fitting.values())
+    shapes = [parameters[name].shape for name in orders[0]]
+    moments = [_second_moment(state.get(key), shape) for key, shape in zip(flat, shapes, strict=True)]
+    if len(orders) == 1 or all(moment is None for moment in moments):  # of no tensor: not Adam, whatever the order
+        return dict(zip(flat, orders[0], strict=True)), ""
+    found = choose(model, orders, moments)
+    compared = f"({found.correlation:.2f} against {found.of_rival:.2f})"
+    if found.clear:
+        note = f"order of parameters decided by content: {labels[found.best]} {compared}"
+        return dict(zip(flat, orders[found.best], strict=True)), note
+    differ = [name for name, other in zip(orders[found.best], orders[found.rival], strict=True) if name != other]
     raise CheckpointError(
         path,
-        f"its order of parameters is ambiguous ({', '.join(fitting.values())} all fit)",
+        f"its order of parameters is ambiguous ({'; '.join(labels)}: all fit), and its moments cannot tell apart "
+        f"{some_names(differ)} {compared}",
         "save the optimizer with names: AdamW(model.named_parameters())",
     )
 
 
-def _names_in_file(keys: list[list[int | str]], groups: list[dict[str, Any]]) -> dict[int | str, str] | None:
+def some_names(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def fitting_orders(
+    keys: list[list[int | str]], state: dict[Any, Any], parameters: dict[str, nn.Parameter], model: nn.Module
+) -> dict[tuple[str, ...], str]:
+    """The orders of names that fit group sizes and shapes, each with the label of the first grouping that has it."""
+    flat, sizes = [key for group in keys for key in group], [len(group) for group in keys if group]
+    fitting: dict[tuple[str, ...], str] = {}
+    for grouping in known_groupings(model):
+        order = tuple(grouping.names)
+        if (grouping.cut_anywhere or grouping.sizes == sizes) and _shapes_fit(flat, order, state, parameters):
+            fitting.setdefault(order, grouping.label)
+    return fitting
+
+
+def names_in_file(keys: list[list[int | str]], groups: list[dict[str, Any]]) -> dict[int | str, str] | None:
     """Names from `param_names` or from string keys, without the prefixes of wrappers; `None` where there are none."""
     names: dict[int | str, str] = {}
     for group_keys, group in zip(keys, groups, strict=True):
@@ -75,34 +106,8 @@ def _names_in_file(keys: list[list[int | str]], groups: list[dict[str, Any]]) ->
     return names or None
 
 
-def _candidate_orders(model: nn.Module) -> dict[str, list[list[str]]]:
-    """Groupings that trainers are known to use: label → names per group, in the optimizer's order."""
-    everything = [name for name, _ in model.named_parameters()]
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    parameters = dict(model.named_parameters())
-
-    def split(decays: Callable[[str], bool]) -> list[list[str]]:
-        return [[n for n in trainable if decays(n)], [n for n in trainable if not decays(n)]]
-
-    in_layer_norm = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm)
-        for name, _ in module.named_parameters()
-    }
-    return {
-        "transformers 5 decay split": split(
-            lambda n: n not in in_layer_norm and not any(p.search(n.lower()) for p in _NORM_OR_BIAS)
-        ),
-        "transformers 4.44 decay split": split(lambda n: n not in in_layer_norm and "bias" not in n),
-        "one group of trainable parameters": [trainable],
-        "one group of all parameters": [everything],
-        "matrices before vectors": split(lambda n: parameters[n].ndim > 1),
-    }
-
-
 def _shapes_fit(
-    keys: list[int | str], order: list[str], state: dict[Any, Any], parameters: dict[str, nn.Parameter]
+    keys: list[int | str], order: tuple[str, ...], state: dict[Any, Any], parameters: dict[str, nn.Parameter]
 ) -> bool:
     if len(keys) != len(order):
         return False
@@ -112,3 +117,12 @@ def _shapes_fit(
         if any(m.shape != parameters[name].shape for m in moments if m.numel() != 1 or parameters[name].numel() == 1):
             return False
     return True
+
+
+def _second_moment(entry: Any, shape: torch.Size) -> Tensor | None:
+    """`exp_avg_sq`, where there is one that can be compared."""
+    moment = entry.get("exp_avg_sq") if isinstance(entry, dict) else None
+    if not isinstance(moment, Tensor) or moment.layout is not torch.strided or not moment.is_floating_point():
+        return None
+    known = moment.shape == shape and not moment.is_meta and bool(torch.isfinite(moment).all())
+    return moment if known else None

@@ -128,7 +128,7 @@ def map_other(kind: Kind, state_dict: dict[str, Any], model: nn.Module, path: Pa
     shapes = {key: shape for key, entry in entries.items() if (shape := _shape(entry)) is not None}
     outlines = {key: {"": torch.empty(shape, device="meta")} for key, shape in shapes.items()}
     keys = keys_of(kind, state_dict, path)
-    names = names_of(keys, state_dict["param_groups"], outlines, parameters, model, path)
+    names, _ = names_of(keys, state_dict["param_groups"], outlines, parameters, model, path)
     for key, name in names.items():
         if shapes.get(key, parameters[name].shape) != parameters[name].shape:
             raise CheckpointError(
