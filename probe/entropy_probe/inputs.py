@@ -13,9 +13,10 @@ import torch
 
 from entropy_probe.config import JUDGES, ProbeConfig
 from entropy_probe.errors import ConfigError
-from entropy_probe.layout import find_layout
+from entropy_probe.layout import configured, find_layout
 from entropy_probe.model.checkpoint.adapter import find_base_model
 from entropy_probe.model.checkpoint.files import file_digest
+from entropy_probe.model.checkpoint.sharded import READERS
 from entropy_probe.stages.rewards import REWARDS
 
 LIBRARIES = (
@@ -47,11 +48,14 @@ def digest(
     """
     if rollouts is None and config.batch.reward not in REWARDS:
         raise ConfigError("batch.reward", f"{config.batch.reward!r} is code of your own", "measure again")
-    layout = find_layout(checkpoint)
+    layout = configured(find_layout(checkpoint), base_model)
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
     known = {
-        "checkpoint": [_digests(layout.folder), _digests(layout.weights)],
+        "checkpoint": [
+            _digests(layout.folder, "**/*" if layout.format in READERS else "*"),
+            _digests(layout.weights),
+        ],
         "base": None if base is None else _digests(base),
         "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
         "dataset": _dataset(config.batch.dataset) if rollouts is None and prompts is None else None,

@@ -5,7 +5,9 @@ pretrained  full models;   adapter  PEFT adapters over a base model on disk;   t
 optimizer   Adam's state;   other_optimizers  not Adam's
 order       which parameter each of its tensors belongs to: by name, by known `groupings`, or by `content` where
             several of these fit
-sharded     formats whose weights and moments lie in pieces, a file each
+sharded     formats whose weights and moments lie in pieces, a file each:
+  dcp         folders of torch.distributed.checkpoint (dcp_metadata: their .metadata);   fsdp  accelerate's
+  torchtitan  step-N/
 inspect     what a folder holds, without loading it
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,18 @@ import torch
 from torch import nn
 
 from entropy_probe.errors import CheckpointError, ConfigError
-from entropy_probe.layout import find_layout
-from entropy_probe.model.checkpoint import adapter, optimizer, other_optimizers, pretrained
+from entropy_probe.layout import DCP, FSDP, TORCHTITAN, configured, find_layout
+from entropy_probe.model.checkpoint import adapter, dcp, fsdp, optimizer, other_optimizers, pretrained, torchtitan
 from entropy_probe.model.checkpoint.files import fingerprint, global_step, reason, stored_dtype, weight_files
 from entropy_probe.model.checkpoint.optimizer import AdamState
 from entropy_probe.model.checkpoint.order import some_names
 from entropy_probe.model.checkpoint.other_optimizers import OtherOptimizer
-from entropy_probe.model.checkpoint.sharded import READERS
+from entropy_probe.model.checkpoint.sharded import HEADERS, READERS
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+
+_BY_PIECES = {FSDP: fsdp.read, DCP: dcp.read, TORCHTITAN: torchtitan.read}
+READERS.update(_BY_PIECES)
+HEADERS.update({name: partial(read, values=False) for name, read in _BY_PIECES.items()})
 
 __all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "OtherOptimizer", "load_checkpoint"]
 
@@ -78,21 +85,25 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a Transformers/TRL trainer folder, or `save_pretrained` + an optimizer file, or the newest one of a run.
 
+    Also what accelerate leaves under FSDP, folders of torch.distributed.checkpoint, and torchtitan's: where these have
+    no config.json, configuration and tokenizer are those of `base_model`.
+
     Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32 or wider whatever
-    the file holds. Only safetensors and `torch.load(weights_only=True)` are used; nothing is downloaded or written.
+    the file holds. Only safetensors and `torch.load(weights_only=True)` are used (of `.metadata`, a pickle, a few known
+    names are let in, and none is called); nothing is downloaded or written.
     A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer; one of a
     full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
     name and what it trains are taken. Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
-    layout = find_layout(path)
+    base = Path(base_model).expanduser() if base_model is not None else None
+    layout = configured(find_layout(path), base)
     folder = layout.weights
     whole = READERS[layout.format](layout) if layout.format in READERS else None
-    base = Path(base_model).expanduser() if base_model is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers and peft; what matters is checked and raised
         if layout.is_adapter:
             base = adapter.find_base_model(folder, base)
-            model = adapter.load_adapter(folder, base)
+            model = adapter.load_adapter(folder, base, whole and whole.weights, layout.folder)
             config, kind = folder / "adapter_config.json", adapter.kind(folder)
         elif (folder / "config.json").is_file():
             config, kind, base = folder / "config.json", None, None
@@ -129,7 +140,7 @@ def load_checkpoint(
         num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
         weights_dtype=stored_dtype(files[:1]) if whole is None else whole.dtype,
         optimizer_file=layout.optimizer,
-        global_step=global_step(layout.folder),
+        global_step=global_step(layout.folder) if whole is None or whole.global_step is None else whole.global_step,
         fingerprint=fingerprint(
             [*files, config, *(whole.files if whole else optimizer.state_files(layout.optimizer)), *of_base]
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, weight_files
+from entropy_probe.layout import Layout
+from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.checkpoint.pretrained import load_full_model
 
+PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")  # in the names of what is the adapter's in a whole model
 _HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
 
 
@@ -50,25 +53,64 @@ def kind(folder: Path) -> str:
     return "DoRA" if config.get("use_dora") else "LoRA"
 
 
-def load_adapter(folder: Path, base: Path) -> nn.Module:
-    """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode."""
+def require_configuration(layout: Layout, weights: Iterable[str]) -> None:
+    """Raises for an adapter's weights without adapter_config.json, which FSDP's writers leave out."""
+    if not layout.is_adapter and any("lora_" in name for name in weights):
+        raise CheckpointError(
+            layout.folder,
+            "holds a LoRA adapter and no adapter_config.json",
+            "put the adapter_config.json of the run's LoraConfig into it",
+        )
+
+
+def load_adapter(
+    folder: Path, base: Path, weights: dict[str, torch.Tensor] | None = None, source: Path | None = None
+) -> nn.Module:
+    """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode.
+
+    `weights` were read from `source` already, by the names of the adapter's file or of the model, whose other tensors
+    may be among them; else the adapter is in the folder's own file.
+    """
     import peft
 
     kind(folder)
-    (weights_path,) = weight_files(folder, "adapter_model")
-    stored = read_tensors(weights_path)
+    where = (source or folder) if weights is not None else weight_files(folder, "adapter_model")[0]
+    stored = read_tensors(where) if weights is None else weights
+    require_finite(stored, where)
     base_model: Any = load_full_model(base)
     try:
-        model = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
+        if weights is None:
+            model: Any = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
+        else:
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = False
+            model = peft.get_peft_model(base_model, config)
     except Exception as error:  # whatever a damaged configuration makes peft raise
         raise CheckpointError(
-            weights_path, f"does not fit the base model {base} ({reason(error)})", _HOW_TO_NAME_A_BASE
+            where, f"does not fit the base model {base} ({reason(error)})", _HOW_TO_NAME_A_BASE
         ) from error
     # modules_to_save stay in the dtype of the base's file otherwise
     model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    _require_same(stored, adapter, model.state_dict(), weights_path)
+    (_require_same if weights is None else _fill)(stored, adapter, model.state_dict(), where)
     return model.eval()
+
+
+def _fill(
+    stored: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], model: dict[str, torch.Tensor], where: Path
+) -> None:
+    """Write each stored tensor into the model's tensor of that name; all of the adapter's must be among them."""
+    filled: set[int] = set()
+    for name, tensor in stored.items():
+        place = adapter.get(name, model.get(name))
+        if place is None or place.shape != tensor.shape:
+            problem = f"of shape {tuple(tensor.shape)} has no place in the model"
+            raise CheckpointError(where, f"{name} {problem}", "name the base model it was trained on")
+        place.copy_(tensor)
+        filled.add(place.data_ptr())
+    for name, place in adapter.items():
+        if place.data_ptr() not in filled:
+            raise CheckpointError(where, f"{name} is not in it", "restore the adapter_config.json that belongs to it")
 
 
 def _require_same(

@@ -6,6 +6,7 @@ Only safetensors and `torch.load(weights_only=True)` open a file; `training_args
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 from collections.abc import Iterable, Iterator
@@ -39,10 +40,13 @@ def load_json(path: Path) -> Any:
         raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error
 
 
-def load_pickle(path: Path, remedy: str) -> Any:
-    """`torch.load(weights_only=True)` on the CPU; what is not tensors and plain containers is refused, not run."""
+def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
+    """`torch.load(weights_only=True)` on the CPU; what is not tensors and plain containers is refused, not run.
+
+    `part`: the bytes to read where they are a part of the file.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path if part is None else io.BytesIO(part), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise _broken(path, error) from error

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from entropy_probe.errors import CheckpointError, printable
-from entropy_probe.layout import Layout, find_layout
+from entropy_probe.layout import TORCHTITAN, Layout, configured, find_layout
 from entropy_probe.model.checkpoint import adapter, optimizer, other_optimizers, pretrained
 from entropy_probe.model.checkpoint.files import (
     global_step,
@@ -32,9 +32,10 @@ from entropy_probe.model.checkpoint.files import (
     weight_files,
 )
 from entropy_probe.model.checkpoint.order import names_in_file
+from entropy_probe.model.checkpoint.sharded import HEADERS, READERS, Sharded
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
 
-_NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "scheduler.pt")
+_NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "random_states_*.pkl", "scheduler.pt")
 _MOST_PROBLEMS = 5
 _WIDTH = 80
 Shapes = dict[str, tuple[int, ...]]
@@ -126,14 +127,26 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers
         with found.trying():
+            layout = configured(layout, base)
             if layout.is_adapter:
                 base = adapter.find_base_model(layout.weights, base)
+        whole, in_pieces = None, layout.format in READERS
+        located = not found.problems
+        if in_pieces and (located or layout.format != TORCHTITAN):  # torchtitan's names need the configuration
+            with found.trying():
+                whole = HEADERS.get(layout.format, READERS[layout.format])(layout)
+        if whole is not None or not in_pieces:
+            if located or not in_pieces:
+                with found.trying():
+                    weights = (
+                        _adapter(layout.weights, base, found, whole)
+                        if layout.is_adapter
+                        else _full_model(layout.weights, found, whole)
+                    )
+            with found.trying():
+                of_optimizer = _optimizer(layout.optimizer, weights, found, whole)
         with found.trying():
-            weights = _adapter(layout.weights, base, found) if layout.is_adapter else _full_model(layout.weights, found)
-        with found.trying():
-            of_optimizer = _optimizer(layout.optimizer, weights, found)
-        with found.trying():
-            step = global_step(layout.folder)
+            step = global_step(layout.folder) if whole is None or whole.global_step is None else whole.global_step
         with found.trying():
             loaded = load_tokenizer(layout.weights, base if layout.is_adapter else None)
             tokenizer = None if loaded is None else len(loaded)
@@ -174,23 +187,25 @@ class _Notes:
             self.problems.append(f"{error.filename}: cannot be read ({error.strerror}); make it readable")
 
 
-def _full_model(folder: Path, found: _Notes) -> FoundWeights:
+def _full_model(folder: Path, found: _Notes, whole: Sharded | None = None) -> FoundWeights:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             folder, "has neither config.json nor adapter_config.json", "give the folder that the trainer wrote"
         )
-    model_type, shapes, dtype = _stored_model(folder, found)
+    model_type, shapes, dtype = _stored_model(folder, found, whole)
     return FoundWeights("full model", model_type, None, _values(shapes), dtype, shapes)
 
 
-def _adapter(folder: Path, base: Path | None, found: _Notes) -> FoundWeights:
-    kind, files = adapter.kind(folder), weight_files(folder, "adapter_model")
+def _adapter(folder: Path, base: Path | None, found: _Notes, whole: Sharded | None = None) -> FoundWeights:
+    kind, files = adapter.kind(folder), [] if whole else weight_files(folder, "adapter_model")
     tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+    if whole is not None:  # the rest of the model may be there too
+        tensors = {n: t for n, t in whole.weights.items() if any(part in n for part in adapter.PARTS)}
     config = read_json(folder / "adapter_config.json")
     if config.get("lora_alpha") == 0:
         found.warnings.append("lora_alpha is 0: the adapter does nothing")
     of_b = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
-    if of_b and not any(bool(tensor.any()) for tensor in of_b):
+    if of_b and not any(tensor.is_meta or bool(tensor.any()) for tensor in of_b):
         found.warnings.append("every lora_B is zero: the adapter does nothing")
     model_type, of_base = "unknown", None
     if base is not None:
@@ -208,14 +223,14 @@ def _adapter(folder: Path, base: Path | None, found: _Notes) -> FoundWeights:
         model_type=model_type,
         base_model=None if base is None else printable(base),
         num_parameters=None if of_base is None else _values(of_base) + _values(trained),
-        dtype=stored_dtype(files[:1]),
+        dtype=stored_dtype(files[:1]) if whole is None else whole.dtype,
         shapes=trained,
     )
 
 
-def _stored_model(folder: Path, found: _Notes) -> tuple[str, Shapes, str]:
+def _stored_model(folder: Path, found: _Notes, whole: Sharded | None = None) -> tuple[str, Shapes, str]:
     """The model's type, the shapes of its parameters in the files, their dtype. A tied head is not among them."""
-    model_type, files = pretrained.check_config(folder), weight_files(folder, "model")
+    model_type, files = pretrained.check_config(folder), [] if whole else weight_files(folder, "model")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged configuration makes transformers raise
@@ -223,15 +238,17 @@ def _stored_model(folder: Path, found: _Notes) -> tuple[str, Shapes, str]:
             folder, f"transformers cannot load it ({reason(error)})", "restore config.json"
         ) from error
     stored = {name: entry for path in files for name, entry in stored_shapes(path).items()}
+    if whole is not None:
+        stored = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in whole.weights.items()}
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     if tied:
         found.warnings.append("tied head: lm_head is the embedding, and has no moments of its own")
     shapes = {n: shape for n, (dtype, shape) in stored.items() if "float" in dtype and not (tied and "lm_head" in n)}
-    return model_type, shapes, stored_dtype(files[:1])
+    return model_type, shapes, stored_dtype(files[:1]) if whole is None else whole.dtype
 
 
-def _optimizer(path: Path, weights: FoundWeights | None, found: _Notes) -> FoundOptimizer:
-    state_dict = optimizer.read_state(path)
+def _optimizer(path: Path, weights: FoundWeights | None, found: _Notes, whole: Sharded | None = None) -> FoundOptimizer:
+    state_dict = optimizer.read_state(path) if whole is None else whole.optimizer
     kind = other_optimizers.recognise(state_dict, path)
     if kind is not None:
         return _other_optimizer(kind, state_dict, path, found)
@@ -323,8 +340,10 @@ def _compare(
 def _files(layout: Layout) -> dict[str, int | None]:
     """Names below the checkpoint's folder and their bytes, `None` for what is neither a file nor a link to one."""
     sizes: dict[str, int | None] = {}
-    for folder in dict.fromkeys((layout.folder, layout.weights)):
-        for path in sorted(folder.iterdir()):
+    inside = [layout.weights] if layout.weights.is_relative_to(layout.folder) else []
+    below = layout.folder.rglob("*") if layout.format in READERS else layout.folder.iterdir()
+    for folder in (below, *(folder.iterdir() for folder in inside)):
+        for path in sorted(folder):
             try:
                 size = path.stat().st_size if path.is_file() else None
             except OSError:  # a loop of links

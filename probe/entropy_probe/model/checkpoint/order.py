@@ -102,8 +102,13 @@ def names_in_file(keys: list[list[int | str]], groups: list[dict[str, Any]]) -> 
         if not isinstance(in_group, list | tuple) or len(in_group) != len(group_keys):
             return None
         for key, name in zip(group_keys, in_group, strict=True):
-            names[key] = _WRAPPERS.sub(r"\1", _DDP.sub("", str(name)))
+            names[key] = bare_name(str(name))
     return names or None
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without the prefixes of DDP, FSDP and torch.compile."""
+    return _WRAPPERS.sub(r"\1", _DDP.sub("", name))
 
 
 def _shapes_fit(

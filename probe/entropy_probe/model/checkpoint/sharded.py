@@ -24,11 +24,13 @@ class Sharded:
 
     `weights`: tensors by the name they have in `model.state_dict()`. `optimizer`: `{"state": {key: moments},
     "param_groups": [..]}` like a state_dict, its keys being names where the format has names. `files`: what was read.
+    `global_step`: the trainer's own count, where the format has one.
     """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     files: list[Path]
+    global_step: int | None = None
 
     @property
     def dtype(self) -> str:
@@ -37,6 +39,8 @@ class Sharded:
 
 
 READERS: dict[str, Callable[[Layout], Sharded]] = {}
+# The same with the weights on the meta device, where that spares reading them.
+HEADERS: dict[str, Callable[[Layout], Sharded]] = {}
 
 
 class Restricted(pickle.Unpickler):

@@ -1,0 +1,160 @@
+"""Folders of `torch.distributed.checkpoint` (DCP): model and optimizer, put together from their pieces.
+
+torch's own reader unpickles `.metadata`, and every item that is no tensor, with all that they call. Here items are
+opened by `weights_only`, and nothing is allocated before it is known that the files are large enough to hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.errors import CheckpointError
+from entropy_probe.layout import Layout
+from entropy_probe.model.checkpoint import adapter
+from entropy_probe.model.checkpoint.dcp_metadata import COPY_AGAIN, Item, Piece, damaged, read_items
+from entropy_probe.model.checkpoint.files import load_pickle
+from entropy_probe.model.checkpoint.order import bare_name
+from entropy_probe.model.checkpoint.sharded import Sharded
+
+_OPTIMIZERS = ("optimizer", "optim")  # accelerate, torchtitan; torch's own example
+
+
+def read(layout: Layout, values: bool = True) -> Sharded:
+    """A folder with a model and an optimizer by their names in `transformers`; `values=False` leaves the weights meta.
+
+    Raises `CheckpointError` where it is damaged, would execute anything, or holds no model or no optimizer.
+    """
+    folder = layout.folder
+    items = read_items(folder)
+    roots = {item.path[0] for item in items}
+    if len(roots) == 1 and not roots & {"model", *_OPTIMIZERS}:  # dcp.save({"app": state}), as in torch's own example
+        items = [item.below(*roots) for item in items]
+    stored = weights(folder, [item for item in items if item.path[0] == "model"], values)
+    adapter.require_configuration(layout, stored)
+    return Sharded(
+        weights=stored,
+        optimizer=optimizer(folder, items),
+        files=files(folder, items),
+    )
+
+
+def weights(folder: Path, items: list[Item], values: bool = True) -> dict[str, Tensor]:
+    """The tensors below `model`, by name. `values=False`: on the meta device, nothing but `.metadata` was read."""
+    if len(items) == 1 and items[0].dtype is None:  # saved as one value
+        whole = load(items[0])
+        found = whole if isinstance(whole, dict) else {}
+    else:
+        found = {item.below("model").name: load(item, values) for item in items if item.dtype is not None}
+    tensors = {bare_name(str(name)): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise CheckpointError(folder, "holds no weights under `model`", 'save {"model": .., "optimizer": ..} with it')
+    return tensors
+
+
+def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
+    """The optimizer's state_dict by names: nested as torch's is, or flat (`state.<name>.exp_avg`)."""
+    found: dict[str | int, Any] = {}
+    for item in items:
+        if item.path[0] not in _OPTIMIZERS:
+            continue
+        *parents, last = ("", *item.path[1:])
+        node, value = found, load(item)
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise damaged(folder, f"{'.'.join(map(str, item.path))} stands below a value")
+        node[last] = value
+    stored = found.get("", {})
+    if not isinstance(stored, dict) or not stored:
+        raise CheckpointError(
+            folder, "holds no optimizer, the model alone", "take an earlier step, or save the optimizer with it"
+        )
+    if "param_groups" in stored:
+        groups = stored["param_groups"]
+        groups = [groups[key] for key in sorted(groups)] if isinstance(groups, dict) else groups
+        stored = {"state": stored.get("state", {}), "param_groups": groups}
+    else:
+        stored = _nested(stored)
+    groups = stored["param_groups"]
+    if not (
+        isinstance(groups, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and isinstance(stored["state"], dict)
+    ):
+        raise CheckpointError(folder, "its optimizer has no `state` and `param_groups`", "save optimizer.state_dict()")
+    if all(type(key) is int for group in groups for key in group["params"]):  # DCP makes strings of keys
+        stored["state"] = {int(key): entry for key, entry in stored["state"].items() if str(key).isdecimal()}
+    return stored
+
+
+def _nested(flat: dict[str | int, Any]) -> dict[str, Any]:
+    """`{"state.<name>.<moment>": .., "param_groups.<name>.<key>": ..}` → names in a group where all else is equal."""
+    state: dict[str, dict[str, Any]] = {}
+    of_name: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, _, rest = str(key).partition(".")
+        name, _, last = rest.rpartition(".")
+        (state if kind == "state" else of_name).setdefault(name, {})[last] = value
+    groups: dict[str, dict[str, Any]] = {}
+    for name, settings in of_name.items():
+        settings.pop("param_names", None)  # of the whole group: the keys have each name
+        of_group = groups.setdefault(repr(sorted(settings.items())), {**settings, "params": []})
+        of_group["params"].append(name)
+    return {"state": state, "param_groups": list(groups.values())}
+
+
+def files(folder: Path, items: Iterable[Item]) -> list[Path]:
+    """The files that hold the items, `.metadata` among them."""
+    return [folder / ".metadata", *sorted({piece.file for item in items for piece in item.pieces})]
+
+
+def load(item: Item, values: bool = True) -> Any:
+    """The value, or the tensor put together. Raises where a piece is not what `.metadata` says it is.
+
+    `values=False`: no tensor is read, what comes back is on the meta device.
+    """
+    if item.dtype is None:
+        return _unpickled(item.pieces[0])
+    if not values:
+        return torch.empty(item.shape, dtype=item.dtype, device="meta")
+    parts = [(piece, _part(item, piece)) for piece in item.pieces if math.prod(piece.shape)]
+    if len(parts) == 1:
+        return parts[0][1]
+    whole, filled = torch.empty(item.shape, dtype=item.dtype), torch.zeros(item.shape, dtype=torch.bool)
+    for piece, part in parts:
+        window = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+        whole[window], filled[window] = part, True
+    if not bool(filled.all()):
+        raise damaged(item.pieces[0].file.parent, f"the pieces of {item.name} overlap and leave gaps")
+    return whole
+
+
+def _part(item: Item, piece: Piece) -> Tensor:
+    part = _unpickled(piece)
+    expected = f"expected a {str(item.dtype).removeprefix('torch.')} tensor of shape {piece.shape}"
+    if not isinstance(part, Tensor) or part.layout is not torch.strided or part.device.type != "cpu":
+        raise CheckpointError(piece.file, f"{item.name} is a {type(part).__name__}, {expected}", COPY_AGAIN)
+    if part.shape != piece.shape or part.dtype != item.dtype:
+        got = f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
+        raise CheckpointError(piece.file, f"{item.name} is {got}, {expected}", COPY_AGAIN)
+    return part.detach()
+
+
+def _unpickled(piece: Piece) -> Any:
+    try:
+        with piece.file.open("rb") as stream:
+            stream.seek(piece.start)
+            part = stream.read(piece.length)
+    except OSError as error:
+        raise CheckpointError(piece.file, f"cannot be read ({error.strerror})", "make it readable") from error
+    return load_pickle(piece.file, "do not trust this checkpoint", part)
+
+
+def _meta(item: Item) -> Tensor:
+    return torch.empty(item.shape, dtype=item.dtype, device="meta")
