@@ -7,7 +7,7 @@ DEVICE ?= cpu
 GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 	--probe-rollouts=golden/demo/e.jsonl --probe-update-rollouts=golden/demo/u.jsonl
 
-.PHONY: acceptance test lint matrix bench demo picture clean
+.PHONY: acceptance test lint matrix fuzz bench demo picture clean
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
@@ -26,6 +26,9 @@ lint: $(READY)
 matrix: $(READY)
 	.ci/wheel build/matrix
 	PROBE_MATRIX=$(CURDIR)/build/matrix $(BIN)/pytest -n 2 tests/matrix
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 bench: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest benchmarks --device=$(DEVICE) \

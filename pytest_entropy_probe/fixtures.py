@@ -160,6 +160,7 @@ class Subject:
         self._checkpoint = load_checkpoint(
             self.path, settings.base_model, config.device, missing_state=config.first_order.missing_state
         )
+        self.note = self.note or "; ".join(self._checkpoint.info.warnings)
 
     def _prepare(self, progress: Progress) -> None:
         from entropy_probe.run import prepare

@@ -300,8 +300,11 @@ def _expand(value: str, start: Path, label: str) -> list[_Found]:
 
 def _folders(path: Path) -> list[Path]:
     """The folder itself, or those that it matches as a glob."""
-    if path.is_dir():
-        return [path]
+    try:
+        if path.is_dir():
+            return [path]
+    except OSError:  # a name too long, or below a folder without rights
+        return []
     return [match for match in sorted(map(Path, glob(str(path), recursive=True)), key=_natural) if match.is_dir()]
 
 
@@ -334,8 +337,10 @@ def _name(found: list[_Found], label: str) -> tuple[Target, ...]:
 def _target(name: str, path: Path) -> Target:
     """The checkpoint itself, or the newest of a run; what cannot be told is left for loading to complain about."""
     from entropy_probe import ProbeError
+    from entropy_probe.errors import printable
     from entropy_probe.layout import find_layout
 
+    name = printable(name)  # xdist sends it from process to process, as UTF-8
     try:
         layout = find_layout(path)
     except ProbeError:

@@ -355,7 +355,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "integer moments": (
         lambda f: edit_optimizer(f, lambda c: c["state"][0].update(exp_avg=c["state"][0]["exp_avg"].long())),
-        r"optimizer.pt: .*`exp_avg` is a torch.strided tensor of torch.int64",
+        r"optimizer.pt: .*`exp_avg` is a tensor of torch.int64",
     ),
     "sparse moments": (
         lambda f: edit_optimizer(f, lambda c: c["state"][0].update(exp_avg=c["state"][0]["exp_avg"].to_sparse())),

@@ -52,25 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from entropy_probe import ProbeConfig, run_probe
-    from entropy_probe.demo import checkpoint_path
+    from entropy_probe import ProbeConfig, load_checkpoint, run_probe
     from entropy_probe.layout import find_layout
     from entropy_probe.plots import require_drawable, save_figure
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
+    checkpoint = _folder(arguments.checkpoint)
     overrides = {"budget": arguments.budget, "device": arguments.device, "batch.seed": arguments.seed}
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
     is_demo = arguments.checkpoint == "demo"
-    if not is_demo and (note := find_layout(arguments.checkpoint).note):
+    if not is_demo and (note := find_layout(checkpoint).note):
         print(f"entropy-probe: {note}", file=sys.stderr)
+    loaded = load_checkpoint(
+        checkpoint, arguments.base_model, config.device, missing_state=config.first_order.missing_state
+    )
+    for warning in loaded.info.warnings:
+        print(f"entropy-probe: {warning}", file=sys.stderr)
     report = run_probe(
-        checkpoint_path() if is_demo else arguments.checkpoint,
+        loaded,
         config,
         arguments.rollouts,
         arguments.update_rollouts,
         prompts=arguments.prompts,
-        base_model=arguments.base_model,
         name="demo" if is_demo else None,
         progress=_print_progress if sys.stderr.isatty() else None,
     )
@@ -88,15 +92,27 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from entropy_probe.demo import checkpoint_path
     from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 
-    path = checkpoint_path() if arguments.checkpoint == "demo" else Path(arguments.checkpoint).expanduser()
-    if not path.is_dir():
-        raise ConfigError(path, "no such folder", "give a checkpoint folder")
-    found = inspect_checkpoint(path, arguments.base_model)
+    found = inspect_checkpoint(_folder(arguments.checkpoint), arguments.base_model)
     print(json.dumps(asdict(found), indent=2) if arguments.json else found.text())
     return EXIT_FAILED if found.problems else 0
+
+
+def _folder(given: str) -> Path:
+    """The folder of the checkpoint. `ConfigError`, hence exit code 4, where there is none."""
+    from entropy_probe.demo import checkpoint_path
+
+    if given == "demo":
+        return checkpoint_path()
+    try:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            return path
+        problem = "no such folder"
+    except (OSError, RuntimeError) as error:  # no rights, a name too long, no such user
+        path, problem = Path(given), f"cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    raise ConfigError(path, problem, "give a checkpoint folder")
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

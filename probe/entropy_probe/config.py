@@ -18,7 +18,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from entropy_probe.budgets import BUDGETS, Name, Part
-from entropy_probe.errors import ConfigError
+from entropy_probe.errors import ConfigError, shown
+from entropy_probe.text import read_text
 
 DType = Literal["float32", "float64"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -176,7 +177,8 @@ class SequenceConfig(_Section):
     precision: PrecisionSection = PrecisionSection()
 
     @classmethod
-    def from_mapping(cls: type[_Config], values: dict[str, Any], where: object = "configuration") -> _Config:
+    def from_mapping(cls: type[_Config], values: dict[Any, Any], where: object = "configuration") -> _Config:
+        _require_text_keys(values, where)
         token = _reading.set(True)
         try:
             return cls.model_validate(values)
@@ -237,10 +239,30 @@ class ProbeConfig(SequenceConfig):
         return cls.from_mapping(values, where="configuration")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Repeats single values at most: a section in place of `*name`, of such sections in turn, has no end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.YAMLError("`*name` stands for a section or a list")
+        return node
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        table = yaml.load(read_text(path), _Loader)  # noqa: S506 (a SafeLoader)
+    except (
+        OSError,
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = getattr(error, "problem", None) or error
         raise ConfigError(path, f"is not readable YAML ({reason})", "correct the file") from error
     if table is None:
@@ -252,12 +274,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_pyproject(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("entropy-probe", {})
+        table = tomllib.loads(read_text(path)).get("tool", {}).get("entropy-probe", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(path, f"is not readable TOML ({error})", "correct the file") from error
     if not isinstance(table, dict):
         raise ConfigError(path, "tool.entropy-probe is not a table", "write [tool.entropy-probe] and keys below it")
     return table
+
+
+def _require_text_keys(values: Any, where: object) -> None:
+    """YAML has keys that are numbers, or nothing at all."""
+    rest = [values]
+    while rest:
+        inner = rest.pop()
+        if isinstance(inner, dict):
+            for key in inner:
+                if not isinstance(key, str):
+                    raise ConfigError(where, f"the key {shown(key)} is no text", "correct the key")
+            rest.extend(inner.values())
+        elif isinstance(inner, list):
+            rest.extend(inner)
 
 
 def _given(section: Any) -> Any:
@@ -294,7 +330,7 @@ def _one_line(error: ValidationError, where: object, model: type[BaseModel]) -> 
         remedy = f"did you mean `{near[0]}`?" if near else f"valid keys are {', '.join(valid)}"
         return ConfigError(where, f"unknown key `{key}`", remedy)
     if first["type"] == "model_type":
-        return ConfigError(where, f"`{key}` is {first['input']!r}", "write it as a section of keys")
+        return ConfigError(where, f"`{key}` is {shown(first['input'])}", "write it as a section of keys")
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    got = "" if first["type"] == "value_error" else f", got {shown(first['input'])}"
     return ConfigError(where, f"`{key}`: {message[0].lower()}{message[1:]}{got}", "correct the value")

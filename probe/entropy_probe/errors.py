@@ -7,11 +7,30 @@ key; the last part is an instruction. Nothing else is raised on purpose by this 
 from __future__ import annotations
 
 import os
+from reprlib import Repr
+
+_LONGEST_SHOWN = 120
 
 
 def printable(name: object) -> str:
     """A path or name as text that every stream and JSON can hold: bytes that are not UTF-8 are escaped."""
     return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
+def shown(value: object) -> str:
+    """`repr`, cut to the length of a line; the type where there is no repr, as of an integer of 5000 digits.
+
+    Containers are written two levels deep, since a list that holds another one twice, and so on, has no end.
+    """
+    try:
+        text = _short.repr(value) if isinstance(value, list | tuple | dict | set | frozenset) else repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+
+
+_short = Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, _LONGEST_SHOWN, _LONGEST_SHOWN
 
 
 class ProbeError(Exception):

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entropy_probe.config import GenerationConfig, SequenceConfig
-from entropy_probe.errors import ConfigError, MeasurementError, OverrideError
+from entropy_probe.errors import ConfigError, MeasurementError, OverrideError, shown
 from entropy_probe.estimators.token_stats import (
     DiagnosticsPack,
     DistributionDiagnostics,
@@ -54,7 +54,6 @@ from entropy_probe.stages.sequences import (
     steps_of,
 )
 from entropy_probe.stages.tasks import as_prompt, dataset_prompts, draw_prompts
-from entropy_probe.stages.user_functions import shown
 
 __all__ = [
     "BatchedSequences",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entropy_probe.errors import RolloutsError
-from entropy_probe.stages.user_functions import shown
+from entropy_probe.errors import RolloutsError, shown
+from entropy_probe.text import read_text
 
 _FORM = 'write {"prompt": "…", "gold": "…"}'
 
@@ -41,7 +41,7 @@ def checked_prompt(text: object, gold: object) -> Prompt:
 def json_lines(path: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, object) for every line that is not blank. Raises `RolloutsError`; `form` says what to write."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
+        lines = read_text(path).split("\n")  # JSON may hold other line separators
     except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
     for number, line in enumerate(lines, start=1):

@@ -13,8 +13,8 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from entropy_probe.errors import ConfigError
-from entropy_probe.stages.user_functions import call, find_function, shown
+from entropy_probe.errors import ConfigError, shown
+from entropy_probe.stages.user_functions import call, find_function
 
 Reward = Callable[[str, str | None], float]
 

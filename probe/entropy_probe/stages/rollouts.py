@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.config import GenerationConfig
-from entropy_probe.errors import MeasurementError, RolloutsError
+from entropy_probe.errors import MeasurementError, RolloutsError, shown
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.prompts import Prompt
 from entropy_probe.stages.rewards import LARGEST_REWARD, Reward, tag_pref
 from entropy_probe.stages.sampling import StopStrings, sample
+from entropy_probe.text import read_text
 
 Progress = Callable[[str, int, int], None]
 
@@ -138,7 +139,7 @@ def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
             continue
         ids = list(eos) if isinstance(eos, list | tuple) else [eos]
         if not ids or any(type(e) is not int or e < 0 for e in ids):
-            raise MeasurementError("eos_token_id", f"is {eos!r}"[:120], "give token ids in generation_config.json")
+            raise MeasurementError("eos_token_id", f"is {shown(eos)}", "give token ids in generation_config.json")
         return ids
     return []
 
@@ -153,8 +154,8 @@ def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) ->
     vocabulary, lists of different length, a reward that is not finite, G < 2."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
     reader = _LineReader(bound.vocabulary, eos_ids(bound.language_model, tokenizer), tokenizer)
     lines: list[_Line] = []
@@ -216,7 +217,7 @@ class _LineReader:
         texts = self._list(row, "responses", where)
         truncated = row.get("truncated", [False] * len(texts))
         if not isinstance(truncated, list) or len(truncated) != len(texts) or {type(t) for t in truncated} - {bool}:
-            raise RolloutsError(where, f"`truncated` is {truncated!r}"[:120], "give one true or false per response")
+            raise RolloutsError(where, f"`truncated` is {shown(truncated)}", "give one true or false per response")
         responses = []
         for text, is_truncated in zip(texts, truncated, strict=True):
             if not isinstance(text, str) or not _encodable(text):
@@ -234,7 +235,7 @@ class _LineReader:
         for token in value:
             if type(token) is not int or not 0 <= token < self.vocabulary:
                 raise RolloutsError(
-                    where, f"`{key}` holds {token!r}"[:120], f"give token ids from 0 to {self.vocabulary - 1}"
+                    where, f"`{key}` holds {shown(token)}", f"give token ids from 0 to {self.vocabulary - 1}"
                 )
         if key in ("response_ids", "responses"):
             early = early_eos(value, self.eos)
@@ -253,7 +254,7 @@ class _LineReader:
             raise RolloutsError(where, f"`{key}` has {len(values)} entries for {count} responses", "give one for each")
         for value in values:
             if type(value) not in (int, float) or not abs(value) <= LARGEST_REWARD:
-                raise RolloutsError(where, f"`{key}` holds {value!r}"[:120], "give finite numbers")
+                raise RolloutsError(where, f"`{key}` holds {shown(value)}", "give finite numbers")
         return [float(value) for value in values]
 
     def _logprobs(self, row: dict[str, Any], responses: list[list[int]], where: str) -> list[list[float]] | None:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from importlib import import_module, metadata
 from typing import Any
 
-from entropy_probe.errors import ConfigError, ProbeError
+from entropy_probe.errors import ConfigError, ProbeError, shown
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_LONGEST_SHOWN = 120
 
 
 def find_function(name: str, *, key: str, group: str, built_in: Iterable[str]) -> Callable[..., Any]:
@@ -76,12 +75,3 @@ def call(function: Callable[..., Any], *arguments: Any, named: str, key: str) ->
     except (Exception, SystemExit) as error:  # a script without a main guard exits when it is imported
         problem = f"{named!r} raised {type(error).__name__}: {error}"
         raise ConfigError(key, problem[:400], "correct it, or name another") from error
-
-
-def shown(value: object) -> str:
-    """`repr`, cut to the length of a line; the type where there is no repr, as of an integer of 5000 digits."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"

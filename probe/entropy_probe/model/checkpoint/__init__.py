@@ -25,7 +25,15 @@ from torch import nn
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import DCP, FSDP, TORCHTITAN, configured, find_layout
 from entropy_probe.model.checkpoint import adapter, dcp, fsdp, optimizer, other_optimizers, pretrained, torchtitan
-from entropy_probe.model.checkpoint.files import fingerprint, global_step, reason, stored_dtype, weight_files
+from entropy_probe.model.checkpoint.files import (
+    fingerprint,
+    global_step,
+    read_json,
+    read_tensors,
+    reason,
+    stored_dtype,
+    weight_files,
+)
 from entropy_probe.model.checkpoint.optimizer import AdamState
 from entropy_probe.model.checkpoint.order import some_names
 from entropy_probe.model.checkpoint.other_optimizers import OtherOptimizer
@@ -44,7 +52,8 @@ class CheckpointInfo:
     """What the folder is: its kind, files and fingerprint (SHA-256 over weights, configuration and optimizer).
 
     `saved_states`: how many tensors the optimizer's file holds moments of, by their hyper-parameters. `warnings`: what
-    was found out rather than read. `taken_as_frozen`: trainable as far as the files tell, but without optimizer state.
+    was found out rather than read, or is hardly meant. `taken_as_frozen`: trainable as far as the files tell, but
+    without optimizer state.
     """
 
     path: Path
@@ -95,6 +104,19 @@ def load_checkpoint(
     full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
     name and what it trains are taken. Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
+    try:
+        return _load(path, base_model, device, missing_state)
+    except OSError as error:
+        raise CheckpointError(
+            error.filename or path, f"cannot be read ({error.strerror})", "make it readable"
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(path, "does not fit into memory", "load it on a larger machine") from error
+
+
+def _load(
+    path: str | Path, base_model: str | Path | None, device: str, missing_state: optimizer.MissingState
+) -> Checkpoint:
     base = Path(base_model).expanduser() if base_model is not None else None
     layout = configured(find_layout(path), base)
     folder = layout.weights
@@ -104,7 +126,7 @@ def load_checkpoint(
         if layout.is_adapter:
             base = adapter.find_base_model(folder, base)
             model = adapter.load_adapter(folder, base, whole and whole.weights, layout.folder)
-            config, kind = folder / "adapter_config.json", adapter.kind(folder)
+            config, kind = folder / "adapter_config.json", adapter.check_config(folder)
         elif (folder / "config.json").is_file():
             config, kind, base = folder / "config.json", None, None
             model = pretrained.load_full_model(folder, whole and whole.weights, layout.folder)
@@ -112,11 +134,14 @@ def load_checkpoint(
             raise CheckpointError(
                 folder, "has neither config.json nor adapter_config.json", "give the folder that the trainer wrote"
             )
-        tokenizer = load_tokenizer(folder, base)
+        embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        tokenizer = load_tokenizer(folder, base, embeddings.weight.shape[0])
     files = [] if whole else weight_files(folder, "adapter_model" if kind else "model")
     of_base = weight_files(base, "model") if base is not None else []
     state_dict = optimizer.read_state(layout.optimizer) if whole is None else whole.optimizer
     notes: list[str] = []
+    if kind:
+        notes += adapter.without_effect(read_json(config), whole.weights if whole else read_tensors(files[0]))
     adam: dict[str, AdamState] = {}
     other, kind_of_optimizer = None, other_optimizers.recognise(state_dict, layout.optimizer)
     if kind_of_optimizer is None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,13 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_probe.errors import CheckpointError
+from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.checkpoint.pretrained import load_full_model
 
 PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")  # in the names of what is the adapter's in a whole model
 _HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
+_SECONDS = 4
+# As peft matches: target_modules in full, the keys of rank_pattern after a point, layers_pattern between two.
+_MATCH = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for form in ("{}", r"(.*\.)?({})$", r".*\.{}\.(\d+)\."):
+        try:
+            form = re.compile(form.replace("{}", pattern))
+        except Exception:
+            continue
+        for name in names:
+            form.fullmatch(name), form.match(name)
+"""
 
 
 def find_base_model(folder: Path, base_model: Path | None) -> Path:
@@ -26,17 +44,17 @@ def find_base_model(folder: Path, base_model: Path | None) -> Path:
     if base_model is not None:
         if not (base_model / "config.json").is_file():
             raise CheckpointError(base_model, "is not a model folder (no config.json)", _HOW_TO_NAME_A_BASE)
-        return base_model
+        return _no_adapter(base_model)
     config_path = folder / "adapter_config.json"
     named = read_json(config_path).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        raise CheckpointError(config_path, f"base_model_name_or_path is {named!r}", _HOW_TO_NAME_A_BASE)
+        raise CheckpointError(config_path, f"base_model_name_or_path is {shown(named)}", _HOW_TO_NAME_A_BASE)
     places = [Path.cwd(), folder, *folder.parents]
     for place in places:
         candidate = place / named  # an absolute `named` replaces `place`
         try:
             if (candidate / "config.json").is_file():
-                return candidate
+                return _no_adapter(candidate)
         except OSError:  # a name that no file system holds
             break
     raise CheckpointError(
@@ -44,12 +62,31 @@ def find_base_model(folder: Path, base_model: Path | None) -> Path:
     )
 
 
-def kind(folder: Path) -> str:
-    """`LoRA` or `DoRA`; any other kind of adapter raises."""
+def _no_adapter(base: Path) -> Path:
+    """transformers follows an adapter's configuration to yet another base model."""
+    if (base / "adapter_config.json").is_file():
+        raise CheckpointError(base, "is the base model, and an adapter itself", _HOW_TO_NAME_A_BASE)
+    return base
+
+
+def check_config(folder: Path) -> str:
+    """`LoRA` or `DoRA`; any other kind raises, and what makes peft import a module, or go on for hours."""
     config_path = folder / "adapter_config.json"
     config = read_json(config_path)
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(config_path, f"peft_type is {config.get('peft_type')!r}", "use a LoRA or DoRA adapter")
+        raise CheckpointError(
+            config_path, f"peft_type is {shown(config.get('peft_type'))}", "use a LoRA or DoRA adapter"
+        )
+    for key in ("megatron_config", "layer_replication"):
+        if config.get(key):
+            raise CheckpointError(config_path, f"asks for `{key}`, which is never loaded", "use an adapter without it")
+    of_loftq = config.get("loftq_config")
+    iterations = re.search(r"_niter_(\d+)", str(config.get("init_lora_weights"))[:1000])
+    rounds = of_loftq.get("loftq_iter", 1) if isinstance(of_loftq, dict) else 1
+    if (iterations and len(iterations[1]) > 3) or not isinstance(rounds, int) or rounds > 999:
+        raise CheckpointError(
+            config_path, "init_lora_weights or loftq_config ask for 1000 iterations or more", "set fewer"
+        )
     return "DoRA" if config.get("use_dora") else "LoRA"
 
 
@@ -73,11 +110,12 @@ def load_adapter(
     """
     import peft
 
-    kind(folder)
+    check_config(folder)
     where = (source or folder) if weights is not None else weight_files(folder, "adapter_model")[0]
     stored = read_tensors(where) if weights is None else weights
     require_finite(stored, where)
     base_model: Any = load_full_model(base)
+    _require_small(folder / "adapter_config.json", stored, base_model)
     try:
         if weights is None:
             model: Any = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
@@ -111,6 +149,54 @@ def _fill(
     for name, place in adapter.items():
         if place.data_ptr() not in filled:
             raise CheckpointError(where, f"{name} is not in it", "restore the adapter_config.json that belongs to it")
+
+
+def without_effect(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Why the adapter changes nothing of its base model, if it does not: a line for each reason."""
+    of_b = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
+    reasons = ["lora_alpha is 0: the adapter does nothing"] if config.get("lora_alpha") == 0 else []
+    if of_b and not any(tensor.is_meta or bool(tensor.any()) for tensor in of_b):
+        reasons.append("every lora_B is zero: the adapter does nothing")
+    return reasons
+
+
+def _require_small(path: Path, stored: dict[str, torch.Tensor], base: nn.Module) -> None:
+    """Raises for ranks beyond the file's tensors, which peft would allocate, and for patterns that match for hours."""
+    config = read_json(path)
+    largest = max((max(tensor.shape, default=1) for tensor in stored.values()), default=1)
+    patterns = config.get("rank_pattern") or {}
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    for rank in ranks:
+        if not isinstance(rank, int) or not 0 < rank <= largest:
+            raise CheckpointError(
+                path, f"has a rank of {shown(rank)}, the largest side in the file is {largest}", "restore the file"
+            )
+    names = [name for name, _ in base.named_modules()]
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = config.get(key) or []
+        given = [value] if isinstance(value, str) else value
+        # peft takes names in a list as they are, and everything else for regular expressions
+        plain = r"[\w.-]*" if isinstance(value, str) or "pattern" in key else r"[\s\S]*"
+        doubtful = [text for text in given if isinstance(text, str) and not re.fullmatch(plain, text)]
+        if doubtful and not _ends(doubtful, names):
+            raise CheckpointError(
+                path, f"`{key}` takes more than {_SECONDS} s to match", "name the modules that it stands for"
+            )
+
+
+def _ends(patterns: list[str], names: list[str]) -> bool:
+    """Whether matching ends in a few seconds; tried in another process, since nothing can interrupt it in this one."""
+    try:
+        subprocess.run(  # noqa: S603 (this Python, and data on its standard input)
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([patterns, names]).encode(),
+            timeout=_SECONDS,
+            capture_output=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _require_same(

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
+from entropy_probe.text import read_text
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -33,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -46,7 +49,11 @@ def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
     `part`: the bytes to read where they are a part of the file.
     """
     try:
-        return torch.load(path if part is None else io.BytesIO(part), map_location="cpu", weights_only=True)
+        if part is None:
+            _require_unpacked(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another pickle protocol, in a file that is refused next
+            return torch.load(path if part is None else io.BytesIO(part), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise _broken(path, error) from error
@@ -55,8 +62,21 @@ def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
             "holds more than tensors and plain values, and was not executed",
             remedy,
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged file makes the unpickler raise
         raise _broken(path, error) from error
+
+
+def _require_unpacked(path: Path) -> None:
+    """torch packs nothing: an archive whose entries are larger than it is would fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # no archive; torch will say so
+        return
+    if size > path.stat().st_size:
+        raise CheckpointError(path, f"is a packed archive of {size} bytes", "save it with torch.save")
 
 
 def _broken(path: Path, error: Exception) -> CheckpointError:
@@ -102,13 +122,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def require_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises for the first non-finite tensor."""
+    """Raises for the first tensor that is non-finite or not in memory."""
     for name, tensor in tensors.items():
+        require_dense(tensor, name, path)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 path, f"{name} holds {count} non-finite of {tensor.numel()} values", "use an earlier checkpoint"
             )
+
+
+def require_dense(tensor: Tensor, name: str, path: Path) -> None:
+    """Raises for a tensor that is no array of its own values: sparse, quantised, or one value that stands for many."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise CheckpointError(path, f"{name} is a {type(tensor).__name__}", "save dense tensors")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise CheckpointError(path, f"{name} is a {tensor.layout} tensor of {tensor.dtype}", "save dense tensors")
+    held = 0 if tensor.is_meta else tensor.untyped_storage().nbytes() // tensor.element_size()
+    if tensor.numel() > held:
+        raise CheckpointError(path, f"{name} has {tensor.numel()} values in storage for {held}", "save dense tensors")
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -143,6 +175,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             path, "is not a dict of tensors by name", "save model.state_dict(), or use save_pretrained"
         )
+    for name, tensor in tensors.items():
+        require_dense(tensor, name, path)
     return dict(tensors)
 
 

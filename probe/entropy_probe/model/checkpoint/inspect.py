@@ -34,6 +34,7 @@ from entropy_probe.model.checkpoint.files import (
 from entropy_probe.model.checkpoint.order import names_in_file
 from entropy_probe.model.checkpoint.sharded import HEADERS, READERS, Sharded
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+from entropy_probe.model.quiet import quiet_transformers
 
 _NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "random_states_*.pkl", "scheduler.pt")
 _MOST_PROBLEMS = 5
@@ -197,16 +198,12 @@ def _full_model(folder: Path, found: _Notes, whole: Sharded | None = None) -> Fo
 
 
 def _adapter(folder: Path, base: Path | None, found: _Notes, whole: Sharded | None = None) -> FoundWeights:
-    kind, files = adapter.kind(folder), [] if whole else weight_files(folder, "adapter_model")
+    kind, files = adapter.check_config(folder), [] if whole else weight_files(folder, "adapter_model")
     tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
     if whole is not None:  # the rest of the model may be there too
         tensors = {n: t for n, t in whole.weights.items() if any(part in n for part in adapter.PARTS)}
     config = read_json(folder / "adapter_config.json")
-    if config.get("lora_alpha") == 0:
-        found.warnings.append("lora_alpha is 0: the adapter does nothing")
-    of_b = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
-    if of_b and not any(tensor.is_meta or bool(tensor.any()) for tensor in of_b):
-        found.warnings.append("every lora_B is zero: the adapter does nothing")
+    found.warnings += adapter.without_effect(config, tensors)
     model_type, of_base = "unknown", None
     if base is not None:
         with found.trying():
@@ -231,15 +228,17 @@ def _adapter(folder: Path, base: Path | None, found: _Notes, whole: Sharded | No
 def _stored_model(folder: Path, found: _Notes, whole: Sharded | None = None) -> tuple[str, Shapes, str]:
     """The model's type, the shapes of its parameters in the files, their dtype. A tied head is not among them."""
     model_type, files = pretrained.check_config(folder), [] if whole else weight_files(folder, "model")
+    stored = {name: entry for path in files for name, entry in stored_shapes(path).items()}
+    if whole is not None:
+        stored = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in whole.weights.items()}
+    pretrained.check_layers(folder, len(stored))
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         raise CheckpointError(
             folder, f"transformers cannot load it ({reason(error)})", "restore config.json"
         ) from error
-    stored = {name: entry for path in files for name, entry in stored_shapes(path).items()}
-    if whole is not None:
-        stored = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in whole.weights.items()}
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     if tied:
         found.warnings.append("tied head: lm_head is the embedding, and has no moments of its own")

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import load_json, load_pickle
+from entropy_probe.errors import CheckpointError, shown
+from entropy_probe.model.checkpoint.files import load_json, load_pickle, require_dense
 from entropy_probe.model.checkpoint.order import names_of
 
 _NOT_ADAM = {"momentum_decay": "NAdam", "momentum": "SGD or RMSprop", "lr_decay": "Adagrad", "rho": "Adadelta"}
@@ -192,22 +192,22 @@ def adam_state(
         raise CheckpointError(path, f"{name} has no state", f"save it after a step of every parameter, or {_IDENTITY}")
     for moment in ("exp_avg", "exp_avg_sq"):
         if not isinstance(entry.get(moment), Tensor):
+            present = ", ".join(sorted(key if isinstance(key, str) else shown(key) for key in entry))
             raise CheckpointError(
                 path,
-                f"{name} has no `{moment}`, only {', '.join(sorted(map(str, entry)))}",
+                f"{name} has no `{moment}`, only {present}",
                 f"{_USE_ADAM}, or {_IDENTITY}",
             )
-    if group.get("amsgrad") and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
+    if _flag(group, "amsgrad", path) and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
         raise CheckpointError(path, f"{name} has no `max_exp_avg_sq` under amsgrad", "save the optimizer again")
     moments: dict[str, Tensor] = {}
     for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         tensor = entry.get(moment)
         if tensor is None:
             continue
-        if tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.is_meta:
-            raise CheckpointError(
-                path, f"{name}: `{moment}` is a {tensor.layout} tensor of {tensor.dtype}", "save dense floating moments"
-            )
+        require_dense(tensor, f"{name}: `{moment}`", path)
+        if not tensor.is_floating_point():
+            raise CheckpointError(path, f"{name}: `{moment}` is a tensor of {tensor.dtype}", "save floating moments")
         if tensor.shape != shape:
             raise CheckpointError(
                 path,
@@ -225,7 +225,7 @@ def adam_state(
         raise CheckpointError(path, f"{name}: `step` is {step:g}", "save it after at least one step")
     betas = group.get("betas")
     if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise CheckpointError(path, f"`betas` is {betas!r}", _USE_ADAM)
+        raise CheckpointError(path, f"`betas` is {shown(betas)}", _USE_ADAM)
     beta1, beta2 = (number(beta, "`betas`", path) for beta in betas)
     eps, lr = number(group.get("eps"), "`eps`", path), number(group.get("lr"), "`lr`", path)
     for what, value, valid in (
@@ -247,10 +247,17 @@ def adam_state(
         weight_decay=number(group.get("weight_decay", 0.0), "`weight_decay`", path),
         initial_lr=None if initial_lr is None else number(initial_lr, "`initial_lr`", path),
         # torch's Adam and AdamW share a class since 2.8 and say which they are; older files come from AdamW.
-        decoupled=bool(group.get("decoupled_weight_decay", True)),
-        amsgrad=bool(group.get("amsgrad", False)),
-        maximize=bool(group.get("maximize", False)),
+        decoupled=_flag(group, "decoupled_weight_decay", path, absent=True),
+        amsgrad=_flag(group, "amsgrad", path),
+        maximize=_flag(group, "maximize", path),
     )
+
+
+def _flag(group: dict[str, Any], key: str, path: Path, *, absent: bool = False) -> bool:
+    value = group.get(key, absent)
+    if not isinstance(value, int | None):
+        raise CheckpointError(path, f"`{key}` is {shown(value)}, expected true or false", "save optimizer.state_dict()")
+    return bool(value)
 
 
 def number(value: Any, what: str, path: Path) -> float:
@@ -258,5 +265,5 @@ def number(value: Any, what: str, path: Path) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(path, f"{what} is {value!r}"[:120] + ", expected a number", "save optimizer.state_dict()")
+        raise CheckpointError(path, f"{what} is {shown(value)}, expected a number", "save optimizer.state_dict()")
     return float(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +11,65 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from entropy_probe.errors import CheckpointError
+from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.quiet import quiet_transformers
 
+_ATTENTION = (None, "eager", "sdpa")
+_ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
+_RESTORE = "restore the weights that belong to config.json"
+_RESTORE_BOTH = "restore config.json and weights"
+_SLACK = 1 << 26
+"""Values that a model may have beyond twice those in its files: buffers, such as a mask of all positions."""
+
 
 def check_config(folder: Path) -> str:
-    """The `model_type` of config.json. Remote code, quantised weights and unknown types raise."""
+    """The `model_type` of config.json. Remote code, other files, quantised weights and unknown types raise."""
     config = read_json(folder / "config.json")
-    if "auto_map" in config:
-        raise CheckpointError(
-            folder / "config.json",
-            "asks for remote code (`auto_map`), which is never run",
-            "use a model type of transformers",
-        )
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")  # transformers would pass over a broken one, and its EOS
+    for key, value in _entries(config):
+        if key == "auto_map":
+            raise CheckpointError(
+                folder / "config.json",
+                "asks for remote code (`auto_map`), which is never run",
+                "use a model type of transformers",
+            )
+        if key == "transformers_weights" or (_ELSEWHERE.fullmatch(key) and value not in _ATTENTION):
+            raise CheckpointError(
+                folder / "config.json", f"asks for `{key}`: {shown(value)}, which is never loaded", "remove the key"
+            )
     if "quantization_config" in config:
         raise CheckpointError(folder / "config.json", "is quantised", "give the weights in floating point")
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in known:
         raise CheckpointError(
             folder / "config.json",
-            f"model_type is {config.get('model_type')!r}, unknown to transformers {transformers.__version__}",
+            f"model_type is {shown(config.get('model_type'))}, unknown to transformers {transformers.__version__}",
             "install a version that knows it",
         )
     return config["model_type"]
+
+
+def check_layers(folder: Path, most: int) -> None:
+    """Raises for more layers than `most`, such as the files have tensors: transformers would list and build them."""
+    path = folder / "config.json"
+    for key, value in _entries(read_json(path)):
+        if _LAYERS.fullmatch(key) and isinstance(value, int) and value > most:
+            raise CheckpointError(path, f"{key} is {shown(value)}, expected {most} at most", _RESTORE_BOTH)
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and its value, at any depth."""
+    rest = [config]
+    while rest:
+        inner = rest.pop()
+        if isinstance(inner, dict):
+            yield from inner.items()
+            rest.extend(inner.values())
+        elif isinstance(inner, list):
+            rest.extend(inner)
 
 
 def load_full_model(folder: Path, weights: dict[str, Tensor] | None = None, source: Path | None = None) -> nn.Module:
@@ -43,42 +80,82 @@ def load_full_model(folder: Path, weights: dict[str, Tensor] | None = None, sour
     check_config(folder)
     files = [] if weights is not None else weight_files(folder, "model")
     stored: dict[str, Path] = {}
+    shapes: dict[str, torch.Size] = {}
     dtypes: set[torch.dtype] = {torch.float32}
     for path in files:
         tensors = read_tensors(path)
         stored |= dict.fromkeys(tensors, path)
+        shapes |= {name: tensor.shape for name, tensor in tensors.items()}
         dtypes |= {tensor.dtype for tensor in tensors.values()}
     if weights is not None:
         require_finite(weights, source or folder)
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
         dtypes |= {tensor.dtype for tensor in weights.values()}
+    check_layers(folder, len(shapes))
+    where = files[0] if len(files) == 1 else source or folder
+    offline: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {"output_loading_info": True}
     options["dtype"] = torch.float64 if torch.float64 in dtypes else torch.float32
+    empty: Any = None
     try:
         with quiet_transformers():
-            auto, offline = transformers.AutoModelForCausalLM, {"local_files_only": True, "trust_remote_code": False}
+            auto: Any = transformers.AutoModelForCausalLM
+            config = transformers.AutoConfig.from_pretrained(folder, **offline)
+            with torch.device("meta"):
+                empty = auto.from_config(config)
+            _require_enough(empty, shapes, folder)
             if weights is None:
                 safe = files[0].suffix == ".safetensors"
-                loaded: Any = auto.from_pretrained(folder, use_safetensors=safe, **offline, **options)
+                model, info = auto.from_pretrained(folder, use_safetensors=safe, **offline, **options)
             else:
-                config = transformers.AutoConfig.from_pretrained(folder, **offline)
-                architecture: Any = auto._model_mapping[type(config)]
-                loaded = architecture.from_pretrained(None, config=config, state_dict=weights, **options)
+                model, info = type(empty).from_pretrained(None, config=config, state_dict=weights, **options)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged configuration makes transformers raise
-        raise CheckpointError(
-            folder, f"transformers cannot load it ({reason(error)})", "restore config.json and weights"
-        ) from error
-    model, info = loaded
-    _refuse_gaps(info, files[0] if len(files) == 1 else source or folder, stored)
+        for name, parameter in {} if empty is None else empty.named_parameters():
+            if name in shapes and parameter.shape != shapes[name]:
+                raise CheckpointError(
+                    stored.get(name, where),
+                    f"{name} has shape {tuple(shapes[name])}, config.json asks for {tuple(parameter.shape)}",
+                    _RESTORE,
+                ) from error
+        raise CheckpointError(folder, f"transformers cannot load it ({reason(error)})", _RESTORE_BOTH) from error
+    scalars = {name for name, shape in shapes.items() if not shape}  # buffers of old versions, such as GPT-2's
+    _refuse_gaps({**info, "unexpected_keys": set(info.get("unexpected_keys") or ()) - scalars}, where, stored)
+    _require_tied(empty, model, where)
     return model.eval()
 
 
+def _require_enough(empty: nn.Module, shapes: dict[str, torch.Size], folder: Path) -> None:
+    """Raises for a model without values that is far larger than its files: the rest would be made up, in memory."""
+    values = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    held = sum(shape.numel() for shape in shapes.values())
+    if values > 2 * held + _SLACK:
+        raise CheckpointError(
+            folder / "config.json", f"asks for {values} values, and the files hold {held}", _RESTORE_BOTH
+        )
+
+
 def _refuse_gaps(info: dict[str, Any], where: Path, stored: dict[str, Path]) -> None:
-    """transformers initialises what it misses at random and goes on: refuse instead."""
-    for kind, problem in (("missing_keys", "is not in the file"), ("mismatched_keys", "has another shape in the file")):
+    """transformers initialises what it misses at random, passes over what it cannot place, and goes on: refuse."""
+    for kind, problem in (
+        ("missing_keys", "is not in the file"),
+        ("mismatched_keys", "has another shape in the file"),
+        ("unexpected_keys", "has no place in the model"),
+    ):
         for key in sorted(info.get(kind) or [], key=str):
             name = key[0] if isinstance(key, tuple) else key
-            raise CheckpointError(
-                stored.get(name, where), f"{name} {problem}", "restore the weights that belong to config.json"
-            )
+            raise CheckpointError(stored.get(name, where), f"{name} {problem}", _RESTORE)
     if info.get("error_msgs"):
-        raise CheckpointError(where, str(info["error_msgs"][0])[:160], "restore the weights that belong to config.json")
+        raise CheckpointError(where, str(info["error_msgs"][0])[:160], _RESTORE)
+
+
+def _require_tied(empty: nn.Module, model: nn.Module, where: Path) -> None:
+    """transformers unties what differs in the file, whatever config.json says."""
+    for name, to in getattr(empty, "all_tied_weights_keys", {}).items():
+        if name not in model.all_tied_weights_keys:  # pyright: ignore[reportOperatorIssue]
+            raise CheckpointError(
+                where,
+                f"config.json ties {name} to {to}, and the file holds different values of both",
+                "set `tie_word_embeddings` as it was in training",
+            )

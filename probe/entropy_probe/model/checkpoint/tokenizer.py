@@ -8,29 +8,49 @@ from typing import Any
 import transformers
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import reason
+from entropy_probe.model.checkpoint.files import read_json, reason
+from entropy_probe.model.checkpoint.pretrained import check_layers
+from entropy_probe.model.quiet import quiet_transformers
 
+_MOST_LAYERS = 10_000
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def load_tokenizer(folder: Path, base: Path | None) -> Any | None:
+def load_tokenizer(folder: Path, base: Path | None, num_embeddings: int | None = None) -> Any | None:
     """The tokenizer of `folder`, else of the `base` model, or `None` where neither has one.
 
-    One that came back empty (it encodes to nothing) raises, as does one that cannot be loaded.
+    One that cannot be loaded raises, as does one that is code, that came back empty (it encodes to nothing), or that
+    has tokens beyond the `num_embeddings` of the model.
     """
     folder = next((place for place in (folder, base) if place is not None and _has_tokenizer(place)), folder)
     if not _has_tokenizer(folder):
         return None
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+    if (folder / "config.json").is_file():  # transformers reads it too
+        check_layers(folder, _MOST_LAYERS)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_json(settings):
+        raise CheckpointError(
+            settings, "asks for remote code (`auto_map`), which is never run", "save a tokenizer of transformers"
         )
+    try:
+        with quiet_transformers():
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            tokens = tokenizer("a 1", add_special_tokens=False).input_ids
+        size, largest = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
     except Exception as error:  # the tokenizers library raises bare `Exception`
         raise CheckpointError(
             folder, f"its tokenizer cannot be loaded ({reason(error)})", "restore tokenizer.json"
         ) from error
-    if len(tokenizer) < 2 or not tokenizer("a 1", add_special_tokens=False).input_ids:
-        raise CheckpointError(folder, f"its tokenizer is empty ({len(tokenizer)} tokens)", "restore tokenizer.json")
+    if size < 2 or not tokens:
+        raise CheckpointError(folder, f"its tokenizer is empty ({size} tokens)", "restore tokenizer.json")
+    if num_embeddings is not None and largest >= num_embeddings:
+        raise CheckpointError(
+            folder,
+            f"its tokenizer has a token {largest}, the embedding {num_embeddings} rows",
+            "restore the tokenizer that belongs to the model",
+        )
     return tokenizer
 
 

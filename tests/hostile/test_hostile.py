@@ -1,0 +1,242 @@
+"""Every hostile checkpoint through all three doors: `load_checkpoint`, the command line, and the plugin.
+
+Each ends in its one line with the right exit code in under ten seconds, or loads; nothing of it is executed, nothing
+is written into it, and it has no traceback to show.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from entropy_probe import load_checkpoint
+from entropy_probe.__main__ import EXIT_FAILED, EXIT_USAGE, main
+from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
+from hostile.catalogue import CHECKPOINTS
+from hostile.damage import MARKER, write_good
+
+MOST_SECONDS = 10.0
+OTHERS = ("anyio", "benchmark", "hypothesispytest", "jaxtyping")
+# Seen in the loaded model only: values and names of the weights, and where the adapter goes.
+UNSEEN = {
+    "weights-inf",
+    "weights-one-more",
+    "weights-another-head",
+    "config-of-no-language-model",
+    "config-huge-vocabulary",
+    "config-huge-width",
+    "config-infinite-width",
+    "config-negative-width",
+    "tokenizer-larger-than-the-embedding",
+    "adapter-base-wrong",
+    "adapter-another-rank",
+    "adapter-huge-rank",
+    "adapter-rank-garbage",
+    "adapter-huge-rank-pattern",
+    "adapter-targets-garbage",
+    "adapter-targets-endless",
+    "adapter-rank-pattern-endless",
+    "adapter-init-eva",
+}
+DAMAGED = [name for name, case in CHECKPOINTS.items() if case.line is not None]
+HERE = Path(__file__)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """An adapter and a full model, whole, each with its base."""
+    root = tmp_path_factory.mktemp("good")
+    return {full: write_good(root / str(full), full=full).parent for full in (False, True)}
+
+
+def damaged(good: dict[bool, Path], name: str, place: Path) -> Path:
+    """The checkpoint of that name, in `place`."""
+    folder = Path(shutil.copytree(good[CHECKPOINTS[name].full], place / name)) / "checkpoint-100"
+    CHECKPOINTS[name].do(folder)
+    return folder
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Names below the folder with size and time, links not followed."""
+    paths = list(folder.rglob("*")) if folder.is_dir() else []
+    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in (*paths, folder)}
+
+
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+def test_it_loads_or_ends_in_one_line(
+    good: dict[bool, Path], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, folder = CHECKPOINTS[name], damaged(good, name, tmp_path)
+    before = state_of(tmp_path)
+    capsys.readouterr()  # of making it
+    start = time.perf_counter()
+    if case.line is None:
+        assert re.search(case.says, " ".join(load_checkpoint(folder).info.warnings) or "steps differ: 7 to 100")
+        assert re.search(case.says, " ".join(inspect_checkpoint(folder).warnings))
+    else:
+        code = main(["run", str(folder)])
+        assert code == (EXIT_FAILED if folder.is_dir() else EXIT_USAGE)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(r"^entropy-probe: [^;]+: .*; .+$", line)
+        assert re.search(case.line, line)
+    assert time.perf_counter() - start < MOST_SECONDS
+    start = time.perf_counter()
+    code = main(["inspect", str(folder)])
+    assert time.perf_counter() - start < MOST_SECONDS
+    assert code == (EXIT_USAGE if not folder.is_dir() else int(case.line is not None and name not in UNSEEN))
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == int(code == EXIT_USAGE)
+    assert [line for line in captured.out.splitlines() if line.startswith("problem: ")] or code != EXIT_FAILED
+    assert not list(tmp_path.rglob(MARKER))
+    assert state_of(tmp_path) == before
+
+
+def session(cwd: Path, *args: str) -> tuple[int, str]:
+    """pytest with our plugin and xdist only, in a process of its own: exit code and all that it wrote."""
+    command = [sys.executable, "-m", "pytest", *(f"-pno:{name}" for name in OTHERS), *args]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, check=False, timeout=500)
+    return done.returncode, (done.stdout + done.stderr).decode(errors="backslashreplace")
+
+
+ONE_OF_A_KIND = (
+    "weights-header-lies",
+    "weights-nan",
+    "config-deep",
+    "config-huge-layers",
+    "config-remote-code",
+    "tokenizer-garbage",
+    "optimizer-plain-payload",
+    "optimizer-laughs",
+    "optimizer-pipe",
+    "adapter-base-hub",
+    "adapter-megatron",
+    "nothing",
+)
+
+
+@pytest.mark.parametrize(("names", "workers"), [(ONE_OF_A_KIND[::3], ()), (DAMAGED, ("-n2",))], ids=["alone", "-n 2"])
+def test_in_a_session_each_fails_one_check(
+    good: dict[bool, Path], names: list[str], workers: tuple[str, ...], tmp_path: Path
+) -> None:
+    names = [name for name in names if damaged(good, name, tmp_path).is_dir()]
+    options = [f"--probe-checkpoint={name}={tmp_path / name / 'checkpoint-100'}" for name in names]
+    (tmp_path / "cwd").mkdir()
+    # All of the acceptance in one process; of so many checkpoints in two, fewer of the checks that are skipped.
+    which = "acceptance" if not workers else "acceptance and not (invariance or ustatistic or importance or prediction)"
+    code, output = session(
+        tmp_path / "cwd", *options, "-m", which, "--probe-budget=smoke", "-rfs", "-q", "--durations=5", *workers
+    )
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "Traceback" not in output
+    assert "INTERNALERROR" not in output
+    line_of_pytest = r"^FAILED probe-checks/test_checkpoint.py::test_loads\[(.+?)\] - Failed: (.*)$"
+    failed = dict(re.findall(line_of_pytest, output, re.M))
+    assert set(failed) == set(names)
+    assert len(re.findall(r"^FAILED ", output, re.M)) == len(names)
+    for name, line in failed.items():
+        assert re.search(CHECKPOINTS[name].line or "", line), name
+    assert set(re.findall(r"^SKIPPED .*?: (.*)$", output, re.M)) == {"checkpoint not loaded"}
+    assert all(float(seconds) < MOST_SECONDS for seconds in re.findall(r"^([\d.]+)s (?:call|setup)", output, re.M))
+    assert not re.search(r"^(ERROR|.*\d+ (passed|error))", output, re.M)
+    assert not list(tmp_path.rglob(MARKER))
+
+
+def test_the_session_says_that_an_adapter_does_nothing(good: dict[bool, Path], tmp_path: Path) -> None:
+    folder = damaged(good, "adapter-b-0", tmp_path)
+    _, output = session(tmp_path, f"--probe-checkpoint={folder}", "probe-checks/test_checkpoint.py::test_loads")
+    assert "every lora_B is zero: the adapter does nothing" in output
+
+
+ODD_NAMES = ("a [1]", "b::c", "d e", "[x]", "f*g", "h;i", "é")
+
+
+def test_odd_names(good: dict[bool, Path], tmp_path: Path) -> None:
+    """Folders as a shell and a glob hand them over; the last one is not UTF-8, which safetensors cannot open."""
+    for name in ODD_NAMES:
+        shutil.copytree(good[False], tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "checkpoint-100" / "optimizer.pt").write_bytes(b"")
+    os.rename(tmp_path / "runs" / "é" / "checkpoint-100", os.fsencode(tmp_path / "runs" / "é") + b"/checkpoint-\xff")
+    named = [f"--probe-checkpoint={tmp_path / 'runs' / name / 'checkpoint-100'}" for name in ODD_NAMES[:-1]]
+    for given, *workers in ((named,), ([f"--probe-checkpoint={tmp_path}/runs/*/checkpoint-*"], "-n2")):
+        code, output = session(tmp_path, *given, "-m", "acceptance", "-q", "-rf", *workers)
+        assert code == pytest.ExitCode.TESTS_FAILED, output
+        assert len(re.findall(r"^FAILED .*test_loads\[", output, re.M)) == len(named) + bool(workers), output
+        assert output.count("optimizer.pt: cannot be read") >= len(named), output
+        assert not re.search("Traceback|INTERNALERROR", output)
+
+
+AS_A_USER = """
+import os, sys
+from entropy_probe.__main__ import main
+import peft, transformers, entropy_probe.run, entropy_probe.model.checkpoint.inspect
+os.setgroups([]) if os.getuid() == 0 else None
+os.setegid(65534) if os.getuid() == 0 else None
+os.seteuid(65534) if os.getuid() == 0 else None
+codes = [main([command, path]) for path in sys.argv[1:] for command in ("run", "inspect")]
+print("codes", *codes)
+"""
+UNREADABLE = (
+    "optimizer.pt",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "tokenizer.json",
+    ".",
+    "../base",
+    "..",
+)
+
+
+def test_what_may_not_be_read(good: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As a user without rights; root is told apart by its effective id."""
+    root = tmp_path_factory.mktemp("unreadable")
+    for parent in (root, *root.parents):
+        if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/pytest-of"):  # noqa: S108
+            parent.chmod(0o755)
+    folders = []
+    for i, name in enumerate(UNREADABLE):
+        folder = Path(shutil.copytree(good[False], root / str(i))) / "checkpoint-100"
+        folders.append(folder)
+        (folder / name).chmod(0)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", AS_A_USER, *map(str, folders)], capture_output=True, text=True, check=False
+        )
+    finally:
+        for folder, name in zip(folders, UNREADABLE, strict=True):
+            Path(os.path.normpath(folder / name)).chmod(0o755)
+    assert "Traceback" not in done.stderr
+    (codes,) = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("codes")]
+    assert codes == ["1"] * 12 + ["4"] * 2, done.stderr + done.stdout
+    assert all(re.search(r"^entropy-probe: [^;]+: .*; .+$", line) for line in done.stderr.splitlines())
+    assert len(done.stderr.splitlines()) == len(UNREADABLE) + 1  # inspect writes its problems to standard output
+
+
+MISSING = ("nowhere", "file", "loop", "x" * 300, "~nobody-there/x")
+
+
+@pytest.mark.parametrize("command", ["run", "inspect"])
+@pytest.mark.parametrize("name", MISSING)
+def test_no_folder_is_exit_code_4(
+    tmp_path: Path, command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    assert main([command, name]) == EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("; give a checkpoint folder")
+
+
+def test_the_process_itself(tmp_path: Path) -> None:
+    """Nothing is written on the way out either."""
+    done = subprocess.run(
+        [sys.executable, "-m", "entropy_probe", "run", "nowhere"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (EXIT_USAGE, b"", 1)
