@@ -188,6 +188,11 @@ class Subject:
             not_kept = self._kept.write(report)
             self.note = self.note or not_kept
 
+    def said(self) -> str:
+        """What the end of the run says of the checkpoint beside its verdicts; empty where there is nothing to say."""
+        warned = [f"warning: {warning}" for warning in self.report.checkpoint.warnings] if self.report else []
+        return "; ".join(filter(None, [self.note, *warned]))
+
     def judged_report(self) -> ProbeReport | None:
         """The report with the verdicts that were reached in this process."""
         return self.report and self.report.model_copy(update={"verdicts": list(self.verdicts.values())})

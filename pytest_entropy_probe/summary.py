@@ -105,8 +105,7 @@ class Summary:
         subjects = self._config.stash.get(SUBJECTS, {})
         judged = {subject.name: report for subject in subjects.values() if (report := subject.judged_report())}
         reports = {name: report.model_dump_json() for name, report in judged.items()}
-        said = {s.name: [*(s.report.checkpoint.warnings if s.report else ()), s.note] for s in subjects.values()}
-        notes = {name: "; ".join(filter(None, lines)) for name, lines in said.items() if any(lines)}
+        notes = {subject.name: said for subject in subjects.values() if (said := subject.said())}
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is not None:
             output[HANDED_OVER], output[NOTES] = reports, notes

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if report.no_second_moment is not None:
         print(f"entropy-probe: nothing about the next step: {report.no_second_moment}", file=sys.stderr)
     for warning in report.checkpoint.warnings:
-        print(f"entropy-probe: {warning}", file=sys.stderr)
+        print(f"entropy-probe: warning: {warning}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:

@@ -1,7 +1,10 @@
-"""Where the files of a checkpoint are: names of files and folders are looked at, of `.metadata` also two words in it.
+"""Where the files of a checkpoint are, by names of files and folders; only `latest` and `.metadata` are looked into.
 
 A checkpoint is a folder with an optimizer's file. Configuration, weights and tokenizer lie beside it (Trainer, TRL,
 `save_pretrained`) or in its `model/` (`training_state/step_N/`). A run folder stands for its newest checkpoint.
+
+verl: `global_step_N/actor/` with a file a rank, the configuration in its `huggingface/`. DeepSpeed: `latest` names the
+folder of the ranks' files; the configuration lies beside `latest`, or one folder up or down.
 """
 
 from __future__ import annotations
@@ -14,8 +17,14 @@ from entropy_probe.errors import CheckpointError, printable
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "training_state.pt")
 FSDP, DCP, TORCHTITAN = "accelerate", "torch.distributed.checkpoint", "torchtitan"
-_NUMBERED = re.compile(r"(?:checkpoint|step)[-_](\d+)", re.ASCII)
+VERL, ZERO, UNIVERSAL = "verl FSDP", "DeepSpeed ZeRO", "DeepSpeed universal"
+_NUMBERED = re.compile(r"(?:(?:checkpoint|step)[-_]|global_step_?)(\d+)", re.ASCII)
 _RUNS = (".", "training_state", "checkpoint", "checkpoints")
+_OF_RANKS = {  # one of the optimizer's files, below the checkpoint's or DeepSpeed's own folder → format
+    "optim_world_size_*_rank_*.pt": VERL,
+    "*_optim_states.pt": ZERO,
+    "zero/optimizer_state.pt": UNIVERSAL,
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ def find_layout(path: str | Path) -> Layout:
         if printable(folder) != str(folder):
             raise CheckpointError(folder, "its name is not UTF-8, which safetensors cannot open", "rename the folder")
         chosen, note = _chosen(folder)
+        if (of_rank := _of_rank(chosen)) is not None:
+            return Layout(chosen, _beside(chosen, of_rank[0]), of_rank[1], note)
         inner = chosen / "model"
         if _has_config(inner) and not _has_config(chosen):
             return Layout(chosen, inner, "training_state/step_N", note)
@@ -102,20 +113,33 @@ def _mentions(metadata: Path, word: bytes) -> bool:
 
 
 def _chosen(folder: Path) -> tuple[Path, str]:
-    if _optimizer_file(folder) is not None:
-        return folder, ""
+    if (own := _with_optimizer(folder)) is not None:
+        return own, ""
+    tag = _tagged(folder)
+    if (folder / "latest").is_file() and (tag is None or _with_optimizer(tag) is None):
+        named = printable(_latest(folder))[:60]
+        raise CheckpointError(
+            folder / "latest", f"names {named!r}, which holds no *_optim_states.pt", "give the folder that holds them"
+        )
     for run in (folder / name for name in _RUNS):
         children = run.iterdir() if run.is_dir() else ()
         numbered = {c: int(m[1]) for c in children if (m := _NUMBERED.fullmatch(c.name)) and c.is_dir()}
-        whole = [child for child in numbered if _optimizer_file(child) is not None]
+        whole = {child: own for child in numbered if (own := _with_optimizer(child)) is not None}
         if whole:
             newest = max(whole, key=numbered.__getitem__)
             passed_over = sum(number > numbered[newest] for number in numbered.values())
             without = f"; {passed_over} newer without optimizer state" if passed_over else ""
-            return newest, f"{newest.name} is the newest of {len(numbered)} checkpoints in {printable(run)}{without}"
+            note = f"{newest.name} is the newest of {len(numbered)} checkpoints in {printable(run)}{without}"
+            return whole[newest], note
         if numbered:
             raise _no_optimizer(run, f"none of its {len(numbered)} checkpoints has an optimizer state")
     return folder, ""
+
+
+def _with_optimizer(folder: Path) -> Path | None:
+    """The folder itself, or its part for the policy in verl (`actor`) and OpenRLHF (`_actor`)."""
+    places = (folder, folder / "actor", folder / "_actor")
+    return next((place for place in places if _optimizer_file(place) is not None), None)
 
 
 def _optimizer_file(folder: Path) -> Path | None:
@@ -126,7 +150,43 @@ def _optimizer_file(folder: Path) -> Path | None:
     if (folder / "optimizer_0" / ".metadata").is_file():
         return folder / "optimizer_0"
     whole = folder / ".metadata"  # torchtitan's last step may hold the model alone
-    return folder if whole.is_file() and _mentions(whole, b"optim") else None
+    if whole.is_file() and _mentions(whole, b"optim"):
+        return folder
+    of_rank = _of_rank(folder)
+    return None if of_rank is None else of_rank[0]
+
+
+def _of_rank(folder: Path) -> tuple[Path, str] | None:
+    """The first of the optimizer's files with one a rank, and the format; none beside an optimizer's own file."""
+    if any((folder / name).is_file() for name in OPTIMIZER_FILES):
+        return None
+    tag = _tagged(folder)
+    for place in (folder, tag) if tag is not None else (folder,):
+        for pattern, form in _OF_RANKS.items():
+            if found := sorted(place.glob(pattern)):
+                return found[0], form
+    return None
+
+
+def _tagged(folder: Path) -> Path | None:
+    """The folder beside `latest` that it names, if it is one."""
+    name = _latest(folder)
+    beside = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return folder / name if beside and (folder / name).is_dir() else None
+
+
+def _latest(folder: Path) -> str:
+    """The name that DeepSpeed's `latest` holds, empty without one."""
+    if not (folder / "latest").is_file():
+        return ""
+    with (folder / "latest").open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(300).strip()
+
+
+def _beside(folder: Path, piece: Path) -> Path:
+    """Where the configuration of a checkpoint with a file for each rank is."""
+    places = (folder / "huggingface", folder, piece.parent, piece.parent.parent, folder.parent)
+    return next((place for place in places if _has_config(place)), folder)
 
 
 def _no_optimizer(folder: Path, problem: str) -> CheckpointError:

@@ -7,7 +7,7 @@ order       which parameter each of its tensors belongs to: by name, by known `g
             several of these fit
 sharded     formats whose weights and moments lie in pieces, a file each:
   dcp         folders of torch.distributed.checkpoint (dcp_metadata: their .metadata);   fsdp  accelerate's
-  torchtitan  step-N/
+  torchtitan  step-N/;   verl  a file for each rank;   deepspeed, deepspeed_universal  ZeRO's
 inspect     what a folder holds, without loading it
 """
 
@@ -23,8 +23,19 @@ import torch
 from torch import nn
 
 from entropy_probe.errors import CheckpointError, ConfigError
-from entropy_probe.layout import DCP, FSDP, TORCHTITAN, configured, find_layout
-from entropy_probe.model.checkpoint import adapter, dcp, fsdp, optimizer, other_optimizers, pretrained, torchtitan
+from entropy_probe.layout import DCP, FSDP, TORCHTITAN, UNIVERSAL, VERL, ZERO, configured, find_layout
+from entropy_probe.model.checkpoint import (
+    adapter,
+    dcp,
+    deepspeed,
+    deepspeed_universal,
+    fsdp,
+    optimizer,
+    other_optimizers,
+    pretrained,
+    torchtitan,
+    verl,
+)
 from entropy_probe.model.checkpoint.files import (
     fingerprint,
     global_step,
@@ -41,7 +52,7 @@ from entropy_probe.model.checkpoint.sharded import HEADERS, READERS
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
 
 _BY_PIECES = {FSDP: fsdp.read, DCP: dcp.read, TORCHTITAN: torchtitan.read}
-READERS.update(_BY_PIECES)
+READERS.update({**_BY_PIECES, VERL: verl.read, ZERO: deepspeed.read, UNIVERSAL: deepspeed_universal.read})
 HEADERS.update({name: partial(read, values=False) for name, read in _BY_PIECES.items()})
 
 __all__ = ["AdamState", "Checkpoint", "CheckpointInfo", "OtherOptimizer", "load_checkpoint"]
@@ -125,10 +136,15 @@ def _load(
         warnings.simplefilter("ignore")  # loading notes of transformers and peft; what matters is checked and raised
         if layout.is_adapter:
             base = adapter.find_base_model(folder, base)
-            model = adapter.load_adapter(folder, base, whole and whole.weights, layout.folder)
-            config, kind = folder / "adapter_config.json", adapter.check_config(folder)
+            model = adapter.load_adapter(folder, base, whole, layout.folder)
+            config = settings = folder / "adapter_config.json"
+            kind = adapter.check_config(folder)
+        elif whole is not None and whole.lora is not None:
+            model = adapter.wrap(folder, whole.weights, whole.lora, layout.folder, base)
+            config, settings, kind = folder / "config.json", whole.lora, adapter.kind_of(model)
         elif (folder / "config.json").is_file():
-            config, kind, base = folder / "config.json", None, None
+            config = settings = folder / "config.json"
+            kind, base = None, None
             model = pretrained.load_full_model(folder, whole and whole.weights, layout.folder)
         else:
             raise CheckpointError(
@@ -141,7 +157,7 @@ def _load(
     state_dict = optimizer.read_state(layout.optimizer) if whole is None else whole.optimizer
     notes: list[str] = []
     if kind:
-        notes += adapter.without_effect(read_json(config), whole.weights if whole else read_tensors(files[0]))
+        notes += adapter.without_effect(read_json(settings), whole.weights if whole else read_tensors(files[0]))
     adam: dict[str, AdamState] = {}
     other, kind_of_optimizer = None, other_optimizers.recognise(state_dict, layout.optimizer)
     if kind_of_optimizer is None:

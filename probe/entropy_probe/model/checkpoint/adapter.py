@@ -17,8 +17,11 @@ from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.checkpoint.pretrained import load_full_model
+from entropy_probe.model.checkpoint.sharded import Sharded, require_rounded
 
 PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")  # in the names of what is the adapter's in a whole model
+_PEFT = "base_model.model."
+_SAVED_TOGETHER = "use files that were saved together"
 _HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
 _SECONDS = 4
 # As peft matches: target_modules in full, the keys of rank_pattern after a point, layers_pattern between two.
@@ -100,24 +103,24 @@ def require_configuration(layout: Layout, weights: Iterable[str]) -> None:
         )
 
 
-def load_adapter(
-    folder: Path, base: Path, weights: dict[str, torch.Tensor] | None = None, source: Path | None = None
-) -> nn.Module:
+def load_adapter(folder: Path, base: Path, whole: Sharded | None = None, source: Path | None = None) -> nn.Module:
     """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode.
 
-    `weights` were read from `source` already, by the names of the adapter's file or of the model, whose other tensors
-    may be among them; else the adapter is in the folder's own file.
+    The adapter is in the folder's own file. What is in `whole`, which was read from `source`, takes its place, by the
+    names of the adapter's file or of the model, whose other tensors may be among them; the file's values are checked
+    where they are the same, rounded.
     """
     import peft
 
     check_config(folder)
-    where = (source or folder) if weights is not None else weight_files(folder, "adapter_model")[0]
-    stored = read_tensors(where) if weights is None else weights
+    from_file = whole is None or whole.rounded_beside
+    where = weight_files(folder, "adapter_model")[0] if from_file else (source or folder)
+    stored = read_tensors(where) if whole is None or from_file else whole.weights
     require_finite(stored, where)
     base_model: Any = load_full_model(base)
     _require_small(folder / "adapter_config.json", stored, base_model)
     try:
-        if weights is None:
+        if from_file:
             model: Any = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
         else:
             config = peft.PeftConfig.from_pretrained(str(folder))
@@ -130,8 +133,62 @@ def load_adapter(
     # modules_to_save stay in the dtype of the base's file otherwise
     model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    (_require_same if weights is None else _fill)(stored, adapter, model.state_dict(), where)
+    (_require_same if from_file else _fill)(stored, adapter, model.state_dict(), where)
+    if whole is not None and from_file:
+        _take(whole.weights, model, where)
+        require_rounded(stored, peft.get_peft_model_state_dict(model, save_embedding_layers=False), where)
     return model.eval()
+
+
+def wrap(
+    folder: Path, weights: dict[str, torch.Tensor], settings: Path, source: Path, base: Path | None = None
+) -> nn.Module:
+    """A model of `folder`'s config.json and its adapter, both out of `weights` by their names in peft's model.
+
+    Rank and targets are read from the tensors, the scaling from the JSON file `settings`. Where `weights` are of the
+    adapter alone, the rest is the `base` model's. Everything but the adapter is frozen, and the model in eval mode.
+    """
+    import peft
+
+    stated = read_json(settings)
+    alpha, lora = stated.get("lora_alpha"), {name: t for name, t in weights.items() if ".lora_" in name}
+    if not isinstance(alpha, int) or isinstance(alpha, bool):
+        raise CheckpointError(settings, f"`lora_alpha` is {alpha!r}", "restore the file")
+    rest = {n.removeprefix(_PEFT).replace(".base_layer.", "."): t for n, t in weights.items() if n not in lora}
+    if not rest and base is None:
+        raise CheckpointError(source, "holds the adapter alone", _HOW_TO_NAME_A_BASE)
+    model: Any = load_full_model(folder, rest, source) if rest else load_full_model(base or folder)
+    of_a = {n.removeprefix(_PEFT).split(".lora_A.")[0]: t for n, t in lora.items() if ".lora_A." in n}
+    ranks = {name: tensor.shape[0] for name, tensor in of_a.items()}
+    try:
+        chosen: dict[str, Any] = {key: bool(stated.get(key)) for key in ("use_rslora", "use_dora")}
+        config = peft.LoraConfig(
+            r=max(ranks.values()), lora_alpha=alpha, target_modules=list(ranks), rank_pattern=dict(ranks),
+            task_type="CAUSAL_LM", **chosen,
+        )  # fmt: skip
+        model = peft.get_peft_model(model, config)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        problem = f"peft cannot make its adapter ({reason(error)})"
+        raise CheckpointError(source, problem, "install the peft that wrote it") from error
+    missing = {name for name in model.state_dict() if ".lora_" in name} ^ lora.keys()
+    if missing:
+        raise CheckpointError(source, f"{min(missing)} is in the file or in the model alone", _SAVED_TOGETHER)
+    _take(weights, model, source)
+    return model.eval()
+
+
+def kind_of(model: nn.Module) -> str:
+    return "DoRA" if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()) else "LoRA"
+
+
+def _take(weights: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    try:
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        problem = f"differs from the optimizer's weights ({reason(error)})"
+        raise CheckpointError(path, problem, _SAVED_TOGETHER) from error
+    if unexpected:
+        raise CheckpointError(path, f"the optimizer's {unexpected[0]} has no place in the model", _SAVED_TOGETHER)
 
 
 def _fill(

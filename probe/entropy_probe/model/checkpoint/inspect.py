@@ -7,6 +7,7 @@ seen only in the loaded model (values of a full model's weights, the mapping of 
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 import warnings
 from collections import Counter
@@ -36,7 +37,7 @@ from entropy_probe.model.checkpoint.sharded import HEADERS, READERS, Sharded
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
 from entropy_probe.model.quiet import quiet_transformers
 
-_NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "random_states_*.pkl", "scheduler.pt")
+_NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "random_states_*.pkl", "scheduler.pt", "extra_state_*.pt")
 _MOST_PROBLEMS = 5
 _WIDTH = 80
 Shapes = dict[str, tuple[int, ...]]
@@ -124,7 +125,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     except CheckpointError as error:
         return Inspection(printable(path), problems=[str(error)])
     base = Path(base_model).expanduser() if base_model is not None else None
-    weights, of_optimizer, step, tokenizer = None, None, None, None
+    weights, of_optimizer, step, tokenizer, whole = None, None, None, None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers
         with found.trying():
@@ -194,7 +195,12 @@ def _full_model(folder: Path, found: _Notes, whole: Sharded | None = None) -> Fo
             folder, "has neither config.json nor adapter_config.json", "give the folder that the trainer wrote"
         )
     model_type, shapes, dtype = _stored_model(folder, found, whole)
-    return FoundWeights("full model", model_type, None, _values(shapes), dtype, shapes)
+    if whole is None or whole.lora is None:
+        return FoundWeights("full model", model_type, None, _values(shapes), dtype, shapes)
+    found.warnings += adapter.without_effect(read_json(whole.lora), whole.weights)
+    lora = {name: shape for name, shape in shapes.items() if ".lora_" in name}
+    kind = "DoRA adapter" if any("lora_magnitude_vector" in name for name in lora) else "LoRA adapter"
+    return FoundWeights(kind, model_type, None, _values(shapes), dtype, lora)
 
 
 def _adapter(folder: Path, base: Path | None, found: _Notes, whole: Sharded | None = None) -> FoundWeights:
@@ -348,7 +354,7 @@ def _files(layout: Layout) -> dict[str, int | None]:
             except OSError:  # a loop of links
                 size = None
             if size is not None or path.is_symlink():
-                sizes[printable(path.relative_to(layout.folder))] = size
+                sizes[printable(os.path.relpath(path, layout.folder))] = size
     return sizes
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
@@ -24,18 +25,34 @@ class Sharded:
 
     `weights`: tensors by the name they have in `model.state_dict()`. `optimizer`: `{"state": {key: moments},
     "param_groups": [..]}` like a state_dict, its keys being names where the format has names. `files`: what was read.
-    `global_step`: the trainer's own count, where the format has one.
+    `global_step`: the trainer's own count, where the format has one. `lora`: the JSON file with an adapter's scaling,
+    where the weights are those of peft's model, the base model's among them. `rounded_beside`: the folder's own files
+    hold the weights too, rounded.
     """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     files: list[Path]
     global_step: int | None = None
+    lora: Path | None = None
+    rounded_beside: bool = False
 
     @property
     def dtype(self) -> str:
         """The dtypes of the weights, such as `bfloat16` or `bfloat16/float32`."""
         return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.weights.values()}))
+
+
+def require_rounded(stored: dict[str, Tensor], masters: dict[str, Tensor], path: Path) -> None:
+    """What `stored` has of the masters must be what they round to in its dtype, to one unit in the last place."""
+    for name in stored.keys() & masters.keys():
+        tensor, master = stored[name], masters[name]
+        limits = torch.finfo(tensor.dtype)
+        allowed = limits.eps * torch.maximum(master.abs(), torch.tensor(limits.smallest_normal, dtype=master.dtype))
+        if tensor.shape != master.shape or bool(((tensor.to(master.dtype) - master).abs() > allowed).any()):
+            raise CheckpointError(
+                path, f"{name} differs from the optimizer's master weights", "use files that were saved together"
+            )
 
 
 READERS: dict[str, Callable[[Layout], Sharded]] = {}
