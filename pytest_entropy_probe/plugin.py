@@ -27,7 +27,11 @@ pytest.register_assert_rewrite("entropy_probe_checks")
 # key → (metavar, is it a path, help); the option is --probe-KEY, the ini key probe_KEY.
 OPTIONS: dict[str, tuple[str, bool, str]] = {
     "checkpoint": ("[NAME=]PATH", True, "checkpoint folder to probe; repeatable; globs; 'demo' is the bundled one"),
-    "base_model": ("PATH", True, "base model of an adapter whose adapter_config.json names one that is not there"),
+    "base_model": (
+        "PATH",
+        True,
+        "base model of an adapter that names none, or model folder of a checkpoint without config.json",
+    ),
     "config": ("FILE", True, "configuration (YAML)"),
     "rollouts": ("FILE", True, "responses on which the entropy is measured, in place of sampling (JSON lines)"),
     "update_rollouts": ("FILE", True, "responses from which the update is computed (JSON lines)"),

@@ -13,6 +13,7 @@ import yaml
 
 from entropy_probe import ProbeConfig, ProbeReport
 from entropy_probe.__main__ import parser
+from entropy_probe.layout import FORMATS
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS
 from pytest_entropy_probe.plugin import FLAGS, MARKERS, OPTIONS
@@ -28,6 +29,11 @@ def test_every_option_in_the_readme_exists() -> None:
     mentioned = set(re.findall(r"--probe-[a-z-]+", README))
     assert mentioned <= options
     assert {"--probe-checkpoint", "--probe-base-model", "--probe-rollouts", "--probe-prompts"} <= mentioned
+
+
+def test_every_format_has_its_row() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert tuple(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)) == FORMATS
 
 
 def test_help_lists_every_option_and_marker(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from entropy_probe.errors import CheckpointError, printable
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "training_state.pt")
+TRAINER, PRETRAINED, NOTES = "trainer folder", "save_pretrained + optimizer", "training_state/step_N"
 FSDP, DCP, TORCHTITAN = "accelerate", "torch.distributed.checkpoint", "torchtitan"
 VERL, ZERO, UNIVERSAL = "verl FSDP", "DeepSpeed ZeRO", "DeepSpeed universal"
+FORMATS = (TRAINER, PRETRAINED, NOTES, FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL)  # docs/formats.md
 _NUMBERED = re.compile(r"(?:(?:checkpoint|step)[-_]|global_step_?)(\d+)", re.ASCII)
 _RUNS = (".", "training_state", "checkpoint", "checkpoints")
 _OF_RANKS = {  # one of the optimizer's files, below the checkpoint's or DeepSpeed's own folder → format
@@ -74,11 +76,11 @@ def find_layout(path: str | Path) -> Layout:
             return Layout(chosen, _beside(chosen, of_rank[0]), of_rank[1], note)
         inner = chosen / "model"
         if _has_config(inner) and not _has_config(chosen):
-            return Layout(chosen, inner, "training_state/step_N", note)
+            return Layout(chosen, inner, NOTES, note)
         if (pieces := _format_in_pieces(chosen)) is not None:
             return Layout(chosen, chosen, pieces, note)
         by_trainer = (chosen / "trainer_state.json").is_file()
-        return Layout(chosen, chosen, "trainer folder" if by_trainer else "save_pretrained + optimizer", note)
+        return Layout(chosen, chosen, TRAINER if by_trainer else PRETRAINED, note)
     except OSError as error:
         raise CheckpointError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
 
