@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,55 @@ def test_a_measurement_asks_no_network_and_writes_nothing_into_the_checkpoint(tm
     run(NO_NETWORK + MEASURE, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert content(*folders) == before
+
+
+WITHOUT_WRITING = """
+import os, pytest
+from entropy_probe.__main__ import main
+for name in ("written", "checkpoint-100/written"):
+    try:
+        open(name, "w")
+    except PermissionError:
+        print("refused")
+codes = [main(["inspect", "checkpoint-100"])]
+codes += [main(["run", "checkpoint-100", "--budget", "smoke", "--out", os.devnull])]
+codes += [pytest.main(["--probe-checkpoint=checkpoint-100", "--probe-budget=smoke", "-q", "probe-checks"])]
+print("codes", *map(int, codes))
+"""
+_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
+
+
+def like_any_user() -> None:
+    """Root may write anywhere, unless it gives this right up before the next program is started."""
+    ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """The demo and its base in a folder where nothing may be written."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    for source in (checkpoint_path(), checkpoint_path().parent / "base"):
+        shutil.copytree(source, place / source.name, copy_function=shutil.copyfile)
+    paths = [place, *place.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield place
+    for path in paths:
+        path.chmod(0o755)
+
+
+def test_a_checkpoint_in_a_read_only_folder(read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-pno:jaxtyping -pno:cacheprovider -pno:anyio")
+    before = content(read_only)
+    command = [sys.executable, "-c", WITHOUT_WRITING]
+    done = subprocess.run(
+        command, cwd=read_only, capture_output=True, text=True, check=False, timeout=300, preexec_fn=like_any_user
+    )
+    assert done.stdout.count("refused") == 2
+    assert done.stdout.splitlines()[-1] == "codes 0 0 0", done.stdout + done.stderr
+    assert content(read_only) == before
+    assert {path.name for path in read_only.iterdir()} == {"base", "checkpoint-100"}
 
 
 def test_a_base_model_that_is_a_hub_name_is_not_asked_for(tmp_path: Path) -> None:

@@ -146,6 +146,12 @@ def payload(name: str, how: str = "torch") -> Callable[[Path], None]:
     return do
 
 
+def dcp_metadata(folder: Path) -> None:
+    """A folder of torch.distributed.checkpoint, whose `.metadata` is a bare pickle with a payload."""
+    (folder / "optimizer.pt").unlink()
+    (folder / ".metadata").write_bytes(pickle.dumps({"optimizer": Payload(folder / MARKER)}))
+
+
 def both(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
     def do(folder: Path) -> None:
         for step in steps:
