@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 import models
 from entropy_probe.demo import checkpoint_path
+from rights import like_any_user
 
 SMALL = "{'budget': 'smoke', 'batch': {'num_prompts': 2, 'num_update_prompts': 2}, "
 SMALL += "'generation': {'num_return_sequences': 2, 'max_new_tokens': 4}}"
@@ -90,12 +90,6 @@ codes += [main(["run", "checkpoint-100", "--budget", "smoke", "--out", os.devnul
 codes += [pytest.main(["--probe-checkpoint=checkpoint-100", "--probe-budget=smoke", "-q", "probe-checks"])]
 print("codes", *map(int, codes))
 """
-_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
-
-
-def like_any_user() -> None:
-    """Root may write anywhere, unless it gives this right up before the next program is started."""
-    ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from entropy_probe.__main__ import EXIT_FAILED, EXIT_USAGE, main
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 from hostile.catalogue import CHECKPOINTS
 from hostile.damage import MARKER, write_good
+from rights import like_any_user
 
 MOST_SECONDS = 10.0
 OTHERS = ("anyio", "benchmark", "hypothesispytest", "jaxtyping")
@@ -155,13 +156,9 @@ def test_odd_names(good: dict[bool, Path], tmp_path: Path) -> None:
         assert not re.search("Traceback|INTERNALERROR", output)
 
 
-AS_A_USER = """
-import os, sys
+BOTH_COMMANDS = """
+import sys
 from entropy_probe.__main__ import main
-import peft, transformers, entropy_probe.run, entropy_probe.model.checkpoint.inspect
-os.setgroups([]) if os.getuid() == 0 else None
-os.setegid(65534) if os.getuid() == 0 else None
-os.seteuid(65534) if os.getuid() == 0 else None
 codes = [main([command, path]) for path in sys.argv[1:] for command in ("run", "inspect")]
 print("codes", *codes)
 """
@@ -176,20 +173,19 @@ UNREADABLE = (
 )
 
 
-def test_what_may_not_be_read(good: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """As a user without rights; root is told apart by its effective id."""
-    root = tmp_path_factory.mktemp("unreadable")
-    for parent in (root, *root.parents):
-        if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/pytest-of"):  # noqa: S108
-            parent.chmod(0o755)
+def test_what_may_not_be_read(good: dict[bool, Path], tmp_path: Path) -> None:
     folders = []
     for i, name in enumerate(UNREADABLE):
-        folder = Path(shutil.copytree(good[False], root / str(i))) / "checkpoint-100"
+        folder = Path(shutil.copytree(good[False], tmp_path / str(i))) / "checkpoint-100"
         folders.append(folder)
         (folder / name).chmod(0)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", AS_A_USER, *map(str, folders)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", BOTH_COMMANDS, *map(str, folders)],
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=like_any_user,
         )
     finally:
         for folder, name in zip(folders, UNREADABLE, strict=True):
