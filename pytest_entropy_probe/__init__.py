@@ -6,6 +6,7 @@ collect.py   brings the shipped checks into the run, with stable ids
 fixtures.py  loads and measures, once per checkpoint
 golden.py    compares with golden files, writes them when asked to
 judge.py     how a verdict ends a test
+processes.py several processes under torchrun
 progress.py  the progress bar on stderr
 summary.py   header, terminal table, report.json, hand-over from xdist workers
 """

@@ -17,6 +17,7 @@ import pytest
 
 from pytest_entropy_probe.judge import conclude, headline
 from pytest_entropy_probe.kept import Kept, kept_report
+from pytest_entropy_probe.processes import announce, world_of
 from pytest_entropy_probe.settings import SETTINGS, Target
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Subject:
     def __init__(self, target: Target, config: pytest.Config, *, keep: bool) -> None:
         self.name = target.name
         self.path = target.path
+        self._target = target
         self.report: ProbeReport | None = None
         self.verdicts: dict[str, Verdict] = {}
         self.load_trouble: Trouble | None = None
@@ -126,9 +128,18 @@ class Subject:
 
         try:
             with shown(self._config, self.name) as progress, warnings_are_not_errors():
+                announce(self._config, step.__name__, self._target, keep=self._keep)
                 step(progress)
         except Exception as error:
             setattr(self, kind, Trouble(error, error.__traceback__))
+
+    def take(self, step: str, *, keep: bool) -> None:
+        """A step as rank 0 announced it, in another process."""
+        try:
+            {"_load": self._load, "_prepare": self._prepare, "_measure": self._measure}[step](lambda *_: None)
+        finally:
+            if step == "_measure" and not keep:
+                self._checkpoint = self._prepared = None
 
     @property
     def trouble(self) -> Trouble | None:
@@ -156,10 +167,11 @@ class Subject:
         from entropy_probe import load_checkpoint
 
         progress("load", 0, 0)
-        settings, config = self._config.stash[SETTINGS], probe_config(self._config)
-        self._checkpoint = load_checkpoint(
-            self.path, settings.base_model, config.device, missing_state=config.first_order.missing_state
-        )
+        settings, config, world = self._config.stash[SETTINGS], probe_config(self._config), world_of(self._config)
+        with world.together():
+            world.at("load")
+            device, missing_state = world.device(config.device), config.first_order.missing_state
+            self._checkpoint = load_checkpoint(self.path, settings.base_model, device, missing_state=missing_state)
         self.note = self.note or "; ".join(self._checkpoint.info.warnings)
 
     def _prepare(self, progress: Progress) -> None:
@@ -174,6 +186,7 @@ class Subject:
             settings.update_rollouts,
             prompts=settings.prompts,
             progress=progress,
+            world=world_of(self._config),
         )
 
     def _measure(self, progress: Progress) -> None:
@@ -183,6 +196,8 @@ class Subject:
             self._prepare(progress)
         assert self._prepared is not None
         report = measure(self._prepared, name=self.name, progress=progress)
+        if report is None:  # it is rank 0's
+            return
         self.report = self._with_baseline(report)
         if self._kept:
             not_kept = self._kept.write(report)

@@ -67,7 +67,7 @@ class Kept:
 
 def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig) -> Kept | None:
     """`None` where nothing is to be kept, or where not all is known that the measurement depends on."""
-    from entropy_probe import ProbeError
+    from entropy_probe import ProbeError, torchrun
     from entropy_probe.inputs import digest
 
     settings, cache = config.stash[SETTINGS], getattr(config, "cache", None)
@@ -81,6 +81,7 @@ def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConf
             settings.update_rollouts,
             prompts=settings.prompts,
             base_model=settings.base_model,
+            processes=torchrun.size(),
         )
         return Kept(cache.mkdir(FOLDER) / f"{name}.json")
     except (ProbeError, OSError):

@@ -93,12 +93,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     name = config.getoption("probe_explain")
     if name is None:
-        return None
+        return _follow(config) if _is_follower(config) else None
     from pytest_entropy_probe.explain import explanation
 
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     print(explanation(name).encode(encoding, "replace").decode(encoding))
     return 0
+
+
+def _is_follower(config: pytest.Config) -> bool:
+    """Whether torchrun started this process to measure with rank 0 (`processes.py`)."""
+    options = config.known_args_namespace
+    if "TORCHELASTIC_RUN_ID" not in os.environ or options.help or options.version or not checkpoints_given(config):
+        return False
+    from entropy_probe import torchrun
+
+    return torchrun.rank() > 0
+
+
+def _follow(config: pytest.Config) -> int:
+    from pytest_entropy_probe.processes import follow
+
+    try:
+        config.stash[SETTINGS] = read_settings(config)
+    except pytest.UsageError:
+        return pytest.ExitCode.USAGE_ERROR
+    return follow(config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -108,6 +128,10 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     Before plugins are known pytest takes PATH in `--probe-checkpoint PATH` for a test path. Outside the repository that
     moves rootdir: the repository's configuration is ignored, and the cache is written beside the checkpoint.
     """
+    if _is_follower(early_config):
+        from pytest_entropy_probe.processes import silence
+
+        silence()
     if early_config.known_args_namespace.inifilename:
         return
     here, root = early_config.invocation_params.dir, early_config.rootpath
@@ -153,7 +177,7 @@ def _refuse_checks(config: pytest.Config) -> None:
 
 
 def _wake(config: pytest.Config) -> None:
-    from pytest_entropy_probe import collect, fixtures, golden, speed, summary
+    from pytest_entropy_probe import collect, fixtures, golden, processes, speed, summary
 
     config.stash[SETTINGS] = read_settings(config)
     fixtures.probe_config(config)
@@ -165,3 +189,4 @@ def _wake(config: pytest.Config) -> None:
     config.pluginmanager.register(speed, "entropy_probe_speed")
     config.pluginmanager.register(golden.Files(config), golden.FILES)
     config.pluginmanager.register(summary.Summary(config), "entropy_probe_summary")
+    processes.lead(config)

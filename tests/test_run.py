@@ -355,7 +355,7 @@ def test_cli_writes_the_report(files: Files, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["run", "nowhere"], 1, "entropy-probe: nowhere: does not exist"),
+        (["run", "nowhere"], 4, "entropy-probe: nowhere: no such folder"),
         (["run", "demo", "--config", "none.yaml"], 4, "entropy-probe: none.yaml: is not readable YAML"),
         (["run", "demo", "--rollouts", "none.jsonl"], 4, "entropy-probe: none.jsonl: cannot be read"),
         (["run", "demo", "--device", "martian"], 4, "device"),

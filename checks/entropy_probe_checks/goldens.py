@@ -161,7 +161,7 @@ def two_batch(report: ProbeReport) -> Scaled | str:
         "bars_dot": (of.bars_dot, size),
         "projections": (of.projections, size),
         "update_projections": (of.update_projections, size),
-        "interaction": (of.interaction, max(size**2, of.interaction)),
+        "interaction": (of.interaction, max(size**2, of.interaction or 0.0)),
         **{name: (getattr(of, name), lr * size) for name in ("delta_h1", "delta_h1_se", "conditional_se")},
         **_parts(of.delta_h1_parts, lr * size),
     }

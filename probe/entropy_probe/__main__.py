@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from entropy_probe import __version__
+from entropy_probe import __version__, torchrun
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
 
 EXIT_FAILED, EXIT_USAGE = 1, 4
@@ -40,34 +42,48 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all is well, 1 the checkpoint cannot be loaded or measured, 4 usage."""
+    first = torchrun.rank() == 0
     try:
-        arguments = parser().parse_args(argv)
+        with contextlib.nullcontext() if first else _silence():
+            arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return EXIT_USAGE if stop.code else 0
     try:
         return _inspect(arguments) if arguments.command == "inspect" else _run(arguments)
     except ProbeError as error:
-        print(f"entropy-probe: {error}", file=sys.stderr)
+        if first:
+            print(f"entropy-probe: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE if isinstance(error, ConfigError | RolloutsError) else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Of several processes rank 0 alone says something."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe import ProbeConfig, load_checkpoint, run_probe
     from entropy_probe.layout import find_layout
+    from entropy_probe.model.distributed import World
     from entropy_probe.plots import require_drawable, save_figure
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
-    checkpoint = _folder(arguments.checkpoint)
     overrides = {"budget": arguments.budget, "device": arguments.device, "batch.seed": arguments.seed}
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
     is_demo = arguments.checkpoint == "demo"
-    if not is_demo and (note := find_layout(checkpoint).note):
-        print(f"entropy-probe: {note}", file=sys.stderr)
-    loaded = load_checkpoint(
-        checkpoint, arguments.base_model, config.device, missing_state=config.first_order.missing_state
-    )
-    for warning in loaded.info.warnings:
+    world = World.of_torchrun()
+    with world.together():
+        checkpoint, device = _folder(arguments.checkpoint), world.device(config.device)
+        note = None if is_demo else find_layout(checkpoint).note
+        if note and world.first:
+            print(f"entropy-probe: {note}", file=sys.stderr)
+        missing_state = config.first_order.missing_state
+        loaded = load_checkpoint(checkpoint, arguments.base_model, device, missing_state=missing_state)
+    for warning in loaded.info.warnings if world.first else ():
         print(f"entropy-probe: {warning}", file=sys.stderr)
     report = run_probe(
         loaded,
@@ -76,8 +92,12 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.update_rollouts,
         prompts=arguments.prompts,
         name="demo" if is_demo else None,
-        progress=_print_progress if sys.stderr.isatty() else None,
+        progress=_print_progress if world.first and sys.stderr.isatty() else None,
+        world=world,
     )
+    world.close()
+    if not world.first:
+        return 0
     if report.no_second_moment is not None:
         print(f"entropy-probe: nothing about the next step: {report.no_second_moment}", file=sys.stderr)
     for warning in report.checkpoint.warnings:

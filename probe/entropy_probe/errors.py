@@ -72,3 +72,7 @@ class MeasurementError(ProbeError):
 
 class NoCopyError(MeasurementError):
     """A copy of the model cannot be made: it does not fit into memory, or holds what cannot be copied."""
+
+
+class DistributedError(ProbeError):
+    """Processes that measure together cannot go on: one has died, hangs, or has not come."""

@@ -40,6 +40,7 @@ def digest(
     *,
     prompts: Path | None = None,
     base_model: Path | None = None,
+    processes: int = 1,
 ) -> str:
     """SHA-256 over everything that `run_probe` with these arguments depends on, the limits of criteria excluded.
 
@@ -62,6 +63,7 @@ def digest(
         "config": config.model_dump(mode="json", exclude=set(JUDGES)),
         "code": _digests(Path(__file__).parent, "**/*.py"),
         "versions": {name: version(name) for name in LIBRARIES},
+        "processes": processes,
         "machine": [platform.python_version(), platform.platform(), _device(config.device)],
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

@@ -23,6 +23,7 @@ from entropy_probe.stages.optimizer_step import optimizer_step_agreement, precon
 from entropy_probe.stages.real_step import real_step
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores
+from entropy_probe.stages.share import Share
 
 Clock = Callable[[str], AbstractContextManager[None]]
 
@@ -31,15 +32,17 @@ Clock = Callable[[str], AbstractContextManager[None]]
 class Measured:
     """What is known before: the model in the configured precision and in float64, scores and gradients of the batches.
 
-    `e` and `u` are one object where one batch serves as both, and so are `units_e` and `units_u`. `ascent` is Ȳ.
+    `own_e` and `own_u` are one object where one batch serves as both, and so are `units_e` and `units_u`. `ascent` is
+    Ȳ. `tokens_e` are the scores of this process's prompts, `scores_e` and `scores_u` those of all (`Share.scores`).
     """
 
     checkpoint: Checkpoint
     config: ProbeConfig
     bound: BoundModel
     float64: BoundModel
-    e: Rollouts
-    u: Rollouts
+    own_e: Share
+    own_u: Share
+    tokens_e: Scores
     scores_e: Scores
     scores_u: Scores
     units_e: gradients.UnitGradients
@@ -49,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class NextStep:
-    """P and v by name, the slopes along v, and the sections of the report that are made of them."""
+    """P and v by name, the slopes along v, and the sections of the report that are made of them: rank 0's alone."""
 
     precond: dict[str, Tensor]
     v: dict[str, Tensor]
@@ -62,9 +65,9 @@ def without_second_moment(of: Measured) -> NextStep:
 
     Every value moves by 1, as in a first step of Adam's, so that a tiny η is resolved in each. Where X̄ is 0, v is 1.
     """
-    x, parameters = gradients.prompt_mean(of.units_e.x, of.units_e.sizes), of.bound.registry.trainable
+    x, parameters = of.units_e.mean_x(), of.bound.registry.trainable
     v = {name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(p.shape) for name, p in parameters.items()}
-    still = entropy_change.sweep(of.bound, of.e, of.scores_e, v, [0.0], of.config)
+    still = entropy_change.sweep(of.bound, of.own_e.own, of.scores_e, v, [0.0], of.config, share=of.own_e)
     min_ess = of.config.true_delta_h.min_ess_fraction
     absent = ("first_order", "two_batch", "update", "real_step", "real_step_missing", "preconditioner")
     return NextStep(
@@ -81,10 +84,10 @@ def without_second_moment(of: Measured) -> NextStep:
 def next_step(
     of: Measured, clock: Clock, progress: Progress | None, redraw: Callable[[Mapping[str, Tensor]], Rollouts] | None
 ) -> NextStep:
-    """By the checkpoint's own Adam state."""
+    """By the checkpoint's own Adam state. Every process takes part; what goes through no batch rank 0 does alone."""
     checkpoint, config, bound, float64 = of.checkpoint, of.config, of.bound, of.float64
-    e, u, scores_e, scores_u, units_e, units_u = of.e, of.u, of.scores_e, of.scores_u, of.units_e, of.units_u
-    same_batch, ascent = e is u, of.ascent
+    own_e, own_u, units_e, units_u, ascent = of.own_e, of.own_u, of.units_e, of.units_u, of.ascent
+    scores_e, world, same_batch = of.scores_e, own_e.world, own_e is own_u
     with clock("first order"):
         precond = update.adam_preconditioner(checkpoint.adam)
         lr, lr_source = update.learning_rate(checkpoint.adam, config.first_order.lr)
@@ -94,27 +97,32 @@ def next_step(
         direction = update.compute_update_vector_adamw(
             bound.registry, checkpoint.adam, ascent, config.update.max_grad_norm
         )
-        agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
-        of_torch = preconditioner_agreement(checkpoint.adam, precond)
-        match = moments_match(checkpoint.adam, units_u.y)
+        match = moments_match(checkpoint.adam, units_u.y, world)
     with clock("slopes"):
-        along = slopes.slopes_along(bound, float64, e, scores_e, direction.v, config, progress)
+        along = slopes.slopes_along(bound, float64, own_e.own, of.tokens_e, direction.v, config, progress, own_e)
         cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
-        slope, curvature = slopes.predictors(bound, u, scores_u, config, units_u, direction, along, cross)
+        slope, curvature = slopes.predictors(
+            bound, own_u.rollouts, of.scores_u, config, units_u, direction, along, cross, own_u
+        )
         reach = prediction.reach(slope, curvature)
         sources = slopes.slope_sources(units_e, units_u, direction)
     with clock("entropy change"):
-        etas = entropy_change.grid(config, lr, along.at_theta.d_seq_logp, reach)
-        changes = entropy_change.sweep(bound, e, scores_e, direction.v, etas, config, progress, redraw)
+        etas = world.told(entropy_change.grid(config, lr, along.d_seq_logp, reach))
+        changes = entropy_change.sweep(bound, own_e.own, scores_e, direction.v, etas, config, progress, redraw, own_e)
         predicted = [
             None if c.restricted else prediction.predict(c.eta, c.rb, slope, curvature, units_e.unit_of)
             for c in changes
         ]
+    if not world.first:
+        return NextStep(precond, direction.v, along, sections={})
+    with clock("update"):
+        agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
+        of_torch = preconditioner_agreement(checkpoint.adam, precond)
     with clock("real step"):
         taken, missing = None, None
         try:
             if "real step" not in config.left_out:
-                taken = real_step(float64, e, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
+                taken = real_step(float64, own_e.rollouts, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
         except NoCopyError as error:  # the rest of the report does not need it
             missing = str(error)
     baseline, min_ess = config.first_order.baseline, config.true_delta_h.min_ess_fraction

@@ -122,7 +122,8 @@ class FirstOrderSection(_Section):
     """One batch (U) on both sides: U_cross and δH₁ = −lr·U_cross, with their standard errors.
 
     `interval` is U_cross ± t_{U−1}·se_plugin at 95 %; `bars_dot_plain` is X̄ᵀȲ, without P. `delta_h1_by_unit` and each
-    table of `delta_h1_parts` add up to `delta_h1`.
+    table of `delta_h1_parts` add up to `delta_h1`. `var_unbiased` needs all pairs of units: `None` too where several
+    processes measured.
     """
 
     mode: str
@@ -152,7 +153,10 @@ class FirstOrderSection(_Section):
 class TwoBatchSection(_Section):
     """E against U: bars_dot = X̄_EᵀPȲ_U, with `projections` s_k = X_kᵀPȲ_U of every unit of E (a prompt, in `exact`
     mode), `update_projections` t_m = X̄_EᵀPY_m of every unit of U, and the `interaction` s²_int of X_kᵀPY_m after both.
-    Each table of `delta_h1_parts` adds up to `delta_h1`."""
+    Each table of `delta_h1_parts` adds up to `delta_h1`.
+
+    Several processes never multiply all pairs: `interaction` is `None` there, and every SE but the conditional one
+    counts it twice, which makes it too large by up to √2."""
 
     bars_dot: float
     delta_h1: float
@@ -160,7 +164,7 @@ class TwoBatchSection(_Section):
     conditional_se: float | None
     projections: list[float]
     update_projections: list[float]
-    interaction: float
+    interaction: float | None
     delta_h1_parts: Parts
 
 
@@ -382,6 +386,16 @@ class IntegritySection(_Section):
     buffers_overridden: list[str]
 
 
+class DistributedSection(_Section):
+    """What each of `world_size` processes sent, as a ring sends it: `bytes_sent_per_rank` for sums of gradients, counts
+    and scalars, which do not grow with the batch, and `bytes_of_prompts_per_rank` for the values of its own prompts,
+    responses and tokens (never of gradients)."""
+
+    world_size: int
+    bytes_sent_per_rank: int
+    bytes_of_prompts_per_rank: int
+
+
 class Verdict(_Section):
     """What one criterion concluded from the report; `hint` says what it means and what to do."""
 
@@ -433,6 +447,7 @@ class ProbeReport(_Section):
     integrity: IntegritySection
     verdicts: list[Verdict]
     baseline: BaselineSection | None
+    distributed: DistributedSection | None
     environment: dict[str, str | int]
     timing: dict[str, float]
 

@@ -15,6 +15,7 @@ from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
+from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
@@ -25,6 +26,7 @@ from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.properties import drawn_properties
 from entropy_probe.stages.rollouts import Rollouts, eos_ids
 from entropy_probe.stages.scores import score
+from entropy_probe.stages.share import Share
 from entropy_probe.stages.witness import curvature_witness, gradient_witness
 
 Progress = Callable[[str, int, int], None]
@@ -40,22 +42,30 @@ def run_probe(
     base_model: str | Path | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> r.ProbeReport:
     """Measure a checkpoint: U_cross and δH₁, the update direction v, slopes along it, ΔH(η), continuity, coverage.
 
     `rollouts` is the E batch and `update_rollouts` the U batch as JSON lines; one file alone serves as both and is
     flagged `same_batch`; without files both are sampled, from `prompts` or the configured dataset. `progress(stage,
     done, total)` is called as the work goes on. The model is not modified, and nothing is judged. Raises `ProbeError`.
+
+    With a `world` of several processes all of them call this alike, share the prompts, and get rank 0's report, or the
+    same error.
     """
     config = config or ProbeConfig()
-    if isinstance(path_or_checkpoint, Checkpoint):
-        checkpoint = path_or_checkpoint
-    else:
-        checkpoint = load_checkpoint(
-            path_or_checkpoint, base_model, config.device, missing_state=config.first_order.missing_state
-        )
-    prepared = prepare(checkpoint, config, rollouts, update_rollouts, prompts=prompts, progress=progress)
-    return measure(prepared, name=name, progress=progress)
+    with world.together():
+        if isinstance(path_or_checkpoint, Checkpoint):
+            checkpoint = path_or_checkpoint
+        else:
+            device = world.device(config.device)
+            missing_state = config.first_order.missing_state
+            checkpoint = load_checkpoint(path_or_checkpoint, base_model, device, missing_state=missing_state)
+    given = {"prompts": prompts, "progress": progress, "world": world}
+    prepared = prepare(checkpoint, config, rollouts, update_rollouts, **given)
+    report = world.told(measure(prepared, name=name, progress=progress))
+    assert report is not None
+    return report
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Prepared:
     redrawn: tuple[float, float] | None
     checksum_before: str
     seconds: dict[str, float]
+    world: World = ALONE
 
 
 def prepare(
@@ -81,9 +92,25 @@ def prepare(
     *,
     prompts: str | Path | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> Prepared:
     """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
-    clock = _Clock(progress, {})
+    world.count_anew()
+    with world.together():
+        return _prepare(checkpoint, config, rollouts, update_rollouts, prompts, progress, world)
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    config: ProbeConfig,
+    rollouts: str | Path | None,
+    update_rollouts: str | Path | None,
+    prompts: str | Path | None,
+    progress: Progress | None,
+    world: World,
+) -> Prepared:
+    clock = _Clock(progress, {}, world)
+    world.same({"checkpoint": checkpoint.info.fingerprint, "configuration": config.model_dump_json()})
     trained = checkpoint.adam if checkpoint.other is None else checkpoint.other.trained
     stateless = [name for name in Registry.of(checkpoint.model).trainable if name not in trained]
     if stateless:
@@ -95,44 +122,84 @@ def prepare(
             checksum_before = checksum(checkpoint.model)
             bound = bind(checkpoint.model, str_to_dtype(config.precision.func_override.dtype))
         with clock("rollouts"):
-            e, u = draw_batches(bound, checkpoint.tokenizer, config, rollouts, update_rollouts, prompts, progress)
-            redrawn = redrawn_shares(bound, e, checkpoint.tokenizer, config) if rollouts is None else None
+            e, u = draw_batches(
+                bound, checkpoint.tokenizer, config, rollouts, update_rollouts, prompts, progress, world
+            )
+            world.same({"E batch": sections.fingerprint(e), "U batch": sections.fingerprint(u)})
+            redraws = rollouts is None and world.first
+            redrawn = redrawn_shares(bound, e, checkpoint.tokenizer, config) if redraws else None
     given = str(rollouts or "sampled"), str((rollouts if e is u else update_rollouts) or "sampled")
-    return Prepared(checkpoint, config, bound, e, u, given, redrawn, checksum_before, clock.seconds)
+    return Prepared(checkpoint, config, bound, e, u, given, redrawn, checksum_before, clock.seconds, world)
 
 
-def measure(prepared: Prepared, *, name: str | None = None, progress: Progress | None = None) -> r.ProbeReport:
-    """Everything from scores to report on the two batches."""
+def measure(prepared: Prepared, *, name: str | None = None, progress: Progress | None = None) -> r.ProbeReport | None:
+    """Everything from scores to report on the two batches.
+
+    Of several processes each scores and differentiates its own prompts. What does not grow with the batch, such as
+    witnesses on a few prompts, rank 0 does alone, and it alone has the report: `None` elsewhere.
+    """
+    with prepared.world.together():
+        return _measure(prepared, name, progress)
+
+
+def _measure(prepared: Prepared, name: str | None, progress: Progress | None) -> r.ProbeReport | None:
+    world = prepared.world
     checkpoint, config, bound = prepared.checkpoint, prepared.config, prepared.model
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch = e is u
     eos = eos_ids(bound.language_model, checkpoint.tokenizer)
-    clock = _Clock(progress, dict(prepared.seconds))
+    own_u = Share.of(u, gradients.units_of(bound, u, config)[1], world)
+    own_e = own_u if same_batch else Share.of(e, gradients.units_of(bound, e, config)[1], world)
+    clock = _Clock(progress, dict(prepared.seconds), world)
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
-        with clock("scores"):
-            scores_e = score(bound, e, config, with_features=True)
-            scores_u = (
-                scores_e if same_batch else score(bound, u, config, with_features=config.first_order.estimator == "rb")
-            )
+        with clock("scores"):  # by token of the own prompts, and of all
+            tokens_e = tokens_u = score(bound, own_e.own, config, with_features=True)
+            scores_e = scores_u = own_e.scores(tokens_e)
+            reported = None if e.logprobs is None else own_e.all_tokens(tokens_e.token_logq)
+            if not same_batch:
+                tokens_u = score(bound, own_u.own, config, with_features=config.first_order.estimator == "rb")
+                scores_u = own_u.scores(tokens_u)
         with clock("gradients"):
-            of_x, of_y = gradients.payloads(u, scores_u, config)
-            units_u = gradients.unit_gradients(bound, u, config, of_x, of_y, stage="gradients of U", progress=progress)
+            of_x, of_y = gradients.payloads(own_u.own, tokens_u, config, own_u.among)
+            shown = {"stage": "gradients of U", "progress": progress}
+            units_u = gradients.unit_gradients(bound, u, config, of_x, of_y, share=own_u, **shown)
             units_e, of_x_e = units_u, of_x
             if not same_batch:
-                of_x_e, _ = gradients.payloads(e, scores_e, config)
-                units_e = gradients.unit_gradients(bound, e, config, of_x_e, stage="gradients of E", progress=progress)
+                of_x_e, _ = gradients.payloads(own_e.own, tokens_e, config, own_e.among)
+                shown["stage"] = "gradients of E"
+                units_e = gradients.unit_gradients(bound, e, config, of_x_e, share=own_e, **shown)
+            covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("slopes"):
             float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
             copies = {model: checksum(model) for model in own_copies}
-        ascent = gradients.prompt_mean(units_u.y, units_u.sizes)
-        measured = Measured(checkpoint, config, bound, float64, e, u, scores_e, scores_u, units_e, units_u, ascent)
+        measured = Measured(
+            checkpoint=checkpoint,
+            config=config,
+            bound=bound,
+            float64=float64,
+            own_e=own_e,
+            own_u=own_u,
+            tokens_e=tokens_e,
+            scores_e=scores_e,
+            scores_u=scores_u,
+            units_e=units_e,
+            units_u=units_u,
+            ascent=units_u.mean_y(),
+        )
         if checkpoint.other is None:
-            step = next_step(measured, clock, progress, redraw_for(bound, e, checkpoint.tokenizer, config))
+            redraw = redraw_for(bound, e, checkpoint.tokenizer, config, own_e)
+            step = next_step(measured, clock, progress, redraw)
         else:
             step = without_second_moment(measured)
         with clock("witnesses"):
-            witness = _witness(measured, of_x_e, step)
+            witness = _witness(measured, of_x, of_x_e, step)
+        with clock("integrity"):
+            changed = [model for model, before in copies.items() if not world.first and checksum(model) != before]
+            live = not world.first and checksum(checkpoint.model) != prepared.checksum_before
+            modified_elsewhere, live_elsewhere = world.total(torch.tensor([len(changed), int(live)])).tolist()
+        if not world.first:
+            return None
         with clock("properties"):
             drawn = drawn_properties(bound, float64, config, eos)
         with clock("continuity"):
@@ -142,10 +209,9 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
             if "taylor" not in config.left_out:
                 taylor = continuity.taylor(float64, bound, e, scores_e, step.v, config)
             invariant = invariance.invariance(bound, float64, e, config)
-            covered = coverage.gradient_coverage(bound.registry, units_u)
         with clock("integrity"):
-            checksum_after = checksum(checkpoint.model)
-            copies_modified = sum(checksum(model) != before for model, before in copies.items())
+            checksum_after = "changed by another process" if live_elsewhere else checksum(checkpoint.model)
+            copies_modified = modified_elsewhere + sum(checksum(model) != before for model, before in copies.items())
     return r.ProbeReport(
         probe_version=__version__,
         checkpoint=sections.checkpoint_section(checkpoint, name),
@@ -156,7 +222,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         sampling=sections.sampling_section(prepared.redrawn),
         entropy=sections.entropy_section(scores_e, config.generation.temperature),
         continuity=sections.continuity_section(zero, scaling, taylor),
-        sampler_parity=sections.sampler_parity_section(e, scores_e),
+        sampler_parity=sections.sampler_parity_section(e, reported),
         invariance=sections.invariance_section(invariant, drawn),
         witness=witness,
         registry=r.RegistrySection(**asdict(covered), taken_as_frozen=list(checkpoint.info.taken_as_frozen)),
@@ -168,40 +234,47 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         ),
         verdicts=[],
         baseline=None,
+        distributed=sections.distributed_section(world),
         environment=sections.environment(bound, threads),
         timing=clock.seconds,
         **step.sections,
     )
 
 
-def _witness(of: Measured, of_x: gradients.Payload, step: NextStep) -> dict[str, float | None]:
-    """Gradients and curvature by other ways; what needs the second moment is `None` where there is none."""
-    bound, config = of.bound, of.config
-    witness: dict[str, float | None] = asdict(
-        gradient_witness(bound, of.u, of.scores_u, config, of.units_u, step.precond)
-    )
+def _witness(
+    of: Measured, of_x: gradients.Payload, of_x_e: gradients.Payload, step: NextStep
+) -> dict[str, float | None]:
+    """Gradients and curvature by other ways; what needs the second moment is `None` where there is none.
+
+    `of_x` are the payloads of X on this process's prompts of U, and `of_x_e` those on its prompts of E.
+    """
+    bound, config, e = of.bound, of.config, of.own_e.rollouts
+    by_loop = gradient_witness(bound, of.own_u.rollouts, of.scores_u, config, of.units_u, step.precond, of_x)
+    witness: dict[str, float | None] = {} if by_loop is None else asdict(by_loop)
     if "projections" not in config.left_out:
         at_theta = None if step.along is None else step.along.at_theta
         witness |= asdict(
-            projection_agreement(bound, of.e, of_x, config, of.units_e, step.precond, of.ascent, step.v, at_theta)
+            projection_agreement(bound, e, of_x_e, config, of.units_e, step.precond, of.ascent, step.v, at_theta)
         )
     witness["curvature"] = None  # without the second derivative that the α-trick needs too
     if step.along is None:
         witness |= dict.fromkeys(("u_cross", "u_cross_fast"))
     elif witness.get("projections_alpha") is not None and "curvature witness" not in config.left_out:
-        witness["curvature"] = curvature_witness(of.float64, of.e, of.scores_e, step.along, step.v, config)
+        witness["curvature"] = curvature_witness(of.float64, e, of.scores_e, step.along, step.v, config)
     return witness
 
 
 class _Clock:
     """Adds up the seconds of each stage, and reports its beginning and end as progress."""
 
-    def __init__(self, progress: Progress | None, seconds: dict[str, float]) -> None:
+    def __init__(self, progress: Progress | None, seconds: dict[str, float], world: World) -> None:
         self.seconds = seconds
         self._progress = progress
+        self._world = world
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        self._world.at(stage)
         if self._progress is not None:
             self._progress(stage, 0, 1)
         start = time.perf_counter()

@@ -21,6 +21,7 @@ from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.estimators.token_stats import LOGIT_VAR
 from entropy_probe.model.checkpoint import AdamState, Checkpoint, OtherOptimizer
 from entropy_probe.model.checkpoint.optimizer import hyper_parameters
+from entropy_probe.model.distributed import World
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
@@ -106,11 +107,11 @@ def batch_section(
         given=printable(given),
         early_eos=sum(early_eos(response, eos) is not None for response in rollouts.responses),
         unended=sum(len(response) < limit for response in cut) if known else None,
-        fingerprint=_fingerprint(rollouts),
+        fingerprint=fingerprint(rollouts),
     )
 
 
-def _fingerprint(rollouts: Rollouts) -> str:
+def fingerprint(rollouts: Rollouts) -> str:
     """SHA-256 of every row's token ids, with where its response begins, and of what was given beside them.
 
     Not of advantages by rule: they follow from the rewards, in the rounding of the machine.
@@ -150,32 +151,35 @@ def first_order_section(
     units: gradients.UnitGradients, precond: Mapping[str, Tensor], lr: float, lr_source: str, estimator: str
 ) -> r.FirstOrderSection:
     def statistic_of(gram: Tensor) -> tuple[ustat.CrossMoments, ustat.UStatistic]:
-        moments = ustat.cross_moments(gram)
-        return moments, ustat.u_statistic(moments, gram)
+        moments = ustat.cross_moments_of_sums(gram) if units.several else ustat.cross_moments(gram)
+        return moments, ustat.u_statistic(moments, None if units.several else gram)
 
     def delta_h1(gram: Tensor) -> r.Estimate:
         statistic = statistic_of(gram)[1]
         return r.Estimate(value=-lr * statistic.u_cross, se=lr * statistic.se_plugin)
 
-    matrices = gradients.grams(units.x, units.y, precond)
-    matrix = torch.stack(list(matrices.values())).sum(0)
-    moments, statistic = statistic_of(matrix)
-    sums_x, sums_y = (
-        {n: (units.sizes.double()[:, None] * t.double()).sum(0) for n, t in side.items()} for side in (units.x, units.y)
-    )
+    if units.several:  # of each matrix K the sums of rows and columns, and the diagonal, are enough
+        own = _with_parts(gradients.own_dots(units, precond))
+        parts = dict(zip(own, units.of_units(torch.stack(list(own.values()), 1)).unbind(1), strict=True))
+        plain = float(sum(torch.dot(units.sums_x[n], t) for n, t in units.sums_y.items())) / len(units.sizes) ** 2
+    else:
+        parts = _with_parts(gradients.grams(units.x, units.y, precond))
+        plain = ustat.cross_moments(gradients.gram(units.x, units.y)).bars_dot
+    moments, statistic = statistic_of(parts.pop(_WHOLE))
+    num_prompts = float(units.sizes.sum())
     return r.FirstOrderSection(
         mode=units.mode,
         estimator=estimator,
         num_units=moments.num_units,
         interval=ustat.interval(statistic, moments.num_units),
-        bars_dot_plain=ustat.cross_moments(gradients.gram(units.x, units.y)).bars_dot,
+        bars_dot_plain=plain,
         delta_h1_by_unit=(-lr / moments.num_units * moments.row_means).tolist(),
-        delta_h1_parts=_parts(matrices, delta_h1),
+        delta_h1_parts=_parts(parts, delta_h1),
         row_means=moments.row_means.tolist(),
         bars_dot=moments.bars_dot,
         diag_sum=moments.diag_sum,
-        norm_x_sum=update.norm(sums_x),
-        norm_y_sum=update.norm(sums_y),
+        norm_x_sum=num_prompts * update.norm(units.mean_x()),
+        norm_y_sum=num_prompts * update.norm(units.mean_y()),
         lr=lr,
         lr_source=lr_source,
         delta_h1=-lr * statistic.u_cross,
@@ -184,32 +188,50 @@ def first_order_section(
     )
 
 
-def _parts(matrices: Mapping[str, Tensor], delta_h1: Callable[[Tensor], r.Estimate]) -> r.Parts:
-    """δH₁ of the summed matrices of each group of tensors."""
+_Key = tuple[str, str]
+_WHOLE: _Key = ("", "")
 
-    def grouped(labels: Mapping[str, str]) -> dict[str, r.Estimate]:
-        groups: dict[str, Tensor] = {}
+
+def _with_parts(matrices: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
+    """(table, label) → the sum of the matrices of a group of tensors; at `_WHOLE` that of all."""
+    groups: dict[_Key, Tensor] = {_WHOLE: torch.stack(list(matrices.values())).sum(0)}
+    for table in r.Parts.model_fields:
         for name, matrix in matrices.items():
-            groups[labels[name]] = matrix + groups.get(labels[name], 0.0)
-        return {label: delta_h1(matrix) for label, matrix in groups.items()}
+            key = table, getattr(part_of(name), table)
+            groups[key] = matrix + groups.get(key, 0.0)
+    return groups
 
-    parts = {name: part_of(name) for name in matrices}
-    return r.Parts(
-        layer=grouped({name: part.layer for name, part in parts.items()}),
-        module=grouped({name: part.module for name, part in parts.items()}),
-        factor=grouped({name: part.factor for name, part in parts.items()}),
-    )
+
+def _parts(groups: Mapping[_Key, Tensor], delta_h1: Callable[[Tensor], r.Estimate]) -> r.Parts:
+    """δH₁ of the summed matrices of each group of tensors."""
+    tables: dict[str, dict[str, r.Estimate]] = {table: {} for table in r.Parts.model_fields}
+    for (table, label), matrix in groups.items():
+        tables[table][label] = delta_h1(matrix)
+    return r.Parts(**tables)
 
 
 def two_batch_section(
     e: gradients.UnitGradients, u: gradients.UnitGradients, precond: Mapping[str, Tensor], lr: float
 ) -> r.TwoBatchSection:
+    def moments_of(gram: Tensor) -> two_batch.TwoBatchMoments:
+        if e.several:
+            return two_batch.two_batch_moments_of_sums(gram[: len(e.sizes)], gram[len(e.sizes) :], e.sizes)
+        return two_batch.two_batch_moments(gram, e.sizes, u.sizes)
+
     def delta_h1(gram: Tensor) -> r.Estimate:
-        moments = two_batch.two_batch_moments(gram, e.sizes, u.sizes)
+        moments = moments_of(gram)
         return r.Estimate(value=-lr * moments.bars_dot, se=lr * moments.total_se)
 
-    matrices = gradients.grams(e.x, u.y, precond)
-    moments = two_batch.two_batch_moments(torch.stack(list(matrices.values())).sum(0), e.sizes, u.sizes)
+    if e.several:  # of each matrix K the weighted sums of rows and of columns, one after the other
+        s, t = (
+            {key: sums[:, None] for key, sums in _with_parts(gradients.dots(side, mean, precond)).items()}
+            for side, mean in ((e.x, u.mean_y()), (u.y, e.mean_x()))
+        )
+        of_e, of_u = e.of_units(torch.cat(list(s.values()), 1)), u.of_units(torch.cat(list(t.values()), 1))
+        parts = dict(zip(s, torch.cat([of_e, of_u]).unbind(1), strict=True))
+    else:
+        parts = _with_parts(gradients.grams(e.x, u.y, precond))
+    moments = moments_of(parts.pop(_WHOLE))
     return r.TwoBatchSection(
         bars_dot=moments.bars_dot,
         delta_h1=-lr * moments.bars_dot,
@@ -218,15 +240,15 @@ def two_batch_section(
         projections=moments.projections.tolist(),
         update_projections=moments.update_projections.tolist(),
         interaction=moments.interaction,
-        delta_h1_parts=_parts(matrices, delta_h1),
+        delta_h1_parts=_parts(parts, delta_h1),
     )
 
 
-def sampler_parity_section(rollouts: Rollouts, scores: Scores) -> r.SamplerParitySection | None:
-    if rollouts.logprobs is None:
+def sampler_parity_section(rollouts: Rollouts, token_logq: Tensor | None) -> r.SamplerParitySection | None:
+    if rollouts.logprobs is None or token_logq is None:
         return None
     reported, inside = rollouts.per_prompt(rollouts.logprobs), rollouts.per_prompt(rollouts.gen_mask)
-    return r.SamplerParitySection(**asdict(parity.sampler_parity(scores.token_logq, reported, inside)))
+    return r.SamplerParitySection(**asdict(parity.sampler_parity(token_logq, reported, inside)))
 
 
 def update_section(
@@ -369,6 +391,14 @@ def preconditioner_section(
         num_pairs=match.num_pairs,
         num_undecided=match.num_undecided,
         undecided=match.undecided,
+    )
+
+
+def distributed_section(world: World) -> r.DistributedSection | None:
+    if world.size == 1:
+        return None
+    return r.DistributedSection(
+        world_size=world.size, bytes_sent_per_rank=world.bytes_sent, bytes_of_prompts_per_rank=world.bytes_of_prompts
     )
 
 

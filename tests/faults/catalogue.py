@@ -203,7 +203,7 @@ def later_entropy_one_step_late(patch: Patch) -> None:
 def ema_holds_the_prompt_itself(patch: Patch) -> None:
     """The mean of R_{>t} that serves as a baseline holds the prompt's own responses."""
 
-    def of_all(later: Tensor, present: Tensor) -> Tensor:
+    def of_all(later: Tensor, present: Tensor, among: Any) -> Tensor:
         return (later.sum((0, 1)) / present.double().sum((0, 1)).clamp(min=1.0))[None, None]
 
     patch.setattr(baselines, "_mean_of_others", of_all)

@@ -109,7 +109,7 @@ def two_batch_identity(report: ProbeReport) -> Finding:
     s, t, lr = across.projections, across.update_projections, needed(report.first_order).lr
     size = math.fsum(map(abs, s)) / len(s)
     var_s, var_t = (variance(x) / len(x) for x in (s, t))
-    of_both = across.interaction / (len(s) * len(t))
+    of_both = (across.interaction or 0.0) / (len(s) * len(t))  # several processes do not know it
     deviations = [
         _relative(across.bars_dot, _weighted_mean(s, report.batch.num_prompts), size),
         _relative(across.bars_dot, _weighted_mean(t, report.update_batch.num_prompts), size),

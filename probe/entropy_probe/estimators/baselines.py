@@ -17,6 +17,8 @@ others, and `hk_ema` and `hk_ridge` are `hk`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -39,15 +41,32 @@ MAX_DEVIATIONS = 10.0
 """Standardised φ are cut to ± this: one huge logit variance bends neither the fit nor what is predicted from it."""
 
 
+@dataclass(frozen=True)
+class Among:
+    """Where the given prompts stand in a batch: `first` others before them, `num_prompts` in all, of which the longest
+    response has `longest` tokens. `total` adds up what holders of parts of the batch give it."""
+
+    first: int
+    num_prompts: int
+    longest: int
+    total: Callable[[Tensor], Tensor]
+
+
+def _alone(entropy: Tensor) -> Among:
+    return Among(0, len(entropy), entropy.shape[-1], lambda values: values)
+
+
 def rb_coefficients(
     entropy: Float[Tensor, "B G T"],
     lengths: Int[Tensor, "B G"],
     baseline: Baseline,
     features: Float[Tensor, "B G T F"] | None = None,
+    among: Among | None = None,
 ) -> Float[Tensor, "B G T"]:
     """c_t = R_{≥t} − b_t in float64, without gradient, zero past the end of a response, whatever stands there.
 
-    `features` are φ of `token_stats.baseline_features`. Raises `MeasurementError` for `hk_ridge` without them.
+    `features` are φ of `token_stats.baseline_features`. `among`: the others, where these are not all prompts. Raises
+    `MeasurementError` for `hk_ridge` without features.
     """
     present = torch.arange(entropy.shape[-1], device=lengths.device) < lengths[..., None]
     entropy = entropy.detach().double().masked_fill(~present, 0.0)
@@ -58,40 +77,56 @@ def rb_coefficients(
     if baseline == "hk":
         return later
     if baseline == "hk_ema":
-        return later - _mean_of_others(later, present) * present
+        return later - _mean_of_others(later, present, among or _alone(entropy)) * present
     if features is None:
         raise MeasurementError(baseline, "no features were given", "give those of token_stats.baseline_features")
-    return later - _ridge_of_others(later, present, features.detach().double())
+    return later - _ridge_of_others(later, present, features.detach().double(), among or _alone(entropy))
 
 
-def _mean_of_others(later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"]) -> Float[Tensor, "B 1 T"]:
-    others = 1.0 - torch.eye(len(later), dtype=later.dtype, device=later.device)
-    return (others @ later.sum(1) / (others @ present.double().sum(1)).clamp(min=1.0))[:, None]
+def _mean_of_others(
+    later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], among: Among
+) -> Float[Tensor, "B 1 T"]:
+    own = torch.stack([later.sum(1), present.double().sum(1)])
+    padded = torch.nn.functional.pad(own.sum(1), (0, among.longest - own.shape[-1]))
+    sums, counts = among.total(padded)[:, None, : own.shape[-1]] - own
+    return (sums / counts.clamp(min=1.0))[:, None]
 
 
 def _ridge_of_others(
-    later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], features: Float[Tensor, "B G T F"]
+    later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], features: Float[Tensor, "B G T F"], among: Among
 ) -> Float[Tensor, "B G T"]:
-    phi, target = features[present], later[present]
-    folds = min(FOLDS, len(later))
-    fold = (torch.arange(len(later), device=later.device) % folds)[:, None, None].expand_as(present)[present]
-    predicted = torch.zeros_like(target)
-    for k in range(folds):
-        own = fold == k
-        if not own.all():
-            predicted[own] = _ridge(phi[~own], target[~own], phi[own])
+    """β₀ + φᵀβ of a fit for each fold; β₀ is not penalised. A feature that is constant (to rounding) in the fit counts
+    for 0."""
+    folds = min(FOLDS, among.num_prompts)
+    if folds == 1:
+        return torch.zeros_like(later)
+    phi, target, device = features[present], later[present], later.device
+    prompts = among.first + torch.arange(len(later), device=device)
+    fold = (prompts % folds)[:, None, None].expand_as(present)[present]
+    others = fold != torch.arange(folds, device=device)[:, None]
+
+    def total(of_rows: Callable[[Tensor, int], Tensor]) -> Tensor:
+        return among.total(torch.stack([of_rows(rows, k) for k, rows in enumerate(others)]))
+
+    size = total(lambda rows, _: rows.double().sum())[:, None]
+    mean = total(lambda rows, _: torch.cat([phi[rows].sum(0), phi[rows].square().sum(0)])) / size
+    mean, square = mean.tensor_split(2, dim=1)
+    deviation = (total(lambda rows, k: (phi[rows] - mean[k]).square().sum(0)) / size).sqrt()
+    scale = deviation.masked_fill(deviation <= 1e-12 * square.sqrt(), float("inf"))
+
+    def standardised(rows: Tensor, k: int) -> Tensor:
+        return ((phi[rows] - mean[k]) / scale[k]).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+
+    sums = total(lambda rows, k: torch.cat([standardised(rows, k).sum(0), target[rows].sum()[None]])) / size
+    centre, level = sums[:, :-1], sums[:, -1]
+
+    def products(rows: Tensor, k: int) -> Tensor:
+        z = standardised(rows, k) - centre[k]
+        return torch.cat([z.T @ z, (z.T @ (target[rows] - level[k]))[:, None]], 1)
+
+    fitted, predicted = total(products), torch.zeros_like(target)
+    for k, rows in enumerate(others):
+        penalty = RIDGE * size[k] * torch.eye(phi.shape[1], dtype=phi.dtype, device=device)
+        beta = torch.linalg.solve(fitted[k, :, :-1] + penalty, fitted[k, :, -1])
+        predicted[~rows] = level[k] + (standardised(~rows, k) - centre[k]) @ beta
     return torch.zeros_like(later).masked_scatter(present, predicted)
-
-
-def _ridge(
-    phi: Float[Tensor, "R F"], target: Float[Tensor, " R"], phi_new: Float[Tensor, "N F"]
-) -> Float[Tensor, " N"]:
-    """β₀ + φᵀβ at `phi_new`; β₀ is not penalised. A feature that is constant (to rounding) in the fit counts for 0."""
-    deviation, mean = torch.std_mean(phi, 0, correction=0)
-    scale = deviation.masked_fill(deviation <= 1e-12 * phi.abs().amax(0), float("inf"))
-    z, z_new = (((x - mean) / scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS) for x in (phi, phi_new))
-    centre, level = z.mean(0), target.mean()
-    z = z - centre
-    penalty = RIDGE * len(z) * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-    beta = torch.linalg.solve(z.T @ z + penalty, z.T @ (target - level))
-    return level + (z_new - centre) @ beta

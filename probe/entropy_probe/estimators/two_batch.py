@@ -16,9 +16,21 @@ class TwoBatchMoments:
     bars_dot: float
     projections: Float[Tensor, " E"]
     update_projections: Float[Tensor, " U"]
-    interaction: float
+    interaction: float | None
     conditional_se: float
     total_se: float
+
+
+def two_batch_moments_of_sums(
+    s: Float[Tensor, " E"], t: Float[Tensor, " U"], sizes_e: Int[Tensor, " E"]
+) -> TwoBatchMoments:
+    """`two_batch_moments` where only s_k = X_kᵀPȲ_U and t_m = X̄_EᵀPY_m are known.
+
+    s²_int needs every X_kᵀPY_m. Without it the interaction is counted twice: `total_se` is too large, by up to √2.
+    """
+    mean = (sizes_e.double() / sizes_e.sum()) @ s
+    var_s, var_t = float(s.var()) / len(s), float(t.var()) / len(t)
+    return TwoBatchMoments(float(mean), s, t, None, math.sqrt(var_s), math.sqrt(var_s + var_t))
 
 
 def two_batch_moments(

@@ -57,8 +57,25 @@ def cross_moments(gram: Float[Tensor, "U U"]) -> CrossMoments:
     )
 
 
-def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic:
-    """Plug-in, jackknife and unbiased variance of U_cross.
+def cross_moments_of_sums(sums: Float[Tensor, "U 3"]) -> CrossMoments:
+    """`cross_moments` where only (Σ_m K_nm, Σ_m K_mn, K_nn) of each unit n is known; needs U ≥ 2.
+
+    The diagonal is taken away from each row and not from the whole: U_cross loses the digits of its own row alone.
+    """
+    rows, columns, diagonal = sums.double().unbind(1)
+    num_units = len(sums)
+    row_means = 0.5 * ((rows - diagonal) + (columns - diagonal)) / (num_units - 1)
+    return CrossMoments(
+        u_cross=float(row_means.sum()) / num_units,
+        bars_dot=float(rows.sum()) / num_units**2,
+        diag_sum=float(diagonal.sum()),
+        row_means=row_means,
+        num_units=num_units,
+    )
+
+
+def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"] | None) -> UStatistic:
+    """Plug-in, jackknife and unbiased variance of U_cross. The last needs every K_nm: `None` without `gram`.
 
         Q = Σ_u (r_u − r̄)²
         ζ̂₁ plug-in   = Q/(U−1),                     se_plugin    = √(4ζ̂₁/U)
@@ -72,9 +89,14 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic
     zeta1_plugin = float((r - r.mean()).square().sum()) / (units - 1)
     zeta1_jackknife = se_jackknife = None
     if units >= 3:
-        k = gram.double()
-        own = k.sum(1) + k.sum(0) - 2 * k.diagonal()
-        leave_one_out = (k.sum() - k.diagonal().sum() - own) / ((units - 1) * (units - 2))
+        if gram is None:
+            own = 2 * (units - 1) * r
+            total = own.sum() / 2
+        else:
+            k = gram.double()
+            own = k.sum(1) + k.sum(0) - 2 * k.diagonal()
+            total = k.sum() - k.diagonal().sum()
+        leave_one_out = (total - own) / ((units - 1) * (units - 2))
         variance = (units - 1) / units * float((leave_one_out - leave_one_out.mean()).square().sum())
         zeta1_jackknife, se_jackknife = units / 4 * variance, math.sqrt(variance)
     return UStatistic(
@@ -83,7 +105,7 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"]) -> UStatistic
         zeta1_jackknife=zeta1_jackknife,
         se_plugin=math.sqrt(4 * zeta1_plugin / units),
         se_jackknife=se_jackknife,
-        var_unbiased=unbiased_variance(moments, gram) if units >= 5 else None,
+        var_unbiased=None if units < 5 or gram is None else unbiased_variance(moments, gram),
     )
 
 

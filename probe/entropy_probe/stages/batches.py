@@ -12,27 +12,30 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
+from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import tasks
 from entropy_probe.stages.rewards import find_reward
 from entropy_probe.stages.rollouts import Progress, Rollouts, eos_ids, read_rollouts, redrawn, sample_rollouts
+from entropy_probe.stages.share import Share
 
 
 def redraw_for(
-    bound: BoundModel, rollouts: Rollouts, tokenizer: Any | None, config: ProbeConfig
+    bound: BoundModel, rollouts: Rollouts, tokenizer: Any | None, config: ProbeConfig, share: Share | None = None
 ) -> Callable[[Mapping[str, Tensor]], Rollouts] | None:
     """What draws fresh responses of the same prompts, as many of each, at a mapping of parameters; `None` where no
     `fallback: resample` asks for it.
 
     The noise is that of the E batch: at θ a sampled batch comes again, so that what differs at θ + ηv is what the step
-    changed.
+    changed. With a `share` of the batch only its own prompts.
     """
     if config.true_delta_h.fallback != "resample":
         return None
     limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
     generation = config.generation.model_copy(update={"max_new_tokens": limit})
     seed = _seed("E", config.batch.seed)
-    return lambda override: redrawn(bound, rollouts, tokenizer, generation, seed=seed, override=override)
+    own = rollouts if share is None else share.own
+    return lambda override: redrawn(bound, own, tokenizer, generation, seed=seed, override=override)
 
 
 def redrawn_shares(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config: ProbeConfig) -> tuple[float, float]:
@@ -79,8 +82,12 @@ def draw_batches(
     update_rollouts: str | Path | None,
     prompts: str | Path | None,
     progress: Progress | None,
+    world: World = ALONE,
 ) -> tuple[Rollouts, Rollouts]:
-    """E and U. Sampled batches have disjoint prompts and seeds of their own; one file alone serves as both."""
+    """E and U. Sampled batches have disjoint prompts and seeds of their own; one file alone serves as both.
+
+    Of several processes each samples its share of the prompts, and all have both batches.
+    """
     batch = config.batch
     file_e = None if rollouts is None else read_rollouts(rollouts, bound, tokenizer)
     if (
@@ -107,6 +114,7 @@ def draw_batches(
             reward=reward,
             stage=f"sampling {which}",
             progress=progress,
+            world=world,
         )
 
     batch_e = sampled("E", drawn[: batch.num_prompts])

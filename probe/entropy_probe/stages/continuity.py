@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -170,7 +170,7 @@ def taylor(
     some = rollouts.of_prompts(prompts)
     at_theta = score(float64, some, config, {})
     if config.generation.top_p < 1.0:  # as it was measured: in float64 a token may fall out at the edge of the nucleus
-        at_theta = replace(at_theta, token_logq=scores.token_logq[prompts, :, : some.max_gen_len])
+        at_theta = at_theta.with_logq_of(scores, prompts)
     along = _Along(float64, some, v, config, at_theta)
     try:
         derivatives = directional_derivatives(float64, some, v, config)

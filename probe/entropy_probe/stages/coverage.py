@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.gradients import UnitGradients
 
@@ -29,7 +31,12 @@ class Coverage:
 def gradient_coverage(registry: Registry, units: UnitGradients) -> Coverage:
     """Count tensors with any non-zero entry in X and in Y over all units."""
     trainable = registry.trainable
-    reached_x, reached_y = ({n for n, t in side.items() if bool(t.count_nonzero())} for side in (units.x, units.y))
+    world = ALONE if units.share is None else units.share.world
+    reached_x, reached_y = (
+        {name for name, count in zip(side, counts.tolist(), strict=True) if count}
+        for side in (units.x, units.y)
+        for counts in [world.total(torch.tensor([int(t.count_nonzero()) for t in side.values()]))]
+    )
     uncovered = [name for name in trainable if name not in reached_x or name not in reached_y]
     explained = {name: FRESH_LORA for name in uncovered if _partner_is_zero(name, registry.parameters)}
     return Coverage(

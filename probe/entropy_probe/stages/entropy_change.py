@@ -13,11 +13,13 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError
 from entropy_probe.estimators import importance
+from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
+from entropy_probe.stages.share import Share
 
 _POINTS_PER_DECADE, _POINTS = 2, 5
 
@@ -125,19 +127,25 @@ def sweep(
     config: ProbeConfig,
     progress: Progress | None = None,
     redraw: Callable[[Mapping[str, Tensor]], Rollouts] | None = None,
+    share: Share | None = None,
 ) -> list[EntropyChange]:
     """ΔĤ at θ + ηv for every η: one scoring pass each, with only the parameters in v replaced, one copy at a time.
 
     Where the weights are not to be believed, fresh responses of the same prompts are drawn at θ + ηv by `redraw`, if it
-    is given, and scored there.
+    is given, and scored there. With a `share` of the batch, `rollouts` are its own, and `scores` those of all.
     """
-    changes = []
+
+    def whole(of_own: Scores) -> Scores:
+        return of_own if share is None else share.scores(of_own)
+
+    world, changes = ALONE if share is None else share.world, []
     for done, eta in enumerate(etas, start=1):
         override = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-        change = change_at(scores, score(bound, rollouts, config, override), eta, config)
+        change = change_at(scores, whole(score(bound, rollouts, config, override)), eta, config)
         # below top_p = 1 fresh responses would measure another entropy than the weighted ones do
-        if redraw is not None and eta != 0 and not change.reliable and not change.restricted:
-            change = resampled(change, scores, score(bound, redraw(override), config, override), config)
+        to_redraw = redraw is not None and eta != 0 and not change.reliable and not change.restricted
+        if redraw is not None and world.any(to_redraw):
+            change = resampled(change, scores, whole(score(bound, redraw(override), config, override)), config)
         changes.append(change)
         del override
         if progress is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,12 +13,13 @@ from torch import Tensor
 from entropy_probe.config import FirstOrderConfig, ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.advantages import advantages, x_weights, y_weights
-from entropy_probe.estimators.baselines import rb_coefficients
+from entropy_probe.estimators.baselines import Among, rb_coefficients
 from entropy_probe.estimators.policy import score_tokens, token_logp
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Read, Scores, read_rows
+from entropy_probe.stages.share import Share
 
 # Columns of a Gram product that are held in float64 at once: U rows of 2^20 doubles are 8 U MiB.
 _GRAM_COLUMNS = 1 << 20
@@ -31,12 +32,42 @@ class UnitGradients:
     """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit; the unit of each prompt.
 
     A unit is a prompt (`exact`), or the mean over a block of prompts whose sizes differ by at most one (`block`).
+
+    Of several processes each holds the rows of its own units, and the sums over all: `sums_x` and `sums_y` of units,
+    `means_x` and `means_y` of prompts, name → [numel] in float64. Alone these are not made.
     """
 
     x: dict[str, Float[Tensor, "U D"]]
     y: dict[str, Float[Tensor, "U D"]]
     unit_of: Int[Tensor, " B"]
     mode: str
+    share: Share | None = None
+    sums_x: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
+    sums_y: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
+    means_x: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
+    means_y: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
+
+    @property
+    def several(self) -> bool:
+        """Whether other processes hold units too."""
+        return self.share is not None and self.share.several
+
+    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+        """X̄ over all prompts, in float64."""
+        return self.means_x if self.several else prompt_mean(self.x, self.sizes)
+
+    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+        """Ȳ over all prompts, in float64."""
+        return self.means_y if self.several else prompt_mean(self.y, self.sizes)
+
+    def of_units(self, values: Tensor) -> Tensor:
+        """[U, …] from [u, …] of everybody's own units."""
+        return values if self.share is None else self.share.of_units(values)
+
+    def rows(self, side: Mapping[str, Tensor], chosen: Int[Tensor, " k"]) -> dict[str, Float[Tensor, "k D"]]:
+        """The rows of some units, wherever they are."""
+        share = self.share
+        return {n: t[chosen] if share is None else share.rows(t, chosen, share.units) for n, t in side.items()}
 
     @property
     def sizes(self) -> Int[Tensor, " U"]:
@@ -94,8 +125,10 @@ class Payload:
         return (entropy.double() + kappa * logp.double()).sum(-1)
 
 
-def payloads(rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[Payload, Payload]:
-    """Those of X, by the configured estimator of −∇H, and of Y.
+def payloads(
+    rollouts: Rollouts, scores: Scores, config: ProbeConfig, among: Among | None = None
+) -> tuple[Payload, Payload]:
+    """Those of X, by the configured estimator of −∇H, and of Y; `among` where these are not all prompts.
 
     naive   X_n = Σ_g c_ng ∇S_ng
     rb      X_n = −(1/G) Σ_g Σ_t (∇H_t + (R_{≥t} − b_t) ∇log p_t)
@@ -104,7 +137,7 @@ def payloads(rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[P
     first_order, y = config.first_order, Payload(weights_y)
     if first_order.estimator == "naive":
         return Payload(weights_x), y
-    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features)
+    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among)
     return Payload(torch.full_like(weights_x, -1.0 / rollouts.num_responses), kappa), y
 
 
@@ -129,20 +162,27 @@ def unit_gradients(
     *,
     stage: str = "gradients",
     progress: Progress | None = None,
+    share: Share | None = None,
 ) -> UnitGradients:
     """X_n and Y_n (`payloads`) of every prompt n, or their means within blocks of prompts.
 
     Where the module detaches a part of itself (DoRA), or its padding token is read, X is the true derivative and Y the
     module's own autograd, because that is what the trainer's step uses; where the two are one, and both are weighted
     ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
+
+    With a `share` of `rollouts` the payloads are those of its own prompts, and only its units are made. What the others
+    make is known by its sums: one all-reduce of ΣX and one of ΣY, in buckets.
     """
     parameters = bound.registry.trainable
     if not parameters:
         raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
-    mode, num_units = units_within_memory(bound, rollouts, config)
-    unit_of = torch.arange(rollouts.num_prompts) * num_units // rollouts.num_prompts
+    mode, units_of_all = units_of(bound, rollouts, config)
+    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(rollouts.tokens)
+    unit_of = units_of_all
+    if share is not None:
+        rollouts, unit_of = share.own, units_of_all[share.prompts] - share.units.start
     sizes = torch.bincount(unit_of)
-    x = {n: torch.zeros(num_units, p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
+    x = {n: torch.zeros(len(sizes), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
     y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
     on_cpu = bound.device.type == "cpu"  # then sums are added where they belong, and no second copy is made of them
     temperature, per_row = config.generation.temperature, sizes[unit_of].repeat_interleave(rollouts.num_responses)
@@ -163,7 +203,6 @@ def unit_gradients(
             for k, n in itertools.product(range(len(sides)), range(len(units))):
                 own[k][n].add_(sums[name][k][n].cpu())
 
-    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(rollouts.tokens)
     done = 0
     for units, rows in _microbatches(rollouts, unit_of, config.generation.tf_batch_size):
         if of_y is not None and one_pass:
@@ -175,7 +214,22 @@ def unit_gradients(
         done += len(rows)
         if progress is not None:
             progress(stage, done, len(rollouts.gen_lens))
-    return UnitGradients(x, y, unit_of, mode)
+    units = UnitGradients(x, y, units_of_all, mode, share)
+    return _with_sums(units) if units.several else units
+
+
+def _with_sums(units: UnitGradients) -> UnitGradients:
+    """ΣX and ΣY over the units of all processes, and over their prompts, where a unit is more than one."""
+    assert units.share is not None
+    world, sizes = units.share.world, units.sizes.double()
+    own, total = sizes[units.share.units][:, None], float(sizes.sum())
+    found = {}
+    for side, rows in (("x", units.x), ("y", units.y)):
+        sums = found[f"sums_{side}"] = world.totals({name: t.double().sum(0) for name, t in rows.items()})
+        if units.mode == "block":
+            sums = world.totals({name: (own * t.double()).sum(0) for name, t in rows.items()})
+        found[f"means_{side}"] = {name: t / total for name, t in sums.items()}
+    return replace(units, **found)
 
 
 def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,12 +238,20 @@ def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> 
     group, at_once = rollouts.num_responses, max(1, size // rollouts.num_responses)
     lengths = rollouts.per_prompt(rollouts.prompt_lens + rollouts.gen_lens).amax(1)
     order = torch.argsort(lengths, stable=True)
+    if not len(unit_of):
+        return
     single = len(unit_of) == int(unit_of.max()) + 1
     for within in [order] if single else [order[unit_of[order] == unit] for unit in unit_of.unique()]:
         for prompts in within.split(at_once):
             rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
             for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:
                 yield unit_of[prompts] if single else unit_of[prompts[:1]], part
+
+
+def units_of(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> tuple[str, Int[Tensor, " B"]]:
+    """(mode, the unit of each prompt); the same however many processes there are."""
+    mode, num_units = units_within_memory(bound, rollouts, config)
+    return mode, torch.arange(rollouts.num_prompts) * num_units // rollouts.num_prompts
 
 
 def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> tuple[str, int]:
@@ -240,6 +302,36 @@ def _gram(a: Tensor, b: Tensor, precond: Tensor | None) -> Tensor:
         scaled = b[:, part].double() if p is None else b[:, part].double() * p[part].double()
         total += a[:, part].double() @ scaled.T
     return total
+
+
+def dots(
+    rows: Mapping[str, Float[Tensor, "U D"]],
+    vector: Mapping[str, Float[Tensor, ...]],
+    precond: Mapping[str, Float[Tensor, ...]] | None = None,
+) -> dict[str, Float[Tensor, " U"]]:
+    """row_u · P ⊙ vector in float64, by name."""
+    return {name: g[:, 0] for name, g in grams(rows, {n: v.reshape(1, -1) for n, v in vector.items()}, precond).items()}
+
+
+def own_dots(
+    units: UnitGradients, precond: Mapping[str, Float[Tensor, ...]], names: Iterable[str] | None = None
+) -> dict[str, Float[Tensor, "u 3"]]:
+    """By name, of each own unit: Σ_m K_nm, Σ_m K_mn and K_nn, of the matrix K_nm = X_nᵀPY_m that nobody holds.
+
+    x_n·P·ΣY,   y_n·P·ΣX,   x_n·P·y_n
+    """
+    found = {}
+    for name in units.x if names is None else names:
+        x, y, p = units.x[name], units.y[name], {name: precond[name]}
+        rows, columns = (
+            dots({name: side}, {name: total[name]}, p)[name] for side, total in ((x, units.sums_y), (y, units.sums_x))
+        )
+        diagonal = torch.zeros(len(x), dtype=torch.float64)
+        for start in range(0, x.shape[1], _GRAM_COLUMNS):
+            part = slice(start, start + _GRAM_COLUMNS)
+            diagonal += (x[:, part].double() * p[name].reshape(-1)[part].double() * y[:, part].double()).sum(1)
+        found[name] = torch.stack([rows, columns, diagonal], 1)
+    return found
 
 
 def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]) -> dict[str, Float[Tensor, " D"]]:

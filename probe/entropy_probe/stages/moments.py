@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_probe.estimators.moments import exchange_evidence
 from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.distributed import ALONE, World
 
 _ENTRIES = 4096
 _CLEAR = 5.0
@@ -33,11 +34,16 @@ class MomentsMatch:
     undecided: list[str]
 
 
-def moments_match(adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "U D"]]) -> MomentsMatch:
-    """mean_u Y_u² against `exp_avg_sq`, entry by entry, of up to 4096 entries of each tensor."""
+def moments_match(
+    adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "U D"]], world: World = ALONE
+) -> MomentsMatch:
+    """mean_u Y_u² against `exp_avg_sq`, entry by entry, of up to 4096 entries of each tensor; of several processes each
+    has some u."""
     by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for name, state in adam.items():
-        if state.step > 0 and bool((y[name] != 0).any()):
+    num_units = int(world.total(torch.tensor(len(next(iter(y.values()), ())))))
+    moved = world.total(torch.tensor([bool((y[name] != 0).any()) for name in adam], dtype=torch.int64))
+    for (name, state), has_moved in zip(adam.items(), moved.tolist(), strict=True):
+        if state.step > 0 and has_moved:
             by_shape[tuple(state.exp_avg_sq.shape)].append(name)
     worst, pair, found = None, None, []
     undecided: dict[str, int] = {}
@@ -46,7 +52,8 @@ def moments_match(adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "
             continue
         size = y[names[0]].shape[1]
         some = torch.linspace(0, size - 1, min(size, _ENTRIES)).long()
-        squares = torch.stack([y[name][:, some].double().square().mean(0).cpu() for name in names])
+        sums = torch.stack([y[name][:, some].double().square().sum(0).cpu() for name in names])
+        squares = world.total(sums) / num_units
         moments = torch.stack(
             [adam[name].exp_avg_sq.flatten()[some.to(adam[name].exp_avg_sq.device)] for name in names]
         )

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
+from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length, score_rows
+from entropy_probe.stages.share import Share
 from entropy_probe.stages.slopes import Derivatives, directional_derivatives
 from entropy_probe.stages.update import norm
 from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, largest
@@ -53,15 +55,27 @@ def projection_agreement(
     along_v: Derivatives | None,
 ) -> ProjectionAgreement:
     """On the four prompts (or one block) of the E batch with the largest weights in X, and along v on all; `units` are
-    that batch's, `ascent` is Ȳ of the U batch."""
-    chosen = largest(of_x, units, _PROMPTS if units.mode == "exact" else 1)
+    that batch's, `ascent` is Ȳ of the U batch.
+
+    Of several processes each has its own payloads and D_v, all compare along v, and rank 0 alone goes the other ways.
+    """
+    share = units.share or Share.of(rollouts, units.unit_of, ALONE)
+    of_all = Payload(share.whole(of_x.weights))
+    chosen = largest(of_all, units, _PROMPTS if units.mode == "exact" else 1)
     prompts = torch.isin(units.unit_of, chosen).nonzero()[:, 0]
-    x = {name: units.x[name][chosen] for name in precond}
+    here = (chosen >= share.units.start) & (chosen < share.units.stop)
+    x = {name: units.x[name][chosen[here] - share.units.start] for name in precond}
     y = {name: ascent[name].reshape(1, -1) for name in precond}
-    captured = gram(x, y, precond)[:, 0]
-    scale = (gram(x, x, precond).diagonal() * gram(y, y, precond)[0, 0]).sqrt()
+    found = torch.zeros(2, len(chosen), dtype=torch.float64)
+    found[:, here] = torch.stack([gram(x, y, precond)[:, 0], gram(x, x, precond).diagonal()])
+    captured, squares = share.world.total(found)
+    scale = (squares * gram(y, y, precond)[0, 0]).sqrt()
     direction = {name: p * ascent[name].reshape(p.shape) for name, p in precond.items()}
-    few, payload = rollouts.of_prompts(prompts), of_x.of_prompts(prompts)
+    kappa = None if of_x.coefficients is None else share.tokens(of_x.coefficients, prompts)
+    few, payload = rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)
+    off_along_v = None if along_v is None else share.world.largest(_along_v(of_x, units, v, along_v))
+    if not share.world.first:
+        return ProjectionAgreement(None, None, off_along_v)
 
     def difference(way: Way) -> float | None:
         try:
@@ -72,17 +86,19 @@ def projection_agreement(
             return None
         return _largest_difference(projections, captured, scale)
 
-    of_v = None if along_v is None else _along_v(of_x, units, v, along_v)
-    return ProjectionAgreement(difference(by_jvp), difference(by_alpha), of_v)
+    return ProjectionAgreement(difference(by_jvp), difference(by_alpha), off_along_v)
 
 
 def _along_v(of_x: Payload, units: UnitGradients, v: Mapping[str, Tensor], along_v: Derivatives) -> float:
     x = {name: units.x[name] for name in v}
     w = {name: value.reshape(1, -1) for name, value in v.items()}
-    scale = torch.tensor([norm({n: rows[u] for n, rows in x.items()}) for u in range(len(units.sizes))]) * norm(w)
-    return _largest_difference(
-        means_over_units(projections_of(of_x, along_v), units.unit_of), gram(x, w)[:, 0], scale.double()
-    )
+    captured, unit_of = gram(x, w)[:, 0], units.unit_of
+    if units.share is not None:
+        unit_of = unit_of[units.share.prompts] - units.share.units.start
+    if not len(unit_of):
+        return 0.0
+    scale = torch.tensor([norm({n: rows[u] for n, rows in x.items()}) for u in range(len(captured))]) * norm(w)
+    return _largest_difference(means_over_units(projections_of(of_x, along_v), unit_of), captured, scale.double())
 
 
 def _largest_difference(one: Tensor, other: Tensor, scale: Tensor) -> float:

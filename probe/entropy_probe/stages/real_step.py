@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,7 @@ def real_step(
     prompts = torch.linspace(0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)).long()
     few = rollouts.of_prompts(prompts)
     # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.
-    token_logq = scores.token_logq[prompts, :, : few.max_gen_len]
-    before = replace(score(float64, few, config, {}), token_logq=token_logq)
+    before = score(float64, few, config, {}).with_logq_of(scores, prompts)
     functional = score(float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype))
     own = copied(float64, v)
     virtual = after_virtual_step(own, few, v, lr, config)

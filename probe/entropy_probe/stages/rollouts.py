@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.config import GenerationConfig
 from entropy_probe.errors import MeasurementError, RolloutsError, shown
+from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.prompts import Prompt
 from entropy_probe.stages.rewards import LARGEST_REWARD, Reward, tag_pref
@@ -39,7 +40,8 @@ class Rollouts:
 
     `ids` [N, L] are right-padded: prompt, then response, then padding. The generated region of row i is
     `prompt_lens[i] … prompt_lens[i] + gen_lens[i] − 1`; it ends with the first EOS (scored) or at the length limit.
-    `logprobs` are those that the sampler reported, where a file holds them.
+    `logprobs` are those that the sampler reported, where a file holds them. Where these are a process's share of a
+    batch, `first_prompt` of it stand before them.
     """
 
     ids: Int[Tensor, "N L"]
@@ -50,6 +52,7 @@ class Rollouts:
     logprobs: Float[Tensor, "N T"] | None
     source: str
     missing_gold: int
+    first_prompt: int = 0
 
     @property
     def num_prompts(self) -> int:
@@ -61,7 +64,7 @@ class Rollouts:
 
     @property
     def max_gen_len(self) -> int:
-        return int(self.gen_lens.max())
+        return int(self.gen_lens.max()) if len(self.gen_lens) else 0
 
     @cached_property
     def gen_mask(self) -> Bool[Tensor, "N T"]:
@@ -79,7 +82,7 @@ class Rollouts:
         positions = torch.arange(self.ids.shape[1])[None, :]
         return self.ids[positions < (self.prompt_lens + self.gen_lens)[:, None]]
 
-    def of_prompts(self, prompts: Int[Tensor, " b"]) -> Rollouts:
+    def of_prompts(self, prompts: Int[Tensor, " b"], *, first_prompt: int = 0) -> Rollouts:
         """The same for some prompts only."""
         rows = (prompts[:, None] * self.num_responses + torch.arange(self.num_responses)).reshape(-1)
         return replace(
@@ -90,6 +93,7 @@ class Rollouts:
             rewards=self.rewards[prompts],
             advantages=None if self.advantages is None else self.advantages[prompts],
             logprobs=None if self.logprobs is None else self.logprobs[rows],
+            first_prompt=first_prompt,
         )
 
     def per_prompt(self, values: Tensor) -> Tensor:
@@ -283,11 +287,13 @@ def sample_rollouts(
     reward: Reward = tag_pref,
     stage: str = "sampling",
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> Rollouts:
     """Sample G responses of every prompt from q: temperature and top_p as given, nothing else.
 
     A response ends with its first EOS, with the token that completes a stop string, or at the length limit. The same
-    seed gives the same responses whatever `gen_batch_size` is; no global generator is used.
+    seed gives the same responses whatever `gen_batch_size` is, and however many processes share the prompts; no global
+    generator is used.
     """
     if tokenizer is None:
         raise MeasurementError(
@@ -299,13 +305,36 @@ def sample_rollouts(
     if empty is not None:
         raise MeasurementError(f"prompt {prompts[empty].text!r}", "encodes to no token", "leave it out")
     counted = None if progress is None else partial(progress, stage)
-    responses = _sampled(bound, tokenizer, encoded, group, generation, seed=seed, progress=counted)
-    lines = []
-    for n, prompt in enumerate(prompts):
-        own = responses[n * group : (n + 1) * group]
-        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in own]
-        lines.append(_Line(encoded[n], own, [reward(text, prompt.gold) for text in texts], None))
+    share = world.share(len(prompts))
+    options = {"seed": seed, "first_prompt": share.start, "progress": counted}
+    responses = _sampled(bound, tokenizer, encoded[share], group, generation, **options)
+    rewards = []
+    for n, prompt in enumerate(prompts[share]):
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses[n * group :][:group]]
+        rewards.append([reward(text, prompt.gold) for text in texts])
+    responses, rewards = _of_all(responses, rewards, share, len(prompts), group, world)
+    lines = [
+        _Line(ids, responses[n * group : (n + 1) * group], own, None)
+        for n, (ids, own) in enumerate(zip(encoded, rewards, strict=True))
+    ]
     return _assemble(lines, "sampled", sum(prompt.gold is None for prompt in prompts))
+
+
+def _of_all(
+    responses: list[list[int]], rewards: list[list[float]], share: slice, count: int, group: int, world: World
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The responses and rewards of all prompts, from everybody's own."""
+    if world.size == 1:
+        return responses, rewards
+    own = share.stop - share.start
+    lengths = torch.tensor(list(map(len, responses)), dtype=torch.int32).reshape(own, group)
+    lengths = world.placed(lengths, share, count).flatten().tolist()
+    ids = torch.zeros(own * group, max(lengths), dtype=torch.int32)
+    for row, response in zip(ids, responses, strict=True):
+        row[: len(response)] = torch.tensor(response)
+    rows = world.placed(ids.reshape(own, group, -1), share, count).flatten(0, 1).tolist()
+    of_all = world.placed(torch.tensor(rewards, dtype=torch.float64).reshape(own, group), share, count)
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)], of_all.tolist()
 
 
 def redrawn(
@@ -320,10 +349,13 @@ def redrawn(
     """As many fresh responses of the same prompts, from q at the parameters in `override`. Rewards are NaN."""
     size_b, group = rollouts.num_prompts, rollouts.num_responses
     prompts = [rollouts.ids[n * group, : int(rollouts.prompt_lens[n * group])].tolist() for n in range(size_b)]
-    responses = _sampled(bound, tokenizer, prompts, group, generation, seed=seed, override=override)
+    if not prompts:
+        return rollouts
+    options = {"seed": seed, "override": override, "first_prompt": rollouts.first_prompt}
+    responses = _sampled(bound, tokenizer, prompts, group, generation, **options)
     nothing = [math.nan] * group
     lines = [_Line(own, responses[n * group : (n + 1) * group], nothing, None) for n, own in enumerate(prompts)]
-    return _assemble(lines, "resampled", 0)
+    return replace(_assemble(lines, "resampled", 0), first_prompt=rollouts.first_prompt)
 
 
 def _sampled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,6 +41,12 @@ class Scores:
     def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
         """The same for some prompts only."""
         return Scores(**{name: values[prompts] for name, values in vars(self).items() if values is not None})
+
+    def with_logq_of(self, scores: Scores, prompts: Int[Tensor, " b"]) -> Scores:
+        """These of some prompts, with log q as `scores` of the whole batch have it, where it may be one sum (T = 1)."""
+        steps = self.token_logp.shape[-1]
+        token_logq = scores.token_logq[prompts, :, :steps]
+        return replace(self, token_logq=torch.nn.functional.pad(token_logq, (0, steps - token_logq.shape[-1])))
 
     @property
     def seq_logp(self) -> Float[Tensor, "B G"]:
@@ -140,6 +146,8 @@ def score_rows(
 def rows_without_graph(rollouts: Rollouts, policy: GenerationConfig) -> int:
     """Rows of a pass that keeps no graph: `tf_batch_size`, or up to 8 times as many where they are short; 1 stays 1."""
     size = policy.tf_batch_size
+    if not len(rollouts.ids):
+        return size
     fitting = _TOKENS // int((rollouts.prompt_lens + rollouts.gen_lens).max())
     return 1 if size == 1 else max(size, min(8 * size, fitting))
 
@@ -147,7 +155,7 @@ def rows_without_graph(rollouts: Rollouts, policy: GenerationConfig) -> int:
 def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:
     """Row indices in batches of similar total length."""
     order = torch.argsort(rollouts.prompt_lens + rollouts.gen_lens, stable=True)
-    yield from order.split(size)
+    yield from order.split(size) if len(order) else ()
 
 
 def read_responses(
@@ -175,6 +183,8 @@ def score(
 ) -> Scores:
     """Score every response at θ, or with the parameters in `override` replaced."""
     policy = config.generation
+    if rollouts.num_prompts == 0:
+        return _of_nothing(rollouts.num_responses, with_features=with_features)
     read = policy_scores(bound, policy, config.precision)
     if with_features:
         read = partial(_scored_with_features, policy, read)
@@ -190,12 +200,19 @@ def score(
     return Scores(logp, logq, entropy, entropy_q, rollouts.per_prompt(rollouts.gen_lens), phi)
 
 
+def _of_nothing(group: int, *, with_features: bool) -> Scores:
+    """The scores of a process that has no prompt."""
+    empty = torch.zeros(0, group, 0, dtype=torch.float64)
+    phi = torch.zeros(0, group, 0, 7, dtype=torch.float64) if with_features else None
+    return Scores(empty, empty, empty, empty, torch.zeros(0, group, dtype=torch.long), phi)
+
+
 def require_finite(rollouts: Rollouts, logp: Tensor, entropy: Tensor, where: str, remedy: str) -> None:
     """Raise `MeasurementError` that names the first prompt with a score that is not finite."""
     finite = (torch.isfinite(logp) & torch.isfinite(entropy)).flatten(1).all(1)
     if not bool(finite.all()):
         raise MeasurementError(
-            f"{rollouts.source}: prompt {int((~finite).nonzero()[0]) + 1}",
+            f"{rollouts.source}: prompt {rollouts.first_prompt + int((~finite).nonzero()[0]) + 1}",
             f"the model's log-probabilities are not finite {where}",
             remedy,
         )
@@ -206,7 +223,7 @@ def require_inside_nucleus(rollouts: Rollouts, logq: Tensor, top_p: float) -> No
     outside = torch.isneginf(logq).flatten(1).any(1)
     if bool(outside.any()):
         raise RolloutsError(
-            f"{rollouts.source}: prompt {int(outside.nonzero()[0]) + 1}",
+            f"{rollouts.source}: prompt {rollouts.first_prompt + int(outside.nonzero()[0]) + 1}",
             f"a response holds a token outside the nucleus of top_p {top_p:g}",
             "give the temperature and top_p with which the responses were sampled",
         )

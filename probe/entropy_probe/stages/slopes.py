@@ -23,12 +23,14 @@ from entropy_probe.estimators.slope import (
     rb_slope,
 )
 from entropy_probe.estimators.taylor import snis_terms
-from entropy_probe.estimators.ustat import cross_moments
+from entropy_probe.estimators.ustat import cross_moments, cross_moments_of_sums
+from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages.gradients import UnitGradients, gram, per_token_payload, prompt_mean, unit_gradients
+from entropy_probe.stages.gradients import UnitGradients, gram, own_dots, per_token_payload, unit_gradients
 from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, rows_without_graph, score, score_rows
+from entropy_probe.stages.share import Share
 from entropy_probe.stages.update import UpdateDirection, norm
 
 # Largest change of a response's log-probability along a stencil, and its points. Of D_v, which is exact: a central
@@ -79,6 +81,11 @@ def directional_derivatives(
     return Derivatives(rollouts.per_prompt(d_logp), rollouts.per_prompt(d_entropy))
 
 
+def _largest(values: Tensor) -> float:
+    """max|values|, 0 of none."""
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
 def step_of(fastest: float, v: Mapping[str, Tensor], change: float) -> float:
     """h with fastest·h = change, where `fastest` is the largest |D_vS| of a response."""
     return change / fastest if fastest > 0 else change / max(norm(v), 1.0)
@@ -108,8 +115,8 @@ def _derivatives_by_difference(
 @dataclass(frozen=True)
 class Slopes:
     """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline) and curvature,
-    per prompt of the E batch; the terms of dΔĤ_RB/dη at 0, and d²ΔĤ_RB/dη² with its size; D_v at θ, and D²_vS and D²_vR
-    of its responses."""
+    per prompt of the E batch; the terms of dΔĤ_RB/dη at 0, and d²ΔĤ_RB/dη² with its size; D_v at θ (of several
+    processes each has that of its own prompts); D_vS, D²_vS and D²_vR of all responses."""
 
     naive: PromptMean
     rb: dict[Baseline, PromptMean]
@@ -119,6 +126,7 @@ class Slopes:
     of_change: Float[Tensor, "2 B G"]
     curvature_of_change: tuple[float, float]
     at_theta: Derivatives
+    d_seq_logp: Float[Tensor, "B G"]
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
 
@@ -131,6 +139,7 @@ def slopes_along(
     v: Mapping[str, Tensor],
     config: ProbeConfig,
     progress: Progress | None = None,
+    share: Share | None = None,
 ) -> Slopes:
     """∇Hᵀv by every estimator, and vᵀ∇²Hv by a central difference of D_v in true float64.
 
@@ -138,20 +147,27 @@ def slopes_along(
 
     with h such that no response's log-probability moves by more than 1e-5. Where an operation of the model has no
     forward-mode derivative, D_v itself is a difference of scores in float64, and both have five points.
+
+    With a `share` of the batch, `rollouts` and `scores` are those of its own prompts, and all others come together.
     """
+    world = ALONE if share is None else share.world
     try:
         at_theta = directional_derivatives(bound, rollouts, v, config)
+    except NotImplementedError:
+        at_theta = None
+    if not world.any(at_theta is None):
         derivatives = partial(directional_derivatives, float64, rollouts, v, config)
         change, points = _JVP_CHANGE, _TWO_POINTS
-    except NotImplementedError:
+    else:
         trial = 1e-7 / max(norm(v), 1.0)
         moved = score(float64, rollouts, config, theta_plus_eta_v(float64.registry, v, trial, float64.dtype))
         still = score(float64, rollouts, config)
         change, points = _SCORE_CHANGE, _FIVE_POINTS
-        step = step_of(float((moved.seq_logp - still.seq_logp).abs().max()) / trial, v, change)
+        step = step_of(world.largest(_largest(moved.seq_logp - still.seq_logp)) / trial, v, change)
         derivatives = partial(_derivatives_by_difference, float64, rollouts, v, config, step)
         at_theta = derivatives(0.0)
-    h = step_of(float(at_theta.d_seq_logp.abs().max()), v, change)
+    assert at_theta is not None
+    h = step_of(world.largest(_largest(at_theta.d_seq_logp)), v, change)
     at: dict[int, Derivatives] = {}
     for k in points:
         if progress is not None:
@@ -162,20 +178,30 @@ def slopes_along(
     d2_rb_sum = stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
 
     def rb(baseline: Baseline) -> PromptMean:
-        kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)
+        among = None if share is None else share.among
+        kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features, among)
         return rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
 
-    lengths, first = scores.gen_lens.double(), (at_theta.d_seq_logp, at_theta.d_rb_sum)
+    by_baseline: dict[Baseline, PromptMean] = {baseline: rb(baseline) for baseline in BASELINES}
+    first = at_theta.d_seq_logp, at_theta.d_rb_sum
+    if share is not None and share.several:
+        scores = share.scores(scores)
+        together = torch.stack([*first, d2_seq_logp, d2_rb_sum], -1)
+        d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum = share.whole(together).unbind(-1)
+        first = d_seq_logp, d_rb_sum
+        by_baseline = {name: PromptMean(share.whole(slope.per_prompt)) for name, slope in by_baseline.items()}
+    lengths = scores.gen_lens.double()
     bent = curvature(scores.rb_sum, *first, d2_seq_logp, d2_rb_sum)
     return Slopes(
-        naive=naive_slope(scores.seq_logp, at_theta.d_seq_logp),
-        rb={baseline: rb(baseline) for baseline in BASELINES},
+        naive=naive_slope(scores.seq_logp, first[0]),
+        rb=by_baseline,
         per_token=per_token_slope(scores.rb_sum, lengths, *first),
         curvature=bent,
         curvature_of_change=curvature_of_change(bent.value, scores.rb_sum, *first, d2_seq_logp, d2_rb_sum),
         per_token_curvature=per_token_curvature(scores.rb_sum, lengths, *first, d2_seq_logp, d2_rb_sum),
         of_change=snis_terms(torch.full_like(lengths, 1 / lengths.numel()), scores.rb_sum, first[1], first[0]),
         at_theta=at_theta,
+        d_seq_logp=first[0],
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
     )
@@ -191,10 +217,12 @@ class SlopeSources:
 
 def slope_sources(e: UnitGradients, u: UnitGradients, direction: UpdateDirection) -> SlopeSources:
     """Where the slope along v = v₀ + D·Ȳ comes from, with X̄ of the E batch."""
-    mean_x = {name: x[None] for name, x in prompt_mean({n: e.x[n] for n in direction.v}, e.sizes).items()}
+    of_all = e.mean_x()
+    mean_x = {name: of_all[name][None] for name in direction.v}
     v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
     share = u.sizes.double() / u.sizes.sum()
-    return SlopeSources(-float(gram(mean_x, v0)), -share * gram(mean_x, u.y, direction.diagonal)[0])
+    by_unit = u.of_units(gram(mean_x, u.y, direction.diagonal)[0])
+    return SlopeSources(-float(gram(mean_x, v0)), -share * by_unit)
 
 
 def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> PromptMean:
@@ -204,7 +232,13 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
     """
     x = {name: units.x[name] for name in direction.v}
     momentum = gram(x, {name: value.reshape(1, -1) for name, value in direction.v0.items()})[:, 0]
-    moments = cross_moments(gram(x, units.y, direction.diagonal))
+    if units.several:
+        sums = own_dots(units, direction.diagonal, direction.v)
+        together = torch.cat([momentum[:, None], torch.stack(list(sums.values())).sum(0)], 1)
+        momentum, sums = units.of_units(together).tensor_split([1], dim=1)
+        momentum, moments = momentum[:, 0], cross_moments_of_sums(sums)
+    else:
+        moments = cross_moments(gram(x, units.y, direction.diagonal))
     return PromptMean(-momentum - (2 * moments.row_means - moments.u_cross))
 
 
@@ -217,6 +251,7 @@ def predictors(
     direction: UpdateDirection,
     along: Slopes,
     cross: PromptMean | None,
+    share: Share | None = None,
 ) -> tuple[PromptMean, PromptMean]:
     """The slope and the curvature by which ΔH is predicted, per response or per token as `true_delta_h.normalize` says.
 
@@ -226,5 +261,10 @@ def predictors(
         return cross or along.rb[config.first_order.baseline], along.curvature
     if cross is None:
         return along.per_token, along.per_token_curvature
-    of_tokens = unit_gradients(bound, rollouts, config, per_token_payload(scores))
-    return cross_fitted_slope(replace(units, x=of_tokens.x), direction), along.per_token_curvature
+    payload = per_token_payload(scores)
+    if share is not None and share.several:
+        payload = payload.of_prompts(torch.arange(rollouts.num_prompts)[share.prompts])
+    of_tokens = unit_gradients(bound, rollouts, config, payload, share=share)
+    return cross_fitted_slope(replace(units, x=of_tokens.x, sums_x=of_tokens.sums_x), direction), (
+        along.per_token_curvature
+    )

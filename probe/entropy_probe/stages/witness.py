@@ -51,14 +51,26 @@ def gradient_witness(
     config: ProbeConfig,
     units: UnitGradients,
     precond: Mapping[str, Tensor],
-) -> Witness:
+    of_x_fast: Payload | None = None,
+) -> Witness | None:
     """The two units with the largest weights in Y, so that both sides have something to compare: prompts, or blocks.
 
     for n in unit, for g in responses:  X += w_ng · autograd.grad(f_ng),   Y += a_ng · autograd.grad(S_ng)
+
+    Of several processes rank 0 does it, with the fast rows of whoever has them; `None` elsewhere. Their entropies stay
+    where they are: κ is then that of `of_x_fast`.
     """
-    of_x, of_y = payloads_by_loop(rollouts, scores, config)
+    of_x, of_y = payloads_by_loop(rollouts, scores, config, with_coefficients=not units.several)
     chosen = largest(of_y, units, 2)
-    fast_x, fast_y = ({name: values[chosen] for name, values in side.items()} for side in (units.x, units.y))
+    fast_x, fast_y = (units.rows(side, chosen) for side in (units.x, units.y))
+    if units.share is not None and units.several:
+        if of_x_fast is not None and of_x_fast.coefficients is not None:
+            prompts = torch.isin(units.unit_of, chosen).nonzero()[:, 0]
+            kappa = torch.zeros(*of_x.weights.shape, rollouts.max_gen_len, dtype=torch.float64)
+            kappa[prompts] = units.share.tokens(of_x_fast.coefficients, prompts)
+            of_x = Payload(of_x.weights, kappa)
+        if not units.share.world.first:
+            return None
     own = bound.autograd_is_derivative_of(rollouts.tokens)
     if of_x.coefficients is None and own:
         sums = _naive(bound, rollouts, units, chosen, [of_x, of_y], config, true=True)
@@ -74,7 +86,9 @@ def gradient_witness(
     )
 
 
-def payloads_by_loop(rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> tuple[Payload, Payload]:
+def payloads_by_loop(
+    rollouts: Rollouts, scores: Scores, config: ProbeConfig, *, with_coefficients: bool = True
+) -> tuple[Payload, Payload]:
     """`payloads` response by response: nothing of what the fast pass has its weights from, but for `hk_ridge`."""
     first, group, prompts = config.first_order, rollouts.num_responses, range(rollouts.num_prompts)
     s, lengths, rewards = scores.seq_logp.tolist(), scores.gen_lens.tolist(), rollouts.rewards.tolist()
@@ -89,7 +103,8 @@ def payloads_by_loop(rollouts: Rollouts, scores: Scores, config: ProbeConfig) ->
             advantage = float(rollouts.advantages[n, g])
         divisors = {"lmax": max(lengths[n]), "sequence_mean": lengths[n][g], "token_mean": sum(lengths[n]) / group}
         y[n, g] = advantage / divisors.get(first.loss, config.generation.max_new_tokens) / group
-    return Payload(x, None if first.estimator == "naive" else _coefficients_by_loop(scores, config)), Payload(y)
+    kappa = first.estimator == "rb" and with_coefficients
+    return Payload(x, _coefficients_by_loop(scores, config) if kappa else None), Payload(y)
 
 
 def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:

@@ -1,0 +1,112 @@
+"""What each process of `test_distributed.py` runs: `torchrun … distributed_worker.py FOLDER CASE…`, cases one by one.
+
+Rank 0 writes CASE-N.json; of a case that fails every rank writes its error to CASE-N.RANK. A case `killed` or `stopped`
+ends or stops rank 1 while it scores. `command_line` is two commands, each with a `World` of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_probe import ProbeConfig, ProbeError, ProbeReport, run, run_probe
+from entropy_probe.__main__ import main as command_line
+from entropy_probe.demo import checkpoint_path
+from entropy_probe.errors import MeasurementError
+from entropy_probe.model.distributed import World
+
+FLOAT64 = {"precision": {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}}
+SMOKE = {"budget": "smoke", **FLOAT64}
+ETAS = {"true_delta_h": {"etas": [-1e-3, 1e-2]}}
+# configuration, E batch, U batch; without files the demo samples
+CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
+    "two_batches": (SMOKE | ETAS, "e7", "u5"),
+    "twice_as_many": (SMOKE | ETAS, "e14", "u10"),
+    "two_prompts": (FLOAT64, "e2", None),
+    "ema_blocks": (
+        SMOKE | {"first_order": {"estimator": "rb", "baseline": "hk_ema", "mode": "block", "num_blocks": 3}},
+        "e7",
+        "u5",
+    ),
+    "ridge": (
+        SMOKE
+        | {"first_order": {"estimator": "rb", "baseline": "hk_ridge", "mode": "block", "num_blocks": 3}}
+        | {"true_delta_h": {"normalize": "per_token"}},
+        "e7",
+        None,
+    ),
+    "sampled": (
+        SMOKE
+        | {
+            "batch": {"num_prompts": 5, "num_update_prompts": 4},
+            "true_delta_h": {"fallback": "resample", "etas": [50.0, 1e3]},
+        }
+        | {"generation": {"num_return_sequences": 3, "max_new_tokens": 8}},
+        None,
+        None,
+    ),
+    "sgd": (FLOAT64, "e7", "u5"),
+    "fails": (SMOKE, "e7", "u5"),
+    "killed": (SMOKE, "e7", "u5"),
+    "stopped": (SMOKE, "e7", "u5"),
+}
+
+
+def measured(folder: Path, case: str, world: World) -> ProbeReport:
+    config, e, u = CASES[case]
+    files = (None if name is None else folder / f"{name}.jsonl" for name in (e, u))
+    checkpoint = checkpoint_path() if e is None else folder / ("sgd" if case == "sgd" else "checkpoint")
+    return run_probe(checkpoint, ProbeConfig.from_mapping(config), *files, world=world)
+
+
+def _spoilt(case: str) -> Any:
+    """`score`, until rank 1 comes to it."""
+    original = run.score
+
+    def score(*args: Any, **options: Any) -> Any:
+        if case == "fails":
+            raise MeasurementError("the scores", "are spoilt", "try again")
+        os.kill(os.getpid(), signal.SIGKILL if case == "killed" else signal.SIGSTOP)
+        return original(*args, **options)
+
+    return score
+
+
+def _commands(folder: Path) -> None:
+    for name, code in (("checkpoint", 0), ("nowhere", 4)):
+        arguments = [str(folder / name), f"--rollouts={folder}/e2.jsonl", "--budget=smoke"]
+        assert command_line(["run", *arguments]) == code
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = World.of_torchrun()
+    for case in cases:
+        if case == "command_line":
+            world.close()
+            _commands(folder)
+            world = World.of_torchrun()
+            continue
+        original = run.score
+        if world.rank == 1 and case in ("fails", "killed", "stopped"):
+            run.score = _spoilt(case)
+        try:
+            report = measured(folder, case, world)
+        except ProbeError as error:
+            (folder / f"{case}-{world.size}.{world.rank}").write_text(str(error))
+            if case != "fails":
+                sys.exit(f"{world.rank}: {error}")
+        else:
+            if world.first:
+                report.to_json(folder / f"{case}-{world.size}.json")
+        run.score = original
+    world.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
