@@ -6,7 +6,7 @@ A `Subject` is one checkpoint in this process: loaded and measured at most once,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,7 @@ class Subject:
         self.trouble_was_reported = False
         self.headline_was_recorded = False
         self.note = ""
+        self._warnings: Sequence[str] = ()
         self._config = config
         self._keep = keep
         self._kept: Kept | None = None
@@ -172,7 +173,7 @@ class Subject:
             world.at("load")
             device, missing_state = world.device(config.device), config.first_order.missing_state
             self._checkpoint = load_checkpoint(self.path, settings.base_model, device, missing_state=missing_state)
-        self.note = self.note or "; ".join(self._checkpoint.info.warnings)
+        self._warnings = self._checkpoint.info.warnings
 
     def _prepare(self, progress: Progress) -> None:
         from entropy_probe.run import prepare
@@ -205,8 +206,8 @@ class Subject:
 
     def said(self) -> str:
         """What the end of the run says of the checkpoint beside its verdicts; empty where there is nothing to say."""
-        warned = [f"warning: {warning}" for warning in self.report.checkpoint.warnings] if self.report else []
-        return "; ".join(filter(None, [self.note, *warned]))
+        warnings = self.report.checkpoint.warnings if self.report else self._warnings
+        return "; ".join(filter(None, [self.note, *(f"warning: {warning}" for warning in warnings)]))
 
     def judged_report(self) -> ProbeReport | None:
         """The report with the verdicts that were reached in this process."""

@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
         missing_state = config.first_order.missing_state
         loaded = load_checkpoint(checkpoint, arguments.base_model, device, missing_state=missing_state)
     for warning in loaded.info.warnings if world.first else ():
-        print(f"entropy-probe: {warning}", file=sys.stderr)
+        print(f"entropy-probe: warning: {warning}", file=sys.stderr)
     report = run_probe(
         loaded,
         config,
@@ -100,8 +100,6 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if report.no_second_moment is not None:
         print(f"entropy-probe: nothing about the next step: {report.no_second_moment}", file=sys.stderr)
-    for warning in report.checkpoint.warnings:
-        print(f"entropy-probe: warning: {warning}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:
