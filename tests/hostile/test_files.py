@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from entropy_probe.__main__ import EXIT_USAGE, main
 from entropy_probe.demo import checkpoint_path
-from hostile.test_hostile import MOST_SECONDS, session
+from hostile.test_hostile import now, require_quick, session
 
 GOOD = json.dumps({"prompt_ids": [5, 6], "response_ids": [[7, 8], [8]], "rewards": [1.0, 0.0]})
 Write = Callable[[Path], object]
@@ -74,9 +73,9 @@ def test_one_line_and_exit_code_4(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "given")
-    start = time.perf_counter()
+    start = now()
     assert main(["run", str(checkpoint_path()), option, "given"]) == EXIT_USAGE
-    assert time.perf_counter() - start < MOST_SECONDS
+    require_quick(start)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"^entropy-probe: given(:\d+)?: .*; .+$", line)
     assert len(line) < 700

@@ -23,7 +23,7 @@ from hostile.catalogue import CHECKPOINTS
 from hostile.damage import MARKER, write_good
 from rights import like_any_user
 
-MOST_SECONDS = 10.0
+MOST_SECONDS, BUSY = 10.0, 3.0  # of the processor; the clock may be slower on a machine that does more at once
 OTHERS = ("anyio", "benchmark", "hypothesispytest", "jaxtyping")
 # Seen in the loaded model only: values and names of the weights, and where the adapter goes.
 UNSEEN = {
@@ -64,6 +64,16 @@ def damaged(good: dict[bool, Path], name: str, place: Path) -> Path:
     return folder
 
 
+def now() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
+
+
+def require_quick(start: tuple[float, float]) -> None:
+    of_processor, of_clock = (after - before for after, before in zip(now(), start, strict=True))
+    assert of_processor < MOST_SECONDS
+    assert of_clock < BUSY * MOST_SECONDS
+
+
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
     """Names below the folder with size and time, links not followed."""
     paths = list(folder.rglob("*")) if folder.is_dir() else []
@@ -77,7 +87,7 @@ def test_it_loads_or_ends_in_one_line(
     case, folder = CHECKPOINTS[name], damaged(good, name, tmp_path)
     before = state_of(tmp_path)
     capsys.readouterr()  # of making it
-    start = time.perf_counter()
+    start = now()
     if case.line is None:
         assert re.search(case.says, " ".join(load_checkpoint(folder).info.warnings) or "steps differ: 7 to 100")
         assert re.search(case.says, " ".join(inspect_checkpoint(folder).warnings))
@@ -87,10 +97,10 @@ def test_it_loads_or_ends_in_one_line(
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(r"^entropy-probe: [^;]+: .*; .+$", line)
         assert re.search(case.line, line)
-    assert time.perf_counter() - start < MOST_SECONDS
-    start = time.perf_counter()
+    require_quick(start)
+    start = now()
     code = main(["inspect", str(folder)])
-    assert time.perf_counter() - start < MOST_SECONDS
+    require_quick(start)
     assert code == (EXIT_USAGE if not folder.is_dir() else int(case.line is not None and name not in UNSEEN))
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == int(code == EXIT_USAGE)
@@ -127,7 +137,7 @@ def test_in_a_session_each_fails_one_check(good: dict[bool, Path], workers: tupl
         assert re.search(CHECKPOINTS[name].line or "", line), name
     assert set(re.findall(r"^SKIPPED .*?: (.*)$", output, re.M)) == {"checkpoint not loaded"}
     seconds = sorted(float(taken) for taken in re.findall(r"^([\d.]+)s (?:call|setup)", output, re.M))
-    assert seconds[:-2][-1] < MOST_SECONDS  # the first of each process imports transformers too
+    assert seconds[:-2][-1] < BUSY * MOST_SECONDS  # the first of each process imports transformers too
     assert not re.search(r"^(ERROR|.*\d+ (passed|error))", output, re.M)
     assert not list(tmp_path.rglob(MARKER))
 
