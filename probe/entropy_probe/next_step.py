@@ -97,6 +97,10 @@ def next_step(
         direction = update.compute_update_vector_adamw(
             bound.registry, checkpoint.adam, ascent, config.update.max_grad_norm
         )
+        agreement = of_torch = None
+        if world.first:
+            agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
+            of_torch = preconditioner_agreement(checkpoint.adam, precond)
         match = moments_match(checkpoint.adam, units_u.y, world)
     with clock("slopes"):
         along = slopes.slopes_along(bound, float64, own_e.own, of.tokens_e, direction.v, config, progress, own_e)
@@ -113,11 +117,8 @@ def next_step(
             None if c.restricted else prediction.predict(c.eta, c.rb, slope, curvature, units_e.unit_of)
             for c in changes
         ]
-    if not world.first:
+    if agreement is None:
         return NextStep(precond, direction.v, along, sections={})
-    with clock("update"):
-        agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
-        of_torch = preconditioner_agreement(checkpoint.adam, precond)
     with clock("real step"):
         taken, missing = None, None
         try:

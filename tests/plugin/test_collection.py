@@ -73,7 +73,10 @@ def test_a_path_leaves_the_checks_out(project: pytest.Pytester) -> None:
 
 
 @pytest.mark.parametrize(("module", "option"), ON_REQUEST.items())
-def test_a_module_on_request(project: pytest.Pytester, module: str, option: str) -> None:
+def test_a_module_on_request(
+    project: pytest.Pytester, module: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would measure nothing
     Path("gates.yaml").write_text(GATES_ON)
     selected = ("--co", "-q", "--probe-checkpoint=ckpt", f"probe-checks/{module}")
     without = project.runpytest_subprocess(*selected)

@@ -23,6 +23,7 @@ def _run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 def test_throughput_is_saved_and_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved with tokens a second; against a run that was a thousand times as fast, --benchmark-compare-fail is red."""
     monkeypatch.setenv("PYTEST_ADDOPTS", ON)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would measure nothing
     done = _run(tmp_path, "-m", "benchmark", "--benchmark-save=first", *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout
