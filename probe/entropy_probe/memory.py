@@ -19,7 +19,8 @@ class Peak:
     """The most memory held since `start`, above what was held then.
 
     On CUDA what torch allocated on the device; else the resident size of this process, on Linux alone: the kernel's
-    own high-water mark, which is set back at the start, so that one stretch is measured at a time.
+    own high-water mark, which is set back at the start, so that one stretch is measured at a time. What the allocator
+    has kept of freed memory is used again, and does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
