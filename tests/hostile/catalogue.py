@@ -247,6 +247,7 @@ CHECKPOINTS: dict[str, Case] = {
     "adapter-another-rank": Case(edited("adapter_config.json", r=3), r"adapter_model.safetensors: does not fit"),
     "adapter-huge-rank": Case(edited("adapter_config.json", r=10**9), r"adapter_config.json: .*rank"),
     "adapter-rank-garbage": Case(edited("adapter_config.json", rank_pattern={"[": "x"}), r"adapter"),
+    "adapter-pattern-garbage": Case(edited("adapter_config.json", alpha_pattern=-1), r"adapter"),
     "adapter-huge-rank-pattern": Case(
         edited("adapter_config.json", rank_pattern={"q_proj": 10**9}), r"adapter_config.json: .*rank"
     ),

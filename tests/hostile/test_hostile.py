@@ -40,6 +40,7 @@ UNSEEN = {
     "adapter-another-rank",
     "adapter-huge-rank",
     "adapter-rank-garbage",
+    "adapter-pattern-garbage",
     "adapter-huge-rank-pattern",
     "adapter-targets-garbage",
     "adapter-targets-endless",

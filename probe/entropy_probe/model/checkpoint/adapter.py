@@ -231,7 +231,7 @@ def _require_small(path: Path, stored: dict[str, torch.Tensor], base: nn.Module)
     names = [name for name, _ in base.named_modules()]
     for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
         value = config.get(key) or []
-        given = [value] if isinstance(value, str) else value
+        given = value if isinstance(value, list | dict) else [value]
         # peft takes names in a list as they are, and everything else for regular expressions
         plain = r"[\w.-]*" if isinstance(value, str) or "pattern" in key else r"[\s\S]*"
         doubtful = [text for text in given if isinstance(text, str) and not re.fullmatch(plain, text)]
