@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,6 +15,23 @@ _CONTAINERS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes held when a stretch of work began, and the most held during it."""
+
+    at_start: int
+    peak: int
+
+    def then(self, later: Held) -> Held:
+        """Of both stretches together."""
+        return Held(self.at_start, max(self.peak, later.peak))
+
+
+def kind(device: torch.device) -> Literal["resident", "allocated"]:
+    """What `Peak` counts there."""
+    return "allocated" if device.type == "cuda" else "resident"
 
 
 class Peak:
@@ -48,6 +67,11 @@ class Peak:
         cuda = self._device.type == "cuda"
         most = torch.cuda.max_memory_allocated(self._device) if cuda else _resident("VmHWM")
         return None if most is None else max(most - self._held, 0)
+
+    def held(self) -> Held | None:
+        """The same as it stands, with what was held at the start."""
+        above = self.bytes()
+        return None if above is None else Held(self._held, self._held + above)
 
 
 def _resident(key: str) -> int | None:

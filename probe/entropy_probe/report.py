@@ -396,6 +396,21 @@ class DistributedSection(_Section):
     bytes_of_prompts_per_rank: int
 
 
+class StageMemory(_Section):
+    """Bytes held when the stage began, and the most held during it; of several processes the largest of each."""
+
+    at_start: int
+    peak: int
+
+
+class MemorySection(_Section):
+    """`counted`: `resident`, all that the process holds in memory, or `allocated`, by torch on the device. `stages` is
+    empty where neither can be known."""
+
+    counted: Literal["resident", "allocated"]
+    stages: dict[str, StageMemory]
+
+
 class Verdict(_Section):
     """What one criterion concluded from the report; `hint` says what it means and what to do."""
 
@@ -449,6 +464,7 @@ class ProbeReport(_Section):
     baseline: BaselineSection | None
     distributed: DistributedSection | None
     environment: dict[str, str | int]
+    memory: MemorySection
     timing: dict[str, float]
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from entropy_probe import __version__, sections
+from entropy_probe import __version__, memory, sections
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
@@ -30,6 +30,11 @@ from entropy_probe.stages.share import Share
 from entropy_probe.stages.witness import curvature_witness, gradient_witness
 
 Progress = Callable[[str, int, int], None]
+# Stages that every process goes through; the others are rank 0's.
+_OF_ALL = (
+    *("load", "integrity", "rollouts", "scores", "gradients"),
+    *("first order", "update", "slopes", "entropy change", "witnesses"),
+)
 
 
 def run_probe(
@@ -81,6 +86,7 @@ class Prepared:
     redrawn: tuple[float, float] | None
     checksum_before: str
     seconds: dict[str, float]
+    held: dict[str, memory.Held]
     world: World = ALONE
 
 
@@ -109,7 +115,8 @@ def _prepare(
     progress: Progress | None,
     world: World,
 ) -> Prepared:
-    clock = _Clock(progress, {}, world)
+    found = {} if checkpoint.held is None else {"load": checkpoint.held}
+    clock = _Clock(progress, world, Registry.of(checkpoint.model).device, {}, found)
     world.same({"checkpoint": checkpoint.info.fingerprint, "configuration": config.model_dump_json()})
     trained = checkpoint.adam if checkpoint.other is None else checkpoint.other.trained
     stateless = [name for name in Registry.of(checkpoint.model).trainable if name not in trained]
@@ -129,7 +136,8 @@ def _prepare(
             redraws = rollouts is None and world.first
             redrawn = redrawn_shares(bound, e, checkpoint.tokenizer, config) if redraws else None
     given = str(rollouts or "sampled"), str((rollouts if e is u else update_rollouts) or "sampled")
-    return Prepared(checkpoint, config, bound, e, u, given, redrawn, checksum_before, clock.seconds, world)
+    spent = clock.seconds, clock.held
+    return Prepared(checkpoint, config, bound, e, u, given, redrawn, checksum_before, *spent, world)
 
 
 def measure(prepared: Prepared, *, name: str | None = None, progress: Progress | None = None) -> r.ProbeReport | None:
@@ -150,7 +158,7 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
     eos = eos_ids(bound.language_model, checkpoint.tokenizer)
     own_u = Share.of(u, gradients.units_of(bound, u, config)[1], world)
     own_e = own_u if same_batch else Share.of(e, gradients.units_of(bound, e, config)[1], world)
-    clock = _Clock(progress, dict(prepared.seconds), world)
+    clock = _Clock(progress, world, bound.device, dict(prepared.seconds), dict(prepared.held))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("scores"):  # by token of the own prompts, and of all
             tokens_e = tokens_u = score(bound, own_e.own, config, with_features=True)
@@ -198,6 +206,7 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
             changed = [model for model, before in copies.items() if not world.first and checksum(model) != before]
             live = not world.first and checksum(checkpoint.model) != prepared.checksum_before
             modified_elsewhere, live_elsewhere = world.total(torch.tensor([len(changed), int(live)])).tolist()
+            clock.most_of_all()
         if not world.first:
             return None
         with clock("properties"):
@@ -236,6 +245,7 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
         baseline=None,
         distributed=sections.distributed_section(world),
         environment=sections.environment(bound, threads),
+        memory=sections.memory_section(bound.device, clock.held),
         timing=clock.seconds,
         **step.sections,
     )
@@ -265,22 +275,41 @@ def _witness(
 
 
 class _Clock:
-    """Adds up the seconds of each stage, and reports its beginning and end as progress."""
+    """Adds up the seconds of each stage, finds its peak of memory, and reports its beginning and end as progress."""
 
-    def __init__(self, progress: Progress | None, seconds: dict[str, float], world: World) -> None:
-        self.seconds = seconds
+    def __init__(
+        self,
+        progress: Progress | None,
+        world: World,
+        device: torch.device,
+        seconds: dict[str, float],
+        held: dict[str, memory.Held],
+    ) -> None:
+        self.seconds, self.held = seconds, held
         self._progress = progress
         self._world = world
+        self._device = device
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         self._world.at(stage)
         if self._progress is not None:
             self._progress(stage, 0, 1)
-        start = time.perf_counter()
+        start, peak = time.perf_counter(), memory.Peak(self._device)
         try:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            if (held := peak.held()) is not None:
+                self.held[stage] = self.held[stage].then(held) if stage in self.held else held
         if self._progress is not None:
             self._progress(stage, 1, 1)
+
+    def most_of_all(self) -> None:
+        """The memory of each stage so far, in place of this process's own that of the one that held most."""
+        rows = torch.zeros(self._world.size, len(_OF_ALL), 2, dtype=torch.long)
+        for i, stage in enumerate(_OF_ALL):
+            if stage in self.held:
+                rows[self._world.rank, i] = torch.tensor([self.held[stage].at_start, self.held[stage].peak])
+        most = self._world.total(rows).amax(0)
+        self.held |= {stage: memory.Held(*row) for stage, row in zip(_OF_ALL, most.tolist(), strict=True) if row[1]}

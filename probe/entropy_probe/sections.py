@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor
 
+from entropy_probe import memory
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import printable
@@ -399,6 +400,12 @@ def distributed_section(world: World) -> r.DistributedSection | None:
         return None
     return r.DistributedSection(
         world_size=world.size, bytes_sent_per_rank=world.bytes_sent, bytes_of_prompts_per_rank=world.bytes_of_prompts
+    )
+
+
+def memory_section(device: torch.device, held: Mapping[str, memory.Held]) -> r.MemorySection:
+    return r.MemorySection(
+        counted=memory.kind(device), stages={stage: r.StageMemory(**asdict(of)) for stage, of in held.items()}
     )
 
 

@@ -47,7 +47,7 @@ class BoundModel:
 
     @cached_property
     def device(self) -> torch.device:
-        return next(iter(self.registry.parameters.values())).device
+        return self.registry.device
 
     @cached_property
     def language_model(self) -> nn.Module:

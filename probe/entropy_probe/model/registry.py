@@ -43,6 +43,11 @@ class Registry:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
     @cached_property
+    def device(self) -> torch.device:
+        """That of the first parameter, where token ids go."""
+        return next(iter(self.parameters.values())).device
+
+    @cached_property
     def buffer_names(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.module.named_buffers(remove_duplicate=False))
 

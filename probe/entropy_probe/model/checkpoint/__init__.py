@@ -14,7 +14,7 @@ inspect     what a folder holds, without loading it
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import DCP, FSDP, TORCHTITAN, UNIVERSAL, VERL, ZERO, configured, find_layout
+from entropy_probe.memory import Held, Peak
 from entropy_probe.model.checkpoint import (
     adapter,
     dcp,
@@ -86,7 +87,7 @@ class CheckpointInfo:
 class Checkpoint:
     """{θ, Adam state}: the model in float32 and eval mode, its tokenizer, Adam's state by parameter name.
 
-    `other`: the optimizer, where it is not Adam; `adam` is empty then.
+    `other`: the optimizer, where it is not Adam; `adam` is empty then. `held`: the memory that loading took.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class Checkpoint:
     adam: dict[str, AdamState]
     info: CheckpointInfo
     other: OtherOptimizer | None = None
+    held: Held | None = None
 
 
 def load_checkpoint(
@@ -115,8 +117,11 @@ def load_checkpoint(
     full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
     name and what it trains are taken. Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
+    usable = _usable_device(device)
+    peak = Peak(usable)
     try:
-        return _load(path, base_model, device, missing_state)
+        loaded = _load(path, base_model, usable, missing_state)
+        return replace(loaded, held=peak.held())
     except OSError as error:
         raise CheckpointError(
             error.filename or path, f"cannot be read ({error.strerror})", "make it readable"
@@ -126,7 +131,7 @@ def load_checkpoint(
 
 
 def _load(
-    path: str | Path, base_model: str | Path | None, device: str, missing_state: optimizer.MissingState
+    path: str | Path, base_model: str | Path | None, device: torch.device, missing_state: optimizer.MissingState
 ) -> Checkpoint:
     base = Path(base_model).expanduser() if base_model is not None else None
     layout = configured(find_layout(path), base)
@@ -170,7 +175,7 @@ def _load(
         notes.append(f"taken as frozen, without state in the optimizer: {some_names(frozen)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    model.to(_usable_device(device))
+    model.to(device)
     parameters = list(model.parameters())
     info = CheckpointInfo(
         path=layout.folder,
