@@ -206,7 +206,9 @@ class Subject:
 
     def said(self) -> str:
         """What the end of the run says of the checkpoint beside its verdicts; empty where there is nothing to say."""
-        warnings = self.report.checkpoint.warnings if self.report else self._warnings
+        warnings = [*(self.report.checkpoint.warnings if self.report else self._warnings)]
+        if self.report and self.report.memory.over_limit:
+            warnings.append(self.report.memory.over_limit)
         return "; ".join(filter(None, [self.note, *(f"warning: {warning}" for warning in warnings)]))
 
     def judged_report(self) -> ProbeReport | None:

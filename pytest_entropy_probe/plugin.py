@@ -38,6 +38,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "prompts": ("FILE", True, "prompts to sample from (JSON lines)"),
     "budget": ("NAME", False, "how much is computed: smoke, standard or full; anything you set yourself stays"),
     "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
+    "memory_limit": ("SIZE", False, "memory that is kept to by smaller batches, such as 8GiB"),
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
     "plot": ("PATH", True, "draw prediction against realisation here (.png, .svg); with several checkpoints a folder"),

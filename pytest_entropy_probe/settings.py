@@ -48,12 +48,18 @@ class Settings:
     xfails_file: Path | None = None
     budget: str | None = None
     device: str | None = None
+    memory_limit: str | None = None
     seed: int | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
         """The options that replace a configuration key, by dotted key."""
-        given = {"budget": self.budget, "device": self.device, "batch.seed": self.seed}
+        given = {
+            "budget": self.budget,
+            "device": self.device,
+            "memory_limit": self.memory_limit,
+            "batch.seed": self.seed,
+        }
         return {key: value for key, value in given.items() if value is not None}
 
     def json_file(self, name: str) -> Path | None:
@@ -93,6 +99,7 @@ def read_settings(config: pytest.Config) -> Settings:
         xfails_file=_path(config, "xfails", "file"),
         budget=_budget(config),
         device=_text(config, "device"),
+        memory_limit=_text(config, "memory_limit"),
         seed=_seed(config),
     )
     targets = _targets(config)

@@ -19,7 +19,7 @@ from entropy_probe.stages.scores import batches_by_length, score_rows
 
 CONFIG = ProbeConfig()
 PROPERTIES: dict[str, Callable[[BoundModel, Rollouts], invariance.WorstDifference]] = {
-    "padding": invariance.padding,
+    "padding": lambda bound, rollouts: invariance.padding(bound, rollouts, CONFIG),
     "batch": lambda bound, rollouts: invariance.batch(bound, rollouts, CONFIG),
     "chunk": lambda bound, rollouts: invariance.chunk(bound, rollouts, CONFIG),
 }
@@ -106,7 +106,7 @@ def test_the_nearest_to_its_bound_is_reported(file: Path, monkeypatch: pytest.Mo
     rollouts = read_rollouts(file, bound, None)
     measured = invariance.invariance(bound, float64, rollouts, CONFIG)
     with torch.no_grad():
-        both = [invariance.padding(m, rollouts) for m in (bound, float64)]
+        both = [invariance.padding(m, rollouts, CONFIG) for m in (bound, float64)]
     assert measured.padding == max(both, key=lambda w: w.share)
     with torch.no_grad():
         next(bound.module.parameters())[rollouts.ids[0, 0]] = torch.nan

@@ -227,9 +227,9 @@ def test_one_way_is_wrong(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_gradient_is_an_error(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def detached(*a: Any, **k: Any) -> Any:
         with torch.no_grad():
-            return score_rows(*a, **k)
+            return witness.terms(*a, **k)
 
-    monkeypatch.setattr(projections, "score_rows", detached)
+    monkeypatch.setattr(projections, "terms", detached)
     with pytest.raises(MeasurementError, match="no parameter gets a gradient") as caught:
         llama.agreement  # noqa: B018
     assert str(caught.value).count(";") == 1
@@ -239,9 +239,9 @@ def test_nothing_else_is_swallowed(llama: Subject, monkeypatch: pytest.MonkeyPat
     def fails(*a: Any, **k: Any) -> Any:
         raise RuntimeError("CUDA out of memory")
 
-    for module in (projections, witness):
+    for module, name in ((projections, "terms"), (witness, "score_rows")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "score_rows", fails)
+            patch.setattr(module, name, fails)
             with pytest.raises(RuntimeError, match="out of memory"):
                 llama.agreement if module is projections else llama.curvature  # noqa: B018
 

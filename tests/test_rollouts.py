@@ -185,7 +185,7 @@ def test_rows_that_the_model_cannot_hold(tmp_path: Path) -> None:
         rollouts = read_rollouts(file, bound, None)
         if works:
             score(bound, rollouts, ProbeConfig())
-            assert padding(bound, rollouts).worst < 1e-12
+            assert padding(bound, rollouts, ProbeConfig()).worst < 1e-12
         else:
             with pytest.raises(MeasurementError, match="cannot score rows of 65 tokens"):
                 score(bound, rollouts, ProbeConfig())

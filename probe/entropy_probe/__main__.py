@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to sample from")
     run.add_argument("--budget", help="how much is computed: smoke, standard or full (default: standard)")
     run.add_argument("--device", help="where it runs (default: cpu)")
+    run.add_argument("--memory-limit", metavar="SIZE", help="memory that is kept to by smaller batches, such as 8GiB")
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
     inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
     inspect.add_argument("checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one")
@@ -72,7 +73,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
-    overrides = {"budget": arguments.budget, "device": arguments.device, "batch.seed": arguments.seed}
+    overrides = {
+        "budget": arguments.budget,
+        "device": arguments.device,
+        "memory_limit": arguments.memory_limit,
+        "batch.seed": arguments.seed,
+    }
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
@@ -100,6 +106,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if report.no_second_moment is not None:
         print(f"entropy-probe: nothing about the next step: {report.no_second_moment}", file=sys.stderr)
+    if report.memory.over_limit is not None:
+        print(f"entropy-probe: warning: {report.memory.over_limit}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from entropy_probe.budgets import BUDGETS, Name, Part
 from entropy_probe.errors import ConfigError, shown
@@ -38,6 +48,19 @@ def _kind(limit: Any) -> str:
 
 _Number = Annotated[FiniteFloat, Tag("number")]
 _Table = Annotated[Bounds, Tag("bounds")]
+
+
+_PREFIXES = [*enumerate("kmgt", 1)]
+_UNITS = {"b": 1, **{f"{letter}{i}b": base**k for i, base in (("", 1000), ("i", 1024)) for k, letter in _PREFIXES}}
+
+
+def _bytes(size: Any) -> Any:
+    """A number of bytes, from itself or from a text such as `8GiB` or `800 MB`."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]?i?b)?", str(size).strip().lower(), re.ASCII)
+    number = int(float(found[1]) * _UNITS[found[2] or "b"]) if found and not isinstance(size, bool) else 0
+    if not 1 << 20 <= number < 1 << 60:
+        raise ValueError(f"{shown(size)} is no size of 1 MiB or more: give one such as 8GiB")
+    return number
 
 
 def _is_device(name: str) -> str:
@@ -192,11 +215,13 @@ class ProbeConfig(SequenceConfig):
     """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults, and the
     bounds of gates, which are off without.
 
+    `memory_limit`, in bytes or as 8GiB, is kept by smaller batches (`stages/memory_limit.py`).
     The values of the `budget` (`budgets.py`) stand where nothing else is given.
     """
 
     budget: Name = "standard"
     device: Annotated[str, AfterValidator(_is_device)] = "cpu"
+    memory_limit: Annotated[int, BeforeValidator(_bytes)] | None = None
     generation: Annotated[GenerationConfig, AfterValidator(_has_groups)] = GenerationConfig()
     batch: BatchConfig = BatchConfig()
     first_order: FirstOrderConfig = FirstOrderConfig()

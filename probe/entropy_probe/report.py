@@ -405,10 +405,31 @@ class StageMemory(_Section):
 
 class MemorySection(_Section):
     """`counted`: `resident`, all that the process holds in memory, or `allocated`, by torch on the device. `stages` is
-    empty where neither can be known."""
+    empty where neither can be known.
+
+    Under a `limit`: the most that was `expected` when the sizes were chosen, rows at once (`tf_batch_size`), and logits
+    at once in a piece, `None`: as many as without a limit.
+    """
 
     counted: Literal["resident", "allocated"]
     stages: dict[str, StageMemory]
+    limit: int | None = None
+    expected: int | None = None
+    tf_batch_size: int
+    logits_at_once: int | None = None
+
+    @property
+    def peak(self) -> int | None:
+        """The most held in any stage."""
+        return max((stage.peak for stage in self.stages.values()), default=None)
+
+    @property
+    def over_limit(self) -> str | None:
+        """What there is to say where a stage held more than the limit."""
+        if self.limit is None or self.peak is None or self.peak <= self.limit:
+            return None
+        stage = max(self.stages, key=lambda name: self.stages[name].peak)
+        return f"{stage} held {self.peak / 2**30:.3g} GiB, more than memory_limit, {self.limit / 2**30:.3g} GiB"
 
 
 class Verdict(_Section):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.next_step import Measured, NextStep, next_step, without_second_moment
 from entropy_probe.stages import continuity, coverage, gradients, invariance
 from entropy_probe.stages.batches import draw_batches, redraw_for, redrawn_shares
+from entropy_probe.stages.memory_limit import planned, require_loaded_within
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.properties import drawn_properties
 from entropy_probe.stages.rollouts import Rollouts, eos_ids
-from entropy_probe.stages.scores import score
+from entropy_probe.stages.scores import rows_without_graph, score
 from entropy_probe.stages.share import Share
 from entropy_probe.stages.witness import curvature_witness, gradient_witness
 
@@ -73,6 +74,10 @@ def run_probe(
     return report
 
 
+def _allocating(config: ProbeConfig) -> AbstractContextManager[None]:
+    return nullcontext() if config.memory_limit is None else memory.given_back_at_once()
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A checkpoint bound to the configured precision, with its two batches: what the measurement starts from."""
@@ -102,7 +107,7 @@ def prepare(
 ) -> Prepared:
     """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
     world.count_anew()
-    with world.together():
+    with world.together(), _allocating(config):
         return _prepare(checkpoint, config, rollouts, update_rollouts, prompts, progress, world)
 
 
@@ -116,6 +121,7 @@ def _prepare(
     world: World,
 ) -> Prepared:
     found = {} if checkpoint.held is None else {"load": checkpoint.held}
+    require_loaded_within(config, checkpoint.held)
     clock = _Clock(progress, world, Registry.of(checkpoint.model).device, {}, found)
     world.same({"checkpoint": checkpoint.info.fingerprint, "configuration": config.model_dump_json()})
     trained = checkpoint.adam if checkpoint.other is None else checkpoint.other.trained
@@ -146,7 +152,7 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
     Of several processes each scores and differentiates its own prompts. What does not grow with the batch, such as
     witnesses on a few prompts, rank 0 does alone, and it alone has the report: `None` elsewhere.
     """
-    with prepared.world.together():
+    with prepared.world.together(), _allocating(prepared.config):
         return _measure(prepared, name, progress)
 
 
@@ -160,6 +166,16 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
     own_e = own_u if same_batch else Share.of(e, gradients.units_of(bound, e, config)[1], world)
     clock = _Clock(progress, world, bound.device, dict(prepared.seconds), dict(prepared.held))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
+        with clock("integrity"):
+            float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
+            own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
+            copies = {model: checksum(model) for model in own_copies}
+        plan = None
+        if config.memory_limit is not None:
+            with clock("memory limit"):
+                plan = planned(bound, float64, (e, u), config, world)
+                config = plan.config
+                bound, float64 = (replace(m, logits_at_once=plan.logits_at_once) for m in (bound, float64))
         with clock("scores"):  # by token of the own prompts, and of all
             tokens_e = tokens_u = score(bound, own_e.own, config, with_features=True)
             scores_e = scores_u = own_e.scores(tokens_e)
@@ -177,10 +193,6 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
                 shown["stage"] = "gradients of E"
                 units_e = gradients.unit_gradients(bound, e, config, of_x_e, share=own_e, **shown)
             covered = coverage.gradient_coverage(bound.registry, units_u)
-        with clock("slopes"):
-            float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
-            own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
-            copies = {model: checksum(model) for model in own_copies}
         measured = Measured(
             checkpoint=checkpoint,
             config=config,
@@ -212,8 +224,9 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
         with clock("properties"):
             drawn = drawn_properties(bound, float64, config, eos)
         with clock("continuity"):
-            zero = continuity.zero_check(bound, e, step.v)
-            scaling = continuity.scaling(float64, e, step.v)
+            most_rows = max(2, rows_without_graph(e, config.generation))
+            zero = continuity.zero_check(bound, e, step.v, most_rows)
+            scaling = continuity.scaling(float64, e, step.v, most_rows)
             taylor = None
             if "taylor" not in config.left_out:
                 taylor = continuity.taylor(float64, bound, e, scores_e, step.v, config)
@@ -224,7 +237,7 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
     return r.ProbeReport(
         probe_version=__version__,
         checkpoint=sections.checkpoint_section(checkpoint, name),
-        config=config.model_dump(mode="json"),
+        config=prepared.config.model_dump(mode="json"),
         left_out=list(config.left_out),
         batch=sections.batch_section(e, same_batch, config, prepared.given[0], eos),
         update_batch=sections.batch_section(u, same_batch, config, prepared.given[1], eos),
@@ -245,7 +258,7 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
         baseline=None,
         distributed=sections.distributed_section(world),
         environment=sections.environment(bound, threads),
-        memory=sections.memory_section(bound.device, clock.held),
+        memory=sections.memory_section(bound.device, clock.held, config, plan),
         timing=clock.seconds,
         **step.sections,
     )

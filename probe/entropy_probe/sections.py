@@ -27,6 +27,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
 from entropy_probe.stages import continuity, entropy_change, gradients, update
 from entropy_probe.stages.invariance import Invariance, WorstDifference
+from entropy_probe.stages.memory_limit import Plan
 from entropy_probe.stages.moments import MomentsMatch
 from entropy_probe.stages.optimizer_step import StepAgreement
 from entropy_probe.stages.properties import Drawn, nearest
@@ -403,9 +404,16 @@ def distributed_section(world: World) -> r.DistributedSection | None:
     )
 
 
-def memory_section(device: torch.device, held: Mapping[str, memory.Held]) -> r.MemorySection:
+def memory_section(
+    device: torch.device, held: Mapping[str, memory.Held], config: ProbeConfig, plan: Plan | None
+) -> r.MemorySection:
     return r.MemorySection(
-        counted=memory.kind(device), stages={stage: r.StageMemory(**asdict(of)) for stage, of in held.items()}
+        counted=memory.kind(device),
+        stages={stage: r.StageMemory(**asdict(of)) for stage, of in held.items()},
+        limit=config.memory_limit,
+        expected=None if plan is None else plan.expected,
+        tf_batch_size=config.generation.tf_batch_size,
+        logits_at_once=None if plan is None else plan.logits_at_once,
     )
 
 

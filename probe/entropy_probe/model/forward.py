@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,16 +35,28 @@ _CHUNK_DIFFERENTIATED = 3 << 21
 class BoundModel:
     """One module for the registry, the mapping and the forward, with the dtype in which all three work.
 
-    `overridden` collects the names that any mapping replaced during the run.
+    `overridden` collects the names that any mapping replaced during the run. `logits_at_once` is how many logits a
+    piece may hold (at least one position's); `None`: as many as are fastest.
     """
 
     registry: Registry
     dtype: torch.dtype
     overridden: set[str] = field(default_factory=set)
+    logits_at_once: int | None = None
 
     @property
     def module(self) -> nn.Module:
         return self.registry.module
+
+    def positions_at_once(self, vocabulary: int, fastest: int = _CHUNK) -> int:
+        """Positions whose logits make up a piece."""
+        most = max(_ROWS, fastest // vocabulary)
+        return most if self.logits_at_once is None else max(1, min(most, self.logits_at_once // vocabulary))
+
+    def spread_over(self, rows: int, columns: int) -> slice:
+        """Columns, evenly spread, whose whole logits in so many rows are four pieces at most; all where they fit."""
+        most = max(1, 4 * (self.logits_at_once or _CHUNK) // (rows * min(self.vocabulary, _CHUNK)))
+        return slice(None) if columns <= most else slice(None, None, -(-columns // most))
 
     @cached_property
     def device(self) -> torch.device:
@@ -115,15 +128,16 @@ class BoundModel:
             read(logits(ids, ..)[rows, columns], slice(0, R))
 
         `read(logits, part)` gets positions `part` of the R and returns tensors with one entry for each. Only these
-        positions go through the output layer, `rows_at_once` at a time (by default `_CHUNK` logits, and at least
-        `_ROWS`), so neither [N, L, V] nor, with a graph, [R, V] is ever held: a piece is computed again when its
-        gradient is asked for.
+        positions go through the output layer, `rows_at_once` at a time (by default those of a piece), so neither
+        [N, L, V] nor, with a graph, [R, V] is ever held: a piece is computed again when its gradient is asked for.
 
         `capture` listens to the forward pass. `read` then returns one tensor, of which `capture.sums` is asked for
         sums over a row: its derivative is known beforehand, so each piece is differentiated as it is made, and its
         logits are neither kept nor computed twice.
         """
         mapping = dict(override or {})
+        if self.logits_at_once is not None and torch.is_grad_enabled():
+            gc.collect()  # the graph of an earlier pass lies in cycles of torch's checkpoints
         capturing = nullcontext() if capture is None else capture
         if capture is not None:
             if ids.shape[0] == ids.shape[1]:  # rows and positions must not be confused
@@ -147,7 +161,7 @@ class BoundModel:
         versions = [tensor._version for tensor in used]
         piece = _Piece(self, output_layer, captured, own_mapping, used, versions, rows, read, true_derivative, capture)
         if capture is not None and torch.is_grad_enabled():
-            size = max(_ROWS, _CHUNK_DIFFERENTIATED // vocabulary)
+            size = self.positions_at_once(vocabulary, _CHUNK_DIFFERENTIATED)
             values, gradients = [], []
             for part in _parts(len(rows), size):
                 own = states[part].detach().requires_grad_()
@@ -155,7 +169,7 @@ class BoundModel:
                 gradients.append(capture.piece(of_part, rows[part], own))
                 values.append(of_part.detach())
             return (_Differentiated.apply(states, torch.cat(gradients), torch.cat(values)),)  # pyright: ignore[reportReturnType]
-        size = rows_at_once or max(_ROWS, _CHUNK // vocabulary)
+        size = rows_at_once or self.positions_at_once(vocabulary)
         if size >= len(rows):
             return piece(states, slice(0, len(rows)))
         pieces = []

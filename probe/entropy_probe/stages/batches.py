@@ -15,6 +15,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import tasks
+from entropy_probe.stages.memory_limit import for_sampling
 from entropy_probe.stages.rewards import find_reward
 from entropy_probe.stages.rollouts import Progress, Rollouts, eos_ids, read_rollouts, redrawn, sample_rollouts
 from entropy_probe.stages.share import Share
@@ -32,7 +33,8 @@ def redraw_for(
     if config.true_delta_h.fallback != "resample":
         return None
     limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
-    generation = config.generation.model_copy(update={"max_new_tokens": limit})
+    longer = config.model_copy(update={"generation": config.generation.model_copy(update={"max_new_tokens": limit})})
+    generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer).generation
     seed = _seed("E", config.batch.seed)
     own = rollouts if share is None else share.own
     return lambda override: redrawn(bound, own, tokenizer, generation, seed=seed, override=override)
@@ -42,9 +44,10 @@ def redrawn_shares(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config
     """Of the responses of E's first two prompts: the share that the same seed draws again, and the share that another
     seed, that of U, draws too."""
     few = e.of_prompts(torch.arange(2))
+    generation = for_sampling(bound, int(few.prompt_lens.max()), config).generation
 
     def same(which: str) -> float:
-        again = redrawn(bound, few, tokenizer, config.generation, seed=_seed(which, config.batch.seed), override={})
+        again = redrawn(bound, few, tokenizer, generation, seed=_seed(which, config.batch.seed), override={})
         equal = [a == b for a, b in zip(few.responses, again.responses, strict=True)]
         return sum(equal) / len(equal)
 
@@ -103,13 +106,15 @@ def draw_batches(
     pool = tasks.read_prompts(prompts) if prompts is not None else tasks.dataset_prompts(batch.dataset, batch.split)
     count = batch.num_prompts + (0 if file_u is not None else batch.num_update_prompts)
     drawn = tasks.draw_prompts(pool, count, seed=batch.seed, with_replacement=batch.with_replacement)
+    longest = 0 if tokenizer is None else max(len(tokenizer(prompt.text).input_ids) for prompt in drawn)
+    generation = for_sampling(bound, longest, config).generation if longest else config.generation
 
     def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:
         return sample_rollouts(
             bound,
             tokenizer,
             own,
-            config.generation,
+            generation,
             seed=_seed(which, batch.seed),
             reward=reward,
             stage=f"sampling {which}",

@@ -28,7 +28,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.entropy_change import EntropyChange, change_at
 from entropy_probe.stages.rollouts import Rollouts
-from entropy_probe.stages.scores import Scores, score
+from entropy_probe.stages.scores import Scores, rows_without_graph, score
 from entropy_probe.stages.slopes import directional_derivatives
 from entropy_probe.stages.update import norm
 
@@ -71,19 +71,23 @@ class Scaling:
     logit_ratio: float
 
 
-def _some_rows(rollouts: Rollouts) -> Tensor:
-    """Up to 8 rows spread over the batch, cut to the longest of them."""
-    rows = torch.linspace(0, len(rollouts.ids) - 1, min(_ROWS, len(rollouts.ids))).long()
+def _some_rows(rollouts: Rollouts, most: int) -> Tensor:
+    """Up to 8 rows spread over the batch, and no more than `most`, cut to the longest of them."""
+    rows = torch.linspace(0, len(rollouts.ids) - 1, min(_ROWS, most, len(rollouts.ids))).long()
     longest = int((rollouts.prompt_lens + rollouts.gen_lens)[rows].max())
     return rollouts.ids[rows, :longest]
 
 
 @torch.no_grad()
-def zero_check(bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor]) -> ZeroCheck:
-    """Compare the module called directly with `functional_call` at θ + 0·v, on rows of the batch."""
-    ids = _some_rows(rollouts).to(bound.device)
-    direct = bound.direct_logits(ids)
-    functional = bound.logits(ids, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
+def zero_check(bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], most_rows: int = _ROWS) -> ZeroCheck:
+    """Compare the module called directly with `functional_call` at θ + 0·v, on rows of the batch.
+
+    At every position, or at some spread over the rows where their logits would be too many (`spread_over`).
+    """
+    ids = _some_rows(rollouts, most_rows).to(bound.device)
+    keep = bound.spread_over(*ids.shape)
+    direct = bound.direct_logits(ids, keep=keep)
+    functional = bound.logits(ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
     return compared(direct, functional)
 
 
@@ -93,17 +97,18 @@ def compared(direct: Tensor, functional: Tensor) -> ZeroCheck:
 
 
 @torch.no_grad()
-def scaling(float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor]) -> Scaling:
-    """Tiny/main ratios at η = 1e-10 and 1e-5, on a float64 copy of the model."""
-    ids = _some_rows(rollouts).to(float64.device)
+def scaling(float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], most_rows: int = _ROWS) -> Scaling:
+    """Tiny/main ratios at η = 1e-10 and 1e-5, on a float64 copy of the model; positions as in `zero_check`."""
+    ids = _some_rows(rollouts, most_rows).to(float64.device)
+    keep = float64.spread_over(*ids.shape)
     theta = {name: float64.registry.parameters[name].detach() for name in v}
-    logits = float64.logits(ids)
+    logits = float64.logits(ids, keep=keep)
     moved = {}
     for eta in (ETA_MAIN, ETA_TINY):
         override = theta_plus_eta_v(float64.registry, v, eta, torch.float64)
         moved[eta] = (
             norm({name: value - theta[name] for name, value in override.items()}),
-            float((float64.logits(ids, override=override) - logits).norm()),
+            float((float64.logits(ids, keep=keep, override=override) - logits).norm()),
         )
     expected = ETA_TINY / ETA_MAIN
     ratios = (
@@ -217,7 +222,7 @@ def taylor(
             size = float(rb_terms.abs().sum()) / float(lengths.mean())
             identity_per_token = abs(by_difference - expected) / size if size > 0 else float("inf")
     decades, tiny = etas[::2], _LOG_CHANGES[::2] <= _LOGITS_UP_TO
-    logits = _logit_changes(float64, rollouts, v, decades)
+    logits = _logit_changes(float64, rollouts, v, decades, rows_without_graph(rollouts, config.generation))
     moved = bool((logits != 0).any())
     trusted = torch.ones_like(etas, dtype=torch.bool)
     if bound.dtype is not torch.float64:
@@ -300,10 +305,10 @@ class _Along:
 
 
 def _logit_changes(
-    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], etas: Float[Tensor, " K"]
+    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], etas: Float[Tensor, " K"], most_rows: int
 ) -> Float[Tensor, " K"]:
     """‖logits(θ + ηv) − logits(θ)‖ at 8 positions of each of up to 8 rows, for every η."""
-    ids = _some_rows(rollouts).to(float64.device)
+    ids = _some_rows(rollouts, most_rows).to(float64.device)
     positions = torch.linspace(0, ids.shape[1] - 1, min(_ROWS, ids.shape[1]), device=float64.device).long()
     row, column = (i.flatten() for i in torch.meshgrid(torch.arange(len(ids)).to(ids), positions, indexing="ij"))
 

@@ -261,8 +261,7 @@ def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConf
     Held at once are X and Y of the U batch, X of the E batch, and X and Y of two prompts in two ways, for the witness.
     """
     first_order, size_b = config.first_order, rollouts.num_prompts
-    of_one = sum(p.numel() for p in bound.registry.trainable.values()) * torch.finfo(bound.dtype).bits / 8 / 2**30
-    room = (first_order.max_gradient_gib / of_one - _WITNESSED) / 3
+    room = (first_order.max_gradient_gib * 2**30 / _bytes_of_one(bound) - _WITNESSED) / 3
     if first_order.mode == "exact" and size_b <= room:
         return "exact", size_b
     most = int(room)
@@ -270,11 +269,20 @@ def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConf
     if wanted > most:
         raise MeasurementError(
             "first_order.max_gradient_gib",
-            f"gradients of {wanted} blocks need {(3 * wanted + _WITNESSED) * of_one:.2g} GiB, "
+            f"gradients of {wanted} blocks need {bytes_of_units(bound, wanted) / 2**30:.2g} GiB, "
             f"{first_order.max_gradient_gib:g} are allowed",
             "raise it, or set first_order.num_blocks lower" if wanted > 2 else "raise it",
         )
     return "block", wanted
+
+
+def bytes_of_units(bound: BoundModel, units: int) -> int:
+    """What the gradients of so many units take, with those of the witness."""
+    return int((3 * units + _WITNESSED) * _bytes_of_one(bound))
+
+
+def _bytes_of_one(bound: BoundModel) -> float:
+    return sum(p.numel() for p in bound.registry.trainable.values()) * torch.finfo(bound.dtype).bits / 8
 
 
 def gram(

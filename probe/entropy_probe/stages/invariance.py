@@ -16,7 +16,7 @@ from entropy_probe.estimators.policy import score_tokens
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.sampling import left_padded
-from entropy_probe.stages.scores import score_rows
+from entropy_probe.stages.scores import rows_without_graph, score_rows
 
 _ROWS = 6
 _PIECE = 5
@@ -60,15 +60,15 @@ def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, confi
     of summation may change, and with it the last digits.
     """
     models = [float64] if bound.dtype is float64.dtype else [float64, bound]
-    found = [(padding(m, rollouts), batch(m, rollouts, config), chunk(m, rollouts, config)) for m in models]
+    found = [(padding(m, rollouts, config), batch(m, rollouts, config), chunk(m, rollouts, config)) for m in models]
     of_padding, of_batch, of_chunk = (max(worst, key=lambda w: w.share) for worst in zip(*found, strict=True))
     return Invariance(of_padding, of_batch, of_chunk, precision(bound, float64, rollouts, config))
 
 
 @torch.no_grad()
-def padding(model: BoundModel, rollouts: Rollouts) -> WorstDifference:
+def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """Every token but the first of a row: alone, against all rows together padded right and padded left."""
-    chosen = _some_rows(rollouts)
+    chosen = _some_rows(rollouts, config)
     totals = (rollouts.prompt_lens + rollouts.gen_lens)[chosen].tolist()
     rows = [rollouts.ids[i, :total].tolist() for i, total in zip(chosen.tolist(), totals, strict=True)]
     longest = max(totals)
@@ -90,7 +90,7 @@ def padding(model: BoundModel, rollouts: Rollouts) -> WorstDifference:
 @torch.no_grad()
 def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """The generated tokens of a row: alone, against the row among the others."""
-    chosen = _some_rows(rollouts)
+    chosen = _some_rows(rollouts, config)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
         together = generated(model, rollouts, chosen, config)
@@ -105,13 +105,13 @@ def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
 def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """The generated tokens of a row: scored from whole logits, against scores read in small pieces."""
     policy = config.generation
-    chosen = _some_rows(rollouts)
+    chosen = _some_rows(rollouts, config)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
         pieces = generated(model, rollouts, chosen, config, rows_at_once=_PIECE)
         for i, row in enumerate(chosen.tolist()):
             first, last = int(rollouts.prompt_lens[row]), int((rollouts.prompt_lens + rollouts.gen_lens)[row])
-            last = min(last, first + _WHOLE)
+            last = min(last, first + min(_WHOLE, model.positions_at_once(model.vocabulary)))
             ids = rollouts.ids[row : row + 1, :last].to(model.device)
             logits = model.logits(ids, keep=slice(first - 1, last - 1))
             whole = scored_whole(logits, ids[:, first:], policy.temperature)[0]
@@ -123,7 +123,7 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
 @torch.no_grad()
 def precision(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
     """The generated tokens of a row: in the configured precision, against true float64."""
-    chosen = _some_rows(rollouts)
+    chosen = _some_rows(rollouts, config)
     reference, configured = (generated(model, rollouts, chosen, config) for model in (float64, bound))
     where = f"{len(chosen)} rows against float64"
     return worst_difference(bound, rollouts.ids.shape[1], [(where, reference, configured)])
@@ -137,10 +137,11 @@ def padded_to(rows: list[list[int]], width: int) -> tuple[Int[Tensor, "R W"], In
     return right, left, mask
 
 
-def _some_rows(rollouts: Rollouts) -> Tensor:
-    """Up to 6 rows, from the shortest to the longest."""
+def _some_rows(rollouts: Rollouts, config: ProbeConfig) -> Tensor:
+    """Up to 6 rows, from the shortest to the longest; as many as a pass may have, but two at least."""
     order = torch.argsort(rollouts.prompt_lens + rollouts.gen_lens, stable=True)
-    return order[torch.linspace(0, len(order) - 1, min(_ROWS, len(order))).long()]
+    most = max(2, rows_without_graph(rollouts, config.generation))
+    return order[torch.linspace(0, len(order) - 1, min(_ROWS, most, len(order))).long()]
 
 
 def generated(

@@ -15,11 +15,11 @@ from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
-from entropy_probe.stages.scores import batches_by_length, score_rows
+from entropy_probe.stages.scores import batches_by_length
 from entropy_probe.stages.share import Share
 from entropy_probe.stages.slopes import Derivatives, directional_derivatives
 from entropy_probe.stages.update import norm
-from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, largest
+from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, largest, terms
 
 _PROMPTS = 4
 # Σ_k s_k against the gradient's own product: rounding in float32 is far below, a missing path through the model above.
@@ -139,9 +139,9 @@ def by_alpha(
     towards = [direction[name].to(p.device, bound.dtype) for name, p in zip(direction, parameters, strict=True)]
     projections, sizes = torch.zeros(len(alpha), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for rows in batches_by_length(rollouts, max(1, config.generation.tf_batch_size // FEWER_ROWS)):
-        scored = score_rows(bound, rollouts, rows, config, true_derivative=True)
+        f = terms(bound, rollouts, rows, payload, config, true=True)
         factors = alpha[rows // rollouts.num_responses] * payload.weights.reshape(-1)[rows]
-        loss = (factors.to(bound.device) * payload.sums(scored.logp, scored.entropy, rows)).sum()
+        loss = (factors.to(bound.device) * f).sum()
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         pairs = [(g, d) for g, d in zip(gradients, towards, strict=True) if g is not None]
         if not pairs:
@@ -149,8 +149,8 @@ def by_alpha(
         if any(g.requires_grad for g, _ in pairs):
             reached, along = zip(*((g, d) for g, d in pairs if g.requires_grad), strict=True)
             projections += torch.autograd.grad(reached, alpha, along)[0]
-        terms = torch.stack([(g.detach().double() * d.double()).sum().cpu() for g, d in pairs])
-        sizes += torch.stack([terms.sum(), terms.abs().sum()])
+        parts = torch.stack([(g.detach().double() * d.double()).sum().cpu() for g, d in pairs])
+        sizes += torch.stack([parts.sum(), parts.abs().sum()])
     if (projections.sum() - sizes[0]).abs() > _EULER * sizes[1]:  # not so where a number is no number: that is a fault
         raise NotImplementedError("the backward pass of an operation left no graph")
     return projections

@@ -232,8 +232,9 @@ def _batch_and_chunk(
 def _zero_step(bound: BoundModel, case: Case, ids: Tensor, v: dict[str, Tensor], where: str) -> WorstDifference:
     """All rows through the module itself, and through `functional_call` at θ + 0·v."""
     ids = ids.to(bound.device)
-    functional = bound.logits(ids, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
-    found = compared(bound.direct_logits(ids), functional)
+    keep = bound.spread_over(*ids.shape)
+    functional = bound.logits(ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
+    found = compared(bound.direct_logits(ids, keep=keep), functional)
     worst = math.nan if found.max_abs == 0 and not found.bitwise else found.max_abs
     return WorstDifference(worst, 0.0, "none" if worst == 0 else f"{where}, {case}; {case.along}")
 

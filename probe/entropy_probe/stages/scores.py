@@ -120,7 +120,8 @@ def _scored(policy: GenerationConfig, dtype: torch.dtype, logits: Tensor, tokens
     return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
 
-def _scored_with_features(policy: GenerationConfig, read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+def scored_with_features(policy: GenerationConfig, read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """What `read` gives, and the features φ of the step but for its position."""
     return (*read(logits, tokens), step_features(step_diagnostics(logits, policy.top_p, policy.temperature)))
 
 
@@ -187,7 +188,7 @@ def score(
         return _of_nothing(rollouts.num_responses, with_features=with_features)
     read = policy_scores(bound, policy, config.precision)
     if with_features:
-        read = partial(_scored_with_features, policy, read)
+        read = partial(scored_with_features, policy, read)
     scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), read, override)
     logp, logq, entropy, entropy_q, *features = (values.double().cpu() for values in scores)
     if override is None:

@@ -20,7 +20,7 @@ from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
 from entropy_probe.stages.rollouts import Rollouts
-from entropy_probe.stages.scores import Scores, batches_by_length, score_rows
+from entropy_probe.stages.scores import Scores, batches_by_length, policy_scores, read_rows, score_rows
 from entropy_probe.stages.slopes import Slopes
 from entropy_probe.stages.update import norm
 
@@ -156,8 +156,7 @@ def _naive(
         prompts = (units.unit_of == unit).nonzero()[:, 0]
         for n, g in itertools.product(prompts.tolist(), range(group)):
             row = torch.tensor([n * group + g])
-            scored = score_rows(bound, rollouts, row, config, true_derivative=true)
-            loss = payloads[0].sums(scored.logp, scored.entropy, row).sum()
+            loss = terms(bound, rollouts, row, payloads[0], config, true=true).sum()
             if not loss.requires_grad:
                 raise MeasurementError(
                     "gradients",
@@ -173,6 +172,21 @@ def _naive(
                 for name, gradient in found.items():
                     total[name][i] += weight * gradient
     return list(zip(sums, scales, strict=True))
+
+
+def terms(
+    bound: BoundModel, rollouts: Rollouts, rows: Int[Tensor, " R"], payload: Payload, config: ProbeConfig, *, true: bool
+) -> Float[Tensor, " R"]:
+    """f of some responses (`Payload`), with a graph, as `score_rows` scores them.
+
+    Where f is S, log p is read alone: of what goes unused the graph would keep every piece of logits.
+    """
+    read = policy_scores(bound, config.generation, config.precision)
+    if payload.coefficients is None:
+        (logp,) = read_rows(bound, rollouts, rows, lambda *of: read(*of)[:1], true_derivative=true)
+        return payload.sums(logp, logp, rows)
+    scored = score_rows(bound, rollouts, rows, config, true_derivative=true)
+    return payload.sums(scored.logp, scored.entropy, rows)
 
 
 def _difference(fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales: Sequence[float]) -> float:
@@ -212,17 +226,26 @@ def twice_in_reverse(
     float64: BoundModel, rollouts: Rollouts, rho: Float[Tensor, "B G"], v: Mapping[str, Tensor], config: ProbeConfig
 ) -> float:
     """d²/dη² of Σ_i [R_i(θ + ηv) + ρ_i·S_i(θ + ηv)] at η = 0: one number, differentiated twice in reverse mode."""
-    theta, total = float64.registry.parameters, 0.0
-    for rows in batches_by_length(rollouts, max(1, config.generation.tf_batch_size // FEWER_ROWS)):
-        eta = torch.zeros((), dtype=torch.float64, device=float64.device, requires_grad=True)
-        override = {name: theta[name].detach() + eta * d.to(float64.device, torch.float64) for name, d in v.items()}
-        scored = score_rows(float64, rollouts, rows, config, override=override, true_derivative=True)
-        weights = rho.reshape(-1)[rows].to(float64.device)
-        f = (scored.entropy.double().sum(-1) + weights * scored.logp.double().sum(-1)).sum()
-        (first,) = torch.autograd.grad(f, eta, create_graph=True)
-        if first.requires_grad:
-            total += float(torch.autograd.grad(first, eta)[0])
-    return total
+    batches = batches_by_length(rollouts, max(1, config.generation.tf_batch_size // FEWER_ROWS))
+    return sum(rows_twice_in_reverse(float64, rollouts, rows, rho.reshape(-1)[rows], v, config) for rows in batches)
+
+
+def rows_twice_in_reverse(
+    float64: BoundModel,
+    rollouts: Rollouts,
+    rows: Int[Tensor, " R"],
+    rho: Float[Tensor, " R"],
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
+) -> float:
+    """The terms of some rows, with their ρ, in one pass."""
+    theta = float64.registry.parameters
+    eta = torch.zeros((), dtype=torch.float64, device=float64.device, requires_grad=True)
+    override = {name: theta[name].detach() + eta * d.to(float64.device, torch.float64) for name, d in v.items()}
+    scored = score_rows(float64, rollouts, rows, config, override=override, true_derivative=True)
+    f = (scored.entropy.double().sum(-1) + rho.to(float64.device) * scored.logp.double().sum(-1)).sum()
+    (first,) = torch.autograd.grad(f, eta, create_graph=True)
+    return float(torch.autograd.grad(first, eta)[0]) if first.requires_grad else 0.0
 
 
 def lacks_derivative(error: RuntimeError) -> bool:
