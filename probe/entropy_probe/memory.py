@@ -105,24 +105,18 @@ def given_back_at_once() -> Iterator[None]:
     was then 1.5 to 4 times what its tensors take, and is at most 1.08 of it with this, at 1.2 to 1.6 times the time.
     After the block the threshold is where glibc's own rule moves it to when it meets large blocks. With another library
     nothing changes there.
-
-    What is there before is left out of the search for cycles of references, so that `gc.collect()` is quick within.
     """
-    allocator, frozen_by_user = _glibc(), gc.get_freeze_count() > 0
-    if allocator is not None:
-        allocator.mallopt(_MMAP_THRESHOLD, _AT_ONCE)
-        allocator.mallopt(_TRIM_THRESHOLD, _AT_ONCE)
-    gc.collect()
-    if not frozen_by_user:
-        gc.freeze()
+    allocator = _glibc()
+    if allocator is None:
+        yield
+        return
+    allocator.mallopt(_MMAP_THRESHOLD, _AT_ONCE)
+    allocator.mallopt(_TRIM_THRESHOLD, _AT_ONCE)
     try:
         yield
     finally:
-        if not frozen_by_user:
-            gc.unfreeze()
-        if allocator is not None:
-            allocator.mallopt(_MMAP_THRESHOLD, _GROWN)
-            allocator.mallopt(_TRIM_THRESHOLD, 2 * _GROWN)
+        allocator.mallopt(_MMAP_THRESHOLD, _GROWN)
+        allocator.mallopt(_TRIM_THRESHOLD, 2 * _GROWN)
 
 
 def _glibc() -> Any | None:

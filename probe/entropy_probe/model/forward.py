@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -136,8 +135,6 @@ class BoundModel:
         logits are neither kept nor computed twice.
         """
         mapping = dict(override or {})
-        if self.logits_at_once is not None and torch.is_grad_enabled():
-            gc.collect()  # the graph of an earlier pass lies in cycles of torch's checkpoints
         capturing = nullcontext() if capture is None else capture
         if capture is not None:
             if ids.shape[0] == ids.shape[1]:  # rows and positions must not be confused

@@ -1,12 +1,12 @@
 """Sizes of batches and of pieces of logits with which the measurement stays below `memory_limit`.
 
-They are chosen before the work begins: one and two of the longest rows go through every kind of pass, whose tensors are
-counted, and a pass of n rows takes c₀ + c₁·n. What is held through the run is known by formula (`held_bytes_of`).
+They are chosen before the work begins: one and a few of the longest rows go through every kind of pass, whose tensors
+are counted, and what more of them take is bounded by that. What is held through the run is known by formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -57,25 +57,13 @@ class Plan:
     expected: int
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of pass: bytes by the rows it has under a `tf_batch_size`, and by the positions in a piece of logits, of
-    which a row has `tokens` at most."""
-
-    fixed: int
-    each_row: int = 0
-    each_position: int = 0
-    tokens: int = 0
-    rows_of: Callable[[ProbeConfig], int] = lambda config: 1
-
-    def bytes(self, config: ProbeConfig, positions: int) -> int:
-        rows = self.rows_of(config)
-        return self.fixed + self.each_row * rows + self.each_position * min(positions, self.tokens * rows)
+Kind = Callable[[ProbeConfig, int], int]
+"""The bytes of a kind of pass under a `tf_batch_size`, with so many positions in a piece of logits."""
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """Every kind of pass over two rows, each a prompt's only one, as long as any of the batches."""
+    """Every kind of pass over four rows, each a prompt's only one, as long as any of the batches."""
 
     bound: BoundModel
     float64: BoundModel
@@ -90,7 +78,7 @@ class _Passes:
     def _v(self) -> dict[str, Tensor]:
         return {name: torch.ones_like(p, device="cpu") for name, p in self.bound.registry.trainable.items()}
 
-    def kinds(self, usable: int) -> Iterator[_Kind]:
+    def kinds(self, usable: int) -> Iterator[Kind]:
         """Those with a graph have `tf_batch_size` rows, or a part of them; the others more. No pass is tried that may
         take more than is `usable`, but for the least that there is."""
 
@@ -100,33 +88,56 @@ class _Passes:
         def of_graph(config: ProbeConfig) -> int:
             return config.generation.tf_batch_size
 
-        yield self._counted(_score, without_graph, usable)
-        yield self._counted(_score_at, without_graph, usable)
-        yield self._counted(_differentiate, of_graph, usable)
-        yield self._counted(_differentiate_alone, lambda config: 1, usable)
-        yield self._counted(_derive, without_graph, usable)
-        if "projections" not in self.config.left_out:
-            yield self._counted(_alpha, lambda config: max(1, config.generation.tf_batch_size // FEWER_ROWS), usable)
-        if "curvature witness" not in self.config.left_out:
-            yield self._counted(_twice, lambda config: max(1, config.generation.tf_batch_size // FEWER_ROWS), usable)
-        whole, columns = 8 * _WHOLE * self.vocabulary, self.rollouts.ids.shape[1]
-        yield _Kind(8 * whole, each_position=4 * whole, tokens=2 * columns)  # `BoundModel.spread_over`, of 8 rows
-        yield _Kind(8 * _OF_A_SCORE * _DRAWN * self.vocabulary)
+        def twice(config: ProbeConfig) -> int:
+            return max(1, config.generation.tf_batch_size // FEWER_ROWS)
 
-    def _counted(self, work: Callable[[_Passes, Tensor], None], rows_of: Callable[..., int], usable: int) -> _Kind:
-        """c₀ + c₁·rows + c₂·positions, from three passes; c₁ and c₂ at their largest where a pass may be too large."""
+        yield self.counted(_score, without_graph, usable)
+        yield self.counted(_score_at, without_graph, usable)
+        yield self.counted(_differentiate, of_graph, usable)
+        yield self.counted(_differentiate_alone, lambda config: 1, usable, most_rows=1)
+        yield self.counted(_derive, without_graph, usable)
+        if "projections" not in self.config.left_out:
+            yield self.counted(_alpha, twice, usable, most_rows=2)
+        if "curvature witness" not in self.config.left_out:
+            yield self.counted(_twice, twice, usable, most_rows=2)
+        of_column, columns = 8 * self.vocabulary, self.rollouts.ids.shape[1]
+        # `BoundModel.spread_over`, of 8 rows: 4 pieces, or one column
+        yield lambda config, positions: of_column * _WHOLE * min(8 + 4 * positions, 8 * columns)
+        yield lambda config, positions: of_column * _OF_A_SCORE * _DRAWN
+
+    def counted(
+        self,
+        work: Callable[[_Passes, Tensor], None],
+        rows_of: Callable[[ProbeConfig], int],
+        usable: int,
+        most_rows: int = 4,
+    ) -> Kind:
+        """f(rows, positions) ≤ f(rows, 4) + f(1, positions) − f(1, 4), from one and `most_rows` rows, and from pieces of
+        4, 16 and 64 positions.
+
+        It holds because f is the larger of what the layers take, which grows with the rows, and of what the output
+        layer takes beside the rows' states, which grow less. Both are convex, so that a chord lies above them, and so
+        does a line from the origin beyond the last point.
+        """
 
         def count(rows: int, positions: int) -> int:
             models = (replace(m, logits_at_once=positions * self.vocabulary) for m in (self.bound, self.float64))
             passes = replace(self, **dict(zip(("bound", "float64"), models, strict=True)))
             return memory.counted_bytes(lambda: work(passes, torch.arange(rows)), self.bound.device)
 
-        least = count(1, _FEWEST)
-        two = count(2, _FEWEST) if 2 * least <= usable else 2 * least
-        larger = count(1, 4 * _FEWEST) if 4 * least <= usable else 4 * least
-        each_row, each_position = max(two - least, 0), max(larger - least, 0) // (3 * _FEWEST)
-        fixed = max(least - each_row - _FEWEST * each_position, 0)
-        return _Kind(fixed, each_row, each_position, self.rollouts.max_gen_len, rows_of)
+        tokens, least = self.rollouts.max_gen_len, count(1, _FEWEST)
+        by_rows, by_positions = {1: least}, {min(_FEWEST, tokens): least}
+        if most_rows > 1:
+            by_rows[most_rows] = count(most_rows, _FEWEST) if most_rows * least <= usable else most_rows * least
+        for positions in (4 * _FEWEST, 16 * _FEWEST):
+            most = 4 * max(by_positions.values())
+            by_positions[min(positions, tokens)] = count(1, positions) if most <= usable else most
+
+        def bytes_of(config: ProbeConfig, positions: int) -> int:
+            rows = rows_of(config)
+            return _above(by_rows, rows) + _above(by_positions, min(positions, tokens * rows)) - least
+
+        return bytes_of
 
     def payload(self, rows: int) -> Payload:
         """Of so many of the rows, by the configured estimator."""
@@ -208,14 +219,14 @@ def planned(
     limit, now = _limit(config), _held_now(bound.device)
     trainable = sum(p.numel() for p in bound.registry.trainable.values())
     tokens = sum(len(batch.ids) * batch.max_gen_len for batch in batches)
-    held, for_a_while = 8 * (trainable * _HELD + tokens * _OF_A_TOKEN), _Kind(8 * trainable * _FOR_A_WHILE)
+    held = 8 * (trainable * _HELD + tokens * _OF_A_TOKEN)
     usable = int((limit - now - _SLACK) / (1 + _UNSEEN)) - held
     fewest = bytes_of_units(bound, 2)
     passes = _Passes(bound, float64, _longest_rows(batches), config)
-    kinds = [*passes.kinds(usable - fewest), for_a_while]
+    kinds = [*passes.kinds(usable - fewest)]
 
     def largest(config: ProbeConfig, positions: int) -> int:
-        return max(kind.bytes(config, positions) for kind in kinds)
+        return max(8 * trainable * _FOR_A_WHILE, *(kind(config, positions) for kind in kinds))
 
     least = largest(_with_rows(config, 1), _FEWEST)
     room = -int(world.largest(least - usable))
@@ -233,17 +244,29 @@ def planned(
     return Plan(config, positions * passes.vocabulary, expected)
 
 
+def _above(points: Mapping[int, int], x: int) -> int:
+    """A bound of a convex function of which some points are known: the chord, or a line from the origin."""
+    known = sorted(points)
+    if x >= known[-1]:
+        return points[known[-1]] * x // known[-1]
+    right = next(k for k in known if k > x)
+    left = max((k for k in known if k <= x), default=right)
+    if left == right:
+        return points[right]
+    return points[left] + (points[right] - points[left]) * (x - left) // (right - left)
+
+
 def _longest_rows(batches: tuple[Rollouts, ...]) -> Rollouts:
-    """The row with the most tokens, twice, with as many of them generated as in any row."""
+    """The row with the most tokens, four times, with as many of them generated as in any row."""
     of_longest = max(batches, key=lambda batch: int((batch.prompt_lens + batch.gen_lens).max()))
     totals, generated = of_longest.prompt_lens + of_longest.gen_lens, max(batch.max_gen_len for batch in batches)
     total = int(totals.max())
     return replace(
         of_longest,
-        ids=of_longest.ids[totals.argmax()].repeat(2, 1),
-        prompt_lens=torch.tensor([max(total - generated, 1)] * 2),
-        gen_lens=torch.tensor([min(generated, total - 1)] * 2),
-        rewards=torch.zeros(2, 1, dtype=torch.float64),
+        ids=of_longest.ids[totals.argmax()].repeat(4, 1),
+        prompt_lens=torch.tensor([max(total - generated, 1)] * 4),
+        gen_lens=torch.tensor([min(generated, total - 1)] * 4),
+        rewards=torch.zeros(4, 1, dtype=torch.float64),
         advantages=None,
         logprobs=None,
     )
