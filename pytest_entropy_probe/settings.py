@@ -48,12 +48,20 @@ class Settings:
     xfails_file: Path | None = None
     budget: str | None = None
     device: str | None = None
+    device_map: str | None = None
+    offload_folder: Path | None = None
     seed: int | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
         """The options that replace a configuration key, by dotted key."""
-        given = {"budget": self.budget, "device": self.device, "batch.seed": self.seed}
+        given = {
+            "budget": self.budget,
+            "device": self.device,
+            "device_map": self.device_map,
+            "offload_folder": None if self.offload_folder is None else str(self.offload_folder),
+            "batch.seed": self.seed,
+        }
         return {key: value for key, value in given.items() if value is not None}
 
     def json_file(self, name: str) -> Path | None:
@@ -93,6 +101,8 @@ def read_settings(config: pytest.Config) -> Settings:
         xfails_file=_path(config, "xfails", "file"),
         budget=_budget(config),
         device=_text(config, "device"),
+        device_map=_text(config, "device_map"),
+        offload_folder=_path(config, "offload_folder", "folder"),
         seed=_seed(config),
     )
     targets = _targets(config)
@@ -224,7 +234,12 @@ def _output_path(config: pytest.Config, key: str, example: str, several: bool) -
 
 def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
     """Nothing is written into a checkpoint: a training may read it again, and its files name its kept report."""
-    places = {"golden_dir": settings.golden_dir, "json": settings.json_path, "plot": settings.plot_path}
+    places = {
+        "golden_dir": settings.golden_dir,
+        "json": settings.json_path,
+        "plot": settings.plot_path,
+        "offload_folder": settings.offload_folder,
+    }
     for key, path in places.items():
         for target in settings.targets:
             if path is not None and path.resolve().is_relative_to(target.path.resolve()):

@@ -215,11 +215,14 @@ def twice_in_reverse(
     theta, total = float64.registry.parameters, 0.0
     for rows in batches_by_length(rollouts, max(1, config.generation.tf_batch_size // FEWER_ROWS)):
         eta = torch.zeros((), dtype=torch.float64, device=float64.device, requires_grad=True)
-        override = {name: theta[name].detach() + eta * d.to(float64.device, torch.float64) for name, d in v.items()}
+        override = {
+            n: theta[n].detach() + eta.to(theta[n].device) * d.to(theta[n].device, eta.dtype) for n, d in v.items()
+        }
         scored = score_rows(float64, rollouts, rows, config, override=override, true_derivative=True)
         weights = rho.reshape(-1)[rows].to(float64.device)
         f = (scored.entropy.double().sum(-1) + weights * scored.logp.double().sum(-1)).sum()
-        (first,) = torch.autograd.grad(f, eta, create_graph=True)
+        with float64.recording():
+            (first,) = torch.autograd.grad(f, eta, create_graph=True)
         if first.requires_grad:
             total += float(torch.autograd.grad(first, eta)[0])
     return total
