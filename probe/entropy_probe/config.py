@@ -56,7 +56,7 @@ def _is_device(name: str) -> str:
     return name
 
 
-_RULES = ("auto", "balanced", "balanced_low_0", "sequential")
+RULES = ("auto", "balanced", "balanced_low_0", "sequential")
 _BYTES = re.compile(r"\d+|\d+(\.\d+)?([KMGT]i?B)")
 
 
@@ -69,10 +69,10 @@ def _home(value: Any) -> str | None:
 
 
 def _is_device_map(value: Any) -> Any:
-    if value is None or value in _RULES:
+    if value is None or value in RULES:
         return value
     if not isinstance(value, Mapping) or not value:
-        expected = f"one of {', '.join(_RULES)}, or a map of module names to devices"
+        expected = f"one of {', '.join(RULES)}, or a map of module names to devices"
         raise ValueError(f"got {shown(value)}, expected {expected}")
     homes = {str(name): _home(home) for name, home in value.items()}
     for name, home in homes.items():
@@ -244,8 +244,8 @@ class ProbeConfig(SequenceConfig):
     """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults, and the
     bounds of gates, which are off without.
 
-    The values of the `budget` (`budgets.py`) stand where nothing else is given. `device_map`: where the parts of a model
-    that outgrows one device are, as accelerate finds it within `max_memory`, or by module name (docs/scaling.md).
+    The values of the `budget` (`budgets.py`) stand where nothing else is given. `device_map`: where the parts of a
+    model that outgrows one device are, as accelerate decides within `max_memory`, or by module name (docs/scaling.md).
     """
 
     budget: Name = "standard"

@@ -1,5 +1,5 @@
-"""Parameters lent for the length of a forward: each has a home, and is copied to where, and in the dtype in which, it is
-used.
+"""Parameters lent for the length of a forward: each has a home, and is copied to where, and in the dtype in which, a
+layer uses it.
 
     block(x)  ≡  functional_call(block, {name: p.to(device, dtype) for name, p in block's own}, x.to(device))
 
@@ -25,8 +25,9 @@ from entropy_probe.model.disk import give_back, is_on_disk
 
 @dataclass(frozen=True)
 class Lending:
-    """What is lent as one (`units`: modules by name, and where each works), in which dtype; token ids and results are on
-    the device `main`. `skipped` are the arguments that stay where they are: key-value caches, a device for each layer.
+    """What is lent as one (`units`: modules by name, and where each works), in which dtype; token ids and results are
+    on the device `main`, to which the parts in `returning` bring theirs. `skipped`: arguments that stay where they are,
+    such as key-value caches.
     """
 
     dtype: torch.dtype
@@ -262,7 +263,7 @@ def _works_on(part: nn.Module, main: torch.device | None) -> torch.device:
 
 
 def _units(module: nn.Module, blocks: set[str], name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    own = any(p is not None for p in module._parameters.values()) or not module._modules and bool(module._buffers)
+    own = any(p is not None for p in module._parameters.values()) or (not module._modules and bool(module._buffers))
     if own or not blocks or type(module).__name__ in blocks or _is_adapted(module):
         yield name, module
         return

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from entropy_probe.config import RULES
 from entropy_probe.errors import ConfigError
 from entropy_probe.model.disk import to_disk
 from entropy_probe.model.lending import base_blocks
@@ -39,13 +40,9 @@ class Placement:
 
     def home(self, name: str) -> str:
         """The device of the entry that names the parameter, or the nearest module around it."""
-        while name not in self.device_map:
-            name = name.rpartition(".")[0] if name else _raise(name)
+        while name and name not in self.device_map:
+            name = name.rpartition(".")[0]
         return self.device_map[name]
-
-
-def _raise(name: str) -> str:
-    raise KeyError(name)
 
 
 def main_device(module: nn.Module) -> torch.device:
@@ -94,6 +91,8 @@ def _decided(model: nn.Module, rule: str, max_memory: Mapping[str, int | str] | 
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
+    if rule not in RULES:
+        raise ConfigError("device_map", f"got {rule!r}", f"give {', '.join(RULES)}, or a map of modules to devices")
     inner = getattr(model, "get_base_model", None)
     base: Any = inner() if callable(inner) else model
     whole = base_blocks(base)
@@ -114,7 +113,7 @@ def _decided(model: nn.Module, rule: str, max_memory: Mapping[str, int | str] | 
 
 def _of_accelerate(key: str) -> int | str:
     """accelerate numbers accelerators."""
-    number = key.rpartition(":")[2]
+    number = str(key).rpartition(":")[2]
     return int(number) if number.isdecimal() else key
 
 
@@ -135,7 +134,7 @@ def _named(model: nn.Module, asked: Mapping[str, str]) -> dict[str, str]:
         if own not in known:
             some = ", ".join(name or '""' for name, _ in list(model.named_modules())[:6])
             raise ConfigError(f"device_map.{name}", f"the model has no such module (it has {some}, …)", "correct it")
-        found[own] = home
+        found[own] = as_text(home)
     for name, _ in model.named_parameters():
         if not _covered(name, found):
             raise ConfigError("device_map", f"no entry covers {name}", 'add one, or "" for all that has none')

@@ -122,7 +122,8 @@ def load_checkpoint(
     A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer; one of a
     full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
     name and what it trains are taken. With a `device_map` the parts of the model are put where it says, or where
-    accelerate finds room for them (`placement.place`), and `device` is where it runs if no accelerator is named. Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
+    accelerate finds room for them (`placement.place`), and `device` is where it runs if no accelerator is named.
+    Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
     usable = _usable_device(device)
     if device_map is None and (max_memory is not None or offload_folder is not None):
