@@ -119,11 +119,13 @@ def test_names_by_which_accelerate_decides(subjects: Subjects) -> None:
     """Without an accelerator all of it is in memory, or on disk beyond what is allowed; layers stay whole."""
     path = subjects.checkpoint("lora")
     for rule in ("auto", "balanced", "balanced_low_0", "sequential"):
-        assert load_checkpoint(path, device_map=rule).info.device_map == {"": "cpu"}
+        found = load_checkpoint(path, device_map=rule).info.device_map
+        assert found is not None
+        assert set(found.values()) == {"cpu"}
     model = load_checkpoint(path).model
     layer = sum(p.numel() * 4 for n, p in model.named_parameters() if ".layers.0." in n)
     embeddings = sum(p.numel() * 4 for n, p in model.named_parameters() if "embed_tokens" in n)
-    allowed = {"cpu": embeddings + layer + 100}
+    allowed = {"cpu": embeddings + 2 * layer}  # a layer's room is kept free for what comes back from disk
     loaded = load_checkpoint(path, device_map="auto", max_memory=allowed)
     assert loaded.info.device_map is not None
     homes = {name.rpartition("model.")[2]: home for name, home in loaded.info.device_map.items()}
@@ -139,7 +141,7 @@ def test_theta_plus_eta_v_is_beside_the_parameter_and_counts(subjects: Subjects)
     moved = theta_plus_eta_v(bound.registry, v, 1e-2, torch.float64)
     assert all(moved[name].device == p.device for name, p in bound.registry.trainable.items())
     still = bound.logits(IDS)
-    assert float((bound.logits(IDS, override=moved) - still).abs().max()) > 1e-3
+    assert float((bound.logits(IDS, override=moved) - still).detach().abs().max()) > 1e-3
     assert torch.equal(bound.logits(IDS, override=theta_plus_eta_v(bound.registry, v, 0.0, torch.float64)), still)
     assert torch.equal(bound.direct_logits(IDS), still)
 
@@ -147,12 +149,12 @@ def test_theta_plus_eta_v_is_beside_the_parameter_and_counts(subjects: Subjects)
 def test_offload_by_accelerate_loses_it_and_is_refused(subjects: Subjects) -> None:
     """Its hook puts the weight from its own map where `functional_call` put θ + ηv: the logits do not move at all."""
     model = models.tiny_model("llama")
-    moved = {name: p.detach() + 0.1 for name, p in model.named_parameters()}
+    moved = {name: nn.Parameter(p.detach() + 0.1) for name, p in model.named_parameters()}
     still, other = (torch.func.functional_call(model, m, (IDS,), {"use_cache": False}).logits for m in ({}, moved))
-    assert float((other - still).abs().max()) > 0.1
+    assert float((other - still).detach().abs().max()) > 0.1
     accelerate.cpu_offload(model, torch.device("cpu"))
     lost = torch.func.functional_call(model, moved, (IDS,), {"use_cache": False}).logits
-    assert torch.allclose(lost, still, rtol=0, atol=1e-6)
+    assert torch.equal(lost, still)
     complaint = r"^parameter \S+: has no data \(.*\); load the model without offload, or .* device_map$"
     with pytest.raises(ProbeError, match=complaint):
         bind(model)
@@ -162,7 +164,7 @@ def test_offload_by_accelerate_loses_it_and_is_refused(subjects: Subjects) -> No
 
 
 def test_a_live_model_that_accelerate_spread_without_offload(subjects: Subjects) -> None:
-    """Its forward is on the instance, so that it is scored from whole logits; its hooks stay, and no others."""
+    """Its forward is on the instance, so that it is scored from whole logits, and so is its `to`; nothing is left."""
     loaded = load_checkpoint(subjects.checkpoint("llama"))
     parts = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     model = accelerate.dispatch_model(loaded.model, parts, main_device="cpu", force_hooks=True)
@@ -172,8 +174,8 @@ def test_a_live_model_that_accelerate_spread_without_offload(subjects: Subjects)
     report = run_probe(replace(loaded, model=model), ProbeConfig.from_mapping(FEW | SMOKE | FLOAT64), *files)
     alone = subjects.report("llama", **SMOKE, **FLOAT64)
     assert report.entropy.rb.value == pytest.approx(alone.entropy.rb.value, rel=1e-12)
-    assert report.entropy_change[0].delta_h == pytest.approx(alone.entropy_change[0].delta_h, rel=1e-9)
-    assert report.entropy_change[0].delta_h != 0
+    assert report.entropy_change[-1].delta_h == pytest.approx(alone.entropy_change[-1].delta_h, rel=1e-9)
+    assert report.entropy_change[-1].delta_h != 0
     assert (checksum(model), hooks_of(model)) == (before, hooks)
 
 
@@ -224,7 +226,8 @@ def test_a_float64_copy_shares_what_is_frozen_and_has_the_same_logits(adapter: d
 
     live = get_peft_model(model, LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", **adapter)).eval()
     frozen = {name: p for name, p in live.named_parameters() if not p.requires_grad}
-    next(iter(frozen.values())).grad = torch.zeros(())  # pyright: ignore[reportAttributeAccessIssue]
+    first = next(iter(frozen.values()))
+    first.grad = torch.zeros_like(first)
     before = checksum(live)
     whole, shared = bind(live, torch.float64), bind(live, torch.float64, lend_frozen=True)
     assert frozen
@@ -367,7 +370,7 @@ def test_disk_lowers_the_peak(tmp_path: Path) -> None:
         )
         size, found[where] = map(int, done.stdout.split())
         assert size > 150e6
-    assert found["cpu"] - found["disk"] > 120e6
+    assert found["cpu"] - found["disk"] > 120e6, found
 
 
 # Errors
@@ -382,7 +385,6 @@ def test_disk_lowers_the_peak(tmp_path: Path) -> None:
         ),
         ({"device_map": {"model": "cpu"}}, r"device_map: no entry covers lm_head.weight; add one, or .*"),
         ({"device_map": {"": "cuda:0"}}, r"device_map\.: 'cuda:0' cannot be used \(.*\); name a device that is there"),
-        ({"device_map": {"": 0}}, r"device_map\.: 'cuda:0' cannot be used \(.*\); name a device that is there"),
         ({"device_map": "best"}, r"device_map: got 'best'; give auto, .*"),
         ({"max_memory": {"cpu": 1}}, r"max_memory: is given without a device_map; set device_map: auto, or .*"),
         (
@@ -448,7 +450,7 @@ def test_command_line(subjects: Subjects, tmp_path: Path, capsys: pytest.Capture
     arguments = ["run", str(path), f"--rollouts={subjects.folder}/lora-e.jsonl", "--budget=smoke", f"--out={out}"]
     assert command_line([*arguments, "--device-map=auto", f"--offload-folder={tmp_path}"]) == 0
     report = ProbeReport.from_json(out)
-    assert report.checkpoint.device_map == {"": "cpu"}
+    assert report.checkpoint.device_map == {"base_model": "cpu"}
     assert report.config["device_map"] == "auto"
     assert command_line([*arguments, "--device-map=best"]) == 4
     assert "`device_map`: got 'best', expected one of auto" in capsys.readouterr().err.splitlines()[-1]
@@ -471,7 +473,7 @@ def test_pytest_session(subjects: Subjects, pytester: pytest.Pytester, given: st
         args += ["--probe-device-map=auto", "--probe-offload-folder=spill"]
     result = pytester.runpytest_subprocess(*args)
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["*MAP {'': 'cpu'} */spill*"])
+    result.stdout.fnmatch_lines(["*MAP {'base_model': 'cpu'} */spill*"])
 
 
 # Devices that are not there: shapes and places alone

@@ -411,8 +411,8 @@ def bind(model: nn.Module, dtype: torch.dtype = torch.float32, *, lend_frozen: b
         config = getattr(part, "config", None)
         if dtype is torch.float64 and hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    if not lends:
-        return BoundModel(Registry(clone.to(dtype)), dtype)
+    if not lends:  # accelerate puts a `to` on a model that it spreads, and a copy's is that of the live model
+        return BoundModel(Registry(nn.Module.to(clone, dtype)), dtype)
     for part in clone.modules():  # as `Module.to` does, but for what is shared
         for parameter in part._parameters.values():
             if parameter is not None and id(parameter) not in shared and parameter.is_floating_point():

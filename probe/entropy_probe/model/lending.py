@@ -10,6 +10,7 @@ refers to the home of a lent frozen tensor, which is lent again when the backwar
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from entropy_probe.model.disk import give_back, is_on_disk
+
+_OWN_PAGES = 1 << 18
+"""Bytes from which a copy has pages of its own."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class _Loans:
             lent: dict[int, Tensor] = {}  # a tensor with two names stays one
             for table, name, own, dtype in self._lent_of(module, device):
                 if id(own) not in lent:
-                    lent[id(own)] = own.to(device=device, dtype=dtype)
+                    lent[id(own)] = _copy(own, device, dtype)
                 table[name] = now = lent[id(own)]
                 loans.append(_Loan(table, name, own, now))
                 if self._record and not own.requires_grad:
@@ -242,9 +247,25 @@ class Saved:
         if self._warm is not packed.home:
             self.cool()
             self._warm = packed.home if is_on_disk(packed.home) else None
-        lent = packed.home.detach().to(device=packed.device, dtype=packed.dtype)
+        lent = _copy(packed.home.detach(), packed.device, packed.dtype)
         self.note(lent, packed.home)
         return lent.as_strided(packed.size, packed.stride, packed.offset)
+
+
+def _copy(own: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`own.to(device, dtype)`; of a frozen tensor in memory on pages of its own, which go back to the system with it.
+
+    In the heap, copies that come and go with every layer leave holes: a model of 160 MB grew by 310 MB, and by 40 so.
+    """
+    size = own.numel() * dtype.itemsize
+    plain = type(own) in (Tensor, nn.Parameter) and not own.requires_grad and own.is_contiguous()
+    changes = own.dtype != dtype and own.device.type == device.type == "cpu"
+    if not (plain and changes and size >= _OWN_PAGES and hasattr(mmap, "MAP_ANONYMOUS")):
+        return own.to(device=device, dtype=dtype)
+    if forward_ad.unpack_dual(own).tangent is not None:
+        return own.to(device=device, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(own.shape).copy_(own)
 
 
 def base_blocks(base: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from entropy_probe.config import RULES
 from entropy_probe.errors import ConfigError
-from entropy_probe.model.disk import to_disk
+from entropy_probe.model.disk import to_disk, trim
 from entropy_probe.model.lending import base_blocks
 
 _NAME = "_entropy_probe_placement"
@@ -83,6 +83,7 @@ def place(
             if buffer is not None:
                 home = placement.home(name) if _covered(name, decided) else "cpu"
                 part._buffers[key] = buffer.to(placement.main if home in ("cpu", "disk") else home)
+    trim()
     setattr(model, _NAME, placement)
     return placement
 
@@ -154,7 +155,7 @@ def _usable(name: str, home: str) -> torch.device | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device_map.{name}", f"{home!r} cannot be used ({reason})", "name one that is there"
+            f"device_map.{name}", f"{home!r} cannot be used ({reason})", "name a device that is there"
         ) from error
 
 
