@@ -29,6 +29,7 @@ from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.placement import place
 from entropy_probe.model.registry import checksum
+from pytest_entropy_probe.settings import read_settings
 
 MAKE: dict[str, Callable[[Path], Path]] = {
     "llama": lambda folder: models.full_checkpoint(folder, "llama"),
@@ -347,6 +348,7 @@ from entropy_probe.memory import Peak, _resident
 from entropy_probe.model.forward import bind
 from entropy_probe.model.placement import place
 from entropy_probe.model.registry import checksum
+from pytest_entropy_probe.settings import read_settings
 torch.set_num_threads(1)
 sizes = dict(vocab_size=500, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=4)
 model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**sizes))
@@ -457,23 +459,24 @@ def test_command_line(subjects: Subjects, tmp_path: Path, capsys: pytest.Capture
     assert command_line([*arguments, f"--offload-folder={tmp_path}"]) == 4
 
 
-@pytest.mark.parametrize("given", ["option", "ini"])
-def test_pytest_session(subjects: Subjects, pytester: pytest.Pytester, given: str) -> None:
+def test_pytest_session(subjects: Subjects, pytester: pytest.Pytester) -> None:
+    """A rule from the command line, a folder from the ini file."""
     path = subjects.checkpoint("lora")
     pytester.makepyfile(
         test_own="def test_own(probe_report): print('MAP', probe_report.checkpoint.device_map, "
         "probe_report.config['offload_folder'])"
     )
     pytester.mkdir("spill")
+    pytester.makeini("[pytest]\nprobe_device_map = best\nprobe_offload_folder = spill\n")
     args = ["-s", f"--probe-checkpoint={path}", f"--probe-rollouts={subjects.folder}/lora-e.jsonl"]
     args += ["--probe-budget=smoke", "--probe-no-cache", "test_own.py"]
-    if given == "ini":
-        pytester.makeini("[pytest]\nprobe_device_map = auto\nprobe_offload_folder = spill\n")
-    else:
-        args += ["--probe-device-map=auto", "--probe-offload-folder=spill"]
-    result = pytester.runpytest_subprocess(*args)
+    result = pytester.runpytest_subprocess(*args, "--probe-device-map=auto")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*MAP {'base_model': 'cpu'} */spill*"])
+    for config in (pytester.parseconfig(*args), pytester.parseconfig(*args, "--probe-device-map=balanced")):
+        settings = read_settings(config)
+        assert settings.overrides["device_map"] == (config.getoption("probe_device_map") or "best")
+        assert settings.overrides["offload_folder"] == str(pytester.path / "spill")
 
 
 # Devices that are not there: shapes and places alone
