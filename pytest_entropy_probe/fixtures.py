@@ -172,7 +172,9 @@ class Subject:
         with world.together():
             world.at("load")
             device, missing_state = world.device(config.device), config.first_order.missing_state
-            self._checkpoint = load_checkpoint(self.path, settings.base_model, device, missing_state=missing_state)
+            self._checkpoint = load_checkpoint(
+                self.path, settings.base_model, device, missing_state=missing_state, **config.placement
+            )
         self._warnings = self._checkpoint.info.warnings
 
     def _prepare(self, progress: Progress) -> None:

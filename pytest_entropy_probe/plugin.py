@@ -39,6 +39,13 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "budget": ("NAME", False, "how much is computed: smoke, standard or full; anything you set yourself stays"),
     "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
     "memory_limit": ("SIZE", False, "memory that is kept to by smaller batches, such as 8GiB"),
+    "device_map": (
+        "NAME",
+        False,
+        "for a model that outgrows one device: auto, balanced, balanced_low_0 or sequential; a map by module is for "
+        "the configuration",
+    ),
+    "offload_folder": ("DIR", True, "where the part of it goes that outgrows the memory too; default: a temporary one"),
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
     "plot": ("PATH", True, "draw prediction against realisation here (.png, .svg); with several checkpoints a folder"),

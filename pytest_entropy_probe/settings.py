@@ -49,6 +49,8 @@ class Settings:
     budget: str | None = None
     device: str | None = None
     memory_limit: str | None = None
+    device_map: str | None = None
+    offload_folder: Path | None = None
     seed: int | None = None
 
     @property
@@ -58,6 +60,8 @@ class Settings:
             "budget": self.budget,
             "device": self.device,
             "memory_limit": self.memory_limit,
+            "device_map": self.device_map,
+            "offload_folder": None if self.offload_folder is None else str(self.offload_folder),
             "batch.seed": self.seed,
         }
         return {key: value for key, value in given.items() if value is not None}
@@ -100,6 +104,8 @@ def read_settings(config: pytest.Config) -> Settings:
         budget=_budget(config),
         device=_text(config, "device"),
         memory_limit=_text(config, "memory_limit"),
+        device_map=_text(config, "device_map"),
+        offload_folder=_path(config, "offload_folder", "folder"),
         seed=_seed(config),
     )
     targets = _targets(config)
@@ -231,7 +237,12 @@ def _output_path(config: pytest.Config, key: str, example: str, several: bool) -
 
 def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
     """Nothing is written into a checkpoint: a training may read it again, and its files name its kept report."""
-    places = {"golden_dir": settings.golden_dir, "json": settings.json_path, "plot": settings.plot_path}
+    places = {
+        "golden_dir": settings.golden_dir,
+        "json": settings.json_path,
+        "plot": settings.plot_path,
+        "offload_folder": settings.offload_folder,
+    }
     for key, path in places.items():
         for target in settings.targets:
             if path is not None and path.resolve().is_relative_to(target.path.resolve()):

@@ -33,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", help="how much is computed: smoke, standard or full (default: standard)")
     run.add_argument("--device", help="where it runs (default: cpu)")
     run.add_argument("--memory-limit", metavar="SIZE", help="memory that is kept to by smaller batches, such as 8GiB")
+    run.add_argument(
+        "--device-map",
+        metavar="NAME",
+        help="for a model that outgrows one device: auto, balanced, balanced_low_0 or sequential",
+    )
+    run.add_argument("--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too")
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
     inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
     inspect.add_argument("checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one")
@@ -77,6 +83,8 @@ def _run(arguments: argparse.Namespace) -> int:
         "budget": arguments.budget,
         "device": arguments.device,
         "memory_limit": arguments.memory_limit,
+        "device_map": arguments.device_map,
+        "offload_folder": arguments.offload_folder,
         "batch.seed": arguments.seed,
     }
     config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
@@ -88,7 +96,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if note and world.first:
             print(f"entropy-probe: {note}", file=sys.stderr)
         missing_state = config.first_order.missing_state
-        loaded = load_checkpoint(checkpoint, arguments.base_model, device, missing_state=missing_state)
+        loaded = load_checkpoint(
+            checkpoint, arguments.base_model, device, missing_state=missing_state, **config.placement
+        )
     for warning in loaded.info.warnings if world.first else ():
         print(f"entropy-probe: warning: {warning}", file=sys.stderr)
     report = run_probe(

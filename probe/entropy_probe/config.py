@@ -69,6 +69,48 @@ def _is_device(name: str) -> str:
     return name
 
 
+RULES = ("auto", "balanced", "balanced_low_0", "sequential")
+_BYTES = re.compile(r"\d+|\d+(\.\d+)?([KMGT]i?B)")
+
+
+def _home(value: Any) -> str | None:
+    """0, "0" and "cuda:0" → "cuda:0"; `None` for what is neither a device nor `disk`."""
+    text = str(value)
+    if isinstance(value, bool) or not re.fullmatch(r"\d+|cpu|disk|mps|(cuda|xpu|npu)(:\d+)?", text):
+        return None
+    return f"cuda:{text}" if text.isdecimal() else text
+
+
+def _is_device_map(value: Any) -> Any:
+    if value is None or value in RULES:
+        return value
+    if not isinstance(value, Mapping) or not value:
+        expected = f"one of {', '.join(RULES)}, or a map of module names to devices"
+        raise ValueError(f"got {shown(value)}, expected {expected}")
+    homes = {str(name): _home(home) for name, home in value.items()}
+    for name, home in homes.items():
+        if home is None:
+            raise ValueError(f"{name!r} is mapped to {shown(value[name])}, expected cpu, disk, cuda:N or N")
+    return homes
+
+
+def _is_max_memory(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"got {shown(value)}, expected a map of devices to sizes, such as {{0: 20GiB, cpu: 60GiB}}")
+    for key, size in value.items():
+        if _home(key) is None:
+            raise ValueError(f"{shown(key)} is no device: give N, cuda:N, cpu or disk")
+        if isinstance(size, bool) or not _BYTES.fullmatch(str(size)):
+            raise ValueError(f"{key} has {shown(size)}, expected bytes, or a size such as 20GiB")
+    return {_home(key): int(size) if str(size).isdecimal() else size for key, size in value.items()}
+
+
+DeviceMap = Annotated[str | dict[str, str] | None, BeforeValidator(_is_device_map)]
+MaxMemory = Annotated[dict[str, int | str] | None, BeforeValidator(_is_max_memory)]
+
+
 JUDGES = ("limits", "allow_inconclusive")
 """Sections that judge a report and have no part in its measurement."""
 _reading: ContextVar[bool] = ContextVar("_reading", default=False)
@@ -215,13 +257,17 @@ class ProbeConfig(SequenceConfig):
     """The resolved configuration of one run; `limits` holds the thresholds that differ from their defaults, and the
     bounds of gates, which are off without.
 
+    The values of the `budget` (`budgets.py`) stand where nothing else is given. `device_map`: where the parts of a
+    model that outgrows one device are, as accelerate decides within `max_memory`, or by module name (docs/scaling.md).
     `memory_limit`, in bytes or as 8GiB, is kept by smaller batches (`stages/memory_limit.py`).
-    The values of the `budget` (`budgets.py`) stand where nothing else is given.
     """
 
     budget: Name = "standard"
     device: Annotated[str, AfterValidator(_is_device)] = "cpu"
     memory_limit: Annotated[int, BeforeValidator(_bytes)] | None = None
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    offload_folder: Annotated[str, Field(min_length=1)] | None = None
     generation: Annotated[GenerationConfig, AfterValidator(_has_groups)] = GenerationConfig()
     batch: BatchConfig = BatchConfig()
     first_order: FirstOrderConfig = FirstOrderConfig()
@@ -244,6 +290,11 @@ class ProbeConfig(SequenceConfig):
     def left_out(self) -> tuple[Part, ...]:
         """The parts of the measurement that the budget leaves out."""
         return BUDGETS[self.budget].left_out
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """What `load_checkpoint` takes of it by these names."""
+        return {"device_map": self.device_map, "max_memory": self.max_memory, "offload_folder": self.offload_folder}
 
     @classmethod
     def load(
@@ -308,8 +359,10 @@ def _read_pyproject(path: Path) -> dict[str, Any]:
 
 
 def _require_text_keys(values: Any, where: object) -> None:
-    """YAML has keys that are numbers, or nothing at all."""
-    rest = [values]
+    """YAML has keys that are numbers, or nothing at all. Accelerators have numbers."""
+    rest = [
+        {key: value for key, value in values.items() if key != "max_memory"} if isinstance(values, dict) else values
+    ]
     while rest:
         inner = rest.pop()
         if isinstance(inner, dict):

@@ -23,6 +23,7 @@ LIBRARIES = (
     "torch",
     "transformers",
     "peft",
+    "accelerate",
     "tokenizers",
     "safetensors",
     "numpy",
@@ -64,7 +65,7 @@ def digest(
         "code": _digests(Path(__file__).parent, "**/*.py"),
         "versions": {name: version(name) for name in LIBRARIES},
         "processes": processes,
-        "machine": [platform.python_version(), platform.platform(), _device(config.device)],
+        "machine": [platform.python_version(), platform.platform(), _device(config.device), _devices(config)],
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -81,6 +82,13 @@ def _dataset(name: str) -> Any:
     if kind not in ("jsonl", "gsm8k_r1_template") or not place:
         raise ConfigError("batch.dataset", f"{name!r} is no file", "measure again")
     return _digests(path) if path.is_dir() else file_digest(path)
+
+
+def _devices(config: ProbeConfig) -> list[str]:
+    """What a map by accelerate depends on; without one, nothing."""
+    if config.device_map is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _device(device: str) -> str:

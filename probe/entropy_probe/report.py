@@ -45,7 +45,8 @@ class OptimizerSection(_Section):
 
 
 class CheckpointSection(_Section):
-    """`warnings`: what was found out about the checkpoint rather than read, a line each."""
+    """`warnings`: what was found out about the checkpoint rather than read, a line each. `device_map`: the device of
+    each module, where they are not all on one."""
 
     name: str
     path: str
@@ -58,6 +59,7 @@ class CheckpointSection(_Section):
     global_step: int | None
     optimizer: OptimizerSection
     warnings: list[str]
+    device_map: dict[str, str] | None = None
 
 
 class BatchSection(_Section):

@@ -16,7 +16,8 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.distributed import ALONE, World
-from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.model.forward import BoundModel, bind, require_held
+from entropy_probe.model.placement import main_device
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.next_step import Measured, NextStep, next_step, without_second_moment
@@ -66,7 +67,9 @@ def run_probe(
         else:
             device = world.device(config.device)
             missing_state = config.first_order.missing_state
-            checkpoint = load_checkpoint(path_or_checkpoint, base_model, device, missing_state=missing_state)
+            checkpoint = load_checkpoint(
+                path_or_checkpoint, base_model, device, missing_state=missing_state, **config.placement
+            )
     given = {"prompts": prompts, "progress": progress, "world": world}
     prepared = prepare(checkpoint, config, rollouts, update_rollouts, **given)
     report = world.told(measure(prepared, name=name, progress=progress))
@@ -122,7 +125,8 @@ def _prepare(
 ) -> Prepared:
     found = {} if checkpoint.held is None else {"load": checkpoint.held}
     require_loaded_within(config, checkpoint.held)
-    clock = _Clock(progress, world, Registry.of(checkpoint.model).device, {}, found)
+    require_held(checkpoint.model)
+    clock = _Clock(progress, world, main_device(unwrap(checkpoint.model)), {}, found)
     world.same({"checkpoint": checkpoint.info.fingerprint, "configuration": config.model_dump_json()})
     trained = checkpoint.adam if checkpoint.other is None else checkpoint.other.trained
     stateless = [name for name in Registry.of(checkpoint.model).trainable if name not in trained]

@@ -50,6 +50,7 @@ def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.Checkpoint
         global_step=info.global_step,
         optimizer=_adam(checkpoint.adam, info.saved_states) if checkpoint.other is None else _other(checkpoint.other),
         warnings=list(info.warnings),
+        device_map=info.device_map,
     )
 
 

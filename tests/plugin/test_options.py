@@ -36,6 +36,11 @@ def _folders(*names: str) -> None:
         (["--probe-checkpoint=a", "--probe-update-rollouts=x"], "--probe-update-rollouts: no such file: */x; give*"),
         (["--probe-checkpoint=a", "--probe-prompts=x"], "--probe-prompts: no such file: */x; give*"),
         (["--probe-checkpoint=a", "--probe-base-model=x"], "--probe-base-model: no such folder: */x; give*"),
+        (["--probe-checkpoint=a", "--probe-offload-folder=x"], "--probe-offload-folder: no such folder: */x; give*"),
+        (
+            ["--probe-checkpoint=a", "--probe-offload-folder=a"],
+            "--probe-offload-folder: */a is in the checkpoint */a; give*",
+        ),
         (["--probe-checkpoint=a", "--probe-seed=-1"], "--probe-seed: got '-1'; give*"),
         (["--probe-checkpoint=a", "--probe-json=a"], "--probe-json: */a is a folder; give*"),
         (["--probe-checkpoint=a", "--probe-checkpoint=b", "--probe-json=f"], "--probe-json: */f is a file; give*"),
@@ -65,6 +70,7 @@ def test_usage_errors_name_option_value_and_remedy(own: pytest.Pytester, args: l
         ["--probe-checkpoint=nowhere"],
         ["--probe-checkpoint=a", "--probe-config=bad.yaml"],
         ["--probe-checkpoint=a", "--probe-plot=figure.pdf"],
+        ["--probe-checkpoint=a", "--probe-device-map=best"],
     ],
 )
 def test_usage_errors_end_with_exit_code_4_and_one_line(own: pytest.Pytester, args: list[str]) -> None:
@@ -73,7 +79,8 @@ def test_usage_errors_end_with_exit_code_4_and_one_line(own: pytest.Pytester, ar
     result = own.runpytest_subprocess("test_own.py", *args)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = filter(None, result.errlines)
-    complaints = ("ERROR: *nowhere; *", "ERROR: *bad.yaml: *no_such_key*; *", "ERROR: *figure.pdf: *; *")
+    complaints = ["ERROR: *nowhere; *", "ERROR: *bad.yaml: *no_such_key*; *", "ERROR: *figure.pdf: *; *"]
+    complaints.append("ERROR: configuration: `device_map`: got 'best', expected one of auto, *; correct the value")
     assert any(fnmatch(line, complaint) for complaint in complaints)
 
 

@@ -223,7 +223,7 @@ class Capture(TorchFunctionMode):
 
     def add_outer(self, weight: _Weight, left: Tensor, right: Tensor, rows: Tensor) -> None:
         """total[k][n] += Σ_{positions of n} w_k · left ⊗ right, from left [M, a] and right [M, b]."""
-        total, scale = self._total(weight), self._weights[:, rows].to(left.dtype)
+        total, scale = self._total(weight), self._weights[:, rows].to(left)
         small_left = left.shape[1] <= right.shape[1]
         for p, part in self._prompts(rows):
             small, other = (left[part], right[part]) if small_left else (right[part], left[part])
@@ -247,11 +247,11 @@ class Capture(TorchFunctionMode):
         [1, r, ...] with position j of row `rows_of[j]`."""
         if rows_of is not None:
             by_row = values.new_zeros(self._weights.shape[1], *values.shape[2:])
-            values = by_row.index_add_(0, rows_of, values[0])[:, None]
+            values = by_row.index_add_(0, rows_of.to(values.device), values[0])[:, None]
         shape = torch.Size(_aligned(weight.tensor, values)[1:])
         summed = [dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1]
         by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(self._num_prompts, -1, shape.numel())
-        w = self._weights.to(by_row.dtype).reshape(len(self._weights), self._num_prompts, -1)
+        w = self._weights.to(by_row).reshape(len(self._weights), self._num_prompts, -1)
         added = torch.einsum("kpg,pgd->kpd", w, by_row)
         for k, p in self._each():
             self._total(weight)[k][p].add_(added[k, p].reshape(weight.tensor.shape))
@@ -269,7 +269,7 @@ class Capture(TorchFunctionMode):
         """total[k][n][id] += Σ_{positions of n with this id} w_k · values, from ids [M] and values [M, d]."""
         total = self._total(weight)
         for k, of_row in enumerate(self._weights):
-            scaled = of_row[rows, None].to(values.dtype) * values
+            scaled = of_row[rows, None].to(values) * values
             for p, part in self._prompts(rows):
                 total[k][p].index_add_(0, ids[part], scaled[part])
 
@@ -279,14 +279,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, tap: Tensor, capture: Capture, receivers: Any) -> Tensor:
-        ctx.capture, ctx.receivers = capture, receivers
+        ctx.capture, ctx.receivers, ctx.device = capture, receivers, tap.device
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.capture.received(gradient, ctx.receivers)
-        return gradient, gradient.new_zeros((), dtype=torch.float32), None, None
+        return gradient, torch.zeros((), device=ctx.device), None, None
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:

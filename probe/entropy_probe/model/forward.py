@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from entropy_probe.errors import MeasurementError, OverrideError
 from entropy_probe.model.capture import Capture
+from entropy_probe.model.lending import Lending
 from entropy_probe.model.output_layer import Captured, OutputLayer
+from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
 from entropy_probe.model.registry import Registry, unwrap
 
@@ -34,14 +36,16 @@ _CHUNK_DIFFERENTIATED = 3 << 21
 class BoundModel:
     """One module for the registry, the mapping and the forward, with the dtype in which all three work.
 
-    `overridden` collects the names that any mapping replaced during the run. `logits_at_once` is how many logits a
-    piece may hold (at least one position's); `None`: as many as are fastest.
+    `overridden` collects the names that any mapping replaced during the run. `lending`: how parameters that are
+    elsewhere, or in another dtype, come to where they are used; `None` where all are there.
+    `logits_at_once` is how many logits a piece may hold (at least one position's); `None`: as many as are fastest.
     """
 
     registry: Registry
     dtype: torch.dtype
     overridden: set[str] = field(default_factory=set)
     logits_at_once: int | None = None
+    lending: Lending | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -59,7 +63,12 @@ class BoundModel:
 
     @cached_property
     def device(self) -> torch.device:
-        return self.registry.device
+        return self.registry.device if self.lending is None else self.lending.main
+
+    @property
+    def on_one_device(self) -> bool:
+        """Whether all of the forward is made on `device`."""
+        return self.lending is None or self.lending.on_one_device
 
     @cached_property
     def language_model(self) -> nn.Module:
@@ -154,6 +163,9 @@ class BoundModel:
         states = captured.states[rows, columns]
         own_names = output_layer.names_in(self._tensors)
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
+        if capture is not None or not torch.is_grad_enabled():  # else pieces are made again later, each lent its own
+            with capturing:
+                own_mapping |= self._lent(own_names, mapping)
         used = [mapping.get(name, self._tensors[name]) for name in own_names]
         versions = [tensor._version for tensor in used]
         piece = _Piece(self, output_layer, captured, own_mapping, used, versions, rows, read, true_derivative, capture)
@@ -168,7 +180,7 @@ class BoundModel:
             return (_Differentiated.apply(states, torch.cat(gradients), torch.cat(values)),)  # pyright: ignore[reportReturnType]
         size = rows_at_once or self.positions_at_once(vocabulary)
         if size >= len(rows):
-            return piece(states, slice(0, len(rows)))
+            return piece(states, slice(0, len(rows)), record=True)
         pieces = []
         for part in _parts(len(rows), size):
             if torch.is_grad_enabled():
@@ -195,7 +207,7 @@ class BoundModel:
                     self._called(ids, None, slice(None), {}, False)
                 if captured.states is None:
                     return None
-                with self._evaluating(), self._context(False):
+                with self._running():
                     parts = output_layer(captured, captured.states[0], {})
             except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
                 return None
@@ -210,16 +222,41 @@ class BoundModel:
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.registry.parameters, **dict(self.module.named_buffers())}
 
-    def _context(self, true_derivative: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def _running(self, true_derivative: bool = False, *, record: bool = True) -> Iterator[None]:
+        """The state of the module and of torch in which a forward runs; `record`: where it is recorded, the graph is to
+        refer to the homes of what it is lent."""
         differentiate = true_derivative and not self.autograd_is_derivative
-        return forward_context(self.dtype, forward_mode=true_derivative, differentiate=differentiate)
+        context = forward_context(self.dtype, forward_mode=true_derivative, differentiate=differentiate)
+        lent = nullcontext()
+        if self.lending is not None:
+            lent = self.lending(self.module, record=record and torch.is_grad_enabled())
+        with self._evaluating(), context, lent:
+            yield
+
+    def recording(self) -> AbstractContextManager[None]:
+        """For `torch.autograd.grad(create_graph=True)`: that graph refers to the homes of lent parameters too."""
+        return nullcontext() if self.lending is None else self.lending.recording()
+
+    def _lent(self, own_names: Mapping[str, str], mapping: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the output layer would be lent for every piece, by its own names, once for all of them."""
+        if self.lending is None:
+            return {}
+        prefix = next(name for name, part in self.module.named_modules() if part is self.language_model)
+        found = {}
+        for name, own in own_names.items():
+            home = mapping.get(name, self._tensors[name])
+            lent = self.lending.lent(f"{prefix}.{own}" if prefix else own, home)
+            if lent is not home:
+                found[own] = lent
+        return found
 
     def _called(
         self, ids: Tensor, mask: Tensor | None, keep: slice, mapping: dict[str, Tensor], true_derivative: bool
     ) -> Any:
         self._record(mapping)
         try:
-            with self._evaluating(), self._context(true_derivative):
+            with self._running(true_derivative):
                 return torch.func.functional_call(self.module, mapping, (ids,), self._arguments(ids, mask, keep))
         except IndexError as error:
             raise MeasurementError(
@@ -230,7 +267,7 @@ class BoundModel:
         self, ids: Int[Tensor, "N L"], *, mask: Int[Tensor, "N L"] | None = None, keep: slice = slice(None)
     ) -> Float[Tensor, "N K V"]:
         """The same logits at θ by calling the module itself: what the zero check compares with."""
-        with self._evaluating(), forward_context(self.dtype):
+        with self._running():
             output = self.module(ids, **self._arguments(ids, mask, keep))
         return self._kept(output, keep)
 
@@ -249,7 +286,7 @@ class BoundModel:
         `cache` holds the M − L columns before `ids`; it is extended in place, and None stands for an empty one.
         Without a graph.
         """
-        with self._evaluating(), forward_context(self.dtype), torch.no_grad():
+        with torch.no_grad(), self._running():
             keep = slice(-1, None)
             arguments = self._arguments(ids, mask, keep) | {"use_cache": True, "past_key_values": cache}
             if override:
@@ -286,7 +323,7 @@ class BoundModel:
                 raise OverrideError(
                     f"override[{name!r}]", "the unwrapped model has no such name", "use named_parameters()"
                 )
-            if value.shape != own.shape or value.dtype != own.dtype:
+            if value.shape != own.shape or value.dtype not in (own.dtype, self.dtype):
                 raise OverrideError(
                     f"override[{name!r}]",
                     f"is {form(value)}, the model works with {form(own)}",
@@ -321,7 +358,7 @@ class _Piece:
     true_derivative: bool
     capture: Capture | None
 
-    def __call__(self, states: Tensor, part: slice) -> tuple[Tensor, ...]:
+    def __call__(self, states: Tensor, part: slice, *, record: bool = False) -> tuple[Tensor, ...]:
         if self.versions != [tensor._version for tensor in self.used]:
             raise MeasurementError(
                 "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
@@ -329,7 +366,7 @@ class _Piece:
         of_positions = nullcontext() if self.capture is None else self.capture.positions(self.rows[part])
         if self.capture is not None:
             self.capture.mark(states)
-        with of_positions, self.bound._evaluating(), self.bound._context(self.true_derivative):
+        with of_positions, self.bound._running(self.true_derivative, record=record):
             logits = self.output_layer(self.captured, states, self.mapping)
         return self.read(logits, part)
 
@@ -357,25 +394,60 @@ def form(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
 
 
-def bind(model: nn.Module, dtype: torch.dtype = torch.float32) -> BoundModel:
-    """Bind the unwrapped model if it already is of `dtype`; else a copy of it, floating buffers included."""
+def bind(model: nn.Module, dtype: torch.dtype = torch.float32, *, lend_frozen: bool = False) -> BoundModel:
+    """Bind the unwrapped model if it already is of `dtype`; else a copy of it, floating buffers included.
+
+    `lend_frozen`, and always of a placed model: the copy has the very same frozen parameters, and is lent each in
+    `dtype` while a layer uses it, so that a copy of an adapter costs its trainable parameters and one layer.
+    """
     module = unwrap(model)
+    require_held(module)
     _refuse_unswappable(module)
+    placement = Placement.of(module)
+    main = None if placement is None else placement.main
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if floating == {dtype}:
-        return BoundModel(Registry(module), dtype)
+        return BoundModel(Registry(module), dtype, lending=None if main is None else _lending(module, dtype, main))
+    lends = lend_frozen or placement is not None
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad} if lends else {}
     try:
-        clone = copy.deepcopy(module)
+        clone = copy.deepcopy(module, dict(shared))
     except (RuntimeError, TypeError) as error:
         problem = f"cannot be copied to {dtype} ({error})".replace("torch.", "")
         raise MeasurementError("the model", problem, f"give it in {dtype}".replace("torch.", "")) from error
     for parameter in clone.parameters():
-        parameter.grad = None
+        if id(parameter) not in shared:
+            parameter.grad = None
     for part in clone.modules():  # torch's grouped product of experts knows no float64
         config = getattr(part, "config", None)
         if dtype is torch.float64 and hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    return BoundModel(Registry(clone.to(dtype)), dtype)
+    if not lends:  # accelerate puts a `to` on a model that it spreads, and a copy's is that of the live model
+        return BoundModel(Registry(nn.Module.to(clone, dtype)), dtype)
+    for part in clone.modules():  # as `Module.to` does, but for what is shared
+        for parameter in part._parameters.values():
+            if parameter is not None and id(parameter) not in shared and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.to(dtype)
+    return BoundModel(Registry(clone), dtype, lending=_lending(clone, dtype, main))
+
+
+def _lending(module: nn.Module, dtype: torch.dtype, main: torch.device | None) -> Lending | None:
+    lending = Lending.of(module, dtype, main)
+    return lending if lending.needed(module) else None
+
+
+def require_held(module: nn.Module) -> None:
+    """Raise for a model that accelerate has offloaded: its hooks put θ where θ + ηv should stand, and ΔH would be 0."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise MeasurementError(
+                f"parameter {name}",
+                "has no data (it is on the meta device, as accelerate's offload leaves it)",
+                "load the model without offload, or its checkpoint with the probe's own device_map",
+            )
 
 
 def _refuse_unswappable(module: nn.Module) -> None:

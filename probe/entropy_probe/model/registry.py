@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from entropy_probe.errors import OverrideError
+from entropy_probe.model.disk import give_back
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -76,5 +77,7 @@ def checksum(module: nn.Module) -> str:
         )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        del flat
+        give_back(tensor)
     digest.update(bytes(submodule.training for submodule in module.modules()))
     return digest.hexdigest()

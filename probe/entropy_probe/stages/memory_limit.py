@@ -112,8 +112,8 @@ class _Passes:
         usable: int,
         most_rows: int = 4,
     ) -> Kind:
-        """f(rows, positions) ≤ f(rows, 4) + f(1, positions) − f(1, 4), from one and `most_rows` rows, and from pieces of
-        4, 16 and 64 positions.
+        """f(rows, positions) ≤ f(rows, 4) + f(1, positions) − f(1, 4), from one and `most_rows` rows, and from pieces
+        of 4, 16 and 64 positions.
 
         It holds because f is the larger of what the layers take, which grows with the rows, and of what the output
         layer takes beside the rows' states, which grow less. Both are convex, so that a chord lies above them, and so

@@ -142,7 +142,8 @@ def by_alpha(
         f = terms(bound, rollouts, rows, payload, config, true=True)
         factors = alpha[rows // rollouts.num_responses] * payload.weights.reshape(-1)[rows]
         loss = (factors.to(bound.device) * f).sum()
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        with bound.recording():
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         pairs = [(g, d) for g, d in zip(gradients, towards, strict=True) if g is not None]
         if not pairs:
             raise MeasurementError("gradients", "no parameter gets a gradient from log p", "give trainable parameters")

@@ -198,7 +198,7 @@ def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:
     kept = set(names)
     shared = {id(p): p for name, p in bound.registry.parameters.items() if name not in kept}
     try:
-        return BoundModel(Registry(copy.deepcopy(bound.module, shared)), bound.dtype)
+        return BoundModel(Registry(copy.deepcopy(bound.module, shared)), bound.dtype, lending=bound.lending)
     except (RuntimeError, TypeError) as error:
         raise NoCopyError("the model", f"cannot be copied ({error})", "remove what it was given beside it") from error
 

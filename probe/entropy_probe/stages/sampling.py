@@ -117,7 +117,7 @@ def sample(
             rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n in chosen for g in members]
             of_prompt = torch.arange(len(chosen), device=bound.device).repeat_interleave(len(members))
             own = cache if members.stop == group else copy.deepcopy(cache)
-            own.batch_select_indices(of_prompt)
+            own.batch_select_indices(of_prompt if bound.on_one_device else of_prompt.cpu())
             state = _State(rows, logits[of_prompt], mask[of_prompt], own, override)
             _run(bound, state, temperature, top_p, ended_by, report)
             finished += len(rows)
@@ -175,7 +175,7 @@ def _run(
             kept = torch.tensor(running, device=bound.device)
             rows = [rows[i] for i in running]
             tokens, mask = tokens[kept], mask[kept]
-            cache.batch_select_indices(kept)
+            cache.batch_select_indices(kept if bound.on_one_device else kept.cpu())
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         logits, cache = bound.next_logits(tokens[:, None], mask, cache, override=state.override)
 

@@ -241,10 +241,11 @@ def rows_twice_in_reverse(
     """The terms of some rows, with their ρ, in one pass."""
     theta = float64.registry.parameters
     eta = torch.zeros((), dtype=torch.float64, device=float64.device, requires_grad=True)
-    override = {name: theta[name].detach() + eta * d.to(float64.device, torch.float64) for name, d in v.items()}
+    override = {n: theta[n].detach() + eta.to(theta[n].device) * d.to(theta[n].device, eta.dtype) for n, d in v.items()}
     scored = score_rows(float64, rollouts, rows, config, override=override, true_derivative=True)
     f = (scored.entropy.double().sum(-1) + rho.to(float64.device) * scored.logp.double().sum(-1)).sum()
-    (first,) = torch.autograd.grad(f, eta, create_graph=True)
+    with float64.recording():
+        (first,) = torch.autograd.grad(f, eta, create_graph=True)
     return float(torch.autograd.grad(first, eta)[0]) if first.requires_grad else 0.0
 
 

@@ -14,6 +14,7 @@ inspect     what a folder holds, without loading it
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from entropy_probe.model.checkpoint.order import some_names
 from entropy_probe.model.checkpoint.other_optimizers import OtherOptimizer
 from entropy_probe.model.checkpoint.sharded import HEADERS, READERS
 from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+from entropy_probe.model.placement import place
 
 _BY_PIECES = {FSDP: fsdp.read, DCP: dcp.read, TORCHTITAN: torchtitan.read}
 READERS.update({**_BY_PIECES, VERL: verl.read, ZERO: deepspeed.read, UNIVERSAL: deepspeed_universal.read})
@@ -65,7 +67,7 @@ class CheckpointInfo:
 
     `saved_states`: how many tensors the optimizer's file holds moments of, by their hyper-parameters. `warnings`: what
     was found out rather than read, or is hardly meant. `taken_as_frozen`: trainable as far as the files tell, but
-    without optimizer state.
+    without optimizer state. `device_map`: where its modules are, if they are not all on one device.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class CheckpointInfo:
     saved_states: dict[str, int]
     warnings: tuple[str, ...] = ()
     taken_as_frozen: tuple[str, ...] = ()
+    device_map: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ def load_checkpoint(
     device: str = "cpu",
     *,
     missing_state: optimizer.MissingState = "raise",
+    device_map: str | Mapping[str, str] | None = None,
+    max_memory: Mapping[str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Checkpoint:
     """Load a Transformers/TRL trainer folder, or `save_pretrained` + an optimizer file, or the newest one of a run.
 
@@ -115,12 +121,18 @@ def load_checkpoint(
     names are let in, and none is called); nothing is downloaded or written.
     A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer; one of a
     full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
-    name and what it trains are taken. Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
+    name and what it trains are taken. With a `device_map` the parts of the model are put where it says, or where
+    accelerate finds room for them (`placement.place`), and `device` is where it runs if no accelerator is named.
+    Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
     """
     usable = _usable_device(device)
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        key = "max_memory" if max_memory is not None else "offload_folder"
+        raise ConfigError(key, "is given without a device_map", "set device_map: auto, or leave it out")
+    put = partial(_put, device=usable, device_map=device_map, max_memory=max_memory, offload_folder=offload_folder)
     peak = Peak(usable)
     try:
-        loaded = _load(path, base_model, usable, missing_state)
+        loaded = _load(path, base_model, put, missing_state)
         return replace(loaded, held=peak.held())
     except OSError as error:
         raise CheckpointError(
@@ -131,7 +143,10 @@ def load_checkpoint(
 
 
 def _load(
-    path: str | Path, base_model: str | Path | None, device: torch.device, missing_state: optimizer.MissingState
+    path: str | Path,
+    base_model: str | Path | None,
+    put: Callable[[nn.Module], dict[str, str] | None],
+    missing_state: optimizer.MissingState,
 ) -> Checkpoint:
     base = Path(base_model).expanduser() if base_model is not None else None
     layout = configured(find_layout(path), base)
@@ -175,7 +190,9 @@ def _load(
         notes.append(f"taken as frozen, without state in the optimizer: {some_names(frozen)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    model.to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of accelerate, about what the map says
+        device_map = put(model)
     parameters = list(model.parameters())
     info = CheckpointInfo(
         path=layout.folder,
@@ -193,8 +210,23 @@ def _load(
         saved_states=optimizer.inventory(state_dict) if other is None else {},
         warnings=tuple(notes),
         taken_as_frozen=frozen,
+        device_map=device_map,
     )
     return Checkpoint(model, tokenizer, adam, info, other)
+
+
+def _put(
+    model: nn.Module,
+    device: torch.device,
+    device_map: str | Mapping[str, str] | None,
+    max_memory: Mapping[str, int | str] | None,
+    offload_folder: str | Path | None,
+) -> dict[str, str] | None:
+    """Move the model to the device, or its parts to where the map says: the map by module name."""
+    if device_map is None:
+        model.to(device)
+        return None
+    return place(model, device_map, device, max_memory, offload_folder).device_map
 
 
 def _usable_device(device: str) -> torch.device:
@@ -202,7 +234,7 @@ def _usable_device(device: str) -> torch.device:
         chosen = torch.device(device)
         if chosen.type == "meta":
             raise RuntimeError("it holds no data")
-        torch.empty(0, device=chosen)
+        chosen = torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"device {device!r}", f"cannot be used ({reason(error)})", "choose another --probe-device"
