@@ -89,7 +89,7 @@ def flops(network: Network, run: Run) -> dict[str, float]:
     of_few = without_graph(network, FORWARD, run.e.of(_STEPPED), at_once)
     return {
         "integrity": 0.0,
-        "rollouts": sum(_sampling(network, run, batch) for batch in run.batches),
+        "rollouts": sum(sampling(network, run, batch) for batch in run.batches),
         "scores": scored + (0.0 if run.same_batch else without_graph(network, FORWARD, u, at_once)),
         "gradients": _gradients(network, run, e, u),
         "slopes": 3 * without_graph(network, JVP, e, at_once) + _slope_products(network, run, u),
@@ -107,7 +107,7 @@ GROWING = ("rollouts", "scores", "gradients", "slopes", "first order", "entropy 
 """The stages that grow with the number of prompts, and are split over processes; the others are on a few."""
 
 
-def _sampling(network: Network, run: Run, batch: Batch) -> float:
+def sampling(network: Network, run: Run, batch: Batch) -> float:
     """Every prompt read once, then token by token; and two prompts of E twice again, to see that they come again."""
     if not run.sampled:
         return 0.0
@@ -115,8 +115,10 @@ def _sampling(network: Network, run: Run, batch: Batch) -> float:
     drawn = own.prompts + (4 if batch is run.e else 0)
     prompts = of_pass(network, FORWARD, drawn, own.prompt, 1)
     rows, mean_length = drawn * own.group, own.prompt + own.response / 2
-    return prompts + of_pass(network, FORWARD, rows * own.response, 1, 1) + (
-        4 * rows * own.response * mean_length * network.attention * network.layers
+    return (
+        prompts
+        + of_pass(network, FORWARD, rows * own.response, 1, 1)
+        + (4 * rows * own.response * mean_length * network.attention * network.layers)
     )
 
 
@@ -166,7 +168,8 @@ def _continuity(network: Network, run: Run) -> float:
     if not run.leaves_out("taylor"):
         some = e.of(max(2, _RESPONSES // e.group))
         points = 1 + _STENCILS * _STENCIL + models * _ETAS
-        total += sum(n * without_graph(network, kind, some, run.rows_at_once) for n, kind in ((points, FORWARD), (1, JVP)))
+        total += points * without_graph(network, FORWARD, some, run.rows_at_once)
+        total += without_graph(network, JVP, some, run.rows_at_once)
         total += (1 + _LOGIT_ETAS) * of_pass(network, FORWARD, rows, longest, min(_SOME_ROWS, longest))
     rows, whole = min(_INVARIANT_ROWS, e.rows), min(_WHOLE, e.response)
     longest = e.longest_of(rows)

@@ -1,9 +1,9 @@
 """Bytes that one of several processes sends, as a ring sends them: 2(N−1)/N of the length of each all-reduce.
 
-    sums of gradients      8·V·D, with V vectors: ΣX and ΣY of U and ΣX of E; four rows for the witness
-    Adam's moments         8 for each entry that is compared, 4096 of a tensor at most
-    of a response          8 for each number: sums of its scores, and its derivatives along v
-    of a prompt            8 for each number: projections by group of tensors
+sums of gradients      8·V·D, with V vectors: ΣX and ΣY of U and ΣX of E; four rows for the witness
+Adam's moments         8 for each entry that is compared, 4096 of a tensor at most
+of a response          8 for each number: sums of its scores, and its derivatives along v
+of a prompt            8 for each number: projections by group of tensors
 """
 
 from __future__ import annotations

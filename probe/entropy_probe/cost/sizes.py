@@ -18,11 +18,10 @@ from entropy_probe.model.parts import part_of
 class Network:
     """A decoder of Llama's or Qwen's kind: blocks of attention and a gated MLP, then a linear output layer.
 
-    `frozen` and `trained` count the weights of the linear layers of the blocks (LoRA's factors are linear layers too),
-    `head_trained` says whether the output layer [V, h] is trained. `parameters` and `trainable` count all values (a tied
-    weight once), `tensors` the trainable tensors, `entries` the values of them that are compared with Adam's moments.
-    `largest` is
-    the largest trainable tensor, `groups` are those by which δH₁ is split. `attention` is heads·(size of a head).
+    `frozen` and `trained` count the weights of the linear layers of the blocks (LoRA's factors are linear layers too);
+    `head_trained`: the output layer [V, h] is trained. `parameters` (N) and `trainable` (D) count all values, a tied
+    weight once. Of the trainable `tensors`, `largest` is the size of the largest, `entries` are compared with Adam's
+    moments, and by `groups` δH₁ is split. `attention` is heads·(size of a head).
     """
 
     layers: int
