@@ -110,7 +110,7 @@ class Sizes:
     u: int | None = 2
     group: int = 2
     prompt: int = 10
-    response: int = 30
+    response: int = 20
 
     def checkpoint(self, folder: Path) -> Path:
         """Random weights and moments. LoRA (r = 8) on all linear layers of the blocks."""
@@ -164,10 +164,10 @@ class Sizes:
         u = None if self.u is None else self.rollouts(folder / "u.jsonl", self.u, 2)
         return self.rollouts(folder / "e.jsonl", self.e, 1), u
 
-    def run(self, config: ProbeConfig, etas: int, **others: Any) -> Run:
+    def run(self, network: Network, config: ProbeConfig, etas: int, **others: Any) -> Run:
         e, u = (None if n is None else Batch(n, self.group, self.prompt, self.response) for n in (self.e, self.u))
         assert e is not None
-        return Run.of(config, e, u, etas=etas, **others)
+        return Run.of(network, config, e, u, etas=etas, **others)
 
 
 SMOKE: dict[str, Any] = {"budget": "smoke", "invariance": {"max_examples": 1}}
@@ -175,7 +175,7 @@ SIZES = {
     "small": Sizes(),
     "full": Sizes(layers=3, vocabulary=2048, lora=False, e=2, u=None),
     "wide": Sizes(hidden=128, intermediate=512, e=5, u=4, group=4),
-    "long": Sizes(hidden=96, intermediate=256, layers=4, vocabulary=8192, prompt=40, response=100),
+    "long": Sizes(layers=4, vocabulary=8192, prompt=30, response=60),
 }
 
 
@@ -205,8 +205,8 @@ def count(folder: Path, sizes: Sizes, given: dict[str, Any]) -> Counted:
 
     with counter:
         report = run_probe(checkpoint, config, *sizes.files(folder), progress=progress)
-    run = sizes.run(config, len(report.entropy_change))
-    return Counted(computed, peaks, Network.of(checkpoint.model), run, report)
+    network = Network.of(checkpoint.model)
+    return Counted(computed, peaks, network, sizes.run(network, config, len(report.entropy_change)), report)
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,13 +129,15 @@ class Run:
     left_out: tuple[Part, ...] = ()
 
     @classmethod
-    def of(cls, config: ProbeConfig, e: Batch, u: Batch | None, *, etas: int = 12, **others: Any) -> Run:
+    def of(
+        cls, network: Network, config: ProbeConfig, e: Batch, u: Batch | None, *, etas: int = 12, **others: Any
+    ) -> Run:
         """What the configuration says beside the batches; `auto` makes 11 to 14 η."""
         return cls(
             e=e,
             u=u,
             etas=etas,
-            blocks=config.first_order.num_blocks if config.first_order.mode == "block" else None,
+            blocks=_blocks(network, config, e if u is None else u),
             rows_at_once=config.generation.tf_batch_size,
             rb=config.first_order.estimator == "rb",
             per_token=config.true_delta_h.normalize == "per_token",
@@ -180,5 +181,10 @@ class Run:
         return part in self.left_out
 
 
-Table = Mapping[str, float]
-"""Stage → flops or bytes."""
+def _blocks(network: Network, config: ProbeConfig, u: Batch) -> int | None:
+    """As many as fit into `first_order.max_gradient_gib` (stages/gradients.py); `None` where every prompt does."""
+    first_order, bytes_of = config.first_order, 8 if config.precision.func_override.dtype == "float64" else 4
+    room = (first_order.max_gradient_gib * 2**30 / (bytes_of * network.trainable) - 8) / 3
+    if first_order.mode == "block":
+        return min(first_order.num_blocks, u.prompts)
+    return None if u.prompts <= room else max(int(room), 2)

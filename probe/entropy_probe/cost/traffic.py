@@ -14,6 +14,7 @@ from entropy_probe.cost.sizes import Network, Run
 
 _SUMS, _FEATURES = 5, 7  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
 _ALONG = 4  # D_vS, D_vR, D²_vS, D²_vR
+_FOLDS, _OF_FOLD = 5, 1 + 3 * _FEATURES + _FEATURES + 1 + _FEATURES * (_FEATURES + 1)  # estimators/baselines.py
 _BASELINES = 4  # by each of which the slope of a prompt is known
 
 
@@ -30,17 +31,19 @@ def sent(network: Network, run: Run) -> Sent:
     ring = 2 * (run.ranks - 1) / run.ranks
     of_batches = (2 if run.blocks else 1) * (2 if run.same_batch else 3)
     again = (2 if run.blocks else 1) if run.same_batch and run.per_token else 0
-    vectors = of_batches + again + 4
-    return Sent(ring * 8 * (vectors * network.trainable + network.entries), ring * _of_prompts(network, run))
+    rows = 4 * (8 if run.float64 else 4)
+    of_gradients = (8 * (of_batches + again) + rows) * network.trainable
+    return Sent(ring * (of_gradients + 8 * network.entries), ring * _of_prompts(network, run))
 
 
 def _of_prompts(network: Network, run: Run) -> float:
     e, u = run.e, run.update
-    of_responses = e.rows * (_SUMS + _FEATURES + run.etas * _SUMS + _ALONG)
+    of_baselines = 2 * max(e.response, e.longest - e.prompt) + min(_FOLDS, e.prompts) * _OF_FOLD
+    of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * _SUMS + _ALONG)
     if not run.same_batch:
         of_responses += u.rows * (_SUMS + (_FEATURES if run.rb else 0))
     of_units = run.units_u * (3 * network.groups + (4 if run.same_batch else 0) + 1)
     if not run.same_batch:
         of_units += network.groups * (run.units_e + run.units_u)
     tokens = sum(4 * batch.rows * batch.response for batch in run.batches) if run.sampled else 0.0
-    return 8 * (of_responses + of_units + e.prompts * (_BASELINES + 1)) + tokens
+    return 8 * (of_responses + of_baselines + of_units + e.prompts * (_BASELINES + 1)) + tokens

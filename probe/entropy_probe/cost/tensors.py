@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entropy_probe.cost.flops import drawn_cases, rows_without_graph
+from entropy_probe.cost.computation import drawn_cases, rows_without_graph
 from entropy_probe.cost.sizes import Batch, Network, Run
 
 
