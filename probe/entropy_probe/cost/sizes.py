@@ -42,7 +42,7 @@ class Network:
     @classmethod
     def of(cls, model: nn.Module) -> Network:
         """The sizes of a loaded model, in a PEFT wrapper or not."""
-        base = getattr(model, "get_base_model", lambda: model)()
+        base: Any = unwrapped() if callable(unwrapped := getattr(model, "get_base_model", None)) else model
         config: Any = base.config
         head = base.get_output_embeddings().weight
         tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
