@@ -28,12 +28,11 @@ def sizes(name: str) -> object:
     return {
         "deep, LoRA": Sizes(512, 1536, 12, 8192, e=2, u=2, group=4, prompt=16, response=48),
         "s32k, LoRA": Sizes(256, 768, 6, 32_000, e=2, u=2, group=8, prompt=32, response=128),
-        "s152k, LoRA": Sizes(256, 768, 6, 151_936, e=2, u=2, group=2, prompt=16, response=64),
         "full": Sizes(384, 1152, 4, 16_384, lora=False, e=4, u=4, group=2, prompt=16, response=32),
     }[name]
 
 
-NAMES = ("deep, LoRA", "s32k, LoRA", "s152k, LoRA", "full")
+NAMES = ("deep, LoRA", "s32k, LoRA", "full")
 
 
 def measured(name: str, folder: Path) -> dict[str, dict[str, float]]:
