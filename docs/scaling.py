@@ -18,7 +18,17 @@ PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured: docs/scaling.py -->\n", "<!-- end of measured -->\n"
 # glibc gives back what is freed at once; else it keeps blocks of up to 32 MiB, and more of them than are in use.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144"}
-SHOWN = ("scores", "gradients", "first order", "update", "slopes", "entropy change", "witnesses", "continuity")
+SHOWN = (
+    "scores",
+    "gradients",
+    "first order",
+    "update",
+    "slopes",
+    "entropy change",
+    "witnesses",
+    "properties",
+    "continuity",
+)
 sys.path.insert(0, str(ROOT / "tests"))
 
 
