@@ -1,0 +1,107 @@
+"""Measures what runs cost and writes the table of `docs/scaling.md`: `python docs/scaling.py`, in some minutes.
+
+Every size is a random Qwen2 in a process of its own. Flops and live tensors are counted as in `tests/test_cost.py`; the
+resident size is that of the report's `memory`, less what the process held before it loaded the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- measured: docs/scaling.py -->\n", "<!-- end of measured -->\n"
+# glibc gives back what is freed at once; else it keeps blocks of up to 32 MiB, and more of them than are in use.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+SHOWN = (
+    "scores",
+    "gradients",
+    "first order",
+    "update",
+    "slopes",
+    "entropy change",
+    "witnesses",
+    "properties",
+    "continuity",
+)
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def sizes(name: str) -> object:
+    from counted import Sizes
+
+    return {
+        "deep, LoRA": Sizes(512, 1536, 12, 8192, e=2, u=2, group=4, prompt=16, response=48),
+        "s32k, LoRA": Sizes(256, 768, 6, 32_000, e=2, u=2, group=8, prompt=32, response=128),
+        "full": Sizes(384, 1152, 4, 16_384, lora=False, e=4, u=4, group=2, prompt=16, response=32),
+    }[name]
+
+
+NAMES = ("deep, LoRA", "s32k, LoRA", "full")
+
+
+def measured(name: str, folder: Path) -> dict[str, dict[str, float]]:
+    """predicted/measured of every stage."""
+    import torch
+
+    from counted import SMOKE, count
+    from entropy_probe.cost import flops, peaks
+
+    torch.set_num_threads(1)
+    of = count(folder, sizes(name), SMOKE)  # pyright: ignore[reportArgumentType]
+    computed, held = flops(of.network, of.run), peaks(of.network, of.run)
+    memory = of.report.memory
+    assert memory is not None
+    before = memory.stages["load"].at_start
+    return {
+        "flops": {s: computed[s] / n for s, n in of.flops.items() if n and s != "update"},
+        "live": {s: held[s] / n for s, n in of.peaks.items() if s in held},
+        "resident": {s: held[s] / (memory.stages[s].peak - before) for s in held if s in memory.stages},
+        "size": {"gflop": sum(of.flops.values()) / 1e9, "mib": max(of.peaks.values()) / 2**20},
+        "more": {"N": of.network.parameters / 1e6, "D": of.network.trainable / 1e6},
+    }
+
+
+def table() -> str:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(NAMES):
+            place = str(Path(folder) / str(number))
+            for verb in ("make", "measure"):
+                command = [sys.executable, __file__, verb, name, place]
+                done = subprocess.run(command, env=os.environ | RETURNED, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(name, found, file=sys.stderr, flush=True)
+            more, size = found["more"], found["size"]
+            of_flops = " ".join([f"N {more['N']:.0f} M, D {more['D']:.1f} M; {size['gflop']:.0f} GFLOP"])
+            rows.append(_row(f"{name}: {of_flops}", "flops", found["flops"]))
+            rows.append(_row(f"most {size['mib']:.0f} MiB", "live tensors", found["live"]))
+            rows.append(_row("", "resident", found["resident"]))
+    head = f"| size | predicted/measured | {' | '.join(SHOWN)} |\n|{'---|' * (2 + len(SHOWN))}\n"
+    return head + "".join(rows)
+
+
+def _row(size: str, what: str, ratios: dict[str, float]) -> str:
+    return f"| {size} | {what} | {' | '.join(f'{ratios[s]:.2f}' if s in ratios else '' for s in SHOWN)} |\n"
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        made = table()
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(before + BEGIN + "\n" + made + "\n" + END + rest.partition(END)[2])
+        return
+    verb, name, place = arguments
+    if verb == "make":
+        sizes(name).checkpoint(Path(place))  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        print(json.dumps(measured(name, Path(place))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,204 @@
+"""Floating-point operations of every stage: 2 for each multiply-add of a matrix product, and nothing else.
+
+A forward of R rows of L tokens of which S are scored takes
+
+    2·R·L·(weights of the linear layers) + 4·R·L²·a·layers + 2·R·S·h·V
+
+with a = heads·(size of a head): all L² pairs of tokens count, though a causal kernel may leave half of them out. Every
+other pass is made of the same products, so many times (`Pass`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entropy_probe.cost.sizes import Batch, Network, Run
+from entropy_probe.stages.properties import Case, Space, draw
+
+_TOKENS = 4096  # of a pass without a graph, where `tf_batch_size` rows have fewer: stages/scores.py
+_LOGITS, _LOGIT_ROWS = 1 << 21, 64  # that are held at once: model/forward.py
+_WITNESSED = 2  # units whose gradient is made by the loop; prompts of the second derivative
+_PROJECTED = _STEPPED = 4  # prompts of the other ways of a projection, and of the real step
+_SOME_ROWS, _LOGIT_ETAS = 8, 8  # of continuity: rows, and η at which their logits are compared
+_RESPONSES, _ETAS, _STENCILS, _STENCIL = 16, 15, 3, 4  # of the Taylor tests
+_COLUMNS = 56  # that a drawn row has at most, on a model that takes as many
+_INVARIANT_ROWS, _WHOLE = 6, 64  # of invariance: rows, and positions of one that are read at once
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How often each product of the forward is computed: y = xWᵀ with W frozen, and with W trained; attention's two;
+    the output layer, frozen and trained. `again`: where the graph of its pieces is made anew in the backward."""
+
+    frozen: float
+    trained: float
+    attention: float
+    output: float
+    output_trained: float
+    again: bool = False
+
+
+FORWARD = Pass(1, 1, 1, 1, 1)
+# y = xWᵀ and ẏ = ẋWᵀ + xẆᵀ; torch computes the last one for a frozen W too, with zeros for Ẇ
+JVP = Pass(3, 3, 3, 3, 3)
+# the gradient of x, and of W; attention by the kernel that keeps its weights has four products in the backward
+LOOP = Pass(2, 3, 3, 2, 3, again=True)
+# the derivative of the backward's products towards the gradient alone, which α multiplies
+ALPHA = Pass(3, 5, 5, 3, 5, again=True)
+# the same towards x and W too, and a backward through the forward
+SECOND = Pass(4, 9, 9, 4, 9, again=True)
+
+
+def capture(sums: int) -> Pass:
+    """The gradient of x, and `sums` weighted sums of that of W."""
+    return Pass(2, 2 + sums, 3 if sums == 1 else 3.5, 2, 2 + sums)
+
+
+def of_pass(network: Network, kind: Pass, rows: float, length: float, scored: float, at_once: int = 0) -> float:
+    """Flops of one pass over `rows` of `length`, each with `scored` positions; `at_once` rows of them in one graph."""
+    positions, output = rows * length, kind.output_trained if network.head_trained else kind.output
+    if kind.again and at_once * scored > max(_LOGIT_ROWS, _LOGITS // network.vocabulary):
+        output += 1
+    linear = 2 * positions * (kind.frozen * network.frozen + kind.trained * network.trained)
+    attention = kind.attention * 4 * positions * length * network.attention * network.layers
+    return linear + attention + output * 2 * rows * scored * network.hidden * network.vocabulary
+
+
+def without_graph(network: Network, kind: Pass, batch: Batch, rows_at_once: int) -> float:
+    """Flops of one pass over all rows of a batch, as many at once as `rows_without_graph` says."""
+    columns = batch.sorted_by(rows_without_graph(batch, rows_at_once))
+    return of_pass(network, kind, batch.rows, columns, batch.response)
+
+
+def rows_without_graph(batch: Batch, rows_at_once: int) -> float:
+    """`tf_batch_size` rows, or up to 8 times as many where that is within 4096 tokens (stages/scores.py)."""
+    fitting = _TOKENS // max(batch.longest, batch.length)
+    return 1 if rows_at_once == 1 else max(rows_at_once, min(8 * rows_at_once, fitting))
+
+
+def with_graph(network: Network, kind: Pass, batch: Batch, rows_at_once: int) -> float:
+    """The same where a graph is kept, `rows_at_once` rows at a time, those of a prompt together."""
+    columns = batch.longest_of(min(batch.group, rows_at_once))
+    return of_pass(network, kind, batch.rows, columns, batch.response, rows_at_once)
+
+
+def flops(network: Network, run: Run) -> dict[str, float]:
+    """By stage, as `timing` of the report names them, of the process that computes most (rank 0)."""
+    e, u, at_once = run.own(run.e), run.own(run.update), run.rows_at_once
+    scored = without_graph(network, FORWARD, e, at_once)
+    of_few = without_graph(network, FORWARD, run.e.of(_STEPPED), at_once)
+    return {
+        "integrity": 0.0,
+        "rollouts": sum(sampling(network, run, batch) for batch in run.batches),
+        "scores": scored + (0.0 if run.same_batch else without_graph(network, FORWARD, u, at_once)),
+        "gradients": _gradients(network, run, e, u),
+        "slopes": 3 * without_graph(network, JVP, e, at_once) + _slope_products(network, run, u),
+        "first order": _products(network, run),
+        "update": 0.0,
+        "entropy change": run.etas * scored,
+        "real step": 0.0 if run.leaves_out("real step") else 4 * of_few,
+        "witnesses": _witnesses(network, run),
+        "properties": _properties(network, run),
+        "continuity": _continuity(network, run),
+    }
+
+
+GROWING = ("rollouts", "scores", "gradients", "slopes", "first order", "entropy change")
+"""The stages that grow with the number of prompts, and are split over processes; the others are on a few."""
+
+
+def sampling(network: Network, run: Run, batch: Batch) -> float:
+    """Every prompt read once, then token by token; and two prompts of E twice again, to see that they come again."""
+    if not run.sampled:
+        return 0.0
+    own = run.own(batch)
+    drawn = own.prompts + (4 if batch is run.e else 0)
+    prompts = of_pass(network, FORWARD, drawn, own.prompt, 1)
+    rows, mean_length = drawn * own.group, own.prompt + own.response / 2
+    return (
+        prompts
+        + of_pass(network, FORWARD, rows * own.response, 1, 1)
+        + (4 * rows * own.response * mean_length * network.attention * network.layers)
+    )
+
+
+def _gradients(network: Network, run: Run, e: Batch, u: Batch) -> float:
+    """X and Y of U in one pass, or by Rao-Blackwell in two; X of E."""
+    once = with_graph(network, capture(1), u, run.rows_at_once)
+    of_u = 2 * once if run.rb else with_graph(network, capture(2), u, run.rows_at_once)
+    return of_u + (0.0 if run.same_batch else with_graph(network, capture(1), e, run.rows_at_once))
+
+
+def _products(network: Network, run: Run) -> float:
+    """X_nᵀPY_m of all pairs of U, with P and without, and of E against U; of several processes r_n from sums."""
+    d, units = network.trainable, run.units_u
+    if run.ranks > 1:
+        own = -(-units // run.ranks)
+        return 2 * d * (2 * own + (0 if run.same_batch else own + -(-run.units_e // run.ranks)))
+    return 2 * d * units * (2 * units + (0 if run.same_batch else run.units_e))
+
+
+def _slope_products(network: Network, run: Run, u: Batch) -> float:
+    d, units = network.trainable, -(-run.units_u // run.ranks)
+    sources, crossed = 2 * d * units, 2 * d * units * (units if run.ranks == 1 else 2) if run.same_batch else 0.0
+    again = with_graph(network, capture(1), u, run.rows_at_once) if run.same_batch and run.per_token else 0.0
+    return sources + crossed + again
+
+
+def _witnesses(network: Network, run: Run) -> float:
+    """Two units by the loop, four prompts (or one block) by a JVP and by the α-trick, two twice in reverse."""
+    of_units = run.update.of(_WITNESSED * -(-run.update.prompts // run.units_u))
+    looped = with_graph(network, LOOP, of_units, 1) * (2 if run.rb else 1)
+    if run.leaves_out("projections"):
+        return looped
+    few, at_once = run.e.of(_PROJECTED if run.blocks is None else -(-run.e.prompts // run.units_e)), run.few_at_once
+    ways = without_graph(network, JVP, few, run.rows_at_once) + with_graph(network, ALPHA, few, at_once)
+    along_v = 2 * network.trainable * (-(-run.units_e // run.ranks) + _PROJECTED)
+    of_two = run.e.of(_WITNESSED)
+    second = 0.0 if run.leaves_out("curvature witness") else with_graph(network, SECOND, of_two, at_once)
+    return looped + ways + along_v + second
+
+
+def _continuity(network: Network, run: Run) -> float:
+    """Logits of 8 whole rows at five points; the Taylor tests on some 16 responses; invariance on 6 rows."""
+    e, models = run.e, 1 if run.float64 else 2
+    rows = min(_SOME_ROWS, e.rows)
+    longest = e.longest_of(rows)
+    total = 5 * of_pass(network, FORWARD, rows, longest, longest)
+    if not run.leaves_out("taylor"):
+        some = e.of(max(2, _RESPONSES // e.group))
+        points = 1 + _STENCILS * _STENCIL + models * _ETAS
+        total += points * without_graph(network, FORWARD, some, run.rows_at_once)
+        total += without_graph(network, JVP, some, run.rows_at_once)
+        total += (1 + _LOGIT_ETAS) * of_pass(network, FORWARD, rows, longest, min(_SOME_ROWS, longest))
+    rows, whole = min(_INVARIANT_ROWS, e.rows), min(_WHOLE, e.response)
+    longest = e.longest_of(rows)
+    alone = of_pass(network, FORWARD, rows, e.length, e.length)
+    padded = of_pass(network, FORWARD, rows, longest, longest)
+    together = of_pass(network, FORWARD, rows, longest, e.response)
+    among = of_pass(network, FORWARD, rows, e.length, e.response)
+    in_whole = of_pass(network, FORWARD, rows, e.prompt + whole, whole)
+    return total + models * (2 * padded + alone + 2 * together + among + in_whole) + 2 * together
+
+
+def drawn_cases(network: Network, run: Run) -> list[Case]:
+    """Those of the drawn properties: lengths of rows, the same ones for a seed."""
+    return draw(Space(network.vocabulary, _COLUMNS, tuple(map(str, range(network.tensors))), ()), run.cases, run.seed)
+
+
+def _properties(network: Network, run: Run) -> float:
+    """The cases that are drawn: up to 8 rows of up to 48 tokens, the same for a seed whatever the model."""
+    models, total = 1 if run.float64 else 2, 0.0
+    for case in drawn_cases(network, run):
+        rows, longest, alone = len(case.rows), max(case.lengths), case.lengths[case.chosen]
+        width, own = min(longest + case.padding, _COLUMNS), case.rows[case.chosen].response
+        responses = sum(row.response for row in case.rows) / rows
+        of_model = (
+            of_pass(network, FORWARD, 1, alone, alone)
+            + 2 * of_pass(network, FORWARD, rows, width, width - 1)
+            + of_pass(network, FORWARD, rows, longest, responses)
+            + of_pass(network, FORWARD, 1, alone, own)
+        )
+        total += models * of_model + 2 * of_pass(network, FORWARD, 1, alone, alone)
+        total += 2 * of_pass(network, FORWARD, rows, longest, longest)
+    return total

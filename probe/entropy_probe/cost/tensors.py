@@ -1,0 +1,176 @@
+"""Bytes of tensors: what is held through a run, and the most that every stage holds.
+
+What the interpreter and its libraries take comes on top, some 0.4 GiB of a process on the CPU, and what the allocator
+keeps of freed memory. Four kinds of things add up:
+
+    held           θ, Adam's moments, gradients, P, v and the copy in float64: multiples of N and D (`held`)
+    activations    of the rows that are computed together: multiples of h, f and heads·L for each token (`Kept`)
+    logits         of one piece of positions: multiples of V (`BYTES_OF_A_LOGIT`)
+    whole logits   of a few whole rows, by the checks of continuity alone (`_whole`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entropy_probe.cost.computation import drawn_cases, rows_without_graph
+from entropy_probe.cost.sizes import Batch, Network, Run
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Numbers for each token: multiples of h, of f (the gated MLP) and of heads·L (attention's weights); of every layer
+    where a graph is kept, else of one, where MLP and attention follow one another."""
+
+    h: float
+    f: float
+    pairs: float
+    in_every_layer: bool
+
+    def numbers(self, network: Network, length: float) -> float:
+        of_mlp, of_attention = self.f * network.intermediate, self.pairs * network.heads * length
+        if not self.in_every_layer:
+            return self.h * network.hidden + max(of_mlp, of_attention)
+        return (self.h * network.hidden + of_mlp + of_attention) * network.layers
+
+
+# Measured by counting live tensors on Qwen2 with LoRA on all linear layers: 4 and 8 layers, h 128 and 256, f 384 and
+# 768, 4 heads, L 128 and 256. They hold to 10 % there (`docs/scaling.py` counts again).
+FORWARD = Kept(4, 4, 0, in_every_layer=False)
+JVP = Kept(8, 12, 7, in_every_layer=False)
+CAPTURE = Kept(9, 5, 0, in_every_layer=True)
+# where the true derivative is asked for, attention keeps its weights
+BY_WEIGHTS = LOOP = Kept(9, 5, 1, in_every_layer=True)
+ALPHA = Kept(28, 18, 4, in_every_layer=True)
+SECOND = Kept(20, 12, 3, in_every_layer=True)
+
+# Bytes for each logit of a piece, with its temporaries: log p and entropy are in float64 (`precision.entropy_fp64`).
+BYTES_OF_A_LOGIT = {"forward": 20, "features": 52, "jvp": 88, "capture": 12, "loop": 56, "alpha": 48, "second": 160}
+_LOGITS, _DIFFERENTIATED, _LOGIT_ROWS = 1 << 21, 3 << 21, 64  # held at once: model/forward.py
+_WHOLE_LOGITS = 1 << 24  # of whole rows, at once
+_COLUMNS = 1 << 20  # of gradients that are multiplied at once: stages/gradients.py
+
+
+def held(network: Network, run: Run) -> dict[str, float]:
+    """What stays from where it is made to the end, by name (v₀ and D up to the witnesses)."""
+    n, d, dtype = network.parameters, network.trainable, _dtype(run)
+    own_u, own_e = -(-run.units_u // run.ranks), 0 if run.same_batch else -(-run.units_e // run.ranks)
+    sums = 8 * d * (2 if run.same_batch else 4) * (run.ranks > 1)
+    return {
+        "θ": dtype * n + (4 * n if run.float64 else 0),
+        "moments": 8 * d,
+        "X, Y": dtype * d * (2 * own_u + own_e) + sums,
+        "θ in float64": 0 if run.float64 else 8 * n,
+        "Ȳ": 8 * d if run.ranks == 1 else 0,
+        "P": 8 * d,
+        "v": 8 * d,
+        "v₀, D": 16 * d,
+    }
+
+
+_MADE_IN = {"gradients": ("X, Y",), "first order": ("θ in float64", "Ȳ", "P"), "update": ("v", "v₀, D")}
+_ORDER = ("scores", "gradients", "first order", "update", "slopes", "entropy change", "real step")
+
+
+def peaks(network: Network, run: Run) -> dict[str, float]:
+    """The most that each stage holds, with all that is held by then."""
+    parts, above, found = held(network, run), _above(network, run), {}
+    now = parts["θ"] + parts["moments"]
+    for stage in _ORDER:
+        now += sum(parts[name] for name in _MADE_IN.get(stage, ()))
+        found[stage] = now + above[stage]
+    now -= parts["v₀, D"]
+    return found | {stage: now + above[stage] for stage in ("witnesses", "properties", "continuity")}
+
+
+def _dtype(run: Run) -> int:
+    return 8 if run.float64 else 4
+
+
+def _above(network: Network, run: Run) -> dict[str, float]:
+    """By stage, beside what is held."""
+    d, own_e, own_u = network.trainable, run.own(run.e), run.own(run.update)
+    bytes_of, units = _dtype(run), -(-run.units_u // run.ranks)
+    jvp = 8 * d + _transient(network, run, JVP, own_e, 8, "jvp")
+    scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
+    few, at_once = run.e.of(4), run.rows_at_once
+    of_u = min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
+    of_e = min(at_once, run.e.group * -(-run.e.prompts // run.units_e)) if run.blocks else at_once
+    above = {
+        "scores": _transient(network, run, FORWARD, own_e, bytes_of, "features"),
+        "gradients": max(
+            _graph(network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"),
+            0.0 if run.same_batch else _graph(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
+        ),
+        "first order": 8 * d + 16 * units * network.largest,  # a mean, and one tensor of all units in float64, twice
+        "update": 10 * 8 * network.largest,  # torch's own step of one tensor
+        "slopes": jvp,
+        "entropy change": bytes_of * d + scored,
+        "real step": 0.0,
+        "witnesses": _witnesses(network, run),
+        "properties": _properties(network, run),
+        "continuity": _continuity(network, run, jvp),
+    }
+    if not run.leaves_out("real step"):  # a copy, its gradient and its moments
+        stepped = 32 * d + 16 * network.largest
+        above["real step"] = max(stepped, 24 * d + _transient(network, run, FORWARD, few, 8, "forward"))
+    return above
+
+
+def _transient(network: Network, run: Run, kept: Kept, batch: Batch, bytes_of: int, read: str) -> float:
+    """Without a graph: the activations of a layer, or the hidden states and a piece of logits."""
+    rows = min(rows_without_graph(batch, run.rows_at_once), batch.rows)
+    columns = batch.longest_of(rows)
+    positions = min(rows * batch.response, max(_LOGIT_ROWS, _LOGITS // network.vocabulary))
+    states = rows * columns * network.hidden * bytes_of
+    logits = states + positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
+    return max(rows * columns * kept.numbers(network, columns) * bytes_of, logits)
+
+
+def _graph(network: Network, run: Run, kept: Kept, batch: Batch, rows: int, bytes_of: int, read: str) -> float:
+    """The graph of so many rows, and a piece of logits."""
+    rows = min(max(rows // batch.group * batch.group, min(rows, batch.group)), batch.rows)
+    columns, at_once = batch.longest_of(rows), _DIFFERENTIATED if read == "capture" else _LOGITS
+    positions = min(rows * batch.response, max(_LOGIT_ROWS, at_once // network.vocabulary))
+    logits = positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
+    return rows * columns * kept.numbers(network, columns) * bytes_of + logits
+
+
+def _witnesses(network: Network, run: Run) -> float:
+    """Rows of two units in two ways, with the graph of one response; or a few prompts differentiated twice."""
+    d, e, bytes_of, few = network.trainable, run.e, _dtype(run), run.few_at_once
+    products = 32 * min(network.largest, _COLUMNS)
+    looped = 9 * bytes_of * d + max(products, _graph(network, run, LOOP, run.update, 1, bytes_of, "loop"))
+    if run.leaves_out("projections"):
+        return looped
+    by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(4), bytes_of, "jvp")
+    by_alpha = 8 * d + 4 * bytes_of * d + _graph(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
+    ways = max(looped, by_jvp, by_alpha)
+    if run.leaves_out("curvature witness"):
+        return ways
+    return max(ways, 24 * d + _graph(network, run, SECOND, e.of(2), few, 8, "second"))
+
+
+def _whole(network: Network, positions: float, bytes_of: int) -> float:
+    """Three sets of logits of whole rows, as two are compared."""
+    return 3 * bytes_of * min(positions * network.vocabulary, _WHOLE_LOGITS)
+
+
+def _continuity(network: Network, run: Run, jvp: float) -> float:
+    """θ + ηv in float64 and logits of 8 whole rows; with the Taylor tests a JVP."""
+    rows = min(8, run.e.rows)
+    columns = run.e.longest_of(rows)
+    of_layer = rows * columns * FORWARD.numbers(network, columns) * 8
+    compared = 8 * network.trainable + max(_whole(network, rows * columns, 8), of_layer)
+    return compared if run.leaves_out("taylor") else max(compared, jvp)
+
+
+def _properties(network: Network, run: Run) -> float:
+    """The drawn case with most tokens: all rows in the configured dtype, one in float64 while all are scored."""
+    most = 0.0
+    for case in drawn_cases(network, run):
+        rows, alone = len(case.rows) * max(case.lengths), case.lengths[case.chosen]
+        pieces = min(rows, max(_LOGIT_ROWS, _LOGITS // network.vocabulary)) * BYTES_OF_A_LOGIT["forward"]
+        scored = (8 * alone + pieces) * network.vocabulary
+        most = max(most, _whole(network, rows, _dtype(run)), scored)
+    return most

@@ -1,0 +1,49 @@
+"""Bytes that one of several processes sends, as a ring sends them: 2(N−1)/N of the length of each all-reduce.
+
+sums of gradients      8·V·D, with V vectors: ΣX and ΣY of U and ΣX of E; four rows for the witness
+Adam's moments         8 for each entry that is compared, 4096 of a tensor at most
+of a response          8 for each number: sums of its scores, and its derivatives along v
+of a prompt            8 for each number: projections by group of tensors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entropy_probe.cost.sizes import Network, Run
+
+_SUMS, _FEATURES = 5, 7  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
+_ALONG = 4  # D_vS, D_vR, D²_vS, D²_vR
+_FOLDS, _OF_FOLD = 5, 1 + 3 * _FEATURES + _FEATURES + 1 + _FEATURES * (_FEATURES + 1)  # estimators/baselines.py
+_BASELINES = 4  # by each of which the slope of a prompt is known
+
+
+@dataclass(frozen=True)
+class Sent:
+    """As `distributed` of the report has them."""
+
+    bytes_sent_per_rank: float
+    bytes_of_prompts_per_rank: float
+
+
+def sent(network: Network, run: Run) -> Sent:
+    """Of every process alike; 0 of one alone."""
+    ring = 2 * (run.ranks - 1) / run.ranks
+    of_batches = (2 if run.blocks else 1) * (2 if run.same_batch else 3)
+    again = (2 if run.blocks else 1) if run.same_batch and run.per_token else 0
+    rows = 4 * (8 if run.float64 else 4)
+    of_gradients = (8 * (of_batches + again) + rows) * network.trainable
+    return Sent(ring * (of_gradients + 8 * network.entries), ring * _of_prompts(network, run))
+
+
+def _of_prompts(network: Network, run: Run) -> float:
+    e, u = run.e, run.update
+    of_baselines = 2 * max(e.response, e.longest - e.prompt) + min(_FOLDS, e.prompts) * _OF_FOLD
+    of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * _SUMS + _ALONG)
+    if not run.same_batch:
+        of_responses += u.rows * (_SUMS + (_FEATURES if run.rb else 0))
+    of_units = run.units_u * (3 * network.groups + (4 if run.same_batch else 0) + 1)
+    if not run.same_batch:
+        of_units += network.groups * (run.units_e + run.units_u)
+    tokens = sum(4 * batch.rows * batch.response for batch in run.batches) if run.sampled else 0.0
+    return 8 * (of_responses + of_baselines + of_units + e.prompts * (_BASELINES + 1)) + tokens
