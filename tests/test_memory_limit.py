@@ -15,13 +15,14 @@ import torch
 import transformers
 
 import models
-from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
-from entropy_probe.stages import memory_limit
+from entropy_probe.stages import memory_limit, pass_memory
 from entropy_probe.stages.gradients import units_within_memory
-from entropy_probe.stages.memory_limit import _Passes, for_sampling, planned, require_loaded_within
+from entropy_probe.stages.memory_limit import for_sampling, planned, require_loaded_within
+from entropy_probe.stages.pass_memory import Passes
 from entropy_probe.stages.rollouts import read_rollouts
 
 CPU = torch.device("cpu")
@@ -114,12 +115,12 @@ class Subject:
         self.bound, self.float64 = bind(model), bind(model, torch.float64)
         self.batches = tuple(read_rollouts(folder / f"{name}.jsonl", self.bound, None) for name in ("e", "u"))
         config = ProbeConfig.from_mapping({"budget": "smoke"})
-        passes = _Passes(self.bound, self.float64, memory_limit._longest_rows(self.batches), config)
+        passes = Passes(self.bound, self.float64, pass_memory.longest_rows(self.batches), config)
         self.kinds = [*passes.kinds(2**60)]
 
     def planned(self, limit: int, monkeypatch: pytest.MonkeyPatch) -> memory_limit.Plan:
         monkeypatch.setattr(memory_limit, "_held_now", lambda device: 0)
-        monkeypatch.setattr(_Passes, "kinds", lambda passes, usable: self.kinds)
+        monkeypatch.setattr(Passes, "kinds", lambda passes, usable: self.kinds)
         config = ProbeConfig.from_mapping({"memory_limit": limit, "budget": "smoke"})
         return planned(self.bound, self.float64, self.batches, config)
 
@@ -163,8 +164,8 @@ def test_what_is_needed_is_enough(subject: Subject, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("kind", ["_score", "_score_at", "_differentiate", "_derive", "_alpha", "_twice"])
 def test_a_pass_is_within_its_bound(subject: Subject, kind: str) -> None:
     """Of 8 rows and pieces of 90 positions, from passes of fewer; and the bound is not far off."""
-    few = memory_limit._longest_rows(subject.batches)
-    passes, work, rows = _Passes(subject.bound, subject.float64, few, ProbeConfig()), getattr(memory_limit, kind), 8
+    few = pass_memory.longest_rows(subject.batches)
+    passes, work, rows = Passes(subject.bound, subject.float64, few, ProbeConfig()), getattr(pass_memory, kind), 8
     bound = passes.counted(work, lambda config: rows, 2**60, 2)(ProbeConfig(), 90)
     eight = {key: torch.cat([getattr(few, key)] * 2) for key in ("ids", "prompt_lens", "gen_lens", "rewards")}
     at_once = {name: replace(getattr(passes, name), logits_at_once=90 * 16000) for name in ("bound", "float64")}
@@ -175,7 +176,7 @@ def test_a_pass_is_within_its_bound(subject: Subject, kind: str) -> None:
 
 def test_bounds_of_convex_functions() -> None:
     points = {4: 10, 16: 22, 64: 118}
-    assert [memory_limit._above(points, x) for x in (1, 4, 10, 16, 40, 64, 128)] == [10, 10, 16, 22, 70, 118, 236]
+    assert [pass_memory._above(points, x) for x in (1, 4, 10, 16, 40, 64, 128)] == [10, 10, 16, 22, 70, 118, 236]
 
 
 def test_units_become_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +195,13 @@ def test_units_become_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 2 <= found["6MiB"][1] < 40
 
 
+def test_second_derivatives_can_be_left_out(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they alone are too much, the error says so."""
+    monkeypatch.setattr(Passes, "kinds_of_second_order", lambda passes, usable: [lambda config, positions: 2**40])
+    with pytest.raises(MeasurementError, match=r"raise it, or leave the second derivatives .* out \(budget: smoke\)"):
+        subject.planned(4096 * MIB, monkeypatch)
+
+
 def test_sampling_takes_fewer_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = bind(load_checkpoint(folder / "checkpoint").model)
     monkeypatch.setattr(memory_limit, "_held_now", lambda device: 0)
@@ -206,6 +214,25 @@ def test_sampling_takes_fewer_rows(folder: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MeasurementError, match=r"too little to sample one response at a time: .* GiB are needed"):
         for_sampling(bound, 20, ProbeConfig.from_mapping({"memory_limit": "1MiB"}))
     assert for_sampling(bound, 20, ProbeConfig()).generation.gen_batch_size == 32
+
+
+def test_frozen_parameters_are_shared_where_a_copy_is_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are the same, bit for bit."""
+    folder = models.adapter_checkpoint(tmp_path / "checkpoint", "llama")
+    bound = bind(load_checkpoint(folder).model)
+    frozen = sum(p.numel() for p in bound.registry.parameters.values() if not p.requires_grad)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_limit, "_held_now", lambda device: 4 * MIB)
+        for left, expected in ((16 * frozen + 8, False), (16 * frozen - 8, True)):
+            config = ProbeConfig().model_copy(update={"memory_limit": 4 * MIB + left})
+            assert memory_limit.lends_frozen(bound, config) is expected
+    file = models.random_rollouts(tmp_path / "e.jsonl", prompts=2, responses=2, seed=1)
+    reports = []
+    for lends in (False, True):
+        monkeypatch.setattr("entropy_probe.run.lends_frozen", lambda bound, config, lends=lends: lends)
+        config = ProbeConfig.from_mapping({"budget": "smoke", "memory_limit": "64GiB"})
+        reports.append(run_probe(folder, config, file).model_dump(exclude={"timing", "memory"}))
+    assert reports[0] == reports[1]
 
 
 def test_a_load_that_took_more_is_an_error() -> None:

@@ -23,7 +23,7 @@ from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.next_step import Measured, NextStep, next_step, without_second_moment
 from entropy_probe.stages import continuity, coverage, gradients, invariance
 from entropy_probe.stages.batches import draw_batches, redraw_for, redrawn_shares
-from entropy_probe.stages.memory_limit import planned, require_loaded_within
+from entropy_probe.stages.memory_limit import lends_frozen, planned, require_loaded_within
 from entropy_probe.stages.projections import projection_agreement
 from entropy_probe.stages.properties import drawn_properties
 from entropy_probe.stages.rollouts import Rollouts, eos_ids
@@ -171,7 +171,10 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
     clock = _Clock(progress, world, bound.device, dict(prepared.seconds), dict(prepared.held))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("integrity"):
-            float64 = bound if bound.dtype is torch.float64 else bind(checkpoint.model, torch.float64)
+            if bound.dtype is torch.float64:
+                float64 = bound
+            else:
+                float64 = bind(checkpoint.model, torch.float64, lend_frozen=lends_frozen(bound, config))
             own_copies = {bound.module, float64.module} - {unwrap(checkpoint.model)}
             copies = {model: checksum(model) for model in own_copies}
         plan = None
