@@ -51,9 +51,9 @@ class BoundModel:
     def module(self) -> nn.Module:
         return self.registry.module
 
-    def positions_at_once(self, vocabulary: int, fastest: int = _CHUNK) -> int:
-        """Positions whose logits make up a piece."""
-        most = max(_ROWS, fastest // vocabulary)
+    def positions_at_once(self, vocabulary: int, fastest: int | None = None) -> int:
+        """Positions whose logits make up a piece, of `fastest` logits (default: those of a pass that is not captured)."""
+        most = max(_ROWS, (fastest or _CHUNK) // vocabulary)
         return most if self.logits_at_once is None else max(1, min(most, self.logits_at_once // vocabulary))
 
     def spread_over(self, rows: int, columns: int) -> slice:

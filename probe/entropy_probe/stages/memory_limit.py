@@ -129,7 +129,7 @@ def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig) -> 
 
 def lends_frozen(bound: BoundModel, config: ProbeConfig) -> bool:
     """Whether the float64 copy should share the frozen parameters and upcast them as they are used: under a limit,
-    where its own would take more than half of what is left. That costs time (docs/scaling.md), and changes no number."""
+    where its own would take more than half of what is left. It costs time (docs/scaling.md), and changes no number."""
     if config.memory_limit is None:
         return False
     frozen = sum(p.numel() for p in bound.registry.parameters.values() if not p.requires_grad)
