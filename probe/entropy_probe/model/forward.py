@@ -52,7 +52,7 @@ class BoundModel:
         return self.registry.module
 
     def positions_at_once(self, vocabulary: int, fastest: int | None = None) -> int:
-        """Positions whose logits make up a piece, of `fastest` logits (default: those of a pass that is not captured)."""
+        """Positions whose logits make up a piece: `fastest` logits (default: those of a pass that is not captured)."""
         most = max(_ROWS, (fastest or _CHUNK) // vocabulary)
         return most if self.logits_at_once is None else max(1, min(most, self.logits_at_once // vocabulary))
 
