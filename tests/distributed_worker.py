@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from entropy_probe.__main__ import main as command_line
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.distributed import World
+from entropy_probe.stages.gradients import bytes_of_units
+from entropy_probe.stages.memory_limit import Plan, planned
 
 FLOAT64 = {"precision": {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}}
 SMOKE = {"budget": "smoke", **FLOAT64}
@@ -50,6 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
         None,
         None,
     ),
+    "limited": (SMOKE | {"memory_limit": "64GiB"}, "e7", "u5"),
     "sgd": (FLOAT64, "e7", "u5"),
     "fails": (SMOKE, "e7", "u5"),
     "killed": (SMOKE, "e7", "u5"),
@@ -61,7 +65,20 @@ def measured(folder: Path, case: str, world: World) -> ProbeReport:
     config, e, u = CASES[case]
     files = (None if name is None else folder / f"{name}.jsonl" for name in (e, u))
     checkpoint = checkpoint_path() if e is None else folder / ("sgd" if case == "sgd" else "checkpoint")
-    return run_probe(checkpoint, ProbeConfig.from_mapping(config), *files, world=world)
+    original = run.planned
+    run.planned = _three_blocks if case == "limited" else original
+    try:
+        return run_probe(checkpoint, ProbeConfig.from_mapping(config), *files, world=world)
+    finally:
+        run.planned = original
+
+
+def _three_blocks(bound: Any, float64: Any, batches: Any, config: ProbeConfig, world: World) -> Plan:
+    """What is planned, as if no more than the gradients of three blocks had room."""
+    plan = planned(bound, float64, batches, config, world)
+    room = {"max_gradient_gib": bytes_of_units(bound, 3) / 2**30}
+    first_order = config.first_order.model_copy(update=room)
+    return replace(plan, config=plan.config.model_copy(update={"first_order": first_order}))
 
 
 def _spoilt(case: str) -> Any:

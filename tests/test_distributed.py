@@ -22,9 +22,9 @@ import models
 from entropy_probe import ProbeReport, load_checkpoint
 from entropy_probe.model.distributed import ALONE
 
-SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "sgd")
+SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "limited", "sgd")
 # What is not a number of the measurement, and what needs all pairs of prompts, which processes never multiply.
-NOT_COMPARED = r"\.(timing|environment|distributed)\b|\.checkpoint\.(name|path)|worst_parameter|\.example$"
+NOT_COMPARED = r"\.(timing|memory|environment|distributed)\b|\.checkpoint\.(name|path)|worst_parameter|\.example$"
 ALL_PAIRS = r"first_order\.var_unbiased|two_batch\.(interaction|delta_h1_se|delta_h1_parts\..*\.se)$"
 # Differences that would be 0 without rounding: they are sums of nothing but that.
 ROUNDING = r"identity_error|witness|invariance|integrity|real_step\.(virtual|real)|preconditioner\.difference"
@@ -149,6 +149,9 @@ def test_the_numbers_of_one_process(folder: Path, size: int, case: str) -> None:
         assert several["two_batch"]["interaction"] is None
         assert several["two_batch"]["delta_h1_se"] >= several["two_batch"]["conditional_se"]
     assert several["distributed"]["world_size"] == size
+    assert {"load", "scores", "gradients", "witnesses"} < several["memory"]["stages"].keys()
+    if case == "limited":
+        assert (several["first_order"]["mode"], several["first_order"]["num_units"]) == ("block", 3)
 
 
 def test_the_same_responses(folder: Path, size: int) -> None:

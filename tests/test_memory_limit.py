@@ -19,7 +19,7 @@ from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
-from entropy_probe.stages import memory_limit, pass_memory
+from entropy_probe.stages import gradients, memory_limit, pass_memory
 from entropy_probe.stages.gradients import units_within_memory
 from entropy_probe.stages.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.pass_memory import Passes
@@ -174,6 +174,24 @@ def test_a_pass_is_within_its_bound(subject: Subject, kind: str) -> None:
     assert counted <= bound <= 1.7 * counted
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 4, 10])
+def test_short_responses(subject: Subject, tokens: int) -> None:
+    """No pass of more positions than there are is thought to take more."""
+    few = memory_limit.longest_rows(subject.batches)
+    short = replace(few, gen_lens=few.gen_lens.clamp(max=tokens))
+    passes = Passes(subject.bound, subject.float64, short, ProbeConfig())
+    usable = [passes.counted(pass_memory._score, lambda config: 1, room) for room in (0, 2**60)]
+    least, same = (kind(ProbeConfig(), 4) for kind in usable)
+    assert least == same
+    assert usable[1](ProbeConfig(), 64) == usable[1](ProbeConfig(), tokens)
+
+
+def test_what_is_fixed_does_not_grow() -> None:
+    assert pass_memory._above({1: 110, 4: 140}, 8, fixed=100) == 180
+    assert pass_memory._above({1: 110, 4: 140}, 8) == 280
+    assert pass_memory._above({1: 10, 4: 40}, 8, fixed=100) == 70
+
+
 def test_bounds_of_convex_functions() -> None:
     points = {4: 10, 16: 22, 64: 118}
     assert [pass_memory._above(points, x) for x in (1, 4, 10, 16, 40, 64, 128)] == [10, 10, 16, 22, 70, 118, 236]
@@ -233,6 +251,22 @@ def test_frozen_parameters_are_shared_where_a_copy_is_too_much(tmp_path: Path, m
         config = ProbeConfig.from_mapping({"budget": "smoke", "memory_limit": "64GiB"})
         reports.append(run_probe(folder, config, file).model_dump(exclude={"timing", "memory"}))
     assert reports[0] == reports[1]
+
+
+def test_a_product_of_units_is_within_its_bound() -> None:
+    """Few columns of many units at a time, with sums as in one piece."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 40_000, generator=generator) for _ in range(2))
+    weights = torch.rand(64, generator=generator, dtype=torch.float64)
+    small = gradients.IN_FLOAT64
+    gradients.IN_FLOAT64 = 64 * 1000
+    try:
+        for work in (lambda: gradients._gram(a, b, None), lambda: gradients.weighted_sum(weights, a)):
+            assert counted_bytes(work, CPU) <= 8 * (4 * 64_000 + 2 * 40_000)
+        torch.testing.assert_close(gradients._gram(a, b, None), a.double() @ b.double().T)
+        torch.testing.assert_close(gradients.weighted_sum(weights, a), weights @ a.double())
+    finally:
+        gradients.IN_FLOAT64 = small
 
 
 def test_a_load_that_took_more_is_an_error() -> None:

@@ -286,6 +286,13 @@ class ProbeConfig(SequenceConfig):
         under = BUDGETS[name].values
         return _merge(under, {key: _given(value) if key in under else value for key, value in values.items()})
 
+    @model_validator(mode="after")
+    def _map_with_its_options(self) -> ProbeConfig:
+        alone = [key for key in ("max_memory", "offload_folder") if getattr(self, key) is not None]
+        if alone and self.device_map is None:
+            raise ValueError(f"`{alone[0]}` is given without a device_map: set device_map: auto, or leave it out")
+        return self
+
     @property
     def left_out(self) -> tuple[Part, ...]:
         """The parts of the measurement that the budget leaves out."""

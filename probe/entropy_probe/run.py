@@ -34,7 +34,7 @@ from entropy_probe.stages.witness import curvature_witness, gradient_witness
 Progress = Callable[[str, int, int], None]
 # Stages that every process goes through; the others are rank 0's.
 _OF_ALL = (
-    *("load", "integrity", "rollouts", "scores", "gradients"),
+    *("load", "integrity", "rollouts", "memory limit", "scores", "gradients"),
     *("first order", "update", "slopes", "entropy change", "witnesses"),
 )
 
@@ -166,8 +166,6 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
     e, u = prepared.rollouts, prepared.update_rollouts
     same_batch = e is u
     eos = eos_ids(bound.language_model, checkpoint.tokenizer)
-    own_u = Share.of(u, gradients.units_of(bound, u, config)[1], world)
-    own_e = own_u if same_batch else Share.of(e, gradients.units_of(bound, e, config)[1], world)
     clock = _Clock(progress, world, bound.device, dict(prepared.seconds), dict(prepared.held))
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("integrity"):
@@ -183,6 +181,8 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
                 plan = planned(bound, float64, (e, u), config, world)
                 config = plan.config
                 bound, float64 = (replace(m, logits_at_once=plan.logits_at_once) for m in (bound, float64))
+        own_u = Share.of(u, gradients.units_of(bound, u, config)[1], world)
+        own_e = own_u if same_batch else Share.of(e, gradients.units_of(bound, e, config)[1], world)
         with clock("scores"):  # by token of the own prompts, and of all
             tokens_e = tokens_u = score(bound, own_e.own, config, with_features=True)
             scores_e = scores_u = own_e.scores(tokens_e)

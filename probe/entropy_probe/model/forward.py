@@ -58,7 +58,7 @@ class BoundModel:
 
     def spread_over(self, rows: int, columns: int) -> slice:
         """Columns, evenly spread, whose whole logits in so many rows are four pieces at most; all where they fit."""
-        most = max(1, 4 * (self.logits_at_once or _CHUNK) // (rows * min(self.vocabulary, _CHUNK)))
+        most = max(1, 4 * (self.logits_at_once or _CHUNK) // (rows * self.num_logits))
         return slice(None) if columns <= most else slice(None, None, -(-columns // most))
 
     @cached_property
@@ -85,6 +85,14 @@ class BoundModel:
         """Token ids that the input embeddings take; without known ones there is no limit."""
         embeddings = getattr(self.language_model, "get_input_embeddings", lambda: None)()
         return 2**62 if embeddings is None else int(embeddings.weight.shape[0])
+
+    @cached_property
+    def num_logits(self) -> int:
+        """Logits of a position."""
+        if self._split is not None:
+            return self._split[1]
+        with torch.no_grad():
+            return self.logits(torch.zeros(1, 1, dtype=torch.long, device=self.device)).shape[-1]
 
     @cached_property
     def autograd_is_derivative(self) -> bool:

@@ -34,7 +34,7 @@ def redraw_for(
         return None
     limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
     longer = config.model_copy(update={"generation": config.generation.model_copy(update={"max_new_tokens": limit})})
-    generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer).generation
+    generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer, later=True).generation
     seed = _seed("E", config.batch.seed)
     own = rollouts if share is None else share.own
     return lambda override: redrawn(bound, own, tokenizer, generation, seed=seed, override=override)

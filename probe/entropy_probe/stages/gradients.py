@@ -21,8 +21,8 @@ from entropy_probe.stages.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Read, Scores, read_rows
 from entropy_probe.stages.share import Share
 
-# Columns of a Gram product that are held in float64 at once: U rows of 2^20 doubles are 8 U MiB.
-_GRAM_COLUMNS = 1 << 20
+# Numbers of the rows of all units that are held in float64 at once, of one side of a product: 32 MiB.
+IN_FLOAT64 = 1 << 22
 # Gradients of single prompts that are held beside those of the units.
 _WITNESSED = 8
 
@@ -222,12 +222,13 @@ def _with_sums(units: UnitGradients) -> UnitGradients:
     """ΣX and ΣY over the units of all processes, and over their prompts, where a unit is more than one."""
     assert units.share is not None
     world, sizes = units.share.world, units.sizes.double()
-    own, total = sizes[units.share.units][:, None], float(sizes.sum())
+    own, total = sizes[units.share.units], float(sizes.sum())
     found = {}
     for side, rows in (("x", units.x), ("y", units.y)):
-        sums = found[f"sums_{side}"] = world.totals({name: t.double().sum(0) for name, t in rows.items()})
+        once = torch.ones_like(own)
+        sums = found[f"sums_{side}"] = world.totals({name: weighted_sum(once, t) for name, t in rows.items()})
         if units.mode == "block":
-            sums = world.totals({name: (own * t.double()).sum(0) for name, t in rows.items()})
+            sums = world.totals({name: weighted_sum(own, t) for name, t in rows.items()})
         found[f"means_{side}"] = {name: t / total for name, t in sums.items()}
     return replace(units, **found)
 
@@ -305,8 +306,7 @@ def grams(
 
 def _gram(a: Tensor, b: Tensor, precond: Tensor | None) -> Tensor:
     total, p = torch.zeros(len(a), len(b), dtype=torch.float64), None if precond is None else precond.reshape(-1)
-    for start in range(0, a.shape[1], _GRAM_COLUMNS):
-        part = slice(start, start + _GRAM_COLUMNS)
+    for part in _columns(a if len(a) > len(b) else b):
         scaled = b[:, part].double() if p is None else b[:, part].double() * p[part].double()
         total += a[:, part].double() @ scaled.T
     return total
@@ -335,8 +335,7 @@ def own_dots(
             dots({name: side}, {name: total[name]}, p)[name] for side, total in ((x, units.sums_y), (y, units.sums_x))
         )
         diagonal = torch.zeros(len(x), dtype=torch.float64)
-        for start in range(0, x.shape[1], _GRAM_COLUMNS):
-            part = slice(start, start + _GRAM_COLUMNS)
+        for part in _columns(x):
             diagonal += (x[:, part].double() * p[name].reshape(-1)[part].double() * y[:, part].double()).sum(1)
         found[name] = torch.stack([rows, columns, diagonal], 1)
     return found
@@ -344,5 +343,17 @@ def own_dots(
 
 def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]) -> dict[str, Float[Tensor, " D"]]:
     """Mean over prompts, in float64: units weighted by the number of their prompts."""
-    share = (sizes.double() / sizes.sum())[:, None]
-    return {name: (share * values.double()).sum(0) for name, values in units.items()}
+    share = sizes.double() / sizes.sum()
+    return {name: weighted_sum(share, values) for name, values in units.items()}
+
+
+def weighted_sum(weights: Float[Tensor, " U"], rows: Float[Tensor, "U D"]) -> Float[Tensor, " D"]:
+    """Σ_u weights_u·rows_u in float64."""
+    parts = [(weights[:, None] * rows[:, part].double()).sum(0) for part in _columns(rows)]
+    return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float64)
+
+
+def _columns(rows: Tensor) -> Iterator[slice]:
+    """A few columns at a time."""
+    size = max(1, IN_FLOAT64 // max(len(rows), 1))
+    return (slice(start, start + size) for start in range(0, rows.shape[1], size))

@@ -111,7 +111,7 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
         pieces = generated(model, rollouts, chosen, config, rows_at_once=_PIECE)
         for i, row in enumerate(chosen.tolist()):
             first, last = int(rollouts.prompt_lens[row]), int((rollouts.prompt_lens + rollouts.gen_lens)[row])
-            last = min(last, first + min(_WHOLE, model.positions_at_once(model.vocabulary)))
+            last = min(last, first + min(_WHOLE, model.positions_at_once(model.num_logits)))
             ids = rollouts.ids[row : row + 1, :last].to(model.device)
             logits = model.logits(ids, keep=slice(first - 1, last - 1))
             whole = scored_whole(logits, ids[:, first:], policy.temperature)[0]

@@ -16,7 +16,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients import bytes_of_units, units_within_memory
+from entropy_probe.stages.gradients import IN_FLOAT64, bytes_of_units, units_within_memory
 from entropy_probe.stages.pass_memory import FEWEST, Passes, longest_rows, with_rows
 from entropy_probe.stages.rollouts import Rollouts
 from entropy_probe.stages.sampling import draw, masses
@@ -27,6 +27,7 @@ _UNSEEN, _SLACK = 0.08, 24 << 20
 # Numbers of float64 for each trainable parameter, beside the units' gradients: Ȳ, P, v, v₀, D and X̄ are held; for a
 # while come, at most, those of a real step: θ, its gradient, two moments and θ + ηv.
 _HELD, _FOR_A_WHILE = 6, 5
+_PRODUCT = 4  # sets of rows in float64 while units are multiplied: both sides, one of them scaled, and a sum
 _OF_A_TOKEN = 30  # the same of a token, for scores, features and derivatives
 
 
@@ -54,12 +55,16 @@ def planned(
     tokens = sum(len(batch.ids) * batch.max_gen_len for batch in batches)
     held = 8 * (trainable * _HELD + tokens * _OF_A_TOKEN)
     usable = int((limit - now - _SLACK) / (1 + _UNSEEN)) - held
-    fewest = bytes_of_units(bound, 2 if config.first_order.mode == "exact" else config.first_order.num_blocks)
+    units = max(batch.num_prompts for batch in batches)
+    fewest = bytes_of_units(
+        bound, 2 if config.first_order.mode == "exact" else min(config.first_order.num_blocks, units)
+    )
+    of_products = 8 * _PRODUCT * min(IN_FLOAT64, units * max(p.numel() for p in bound.registry.trainable.values()))
     passes = Passes(bound, float64, longest_rows(batches), config)
     kinds = [*passes.kinds(usable - fewest)]
 
     def largest(config: ProbeConfig, positions: int) -> int:
-        return max(8 * trainable * _FOR_A_WHILE, *(kind(config, positions) for kind in kinds))
+        return max(8 * trainable * _FOR_A_WHILE, of_products, *(kind(config, positions) for kind in kinds))
 
     def require(remedy: str) -> int:
         """What is left for gradients beside a pass of one response."""
@@ -70,7 +75,8 @@ def planned(
             raise _too_little(limit, needed, now, "for one response at a time", remedy)
         return room
 
-    require("give shorter responses, or train fewer parameters")
+    fewer = "" if config.first_order.mode == "exact" else "first_order.num_blocks, "
+    require(f"set {fewer}generation.max_new_tokens or the number of trained parameters lower")
     kinds += passes.kinds_of_second_order(usable - fewest)
     room = require("leave the second derivatives of the witnesses out (budget: smoke)")
     config = _with_gradients(config, min(config.first_order.max_gradient_gib, room / 2**30))
@@ -97,10 +103,10 @@ def _needed(now: int, more: int) -> int:
     return now + _SLACK + int((1 + _UNSEEN) * more)
 
 
-def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig) -> ProbeConfig:
+def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig, *, later: bool = False) -> ProbeConfig:
     """The configuration with as many rows at once as sampling may have, prompts of that length among them.
 
-    A row counts as a prompt as long as it ever gets, read with its cache.
+    A row counts as a prompt as long as it ever gets, read with its cache. `later`: once P, v and θ + ηv are held too.
     """
     if config.memory_limit is None:
         return config
@@ -117,6 +123,8 @@ def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig) -> 
         uniforms = torch.zeros(rows, logits.shape[-1].bit_length(), dtype=torch.float64, device=bound.device)
         draw(masses(logits, policy.temperature, policy.top_p), uniforms)
 
+    if later:
+        now += 8 * (_HELD + 1) * sum(p.numel() for p in bound.registry.trainable.values())
     one, two = (memory.counted_bytes(partial(step, rows), bound.device) for rows in (1, 2))
     each = max(two - one, 1)
     fits = 1 + int(((limit - now - _SLACK) / (1 + _UNSEEN) - one) / each)

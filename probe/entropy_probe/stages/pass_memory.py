@@ -30,6 +30,7 @@ from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, rows_twic
 
 FEWEST = 4  # positions in a piece of logits
 _WHOLE = 4  # sets of whole logits that the zero check and scaling compare: two, their difference and its norm
+_DRAWN_ROWS, _DRAWN_COLUMNS = 8, 56  # of the largest case that is drawn
 _DRAWN = 48  # tokens of a drawn case's longest row, scored from whole logits
 _OF_A_SCORE = 6  # numbers of float64 for a logit while it is scored
 
@@ -64,11 +65,13 @@ class Passes:
         def of_graph(config: ProbeConfig) -> int:
             return config.generation.tf_batch_size
 
+        trainable = sum(p.numel() for p in self.bound.registry.trainable.values())
         yield self.counted(_score, without_graph, usable)
-        yield self.counted(_score_at, without_graph, usable)
-        yield self.counted(_differentiate, of_graph, usable)
+        yield self.counted(_score_at, without_graph, usable, fixed=8 * trainable)  # θ + ηv
+        yield self.counted(_differentiate, of_graph, usable, fixed=8 * trainable)  # of X and of Y
         yield self.counted(_differentiate_alone, lambda config: 1, usable, most_rows=1)
-        yield self.counted(_derive, without_graph, usable)
+        yield self.counted(_derive, without_graph, usable, fixed=16 * trainable)  # θ and v
+        yield replace(self, rollouts=self._drawn).counted(_score_at, lambda config: _DRAWN_ROWS, usable)
         of_column, columns = 8 * self.vocabulary, self.rollouts.ids.shape[1]
         # `BoundModel.spread_over`, of 8 rows: 4 pieces, or one column
         yield lambda config, positions: of_column * _WHOLE * min(8 + 4 * positions, 8 * columns)
@@ -83,7 +86,8 @@ class Passes:
         if "projections" not in self.config.left_out:
             yield self.counted(_alpha, rows_of, usable, most_rows=2)
         if "curvature witness" not in self.config.left_out:
-            yield self.counted(_twice, rows_of, usable, most_rows=2)
+            trainable = sum(p.numel() for p in self.bound.registry.trainable.values())
+            yield self.counted(_twice, rows_of, usable, most_rows=2, fixed=8 * trainable)
 
     def counted(
         self,
@@ -91,13 +95,14 @@ class Passes:
         rows_of: Callable[[ProbeConfig], int],
         usable: int,
         most_rows: int = 4,
+        fixed: int = 0,
     ) -> Kind:
         """f(rows, positions) ≤ f(rows, 4) + f(1, positions) − f(1, 4), from one and `most_rows` rows, and from pieces
         of 4, 16 and 64 positions.
 
         It holds because f is the larger of what the layers take, which grows with the rows, and of what the output
         layer takes beside the rows' states, which grow less. Both are convex, so that a chord lies above them, and so
-        does a line from the origin beyond the last point.
+        does a line from the origin, or from what is `fixed` in f, beyond the last point.
         """
 
         def count(rows: int, positions: int) -> int:
@@ -110,12 +115,14 @@ class Passes:
         if most_rows > 1:
             by_rows[most_rows] = count(most_rows, FEWEST) if most_rows * least <= usable else most_rows * least
         for positions in (4 * FEWEST, 16 * FEWEST):
+            if min(positions, tokens) in by_positions:  # no row has more
+                continue
             most = 4 * max(by_positions.values())
             by_positions[min(positions, tokens)] = count(1, positions) if most <= usable else most
 
         def bytes_of(config: ProbeConfig, positions: int) -> int:
             rows = rows_of(config)
-            return _above(by_rows, rows) + _above(by_positions, min(positions, tokens * rows)) - least
+            return _above(by_rows, rows, fixed) + _above(by_positions, min(positions, tokens * rows)) - least
 
         return bytes_of
 
@@ -125,11 +132,22 @@ class Passes:
         weights = torch.ones(rows, 1, dtype=torch.float64)
         return Payload(weights, torch.zeros(rows, 1, steps, dtype=torch.float64) if by_token else None)
 
-    @cached_property
+    @property
     def vocabulary(self) -> int:
-        with torch.no_grad():
-            ids = torch.zeros(1, 1, dtype=torch.long, device=self.bound.device)
-            return self.bound.logits(ids).shape[-1]
+        return self.bound.num_logits
+
+    @property
+    def _drawn(self) -> Rollouts:
+        """The largest of the cases that are drawn."""
+        columns = getattr(getattr(self.bound.language_model, "config", None), "max_position_embeddings", None)
+        width = max(2, min(_DRAWN_COLUMNS, columns or _DRAWN_COLUMNS))
+        return replace(
+            self.rollouts,
+            ids=torch.zeros(_DRAWN_ROWS, width, dtype=torch.long),
+            prompt_lens=torch.full((_DRAWN_ROWS,), width // 2),
+            gen_lens=torch.full((_DRAWN_ROWS,), width - width // 2),
+            rewards=torch.zeros(_DRAWN_ROWS, 1, dtype=torch.float64),
+        )
 
     @cached_property
     def v(self) -> dict[str, Tensor]:
@@ -190,11 +208,12 @@ def with_rows(config: ProbeConfig, rows: int) -> ProbeConfig:
     return config.model_copy(update={"generation": config.generation.model_copy(update={"tf_batch_size": rows})})
 
 
-def _above(points: Mapping[int, int], x: int) -> int:
-    """A bound of a convex function of which some points are known: the chord, or a line from the origin."""
+def _above(points: Mapping[int, int], x: int, fixed: int = 0) -> int:
+    """A bound of a convex function of which some points are known: the chord, or a line from (0, fixed)."""
     known = sorted(points)
     if x >= known[-1]:
-        return points[known[-1]] * x // known[-1]
+        least = min(fixed, points[known[0]])
+        return least + (points[known[-1]] - least) * x // known[-1]
     right = next(k for k in known if k > x)
     left = max((k for k in known if k <= x), default=right)
     if left == right:
