@@ -1,6 +1,6 @@
 """What a run computes and holds, counted: products of matrices and live tensors, stage by stage.
 
-`count` runs `run_probe` on a random Qwen2 of given sizes with a batch of random tokens, all responses of one length.
+`count` runs `run_probe` on a random Qwen2 or Llama of given sizes with a batch of random tokens, all responses of one length.
 """
 
 from __future__ import annotations
@@ -111,11 +111,12 @@ class Sizes:
     group: int = 2
     prompt: int = 10
     response: int = 20
+    kind: str = "Qwen2"
 
     def checkpoint(self, folder: Path) -> Path:
         """Random weights and moments. LoRA (r = 8) on all linear layers of the blocks."""
         torch.manual_seed(0)
-        config = transformers.Qwen2Config(
+        config = getattr(transformers, f"{self.kind}Config")(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -175,7 +176,7 @@ SIZES = {
     "small": Sizes(),
     "full": Sizes(layers=3, vocabulary=2048, lora=False, e=2, u=None),
     "wide": Sizes(hidden=128, intermediate=512, e=5, u=4, group=4),
-    "long": Sizes(layers=4, vocabulary=8192, prompt=30, response=60),
+    "long": Sizes(layers=3, vocabulary=8192, prompt=20, response=44, kind="Llama"),
 }
 
 

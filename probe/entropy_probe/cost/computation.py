@@ -10,6 +10,7 @@ other pass is made of the same products, so many times (`Pass`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from entropy_probe.cost.sizes import Batch, Network, Run
@@ -80,6 +81,17 @@ def with_graph(network: Network, kind: Pass, batch: Batch, rows_at_once: int) ->
     """The same where a graph is kept, `rows_at_once` rows at a time, those of a prompt together."""
     columns = batch.longest_of(min(batch.group, rows_at_once))
     return of_pass(network, kind, batch.rows, columns, batch.response, rows_at_once)
+
+
+def whole_columns(network: Network, rows: int, columns: float) -> float:
+    """Columns of so many rows whose whole logits are read: four pieces in all, or one of each (`spread_over`)."""
+    most = max(1, 4 * _LOGITS // (rows * min(network.vocabulary, _LOGITS)))
+    return columns if columns <= most else math.ceil(columns / math.ceil(columns / most))
+
+
+def some_rows(run: Run, most: int = _SOME_ROWS) -> int:
+    """Rows of E on which continuity and invariance are checked."""
+    return int(min(most, max(2, rows_without_graph(run.e, run.rows_at_once)), run.e.rows))
 
 
 def flops(network: Network, run: Run) -> dict[str, float]:
@@ -160,18 +172,18 @@ def _witnesses(network: Network, run: Run) -> float:
 
 
 def _continuity(network: Network, run: Run) -> float:
-    """Logits of 8 whole rows at five points; the Taylor tests on some 16 responses; invariance on 6 rows."""
+    """Logits of 8 rows at five points; the Taylor tests on some 16 responses; invariance on 6 rows."""
     e, models = run.e, 1 if run.float64 else 2
-    rows = min(_SOME_ROWS, e.rows)
+    rows = some_rows(run)
     longest = e.longest_of(rows)
-    total = 5 * of_pass(network, FORWARD, rows, longest, longest)
+    total = 5 * of_pass(network, FORWARD, rows, longest, whole_columns(network, rows, longest))
     if not run.leaves_out("taylor"):
         some = e.of(max(2, _RESPONSES // e.group))
         points = 1 + _STENCILS * _STENCIL + models * _ETAS
         total += points * without_graph(network, FORWARD, some, run.rows_at_once)
         total += without_graph(network, JVP, some, run.rows_at_once)
         total += (1 + _LOGIT_ETAS) * of_pass(network, FORWARD, rows, longest, min(_SOME_ROWS, longest))
-    rows, whole = min(_INVARIANT_ROWS, e.rows), min(_WHOLE, e.response)
+    rows, whole = some_rows(run, _INVARIANT_ROWS), min(_WHOLE, e.response)
     longest = e.longest_of(rows)
     alone = of_pass(network, FORWARD, rows, e.length, e.length)
     padded = of_pass(network, FORWARD, rows, longest, longest)
@@ -200,5 +212,5 @@ def _properties(network: Network, run: Run) -> float:
             + of_pass(network, FORWARD, 1, alone, own)
         )
         total += models * of_model + 2 * of_pass(network, FORWARD, 1, alone, alone)
-        total += 2 * of_pass(network, FORWARD, rows, longest, longest)
+        total += 2 * of_pass(network, FORWARD, rows, longest, whole_columns(network, rows, longest))
     return total

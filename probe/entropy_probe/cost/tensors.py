@@ -6,14 +6,14 @@ keeps of freed memory. Four kinds of things add up:
     held           θ, Adam's moments, gradients, P, v and the copy in float64: multiples of N and D (`held`)
     activations    of the rows that are computed together: multiples of h, f and heads·L for each token (`Kept`)
     logits         of one piece of positions: multiples of V (`BYTES_OF_A_LOGIT`)
-    whole logits   of a few whole rows, by the checks of continuity alone (`_whole`)
+    whole logits   of a few rows, by the checks of continuity alone (`_whole`)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entropy_probe.cost.computation import drawn_cases, rows_without_graph
+from entropy_probe.cost.computation import drawn_cases, rows_without_graph, some_rows, whole_columns
 from entropy_probe.cost.sizes import Batch, Network, Run
 
 
@@ -45,9 +45,13 @@ ALPHA = Kept(28, 18, 4, in_every_layer=True)
 SECOND = Kept(20, 12, 3, in_every_layer=True)
 
 # Bytes for each logit of a piece, with its temporaries: log p and entropy are in float64 (`precision.entropy_fp64`).
-BYTES_OF_A_LOGIT = {"forward": 20, "features": 52, "jvp": 88, "capture": 12, "loop": 56, "alpha": 48, "second": 160}
+BYTES_OF_A_LOGIT = {"forward": 20, "features": 52, "jvp": 88, "capture": 12, "loop": 36, "alpha": 32, "second": 40}
+# The same where entropy is differentiated, token by token (`estimator: rb`).
+BYTES_WITH_ENTROPY = {"capture": 24, "loop": 40}
+# Of every logit of a pass: what the graph of a gradient keeps of all pieces; with entropy where it is in there.
+BYTES_IN_GRAPH = {"alpha": 9, "second": 25}
+BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 25}
 _LOGITS, _DIFFERENTIATED, _LOGIT_ROWS = 1 << 21, 3 << 21, 64  # held at once: model/forward.py
-_WHOLE_LOGITS = 1 << 24  # of whole rows, at once
 _COLUMNS = 1 << 20  # of gradients that are multiplied at once: stages/gradients.py
 
 
@@ -68,7 +72,12 @@ def held(network: Network, run: Run) -> dict[str, float]:
     }
 
 
-_MADE_IN = {"gradients": ("X, Y",), "first order": ("θ in float64", "Ȳ", "P"), "update": ("v", "v₀, D")}
+_MADE_IN = {
+    "scores": ("θ in float64",),
+    "gradients": ("X, Y",),
+    "first order": ("Ȳ", "P"),
+    "update": ("v", "v₀, D"),
+}
 _ORDER = ("scores", "gradients", "first order", "update", "slopes", "entropy change", "real step")
 
 
@@ -128,12 +137,15 @@ def _transient(network: Network, run: Run, kept: Kept, batch: Batch, bytes_of: i
 
 
 def _graph(network: Network, run: Run, kept: Kept, batch: Batch, rows: int, bytes_of: int, read: str) -> float:
-    """The graph of so many rows, and a piece of logits."""
+    """The graph of so many rows, and a piece of logits, or what is kept of all."""
     rows = min(max(rows // batch.group * batch.group, min(rows, batch.group)), batch.rows)
     columns, at_once = batch.longest_of(rows), _DIFFERENTIATED if read == "capture" else _LOGITS
     positions = min(rows * batch.response, max(_LOGIT_ROWS, at_once // network.vocabulary))
-    logits = positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
-    return rows * columns * kept.numbers(network, columns) * bytes_of + logits
+    of_piece, in_graph = BYTES_OF_A_LOGIT, BYTES_IN_GRAPH
+    if run.rb:
+        of_piece, in_graph = of_piece | BYTES_WITH_ENTROPY, in_graph | BYTES_IN_GRAPH_WITH_ENTROPY
+    of_position = positions * of_piece[read] + rows * batch.response * in_graph.get(read, 0)
+    return rows * columns * kept.numbers(network, columns) * bytes_of + of_position * network.vocabulary
 
 
 def _witnesses(network: Network, run: Run) -> float:
@@ -151,17 +163,17 @@ def _witnesses(network: Network, run: Run) -> float:
     return max(ways, 24 * d + _graph(network, run, SECOND, e.of(2), few, 8, "second"))
 
 
-def _whole(network: Network, positions: float, bytes_of: int) -> float:
-    """Three sets of logits of whole rows, as two are compared."""
-    return 3 * bytes_of * min(positions * network.vocabulary, _WHOLE_LOGITS)
+def _whole(network: Network, rows: int, columns: float, bytes_of: int) -> float:
+    """Three sets of whole logits, as two are compared."""
+    return 3 * bytes_of * rows * whole_columns(network, rows, columns) * network.vocabulary
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
-    """θ + ηv in float64 and logits of 8 whole rows; with the Taylor tests a JVP."""
-    rows = min(8, run.e.rows)
+    """θ + ηv in float64 and logits of 8 rows; with the Taylor tests a JVP."""
+    rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = rows * columns * FORWARD.numbers(network, columns) * 8
-    compared = 8 * network.trainable + max(_whole(network, rows * columns, 8), of_layer)
+    compared = 8 * network.trainable + max(_whole(network, rows, columns, 8), of_layer)
     return compared if run.leaves_out("taylor") else max(compared, jvp)
 
 
@@ -169,8 +181,8 @@ def _properties(network: Network, run: Run) -> float:
     """The drawn case with most tokens: all rows in the configured dtype, one in float64 while all are scored."""
     most = 0.0
     for case in drawn_cases(network, run):
-        rows, alone = len(case.rows) * max(case.lengths), case.lengths[case.chosen]
-        pieces = min(rows, max(_LOGIT_ROWS, _LOGITS // network.vocabulary)) * BYTES_OF_A_LOGIT["forward"]
+        rows, longest, alone = len(case.rows), max(case.lengths), case.lengths[case.chosen]
+        pieces = min(rows * longest, max(_LOGIT_ROWS, _LOGITS // network.vocabulary)) * BYTES_OF_A_LOGIT["forward"]
         scored = (8 * alone + pieces) * network.vocabulary
-        most = max(most, _whole(network, rows, _dtype(run)), scored)
+        most = max(most, _whole(network, rows, longest, _dtype(run)), scored)
     return most
