@@ -1,4 +1,4 @@
-"""Measures what runs cost and writes the table of `docs/scaling.md`: `python docs/scaling.py`, in some minutes.
+"""Measures what runs cost and writes the table of `docs/scaling.md`: `python docs/scaling.py`, in some ten minutes.
 
 Every size is a random Qwen2 in a process of its own. Flops and live tensors are counted as in `tests/test_cost.py`; the
 resident size is that of the report's `memory`, less what the process held before it loaded the checkpoint.
@@ -64,7 +64,6 @@ def measured(name: str, folder: Path) -> dict[str, dict[str, float]]:
         "live": {s: held[s] / n for s, n in of.peaks.items() if s in held},
         "resident": {s: held[s] / (memory.stages[s].peak - before) for s in held if s in memory.stages},
         "size": {"gflop": sum(counted.values()) / 1e9, "mib": max(of.peaks[s] for s in held) / 2**20},
-        "rise": {s: (memory.stages[s].peak - before) / 2**20 for s in held if s in memory.stages},
         "more": {"N": of.network.parameters / 1e6, "D": of.network.trainable / 1e6},
     }
 
