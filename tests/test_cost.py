@@ -117,15 +117,19 @@ def test_a_forgotten_stage_is_outside(runs: dict[str, Counted]) -> None:
         assert stage in outside(predicted | {stage: 0.0}, run.flops)
 
 
-@pytest.mark.parametrize("parts", [{"X, Y"}, {"θ in float64", "Ȳ", "P"}, {"v", "v₀, D"}], ids=lambda parts: min(parts))
+@pytest.mark.parametrize(
+    "parts", [{"X, Y"}, {"θ in float64"}, {"Ȳ", "P"}, {"v", "v₀, D"}], ids=lambda parts: min(parts)
+)
 def test_forgotten_bytes_are_outside(
     runs: dict[str, Counted], monkeypatch: pytest.MonkeyPatch, parts: set[str]
 ) -> None:
     whole = tensors.held
     monkeypatch.setattr(tensors, "held", lambda *of: whole(*of) | dict.fromkeys(parts, 0))
-    run = runs["full"]
-    predicted = peaks(run.network, run.run)
-    assert outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}) != {}
+    found = []
+    for run in runs.values():
+        predicted = peaks(run.network, run.run)
+        found.append(outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}))
+    assert any(found)
 
 
 PASSES = {
