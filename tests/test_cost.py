@@ -179,7 +179,8 @@ def of_pass(folder: Path, sizes: Sizes, kind: str, estimator: str) -> OfPass:
         "ALPHA": lambda: by_alpha(bound, rollouts, payload, v, config),
         "SECOND": lambda: twice_in_reverse(bound, rollouts, weights, v, config),
     }
-    bound.read_logits(*map(torch.tensor, ([[0]], [0], [0])), lambda logits, _: (logits,))  # tries the output layer
+    first = torch.tensor([0])
+    bound.read_logits(first[None], first, first, lambda logits, _: (logits,))  # tries the output layer
     counter = Counter()
     for tensor in (*bound.module.parameters(), *bound.module.buffers(), *v.values()):
         counter.add(tensor)
