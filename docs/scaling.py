@@ -1,4 +1,4 @@
-"""Measures what runs cost and writes the table of `docs/scaling.md`: `python docs/scaling.py`, in some minutes.
+"""Measures what runs cost and writes the table of `docs/scaling.md`: `python docs/scaling.py`, in some ten minutes.
 
 Every size is a random Qwen2 in a process of its own. Flops and live tensors are counted as in `tests/test_cost.py`; the
 resident size is that of the report's `memory`, less what the process held before it loaded the checkpoint.
@@ -7,7 +7,6 @@ resident size is that of the report's `memory`, less what the process held befor
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured: docs/scaling.py -->\n", "<!-- end of measured -->\n"
-# glibc gives back what is freed at once; else it keeps blocks of up to 32 MiB, and more of them than are in use.
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+# Large enough to change no size: under a limit glibc gives back at once what is freed.
+LIMIT = {"memory_limit": "12GiB"}
 SHOWN = (
     "scores",
     "gradients",
@@ -53,16 +52,18 @@ def measured(name: str, folder: Path) -> dict[str, dict[str, float]]:
     from entropy_probe.cost import flops, peaks
 
     torch.set_num_threads(1)
-    of = count(folder, sizes(name), SMOKE)  # pyright: ignore[reportArgumentType]
+    of = count(folder, sizes(name), SMOKE | LIMIT)  # pyright: ignore[reportArgumentType]
+    counted = {s: n for s, n in of.flops.items() if s not in ("memory limit", "update")}
     computed, held = flops(of.network, of.run), peaks(of.network, of.run)
     memory = of.report.memory
     assert memory is not None
+    assert memory.tf_batch_size == of.report.config["generation"]["tf_batch_size"]
     before = memory.stages["load"].at_start
     return {
-        "flops": {s: computed[s] / n for s, n in of.flops.items() if n and s != "update"},
+        "flops": {s: computed[s] / n for s, n in counted.items() if n},
         "live": {s: held[s] / n for s, n in of.peaks.items() if s in held},
         "resident": {s: held[s] / (memory.stages[s].peak - before) for s in held if s in memory.stages},
-        "size": {"gflop": sum(of.flops.values()) / 1e9, "mib": max(of.peaks.values()) / 2**20},
+        "size": {"gflop": sum(counted.values()) / 1e9, "mib": max(of.peaks[s] for s in held) / 2**20},
         "more": {"N": of.network.parameters / 1e6, "D": of.network.trainable / 1e6},
     }
 
@@ -74,7 +75,7 @@ def table() -> str:
             place = str(Path(folder) / str(number))
             for verb in ("make", "measure"):
                 command = [sys.executable, __file__, verb, name, place]
-                done = subprocess.run(command, env=os.environ | RETURNED, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
             found = json.loads(done.stdout.splitlines()[-1])
             print(name, found, file=sys.stderr, flush=True)
             more, size = found["more"], found["size"]

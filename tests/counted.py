@@ -1,14 +1,18 @@
 """What a run computes and holds, counted: products of matrices and live tensors, stage by stage.
 
-`count` runs `run_probe` on a random Qwen2 of given sizes with a batch of random tokens, all responses of one length.
+`count` runs `run_probe` on a random Qwen2 or Llama of given sizes, with a batch of random tokens, all responses of one
+length.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +115,12 @@ class Sizes:
     group: int = 2
     prompt: int = 10
     response: int = 20
+    kind: str = "Qwen2"
 
     def checkpoint(self, folder: Path) -> Path:
         """Random weights and moments. LoRA (r = 8) on all linear layers of the blocks."""
         torch.manual_seed(0)
-        config = transformers.Qwen2Config(
+        config = getattr(transformers, f"{self.kind}Config")(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -175,7 +180,7 @@ SIZES = {
     "small": Sizes(),
     "full": Sizes(layers=3, vocabulary=2048, lora=False, e=2, u=None),
     "wide": Sizes(hidden=128, intermediate=512, e=5, u=4, group=4),
-    "long": Sizes(layers=4, vocabulary=8192, prompt=30, response=60),
+    "long": Sizes(layers=3, vocabulary=8192, prompt=20, response=44, kind="Llama"),
 }
 
 
@@ -205,16 +210,34 @@ def count(folder: Path, sizes: Sizes, given: dict[str, Any]) -> Counted:
 
     with counter:
         report = run_probe(checkpoint, config, *sizes.files(folder), progress=progress)
-    network = Network.of(checkpoint.model)
-    return Counted(computed, peaks, network, sizes.run(network, config, len(report.entropy_change)), report)
+    network, held = Network.of(checkpoint.model), report.memory
+    assert held is not None
+    run = sizes.run(network, config, len(report.entropy_change))
+    run = replace(run, rows_at_once=held.tf_batch_size, logits_at_once=held.logits_at_once)
+    return Counted(computed, peaks, network, run, report)
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """One of several processes: rank 0 writes what was sent, for each of some `SIZES`."""
+def main(folder: Path, names: list[str], size: int) -> None:
+    """So many processes; rank 0 writes what was sent, for each of some `SIZES`. They part after all imports."""
     torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"TORCHELASTIC_RUN_ID": "counted", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    others = [fork.Process(target=_measured, args=(folder, names, rank)) for rank in range(size)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join()
+    sys.exit(any(process.exitcode for process in others))
+
+
+def _measured(folder: Path, names: list[str], rank: int) -> None:
+    os.environ["RANK"] = str(rank)
     world = World.of_torchrun()
     for name in names:
-        files = SIZES[name].files(folder / name / str(world.rank))
+        files = SIZES[name].files(folder / name / str(rank))
         report = run_probe(folder / name / "checkpoint", ProbeConfig.from_mapping(SMOKE), *files, world=world)
         if world.first:
             report.to_json(folder / name / f"{world.size}.json")
@@ -222,4 +245,4 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2]))

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import counted
 from counted import SIZES, SMOKE, Counted, Counter, Sizes, count
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint
 from entropy_probe.cost import computation, tensors
 from entropy_probe.cost.computation import FORWARD, GROWING, flops
-from entropy_probe.cost.sizes import Batch, Network
+from entropy_probe.cost.sizes import Batch, Network, Run
 from entropy_probe.cost.tensors import peaks
 from entropy_probe.cost.traffic import sent
 from entropy_probe.model.forward import bind
+from entropy_probe.stages.gradients import Payload
+from entropy_probe.stages.projections import by_alpha
+from entropy_probe.stages.rollouts import read_rollouts
 from entropy_probe.stages.sampling import sample
+from entropy_probe.stages.witness import terms, twice_in_reverse
 
 TOLERANCE = 0.25
 STANDARD = {"invariance": {"max_examples": 2}}
@@ -112,15 +117,116 @@ def test_a_forgotten_stage_is_outside(runs: dict[str, Counted]) -> None:
         assert stage in outside(predicted | {stage: 0.0}, run.flops)
 
 
-@pytest.mark.parametrize("parts", [{"X, Y"}, {"θ in float64", "Ȳ", "P"}, {"v", "v₀, D"}], ids=lambda parts: min(parts))
+@pytest.mark.parametrize(
+    "parts", [{"X, Y"}, {"θ in float64"}, {"Ȳ", "P"}, {"v", "v₀, D"}], ids=lambda parts: min(parts)
+)
 def test_forgotten_bytes_are_outside(
     runs: dict[str, Counted], monkeypatch: pytest.MonkeyPatch, parts: set[str]
 ) -> None:
     whole = tensors.held
     monkeypatch.setattr(tensors, "held", lambda *of: whole(*of) | dict.fromkeys(parts, 0))
-    run = runs["full"]
-    predicted = peaks(run.network, run.run)
-    assert outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}) != {}
+    found = []
+    for run in runs.values():
+        predicted = peaks(run.network, run.run)
+        found.append(outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}))
+    assert any(found)
+
+
+PASSES = {
+    "few logits": Sizes(hidden=128, vocabulary=64, prompt=16, response=48),
+    "pieces of logits": Sizes(vocabulary=32_768, prompt=8, response=40),
+    "Llama": Sizes(hidden=128, intermediate=256, layers=3, vocabulary=4096, prompt=16, response=32, kind="Llama"),
+}
+KINDS = [("LOOP", "naive"), ("LOOP", "rb"), ("ALPHA", "naive"), ("ALPHA", "rb"), ("SECOND", "naive")]
+
+
+@dataclass(frozen=True)
+class OfPass:
+    """Flops and the most bytes of one pass with a graph over one response (LOOP) or two."""
+
+    network: Network
+    run: Run
+    kind: str
+    flops: int
+    bytes: int
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """predicted/measured"""
+        rows, bytes_of = self.run.e.rows, 8 if self.kind == "SECOND" else 4
+        computed = computation.with_graph(
+            self.network, getattr(computation, self.kind), self.run, self.run.e, rows_at_once=rows
+        )
+        kept = getattr(tensors, self.kind)
+        held = tensors.graph_of(self.network, self.run, kept, self.run.e, rows, bytes_of, self.kind.lower())
+        return computed / self.flops, held / self.bytes
+
+
+def of_pass(folder: Path, sizes: Sizes, kind: str, estimator: str) -> OfPass:
+    model = load_checkpoint(sizes.checkpoint(folder)).model
+    config = ProbeConfig.from_mapping({"first_order": {"estimator": estimator}})
+    bound, rows = bind(model, torch.float64 if kind == "SECOND" else torch.float32), 1 if kind == "LOOP" else 2
+    v = {name: torch.ones_like(p) for name, p in bound.registry.trainable.items()}
+    made = sizes.rollouts(folder / "rollouts.jsonl", 2, 1)
+    rollouts = read_rollouts(made, bound, None).of_prompts(torch.tensor([0]))
+    weights = torch.ones(1, sizes.group, dtype=torch.float64)
+    payload = Payload(weights, torch.ones(1, sizes.group, sizes.response) if estimator == "rb" else None)
+    works: dict[str, Callable[[], object]] = {
+        "LOOP": lambda: torch.autograd.grad(
+            terms(bound, rollouts, torch.arange(rows), payload, config, true=True).sum(),
+            list(bound.registry.trainable.values()),
+        ),
+        "ALPHA": lambda: by_alpha(bound, rollouts, payload, v, config),
+        "SECOND": lambda: twice_in_reverse(bound, rollouts, weights, v, config),
+    }
+    first = torch.tensor([0])
+    bound.read_logits(first[None], first, first, lambda logits, _: (logits,))  # tries the output layer
+    counter = Counter()
+    for tensor in (*bound.module.parameters(), *bound.module.buffers(), *v.values()):
+        counter.add(tensor)
+    before = counter.now
+    with counter:
+        works[kind]()
+    run = Run(Batch(1, rows, sizes.prompt, sizes.response), rb=estimator == "rb")
+    return OfPass(Network.of(model), run, kind, counter.flops, counter.peak - before)
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], OfPass]:
+    return {
+        (name, *kind): of_pass(tmp_path_factory.mktemp("passes"), sizes, *kind)
+        for name, sizes in PASSES.items()
+        for kind in KINDS
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_with_a_graph(passes: dict[tuple[str, str, str], OfPass], name: str, kind: tuple[str, str]) -> None:
+    assert passes[name, *kind].ratios == pytest.approx((1, 1), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [
+        *((kind, FORWARD) for kind in ("LOOP", "ALPHA", "SECOND")),
+        *((f"{kind}.{field}", 0.0) for kind in ("LOOP", "ALPHA", "SECOND") for field in ("h", "f")),
+        *((f"BYTES_OF_A_LOGIT.{kind}", 2.0) for kind in ("loop", "alpha", "second")),
+        *((f"BYTES_IN_GRAPH.{kind}", 2.0) for kind in ("alpha", "second")),
+        ("BYTES_IN_GRAPH_WITH_ENTROPY.alpha", 9 / 25),
+    ],
+)
+def test_a_wrong_number_of_a_pass_is_outside(
+    passes: dict[tuple[str, str, str], OfPass], monkeypatch: pytest.MonkeyPatch, where: str, wrong: Any
+) -> None:
+    name, _, part = where.partition(".")
+    if not part:
+        monkeypatch.setattr(computation, name, wrong)
+    elif isinstance(of := getattr(tensors, name), dict):
+        monkeypatch.setitem(of, part, wrong * of[part])
+    else:
+        monkeypatch.setattr(tensors, name, replace(of, **{part: wrong * getattr(of, part)}))
+    assert any(abs(ratio - 1) > TOLERANCE for of in passes.values() for ratio in of.ratios)
 
 
 @pytest.mark.parametrize("sizes", [SIZES["small"], SIZES["wide"], Sizes(layers=3, vocabulary=8192)], ids=str)
@@ -145,15 +251,13 @@ def test_sampling(tmp_path: Path, sizes: Sizes) -> None:
     assert computation.sampling(network, run, batch) == pytest.approx(counter.flops, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_bytes_sent(tmp_path: Path, size: int) -> None:
-    names = ("small", "full", "wide")
+@pytest.mark.parametrize(("size", "names"), [(2, ("small", "full", "wide")), (3, ("wide",))], ids=["2", "3"])
+def test_bytes_sent(tmp_path: Path, size: int, names: tuple[str, ...]) -> None:
     for name in names:
         (tmp_path / name).mkdir()
         SIZES[name].checkpoint(tmp_path / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    torch_alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, counted.__file__, str(tmp_path), *names], env=torch_alone, check=True, timeout=120)
+    command = [sys.executable, counted.__file__, str(tmp_path), str(size), *names]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=120)
     for name in names:
         sizes = SIZES[name]
         report = ProbeReport.from_json(tmp_path / name / f"{size}.json")

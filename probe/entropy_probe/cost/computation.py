@@ -10,13 +10,14 @@ other pass is made of the same products, so many times (`Pass`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from entropy_probe.cost.sizes import Batch, Network, Run
 from entropy_probe.stages.properties import Case, Space, draw
 
 _TOKENS = 4096  # of a pass without a graph, where `tf_batch_size` rows have fewer: stages/scores.py
-_LOGITS, _LOGIT_ROWS = 1 << 21, 64  # that are held at once: model/forward.py
+LOGITS, _LOGIT_ROWS = 1 << 21, 64  # that are held at once: model/forward.py
 _WITNESSED = 2  # units whose gradient is made by the loop; prompts of the second derivative
 _PROJECTED = _STEPPED = 4  # prompts of the other ways of a projection, and of the real step
 _SOME_ROWS, _LOGIT_ETAS = 8, 8  # of continuity: rows, and η at which their logits are compared
@@ -28,25 +29,25 @@ _INVARIANT_ROWS, _WHOLE = 6, 64  # of invariance: rows, and positions of one tha
 @dataclass(frozen=True)
 class Pass:
     """How often each product of the forward is computed: y = xWᵀ with W frozen, and with W trained; attention's two;
-    the output layer, frozen and trained. `again`: where the graph of its pieces is made anew in the backward."""
+    the output layer, frozen and trained. `again`: how often more that is computed where its graph is made of pieces."""
 
     frozen: float
     trained: float
     attention: float
     output: float
     output_trained: float
-    again: bool = False
+    again: int = 0
 
 
 FORWARD = Pass(1, 1, 1, 1, 1)
 # y = xWᵀ and ẏ = ẋWᵀ + xẆᵀ; torch computes the last one for a frozen W too, with zeros for Ẇ
 JVP = Pass(3, 3, 3, 3, 3)
 # the gradient of x, and of W; attention by the kernel that keeps its weights has four products in the backward
-LOOP = Pass(2, 3, 3, 2, 3, again=True)
+LOOP = Pass(2, 3, 3, 2, 3, again=1)
 # the derivative of the backward's products towards the gradient alone, which α multiplies
-ALPHA = Pass(3, 5, 5, 3, 5, again=True)
+ALPHA = Pass(3, 5, 5, 3, 5, again=1)
 # the same towards x and W too, and a backward through the forward
-SECOND = Pass(4, 9, 9, 4, 9, again=True)
+SECOND = Pass(4, 9, 9, 4, 9, again=2)
 
 
 def capture(sums: int) -> Pass:
@@ -54,11 +55,9 @@ def capture(sums: int) -> Pass:
     return Pass(2, 2 + sums, 3 if sums == 1 else 3.5, 2, 2 + sums)
 
 
-def of_pass(network: Network, kind: Pass, rows: float, length: float, scored: float, at_once: int = 0) -> float:
-    """Flops of one pass over `rows` of `length`, each with `scored` positions; `at_once` rows of them in one graph."""
+def of_pass(network: Network, kind: Pass, rows: float, length: float, scored: float) -> float:
+    """Flops of one pass over `rows` of `length`, each with `scored` positions."""
     positions, output = rows * length, kind.output_trained if network.head_trained else kind.output
-    if kind.again and at_once * scored > max(_LOGIT_ROWS, _LOGITS // network.vocabulary):
-        output += 1
     linear = 2 * positions * (kind.frozen * network.frozen + kind.trained * network.trained)
     attention = kind.attention * 4 * positions * length * network.attention * network.layers
     return linear + attention + output * 2 * rows * scored * network.hidden * network.vocabulary
@@ -76,10 +75,29 @@ def rows_without_graph(batch: Batch, rows_at_once: int) -> float:
     return 1 if rows_at_once == 1 else max(rows_at_once, min(8 * rows_at_once, fitting))
 
 
-def with_graph(network: Network, kind: Pass, batch: Batch, rows_at_once: int) -> float:
+def with_graph(network: Network, kind: Pass, run: Run, batch: Batch, rows_at_once: int) -> float:
     """The same where a graph is kept, `rows_at_once` rows at a time, those of a prompt together."""
     columns = batch.longest_of(min(batch.group, rows_at_once))
-    return of_pass(network, kind, batch.rows, columns, batch.response, rows_at_once)
+    if rows_at_once * batch.response > in_a_piece(network, run):
+        kind = replace(kind, output=kind.output + kind.again, output_trained=kind.output_trained + kind.again)
+    return of_pass(network, kind, batch.rows, columns, batch.response)
+
+
+def in_a_piece(network: Network, run: Run, logits: int = LOGITS) -> int:
+    """Positions that go through the output layer at once."""
+    most = max(_LOGIT_ROWS, logits // network.vocabulary)
+    return most if run.logits_at_once is None else max(1, min(most, run.logits_at_once // network.vocabulary))
+
+
+def whole_columns(network: Network, run: Run, rows: int, columns: float) -> float:
+    """Columns of so many rows whose whole logits are read: four pieces in all, or one of each (`spread_over`)."""
+    most = max(1, 4 * (run.logits_at_once or LOGITS) // (rows * min(network.vocabulary, LOGITS)))
+    return columns if columns <= most else math.ceil(columns / math.ceil(columns / most))
+
+
+def some_rows(run: Run, most: int = _SOME_ROWS) -> int:
+    """Rows of E on which continuity and invariance are checked."""
+    return int(min(most, max(2, rows_without_graph(run.e, run.rows_at_once)), run.e.rows))
 
 
 def flops(network: Network, run: Run) -> dict[str, float]:
@@ -124,9 +142,9 @@ def sampling(network: Network, run: Run, batch: Batch) -> float:
 
 def _gradients(network: Network, run: Run, e: Batch, u: Batch) -> float:
     """X and Y of U in one pass, or by Rao-Blackwell in two; X of E."""
-    once = with_graph(network, capture(1), u, run.rows_at_once)
-    of_u = 2 * once if run.rb else with_graph(network, capture(2), u, run.rows_at_once)
-    return of_u + (0.0 if run.same_batch else with_graph(network, capture(1), e, run.rows_at_once))
+    once = with_graph(network, capture(1), run, u, run.rows_at_once)
+    of_u = 2 * once if run.rb else with_graph(network, capture(2), run, u, run.rows_at_once)
+    return of_u + (0.0 if run.same_batch else with_graph(network, capture(1), run, e, run.rows_at_once))
 
 
 def _products(network: Network, run: Run) -> float:
@@ -141,37 +159,37 @@ def _products(network: Network, run: Run) -> float:
 def _slope_products(network: Network, run: Run, u: Batch) -> float:
     d, units = network.trainable, -(-run.units_u // run.ranks)
     sources, crossed = 2 * d * units, 2 * d * units * (units if run.ranks == 1 else 2) if run.same_batch else 0.0
-    again = with_graph(network, capture(1), u, run.rows_at_once) if run.same_batch and run.per_token else 0.0
+    again = with_graph(network, capture(1), run, u, run.rows_at_once) if run.same_batch and run.per_token else 0.0
     return sources + crossed + again
 
 
 def _witnesses(network: Network, run: Run) -> float:
     """Two units by the loop, four prompts (or one block) by a JVP and by the α-trick, two twice in reverse."""
     of_units = run.update.of(_WITNESSED * -(-run.update.prompts // run.units_u))
-    looped = with_graph(network, LOOP, of_units, 1) * (2 if run.rb else 1)
+    looped = with_graph(network, LOOP, run, of_units, 1) * (2 if run.rb else 1)
     if run.leaves_out("projections"):
         return looped
     few, at_once = run.e.of(_PROJECTED if run.blocks is None else -(-run.e.prompts // run.units_e)), run.few_at_once
-    ways = without_graph(network, JVP, few, run.rows_at_once) + with_graph(network, ALPHA, few, at_once)
+    ways = without_graph(network, JVP, few, run.rows_at_once) + with_graph(network, ALPHA, run, few, at_once)
     along_v = 2 * network.trainable * (-(-run.units_e // run.ranks) + _PROJECTED)
     of_two = run.e.of(_WITNESSED)
-    second = 0.0 if run.leaves_out("curvature witness") else with_graph(network, SECOND, of_two, at_once)
+    second = 0.0 if run.leaves_out("curvature witness") else with_graph(network, SECOND, run, of_two, at_once)
     return looped + ways + along_v + second
 
 
 def _continuity(network: Network, run: Run) -> float:
-    """Logits of 8 whole rows at five points; the Taylor tests on some 16 responses; invariance on 6 rows."""
+    """Logits of 8 rows at five points; the Taylor tests on some 16 responses; invariance on 6 rows."""
     e, models = run.e, 1 if run.float64 else 2
-    rows = min(_SOME_ROWS, e.rows)
+    rows = some_rows(run)
     longest = e.longest_of(rows)
-    total = 5 * of_pass(network, FORWARD, rows, longest, longest)
+    total = 5 * of_pass(network, FORWARD, rows, longest, whole_columns(network, run, rows, longest))
     if not run.leaves_out("taylor"):
         some = e.of(max(2, _RESPONSES // e.group))
         points = 1 + _STENCILS * _STENCIL + models * _ETAS
         total += points * without_graph(network, FORWARD, some, run.rows_at_once)
         total += without_graph(network, JVP, some, run.rows_at_once)
         total += (1 + _LOGIT_ETAS) * of_pass(network, FORWARD, rows, longest, min(_SOME_ROWS, longest))
-    rows, whole = min(_INVARIANT_ROWS, e.rows), min(_WHOLE, e.response)
+    rows, whole = some_rows(run, _INVARIANT_ROWS), min(_WHOLE, e.response)
     longest = e.longest_of(rows)
     alone = of_pass(network, FORWARD, rows, e.length, e.length)
     padded = of_pass(network, FORWARD, rows, longest, longest)
@@ -200,5 +218,5 @@ def _properties(network: Network, run: Run) -> float:
             + of_pass(network, FORWARD, 1, alone, own)
         )
         total += models * of_model + 2 * of_pass(network, FORWARD, 1, alone, alone)
-        total += 2 * of_pass(network, FORWARD, rows, longest, longest)
+        total += 2 * of_pass(network, FORWARD, rows, longest, whole_columns(network, run, rows, longest))
     return total

@@ -111,7 +111,8 @@ class Batch:
 class Run:
     """E, and U (`None`: E serves as both); how many η; units of U and of E, where these are blocks of prompts.
 
-    `rows_at_once` is `tf_batch_size`, `ranks` the number of processes, `cases` those of the drawn properties.
+    `rows_at_once` is `tf_batch_size`, `ranks` the number of processes, `cases` those of the drawn properties;
+    `logits_at_once` and other `rows_at_once` are in the report's `memory` where there was a limit.
     """
 
     e: Batch
@@ -119,6 +120,7 @@ class Run:
     etas: int = 12
     blocks: int | None = None
     rows_at_once: int = 8
+    logits_at_once: int | None = None
     ranks: int = 1
     sampled: bool = False
     rb: bool = False

@@ -6,14 +6,14 @@ keeps of freed memory. Four kinds of things add up:
     held           θ, Adam's moments, gradients, P, v and the copy in float64: multiples of N and D (`held`)
     activations    of the rows that are computed together: multiples of h, f and heads·L for each token (`Kept`)
     logits         of one piece of positions: multiples of V (`BYTES_OF_A_LOGIT`)
-    whole logits   of a few whole rows, by the checks of continuity alone (`_whole`)
+    whole logits   of a few rows, by the checks of continuity alone (`_whole`)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entropy_probe.cost.computation import drawn_cases, rows_without_graph
+from entropy_probe.cost.computation import LOGITS, drawn_cases, in_a_piece, rows_without_graph, some_rows, whole_columns
 from entropy_probe.cost.sizes import Batch, Network, Run
 
 
@@ -35,19 +35,23 @@ class Kept:
 
 
 # Measured by counting live tensors on Qwen2 with LoRA on all linear layers: 4 and 8 layers, h 128 and 256, f 384 and
-# 768, 4 heads, L 128 and 256. They hold to 10 % there (`docs/scaling.py` counts again).
+# 768, 4 heads, L 128 and 256. They hold to 10 % there, and are those of Llama (`tests/test_cost.py` counts again).
 FORWARD = Kept(4, 4, 0, in_every_layer=False)
 JVP = Kept(8, 12, 7, in_every_layer=False)
 CAPTURE = Kept(9, 5, 0, in_every_layer=True)
 # where the true derivative is asked for, attention keeps its weights
 BY_WEIGHTS = LOOP = Kept(9, 5, 1, in_every_layer=True)
-ALPHA = Kept(28, 18, 4, in_every_layer=True)
-SECOND = Kept(20, 12, 3, in_every_layer=True)
+ALPHA = Kept(19, 12, 4, in_every_layer=True)
+SECOND = Kept(20, 12, 5, in_every_layer=True)
 
 # Bytes for each logit of a piece, with its temporaries: log p and entropy are in float64 (`precision.entropy_fp64`).
-BYTES_OF_A_LOGIT = {"forward": 20, "features": 52, "jvp": 88, "capture": 12, "loop": 56, "alpha": 48, "second": 160}
-_LOGITS, _DIFFERENTIATED, _LOGIT_ROWS = 1 << 21, 3 << 21, 64  # held at once: model/forward.py
-_WHOLE_LOGITS = 1 << 24  # of whole rows, at once
+BYTES_OF_A_LOGIT = {"forward": 20, "features": 52, "jvp": 88, "capture": 12, "loop": 36, "alpha": 32, "second": 40}
+# The same where entropy is differentiated, token by token (`estimator: rb`).
+BYTES_WITH_ENTROPY = {"capture": 24, "loop": 40}
+# Of every logit of a pass: what the graph of a gradient keeps of all pieces; with entropy where it is in there.
+BYTES_IN_GRAPH = {"alpha": 9, "second": 25}
+BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 25}
+_DIFFERENTIATED = 3 << 21  # logits of a piece: model/forward.py
 _COLUMNS = 1 << 20  # of gradients that are multiplied at once: stages/gradients.py
 
 
@@ -68,7 +72,12 @@ def held(network: Network, run: Run) -> dict[str, float]:
     }
 
 
-_MADE_IN = {"gradients": ("X, Y",), "first order": ("θ in float64", "Ȳ", "P"), "update": ("v", "v₀, D")}
+_MADE_IN = {
+    "scores": ("θ in float64",),
+    "gradients": ("X, Y",),
+    "first order": ("Ȳ", "P"),
+    "update": ("v", "v₀, D"),
+}
 _ORDER = ("scores", "gradients", "first order", "update", "slopes", "entropy change", "real step")
 
 
@@ -99,8 +108,8 @@ def _above(network: Network, run: Run) -> dict[str, float]:
     above = {
         "scores": _transient(network, run, FORWARD, own_e, bytes_of, "features"),
         "gradients": max(
-            _graph(network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"),
-            0.0 if run.same_batch else _graph(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
+            graph_of(network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"),
+            0.0 if run.same_batch else graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
         ),
         "first order": 8 * d + 16 * units * network.largest,  # a mean, and one tensor of all units in float64, twice
         "update": 10 * 8 * network.largest,  # torch's own step of one tensor
@@ -121,47 +130,54 @@ def _transient(network: Network, run: Run, kept: Kept, batch: Batch, bytes_of: i
     """Without a graph: the activations of a layer, or the hidden states and a piece of logits."""
     rows = min(rows_without_graph(batch, run.rows_at_once), batch.rows)
     columns = batch.longest_of(rows)
-    positions = min(rows * batch.response, max(_LOGIT_ROWS, _LOGITS // network.vocabulary))
+    positions = min(rows * batch.response, in_a_piece(network, run))
     states = rows * columns * network.hidden * bytes_of
     logits = states + positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
     return max(rows * columns * kept.numbers(network, columns) * bytes_of, logits)
 
 
-def _graph(network: Network, run: Run, kept: Kept, batch: Batch, rows: int, bytes_of: int, read: str) -> float:
-    """The graph of so many rows, and a piece of logits."""
+def graph_of(network: Network, run: Run, kept: Kept, batch: Batch, rows: int, bytes_of: int, read: str) -> float:
+    """The graph of so many rows, and a piece of logits, or what is kept of all."""
     rows = min(max(rows // batch.group * batch.group, min(rows, batch.group)), batch.rows)
-    columns, at_once = batch.longest_of(rows), _DIFFERENTIATED if read == "capture" else _LOGITS
-    positions = min(rows * batch.response, max(_LOGIT_ROWS, at_once // network.vocabulary))
-    logits = positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
-    return rows * columns * kept.numbers(network, columns) * bytes_of + logits
+    columns, logits = batch.longest_of(rows), _DIFFERENTIATED if read == "capture" else LOGITS
+    positions = min(rows * batch.response, in_a_piece(network, run, logits))
+    of_piece, in_graph = BYTES_OF_A_LOGIT, BYTES_IN_GRAPH
+    if run.rb:
+        of_piece, in_graph = of_piece | BYTES_WITH_ENTROPY, in_graph | BYTES_IN_GRAPH_WITH_ENTROPY
+    in_all = rows * batch.response * in_graph.get(read, 0) * network.vocabulary
+    of_logits, of_rows = positions * of_piece[read] * network.vocabulary, rows * columns * bytes_of
+    graph = of_rows * kept.numbers(network, columns)
+    if read == "alpha":  # pieces are read while there is the forward's graph alone
+        return in_all + max(graph, of_rows * BY_WEIGHTS.numbers(network, columns) + of_logits)
+    return in_all + graph + of_logits
 
 
 def _witnesses(network: Network, run: Run) -> float:
     """Rows of two units in two ways, with the graph of one response; or a few prompts differentiated twice."""
     d, e, bytes_of, few = network.trainable, run.e, _dtype(run), run.few_at_once
     products = 32 * min(network.largest, _COLUMNS)
-    looped = 9 * bytes_of * d + max(products, _graph(network, run, LOOP, run.update, 1, bytes_of, "loop"))
+    looped = 9 * bytes_of * d + max(products, graph_of(network, run, LOOP, run.update, 1, bytes_of, "loop"))
     if run.leaves_out("projections"):
         return looped
     by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(4), bytes_of, "jvp")
-    by_alpha = 8 * d + 4 * bytes_of * d + _graph(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
+    by_alpha = 8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
     ways = max(looped, by_jvp, by_alpha)
     if run.leaves_out("curvature witness"):
         return ways
-    return max(ways, 24 * d + _graph(network, run, SECOND, e.of(2), few, 8, "second"))
+    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(2), few, 8, "second"))
 
 
-def _whole(network: Network, positions: float, bytes_of: int) -> float:
-    """Three sets of logits of whole rows, as two are compared."""
-    return 3 * bytes_of * min(positions * network.vocabulary, _WHOLE_LOGITS)
+def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int) -> float:
+    """Three sets of whole logits, as two are compared."""
+    return 3 * bytes_of * rows * whole_columns(network, run, rows, columns) * network.vocabulary
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
-    """θ + ηv in float64 and logits of 8 whole rows; with the Taylor tests a JVP."""
-    rows = min(8, run.e.rows)
+    """θ + ηv in float64 and logits of 8 rows; with the Taylor tests a JVP."""
+    rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = rows * columns * FORWARD.numbers(network, columns) * 8
-    compared = 8 * network.trainable + max(_whole(network, rows * columns, 8), of_layer)
+    compared = 8 * network.trainable + max(_whole(network, run, rows, columns, 8), of_layer)
     return compared if run.leaves_out("taylor") else max(compared, jvp)
 
 
@@ -169,8 +185,8 @@ def _properties(network: Network, run: Run) -> float:
     """The drawn case with most tokens: all rows in the configured dtype, one in float64 while all are scored."""
     most = 0.0
     for case in drawn_cases(network, run):
-        rows, alone = len(case.rows) * max(case.lengths), case.lengths[case.chosen]
-        pieces = min(rows, max(_LOGIT_ROWS, _LOGITS // network.vocabulary)) * BYTES_OF_A_LOGIT["forward"]
+        rows, longest, alone = len(case.rows), max(case.lengths), case.lengths[case.chosen]
+        pieces = min(rows * longest, in_a_piece(network, run)) * BYTES_OF_A_LOGIT["forward"]
         scored = (8 * alone + pieces) * network.vocabulary
-        most = max(most, _whole(network, rows, _dtype(run)), scored)
+        most = max(most, _whole(network, run, rows, longest, _dtype(run)), scored)
     return most
