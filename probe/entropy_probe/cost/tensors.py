@@ -52,7 +52,7 @@ BYTES_WITH_ENTROPY = {"capture": 24, "loop": 40}
 BYTES_IN_GRAPH = {"alpha": 9, "second": 25}
 BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 25}
 _DIFFERENTIATED = 3 << 21  # logits of a piece: model/forward.py
-_COLUMNS = 1 << 20  # of gradients that are multiplied at once: stages/gradients.py
+_IN_FLOAT64 = 1 << 22  # numbers of the rows of all units that are multiplied at once: stages/gradients.py
 
 
 def held(network: Network, run: Run) -> dict[str, float]:
@@ -111,7 +111,7 @@ def _above(network: Network, run: Run) -> dict[str, float]:
             graph_of(network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"),
             0.0 if run.same_batch else graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
         ),
-        "first order": 8 * d + 16 * units * network.largest,  # a mean, and one tensor of all units in float64, twice
+        "first order": 8 * d + 16 * min(units * network.largest, _IN_FLOAT64),  # a mean, and rows in float64, twice
         "update": 10 * 8 * network.largest,  # torch's own step of one tensor
         "slopes": jvp,
         "entropy change": bytes_of * d + scored,
@@ -155,7 +155,7 @@ def graph_of(network: Network, run: Run, kept: Kept, batch: Batch, rows: int, by
 def _witnesses(network: Network, run: Run) -> float:
     """Rows of two units in two ways, with the graph of one response; or a few prompts differentiated twice."""
     d, e, bytes_of, few = network.trainable, run.e, _dtype(run), run.few_at_once
-    products = 32 * min(network.largest, _COLUMNS)
+    products = 16 * min(2 * network.largest, _IN_FLOAT64)
     looped = 9 * bytes_of * d + max(products, graph_of(network, run, LOOP, run.update, 1, bytes_of, "loop"))
     if run.leaves_out("projections"):
         return looped
