@@ -19,11 +19,13 @@ from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
+from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import gradients, memory_limit, pass_memory
 from entropy_probe.stages.gradients import units_within_memory
 from entropy_probe.stages.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.pass_memory import Passes
 from entropy_probe.stages.rollouts import read_rollouts
+from entropy_probe.stages.scores import score
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -267,6 +269,18 @@ def test_a_product_of_units_is_within_its_bound() -> None:
         torch.testing.assert_close(gradients.weighted_sum(weights, a), weights @ a.double())
     finally:
         gradients.IN_FLOAT64 = small
+
+
+def test_weights_are_aligned(folder: Path) -> None:
+    """One row at a time, θ + 0·v gives what θ gives: both stand at a multiple of 64 bytes."""
+    model = load_checkpoint(folder / "checkpoint").model
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in model.parameters())
+    bound = bind(model)
+    e = read_rollouts(folder / "e.jsonl", bound, None)
+    config = ProbeConfig.from_mapping({"generation": {"tf_batch_size": 1}})
+    v = {name: torch.ones_like(p) for name, p in bound.registry.parameters.items() if p.requires_grad}
+    still = theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype)
+    assert torch.equal(score(bound, e, config).token_logp, score(bound, e, config, still).token_logp)
 
 
 def test_a_load_that_took_more_is_an_error() -> None:
