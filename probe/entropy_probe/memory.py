@@ -91,10 +91,15 @@ def held_bytes(device: torch.device) -> int | None:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    trim()
+    return _resident("VmRSS") if _STATUS.is_file() else None
+
+
+def trim() -> None:
+    """Give what the heap holds of freed memory back to the system, where its library can (glibc's)."""
     allocator = _glibc()
     if allocator is not None:
         allocator.malloc_trim(0)
-    return _resident("VmRSS") if _STATUS.is_file() else None
 
 
 @contextmanager

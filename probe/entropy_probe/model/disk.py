@@ -5,9 +5,7 @@ The file has no name: it is gone with its tensor, or with the process, however t
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,6 @@ def to_disk(tensor: Tensor, folder: Path | None) -> None:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensor.data = torch.frombuffer(pages, dtype=data.dtype).view(data.shape)
     _MAPS[tensor] = pages
-
-
-def trim() -> None:
-    """Give what the heap holds of freed memory back to the system, where its library can (glibc's)."""
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if release is not None:
-        release(0)
 
 
 def is_on_disk(tensor: Tensor) -> bool:

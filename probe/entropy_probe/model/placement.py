@@ -17,7 +17,8 @@ from torch import nn
 
 from entropy_probe.config import RULES
 from entropy_probe.errors import ConfigError
-from entropy_probe.model.disk import to_disk, trim
+from entropy_probe.memory import trim
+from entropy_probe.model.disk import to_disk
 from entropy_probe.model.lending import base_blocks
 
 _NAME = "_entropy_probe_placement"
