@@ -220,10 +220,10 @@ def _probe_golden_section(
 
 
 def _of_run(report: ProbeReport) -> dict[str, Any]:
-    """Digests of the configuration, apart from what only judges, and of the responses."""
-    from entropy_probe.config import JUDGES
+    """Digests of the configuration, apart from what only judges or makes room, and of the responses."""
+    from entropy_probe.config import JUDGES, MEANS
 
-    config = {key: value for key, value in report.config.items() if key not in JUDGES}
+    config = {key: value for key, value in report.config.items() if key not in (*JUDGES, *MEANS)}
     return {
         "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "responses": {"e": report.batch.fingerprint, "u": report.update_batch.fingerprint},

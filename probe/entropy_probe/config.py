@@ -113,6 +113,8 @@ MaxMemory = Annotated[dict[str, int | str] | None, BeforeValidator(_is_max_memor
 
 JUDGES = ("limits", "allow_inconclusive")
 """Sections that judge a report and have no part in its measurement."""
+MEANS = ("memory_limit", "device_map", "max_memory", "offload_folder")
+"""Keys that say how a measurement finds room, and not what is measured."""
 _reading: ContextVar[bool] = ContextVar("_reading", default=False)
 """Whether `from_mapping` is at work: it says where in the whole a value stands."""
 

@@ -59,7 +59,7 @@ class CheckpointSection(_Section):
     global_step: int | None
     optimizer: OptimizerSection
     warnings: list[str]
-    device_map: dict[str, str] | None = None
+    device_map: dict[str, str] | None
 
 
 class BatchSection(_Section):
@@ -415,10 +415,10 @@ class MemorySection(_Section):
 
     counted: Literal["resident", "allocated"]
     stages: dict[str, StageMemory]
-    limit: int | None = None
-    expected: int | None = None
+    limit: int | None
+    expected: int | None
     tf_batch_size: int
-    logits_at_once: int | None = None
+    logits_at_once: int | None
 
     @property
     def peak(self) -> int | None:

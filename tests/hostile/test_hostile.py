@@ -113,7 +113,8 @@ def test_it_loads_or_ends_in_one_line(
 def session(cwd: Path, *args: str) -> tuple[int, str]:
     """pytest with our plugin and xdist only, in a process of its own: exit code and all that it wrote."""
     command = [sys.executable, "-m", "pytest", *(f"-pno:{name}" for name in OTHERS), *args]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, check=False, timeout=500)
+    wide = {**os.environ, "COLUMNS": "1000"}  # lines that are read here are not cut
+    done = subprocess.run(command, cwd=cwd, env=wide, capture_output=True, check=False, timeout=500)
     return done.returncode, (done.stdout + done.stderr).decode(errors="backslashreplace")
 
 

@@ -171,7 +171,7 @@ def test_checkpoint_is_loaded_once_whatever_the_workers(repository: Repository) 
     for name, by_checkpoint in reports.items():
         assert list(by_checkpoint) == ["a", "b", "c"]
         for checkpoint, report in by_checkpoint.items():
-            for volatile in ("timing", "environment"):
+            for volatile in ("timing", "memory", "environment"):
                 report.pop(volatile)
             report["checkpoint"].pop("name")
             report["verdicts"].sort(key=lambda verdict: verdict["criterion"])
