@@ -69,3 +69,13 @@ def test_unreadable_pyproject(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool]\nentropy-probe = 3\n")
     with pytest.raises(ConfigError, match="is not a table"):
         ProbeConfig.load(pyproject=tmp_path / "pyproject.toml")
+
+
+@pytest.mark.parametrize("given", [{"offload_folder": "scratch"}, {"max_memory": {"cpu": "8GiB"}}])
+def test_what_belongs_to_a_device_map(given: dict[str, object]) -> None:
+    key = next(iter(given))
+    with pytest.raises(ConfigError) as caught:
+        ProbeConfig.from_mapping(given)
+    expected = f"configuration: `{key}` is given without `device_map`, which it belongs to; correct the value"
+    assert str(caught.value) == expected
+    assert ProbeConfig.from_mapping({"device_map": "auto", **given}).placement[key] is not None

@@ -292,7 +292,7 @@ class ProbeConfig(SequenceConfig):
     def _map_with_its_options(self) -> ProbeConfig:
         alone = [key for key in ("max_memory", "offload_folder") if getattr(self, key) is not None]
         if alone and self.device_map is None:
-            raise ValueError(f"`{alone[0]}` is given without a device_map: set device_map: auto, or leave it out")
+            raise ValueError(f"`{alone[0]}` is given without `device_map`, which it belongs to")
         return self
 
     @property
@@ -420,4 +420,5 @@ def _one_line(error: ValidationError, where: object, model: type[BaseModel]) -> 
         return ConfigError(where, f"`{key}` is {shown(first['input'])}", "write it as a section of keys")
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {shown(first['input'])}"
-    return ConfigError(where, f"`{key}`: {message[0].lower()}{message[1:]}{got}", "correct the value")
+    of_key = f"`{key}`: " if key else ""  # what is wrong with several keys together names them itself
+    return ConfigError(where, f"{of_key}{message[0].lower()}{message[1:]}{got}", "correct the value")
