@@ -47,14 +47,6 @@ class Passes:
     rollouts: Rollouts
     config: ProbeConfig
 
-    @cached_property
-    def _longest(self) -> int:
-        return int((self.rollouts.prompt_lens + self.rollouts.gen_lens).argmax())
-
-    @cached_property
-    def _v(self) -> dict[str, Tensor]:
-        return {name: torch.ones_like(p, device="cpu") for name, p in self.bound.registry.trainable.items()}
-
     def kinds(self, usable: int) -> Iterator[Kind]:
         """Those with a graph have `tf_batch_size` rows, or a part of them; the others more. No pass is tried that may
         take more than is `usable`, but for the least that there is."""
