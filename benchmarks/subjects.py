@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 
 VOCABULARY = {"s32k": 32_000, "s152k": 151_936, "deep": 8192}
 

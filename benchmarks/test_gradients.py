@@ -29,7 +29,7 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import payloads, response_weights, unit_gradients
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score
 
 PROMPT, GROUP, SHORTEST, LONGEST = 24, 4, 20, 60

@@ -26,7 +26,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length, score, score_rows
 
 PROMPT_LENGTHS, GROUP, GENERATED, BATCH = (72, 80, 88, 92), 8, 1645, 8

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import entropy_probe.demo
-from entropy_probe.stages.rewards import tag_pref
-from entropy_probe.stages.tasks import arithmetic
+from entropy_probe.stages.responses.rewards import tag_pref
+from entropy_probe.stages.responses.tasks import arithmetic
 
 STEPS, CHECKPOINTS = 82, 10
 BATCH = 64

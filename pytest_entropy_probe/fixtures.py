@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from entropy_probe.model.forward import BoundModel
     from entropy_probe.report import BaselineSection
     from entropy_probe.run import Prepared
-    from entropy_probe.stages.rollouts import Rollouts
+    from entropy_probe.stages.responses.rollouts import Rollouts
 
     Criterion = Callable[[ProbeReport], Verdict]
     Progress = Callable[[str, int, int], None]

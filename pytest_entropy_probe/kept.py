@@ -67,8 +67,9 @@ class Kept:
 
 def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig) -> Kept | None:
     """`None` where nothing is to be kept, or where not all is known that the measurement depends on."""
-    from entropy_probe import ProbeError, torchrun
+    from entropy_probe import ProbeError
     from entropy_probe.inputs import digest
+    from entropy_probe.processes import torchrun
 
     settings, cache = config.stash[SETTINGS], getattr(config, "cache", None)
     if settings.no_cache or cache is None:

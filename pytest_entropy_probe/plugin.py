@@ -114,7 +114,7 @@ def _is_follower(config: pytest.Config) -> bool:
     options = config.known_args_namespace
     if "TORCHELASTIC_RUN_ID" not in os.environ or options.help or options.version or not checkpoints_given(config):
         return False
-    from entropy_probe import torchrun
+    from entropy_probe.processes import torchrun
 
     return torchrun.rank() > 0
 

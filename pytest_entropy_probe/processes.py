@@ -17,7 +17,7 @@ import pytest
 from pytest_entropy_probe.settings import SETTINGS, Target
 
 if TYPE_CHECKING:
-    from entropy_probe.model.distributed import World
+    from entropy_probe.processes.world import World
 
 WORLD = pytest.StashKey[Any]()
 _END = "end"
@@ -25,7 +25,7 @@ _END = "end"
 
 def world_of(config: pytest.Config) -> World:
     """All processes of this run; this one alone where there are no others."""
-    from entropy_probe.model.distributed import ALONE
+    from entropy_probe.processes.world import ALONE
 
     return config.stash.get(WORLD, ALONE)
 
@@ -37,13 +37,14 @@ def silence() -> None:
 
 def lead(config: pytest.Config) -> None:
     """Wait for the other processes; they are let go when the session has ended."""
-    from entropy_probe import ProbeError, torchrun
+    from entropy_probe import ProbeError
+    from entropy_probe.processes import torchrun
 
     if torchrun.size() == 1:
         return
     if getattr(config.option, "numprocesses", None) or getattr(config.option, "dist", "no") != "no":
         raise pytest.UsageError("-n: xdist and torchrun both start processes; leave one of them out")
-    from entropy_probe.model.distributed import World
+    from entropy_probe.processes.world import World
 
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
@@ -70,7 +71,7 @@ def announce(config: pytest.Config, step: str, target: Target, *, keep: bool) ->
 def follow(config: pytest.Config) -> int:
     """Take every step that rank 0 takes, until its session ends. Errors are rank 0's to show."""
     from entropy_probe import ProbeError
-    from entropy_probe.model.distributed import World
+    from entropy_probe.processes.world import World
     from pytest_entropy_probe.fixtures import Subject, probe_config, warnings_are_not_errors
 
     try:

@@ -1,6 +1,9 @@
 """Shared by all tests."""
 
 import torch
+import typecheck
+
+typecheck.make_shapes_known()
 
 pytest_plugins = ["pytester"]
 

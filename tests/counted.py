@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.cost.sizes import Batch, Network, Run
-from entropy_probe.model.distributed import World
+from entropy_probe.processes.world import World
 
 aten = torch.ops.aten
 

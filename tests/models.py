@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.sampling import sample
+from entropy_probe.stages.responses.sampling import sample
 
 VOCABULARY = 67
 FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}

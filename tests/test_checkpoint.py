@@ -21,8 +21,8 @@ import models
 from entropy_probe import load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import CheckpointError, ConfigError
-from entropy_probe.model.checkpoint import groupings, order
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
+from entropy_probe.model.checkpoint.moments import groupings, order
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -22,11 +22,11 @@ from entropy_probe.estimators import taylor as series
 from entropy_probe.estimators.advantages import leave_one_out_mean
 from entropy_probe.model import precision
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages import continuity
-from entropy_probe.stages.continuity import Taylor
-from entropy_probe.stages.rollouts import Rollouts, read_rollouts, sample_rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts, sample_rollouts
+from entropy_probe.stages.responses.tasks import Prompt
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.tasks import Prompt
+from entropy_probe.stages.witnesses import continuity
+from entropy_probe.stages.witnesses.continuity import Taylor
 from test_projections import relu_model
 from test_rollouts import OneToken
 

@@ -27,7 +27,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import CheckpointError
 from entropy_probe.inputs import digest
 from entropy_probe.layout import find_layout
-from entropy_probe.model.checkpoint.deepspeed import DAMAGED, load
+from entropy_probe.model.checkpoint.formats.deepspeed import DAMAGED, load
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 from test_checkpoint import Payload
 

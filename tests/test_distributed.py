@@ -20,7 +20,7 @@ import torch
 import distributed_worker as worker
 import models
 from entropy_probe import ProbeReport, load_checkpoint
-from entropy_probe.model.distributed import ALONE
+from entropy_probe.processes.world import ALONE
 
 SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "limited", "sgd")
 # What is not a number of the measurement, and what needs all pairs of prompts, which processes never multiply.

@@ -21,11 +21,12 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages import gradients, memory_limit, pass_memory
+from entropy_probe.stages import gradients
 from entropy_probe.stages.gradients import units_within_memory
-from entropy_probe.stages.memory_limit import for_sampling, planned, require_loaded_within
-from entropy_probe.stages.pass_memory import Passes
-from entropy_probe.stages.rollouts import read_rollouts
+from entropy_probe.stages.memory import memory_limit, pass_memory
+from entropy_probe.stages.memory.memory_limit import for_sampling, planned, require_loaded_within
+from entropy_probe.stages.memory.pass_memory import Passes
+from entropy_probe.stages.responses.rollouts import read_rollouts
 from entropy_probe.stages.scores import score
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from peft.optimizers import create_loraplus_optimizer
 import models
 from entropy_probe import load_checkpoint
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint import content, groupings, order
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
+from entropy_probe.model.checkpoint.moments import content, groupings, order
 from entropy_probe.model.registry import checksum
 from test_optimizer_state import assert_held
 

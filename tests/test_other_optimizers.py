@@ -19,7 +19,7 @@ from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.__main__ import main
 from entropy_probe.errors import CheckpointError
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
-from entropy_probe.model.checkpoint.other_optimizers import KINDS
+from entropy_probe.model.checkpoint.moments.others import KINDS
 from entropy_probe.plots import save_figure, save_steps, text_table
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.criteria.gate import baseline_of

@@ -26,13 +26,14 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.model import forward
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages import projections, slopes, witness
+from entropy_probe.stages import slopes
 from entropy_probe.stages.gradients import Payload, UnitGradients, payloads, prompt_mean, unit_gradients
-from entropy_probe.stages.projections import ProjectionAgreement, projection_agreement
-from entropy_probe.stages.rollouts import Rollouts, read_rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
 from entropy_probe.stages.slopes import Slopes, slopes_along
-from entropy_probe.stages.witness import curvature_witness, largest, twice_in_reverse
+from entropy_probe.stages.witnesses import projections, witness
+from entropy_probe.stages.witnesses.projections import ProjectionAgreement, projection_agreement
+from entropy_probe.stages.witnesses.witness import curvature_witness, largest, twice_in_reverse
 
 TOLERANCE = 1e-9
 # What `slopes._JVP_CHANGE` claims for the central difference; measured: 1e-10, the rule's truncation.

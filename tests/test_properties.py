@@ -15,9 +15,9 @@ import torch
 import models
 from entropy_probe import ProbeConfig
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages import continuity, invariance, properties
-from entropy_probe.stages.properties import Case, Drawn, Space
-from entropy_probe.stages.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.witnesses import continuity, invariance, properties
+from entropy_probe.stages.witnesses.properties import Case, Drawn, Space
 
 SPACE = Space(vocabulary=67, columns=56, names=tuple("abcdefgh"), eos=(2,))
 TINY = Space(vocabulary=2, columns=2, names=("a",), eos=())
@@ -79,7 +79,7 @@ def test_cases_are_the_same_wherever_they_are_drawn(tmp_path: Path) -> None:
         "states = lambda: [random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()]\n"
         "hypothesis.settings.register_profile('own', max_examples=1, derandomize=False)\n"
         "hypothesis.settings.load_profile('own')\n"
-        "from entropy_probe.stages.properties import Space, draw\n"
+        "from entropy_probe.stages.witnesses.properties import Space, draw\n"
         "before = states()\n"
         f"cases = draw({SPACE!r}, 20, 3)\n"
         f"[case.ids({SPACE!r}) for case in cases]\n"

@@ -17,10 +17,11 @@ from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry, checksum
-from entropy_probe.stages import entropy_change, gradients, real_step, update
-from entropy_probe.stages.real_step import RealStep
-from entropy_probe.stages.rollouts import read_rollouts
+from entropy_probe.stages import entropy_change, gradients, update
+from entropy_probe.stages.responses.rollouts import read_rollouts
 from entropy_probe.stages.scores import score
+from entropy_probe.stages.witnesses import real_step
+from entropy_probe.stages.witnesses.real_step import RealStep
 
 LIMIT = 1e-12
 """4500 ulp of the terms. Rounding takes 2 of them in these models and 25 in 32 random layers; a moment that is off by

@@ -17,11 +17,11 @@ from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
 from entropy_probe.sections import batch_section
 from entropy_probe.stages.batches import draw_batches
-from entropy_probe.stages.invariance import padding
-from entropy_probe.stages.rollouts import read_rollouts, sample_rollouts
-from entropy_probe.stages.sampling import left_padded
+from entropy_probe.stages.responses.rollouts import read_rollouts, sample_rollouts
+from entropy_probe.stages.responses.sampling import left_padded
+from entropy_probe.stages.responses.tasks import Prompt
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.tasks import Prompt
+from entropy_probe.stages.witnesses.invariance import padding
 
 GOOD = {"prompt_ids": [5, 6], "response_ids": [[7, 2], [8]], "rewards": [1.0, 0.0]}
 BAD: dict[str, tuple[Any, str]] = {

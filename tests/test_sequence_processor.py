@@ -36,8 +36,8 @@ from entropy_probe.sequence_processor import (
     LogprobResults,
     SequenceProcessor,
 )
-from entropy_probe.stages.prompts import Prompt
-from entropy_probe.stages.tasks import arithmetic
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.tasks import arithmetic
 
 V = models.VOCABULARY
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz<>/ ?+-=,.;:!*()[]{}|@#$%&_^"

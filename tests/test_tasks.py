@@ -18,11 +18,11 @@ import models
 from entropy_probe import ProbeConfig
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
 from entropy_probe.model.forward import bind
-from entropy_probe.stages import rewards, tasks
 from entropy_probe.stages.batches import draw_batches
-from entropy_probe.stages.gsm8k import R1_TEMPLATE
-from entropy_probe.stages.rewards import find_reward
-from entropy_probe.stages.tasks import (
+from entropy_probe.stages.responses import rewards, tasks
+from entropy_probe.stages.responses.gsm8k import R1_TEMPLATE
+from entropy_probe.stages.responses.rewards import find_reward
+from entropy_probe.stages.responses.tasks import (
     DATASETS,
     Prompt,
     dataset_prompts,
@@ -35,7 +35,7 @@ from entropy_probe.stages.tasks import (
 QUESTION = {"question": "How many {eggs}?", "answer": "She sells 16 - 3.\n#### 1,072"}
 ASKED = Prompt(R1_TEMPLATE.replace("{question}", "How many {eggs}?"), "1,072")
 MODULE = """
-from entropy_probe.stages.tasks import Prompt, read_prompts
+from entropy_probe.stages.responses.tasks import Prompt, read_prompts
 
 def prompts(split):
     yield Prompt(f"{split} 1", "1")

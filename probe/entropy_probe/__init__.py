@@ -22,9 +22,9 @@ _WHERE = {
     "ProbeReport": "entropy_probe.report",
     "Verdict": "entropy_probe.report",
     "SequenceProcessor": "entropy_probe.sequence_processor",
-    "BatchedSequences": "entropy_probe.stages.sequences",
+    "BatchedSequences": "entropy_probe.stages.responses.sequences",
     "GenerationConfig": "entropy_probe.config",
-    "Prompt": "entropy_probe.stages.prompts",
+    "Prompt": "entropy_probe.stages.responses.prompts",
     "ProbeError": "entropy_probe.errors",
 }
 __all__ = [
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from entropy_probe.report import ProbeReport, Verdict
     from entropy_probe.run import run_probe
     from entropy_probe.sequence_processor import SequenceProcessor
-    from entropy_probe.stages.prompts import Prompt
-    from entropy_probe.stages.sequences import BatchedSequences
+    from entropy_probe.stages.responses.prompts import Prompt
+    from entropy_probe.stages.responses.sequences import BatchedSequences
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from entropy_probe import __version__, torchrun
+from entropy_probe import __version__
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
+from entropy_probe.processes import torchrun
 
 EXIT_FAILED, EXIT_USAGE = 1, 4
 
@@ -74,8 +75,8 @@ def _silence() -> Iterator[None]:
 def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe import ProbeConfig, load_checkpoint, run_probe
     from entropy_probe.layout import find_layout
-    from entropy_probe.model.distributed import World
     from entropy_probe.plots import require_drawable, save_figure
+    from entropy_probe.processes.world import World
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)

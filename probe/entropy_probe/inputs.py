@@ -14,10 +14,10 @@ import torch
 from entropy_probe.config import JUDGES, ProbeConfig
 from entropy_probe.errors import ConfigError
 from entropy_probe.layout import configured, find_layout
-from entropy_probe.model.checkpoint.adapter import find_base_model
 from entropy_probe.model.checkpoint.files import file_digest
 from entropy_probe.model.checkpoint.sharded import READERS
-from entropy_probe.stages.rewards import REWARDS
+from entropy_probe.model.checkpoint.weights.adapter import find_base_model
+from entropy_probe.stages.responses.rewards import REWARDS
 
 LIBRARIES = (
     "torch",

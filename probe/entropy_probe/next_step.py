@@ -19,11 +19,11 @@ from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages import entropy_change, gradients, slopes, update
 from entropy_probe.stages.moments import moments_match
-from entropy_probe.stages.optimizer_step import optimizer_step_agreement, preconditioner_agreement
-from entropy_probe.stages.real_step import real_step
-from entropy_probe.stages.rollouts import Progress, Rollouts
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores
 from entropy_probe.stages.share import Share
+from entropy_probe.stages.witnesses.real_step import real_step
+from entropy_probe.stages.witnesses.torch_step import optimizer_step_agreement, preconditioner_agreement
 
 Clock = Callable[[str], AbstractContextManager[None]]
 

@@ -15,21 +15,22 @@ from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
-from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel, bind, require_held
 from entropy_probe.model.placement import main_device
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.next_step import Measured, NextStep, next_step, without_second_moment
-from entropy_probe.stages import continuity, coverage, gradients, invariance
+from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages import coverage, gradients
 from entropy_probe.stages.batches import draw_batches, redraw_for, redrawn_shares
-from entropy_probe.stages.memory_limit import lends_frozen, planned, require_loaded_within
-from entropy_probe.stages.projections import projection_agreement
-from entropy_probe.stages.properties import drawn_properties
-from entropy_probe.stages.rollouts import Rollouts, eos_ids
+from entropy_probe.stages.memory.memory_limit import lends_frozen, planned, require_loaded_within
+from entropy_probe.stages.responses.rollouts import Rollouts, eos_ids
 from entropy_probe.stages.scores import rows_without_graph, score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.witness import curvature_witness, gradient_witness
+from entropy_probe.stages.witnesses import continuity, invariance
+from entropy_probe.stages.witnesses.projections import projection_agreement
+from entropy_probe.stages.witnesses.properties import drawn_properties
+from entropy_probe.stages.witnesses.witness import curvature_witness, gradient_witness
 
 Progress = Callable[[str, int, int], None]
 # Stages that every process goes through; the others are rank 0's.

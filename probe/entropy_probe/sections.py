@@ -21,19 +21,20 @@ from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.estimators.token_stats import LOGIT_VAR
 from entropy_probe.model.checkpoint import AdamState, Checkpoint, OtherOptimizer
-from entropy_probe.model.checkpoint.optimizer import hyper_parameters
-from entropy_probe.model.distributed import World
+from entropy_probe.model.checkpoint.moments.adam import hyper_parameters
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.parts import part_of
-from entropy_probe.stages import continuity, entropy_change, gradients, update
-from entropy_probe.stages.invariance import Invariance, WorstDifference
-from entropy_probe.stages.memory_limit import Plan
+from entropy_probe.processes.world import World
+from entropy_probe.stages import entropy_change, gradients, update
+from entropy_probe.stages.memory.memory_limit import Plan
 from entropy_probe.stages.moments import MomentsMatch
-from entropy_probe.stages.optimizer_step import StepAgreement
-from entropy_probe.stages.properties import Drawn, nearest
-from entropy_probe.stages.rollouts import Rollouts, early_eos
+from entropy_probe.stages.responses.rollouts import Rollouts, early_eos
 from entropy_probe.stages.scores import Scores
 from entropy_probe.stages.slopes import Slopes, SlopeSources
+from entropy_probe.stages.witnesses import continuity
+from entropy_probe.stages.witnesses.invariance import Invariance, WorstDifference
+from entropy_probe.stages.witnesses.properties import Drawn, nearest
+from entropy_probe.stages.witnesses.torch_step import StepAgreement
 
 
 def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.CheckpointSection:

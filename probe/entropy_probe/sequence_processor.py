@@ -19,10 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entropy_probe.config import GenerationConfig, SequenceConfig
@@ -40,12 +39,10 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import build_functional_params_named, theta_plus_eta_v
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages.continuity import ZeroCheck, compared
-from entropy_probe.stages.prompts import Prompt
-from entropy_probe.stages.rewards import Reward, find_reward
-from entropy_probe.stages.rollouts import eos_ids, sample_rollouts
-from entropy_probe.stages.scores import policy_scores, read_responses, require_finite, require_inside_nucleus
-from entropy_probe.stages.sequences import (
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rewards import Reward, find_reward
+from entropy_probe.stages.responses.rollouts import eos_ids, sample_rollouts
+from entropy_probe.stages.responses.sequences import (
     BatchedSequences,
     DiagnosticsResults,
     LogprobResults,
@@ -53,7 +50,12 @@ from entropy_probe.stages.sequences import (
     batched,
     steps_of,
 )
-from entropy_probe.stages.tasks import as_prompt, dataset_prompts, draw_prompts
+from entropy_probe.stages.responses.tasks import as_prompt, dataset_prompts, draw_prompts
+from entropy_probe.stages.scores import policy_scores, read_responses, require_finite, require_inside_nucleus
+from entropy_probe.stages.witnesses.continuity import ZeroCheck, compared
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = [
     "BatchedSequences",

@@ -12,7 +12,7 @@ from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
 from entropy_probe.run import Prepared
 from entropy_probe.stages.gradients import payloads, unit_gradients
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import score
 
 _ETA = 1e-6  # any step costs the same

@@ -26,21 +26,15 @@ from entropy_probe import run, sections
 from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
-from entropy_probe.model.checkpoint import adapter, optimizer
+from entropy_probe.model.checkpoint.moments import adam as optimizer
+from entropy_probe.model.checkpoint.weights import adapter
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages import (
-    entropy_change,
-    gradients,
-    optimizer_step,
-    real_step,
-    rollouts,
-    sampling,
-    scores,
-    slopes,
-    update,
-)
+from entropy_probe.stages import entropy_change, gradients, scores, slopes, update
+from entropy_probe.stages.responses import rollouts, sampling
+from entropy_probe.stages.witnesses import real_step
+from entropy_probe.stages.witnesses import torch_step as optimizer_step
 from faults.subjects import SUBJECTS
 
 Patch = pytest.MonkeyPatch
@@ -973,7 +967,7 @@ def every_adapter_merged(patch: Patch) -> None:
 @fault("lora", "sampler_parity")
 def another_base_model(patch: Patch) -> None:
     """The adapter lies on base weights that it was not trained on."""
-    from entropy_probe.model.checkpoint import pretrained
+    from entropy_probe.model.checkpoint.weights import pretrained
 
     def other(model: Any) -> Any:
         with torch.no_grad():

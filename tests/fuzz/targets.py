@@ -18,11 +18,11 @@ from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import ProbeError
 from entropy_probe.model.checkpoint.files import read_tensors
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
-from entropy_probe.model.checkpoint.optimizer import inventory, map_adam_state, read_state
-from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+from entropy_probe.model.checkpoint.moments.adam import inventory, map_adam_state, read_state
+from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.prompts import read_prompts
-from entropy_probe.stages.rollouts import read_rollouts
+from entropy_probe.stages.responses.prompts import read_prompts
+from entropy_probe.stages.responses.rollouts import read_rollouts
 from fuzz.mutations import JSON_VALUES, TENSORS, VALUES, YAML_TEXTS, as_json, cut_up, trees
 
 

@@ -12,7 +12,7 @@ import models
 from entropy_probe import ProbeConfig
 from entropy_probe.errors import CheckpointError, ConfigError, shown
 from entropy_probe.model.checkpoint import load_checkpoint
-from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from fuzz.run import fuzz
 from fuzz.targets import refused, targets
 from hostile.damage import edited, group, write_good

@@ -11,6 +11,6 @@ from entropy_probe.demo import checkpoint_path
 @pytest.fixture(scope="session", autouse=True)
 def _imported() -> None:
     import entropy_probe.run
-    import entropy_probe.stages.properties  # noqa: F401
+    import entropy_probe.stages.witnesses.properties  # noqa: F401
 
     load_checkpoint(checkpoint_path())

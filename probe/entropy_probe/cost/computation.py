@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 from entropy_probe.cost.sizes import Batch, Network, Run
-from entropy_probe.stages.properties import Case, Space, draw
+from entropy_probe.stages.witnesses.properties import Case, Space, draw
 
 _TOKENS = 4096  # of a pass without a graph, where `tf_batch_size` rows have fewer: stages/scores.py
 LOGITS, _LOGIT_ROWS = 1 << 21, 64  # that are held at once: model/forward.py

@@ -50,9 +50,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.rollouts import Rollouts, sample_rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts, sample_rollouts
+from entropy_probe.stages.responses.tasks import Prompt, arithmetic, draw_prompts, tag_pref
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.tasks import Prompt, arithmetic, draw_prompts, tag_pref
 
 SEEDS = {"supervise": 11, "stop": 12, "grpo": 13, "measure": 14}
 GROUP_SIZE = 8

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 AdvantageRule = Literal["centered", "grpo", "raw"]
 LossRule = Literal["lmax", "sequence_mean", "token_mean", "constant"]

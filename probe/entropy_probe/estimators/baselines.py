@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entropy_probe.errors import MeasurementError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 Baseline = Literal["none", "hk", "hk_ema", "hk_ridge"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Entries of a tensor share rows and columns: their correlation is less sure than that of as many independent ones.
 _SHARED = 0.04

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 NUCLEUS_EDGE = 1e-6
 """Mass by which the edge of the nucleus may be off: a float32 cumulative sum over a vocabulary of 2e5 is off by at most

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators.policy import float32_rounding, nucleus, score_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 WINDOW = 16
 """Steps in the early and in the late window of a response; all of its steps where it is shorter (then both agree)."""

@@ -19,15 +19,17 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from entropy_probe.errors import MeasurementError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 Sums = Sequence[Sequence[Tensor]] | Tensor
 """`sums[k][n]`: Σ over the rows of prompt n with the weights w_k, in the shape of what the gradient belongs to."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +21,9 @@ from entropy_probe.model.output_layer import Captured, OutputLayer
 from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
 from entropy_probe.model.registry import Registry, unwrap
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # Logits that are held at once, and positions at least. Below 64 rows, reading the head's weights for every piece is the
 # larger cost; from 64 to 512 rows the time is the same within noise, and memory grows (`benchmarks/test_scoring.py`).

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
-from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages import tasks
-from entropy_probe.stages.memory_limit import for_sampling
-from entropy_probe.stages.rewards import find_reward
-from entropy_probe.stages.rollouts import Progress, Rollouts, eos_ids, read_rollouts, redrawn, sample_rollouts
+from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.memory.memory_limit import for_sampling
+from entropy_probe.stages.responses import tasks
+from entropy_probe.stages.responses.rewards import find_reward
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts, eos_ids, read_rollouts, redrawn, sample_rollouts
 from entropy_probe.stages.share import Share
 
 

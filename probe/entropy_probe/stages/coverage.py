@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.registry import Registry
+from entropy_probe.processes.world import ALONE
 from entropy_probe.stages.gradients import UnitGradients
 
 FRESH_LORA = "its partner is zero: the adapter has not learned anything yet, so this factor has no gradient"

@@ -13,11 +13,11 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError
 from entropy_probe.estimators import importance
-from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
-from entropy_probe.stages.rollouts import Progress, Rollouts
+from entropy_probe.processes.world import ALONE
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import FirstOrderConfig, ProbeConfig
@@ -17,9 +17,12 @@ from entropy_probe.estimators.baselines import Among, rb_coefficients
 from entropy_probe.estimators.policy import score_tokens, token_logp
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.rollouts import Progress, Rollouts
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Read, Scores, read_rows
 from entropy_probe.stages.share import Share
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # Numbers of the rows of all units that are held in float64 at once, of one side of a product: 32 MiB.
 IN_FLOAT64 = 1 << 22

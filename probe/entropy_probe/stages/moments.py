@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from entropy_probe.estimators.moments import exchange_evidence
 from entropy_probe.model.checkpoint import AdamState
-from entropy_probe.model.distributed import ALONE, World
+from entropy_probe.processes.world import ALONE, World
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _ENTRIES = 4096
 _CLEAR = 5.0

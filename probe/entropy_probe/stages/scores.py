@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import GenerationConfig, PrecisionSection, ProbeConfig
@@ -16,7 +16,10 @@ from entropy_probe.estimators.policy import TokenScores, score_tokens
 from entropy_probe.estimators.token_stats import step_diagnostics, step_features, with_position
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # Tokens of a pass without a graph, where `tf_batch_size` rows have fewer: a small model spends most of such a pass on
 # the overhead of each operation.

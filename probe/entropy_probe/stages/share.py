@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from entropy_probe.estimators.baselines import Among
-from entropy_probe.model.distributed import World
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.processes.world import World
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 
 @dataclass(frozen=True)

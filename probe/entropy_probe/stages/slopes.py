@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,14 +24,17 @@ from entropy_probe.estimators.slope import (
 )
 from entropy_probe.estimators.taylor import snis_terms
 from entropy_probe.estimators.ustat import cross_moments, cross_moments_of_sums
-from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.processes.world import ALONE
 from entropy_probe.stages.gradients import UnitGradients, gram, own_dots, per_token_payload, unit_gradients
-from entropy_probe.stages.rollouts import Progress, Rollouts
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, rows_without_graph, score, score_rows
 from entropy_probe.stages.share import Share
 from entropy_probe.stages.update import UpdateDirection, norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Largest change of a response's log-probability along a stencil, and its points. Of D_v, which is exact: a central
 # difference errs by (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses

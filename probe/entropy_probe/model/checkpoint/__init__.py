@@ -26,18 +26,6 @@ from torch import nn
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import DCP, FSDP, TORCHTITAN, UNIVERSAL, VERL, ZERO, configured, find_layout
 from entropy_probe.memory import Held, Peak
-from entropy_probe.model.checkpoint import (
-    adapter,
-    dcp,
-    deepspeed,
-    deepspeed_universal,
-    fsdp,
-    optimizer,
-    other_optimizers,
-    pretrained,
-    torchtitan,
-    verl,
-)
 from entropy_probe.model.checkpoint.files import (
     fingerprint,
     global_step,
@@ -47,11 +35,15 @@ from entropy_probe.model.checkpoint.files import (
     stored_dtype,
     weight_files,
 )
-from entropy_probe.model.checkpoint.optimizer import AdamState
-from entropy_probe.model.checkpoint.order import some_names
-from entropy_probe.model.checkpoint.other_optimizers import OtherOptimizer
+from entropy_probe.model.checkpoint.formats import dcp, deepspeed, deepspeed_universal, fsdp, torchtitan, verl
+from entropy_probe.model.checkpoint.moments import adam as optimizer
+from entropy_probe.model.checkpoint.moments import others as other_optimizers
+from entropy_probe.model.checkpoint.moments.adam import AdamState
+from entropy_probe.model.checkpoint.moments.order import some_names
+from entropy_probe.model.checkpoint.moments.others import OtherOptimizer
 from entropy_probe.model.checkpoint.sharded import HEADERS, READERS
-from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+from entropy_probe.model.checkpoint.weights import adapter, pretrained
+from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.disk import is_on_disk
 from entropy_probe.model.placement import place
 

@@ -22,7 +22,6 @@ import transformers
 
 from entropy_probe.errors import CheckpointError, printable
 from entropy_probe.layout import TORCHTITAN, Layout, configured, find_layout
-from entropy_probe.model.checkpoint import adapter, optimizer, other_optimizers, pretrained
 from entropy_probe.model.checkpoint.files import (
     global_step,
     read_json,
@@ -32,9 +31,12 @@ from entropy_probe.model.checkpoint.files import (
     stored_shapes,
     weight_files,
 )
-from entropy_probe.model.checkpoint.order import names_in_file
+from entropy_probe.model.checkpoint.moments import adam as optimizer
+from entropy_probe.model.checkpoint.moments import others as other_optimizers
+from entropy_probe.model.checkpoint.moments.order import names_in_file
 from entropy_probe.model.checkpoint.sharded import HEADERS, READERS, Sharded
-from entropy_probe.model.checkpoint.tokenizer import load_tokenizer
+from entropy_probe.model.checkpoint.weights import adapter, pretrained
+from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.quiet import quiet_transformers
 
 _NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "random_states_*.pkl", "scheduler.pt", "extra_state_*.pt")

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,6 +20,9 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators.policy import nucleus
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.precision import maybe_cast_logits_fp32
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # Characters at either end of a decoded window that may differ from the whole text: a UTF-8 character has at most
 # four bytes, so three of them can be cut off, and a tokenizer may drop a leading space.

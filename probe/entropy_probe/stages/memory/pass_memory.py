@@ -17,8 +17,7 @@ from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients import Payload
-from entropy_probe.stages.projections import by_alpha
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     policy_scores,
     read_rows,
@@ -26,7 +25,8 @@ from entropy_probe.stages.scores import (
     score_rows,
     scored_with_features,
 )
-from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, rows_twice_in_reverse, terms
+from entropy_probe.stages.witnesses.projections import by_alpha
+from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, rows_twice_in_reverse, terms
 
 FEWEST = 4  # positions in a piece of logits
 _WHOLE = 4  # sets of whole logits that the zero check and scaling compare: two, their difference and its norm

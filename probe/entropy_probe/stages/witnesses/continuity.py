@@ -6,9 +6,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
@@ -27,10 +27,13 @@ from entropy_probe.estimators.taylor import (
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.entropy_change import EntropyChange, change_at
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, rows_without_graph, score
 from entropy_probe.stages.slopes import directional_derivatives
 from entropy_probe.stages.update import norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 ETA_MAIN = 1e-5
 ETA_TINY = 1e-10

@@ -16,8 +16,8 @@ from torch import nn
 from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
-from entropy_probe.model.checkpoint.pretrained import load_full_model
 from entropy_probe.model.checkpoint.sharded import Sharded, require_rounded
+from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
 
 PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")  # in the names of what is the adapter's in a whole model
 _PEFT = "base_model.model."

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.optimizer import group_keys, keys_by_group, number
-from entropy_probe.model.checkpoint.order import names_of
+from entropy_probe.model.checkpoint.moments.adam import group_keys, keys_by_group, number
+from entropy_probe.model.checkpoint.moments.order import names_of
 
 _NONE = "it has no second moment"
 _FACTORED = "it has no second moment per value"

@@ -8,9 +8,9 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
@@ -19,10 +19,13 @@ from entropy_probe.estimators.baselines import rb_coefficients
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, policy_scores, read_rows, score_rows
 from entropy_probe.stages.slopes import Slopes
 from entropy_probe.stages.update import norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 FEWER_ROWS = 4
 """With so many times fewer rows the graph of a gradient takes less memory than the pass behind X with all of them."""

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.token_stats import DiagnosticsPack, SequenceDiagnostics, TokenStepDiagnostics
 from entropy_probe.model.forward import BoundModel, form
-from entropy_probe.stages.prompts import Prompt
-from entropy_probe.stages.rollouts import Rollouts, early_eos
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rollouts import Rollouts, early_eos
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint import adapter
-from entropy_probe.model.checkpoint.dcp_metadata import COPY_AGAIN, Item, Piece, damaged, read_items
 from entropy_probe.model.checkpoint.files import load_pickle
-from entropy_probe.model.checkpoint.order import bare_name
+from entropy_probe.model.checkpoint.formats.dcp_metadata import COPY_AGAIN, Item, Piece, damaged, read_items
+from entropy_probe.model.checkpoint.moments.order import bare_name
 from entropy_probe.model.checkpoint.sharded import Sharded
+from entropy_probe.model.checkpoint.weights import adapter
 
 _OPTIMIZERS = ("optimizer", "optim")  # accelerate, torchtitan; torch's own example
 

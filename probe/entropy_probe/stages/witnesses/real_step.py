@@ -22,10 +22,10 @@ from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages.continuity import with_plain_weights
 from entropy_probe.stages.entropy_change import change_at
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
+from entropy_probe.stages.witnesses.continuity import with_plain_weights
 
 _PROMPTS = 4
 

@@ -9,7 +9,7 @@ import transformers
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.model.checkpoint.files import read_json, reason
-from entropy_probe.model.checkpoint.pretrained import check_layers
+from entropy_probe.model.checkpoint.weights.pretrained import check_layers
 from entropy_probe.model.quiet import quiet_transformers
 
 _MOST_LAYERS = 10_000

@@ -9,11 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint import adapter, dcp, optimizer
-from entropy_probe.model.checkpoint.dcp_metadata import read_items
 from entropy_probe.model.checkpoint.files import read_tensors, weight_files
-from entropy_probe.model.checkpoint.order import bare_name
+from entropy_probe.model.checkpoint.formats import dcp
+from entropy_probe.model.checkpoint.formats.dcp_metadata import read_items
+from entropy_probe.model.checkpoint.moments import adam as optimizer
+from entropy_probe.model.checkpoint.moments.order import bare_name
 from entropy_probe.model.checkpoint.sharded import Sharded
+from entropy_probe.model.checkpoint.weights import adapter
 
 
 def read(layout: Layout, values: bool = True) -> Sharded:

@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any
 
 from entropy_probe.errors import ConfigError, shown
-from entropy_probe.stages.user_functions import call, find_function
+from entropy_probe.stages.responses.user_functions import call, find_function
 
 Reward = Callable[[str, str | None], float]
 

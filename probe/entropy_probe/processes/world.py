@@ -27,9 +27,9 @@ from torch.distributed import AllreduceOptions, ProcessGroupGloo
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from entropy_probe import torchrun
 from entropy_probe.errors import DistributedError, MeasurementError, ProbeError
-from entropy_probe.model.pulse import BEAT, REMEDY, Pulse
+from entropy_probe.processes import torchrun
+from entropy_probe.processes.pulse import BEAT, REMEDY, Pulse
 
 TIMEOUT = "ENTROPY_PROBE_TIMEOUT"
 """Seconds without a pulse after which a process counts as dead; the environment variable, 60 without."""

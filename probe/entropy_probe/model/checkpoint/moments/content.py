@@ -10,14 +10,17 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.quiet import quiet_transformers
 from entropy_probe.model.registry import Registry
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _TEXTS, _TOKENS, _ENTRIES = 8, 24, 4096
 # Entries of a tensor share rows and columns: no correlation is surer than this. The same as in `moments_match`.

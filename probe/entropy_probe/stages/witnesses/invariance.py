@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.policy import score_tokens
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.rollouts import Rollouts
-from entropy_probe.stages.sampling import left_padded
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.sampling import left_padded
 from entropy_probe.stages.scores import rows_without_graph, score_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _ROWS = 6
 _PIECE = 5

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.deepspeed import (
+from entropy_probe.model.checkpoint.files import load_pickle, reason
+from entropy_probe.model.checkpoint.formats.deepspeed import (
     CONVERT,
     DAMAGED,
     Shapes,
@@ -23,7 +24,6 @@ from entropy_probe.model.checkpoint.deepspeed import (
     load,
     model_weights,
 )
-from entropy_probe.model.checkpoint.files import load_pickle, reason
 from entropy_probe.model.checkpoint.sharded import Sharded
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt", re.ASCII)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.model.checkpoint.files import load_json, load_pickle, require_dense
-from entropy_probe.model.checkpoint.order import names_of
+from entropy_probe.model.checkpoint.moments.order import names_of
 
 _NOT_ADAM = {"momentum_decay": "NAdam", "momentum": "SGD or RMSprop", "lr_decay": "Adagrad", "rho": "Adadelta"}
 MissingState = Literal["raise", "identity"]

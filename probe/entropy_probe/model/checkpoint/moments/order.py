@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.content import choose
-from entropy_probe.model.checkpoint.groupings import known_groupings
+from entropy_probe.model.checkpoint.moments.content import choose
+from entropy_probe.model.checkpoint.moments.groupings import known_groupings
 
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
 _DDP = re.compile(r"^module\.")

@@ -15,21 +15,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.config import GenerationConfig
 from entropy_probe.errors import MeasurementError, RolloutsError, shown
-from entropy_probe.model.distributed import ALONE, World
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.prompts import Prompt
-from entropy_probe.stages.rewards import LARGEST_REWARD, Reward, tag_pref
-from entropy_probe.stages.sampling import StopStrings, sample
+from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rewards import LARGEST_REWARD, Reward, tag_pref
+from entropy_probe.stages.responses.sampling import StopStrings, sample
 from entropy_probe.text import read_text
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 Progress = Callable[[str, int, int], None]
 

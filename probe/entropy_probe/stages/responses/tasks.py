@@ -20,10 +20,10 @@ from itertools import islice
 from typing import Any
 
 from entropy_probe.errors import ConfigError, shown
-from entropy_probe.stages.gsm8k import gsm8k_r1_template
-from entropy_probe.stages.prompts import Prompt, checked_prompt, read_prompts
-from entropy_probe.stages.rewards import same_answer, tag_pref
-from entropy_probe.stages.user_functions import call, find_function
+from entropy_probe.stages.responses.gsm8k import gsm8k_r1_template
+from entropy_probe.stages.responses.prompts import Prompt, checked_prompt, read_prompts
+from entropy_probe.stages.responses.rewards import same_answer, tag_pref
+from entropy_probe.stages.responses.user_functions import call, find_function
 
 __all__ = [
     "DATASETS",

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
-from entropy_probe.model.distributed import ALONE
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.processes.world import ALONE
 from entropy_probe.stages.gradients import Payload, UnitGradients, gram
-from entropy_probe.stages.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length
 from entropy_probe.stages.share import Share
 from entropy_probe.stages.slopes import Derivatives, directional_derivatives
 from entropy_probe.stages.update import norm
-from entropy_probe.stages.witness import FEWER_ROWS, lacks_derivative, largest, terms
+from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, largest, terms
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _PROMPTS = 4
 # Σ_k s_k against the gradient's own product: rounding in float32 is far below, a missing path through the model above.

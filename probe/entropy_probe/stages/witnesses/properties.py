@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages.continuity import compared
-from entropy_probe.stages.invariance import (
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.witnesses.continuity import compared
+from entropy_probe.stages.witnesses.invariance import (
     WorstDifference,
     every_token,
     generated,
@@ -27,7 +28,9 @@ from entropy_probe.stages.invariance import (
     scored_whole,
     worst_difference,
 )
-from entropy_probe.stages.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 _TOKENS = 24  # of a prompt, and of a response
 _ROWS = _PADDING = _PIECE = 8

@@ -1,0 +1,1 @@
+"""Formats whose weights and moments lie in pieces, a file each."""
