@@ -778,7 +778,7 @@ def test_unit_gradients(naive: Naive, mode: str, size: int) -> None:
     model, bound, rollouts = naive.model, naive.bound, naive.rollouts
     config = ProbeConfig.from_mapping(
         {
-            "precision": {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")},
+            "precision": {"dtype": "float64"},
             "generation": {"tf_batch_size": size},
             "first_order": {"mode": mode, "num_blocks": 2},
         }

@@ -314,7 +314,9 @@ def test_sizes(given: object, expected: int | None) -> None:
     assert ProbeConfig.from_mapping({"memory_limit": given}).memory_limit == expected
 
 
-@pytest.mark.parametrize("given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", 1000])
+@pytest.mark.parametrize(
+    "given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", "8ib", "99 gbit", 1000]
+)
 def test_what_is_no_size(given: object) -> None:
     with pytest.raises(ConfigError, match=r"`memory_limit`: .* is no size of 1 MiB or more: give one such as 8GiB"):
         ProbeConfig.from_mapping({"memory_limit": given})

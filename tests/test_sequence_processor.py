@@ -64,10 +64,9 @@ def make_tokenizer(**special: Any) -> Any:
 
 
 def config(dtype: str = "float64", **generation: Any) -> dict[str, Any]:
-    sections = ("func_override", "tf_nograd", "tf_withgrad")
     return {
         "generation": {"max_new_tokens": 9, "num_return_sequences": 3, **generation},
-        "precision": {section: {"dtype": dtype} for section in sections},
+        "precision": {"dtype": dtype},
     }
 
 

@@ -77,7 +77,7 @@ class SequenceProcessor:
 
     `config` is a `GenerationConfig`, a mapping with the sections `generation` and `precision`, or a `ProbeConfig`. The
     model is used as it is at the time of each call, in `eval()`, without autocast, in the configured precision
-    (`precision.func_override.dtype`): where its own dtype differs, each call works on a copy in that dtype. LoRA and
+    (`precision.dtype`): where its own dtype differs, each call works on a copy in that dtype. LoRA and
     PEFT stay in place, wrappers of DDP and torch.compile are taken off. `reward` names a reward as `batch.reward` does,
     or is one: (response, gold) → number. Progress of sampling goes to `logger` as INFO.
     """
@@ -374,7 +374,7 @@ class SequenceProcessor:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return str_to_dtype(self.precision.func_override.dtype)
+        return str_to_dtype(self.precision.dtype)
 
     @contextmanager
     def _bound(self) -> Iterator[BoundModel]:

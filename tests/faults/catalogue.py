@@ -779,7 +779,7 @@ def live_model_changed(patch: Patch) -> None:
     _after_sweep(patch, 1e-4)
 
 
-_FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
+_FLOAT64 = {"dtype": "float64"}
 
 
 @fault("llama", "live_model_unmodified", precision=_FLOAT64)
