@@ -31,7 +31,8 @@ from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.registry import checksum
 from entropy_probe.stages.gradients import payloads, unit_gradients
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 
 TOLERANCE = 1e-12

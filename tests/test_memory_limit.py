@@ -26,7 +26,7 @@ from entropy_probe.stages.gradients import units_within_memory
 from entropy_probe.stages.memory import memory_limit, pass_memory
 from entropy_probe.stages.memory.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.memory.pass_memory import Passes
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 
 CPU = torch.device("cpu")

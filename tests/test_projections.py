@@ -28,7 +28,8 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import slopes
 from entropy_probe.stages.gradients import Payload, UnitGradients, payloads, prompt_mean, unit_gradients
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
 from entropy_probe.stages.slopes import Slopes, slopes_along
 from entropy_probe.stages.witnesses import projections, witness

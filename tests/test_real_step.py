@@ -18,7 +18,7 @@ from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry, checksum
 from entropy_probe.stages import entropy_change, gradients, update
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses import real_step
 from entropy_probe.stages.witnesses.real_step import RealStep

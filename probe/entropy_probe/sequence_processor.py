@@ -41,7 +41,8 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import Reward, find_reward
-from entropy_probe.stages.responses.rollouts import eos_ids, sample_rollouts
+from entropy_probe.stages.responses.rollouts import eos_ids
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.sequences import (
     BatchedSequences,
     DiagnosticsResults,
