@@ -26,9 +26,7 @@ from entropy_probe.errors import DistributedError
 from entropy_probe.processes.pulse import BEAT, REMEDY, Pulse
 
 TIMEOUT = "ENTROPY_PROBE_TIMEOUT"
-"""Seconds without a pulse after which a process counts as dead; the environment variable, 60
-without.
-"""
+"""The variable with the seconds without a pulse after which a process is dead; 60 without it."""
 
 _STOPPED = 5 * BEAT  # of one whose connection is gone: it need not be waited for any longer
 _FOREVER = timedelta(days=30)
