@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import torch
+
 import typecheck
 
 typecheck.make_shapes_known()
