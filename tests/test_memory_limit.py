@@ -22,12 +22,12 @@ from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import gradients
-from entropy_probe.stages.gradients import units_within_memory
 from entropy_probe.stages.memory import memory_limit, pass_memory
 from entropy_probe.stages.memory.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.memory.pass_memory import Passes
 from entropy_probe.stages.responses.rollouts import read_rollouts
 from entropy_probe.stages.scores import score
+from entropy_probe.stages.units import units_within_memory
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

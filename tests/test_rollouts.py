@@ -15,8 +15,7 @@ from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
-from entropy_probe.sections import batch_section
-from entropy_probe.stages.batches import draw_batches
+from entropy_probe.stages.batches import batch_section, draw_batches
 from entropy_probe.stages.responses.rollouts import read_rollouts, sample_rollouts
 from entropy_probe.stages.responses.sampling import left_padded
 from entropy_probe.stages.responses.tasks import Prompt

@@ -3,61 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from entropy_probe import report as r
-from entropy_probe import sections
-from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import NoCopyError
 from entropy_probe.estimators import prediction
-from entropy_probe.model.checkpoint import Checkpoint
-from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages import entropy_change, gradients, slopes, update
-from entropy_probe.stages.moments import moments_match
-from entropy_probe.stages.responses.rollouts import Progress, Rollouts
-from entropy_probe.stages.scores import Scores
-from entropy_probe.stages.share import Share
+from entropy_probe.stages import entropy_change, slopes, update
+from entropy_probe.stages.clock import Clock
+from entropy_probe.stages.first_order import first_order_section, two_batch_section
+from entropy_probe.stages.measured import Measured
+from entropy_probe.stages.moments import moments_match, preconditioner_section
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.witnesses.real_step import real_step
-from entropy_probe.stages.witnesses.torch_step import optimizer_step_agreement, preconditioner_agreement
+from entropy_probe.stages.witnesses.torch_step import (
+    optimizer_step_agreement,
+    preconditioner_agreement,
+)
 
-Clock = Callable[[str], AbstractContextManager[None]]
+Redraw = Callable[[Mapping[str, Tensor]], Rollouts]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is known before: the model in the configured precision and in float64, scores and gradients of the batches.
+class Sections:
+    """The sections of the report that are made of the next step; `None` where it cannot be known."""
 
-    `own_e` and `own_u` are one object where one batch serves as both, and so are `units_e` and `units_u`. `ascent` is
-    Ȳ. `tokens_e` are the scores of this process's prompts, `scores_e` and `scores_u` those of all (`Share.scores`).
-    """
-
-    checkpoint: Checkpoint
-    config: ProbeConfig
-    bound: BoundModel
-    float64: BoundModel
-    own_e: Share
-    own_u: Share
-    tokens_e: Scores
-    scores_e: Scores
-    scores_u: Scores
-    units_e: gradients.UnitGradients
-    units_u: gradients.UnitGradients
-    ascent: dict[str, Tensor]
+    entropy_change: list[r.EntropyChangeRow]
+    first_order: r.FirstOrderSection | None = None
+    two_batch: r.TwoBatchSection | None = None
+    update: r.UpdateSection | None = None
+    preconditioner: r.PreconditionerSection | None = None
+    real_step: r.RealStepSection | None = None
+    real_step_missing: str | None = None
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """P and v by name, the slopes along v, and the sections of the report that are made of them: rank 0's alone."""
+    """P and v by name, the slopes along v, and the sections, which are rank 0's alone."""
 
     precond: dict[str, Tensor]
     v: dict[str, Tensor]
     along: slopes.Slopes | None
-    sections: dict[str, Any]
+    sections: Sections | None
 
 
 def without_second_moment(of: Measured) -> NextStep:
@@ -65,83 +54,79 @@ def without_second_moment(of: Measured) -> NextStep:
 
     Every value moves by 1, as in a first step of Adam's, so that a tiny η is resolved in each. Where X̄ is 0, v is 1.
     """
-    x, parameters = of.units_e.mean_x(), of.bound.registry.trainable
+    x, parameters = of.e.gradients.mean_x(), of.bound.registry.trainable
     v = {name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(p.shape) for name, p in parameters.items()}
-    still = entropy_change.sweep(of.bound, of.own_e.own, of.scores_e, v, [0.0], of.config, share=of.own_e)
+    still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
     min_ess = of.config.true_delta_h.min_ess_fraction
-    absent = ("first_order", "two_batch", "update", "real_step", "real_step_missing", "preconditioner")
-    return NextStep(
-        precond={name: torch.ones_like(direction) for name, direction in v.items()},
-        v=v,
-        along=None,
-        sections={
-            **dict.fromkeys(absent),
-            "entropy_change": [sections.change_row(change, None, 0.0, min_ess) for change in still],
-        },
-    )
+    rows = [entropy_change.change_row(change, None, 0.0, min_ess) for change in still]
+    precond = {name: torch.ones_like(direction) for name, direction in v.items()}
+    return NextStep(precond, v, None, Sections(rows))
 
 
-def next_step(
-    of: Measured, clock: Clock, progress: Progress | None, redraw: Callable[[Mapping[str, Tensor]], Rollouts] | None
-) -> NextStep:
+def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     """By the checkpoint's own Adam state. Every process takes part; what goes through no batch rank 0 does alone."""
-    checkpoint, config, bound, float64 = of.checkpoint, of.config, of.bound, of.float64
-    own_e, own_u, units_e, units_u, ascent = of.own_e, of.own_u, of.units_e, of.units_u, of.ascent
-    scores_e, world, same_batch = of.scores_e, own_e.world, own_e is own_u
+    config, adam, registry = of.config, of.checkpoint.adam, of.bound.registry
+    e, u, first, baseline = of.e, of.u, clock.world.first, of.config.first_order.baseline
     with clock("first order"):
-        precond = update.adam_preconditioner(checkpoint.adam)
-        lr, lr_source = update.learning_rate(checkpoint.adam, config.first_order.lr)
-        first_order = sections.first_order_section(units_u, precond, lr, lr_source, config.first_order.estimator)
-        across = None if same_batch else sections.two_batch_section(units_e, units_u, precond, lr)
+        precond = update.adam_preconditioner(adam)
+        lr, lr_source = update.learning_rate(adam, config.first_order.lr)
+        of_u = first_order_section(u.gradients, precond, lr, lr_source, config.first_order.estimator)
+        across = None
+        if not of.same_batch:
+            across = two_batch_section(e.gradients, u.gradients, precond, lr)
     with clock("update"):
-        direction = update.compute_update_vector_adamw(
-            bound.registry, checkpoint.adam, ascent, config.update.max_grad_norm
-        )
+        clip = config.update.max_grad_norm
+        direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip)
+        v = direction.v
         agreement = of_torch = None
-        if world.first:
-            agreement = optimizer_step_agreement(bound.registry, checkpoint.adam, ascent, direction)
-            of_torch = preconditioner_agreement(checkpoint.adam, precond)
-        match = moments_match(checkpoint.adam, units_u.y, world)
+        if first:
+            agreement = optimizer_step_agreement(registry, adam, of.ascent, direction)
+            of_torch = preconditioner_agreement(adam, precond)
+        match = moments_match(adam, u.gradients.y, clock.world)
     with clock("slopes"):
-        along = slopes.slopes_along(bound, float64, own_e.own, of.tokens_e, direction.v, config, progress, own_e)
-        cross = slopes.cross_fitted_slope(units_u, direction) if same_batch else None
-        slope, curvature = slopes.predictors(
-            bound, own_u.rollouts, of.scores_u, config, units_u, direction, along, cross, own_u
-        )
-        reach = prediction.reach(slope, curvature)
-        sources = slopes.slope_sources(units_e, units_u, direction)
+        along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, v, config, clock.progress)
+        predicting = slopes.predictors(
+            of.bound, u.share, u.scores, config, u.gradients, direction, along,
+            same_batch=of.same_batch,
+        )  # fmt: skip
+        sources = slopes.slope_sources(e.gradients, u.gradients, direction)
     with clock("entropy change"):
-        etas = world.told(entropy_change.grid(config, lr, along.d_seq_logp, reach))
-        changes = entropy_change.sweep(bound, own_e.own, scores_e, direction.v, etas, config, progress, redraw, own_e)
-        predicted = [
-            None if c.restricted else prediction.predict(c.eta, c.rb, slope, curvature, units_e.unit_of)
-            for c in changes
-        ]
+        etas = entropy_change.grid(config, lr, along.d_seq_logp, predicting.reach)
+        etas = clock.world.told(etas)
+        changes = entropy_change.sweep(of.bound, e.share, e.scores, v, etas, config, clock.progress, redraw)
+        rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
-        return NextStep(precond, direction.v, along, sections={})
+        return NextStep(precond, v, along, None)
     with clock("real step"):
-        taken, missing = None, None
-        try:
-            if "real step" not in config.left_out:
-                taken = real_step(float64, own_e.rollouts, scores_e, direction.v, ascent, checkpoint.adam, lr, config)
-        except NoCopyError as error:  # the rest of the report does not need it
-            missing = str(error)
-    baseline, min_ess = config.first_order.baseline, config.true_delta_h.min_ess_fraction
-    return NextStep(
-        precond=precond,
-        v=direction.v,
-        along=along,
-        sections={
-            "first_order": first_order,
-            "two_batch": across,
-            "update": sections.update_section(
-                direction, along, cross, (slope, curvature), agreement, sources, baseline
-            ),
-            "entropy_change": [
-                sections.change_row(*row, reach, min_ess) for row in zip(changes, predicted, strict=True)
-            ],
-            "real_step": None if taken is None else r.RealStepSection(**asdict(taken)),
-            "real_step_missing": missing,
-            "preconditioner": sections.preconditioner_section(checkpoint, precond, bound, of_torch, match),
-        },
+        taken, missing = _real_step(of, v, lr)
+    sections = Sections(
+        entropy_change=rows,
+        first_order=of_u,
+        two_batch=across,
+        update=slopes.update_section(direction, along, predicting, sources, agreement, baseline),
+        preconditioner=preconditioner_section(adam, precond, registry, of_torch, match),
+        real_step=taken,
+        real_step_missing=missing,
     )
+    return NextStep(precond, v, along, sections)
+
+
+def _row(of: Measured, change: entropy_change.EntropyChange, by: slopes.Predictors) -> r.EntropyChangeRow:
+    """A change beside its prediction, which says nothing about a policy that is cut to its nucleus."""
+    predicted = None
+    if not change.weights.restricted:
+        unit_of = of.e.share.units.of_prompt
+        predicted = prediction.predict(change.eta, change.rb, by.slope, by.curvature, unit_of)
+    min_ess = of.config.true_delta_h.min_ess_fraction
+    return entropy_change.change_row(change, predicted, by.reach, min_ess)
+
+
+def _real_step(of: Measured, v: Mapping[str, Tensor], lr: float) -> tuple[r.RealStepSection | None, str | None]:
+    """The step on a copy; where it does not fit, why: the rest of the report does not need it."""
+    if "real step" in of.config.left_out:
+        return None, None
+    adam, e = of.checkpoint.adam, of.e
+    try:
+        return real_step(of.float64, e.rollouts, e.scores, v, of.ascent, adam, lr, of.config), None
+    except NoCopyError as error:
+        return None, str(error)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe import run, sections
+from entropy_probe import run
 from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
@@ -31,10 +31,19 @@ from entropy_probe.model.checkpoint.weights import adapter
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages import entropy_change, gradients, scores, slopes, update
+from entropy_probe.stages import (
+    batches,
+    derivatives,
+    entropy_change,
+    first_order,
+    gradients,
+    products,
+    scores,
+    slopes,
+    update,
+)
 from entropy_probe.stages.responses import rollouts, sampling
-from entropy_probe.stages.witnesses import real_step
-from entropy_probe.stages.witnesses import torch_step as optimizer_step
+from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
 
 Patch = pytest.MonkeyPatch
@@ -209,15 +218,15 @@ def ema_holds_the_prompt_itself(patch: Patch) -> None:
 @fault("llama", "projections_agree", also="slope_identity")
 def preconditioner_twice(patch: Patch) -> None:
     """P on both sides of X̄ᵀPȲ."""
-    original = gradients._gram
-    patch.setattr(gradients, "_gram", lambda a, b, p: original(a, b, None if p is None else p.square()))
+    original = products._gram
+    patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None if p is None else p.square()))
 
 
 @fault("llama", "projections_agree", also="slope_identity")
 def preconditioner_on_neither_side(patch: Patch) -> None:
     """X̄ᵀȲ in place of X̄ᵀPȲ."""
-    original = gradients._gram
-    patch.setattr(gradients, "_gram", lambda a, b, p: original(a, b, None))
+    original = products._gram
+    patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None))
 
 
 def _preconditioner(patch: Patch, change: Callable[[Any, Tensor, float, float, float], Tensor]) -> None:
@@ -462,7 +471,7 @@ def _statistic(patch: Patch, change: Callable[[Any, int], dict[str, Any]]) -> No
 
     def changed(moments: Any, gram: Tensor) -> Any:
         statistic = original(moments, gram)
-        return dataclasses.replace(statistic, **change(statistic, moments.num_units))
+        return statistic.model_copy(update=change(statistic, moments.num_units))
 
     everywhere(patch, original, changed)
 
@@ -490,7 +499,7 @@ def standard_error_of_a_sum(patch: Patch) -> None:
 @fault("llama", "delta_h1_identity")
 def delta_h1_with_the_wrong_sign(patch: Patch) -> None:
     """δH₁ = lr·U_cross."""
-    then(patch, sections.first_order_section, lambda f: f.model_copy(update={"delta_h1": -f.delta_h1}))
+    then(patch, first_order.first_order_section, lambda f: f.model_copy(update={"delta_h1": -f.delta_h1}))
 
 
 @fault("llama", "two_batch_identity")
@@ -535,8 +544,8 @@ def nested_jvp(patch: Patch) -> None:
     """D²_v by a JVP within a JVP, which torch gets silently wrong in a layer norm."""
     original = slopes.slopes_along
 
-    def nested(bound: BoundModel, float64: BoundModel, batch: Any, s: Any, v: Any, config: Any, *rest: Any) -> Any:
-        along = original(bound, float64, batch, s, v, config, *rest)
+    def nested(bound: BoundModel, float64: BoundModel, share: Any, s: Any, v: Any, config: Any, *rest: Any) -> Any:
+        along, batch = original(bound, float64, share, s, v, config, *rest), share.own
         theta = float64.registry.parameters
         rows = torch.arange(len(batch.gen_lens))
 
@@ -585,7 +594,7 @@ def derivatives_all_zero(patch: Patch) -> None:
     """A forward-mode pass whose tangents got lost gives D_v = 0 everywhere."""
     then(
         patch,
-        slopes.directional_derivatives,
+        derivatives.directional_derivatives,
         lambda d: with_fields(d, d_logp=torch.zeros_like, d_entropy=torch.zeros_like),
     )
 
@@ -1028,7 +1037,7 @@ def eos_dropped(patch: Patch) -> None:
         last = r.ids.gather(1, (r.prompt_lens + r.gen_lens - 1)[:, None])[:, 0]
         return with_fields(r, gen_lens=lambda n: (n - (last < 30).long()).clamp(min=1))
 
-    then(patch, run.draw_batches, lambda batches: tuple(map(dropped, batches)))
+    then(patch, batches.draw_batches, lambda batches: tuple(map(dropped, batches)))
 
 
 @fault("llama", "sampler_parity on_policy", also="ends_at_eos")
@@ -1165,7 +1174,7 @@ def sampler_drops_eos(patch: Patch) -> None:
 @fault("llama", "batches_as_given")
 def batches_swapped(patch: Patch) -> None:
     """The update comes from the E batch, and the entropy is measured on the U batch."""
-    then(patch, run.draw_batches, lambda batches: batches[::-1])
+    then(patch, batches.draw_batches, lambda batches: batches[::-1])
 
 
 @fault("llama", "gradient_witness projections_agree slope_identity")
@@ -1177,7 +1186,7 @@ def gradients_all_zero(patch: Patch) -> None:
 @fault("llama", "optimizer_step_cosine optimizer_step_norm")
 def step_compared_with_itself(patch: Patch) -> None:
     """The step of torch's optimizer is compared for no parameter at all."""
-    original = optimizer_step.optimizer_step_agreement
+    original = torch_step.optimizer_step_agreement
     everywhere(patch, original, lambda registry, states, ascent, direction: original(registry, {}, ascent, direction))
 
 

@@ -1,244 +1,270 @@
-"""Per-unit gradients X_u and Y_u, and the matrices X_nᵀPY_m that every first-order number comes from."""
+"""Per-unit gradients X_u and Y_u, and what every first-order number comes from: the products X_nᵀPY_m."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from entropy_probe.config import FirstOrderConfig, ProbeConfig
+from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
-from entropy_probe.estimators.advantages import advantages, x_weights, y_weights
-from entropy_probe.estimators.baselines import Among, rb_coefficients
-from entropy_probe.estimators.policy import score_tokens, token_logp
+from entropy_probe.estimators.two_batch import (
+    TwoBatchMoments,
+    two_batch_moments,
+    two_batch_moments_of_sums,
+)
+from entropy_probe.estimators.ustat import (
+    CrossMoments,
+    cross_moments,
+    cross_moments_of_sums,
+    u_statistic,
+)
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.report import UStatistic
+from entropy_probe.stages.payloads import Payload
+from entropy_probe.stages.products import dots, gram, grams, prompt_mean, row_dots, weighted_sum
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
-from entropy_probe.stages.scores import Read, Scores, read_rows
+from entropy_probe.stages.scores import read_rows
 from entropy_probe.stages.share import Share
+from entropy_probe.stages.units import Units
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Numbers of the rows of all units that are held in float64 at once, of one side of a product: 32 MiB.
-IN_FLOAT64 = 1 << 22
-# Gradients of single prompts that are held beside those of the units.
-_WITNESSED = 8
+_Key = TypeVar("_Key", bound=Hashable)
+_Rows = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class UnitGradients:
-    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit; the unit of each prompt.
+    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit.
 
-    A unit is a prompt (`exact`), or the mean over a block of prompts whose sizes differ by at most one (`block`).
-
-    Of several processes each holds the rows of its own units, and the sums over all: `sums_x` and `sums_y` of units,
-    `means_x` and `means_y` of prompts, name → [numel] in float64. Alone these are not made.
+    A unit is a prompt, or the mean over a block of prompts. The matrix K_nm = X_nᵀPY_m is known whole.
     """
 
     x: dict[str, Float[Tensor, "U D"]]
     y: dict[str, Float[Tensor, "U D"]]
-    unit_of: Int[Tensor, " B"]
-    mode: str
-    share: Share | None = None
-    sums_x: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
-    sums_y: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
-    means_x: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
-    means_y: dict[str, Float[Tensor, " D"]] = field(default_factory=dict)
-
-    @property
-    def several(self) -> bool:
-        """Whether other processes hold units too."""
-        return self.share is not None and self.share.several
-
-    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
-        """X̄ over all prompts, in float64."""
-        return self.means_x if self.several else prompt_mean(self.x, self.sizes)
-
-    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
-        """Ȳ over all prompts, in float64."""
-        return self.means_y if self.several else prompt_mean(self.y, self.sizes)
-
-    def of_units(self, values: Tensor) -> Tensor:
-        """[U, …] from [u, …] of everybody's own units."""
-        return values if self.share is None else self.share.of_units(values)
-
-    def rows(self, side: Mapping[str, Tensor], chosen: Int[Tensor, " k"]) -> dict[str, Float[Tensor, "k D"]]:
-        """The rows of some units, wherever they are."""
-        share = self.share
-        return {n: t[chosen] if share is None else share.rows(t, chosen, share.units) for n, t in side.items()}
+    units: Units
 
     @property
     def sizes(self) -> Int[Tensor, " U"]:
-        return torch.bincount(self.unit_of)
+        """The number of prompts of each unit."""
+        return self.units.sizes
 
+    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+        """X̄ over all prompts, in float64."""
+        return prompt_mean(self.x, self.sizes)
 
-def response_advantages(rollouts: Rollouts, config: FirstOrderConfig) -> Float[Tensor, "B G"]:
-    """The file's own `advantages`, where it has them, else the configured rule on the rewards."""
-    return rollouts.advantages if rollouts.advantages is not None else advantages(rollouts.rewards, config.advantage)
+    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+        """Ȳ over all prompts, in float64."""
+        return prompt_mean(self.y, self.sizes)
 
+    def with_x_of(self, other: UnitGradients) -> UnitGradients:
+        """These, with the X of another payload on the same units."""
+        return replace(self, x=other.x)
 
-def response_weights(
-    rollouts: Rollouts, scores: Scores, config: ProbeConfig
-) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G"]]:
-    """(c, a) with X_n = Σ_g c_ng ∇S_ng (the naive estimator) and Y_n = Σ_g a_ng ∇S_ng."""
-    rule, limit = config.first_order.loss, config.generation.max_new_tokens
-    advantage = response_advantages(rollouts, config.first_order)
-    return x_weights(scores.seq_logp), y_weights(advantage, scores.gen_lens, rule, limit)
+    def of_units(self, values: Tensor) -> Tensor:
+        """[U, …] from the same of the units that are held here."""
+        return values
+
+    def products(self, precond: _Rows, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """By name (all, without `names`), what is known of K; so are its sums over names."""
+        return grams({name: self.x[name] for name in names or self.x}, self.y, precond)
+
+    def gathered(self, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        """`products`, or sums of them, of the units of all processes."""
+        return dict(products)
+
+    def moments(self, products: Tensor) -> CrossMoments:
+        """Of gathered products."""
+        return cross_moments(products)
+
+    def statistic(self, products: Tensor) -> UStatistic:
+        """Of gathered products."""
+        return u_statistic(self.moments(products), products)
+
+    def plain_product(self) -> float:
+        """X̄ᵀȲ over units, without P."""
+        return cross_moments(gram(self.x, self.y)).bars_dot
+
+    def products_with(self, u: UnitGradients, precond: _Rows) -> dict[str, Tensor]:
+        """By name, what is known of X_kᵀPY_m with Y of another batch."""
+        return grams(self.x, u.y, precond)
+
+    def gathered_with(self, u: UnitGradients, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        """`products_with`, or sums of them, of the units of all processes."""
+        return dict(products)
+
+    def moments_with(self, u: UnitGradients, products: Tensor) -> TwoBatchMoments:
+        """Of gathered products with Y of another batch."""
+        return two_batch_moments(products, self.sizes, u.sizes)
 
 
 @dataclass(frozen=True)
-class Payload:
-    """What a prompt's gradient is made of: Σ_g w_ng ∇f_ng with constant `weights` w, where f = Σ_t log p_t or, with
-    constant `coefficients` κ, f = Σ_t (H_t + κ_t·log p_t)."""
+class OwnUnitGradients(UnitGradients):
+    """The rows of this process's own units, where others hold units too, and the sums over all.
 
-    weights: Float[Tensor, "B G"]
-    coefficients: Float[Tensor, "B G T"] | None = None
-
-    def read(self, temperature: float) -> Read:
-        def logp(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            return (token_logp(logits, tokens, temperature),)
-
-        def entropy_and_logp(logits: Tensor, tokens: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
-            scored = score_tokens(logits, tokens, temperature, 1.0)
-            return (scored.entropy + coefficients.to(logits.dtype) * scored.logp,)
-
-        return logp if self.coefficients is None else entropy_and_logp
-
-    def of_rows(self, rows: Int[Tensor, " R"]) -> Float[Tensor, "R T"] | None:
-        """κ of some responses."""
-        return None if self.coefficients is None else self.coefficients.flatten(0, 1)[rows]
-
-    def of_prompts(self, prompts: Int[Tensor, " b"]) -> Payload:
-        """The same for some prompts only."""
-        return Payload(self.weights[prompts], None if self.coefficients is None else self.coefficients[prompts])
-
-    def sums(
-        self, logp: Float[Tensor, "R T"], entropy: Float[Tensor, "R T"], rows: Int[Tensor, " R"]
-    ) -> Float[Tensor, " R"]:
-        """f of some responses in float64, from log p and H; or a derivative of f, from theirs."""
-        kappa = self.of_rows(rows)
-        if kappa is None:
-            return logp.double().sum(-1)
-        kappa = kappa[:, : logp.shape[-1]].to(logp.device)
-        return (entropy.double() + kappa * logp.double()).sum(-1)
-
-
-def payloads(
-    rollouts: Rollouts, scores: Scores, config: ProbeConfig, among: Among | None = None
-) -> tuple[Payload, Payload]:
-    """Those of X, by the configured estimator of −∇H, and of Y; `among` where these are not all prompts.
-
-    naive   X_n = Σ_g c_ng ∇S_ng
-    rb      X_n = −(1/G) Σ_g Σ_t (∇H_t + (R_{≥t} − b_t) ∇log p_t)
+    `sums_x` and `sums_y` are over units, `means_x` and `means_y` over prompts, name → [numel] in float64.
+    Of K, which nobody holds, the sums of each row and of each column and the diagonal are known.
     """
-    weights_x, weights_y = response_weights(rollouts, scores, config)
-    first_order, y = config.first_order, Payload(weights_y)
-    if first_order.estimator == "naive":
-        return Payload(weights_x), y
-    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among)
-    return Payload(torch.full_like(weights_x, -1.0 / rollouts.num_responses), kappa), y
 
+    share: Share
+    sums_x: dict[str, Float[Tensor, " D"]]
+    sums_y: dict[str, Float[Tensor, " D"]]
+    means_x: dict[str, Float[Tensor, " D"]]
+    means_y: dict[str, Float[Tensor, " D"]]
 
-def per_token_payload(scores: Scores) -> Payload:
-    """That of X for the entropy per token, whose mean over prompts estimates −∇(H/E[T]), naive:
+    @classmethod
+    def of(cls, held: UnitGradients, share: Share) -> OwnUnitGradients:
+        """One all-reduce of ΣX and one of ΣY, in buckets; as many again where units are blocks."""
+        world, sizes = share.world, held.sizes.double()
+        own, total = sizes[share.own_units], float(sizes.sum())
 
-        X_n = Σ_g c_ng ∇S_ng/T̄,   c of S − s̄T in place of S,   s̄ = ΣS/ΣT
+        def summed(weights: Tensor, rows: _Rows) -> dict[str, Tensor]:
+            return world.totals({name: weighted_sum(weights, t) for name, t in rows.items()})
 
-    s̄ and T̄ are constants of it; what they add to the spread of a cross-fitted slope is lost in the noise of Y.
-    """
-    lengths = scores.gen_lens.double()
-    excess = scores.seq_logp - scores.seq_logp.sum() / lengths.sum() * lengths
-    return Payload(x_weights(excess) / lengths.mean())
+        found: dict[str, dict[str, Tensor]] = {}
+        for side, rows in (("x", held.x), ("y", held.y)):
+            of_units = found[f"sums_{side}"] = summed(torch.ones_like(own), rows)
+            of_prompts = of_units if held.units.mode == "exact" else summed(own, rows)
+            found[f"means_{side}"] = {name: t / total for name, t in of_prompts.items()}
+        return cls(held.x, held.y, held.units, share, **found)
+
+    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+        return self.means_x
+
+    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+        return self.means_y
+
+    def with_x_of(self, other: UnitGradients) -> UnitGradients:
+        assert isinstance(other, OwnUnitGradients)
+        return replace(self, x=other.x, sums_x=other.sums_x)
+
+    def of_units(self, values: Tensor) -> Tensor:
+        return self.share.of_units(values)
+
+    def products(self, precond: _Rows, names: Iterable[str] | None = None) -> dict[str, Float[Tensor, "u 3"]]:
+        """Σ_m K_nm = x_n·P·ΣY, Σ_m K_mn = y_n·P·ΣX and K_nn = x_n·P·y_n of each own unit n."""
+        chosen = list(names or self.x)
+        rows = dots({name: self.x[name] for name in chosen}, self.sums_y, precond)
+        columns = dots({name: self.y[name] for name in chosen}, self.sums_x, precond)
+        diagonal = {n: row_dots(self.x[n], self.y[n], precond[n].reshape(-1)) for n in chosen}
+        return {n: torch.stack([rows[n], columns[n], diagonal[n]], 1) for n in chosen}
+
+    def gathered(self, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        together = self.of_units(torch.cat(list(products.values()), 1))
+        widths = [values.shape[1] for values in products.values()]
+        return dict(zip(products, together.split(widths, 1), strict=True))
+
+    def moments(self, products: Tensor) -> CrossMoments:
+        return cross_moments_of_sums(products)
+
+    def statistic(self, products: Tensor) -> UStatistic:
+        return u_statistic(self.moments(products), None)
+
+    def plain_product(self) -> float:
+        products = (torch.dot(self.sums_x[name], t) for name, t in self.sums_y.items())
+        return float(sum(products)) / len(self.sizes) ** 2
+
+    def products_with(self, u: UnitGradients, precond: _Rows) -> dict[str, Float[Tensor, " eu"]]:
+        """s_k = X_kᵀPȲ of the own units of this batch, then t_m = X̄ᵀPY_m of those of the other."""
+        s, t = dots(self.x, u.mean_y(), precond), dots(u.y, self.mean_x(), precond)
+        return {name: torch.cat([s[name], t[name]]) for name in s}
+
+    def gathered_with(self, u: UnitGradients, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        own = self.share.own_units.stop - self.share.own_units.start
+        s, t = torch.stack(list(products.values()), 1).tensor_split([own])
+        whole = torch.cat([self.of_units(s), u.of_units(t)])
+        return dict(zip(products, whole.unbind(1), strict=True))
+
+    def moments_with(self, u: UnitGradients, products: Tensor) -> TwoBatchMoments:
+        s, t = products.tensor_split([len(self.sizes)])
+        return two_batch_moments_of_sums(s, t, self.sizes)
 
 
 def unit_gradients(
     bound: BoundModel,
-    rollouts: Rollouts,
+    share: Share,
     config: ProbeConfig,
     of_x: Payload,
     of_y: Payload | None = None,
     *,
     stage: str = "gradients",
     progress: Progress | None = None,
-    share: Share | None = None,
 ) -> UnitGradients:
     """X_n and Y_n (`payloads`) of every prompt n, or their means within blocks of prompts.
 
-    Where the module detaches a part of itself (DoRA), or its padding token is read, X is the true derivative and Y the
-    module's own autograd, because that is what the trainer's step uses; where the two are one, and both are weighted
-    ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
+    Where the module detaches a part of itself (DoRA), or its padding token is read, X is the true derivative
+    and Y the module's own autograd, because that is what the trainer's step uses; where the two are one, and
+    both are weighted ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
 
-    With a `share` of `rollouts` the payloads are those of its own prompts, and only its units are made. What the others
-    make is known by its sums: one all-reduce of ΣX and one of ΣY, in buckets.
+    The payloads are those of the share's own prompts, and only its units are made here.
     """
-    parameters = bound.registry.trainable
+    parameters, rollouts = bound.registry.trainable, share.own
     if not parameters:
         raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
-    mode, units_of_all = units_of(bound, rollouts, config)
-    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(rollouts.tokens)
-    unit_of = units_of_all
-    if share is not None:
-        rollouts, unit_of = share.own, units_of_all[share.prompts] - share.units.start
+    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(share.rollouts.tokens)
+    unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
     sizes = torch.bincount(unit_of)
     x = {n: torch.zeros(len(sizes), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
     y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
-    on_cpu = bound.device.type == "cpu"  # then sums are added where they belong, and no second copy is made of them
-    temperature, per_row = config.generation.temperature, sizes[unit_of].repeat_interleave(rollouts.num_responses)
-
-    def add(units: Tensor, rows: Tensor, sides: list[tuple[dict[str, Tensor], Payload]], *, true: bool) -> None:
-        """One forward and one backward, for sides with the same payload; as many rows of each of the units."""
-        weights = torch.stack([payload.weights.reshape(-1)[rows] / per_row[rows] for _, payload in sides])
-        into = {
-            name: [[side[name][unit].view(p.shape) for unit in units] for side, _ in sides]
-            for name, p in parameters.items()
-        }
-        capture = Capture(parameters, weights.to(bound.device), len(units), into if on_cpu else None)
-        payload = sides[0][1]
-        options = {"beside": payload.of_rows(rows), "true_derivative": true, "capture": capture}
-        (values,) = read_rows(bound, rollouts, rows, payload.read(temperature), **options)
-        sums = capture.sums(values.sum(-1))
-        for name, own in into.items() if not on_cpu else ():
-            for k, n in itertools.product(range(len(sides)), range(len(units))):
-                own[k][n].add_(sums[name][k][n].cpu())
+    per_row = sizes[unit_of].repeat_interleave(rollouts.num_responses)
+    added = _Added(bound, rollouts, per_row, config.generation.temperature)
 
     done = 0
     for units, rows in _microbatches(rollouts, unit_of, config.generation.tf_batch_size):
         if of_y is not None and one_pass:
-            add(units, rows, [(x, of_x), (y, of_y)], true=False)
+            added.to([(x, of_x), (y, of_y)], units, rows, true=False)
         else:
-            add(units, rows, [(x, of_x)], true=True)
+            added.to([(x, of_x)], units, rows, true=True)
             if of_y is not None:
-                add(units, rows, [(y, of_y)], true=False)
+                added.to([(y, of_y)], units, rows, true=False)
         done += len(rows)
         if progress is not None:
             progress(stage, done, len(rollouts.gen_lens))
-    units = UnitGradients(x, y, units_of_all, mode, share)
-    return _with_sums(units) if units.several else units
+    held = UnitGradients(x, y, share.units)
+    return OwnUnitGradients.of(held, share) if share.several else held
 
 
-def _with_sums(units: UnitGradients) -> UnitGradients:
-    """ΣX and ΣY over the units of all processes, and over their prompts, where a unit is more than one."""
-    assert units.share is not None
-    world, sizes = units.share.world, units.sizes.double()
-    own, total = sizes[units.share.units], float(sizes.sum())
-    found = {}
-    for side, rows in (("x", units.x), ("y", units.y)):
-        once = torch.ones_like(own)
-        sums = found[f"sums_{side}"] = world.totals({name: weighted_sum(once, t) for name, t in rows.items()})
-        if units.mode == "block":
-            sums = world.totals({name: weighted_sum(own, t) for name, t in rows.items()})
-        found[f"means_{side}"] = {name: t / total for name, t in sums.items()}
-    return replace(units, **found)
+@dataclass(frozen=True)
+class _Added:
+    """Gradients of some rows, added to the sums of their units. `per_row`: the prompts of a row's unit."""
+
+    bound: BoundModel
+    rollouts: Rollouts
+    per_row: Tensor
+    temperature: float
+
+    def to(self, sides: list[tuple[dict[str, Tensor], Payload]], units: Tensor, rows: Tensor, *, true: bool) -> None:
+        """One forward and one backward, for sides with the same payload; as many rows of each of the units."""
+        bound, parameters = self.bound, self.bound.registry.trainable
+        prompts = self.per_row[rows]
+        weights = torch.stack([payload.weights.reshape(-1)[rows] / prompts for _, payload in sides])
+        into = {
+            name: [[side[name][unit].view(p.shape) for unit in units] for side, _ in sides]
+            for name, p in parameters.items()
+        }
+        # on the CPU sums are added where they belong, and no second copy is made of them
+        here = into if bound.device.type == "cpu" else None
+        capture = Capture(parameters, weights.to(bound.device), len(units), here)
+        payload = sides[0][1]
+        options = {"beside": payload.of_rows(rows), "true_derivative": true, "capture": capture}
+        read = payload.read(self.temperature)
+        (values,) = read_rows(bound, self.rollouts, rows, read, **options)
+        sums = capture.sums(values.sum(-1))
+        for name, own in into.items() if here is None else ():
+            for k, n in itertools.product(range(len(sides)), range(len(units))):
+                own[k][n].add_(sums[name][k][n].cpu())
 
 
 def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(units, rows) with at most `size` rows of similar length, as many of each unit, one unit after the other: some
-    prompts that are units themselves, some prompts of one unit, or some rows of one prompt."""
+    """(units, rows) with at most `size` rows of similar length, as many of each unit, one unit after the other:
+    some prompts that are units themselves, some prompts of one unit, or some rows of one prompt."""
     group, at_once = rollouts.num_responses, max(1, size // rollouts.num_responses)
     lengths = rollouts.per_prompt(rollouts.prompt_lens + rollouts.gen_lens).amax(1)
     order = torch.argsort(lengths, stable=True)
@@ -250,113 +276,3 @@ def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> 
             rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
             for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:
                 yield unit_of[prompts] if single else unit_of[prompts[:1]], part
-
-
-def units_of(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> tuple[str, Int[Tensor, " B"]]:
-    """(mode, the unit of each prompt); the same however many processes there are."""
-    mode, num_units = units_within_memory(bound, rollouts, config)
-    return mode, torch.arange(rollouts.num_prompts) * num_units // rollouts.num_prompts
-
-
-def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> tuple[str, int]:
-    """(mode, number of units): every prompt a unit in `exact` mode where the gradients fit into
-    `first_order.max_gradient_gib`, else as many blocks as fit; `num_blocks` of them in `block` mode.
-
-    Held at once are X and Y of the U batch, X of the E batch, and X and Y of two prompts in two ways, for the witness.
-    """
-    first_order, size_b = config.first_order, rollouts.num_prompts
-    room = (first_order.max_gradient_gib * 2**30 / _bytes_of_one(bound) - _WITNESSED) / 3
-    if first_order.mode == "exact" and size_b <= room:
-        return "exact", size_b
-    most = int(room)
-    wanted = max(most, 2) if first_order.mode == "exact" else min(first_order.num_blocks, size_b)
-    if wanted > most:
-        raise MeasurementError(
-            "first_order.max_gradient_gib",
-            f"gradients of {wanted} blocks need {bytes_of_units(bound, wanted) / 2**30:.2g} GiB, "
-            f"{first_order.max_gradient_gib:g} are allowed",
-            "raise it, or set first_order.num_blocks lower" if wanted > 2 else "raise it",
-        )
-    return "block", wanted
-
-
-def bytes_of_units(bound: BoundModel, units: int) -> int:
-    """What the gradients of so many units take, with those of the witness."""
-    return int((3 * units + _WITNESSED) * _bytes_of_one(bound))
-
-
-def _bytes_of_one(bound: BoundModel) -> float:
-    return sum(p.numel() for p in bound.registry.trainable.values()) * torch.finfo(bound.dtype).bits / 8
-
-
-def gram(
-    left: Mapping[str, Float[Tensor, "U D"]],
-    right: Mapping[str, Float[Tensor, "V D"]],
-    precond: Mapping[str, Float[Tensor, ...]] | None = None,
-) -> Float[Tensor, "U V"]:
-    """Σ_names left_u · P ⊙ right_v in float64; P enters each product exactly once (P = 1 without `precond`)."""
-    return torch.stack(list(grams(left, right, precond).values())).sum(0)
-
-
-def grams(
-    left: Mapping[str, Float[Tensor, "U D"]],
-    right: Mapping[str, Float[Tensor, "V D"]],
-    precond: Mapping[str, Float[Tensor, ...]] | None = None,
-) -> dict[str, Float[Tensor, "U V"]]:
-    """The terms of `gram`, by name."""
-    return {name: _gram(a, right[name], None if precond is None else precond[name]) for name, a in left.items()}
-
-
-def _gram(a: Tensor, b: Tensor, precond: Tensor | None) -> Tensor:
-    total, p = torch.zeros(len(a), len(b), dtype=torch.float64), None if precond is None else precond.reshape(-1)
-    for part in _columns(a if len(a) > len(b) else b):
-        scaled = b[:, part].double() if p is None else b[:, part].double() * p[part].double()
-        total += a[:, part].double() @ scaled.T
-    return total
-
-
-def dots(
-    rows: Mapping[str, Float[Tensor, "U D"]],
-    vector: Mapping[str, Float[Tensor, ...]],
-    precond: Mapping[str, Float[Tensor, ...]] | None = None,
-) -> dict[str, Float[Tensor, " U"]]:
-    """row_u · P ⊙ vector in float64, by name."""
-    return {name: g[:, 0] for name, g in grams(rows, {n: v.reshape(1, -1) for n, v in vector.items()}, precond).items()}
-
-
-def own_dots(
-    units: UnitGradients, precond: Mapping[str, Float[Tensor, ...]], names: Iterable[str] | None = None
-) -> dict[str, Float[Tensor, "u 3"]]:
-    """By name, of each own unit: Σ_m K_nm, Σ_m K_mn and K_nn, of the matrix K_nm = X_nᵀPY_m that nobody holds.
-
-    x_n·P·ΣY,   y_n·P·ΣX,   x_n·P·y_n
-    """
-    found = {}
-    for name in units.x if names is None else names:
-        x, y, p = units.x[name], units.y[name], {name: precond[name]}
-        rows, columns = (
-            dots({name: side}, {name: total[name]}, p)[name] for side, total in ((x, units.sums_y), (y, units.sums_x))
-        )
-        diagonal = torch.zeros(len(x), dtype=torch.float64)
-        for part in _columns(x):
-            diagonal += (x[:, part].double() * p[name].reshape(-1)[part].double() * y[:, part].double()).sum(1)
-        found[name] = torch.stack([rows, columns, diagonal], 1)
-    return found
-
-
-def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]) -> dict[str, Float[Tensor, " D"]]:
-    """Mean over prompts, in float64: units weighted by the number of their prompts."""
-    share = sizes.double() / sizes.sum()
-    return {name: weighted_sum(share, values) for name, values in units.items()}
-
-
-def weighted_sum(weights: Float[Tensor, " U"], rows: Float[Tensor, "U D"]) -> Float[Tensor, " D"]:
-    """Σ_u weights_u·rows_u in float64."""
-    parts = [(weights[:, None] * rows[:, part].double()).sum(0) for part in _columns(rows)]
-    return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float64)
-
-
-def _columns(rows: Tensor) -> Iterator[slice]:
-    """A few columns at a time."""
-    size = max(1, IN_FLOAT64 // max(len(rows), 1))
-    return (slice(start, start + size) for start in range(0, rows.shape[1], size))
