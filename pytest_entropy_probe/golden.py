@@ -116,7 +116,7 @@ class ProbeGolden:
         report = report or self._subject.report
         meta: dict[str, Any] = {
             "versions": {"entropy_probe": __version__, "python": platform.python_version(), **_versions()},
-            "dtype": config.precision.func_override.dtype,
+            "dtype": config.precision.dtype,
             "device": config.device,
         }
         return meta if report is None else {**meta, "fingerprint": report.checkpoint.fingerprint}

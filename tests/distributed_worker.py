@@ -23,7 +23,7 @@ from entropy_probe.processes.world import World
 from entropy_probe.stages.memory.memory_limit import Plan, planned
 from entropy_probe.stages.units import bytes_of_units
 
-FLOAT64 = {"precision": {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}}
+FLOAT64 = {"precision": {"dtype": "float64"}}
 SMOKE = {"budget": "smoke", **FLOAT64}
 ETAS = {"true_delta_h": {"etas": [-1e-3, 1e-2]}}
 # configuration, E batch, U batch; without files the demo samples

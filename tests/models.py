@@ -17,7 +17,7 @@ from entropy_probe.stages.share import Share
 from entropy_probe.stages.units import units_of
 
 VOCABULARY = 67
-FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
+FLOAT64 = {"dtype": "float64"}
 EOS = 2
 COMMON = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
 ROPE = {

@@ -23,8 +23,10 @@ from entropy_probe.estimators.advantages import leave_one_out_mean
 from entropy_probe.model import precision
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.report import TaylorTests
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts, sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses import continuity
 from test_projections import relu_model

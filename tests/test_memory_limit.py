@@ -25,7 +25,7 @@ from entropy_probe.stages import gradients
 from entropy_probe.stages.memory import memory_limit, pass_memory
 from entropy_probe.stages.memory.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.memory.pass_memory import Passes
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.units import units_within_memory
 
@@ -314,7 +314,9 @@ def test_sizes(given: object, expected: int | None) -> None:
     assert ProbeConfig.from_mapping({"memory_limit": given}).memory_limit == expected
 
 
-@pytest.mark.parametrize("given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", 1000])
+@pytest.mark.parametrize(
+    "given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", "8ib", "99 gbit", 1000]
+)
 def test_what_is_no_size(given: object) -> None:
     with pytest.raises(ConfigError, match=r"`memory_limit`: .* is no size of 1 MiB or more: give one such as 8GiB"):
         ProbeConfig.from_mapping({"memory_limit": given})

@@ -42,7 +42,7 @@ from entropy_probe.stages import (
     slopes,
     update,
 )
-from entropy_probe.stages.responses import rollouts, sampling
+from entropy_probe.stages.responses import drawing, rollouts, rollouts_file, sampled_rollouts, sampling
 from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
 
@@ -788,7 +788,7 @@ def live_model_changed(patch: Patch) -> None:
     _after_sweep(patch, 1e-4)
 
 
-_FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
+_FLOAT64 = {"dtype": "float64"}
 
 
 @fault("llama", "live_model_unmodified", precision=_FLOAT64)
@@ -1014,8 +1014,7 @@ def entropy_of_the_wrong_step(patch: Patch) -> None:
 
 
 def _lines(patch: Patch, change: Callable[[Any], Any]) -> None:
-    original = rollouts._assemble
-    patch.setattr(rollouts, "_assemble", lambda lines, *a: change(original(lines, *a)))
+    then(patch, rollouts.assembled, change)
 
 
 @fault("llama", "chunk_invariance sampler_parity", also="batch_invariance")
@@ -1054,12 +1053,14 @@ def padding_scored(patch: Patch) -> None:
 @fault("llama", refused="goes on after the EOS")
 def tokens_after_eos(patch: Patch) -> None:
     """The engine did not stop at an EOS, and its file holds what came after."""
-    original = rollouts._LineReader.read
+    original = rollouts_file.json_lines
 
-    def read(self: Any, content: str, where: str) -> Any:
-        return original(self, content.replace('"response_ids": [[', '"response_ids": [[2, '), where)
+    def lines(*a: Any) -> Any:
+        for where, row in original(*a):
+            first, *rest = row["response_ids"]
+            yield where, {**row, "response_ids": [[2, *first], *rest]}
 
-    patch.setattr(rollouts._LineReader, "read", read)
+    patch.setattr(rollouts_file, "json_lines", lines)
 
 
 @fault(
@@ -1105,14 +1106,14 @@ def nucleus_without_the_crossing_token(patch: Patch) -> None:
 @fault("sampled", "on_policy")
 def sampler_at_another_temperature(patch: Patch) -> None:
     """Tokens are drawn at temperature 1 and scored at 0.7."""
-    original = sampling.masses
+    original = drawing.masses
     everywhere(patch, original, lambda logits, temperature, top_p: original(logits, 1.0, top_p))
 
 
 @fault("sampled", "on_policy", generation={"temperature": 1.5})
 def sampler_with_a_default_top_k(patch: Patch) -> None:
     """Tokens are drawn from the 50 largest logits, as generate() does unless told otherwise."""
-    original = sampling.masses
+    original = drawing.masses
 
     def cut(logits: Tensor, *a: Any) -> Tensor:
         return original(logits.masked_fill(logits < logits.topk(50).values[:, -1:], -math.inf), *a)
@@ -1130,7 +1131,7 @@ def sampler_without_the_crossing_token(patch: Patch) -> None:
         inside[:, 0] = True
         return torch.zeros_like(inside).scatter(-1, order, inside)
 
-    patch.setattr(sampling, "nucleus", narrower)
+    patch.setattr(drawing, "nucleus", narrower)
 
 
 @fault("sampled", "on_policy", also="seeded ends_at_eos")
@@ -1142,21 +1143,21 @@ def prompt_scored_with_the_response(patch: Patch) -> None:
 @fault("sampled", inconclusive="y_coverage se_identity", also="on_policy")
 def one_noise_for_all_responses(patch: Patch) -> None:
     """The responses of a prompt are drawn with the same numbers, and are one response G times."""
-    original = sampling.noise_of
+    original = drawing.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(seed, prompt, 0))
 
 
 @fault("sampled", "seeded")
 def seed_ignored(patch: Patch) -> None:
     """The configured seed is not used: every run draws the same responses."""
-    original = sampling.noise_of
+    original = drawing.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(0, prompt, response))
 
 
 @fault("sampled", "ends_at_eos")
 def sampler_goes_on_after_eos(patch: Patch) -> None:
     """Responses run to the length limit, whatever they hold."""
-    patch.setattr(rollouts, "eos_ids", lambda model, tokenizer: [])
+    patch.setattr(sampled_rollouts, "eos_ids", lambda model, tokenizer: [])
 
 
 @fault("sampled", "ends_at_eos")
@@ -1168,7 +1169,7 @@ def sampler_drops_eos(patch: Patch) -> None:
         drawn = original(*a, eos_ids=eos_ids, **k)
         return [tokens[:-1] if tokens[-1] in eos_ids and len(tokens) > 1 else tokens for tokens in drawn]
 
-    patch.setattr(rollouts, "sample", cut)
+    patch.setattr(sampled_rollouts, "sample", cut)
 
 
 @fault("llama", "batches_as_given")

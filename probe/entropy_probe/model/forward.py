@@ -88,6 +88,12 @@ class BoundModel:
         embeddings = getattr(self.language_model, "get_input_embeddings", lambda: None)()
         return 2**62 if embeddings is None else int(embeddings.weight.shape[0])
 
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row that the model's configuration allows; `None`: it says none."""
+        config = getattr(self.language_model, "config", None)
+        return getattr(config, "max_position_embeddings", None) or None
+
     @cached_property
     def num_logits(self) -> int:
         """Logits of a position."""

@@ -131,8 +131,7 @@ class Passes:
     @property
     def _drawn(self) -> Rollouts:
         """The largest of the cases that are drawn."""
-        columns = getattr(getattr(self.bound.language_model, "config", None), "max_position_embeddings", None)
-        width = max(2, min(_DRAWN_COLUMNS, columns or _DRAWN_COLUMNS))
+        width = max(2, min(_DRAWN_COLUMNS, self.bound.longest_row or _DRAWN_COLUMNS))
         return replace(
             self.rollouts,
             ids=torch.zeros(_DRAWN_ROWS, width, dtype=torch.long),

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_probe.errors import ConfigError, RolloutsError
-from entropy_probe.stages.responses.prompts import Prompt, checked_prompt, json_lines
+from entropy_probe.stages.responses.prompts import Prompt, checked_prompt
+from entropy_probe.text import json_lines
 
 R1_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "

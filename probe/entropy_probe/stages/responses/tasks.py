@@ -4,11 +4,11 @@ A dataset is a list of `Prompt(text, gold)` for a split. The names:
 
     arithmetic                  sums and differences, generated here
     jsonl:PATH                  lines of {"prompt": "…", "gold": "…"}; the split has no meaning
-    gsm8k_r1_template[:PATH]    GSM8K (stages/gsm8k.py)
+    gsm8k_r1_template[:PATH]    GSM8K (gsm8k.py)
     NAME                        an entry point of the group `entropy_probe.datasets`
     module:function             split → iterable of Prompt, (text, gold) or {"prompt": …, "gold": …}
 
-Rewards are in stages/rewards.py; `same_answer` and `tag_pref` are found here too.
+Rewards are in rewards.py; `same_answer` and `tag_pref` are found here too.
 """
 
 from __future__ import annotations
