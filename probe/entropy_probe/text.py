@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
+
+from entropy_probe.errors import CheckpointError
 
 LARGEST = 1 << 30
 """Bytes; a gigabyte of JSON takes ten of memory."""
@@ -23,3 +27,19 @@ def read_text(path: Path) -> str:
         if status.st_size > LARGEST:
             raise OSError(errno.EFBIG, f"is larger than {LARGEST >> 30} GiB", str(path))
         return file.read().decode("utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
+    return content
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from entropy_probe.base_model import find_base_model
+from entropy_probe.digests import fingerprint
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import DCP, FSDP, TORCHTITAN, UNIVERSAL, VERL, ZERO, configured, find_layout
 from entropy_probe.memory import Held, Peak
 from entropy_probe.model.checkpoint.files import (
-    fingerprint,
     global_step,
-    read_json,
     read_tensors,
     reason,
     stored_dtype,
@@ -46,6 +46,7 @@ from entropy_probe.model.checkpoint.weights import adapter, pretrained
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.disk import is_on_disk
 from entropy_probe.model.placement import place
+from entropy_probe.text import read_json
 
 _BY_PIECES = {FSDP: fsdp.read, DCP: dcp.read, TORCHTITAN: torchtitan.read}
 READERS.update({**_BY_PIECES, VERL: verl.read, ZERO: deepspeed.read, UNIVERSAL: deepspeed_universal.read})
@@ -148,7 +149,7 @@ def _load(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers and peft; what matters is checked and raised
         if layout.is_adapter:
-            base = adapter.find_base_model(folder, base)
+            base = find_base_model(folder, base)
             model = adapter.load_adapter(folder, base, whole, layout.folder)
             config = settings = folder / "adapter_config.json"
             kind = adapter.check_config(folder)

@@ -1,19 +1,16 @@
-"""Reading the files of a checkpoint: JSON, safetensors, and pickles that can hold nothing but tensors.
+"""Reading the files of a checkpoint: safetensors, and pickles that can hold nothing but tensors.
 
 Only safetensors and `torch.load(weights_only=True)` open a file; `training_args.bin` and `rng_state.pth` stay closed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.text import read_text
+from entropy_probe.text import read_json
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
-    return content
-
-
-def load_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error
 
 
 def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
@@ -192,24 +173,3 @@ def global_step(folder: Path) -> int | None:
             step = read_json(folder / name).get(key)
             return step if isinstance(step, int) else None
     return None
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 over names and contents of the files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.name):
-        digest.update(path.name.encode())
-        digest.update(bytes.fromhex(file_digest(path)))
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file; large ones are read once in a process, as long as neither size nor time changes."""
-    status = path.stat()
-    return _file_digest(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _file_digest(path: Path, size: int, time: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

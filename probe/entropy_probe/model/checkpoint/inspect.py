@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import transformers
 
+from entropy_probe.base_model import find_base_model
 from entropy_probe.errors import CheckpointError, printable
 from entropy_probe.layout import TORCHTITAN, Layout, configured, find_layout
 from entropy_probe.model.checkpoint.files import (
     global_step,
-    read_json,
     read_tensors,
     reason,
     stored_dtype,
@@ -38,6 +38,7 @@ from entropy_probe.model.checkpoint.sharded import HEADERS, READERS, Sharded
 from entropy_probe.model.checkpoint.weights import adapter, pretrained
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.quiet import quiet_transformers
+from entropy_probe.text import read_json
 
 _NEVER_OPENED = ("training_args.bin", "rng_state*.pth", "random_states_*.pkl", "scheduler.pt", "extra_state_*.pt")
 _MOST_PROBLEMS = 5
@@ -133,7 +134,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
         with found.trying():
             layout = configured(layout, base)
             if layout.is_adapter:
-                base = adapter.find_base_model(layout.weights, base)
+                base = find_base_model(layout.weights, base)
         whole, in_pieces = None, layout.format in READERS
         located = not found.problems
         if in_pieces and (located or layout.format != TORCHTITAN):  # torchtitan's names need the configuration

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import read_json
 from entropy_probe.model.checkpoint.formats import dcp
 from entropy_probe.model.checkpoint.formats.dcp_metadata import read_items
 from entropy_probe.model.checkpoint.sharded import Sharded
 from entropy_probe.model.checkpoint.weights import pretrained
+from entropy_probe.text import read_json
 
 _NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", re.ASCII)
 _OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "lm_head": "lm_head"}

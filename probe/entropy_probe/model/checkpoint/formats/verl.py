@@ -20,8 +20,9 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import load_pickle, read_json, reason
+from entropy_probe.model.checkpoint.files import load_pickle, reason
 from entropy_probe.model.checkpoint.sharded import Sharded
+from entropy_probe.text import read_json
 
 _FILE = re.compile(r"(model|optim)_world_size_(\d+)_rank_(\d+)\.pt", re.ASCII)
 _STEP = re.compile(r"global_step_(\d+)", re.ASCII)

@@ -1,4 +1,4 @@
-"""A PEFT adapter (LoRA, DoRA, `modules_to_save`) over a base model that is found on disk."""
+"""A PEFT adapter (LoRA, DoRA, `modules_to_save`) over its base model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from entropy_probe.base_model import HOW_TO_NAME_A_BASE
 from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
+from entropy_probe.model.checkpoint.files import read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.checkpoint.sharded import Sharded, require_rounded
 from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
+from entropy_probe.text import read_json
 
 PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")  # in the names of what is the adapter's in a whole model
 _PEFT = "base_model.model."
 _SAVED_TOGETHER = "use files that were saved together"
-_HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
 _SECONDS = 4
 # As peft matches: target_modules in full, the keys of rank_pattern after a point, layers_pattern between two.
 _MATCH = r"""
@@ -37,39 +38,6 @@ for pattern in patterns:
         for name in names:
             form.fullmatch(name), form.match(name)
 """
-
-
-def find_base_model(folder: Path, base_model: Path | None) -> Path:
-    """The base model's folder: the one given, else `base_model_name_or_path` of adapter_config.json.
-
-    A relative path is tried against the current folder, the adapter's folder and its parents. Nothing is downloaded.
-    """
-    if base_model is not None:
-        if not (base_model / "config.json").is_file():
-            raise CheckpointError(base_model, "is not a model folder (no config.json)", _HOW_TO_NAME_A_BASE)
-        return _no_adapter(base_model)
-    config_path = folder / "adapter_config.json"
-    named = read_json(config_path).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise CheckpointError(config_path, f"base_model_name_or_path is {shown(named)}", _HOW_TO_NAME_A_BASE)
-    places = [Path.cwd(), folder, *folder.parents]
-    for place in places:
-        candidate = place / named  # an absolute `named` replaces `place`
-        try:
-            if (candidate / "config.json").is_file():
-                return _no_adapter(candidate)
-        except OSError:  # a name that no file system holds
-            break
-    raise CheckpointError(
-        config_path, f"the base model {named[:120]!r} is not on disk, and nothing is downloaded", _HOW_TO_NAME_A_BASE
-    )
-
-
-def _no_adapter(base: Path) -> Path:
-    """transformers follows an adapter's configuration to yet another base model."""
-    if (base / "adapter_config.json").is_file():
-        raise CheckpointError(base, "is the base model, and an adapter itself", _HOW_TO_NAME_A_BASE)
-    return base
 
 
 def check_config(folder: Path) -> str:
@@ -128,7 +96,7 @@ def load_adapter(folder: Path, base: Path, whole: Sharded | None = None, source:
             model = peft.get_peft_model(base_model, config)
     except Exception as error:  # whatever a damaged configuration makes peft raise
         raise CheckpointError(
-            where, f"does not fit the base model {base} ({reason(error)})", _HOW_TO_NAME_A_BASE
+            where, f"does not fit the base model {base} ({reason(error)})", HOW_TO_NAME_A_BASE
         ) from error
     # modules_to_save stay in the dtype of the base's file otherwise
     model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
@@ -156,7 +124,7 @@ def wrap(
         raise CheckpointError(settings, f"`lora_alpha` is {alpha!r}", "restore the file")
     rest = {n.removeprefix(_PEFT).replace(".base_layer.", "."): t for n, t in weights.items() if n not in lora}
     if not rest and base is None:
-        raise CheckpointError(source, "holds the adapter alone", _HOW_TO_NAME_A_BASE)
+        raise CheckpointError(source, "holds the adapter alone", HOW_TO_NAME_A_BASE)
     model: Any = load_full_model(folder, rest, source) if rest else load_full_model(base or folder)
     of_a = {n.removeprefix(_PEFT).split(".lora_A.")[0]: t for n, t in lora.items() if ".lora_A." in n}
     ranks = {name: tensor.shape[0] for name, tensor in of_a.items()}

@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError, shown
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
+from entropy_probe.model.checkpoint.files import read_tensors, reason, require_finite, weight_files
 from entropy_probe.model.quiet import quiet_transformers
+from entropy_probe.text import read_json
 
 _ATTENTION = (None, "eager", "sdpa")
 _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
