@@ -73,8 +73,9 @@ def _silence() -> Iterator[None]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from entropy_probe import ProbeConfig, load_checkpoint, run_probe
+    from entropy_probe import ProbeConfig, run_probe
     from entropy_probe.layout import find_layout
+    from entropy_probe.loading import load_configured
     from entropy_probe.plots import require_drawable, save_figure
     from entropy_probe.processes.world import World
 
@@ -92,14 +93,11 @@ def _run(arguments: argparse.Namespace) -> int:
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
     with world.together():
-        checkpoint, device = _folder(arguments.checkpoint), world.device(config.device)
+        checkpoint = _folder(arguments.checkpoint)
         note = None if is_demo else find_layout(checkpoint).note
         if note and world.first:
             print(f"entropy-probe: {note}", file=sys.stderr)
-        missing_state = config.first_order.missing_state
-        loaded = load_checkpoint(
-            checkpoint, arguments.base_model, device, missing_state=missing_state, **config.placement
-        )
+        loaded = load_configured(checkpoint, arguments.base_model, config, world)
     for warning in loaded.info.warnings if world.first else ():
         print(f"entropy-probe: warning: {warning}", file=sys.stderr)
     report = run_probe(

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from entropy_probe.base_model import find_base_model
 from entropy_probe.config import JUDGES, ProbeConfig
+from entropy_probe.digests import file_digest
 from entropy_probe.errors import ConfigError
-from entropy_probe.layout import configured, find_layout
-from entropy_probe.model.checkpoint.files import file_digest
-from entropy_probe.model.checkpoint.sharded import READERS
-from entropy_probe.model.checkpoint.weights.adapter import find_base_model
+from entropy_probe.layout import IN_PIECES, configured, find_layout
 from entropy_probe.stages.responses.rewards import REWARDS
 
 LIBRARIES = (
@@ -55,7 +54,7 @@ def digest(
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
     known = {
         "checkpoint": [
-            _digests(layout.folder, "**/*" if layout.format in READERS else "*"),
+            _digests(layout.folder, "**/*" if layout.format in IN_PIECES else "*"),
             _digests(layout.weights),
         ],
         "base": None if base is None else _digests(base),

@@ -7,7 +7,8 @@ from pathlib import Path
 from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
+from entropy_probe.loading import load_configured
+from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.precision import numerics
 from entropy_probe.next_step import next_step, without_second_moment
 from entropy_probe.prepared import Prepared, allocating, prepare
@@ -56,11 +57,7 @@ def run_probe(
         if isinstance(path_or_checkpoint, Checkpoint):
             checkpoint = path_or_checkpoint
         else:
-            device = world.device(config.device)
-            missing_state = config.first_order.missing_state
-            checkpoint = load_checkpoint(
-                path_or_checkpoint, base_model, device, missing_state=missing_state, **config.placement
-            )
+            checkpoint = load_configured(path_or_checkpoint, base_model, config, world)
     given = {"prompts": prompts, "progress": progress, "world": world}
     prepared = prepare(checkpoint, config, rollouts, update_rollouts, **given)
     report = world.told(measure(prepared, name=name, progress=progress))

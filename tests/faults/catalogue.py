@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe import run
+from entropy_probe import loading
 from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
@@ -193,7 +193,7 @@ def part_of_the_forward_detached(patch: Patch) -> None:
         layer.register_forward_hook(lambda module, inputs, output: output.detach())
         return checkpoint
 
-    then(patch, run.load_checkpoint, detached)
+    then(patch, loading.load_checkpoint, detached)
 
 
 @fault("llama", "gradient_witness", first_order={"estimator": "rb"})
@@ -840,7 +840,7 @@ def rows_normalised_together(patch: Patch) -> None:
         norm.register_forward_hook(lambda module, inputs, output: output / output.detach().square().mean().sqrt())
         return checkpoint
 
-    then(patch, run.load_checkpoint, together)
+    then(patch, loading.load_checkpoint, together)
 
 
 @fault(
@@ -858,7 +858,7 @@ def dropout_left_on(patch: Patch) -> None:
         checkpoint.model.train()
         return checkpoint
 
-    then(patch, run.load_checkpoint, training)
+    then(patch, loading.load_checkpoint, training)
 
 
 @fault(
@@ -970,7 +970,7 @@ def every_adapter_merged(patch: Patch) -> None:
         checkpoint.model.merge_adapter()
         return checkpoint
 
-    then(patch, run.load_checkpoint, merged)
+    then(patch, loading.load_checkpoint, merged)
 
 
 @fault("lora", "sampler_parity")

@@ -1,1 +1,1 @@
-"""Formats whose weights and moments lie in pieces, a file each."""
+"""One reader a format, `read(layout) -> Stored`. Nothing in a file is executed."""
