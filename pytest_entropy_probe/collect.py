@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from _pytest.runner import pytest_make_collect_report as collect_now
 
-from pytest_entropy_probe.fixtures import TARGET_FIXTURE
 from pytest_entropy_probe.library import warnings_are_not_errors
+from pytest_entropy_probe.names import TARGET_FIXTURE
 from pytest_entropy_probe.selectors import KNOWN_FAILURES, SELECTORS
 from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.shipped import (

@@ -19,13 +19,7 @@ if TYPE_CHECKING:
     from pytest_entropy_probe.subject import Subject
     from pytest_entropy_probe.targets import Target
 
-TARGET_FIXTURE = "_probe_target"
-_GOLDEN_FIXTURE = "_probe_goldens"
 _NO_CHECKPOINT = "needs a checkpoint: run pytest with --probe-checkpoint=PATH"
-
-
-def uses_golden(item: pytest.Item) -> bool:
-    return _GOLDEN_FIXTURE in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

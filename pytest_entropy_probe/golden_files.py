@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_entropy_probe.fixtures import uses_golden
+from pytest_entropy_probe.names import GOLDEN_FIXTURE
 from pytest_entropy_probe.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class GoldenFiles:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Generator[None]:
-        self._expected = {item.nodeid for item in items if uses_golden(item)}
+        self._expected = {item.nodeid for item in items if _uses_golden(item)}
         yield
         self._whole &= self._expected <= {item.nodeid for item in items}
 
@@ -115,3 +115,7 @@ class GoldenFiles:
         folders = [settings.golden_dir / target.name for target in settings.targets]
         files = (path for folder in folders for path in folder.glob("*.json"))
         return sorted(path for path in files if str(path) not in self._used)
+
+
+def _uses_golden(item: pytest.Item) -> bool:
+    return GOLDEN_FIXTURE in getattr(item, "fixturenames", ())

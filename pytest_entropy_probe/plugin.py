@@ -1,6 +1,6 @@
 """The hooks of every run: options, ini keys, markers. With a checkpoint they wake the rest.
 
-Without one this file, `options.py` and `fixtures.py` are all that is imported: every run of pytest
+Without one this file, `names.py` and `fixtures.py` are all that is imported: every run of pytest
 in the environment pays for them. PYTEST_DONT_REWRITE: nothing here asserts.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_entropy_probe import fixtures
-from pytest_entropy_probe.options import FLAGS, MARKERS, OPTIONS, option
+from pytest_entropy_probe.names import FLAGS, GOLDEN_FIXTURE, MARKERS, OPTIONS, option
 
 pytest.register_assert_rewrite("entropy_probe_checks")
 
@@ -132,5 +132,6 @@ def _wake(config: pytest.Config) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """`-m golden` selects everything that compares with golden files."""
-    if fixtures.uses_golden(item) and item.get_closest_marker("golden") is None:
+    compares = GOLDEN_FIXTURE in getattr(item, "fixturenames", ())
+    if compares and item.get_closest_marker("golden") is None:
         item.add_marker("golden")

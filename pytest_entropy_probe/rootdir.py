@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from _pytest.config.findpaths import locate_config
 
-from pytest_entropy_probe.options import OPTIONS, option
+from pytest_entropy_probe.names import OPTIONS, option
 
 
 def require_rootdir(config: pytest.Config, args: Sequence[str]) -> None:

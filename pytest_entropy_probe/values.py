@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_entropy_probe.options import option
+from pytest_entropy_probe.names import option
 
 
 def text_of(config: pytest.Config, key: str) -> str | None:

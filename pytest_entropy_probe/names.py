@@ -1,4 +1,4 @@
-"""The options, ini keys and markers, as tables. PYTEST_DONT_REWRITE: nothing here asserts."""
+"""Names of options, ini keys, markers and fixtures. PYTEST_DONT_REWRITE: nothing here asserts."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ MARKERS = {
     "gate": "training-health limits; off unless limits are configured",
     "benchmark": "how long scoring, gradients and the sweep take, by pytest-benchmark; off unless asked for",
 }
+TARGET_FIXTURE = "_probe_target"
+GOLDEN_FIXTURE = "_probe_goldens"
 
 
 def option(key: str) -> str:
