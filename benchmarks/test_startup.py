@@ -2,7 +2,8 @@
 
 `pytest --co` in an empty folder, with the plugin and without it (`-p no:entropy_probe`), without
 other plugins, whose start-up would drown the difference. Once with our bytecode, as after a first
-run; once without, as where we are installed in a folder that cannot be written to. Which modules are imported is tested in tests/plugin/test_inert.py.
+run; once without, as where we are installed in a folder that cannot be written to. Which modules
+are imported is counted in tests/plugin/test_inert.py.
 """
 
 from __future__ import annotations
