@@ -24,7 +24,7 @@ from entropy_probe.plots import save_figure, save_steps, text_table
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.criteria.gate import baseline_of
 from entropy_probe_checks.goldens import SECTIONS
-from pytest_entropy_probe.judge import headline
+from pytest_entropy_probe.records import headline
 from pytest_entropy_probe.tables import step_of
 
 ROOT = Path(__file__).parents[1]

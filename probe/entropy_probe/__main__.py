@@ -13,6 +13,7 @@ from pathlib import Path
 
 from entropy_probe import __version__
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
+from entropy_probe.options import overrides
 from entropy_probe.processes import torchrun
 
 EXIT_FAILED, EXIT_USAGE = 1, 4
@@ -81,15 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
-    overrides = {
-        "budget": arguments.budget,
-        "device": arguments.device,
-        "memory_limit": arguments.memory_limit,
-        "device_map": arguments.device_map,
-        "offload_folder": arguments.offload_folder,
-        "batch.seed": arguments.seed,
-    }
-    config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
+    config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
     with world.together():
