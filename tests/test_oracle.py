@@ -7,11 +7,9 @@ for lack of power, the same test plants the wrong formula and sees it fail.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import jaxtyping
 import pytest
 import torch
 from scipy import stats
@@ -37,16 +35,6 @@ REPLICATIONS, GROUP = 4000, 4
 CASES = [("strong", 8), ("strong", 16), ("strong", 32), ("strong", 64), ("sharpening", 16), ("sharpening", 64)]
 CASES += [("weak", 8), ("weak", 16), ("weak", 64)]
 REGIMES = {f.__name__: f for f in (oracle.strong, oracle.sharpening, oracle.weak, oracle.solved)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shapes_unchecked() -> Iterator[None]:
-    """Shapes are checked at every call in all other tests; over these 300 000 calls that would be half
-    of the time."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def z_score(values: Tensor, exact: Tensor | float) -> Tensor:
