@@ -298,8 +298,8 @@ class SequenceProcessor:
     ) -> ZeroCheck:
         """max|direct − functional(η = 0)| over the logits, every parameter being mapped.
 
-        Both must be equal bit for bit, unless `atol` is given. Raises `MeasurementError` where the difference is
-        larger, or not a number.
+        Both must be equal bit for bit, unless `atol` is given. Raises `MeasurementError` where the
+        difference is larger, or not a number.
         """
         if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
             shapes = f"have shape {tuple(ids.shape)}"

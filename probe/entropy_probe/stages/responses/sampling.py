@@ -125,9 +125,10 @@ def sample(
         logits, cache = bound.next_logits(ids.to(bound.device), mask, override=override)
         for first in range(0, group, gen_batch_size):
             members = range(first, min(first + gen_batch_size, group))
-            rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n in chosen for g in members]
-            each = torch.arange(len(chosen), device=bound.device)
-            of_prompt = each.repeat_interleave(len(members))
+            each = [(n, g) for n in chosen for g in members]
+            rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n, g in each]
+            numbers = torch.arange(len(chosen), device=bound.device)
+            of_prompt = numbers.repeat_interleave(len(members))
             own = cache if members.stop == group else copy.deepcopy(cache)
             own.batch_select_indices(of_prompt if bound.on_one_device else of_prompt.cpu())
             state = _State(rows, logits[of_prompt], mask[of_prompt], own, override)
