@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import bind
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.sampling import sample
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import units_of
 
 VOCABULARY = 67
 FLOAT64 = {"dtype": "float64"}

@@ -30,8 +30,8 @@ from entropy_probe.model import forward
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.registry import checksum
-from entropy_probe.stages.gradients import unit_gradients
-from entropy_probe.stages.payloads import payloads
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score

@@ -6,7 +6,7 @@
 
 Names are loaded on first use, so importing this package imports neither torch nor pydantic.
 
-run, prepared, next_step   what is measured, in order; stages/ has one step a file
+run, pipeline/             what is measured, in order;   stages/  one step a file
 estimators/                tensors in, numbers out;   model/  networks and files of weights
 processes/                 several processes under torchrun
 config/, budgets, options  what can be set, by a file or on the command line

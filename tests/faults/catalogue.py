@@ -31,17 +31,8 @@ from entropy_probe.model.checkpoint.weights import adapter
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages import (
-    batches,
-    derivatives,
-    entropy_change,
-    first_order,
-    gradients,
-    products,
-    scores,
-    slopes,
-    update,
-)
+from entropy_probe.stages import batches, derivatives, entropy_change, first_order, scores, slopes, update
+from entropy_probe.stages.gradients import products, unit_gradients
 from entropy_probe.stages.responses import drawing, rollouts, rollouts_file, sampled_rollouts, sampling
 from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
@@ -121,7 +112,7 @@ def scaled(by: float) -> Callable[[Any], Any]:
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def bracket_not_detached(patch: Patch) -> None:
     """The gradient flows through the bracket S − S̄ too: X is twice what it is."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
 
 
 @fault("llama", "gradient_witness slope_identity")
@@ -175,13 +166,13 @@ def _rolled(side: dict[str, Tensor]) -> dict[str, Tensor]:
 @fault("llama", "gradient_witness projections_agree slope_identity", first_order={"mode": "block", "num_blocks": 3})
 def blocks_of_x_mixed_up(patch: Patch) -> None:
     """A block holds the X of another block's prompts."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=_rolled))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=_rolled))
 
 
 @fault("llama", "gradient_witness", first_order={"mode": "block", "num_blocks": 3})
 def blocks_of_y_mixed_up(patch: Patch) -> None:
     """A block holds the Y of another block's prompts."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
 
 
 @fault("llama", "x_coverage y_coverage curvature_witness change_identity taylor_order")
@@ -1181,7 +1172,7 @@ def batches_swapped(patch: Patch) -> None:
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def gradients_all_zero(patch: Patch) -> None:
     """The fast pass returns zeros, and two zeros agree."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=scaled(0.0), y=scaled(0.0)))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(0.0), y=scaled(0.0)))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm")
