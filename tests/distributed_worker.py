@@ -20,7 +20,7 @@ from entropy_probe.__main__ import main as command_line
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError
 from entropy_probe.processes.world import World
-from entropy_probe.stages.gradients import bytes_of_units
+from entropy_probe.stages.gradients.units import bytes_of_units
 from entropy_probe.stages.memory.memory_limit import Plan, planned
 
 FLOAT64 = {"precision": {"dtype": "float64"}}

@@ -10,8 +10,11 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import bind
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.sampling import sample
+from entropy_probe.stages.share import Share
 
 VOCABULARY = 67
 FLOAT64 = {"dtype": "float64"}
@@ -78,6 +81,11 @@ def random_rollouts(path: Path, *, prompts: int, responses: int, seed: int, trun
         lines.append(json.dumps({"prompt_ids": tokens(2, 7), "response_ids": group, "rewards": rewards}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def alone(bound: Any, rollouts: Any, config: ProbeConfig | None = None) -> Share:
+    """The share of a process that is alone: all of the batch."""
+    return Share.of(rollouts, units_of(bound, rollouts, config or ProbeConfig()))
 
 
 def sampled_rollouts(path: Path, model: Any, *, prompts: int, responses: int, seed: int) -> Path:

@@ -30,7 +30,8 @@ from entropy_probe.model import forward
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.registry import checksum
-from entropy_probe.stages.gradients import payloads, unit_gradients
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
@@ -785,7 +786,8 @@ def test_unit_gradients(naive: Naive, mode: str, size: int) -> None:
         }
     )
     before, hooks = checksum(model), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    units = unit_gradients(bound, rollouts, config, *payloads(rollouts, score(bound, rollouts, config), config))
+    alone = models.alone(bound, rollouts, config)
+    units = unit_gradients(bound, alone, config, *payloads(rollouts, score(bound, rollouts, config), config))
     assert checksum(model) == before
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
@@ -803,7 +805,8 @@ def test_without_y(tmp_path: Path) -> None:
     _, rollouts = rollouts_of(tmp_path, bound, 3, 2)
     config = ProbeConfig.from_mapping({"generation": {"tf_batch_size": 4}})
     of_x, of_y = payloads(rollouts, score(bound, rollouts, config), config)
-    both, alone = (unit_gradients(bound, rollouts, config, of_x, y) for y in (of_y, None))
+    share = models.alone(bound, rollouts, config)
+    both, alone = (unit_gradients(bound, share, config, of_x, y) for y in (of_y, None))
     assert alone.y == {}
     for name, value in both.x.items():
         torch.testing.assert_close(alone.x[name], value, rtol=1e-13, atol=1e-13)

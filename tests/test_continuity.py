@@ -22,13 +22,13 @@ from entropy_probe.estimators import taylor as series
 from entropy_probe.estimators.advantages import leave_one_out_mean
 from entropy_probe.model import precision
 from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.report import TaylorTests
+from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses import continuity
-from entropy_probe.stages.witnesses.continuity import Taylor
 from test_projections import relu_model
 from test_rollouts import OneToken
 
@@ -54,7 +54,7 @@ class Subject:
         generator = torch.Generator().manual_seed(2)
         self.v = {n: torch.randn(p.shape, generator=generator) for n, p in self.bound.registry.trainable.items()}
 
-    def taylor(self, **changes: Any) -> Taylor:
+    def taylor(self, **changes: Any) -> TaylorTests:
         given = {"float64": self.float64, "bound": self.bound, "rollouts": self.rollouts, "v": self.v, "config": CONFIG}
         given |= changes
         return continuity.taylor(scores=score(given["bound"], given["rollouts"], given["config"]), **given)
@@ -85,7 +85,7 @@ def llama(folder: Path) -> Subject:
     return subject_of("llama", folder)
 
 
-def wrong(found: Taylor) -> set[str]:
+def wrong(found: TaylorTests) -> set[str]:
     """What is outside the limits that the project sets: 1 ± 0.02, 2 ± 0.1, 1e-6; NaN is outside."""
     targets = {"logit_slope": (1, 0.02), "delta_h_slope": (1, 0.02), "taylor_order": (2, 0.1)}
     targets |= {"identity_error_naive": (0, 1e-6), "identity_error_rb": (0, 1e-6), "logit_monotone": (1, 0)}
@@ -102,9 +102,9 @@ def test_every_order_is_as_it_must_be(subject: Subject) -> None:
     assert wrong(found) == set()
     assert found.logit_slope == pytest.approx(1, abs=1e-4)
     assert max(found.identity_error_naive, found.identity_error_rb) < 1e-10  # type: ignore[type-var]
-    assert found.eta_max / found.eta_min == pytest.approx(1e7)
+    assert found.taylor_eta_max / found.taylor_eta_min == pytest.approx(1e7)
     # float32 knows S to some 1e-6: 10 % of ΔĤ need changes of log p from there to a few 1e-3
-    assert 1e-7 * found.eta_max < found.trusted_eta_min < 0.03 * found.eta_max  # type: ignore[operator]
+    assert 1e-7 * found.taylor_eta_max < found.trusted_eta_min < 0.03 * found.taylor_eta_max  # type: ignore[operator]
 
 
 def test_scale_of_v_changes_eta_alone(llama: Subject) -> None:
@@ -138,7 +138,7 @@ def test_direction_of_zero(llama: Subject) -> None:
         "identity_error_rb",
         "identity_error_per_token",
     }
-    assert (found.slope, found.radius) == (0, 0)
+    assert (found.taylor_slope, found.taylor_radius) == (0, 0)
 
 
 def test_direction_that_moves_no_probability(llama: Subject) -> None:
@@ -163,13 +163,13 @@ def test_model_without_forward_mode(llama: Subject, monkeypatch: pytest.MonkeyPa
     none = {name for name, value in vars(found).items() if value is None}
     identities = {f"identity_error_{name}" for name in ("naive", "rb", "per_token")}
     assert none == {"taylor_order", "slope", *identities}
-    assert found.eta_max == pytest.approx(whole.eta_max, rel=1e-3)
+    assert found.taylor_eta_max == pytest.approx(whole.eta_max, rel=1e-3)
     assert wrong(found) == set()
 
 
 def test_run_in_float64_is_trusted_everywhere(llama: Subject) -> None:
     found = llama.taylor(bound=llama.float64)
-    assert (found.trusted_eta_min, found.trusted_eta_max) == (found.eta_min, found.eta_max)
+    assert (found.trusted_eta_min, found.trusted_eta_max) == (found.taylor_eta_min, found.taylor_eta_max)
 
 
 def test_longest_run() -> None:

@@ -22,11 +22,11 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import entropy_change
 from entropy_probe.stages.batches import _seed, redraw_for
+from entropy_probe.stages.derivatives import directional_derivatives
+from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.sampled_rollouts import redrawn, sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt
 from entropy_probe.stages.scores import Scores, score
-from entropy_probe.stages.slopes import directional_derivatives
 from entropy_probe_checks.criteria import CRITERIA
 from test_rollouts import OneToken
 
@@ -49,6 +49,7 @@ class Sampled:
             for name, p in self.bound.registry.trainable.items()
         }
         self.scores: Scores = score(self.bound, self.rollouts, config_of())
+        self.share = models.alone(self.bound, self.rollouts)
 
     def override(self, eta: float) -> dict[str, torch.Tensor]:
         return theta_plus_eta_v(self.bound.registry, self.v, eta, self.bound.dtype)
@@ -84,9 +85,9 @@ def test_auto_grid_ends_where_the_weights_do(sampled: Sampled, lr: float, limit:
         return
     after = score(sampled.bound, sampled.rollouts, config, sampled.override(end))
     change = entropy_change.change_at(sampled.scores, after, end, config)
-    assert change.ess_fraction == pytest.approx(limit, abs=0.15)
+    assert change.weights.ess_fraction == pytest.approx(limit, abs=0.15)
     doubled = score(sampled.bound, sampled.rollouts, config, sampled.override(3 * end))
-    assert entropy_change.change_at(sampled.scores, doubled, end, config).ess_fraction < limit - 0.15
+    assert entropy_change.change_at(sampled.scores, doubled, end, config).weights.ess_fraction < limit - 0.15
 
 
 def test_the_grid_holds_what_prediction_reaches() -> None:
@@ -156,7 +157,7 @@ def test_the_last_copy_goes_before_the_next_is_made(sampled: Sampled, monkeypatc
         return mapping
 
     monkeypatch.setattr(entropy_change, "theta_plus_eta_v", building)
-    entropy_change.sweep(sampled.bound, sampled.rollouts, sampled.scores, sampled.v, [0.0, 1e-3, 2e-3], config_of())
+    entropy_change.sweep(sampled.bound, sampled.share, sampled.scores, sampled.v, [0.0, 1e-3, 2e-3], config_of())
     assert left == [0, 0, 0]
 
 
@@ -182,7 +183,8 @@ def test_sampling_at_eta_zero_is_sampling(sampled: Sampled) -> None:
 
 
 def redrawn_at(sampled: Sampled, eta: float, rollouts: Rollouts | None = None) -> Rollouts:
-    redraw = redraw_for(sampled.bound, rollouts or sampled.rollouts, None, config_of(fallback="resample"))
+    share = models.alone(sampled.bound, rollouts or sampled.rollouts)
+    redraw = redraw_for(sampled.bound, share, None, config_of(fallback="resample"))
     assert redraw is not None
     return redraw(sampled.override(eta))
 
@@ -232,7 +234,7 @@ def test_fresh_responses_have_the_limit_of_the_given_ones(
     config = config_of(fallback="resample")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("entropy_probe.stages.batches.redrawn", lambda b, r, t, g, **_: asked.append(g.max_new_tokens))
-        redraw = redraw_for(sampled.bound, rollouts, None, config)
+        redraw = redraw_for(sampled.bound, models.alone(sampled.bound, rollouts), None, config)
         assert redraw is not None
         redraw({})
     assert asked == [limit]
@@ -275,9 +277,9 @@ def at_end(sampled: Sampled, eta: float, prompts: int, **true_delta_h: Any) -> e
 def test_smoothing_where_it_is_needed(sampled: Sampled) -> None:
     """N = 192: `psis` takes smoothed weights beyond the limit and none within; ESS is that of the plain weights."""
     plain, smooth = (at_end(sampled, 0.3, 24, fallback=f) for f in ("none", "psis"))
-    assert plain.ess_fraction < 0.5
-    assert (plain.method, smooth.method) == ("snis", "psis")
-    assert (plain.ess, plain.pareto_k) == (smooth.ess, smooth.pareto_k)
+    assert plain.weights.ess_fraction < 0.5
+    assert (plain.weights.method, smooth.weights.method) == ("snis", "psis")
+    assert (plain.weights.ess, plain.weights.pareto_k) == (smooth.weights.ess, smooth.weights.pareto_k)
     assert smooth.rb.value != plain.rb.value
     assert math.isfinite(smooth.rb.value)
     assert at_end(sampled, 1e-4, 24, fallback="psis").method == "snis"
@@ -286,8 +288,8 @@ def test_smoothing_where_it_is_needed(sampled: Sampled) -> None:
 def test_smoothing_needs_64_responses(sampled: Sampled) -> None:
     """N = 56: no tail can be fitted, the weights stay as they are and say so."""
     plain, asked = (at_end(sampled, 0.3, 7, fallback=f) for f in ("none", "psis"))
-    assert plain.ess_fraction < 0.5
-    assert asked.method == "snis"
+    assert plain.weights.ess_fraction < 0.5
+    assert asked.weights.method == "snis"
     assert asked.rb.value == plain.rb.value
 
 
@@ -300,36 +302,36 @@ def test_responses_within_bounds_are_not_drawn_again(sampled: Sampled) -> None:
         asked.append(override)
         return redrawn_at(sampled, 0.3)
 
-    arguments = (sampled.bound, sampled.rollouts, sampled.scores, sampled.v, [0.0, 1e-4, 0.3])
+    arguments = (sampled.bound, sampled.share, sampled.scores, sampled.v, [0.0, 1e-4, 0.3])
     found = entropy_change.sweep(*arguments, config_of(fallback="resample"), None, redraw)
-    assert [change.method for change in found] == ["snis", "snis", "resample"]
-    assert [change.reliable for change in found] == [True, True, True]
+    assert [change.weights.method for change in found] == ["snis", "snis", "resample"]
+    assert [change.weights.reliable for change in found] == [True, True, True]
     assert len(asked) == 1
-    assert [change.reliable for change in entropy_change.sweep(*arguments, config_of())] == [True, True, False]
+    assert [change.weights.reliable for change in entropy_change.sweep(*arguments, config_of())] == [True, True, False]
     for fallback in ("none", "psis"):
-        assert redraw_for(sampled.bound, sampled.rollouts, None, config_of(fallback=fallback)) is None
+        assert redraw_for(sampled.bound, sampled.share, None, config_of(fallback=fallback)) is None
 
 
 def test_clipping_hides_nothing(sampled: Sampled) -> None:
     """Clipped weights have a high ESS; whether they are to be believed is decided by those before clipping, and none of
     them may have been clipped."""
     far, near = (at_end(sampled, eta, 24, clip_log_weight=clip) for eta, clip in ((0.3, 0.05), (1e-3, 1e-4)))
-    assert far.ess_fraction > 0.9 > 0.5 > far.unclipped_ess_fraction
-    assert far.unclipped_ess_fraction == at_end(sampled, 0.3, 24).ess_fraction
-    assert far.pareto_k == at_end(sampled, 0.3, 24).pareto_k
-    assert near.unclipped_ess_fraction > 0.99
-    assert near.clip_fraction > 0
-    assert [far.reliable, near.reliable] == [False, False]
-    assert at_end(sampled, 1e-3, 24, clip_log_weight=1.0).reliable
+    assert far.weights.ess_fraction > 0.9 > 0.5 > far.weights.unclipped_ess_fraction
+    assert far.weights.unclipped_ess_fraction == at_end(sampled, 0.3, 24).weights.ess_fraction
+    assert far.weights.pareto_k == at_end(sampled, 0.3, 24).weights.pareto_k
+    assert near.weights.unclipped_ess_fraction > 0.99
+    assert near.weights.clip_fraction > 0
+    assert [far.weights.reliable, near.weights.reliable] == [False, False]
+    assert at_end(sampled, 1e-3, 24, clip_log_weight=1.0).weights.reliable
 
 
 def test_smoothed_weights_are_believed_as_far_as_their_tail(sampled: Sampled) -> None:
     """ESS/N below its limit, k̂ within or beyond its own."""
-    k = at_end(sampled, 0.3, 24).pareto_k
+    k = at_end(sampled, 0.3, 24).weights.pareto_k
     assert k is not None
     for limit in (k - 0.01, k + 0.01):
         change = at_end(sampled, 0.3, 24, fallback="psis", max_pareto_k=limit, min_ess_fraction=0.99)
-        assert (change.method, change.reliable) == ("psis", limit > k)
+        assert (change.weights.method, change.weights.reliable) == ("psis", limit > k)
 
 
 LR = 0.3

@@ -21,8 +21,8 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages import gradients
-from entropy_probe.stages.gradients import units_within_memory
+from entropy_probe.stages.gradients import products
+from entropy_probe.stages.gradients.units import units_within_memory
 from entropy_probe.stages.memory import memory_limit, pass_memory
 from entropy_probe.stages.memory.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.memory.pass_memory import Passes
@@ -262,15 +262,15 @@ def test_a_product_of_units_is_within_its_bound() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 40_000, generator=generator) for _ in range(2))
     weights = torch.rand(64, generator=generator, dtype=torch.float64)
-    small = gradients.IN_FLOAT64
-    gradients.IN_FLOAT64 = 64 * 1000
+    small = products.IN_FLOAT64
+    products.IN_FLOAT64 = 64 * 1000
     try:
-        for work in (lambda: gradients._gram(a, b, None), lambda: gradients.weighted_sum(weights, a)):
+        for work in (lambda: products._gram(a, b, None), lambda: products.weighted_sum(weights, a)):
             assert counted_bytes(work, CPU) <= 8 * (4 * 64_000 + 2 * 40_000)
-        torch.testing.assert_close(gradients._gram(a, b, None), a.double() @ b.double().T)
-        torch.testing.assert_close(gradients.weighted_sum(weights, a), weights @ a.double())
+        torch.testing.assert_close(products._gram(a, b, None), a.double() @ b.double().T)
+        torch.testing.assert_close(products.weighted_sum(weights, a), weights @ a.double())
     finally:
-        gradients.IN_FLOAT64 = small
+        products.IN_FLOAT64 = small
 
 
 def test_weights_are_aligned(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.estimators.moments import exchange_evidence, log_correlations
 from entropy_probe.model.checkpoint import AdamState
-from entropy_probe.run import prepare
-from entropy_probe.stages import gradients
+from entropy_probe.pipeline.prepared import prepare
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.moments import moments_match
 from entropy_probe.stages.scores import score
 
@@ -69,19 +70,20 @@ def test_exchanged_states_of_the_demo_are_named() -> None:
     prepared = prepare(checkpoint, ProbeConfig())
     u, config = prepared.update_rollouts, prepared.config
     scores = score(prepared.model, u, config)
-    y = gradients.unit_gradients(prepared.model, u, config, *gradients.payloads(u, scores, config)).y
+    alone = models.alone(prepared.model, u, config)
+    y = unit_gradients(prepared.model, alone, config, *payloads(u, scores, config)).y
     found = moments_match(checkpoint.adam, y)
-    assert found.worst is not None
-    assert found.worst < 2
+    assert found.exchanged is not None
+    assert found.exchanged < 2
     assert found.num_undecided < found.num_pairs / 3
     prefix = "base_model.model.model.layers"
     one, other = (f"{prefix}.{n}.mlp.gate_proj.lora_A.default.weight" for n in (0, 3))
     states: dict[str, AdamState] = {**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}
     exchanged = moments_match(states, y)
-    assert exchanged.worst is not None
-    assert exchanged.worst > 5
-    assert exchanged.pair is not None
-    assert set(exchanged.pair) == {one, other}
+    assert exchanged.exchanged is not None
+    assert exchanged.exchanged > 5
+    assert exchanged.exchanged_pair is not None
+    assert set(exchanged.exchanged_pair) == {one, other}
 
 
 KINDS: dict[str, dict[str, Any] | None] = {"full": None, "lora": {}, "dora": {"use_dora": True}}
@@ -107,24 +109,27 @@ def test_exchanged_matrices_are_seen_and_small_vectors_are_named(tmp_path: Path,
     rollouts = models.random_rollouts(tmp_path / "e.jsonl", prompts=24, responses=4, seed=3)
     prepared = prepare(checkpoint, ProbeConfig(), rollouts)
     u, config = prepared.update_rollouts, prepared.config
-    y = gradients.unit_gradients(
-        prepared.model, u, config, *gradients.payloads(u, score(prepared.model, u, config), config)
+    y = unit_gradients(
+        prepared.model,
+        models.alone(prepared.model, u, config),
+        config,
+        *payloads(u, score(prepared.model, u, config), config),
     ).y
     healthy = moments_match(checkpoint.adam, y)
-    assert healthy.worst is not None
-    assert healthy.worst < 2.5
+    assert healthy.exchanged is not None
+    assert healthy.exchanged < 2.5
     one, other = MATRICES["full" if lora is None else "lora"]
 
     def exchanged(one: str, other: str) -> Any:
         return moments_match({**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}, y)
 
     found = exchanged(one, other)
-    assert found.worst > 5
-    assert set(found.pair) == {one, other}
+    assert found.exchanged > 5
+    assert set(found.exchanged_pair) == {one, other}
     if lora is None:
         norms = {"model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
         assert norms <= set(healthy.undecided)
-        assert exchanged(*norms).worst < 5
+        assert exchanged(*norms).exchanged < 5
         sizes = [checkpoint.adam[name].exp_avg.numel() for name in healthy.undecided]
         assert sizes == sorted(sizes)
 
@@ -132,6 +137,6 @@ def test_exchanged_matrices_are_seen_and_small_vectors_are_named(tmp_path: Path,
 def test_nothing_to_compare() -> None:
     state = AdamState(torch.zeros(4), torch.rand(4), None, 1.0, 1e-3, (0.9, 0.999), 1e-8, 0.0)
     y = {name: torch.rand(2, 4, generator=GENERATOR) for name in "ab"}
-    assert moments_match({"a": state}, y).worst is None
-    assert moments_match({"a": state, "b": replace(state, step=0.0)}, y).worst is None
+    assert moments_match({"a": state}, y).exchanged is None
+    assert moments_match({"a": state, "b": replace(state, step=0.0)}, y).exchanged is None
     assert moments_match({"a": state, "b": state}, {**y, "b": torch.zeros(2, 4)}).num_pairs == 0

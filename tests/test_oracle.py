@@ -7,11 +7,9 @@ for lack of power, the same test plants the wrong formula and sees it fail.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import jaxtyping
 import pytest
 import torch
 from scipy import stats
@@ -25,8 +23,10 @@ from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficie
 from entropy_probe.estimators.prediction import predict
 from entropy_probe.estimators.token_stats import baseline_features
 from entropy_probe.stages import entropy_change
-from entropy_probe.stages.gradients import UnitGradients, per_token_payload
+from entropy_probe.stages.gradients.payloads import per_token_payload
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.scores import Scores
+from entropy_probe.stages.share import Units
 from entropy_probe.stages.slopes import cross_fitted_slope
 from entropy_probe.stages.update import UpdateDirection
 from oracle import LIMIT, NUM_PARAMETERS, Draw, Oracle, PerToken, Regime
@@ -35,16 +35,6 @@ REPLICATIONS, GROUP = 4000, 4
 CASES = [("strong", 8), ("strong", 16), ("strong", 32), ("strong", 64), ("sharpening", 16), ("sharpening", 64)]
 CASES += [("weak", 8), ("weak", 16), ("weak", 64)]
 REGIMES = {f.__name__: f for f in (oracle.strong, oracle.sharpening, oracle.weak, oracle.solved)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shapes_unchecked() -> Iterator[None]:
-    """Shapes are checked at every call in all other tests; over these 300 000 calls that would be half
-    of the time."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def z_score(values: Tensor, exact: Tensor | float) -> Tensor:
@@ -589,10 +579,9 @@ def test_cross_fitted_slope_is_unbiased(name: str, units: int) -> None:
     draw = model.draw(REPLICATIONS, units, GROUP, seed=9)
     x, y = x_of(model, draw), y_of(model, draw)
     direction = UpdateDirection({"θ": step.v0}, {"θ": step.v0}, {"θ": step.diagonal}, grad_norm=0.0, clip_factor=1.0)
-    own = torch.arange(units)
+    own = Units("exact", torch.arange(units))
     crossed = [
-        cross_fitted_slope(UnitGradients({"θ": x[i]}, {"θ": y[i]}, own, "exact"), direction).value
-        for i in range(REPLICATIONS)
+        cross_fitted_slope(UnitGradients({"θ": x[i]}, {"θ": y[i]}, own), direction).value for i in range(REPLICATIONS)
     ]
     assert unbiased(torch.tensor(crossed, dtype=torch.float64), exact)
     plain = -(x.mean(1) * step.along(y.mean(1))).sum(-1)
@@ -603,17 +592,14 @@ def test_cross_fitted_slope_per_token() -> None:
     """One batch of 8 for both sides, D fixed: the derivative of H/E[T] along v₀ + D·E[Y], to a bias below a fifth of
     the SE. Seen to fail: the diagonal kept, by ten Monte Carlo errors and more."""
     regime = oracle.sharpening()
-    model, own = regime.oracle, torch.arange(8)
+    model, own = regime.oracle, Units("exact", torch.arange(8))
     step = linear(regime, regime.precond)
     exact = model.slope_per_token(step.along(model.mean_y(GROUP)))
     draw = model.draw(REPLICATIONS, 8, GROUP, seed=24)
     weights = torch.stack([per_token_payload(of_one).weights for of_one in scores_of(model, draw)])
     x, y = model.weighted_gradient(draw, weights), y_of(model, draw)
     direction = UpdateDirection({"θ": step.v0}, {"θ": step.v0}, {"θ": step.diagonal}, grad_norm=0.0, clip_factor=1.0)
-    found = [
-        cross_fitted_slope(UnitGradients({"θ": x[i]}, {"θ": y[i]}, own, "exact"), direction)
-        for i in range(REPLICATIONS)
-    ]
+    found = [cross_fitted_slope(UnitGradients({"θ": x[i]}, {"θ": y[i]}, own), direction) for i in range(REPLICATIONS)]
     values, se = torch.tensor([(s.value, s.se) for s in found], dtype=torch.float64).T
     assert abs(float(values.mean()) - exact) < float(values.std()) / 5
     assert float(se.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.1)

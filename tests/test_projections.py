@@ -27,10 +27,13 @@ from entropy_probe.model import forward
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import slopes
-from entropy_probe.stages.gradients import Payload, UnitGradients, payloads, prompt_mean, unit_gradients
+from entropy_probe.stages.gradients.payloads import Payload, payloads
+from entropy_probe.stages.gradients.products import prompt_mean
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
+from entropy_probe.stages.share import Share
 from entropy_probe.stages.slopes import Slopes, slopes_along
 from entropy_probe.stages.witnesses import projections, witness
 from entropy_probe.stages.witnesses.projections import ProjectionAgreement, projection_agreement
@@ -84,9 +87,13 @@ class Subject:
     precond: dict[str, Tensor]
     ascent: dict[str, Tensor]
 
+    @property
+    def share(self) -> Share:
+        return models.alone(self.bound, self.rollouts, self.config)
+
     @cached_property
     def along(self) -> Slopes:
-        return slopes_along(self.bound, self.bound, self.rollouts, self.scores, self.v, self.config)
+        return slopes_along(self.bound, self.bound, self.share, self.scores, self.v, self.config)
 
     @classmethod
     def of(cls, model: Any, folder: Path, **first_order: Any) -> Subject:
@@ -95,14 +102,14 @@ class Subject:
         e = read_rollouts(file, bound, None)
         u = read_rollouts(models.random_rollouts(folder / "u.jsonl", prompts=5, responses=3, seed=2), bound, None)
         scores_e, scores_u = (score(bound, batch, config, with_features=True) for batch in (e, u))
-        units_u = unit_gradients(bound, u, config, *payloads(u, scores_u, config))
+        units_u = unit_gradients(bound, models.alone(bound, u, config), config, *payloads(u, scores_u, config))
         of_x, _ = payloads(e, scores_e, config)
         generator = torch.Generator().manual_seed(3)
         precond = {
             name: 100 * (0.1 + torch.rand(p.shape, dtype=torch.float64, generator=generator))
             for name, p in bound.registry.trainable.items()
         }
-        units_e = unit_gradients(bound, e, config, of_x)
+        units_e = unit_gradients(bound, models.alone(bound, e, config), config, of_x)
         return cls(bound, file, e, scores_e, of_x, config, units_e, precond, prompt_mean(units_u.y, units_u.sizes))
 
     @property
@@ -113,7 +120,7 @@ class Subject:
     def agreement(self) -> ProjectionAgreement:
         return projection_agreement(
             self.bound,
-            self.rollouts,
+            self.share,
             self.of_x,
             self.config,
             self.units,
@@ -125,7 +132,7 @@ class Subject:
 
     @property
     def curvature(self) -> float | None:
-        along = slopes_along(self.bound, self.bound, self.rollouts, self.scores, self.v, self.config)
+        along = slopes_along(self.bound, self.bound, self.share, self.scores, self.v, self.config)
         return curvature_witness(self.bound, self.rollouts, self.scores, along, self.v, self.config)
 
     def with_x(self, x: dict[str, Tensor]) -> Subject:
@@ -190,7 +197,7 @@ def test_vocabulary_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_prompt_of_x_is_off(llama: Subject) -> None:
     """By 1e-3: seen as that much of its projection, which is a few hundredths of ‖X_k‖_P·‖Ȳ‖_P."""
-    for row in largest(llama.of_x, llama.units, 4).tolist():
+    for row in largest(llama.of_x, llama.units.units, 4).tolist():
         x = {name: values.clone() for name, values in llama.units.x.items()}
         for values in x.values():
             values[row] *= 1 + 1e-3

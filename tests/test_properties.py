@@ -15,9 +15,10 @@ import torch
 import models
 from entropy_probe import ProbeConfig
 from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.report import InvarianceOfCases, WorstCase
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.witnesses import continuity, invariance, properties
-from entropy_probe.stages.witnesses.properties import Case, Drawn, Space
+from entropy_probe.stages.witnesses.properties import Case, Space
 
 SPACE = Space(vocabulary=67, columns=56, names=tuple("abcdefgh"), eos=(2,))
 TINY = Space(vocabulary=2, columns=2, names=("a",), eos=())
@@ -37,19 +38,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def drawn(model: Any, examples: int = 8, dtype: torch.dtype = torch.float32, **config: Any) -> Drawn:
+def drawn(model: Any, examples: int = 8, dtype: torch.dtype = torch.float32, **config: Any) -> InvarianceOfCases:
     resolved = ProbeConfig.from_mapping({"invariance": {"max_examples": examples}, **config})
     found = properties.drawn_properties(bind(model, dtype), bind(model, torch.float64), resolved, [models.EOS])
     assert found is not None
     return found
 
 
-def red(found: Drawn) -> set[str]:
-    return {
-        name
-        for name, worst in vars(found).items()
-        if isinstance(worst, invariance.WorstDifference) and worst.share > 1.0
-    }
+def red(found: InvarianceOfCases) -> set[str]:
+    return {name for name, worst in vars(found).items() if isinstance(worst, WorstCase) and worst.share > 1.0}
 
 
 def red_on_fixed_rows(model: Any, file: Path, v: dict[str, torch.Tensor]) -> set[str]:

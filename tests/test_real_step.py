@@ -17,11 +17,13 @@ from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry, checksum
-from entropy_probe.stages import entropy_change, gradients, update
+from entropy_probe.report import RealStepSection
+from entropy_probe.stages import entropy_change, update
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses import real_step
-from entropy_probe.stages.witnesses.real_step import RealStep
 
 LIMIT = 1e-12
 """4500 ulp of the terms. Rounding takes 2 of them in these models and 25 in 32 random layers; a moment that is off by
@@ -50,9 +52,9 @@ class Subject:
         self.e, of_u = (read_rollouts(path, self.float64, None) for path in (e, u))
         self.scores = score(self.float64, self.e, ProbeConfig())
         scores_u = score(self.float64, of_u, ProbeConfig(), with_features=True)
-        payloads = gradients.payloads(of_u, scores_u, ProbeConfig())
-        units = gradients.unit_gradients(self.float64, of_u, ProbeConfig(), *payloads)
-        self.ascent = gradients.prompt_mean(units.y, units.sizes)
+        of_u_and_y = payloads(of_u, scores_u, ProbeConfig())
+        alone = models.alone(self.float64, of_u)
+        self.ascent = unit_gradients(self.float64, alone, ProbeConfig(), *of_u_and_y).mean_y()
 
     def direction(self, adam: Adam | None = None, max_grad_norm: float | None = None) -> dict[str, torch.Tensor]:
         adam = self.adam if adam is None else adam
@@ -60,7 +62,7 @@ class Subject:
 
     def step(
         self, v: dict[str, torch.Tensor] | None = None, adam: Adam | None = None, lr: float = 1e-3, **config: Any
-    ) -> RealStep:
+    ) -> RealStepSection:
         adam = self.adam if adam is None else adam
         v = self.direction(adam) if v is None else v
         settings = ProbeConfig.from_mapping(config)
@@ -77,7 +79,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject(tmp_path_factory.mktemp("real-gpt2"), "gpt2 full, tied")
 
 
-def is_the_functional_path(step: RealStep) -> bool:
+def is_the_functional_path(step: RealStepSection) -> bool:
     virtual = step.virtual_difference == 0.0 and step.virtual_undone
     return virtual and step.real_relative <= LIMIT and step.real_seq_logp <= LIMIT
 
@@ -101,7 +103,9 @@ def test_delta_h_is_that_of_the_sweep(subject: Subject) -> None:
     few = subject.e.of_prompts(prompts)
     at_theta = score(subject.float64, few, ProbeConfig())
     v = subject.direction()
-    (swept,) = entropy_change.sweep(subject.float64, few, at_theta, v, [1e-3], ProbeConfig())
+    (swept,) = entropy_change.sweep(
+        subject.float64, models.alone(subject.float64, few), at_theta, v, [1e-3], ProbeConfig()
+    )
     assert subject.step(v, lr=1e-3).delta_h == pytest.approx(swept.rb.value, rel=1e-12)
 
 
@@ -148,7 +152,7 @@ def test_step_is_that_of_the_saved_optimizer(subject: Subject) -> None:
         p = theirs.parameters[name]
         p.grad = -subject.ascent[name].reshape(p.shape).to(p)
     optimizer.step()
-    real_step.take_step(own, subject.ascent, subject.adam, 1e-3, None)
+    real_step.take_real_step(own, subject.ascent, subject.adam, 1e-3, None)
     for name in subject.adam:
         assert torch.equal(own.parameters[name], theirs.parameters[name]), name
         assert not torch.equal(own.parameters[name], float32.registry.parameters[name]), name

@@ -24,19 +24,15 @@ from transformers import PreTrainedTokenizerFast
 
 import models
 from entropy_probe import ProbeConfig
+from entropy_probe.config import GenerationConfig
 from entropy_probe.errors import ConfigError, MeasurementError, OverrideError, ProbeError, RolloutsError
 from entropy_probe.estimators.token_stats import TokenStepDiagnostics, sequence_diagnostics, step_diagnostics
 from entropy_probe.model import forward
 from entropy_probe.model.precision import TrueFloat64
 from entropy_probe.model.registry import checksum
-from entropy_probe.sequence_processor import (
-    BatchedSequences,
-    DiagnosticsResults,
-    GenerationConfig,
-    LogprobResults,
-    SequenceProcessor,
-)
+from entropy_probe.sequence_processor import SequenceProcessor
 from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.sequences import BatchedSequences, DiagnosticsResults, LogprobResults
 from entropy_probe.stages.responses.tasks import arithmetic
 
 V = models.VOCABULARY

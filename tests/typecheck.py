@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float, as everywhere else in Python's typing
+# Whole measurements again and again, or 300 000 calls: the checks would be half of the time, and what they see here
+# the tests of the units have seen.
+_UNCHECKED = {"faults", "fuzz", "hostile", "test_cost.py", "test_oracle.py"}
 
 
 def make_shapes_known() -> None:
@@ -22,3 +28,19 @@ def make_shapes_known() -> None:
 
 def enforce(function: Any) -> Any:
     return beartype(conf=_CONF)(function)
+
+
+def is_checked(file: Path) -> bool:
+    """Whether calls are checked in the tests of this file."""
+    return _UNCHECKED.isdisjoint(file.relative_to(Path(__file__).parent).parts)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """No call is checked in here."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

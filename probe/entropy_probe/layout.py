@@ -20,6 +20,8 @@ TRAINER, PRETRAINED, NOTES = "trainer folder", "save_pretrained + optimizer", "t
 FSDP, DCP, TORCHTITAN = "accelerate", "torch.distributed.checkpoint", "torchtitan"
 VERL, ZERO, UNIVERSAL = "verl FSDP", "DeepSpeed ZeRO", "DeepSpeed universal"
 FORMATS = (TRAINER, PRETRAINED, NOTES, FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL)  # docs/formats.md
+IN_PIECES = frozenset({FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL})
+"""Formats whose weights and moments lie in several files, also in folders below the checkpoint's."""
 _NUMBERED = re.compile(r"(?:(?:checkpoint|step)[-_]|global_step_?)(\d+)", re.ASCII)
 _RUNS = (".", "training_state", "checkpoint", "checkpoints")
 _OF_RANKS = {  # one of the optimizer's files, below the checkpoint's or DeepSpeed's own folder → format

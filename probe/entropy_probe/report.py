@@ -7,6 +7,7 @@ infinities are written as the strings "NaN", "Infinity", "-Infinity".
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -120,28 +121,34 @@ class Parts(_Section):
     factor: dict[str, Estimate]
 
 
-class FirstOrderSection(_Section):
+class UStatistic(_Section):
+    """U_cross with its standard errors. `None`: too few units (the jackknife needs 3, the unbiased
+    variance 5). `var_unbiased` needs all pairs of units: `None` too where several processes measured.
+    """
+
+    u_cross: float
+    zeta1_plugin: float
+    zeta1_jackknife: float | None
+    se_plugin: float
+    se_jackknife: float | None
+    var_unbiased: float | None
+
+
+class FirstOrderSection(UStatistic):
     """One batch (U) on both sides: U_cross and δH₁ = −lr·U_cross, with their standard errors.
 
-    `interval` is U_cross ± t_{U−1}·se_plugin at 95 %; `bars_dot_plain` is X̄ᵀȲ, without P. `delta_h1_by_unit` and each
-    table of `delta_h1_parts` add up to `delta_h1`. `var_unbiased` needs all pairs of units: `None` too where several
-    processes measured.
+    `interval` is U_cross ± t_{U−1}·se_plugin at 95 %; `bars_dot_plain` is X̄ᵀȲ, without P.
+    `delta_h1_by_unit` and each table of `delta_h1_parts` add up to `delta_h1`.
     """
 
     mode: str
     estimator: str
     num_units: int
-    u_cross: float
     interval: tuple[float, float]
     bars_dot: float
     bars_dot_plain: float
     diag_sum: float
     row_means: list[float]
-    zeta1_plugin: float | None
-    zeta1_jackknife: float | None
-    se_plugin: float | None
-    se_jackknife: float | None
-    var_unbiased: float | None
     norm_x_sum: float
     norm_y_sum: float
     lr: float
@@ -170,7 +177,19 @@ class TwoBatchSection(_Section):
     delta_h1_parts: Parts
 
 
-class UpdateSection(_Section):
+class StepAgreement(_Section):
+    """cos(v, step) and ‖v‖/‖step‖ beside a step of torch's own optimizer: the worst over the whole and over every
+    parameter, and which one that was.
+
+    Cosine 1 and ratio 1 where nothing moves; NaN without parameters.
+    """
+
+    cosine_with_optimizer_step: float | None
+    norm_ratio_with_optimizer_step: float | None
+    worst_parameter: str | None
+
+
+class UpdateSection(StepAgreement):
     """The update direction v = v₀ + D·Ȳ per unit learning rate, and the slope of the entropy along it on the E batch.
 
     `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
@@ -205,37 +224,49 @@ class UpdateSection(_Section):
     curvature_per_token: float
     curvature_per_token_se: float
     eta_star: float | None
-    cosine_with_optimizer_step: float | None
-    norm_ratio_with_optimizer_step: float | None
-    worst_parameter: str | None
 
 
-class EntropyChangeRow(_Section):
-    """The realised change at one η, by self-normalised importance sampling on the E batch.
+class Reweighting(_Section):
+    """How the responses stand for those at θ + ηv, and whether they can.
 
-    `delta_h` (naive) and `delta_h_rb` are per response or per token, as `true_delta_h.normalize` says, with 95 %
-    intervals; `delta_h_per_token` is Rao-Blackwell, `delta_h_per_token_naive` is not. `method` is `snis`, or the
-    fallback that was taken, and `reliable` whether it is to be believed: ESS/N and k̂ of the weights before clipping
-    are within their limits and none was clipped, smoothed ones have k̂ within its limit, fresh responses need no
-    weights. `difference` is `delta_h_rb` − `predicted`, `ratio` the one over the other; `in_range` says whether the two
-    are to be compared at this η: reliable, and near enough for second order, which needs ESS/N within its limit even
-    where fresh responses were drawn.
+    `ess` is that of the weights in use, `unclipped_ess_fraction` and `pareto_k` those of the weights before
+    clipping. `method` is `snis`, or the fallback that was taken: `psis` (smoothed weights) or `resample`
+    (fresh responses). `reliable` says whether it is to be believed: ESS/N and k̂ are within their limits and
+    no weight was clipped, smoothed weights have k̂ within its limit, fresh responses need no weights.
 
-    `restricted`: the responses were sampled at top_p < 1, and the change is that of π restricted to the nucleus; the
-    slope of π's entropy predicts nothing about it.
+    `restricted`: the responses were sampled at top_p < 1, and the change is that of π restricted to the
+    nucleus; the slope of π's entropy predicts nothing about it.
     """
 
     eta: float
+    ess: float
+    ess_fraction: float
+    unclipped_ess_fraction: float
+    pareto_k: float | None
+    clip_fraction: float
+    log_weight_min: float
+    log_weight_median: float
+    log_weight_max: float
+    method: str
+    reliable: bool
+    restricted: bool
+
+
+class EntropyChangeRow(Reweighting):
+    """The realised change at one η, by self-normalised importance sampling on the E batch.
+
+    `delta_h` (naive) and `delta_h_rb` are per response or per token, as `true_delta_h.normalize` says, with
+    95 % intervals; `delta_h_per_token` is Rao-Blackwell, `delta_h_per_token_naive` is not. `difference` is
+    `delta_h_rb` − `predicted`, `ratio` the one over the other; `in_range` says whether the two are to be
+    compared at this η: reliable, and near enough for second order, which needs ESS/N within its limit even
+    where fresh responses were drawn.
+    """
+
     delta_h: float
     delta_h_se: float
     delta_h_rb: float
     delta_h_rb_se: float
     delta_h_rb_by_prompt: list[float]
-    ess: float
-    ess_fraction: float
-    pareto_k: float | None
-    clip_fraction: float
-    restricted: bool
     delta_h_interval: tuple[float, float]
     delta_h_rb_interval: tuple[float, float]
     delta_h_per_token: float
@@ -243,12 +274,6 @@ class EntropyChangeRow(_Section):
     delta_h_per_token_interval: tuple[float, float]
     delta_h_per_token_naive: float
     delta_h_per_token_naive_se: float
-    unclipped_ess_fraction: float
-    log_weight_min: float
-    log_weight_median: float
-    log_weight_max: float
-    method: str
-    reliable: bool
     predicted: float | None
     predicted_se: float | None
     difference: float | None
@@ -258,8 +283,19 @@ class EntropyChangeRow(_Section):
 
 
 class RealStepSection(_Section):
-    """ΔĤ_RB at η = lr on a few prompts in true float64: by functional override (`delta_h`), by θ + lr·v written into a
-    copy and undone, and after a step of torch's own optimizer. Relative differences: to the terms that are rounded."""
+    """ΔĤ_RB on a few prompts in true float64, at η = lr, in three ways: by functional override, with θ + lr·v
+    written into a copy and undone, and after a step of torch's own optimizer.
+
+    `delta_h`             ΔĤ_RB at θ + lr·v by functional override (nats)
+    `virtual_difference`  |ΔĤ_RB in place − `delta_h`|, 0: the same numbers in the same operations
+    `virtual_undone`      θ is back bit for bit
+    `real_difference`     |ΔĤ_RB after the optimizer's step − `delta_h`|
+    `real_relative`       the same over the terms that rounding acts on, Σŵ[R + T + |R − Ĥ|(|S| + T)]
+    `real_seq_logp`       max_i|S_i after the optimizer's step − S_i(θ + lr·v)|/(|S_i| + T_i)
+
+    The last two are a few ulp times what the network makes of one. T stands for tokens that are all but
+    certain, where log p is smaller than its own rounding.
+    """
 
     delta_h: float
     virtual_difference: float
@@ -269,22 +305,25 @@ class RealStepSection(_Section):
     real_seq_logp: float
 
 
-class ContinuitySection(_Section):
-    """Zero check in the configured precision; ratios in true float64, normalised so that 1 is perfect.
+class TaylorTests(_Section):
+    """Slopes in log-log against η, on a few responses in true float64, for η from `taylor_eta_min` to
+    `taylor_eta_max`.
 
-    Then, on a few responses in true float64, for η from `taylor_eta_min` to `taylor_eta_max`: the log-log slopes
-    against η of ‖Δlogits‖ and |ΔĤ| (1) and of the Taylor remainder (`taylor_order`, 2), ΔĤ's `taylor_slope` at 0 and
-    the relative error of its difference against the derivative by JVP, the `taylor_radius` within which one order of
-    its series is smaller than the one before, and the range of η in which ΔĤ in the configured dtype is within 10 %.
-    All of these are `None` where the budget leaves them out.
+    `logit_slope`      of ‖Δlogits‖ over the four lowest decades, 1; `logit_monotone`: it grows with η there;
+                       `None` where no logit moves
+    `delta_h_slope`    of |ΔĤ_RB|, 1, over η ≤ 0.02·`taylor_radius`
+    `taylor_order`     of |ΔĤ_RB − η·`taylor_slope`|, 2, over η ≤ 0.1·`taylor_radius`
+    `taylor_slope`     dΔĤ_RB/dη at 0 of this estimator on these responses, from a JVP
+    `taylor_radius`    min(2|f′|/|f″|, 3|f″|/|f‴|) of f = ΔĤ_RB(η) on these responses
+    `identity_error_*` |dΔĤ/dη by five points − from a JVP|/Σ|terms|
+    `trusted_eta_min`  from it to `trusted_eta_max`, the longest such stretch, ΔĤ_RB in the configured dtype is
+                       within 10 % of that in float64; `None`: nowhere
+
+    The two orders are `None` where fewer than 1.5 decades of η are left between rounding, 1e3·eps·Ĥ, and the
+    end of their range; the errors where ΔĤ does not move. What comes from a JVP is `None` where an operation of
+    the model has no forward-mode derivative. All of them are `None` where the budget leaves them out.
     """
 
-    zero_check_max_abs: float
-    zero_check_bitwise: bool
-    eta_main: float
-    eta_tiny: float
-    param_ratio: float
-    logit_ratio: float
     taylor_order: float | None
     logit_slope: float | None
     logit_monotone: bool | None
@@ -300,29 +339,56 @@ class ContinuitySection(_Section):
     taylor_slope: float | None
 
 
+class ContinuitySection(TaylorTests):
+    """Zero check in the configured precision; ratios in true float64, normalised so that 1 is perfect."""
+
+    zero_check_max_abs: float
+    zero_check_bitwise: bool
+    eta_main: float
+    eta_tiny: float
+    param_ratio: float
+    logit_ratio: float
+
+
 class WorstCase(_Section):
-    """The largest difference that was found, its bound from rounding, and where it was found."""
+    """The largest |difference| of a token's log p or entropy, its bound from rounding, and where it was found."""
 
     worst: float
     bound: float
     example: str
 
+    @property
+    def share(self) -> float:
+        """How much of its bound it takes: 0 where nothing differs, infinite for NaN and above a bound of 0."""
+        if self.worst == 0:
+            return 0.0
+        return self.worst / self.bound if self.bound > 0 and not math.isnan(self.worst) else math.inf
 
-class InvarianceSection(_Section):
+
+class InvarianceOfCases(_Section):
     """What a token's scores must not depend on: padding, neighbours in the batch, pieces in which logits are read.
 
-    On rows of the batch and on `num_examples` drawn cases; of all, the one nearest to its bound. On drawn cases alone,
-    `None` without: max|Δlogits| at θ + 0·v in the configured dtype (`zero_step`), and 1 − min(r, 1/r) in true float64
-    with r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000 (`scaling`; `None` too where rounding hides every change).
+    Of all cases, the one nearest to its bound. `num_examples` of them were drawn; `zero_step` and `scaling` are asked
+    of drawn cases alone, `None` without:
+
+    `zero_step`   max|logits of the module − logits at θ + 0·v| in the configured dtype, bit for bit: bound 0
+    `scaling`     1 − min(r, 1/r) in true float64, r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000; `None` too where
+                  rounding hides what every drawn v does to the logits
     """
 
     padding: WorstCase
     batch: WorstCase
     chunk: WorstCase
-    precision: WorstCase
     zero_step: WorstCase | None
     scaling: WorstCase | None
     num_examples: int
+
+
+class InvarianceSection(InvarianceOfCases):
+    """The same on rows of the batch and on drawn cases together; and, of the rows, the configured `precision` against
+    true float64."""
+
+    precision: WorstCase
 
 
 class SamplerParitySection(_Section):
@@ -356,14 +422,24 @@ class RegistrySection(_Section):
     taken_as_frozen: list[str]
 
 
-class PreconditionerSection(_Section):
-    """P = 1/(√v̂+ε) over all trainable tensors: how many there are, which lack state, its range, and its largest
-    relative difference from what torch's own Adam divides by.
+class MomentsMatch(_Section):
+    """Pairs of tensors of one shape, by the evidence in standard errors that each holds the other's second moments.
 
-    `exchanged`: of two tensors of one shape, the evidence in standard errors that each holds the other's second
-    moments, for the pair where it is largest; in `num_undecided` of `num_pairs`, of the tensors in `undecided` (the
-    smallest first), an exchange would not be seen.
+    `exchanged` is the largest, of `exchanged_pair`; `None` where no two tensors have one shape, or no gradient is
+    there. In `num_undecided` of `num_pairs`, of the tensors in `undecided` (the smallest first), an exchange would
+    not be seen: the evidence against it is below 5.
     """
+
+    exchanged: float | None
+    exchanged_pair: tuple[str, str] | None
+    num_pairs: int
+    num_undecided: int
+    undecided: list[str]
+
+
+class PreconditionerSection(MomentsMatch):
+    """P = 1/(√v̂+ε) over all trainable tensors: how many there are, which lack state, its range, and its largest
+    relative difference from what torch's own Adam divides by."""
 
     num_tensors: int
     missing: list[str]
@@ -371,11 +447,6 @@ class PreconditionerSection(_Section):
     smallest: float | None
     largest: float | None
     difference_from_torch: float | None
-    exchanged: float | None
-    exchanged_pair: tuple[str, str] | None
-    num_pairs: int
-    num_undecided: int
-    undecided: list[str]
 
 
 class IntegritySection(_Section):

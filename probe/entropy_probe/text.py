@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from entropy_probe.errors import RolloutsError
+from entropy_probe.errors import CheckpointError, RolloutsError
 
 LARGEST = 1 << 30
 """Bytes; a gigabyte of JSON takes ten of memory."""
@@ -59,3 +59,19 @@ def json_lines(path: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def has_lone_surrogate(text: str) -> bool:
     """Whether the text holds half of a pair, which JSON can hold and UTF-8 cannot."""
     return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
+    return content
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error

@@ -10,10 +10,13 @@ import torch
 
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
-from entropy_probe.run import Prepared
-from entropy_probe.stages.gradients import payloads, unit_gradients
+from entropy_probe.pipeline.prepared import Prepared
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import score
+from entropy_probe.stages.share import Share
 
 _ETA = 1e-6  # any step costs the same
 
@@ -38,10 +41,12 @@ def workload(prepared: Prepared, stage: str) -> Iterator[Workload]:
     with numerics(config.precision, prepared.checkpoint.info.num_parameters):
         if stage == "gradients":
             batch = prepared.update_rollouts
-            of_x, of_y = payloads(batch, score(bound, batch, config, with_features=True), config)
+            scores = score(bound, batch, config, with_features=True)
+            of_x, of_y = payloads(batch, scores, config)
+            alone = Share.of(batch, units_of(bound, batch, config))
 
             def once() -> object:
-                return unit_gradients(bound, batch, config, of_x, of_y)
+                return unit_gradients(bound, alone, config, of_x, of_y)
 
         else:
             batch = prepared.rollouts

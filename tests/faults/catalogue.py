@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe import run, sections
+from entropy_probe import loading
 from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
@@ -31,10 +31,10 @@ from entropy_probe.model.checkpoint.weights import adapter
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages import entropy_change, gradients, scores, slopes, update
+from entropy_probe.stages import batches, derivatives, entropy_change, first_order, scores, slopes, update
+from entropy_probe.stages.gradients import products, unit_gradients
 from entropy_probe.stages.responses import drawing, rollouts, rollouts_file, sampled_rollouts, sampling
-from entropy_probe.stages.witnesses import real_step
-from entropy_probe.stages.witnesses import torch_step as optimizer_step
+from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
 
 Patch = pytest.MonkeyPatch
@@ -112,7 +112,7 @@ def scaled(by: float) -> Callable[[Any], Any]:
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def bracket_not_detached(patch: Patch) -> None:
     """The gradient flows through the bracket S − S̄ too: X is twice what it is."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
 
 
 @fault("llama", "gradient_witness slope_identity")
@@ -166,13 +166,13 @@ def _rolled(side: dict[str, Tensor]) -> dict[str, Tensor]:
 @fault("llama", "gradient_witness projections_agree slope_identity", first_order={"mode": "block", "num_blocks": 3})
 def blocks_of_x_mixed_up(patch: Patch) -> None:
     """A block holds the X of another block's prompts."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=_rolled))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=_rolled))
 
 
 @fault("llama", "gradient_witness", first_order={"mode": "block", "num_blocks": 3})
 def blocks_of_y_mixed_up(patch: Patch) -> None:
     """A block holds the Y of another block's prompts."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
 
 
 @fault("llama", "x_coverage y_coverage curvature_witness change_identity taylor_order")
@@ -184,7 +184,7 @@ def part_of_the_forward_detached(patch: Patch) -> None:
         layer.register_forward_hook(lambda module, inputs, output: output.detach())
         return checkpoint
 
-    then(patch, run.load_checkpoint, detached)
+    then(patch, loading.load_checkpoint, detached)
 
 
 @fault("llama", "gradient_witness", first_order={"estimator": "rb"})
@@ -209,15 +209,15 @@ def ema_holds_the_prompt_itself(patch: Patch) -> None:
 @fault("llama", "projections_agree", also="slope_identity")
 def preconditioner_twice(patch: Patch) -> None:
     """P on both sides of X̄ᵀPȲ."""
-    original = gradients._gram
-    patch.setattr(gradients, "_gram", lambda a, b, p: original(a, b, None if p is None else p.square()))
+    original = products._gram
+    patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None if p is None else p.square()))
 
 
 @fault("llama", "projections_agree", also="slope_identity")
 def preconditioner_on_neither_side(patch: Patch) -> None:
     """X̄ᵀȲ in place of X̄ᵀPȲ."""
-    original = gradients._gram
-    patch.setattr(gradients, "_gram", lambda a, b, p: original(a, b, None))
+    original = products._gram
+    patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None))
 
 
 def _preconditioner(patch: Patch, change: Callable[[Any, Tensor, float, float, float], Tensor]) -> None:
@@ -462,7 +462,7 @@ def _statistic(patch: Patch, change: Callable[[Any, int], dict[str, Any]]) -> No
 
     def changed(moments: Any, gram: Tensor) -> Any:
         statistic = original(moments, gram)
-        return dataclasses.replace(statistic, **change(statistic, moments.num_units))
+        return statistic.model_copy(update=change(statistic, moments.num_units))
 
     everywhere(patch, original, changed)
 
@@ -490,7 +490,7 @@ def standard_error_of_a_sum(patch: Patch) -> None:
 @fault("llama", "delta_h1_identity")
 def delta_h1_with_the_wrong_sign(patch: Patch) -> None:
     """δH₁ = lr·U_cross."""
-    then(patch, sections.first_order_section, lambda f: f.model_copy(update={"delta_h1": -f.delta_h1}))
+    then(patch, first_order.first_order_section, lambda f: f.model_copy(update={"delta_h1": -f.delta_h1}))
 
 
 @fault("llama", "two_batch_identity")
@@ -535,8 +535,8 @@ def nested_jvp(patch: Patch) -> None:
     """D²_v by a JVP within a JVP, which torch gets silently wrong in a layer norm."""
     original = slopes.slopes_along
 
-    def nested(bound: BoundModel, float64: BoundModel, batch: Any, s: Any, v: Any, config: Any, *rest: Any) -> Any:
-        along = original(bound, float64, batch, s, v, config, *rest)
+    def nested(bound: BoundModel, float64: BoundModel, share: Any, s: Any, v: Any, config: Any, *rest: Any) -> Any:
+        along, batch = original(bound, float64, share, s, v, config, *rest), share.own
         theta = float64.registry.parameters
         rows = torch.arange(len(batch.gen_lens))
 
@@ -585,7 +585,7 @@ def derivatives_all_zero(patch: Patch) -> None:
     """A forward-mode pass whose tangents got lost gives D_v = 0 everywhere."""
     then(
         patch,
-        slopes.directional_derivatives,
+        derivatives.directional_derivatives,
         lambda d: with_fields(d, d_logp=torch.zeros_like, d_entropy=torch.zeros_like),
     )
 
@@ -831,7 +831,7 @@ def rows_normalised_together(patch: Patch) -> None:
         norm.register_forward_hook(lambda module, inputs, output: output / output.detach().square().mean().sqrt())
         return checkpoint
 
-    then(patch, run.load_checkpoint, together)
+    then(patch, loading.load_checkpoint, together)
 
 
 @fault(
@@ -849,7 +849,7 @@ def dropout_left_on(patch: Patch) -> None:
         checkpoint.model.train()
         return checkpoint
 
-    then(patch, run.load_checkpoint, training)
+    then(patch, loading.load_checkpoint, training)
 
 
 @fault(
@@ -961,7 +961,7 @@ def every_adapter_merged(patch: Patch) -> None:
         checkpoint.model.merge_adapter()
         return checkpoint
 
-    then(patch, run.load_checkpoint, merged)
+    then(patch, loading.load_checkpoint, merged)
 
 
 @fault("lora", "sampler_parity")
@@ -1027,7 +1027,7 @@ def eos_dropped(patch: Patch) -> None:
         last = r.ids.gather(1, (r.prompt_lens + r.gen_lens - 1)[:, None])[:, 0]
         return with_fields(r, gen_lens=lambda n: (n - (last < 30).long()).clamp(min=1))
 
-    then(patch, run.draw_batches, lambda batches: tuple(map(dropped, batches)))
+    then(patch, batches.draw_batches, lambda batches: tuple(map(dropped, batches)))
 
 
 @fault("llama", "sampler_parity on_policy", also="ends_at_eos")
@@ -1166,19 +1166,19 @@ def sampler_drops_eos(patch: Patch) -> None:
 @fault("llama", "batches_as_given")
 def batches_swapped(patch: Patch) -> None:
     """The update comes from the E batch, and the entropy is measured on the U batch."""
-    then(patch, run.draw_batches, lambda batches: batches[::-1])
+    then(patch, batches.draw_batches, lambda batches: batches[::-1])
 
 
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def gradients_all_zero(patch: Patch) -> None:
     """The fast pass returns zeros, and two zeros agree."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=scaled(0.0), y=scaled(0.0)))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(0.0), y=scaled(0.0)))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm")
 def step_compared_with_itself(patch: Patch) -> None:
     """The step of torch's optimizer is compared for no parameter at all."""
-    original = optimizer_step.optimizer_step_agreement
+    original = torch_step.optimizer_step_agreement
     everywhere(patch, original, lambda registry, states, ascent, direction: original(registry, {}, ascent, direction))
 
 

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from entropy_probe.report import SamplerParitySection
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
-@dataclass(frozen=True)
-class SamplerParity:
-    """Mismatch per token, over all generated tokens; KL in nats per token, ratios of probabilities."""
-
-    num_tokens: int
-    mean_abs_difference: float
-    max_abs_difference: float
-    kl: float
-    k3: float
-    pearson: float | None
-    ratio_min: float
-    ratio_mean: float
-    ratio_max: float
-    share_outside: float
-
-
 def sampler_parity(
     scored: Float[Tensor, "B G T"], reported: Float[Tensor, "B G T"], inside: Bool[Tensor, "B G T"]
-) -> SamplerParity:
+) -> SamplerParitySection:
     """Compare log q by teacher forcing (`scored`) with what the sampler reported, where `inside` is true.
 
     Δ = reported − scored,   ratio ρ = exp(−Δ) = q/reported
@@ -46,7 +31,7 @@ def sampler_parity(
     a, b = q.exp() - q.exp().mean(), p.exp() - p.exp().mean()
     norms = float(a.norm()), float(b.norm())
     constant = min(norms) <= 1e-12 * math.sqrt(q.numel())  # probabilities are of order 1: this is their rounding
-    return SamplerParity(
+    return SamplerParitySection(
         num_tokens=q.numel(),
         mean_abs_difference=float(difference.abs().mean()),
         max_abs_difference=float(difference.abs().max()),

@@ -10,6 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from entropy_probe.report import UStatistic
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -23,18 +25,6 @@ class CrossMoments:
     diag_sum: float
     row_means: Float[Tensor, " U"]
     num_units: int
-
-
-@dataclass(frozen=True)
-class UStatistic:
-    """U_cross with its standard errors. `None`: too few units (the jackknife needs 3, the unbiased variance 5)."""
-
-    u_cross: float
-    zeta1_plugin: float
-    zeta1_jackknife: float | None
-    se_plugin: float
-    se_jackknife: float | None
-    var_unbiased: float | None
 
 
 def cross_moments(gram: Float[Tensor, "U U"]) -> CrossMoments:

@@ -1,4 +1,7 @@
-"""`BoundModel`: a module bound to one registry and one dtype. The network is called here and nowhere else."""
+"""`BoundModel`: a module bound to one registry and one dtype.
+
+The network is called here, and by `output_layer`, which calls what stands behind the backbone row by row.
+"""
 
 from __future__ import annotations
 

@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import MeasurementError
+from entropy_probe.errors import MeasurementError, printable
+from entropy_probe.estimators import advantages, importance
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import for_sampling
 from entropy_probe.stages.responses import tasks
 from entropy_probe.stages.responses.rewards import find_reward
-from entropy_probe.stages.responses.rollouts import Progress, Rollouts, eos_ids
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts, early_eos, eos_ids
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampled_rollouts import redrawn, sample_rollouts
 from entropy_probe.stages.share import Share
 
 
 def redraw_for(
-    bound: BoundModel, rollouts: Rollouts, tokenizer: Any | None, config: ProbeConfig, share: Share | None = None
+    bound: BoundModel, share: Share, tokenizer: Any | None, config: ProbeConfig
 ) -> Callable[[Mapping[str, Tensor]], Rollouts] | None:
-    """What draws fresh responses of the same prompts, as many of each, at a mapping of parameters; `None` where no
-    `fallback: resample` asks for it.
+    """What draws fresh responses of the share's own prompts, as many of each, at a mapping of parameters; `None`
+    where no `fallback: resample` asks for it.
 
     The noise is that of the E batch: at θ a sampled batch comes again, so that what differs at θ + ηv is what the step
-    changed. With a `share` of the batch only its own prompts.
+    changed.
     """
     if config.true_delta_h.fallback != "resample":
         return None
+    rollouts = share.rollouts
     limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
     longer = config.model_copy(update={"generation": config.generation.model_copy(update={"max_new_tokens": limit})})
     generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer, later=True).generation
     seed = _seed("E", config.batch.seed)
-    own = rollouts if share is None else share.own
-    return lambda override: redrawn(bound, own, tokenizer, generation, seed=seed, override=override)
+    return lambda override: redrawn(bound, share.own, tokenizer, generation, seed=seed, override=override)
 
 
-def redrawn_shares(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config: ProbeConfig) -> tuple[float, float]:
+def sampling_section(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config: ProbeConfig) -> r.SamplingSection:
     """Of the responses of E's first two prompts: the share that the same seed draws again, and the share that another
     seed, that of U, draws too."""
     few = e.of_prompts(torch.arange(2))
@@ -53,7 +57,7 @@ def redrawn_shares(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config
         equal = [a == b for a, b in zip(few.responses, again.responses, strict=True)]
         return sum(equal) / len(equal)
 
-    return same("E"), same("U")
+    return r.SamplingSection(same_seed=same("E"), other_seed=same("U"))
 
 
 def _length_limit(rollouts: Rollouts, ends: set[int], config: ProbeConfig) -> int:
@@ -126,3 +130,44 @@ def draw_batches(
 
     batch_e = sampled("E", drawn[: batch.num_prompts])
     return batch_e, file_u if file_u is not None else sampled("U", drawn[batch.num_prompts :])
+
+
+def batch_section(
+    rollouts: Rollouts, same_batch: bool, config: ProbeConfig, given: str, eos: Collection[int]
+) -> r.BatchSection:
+    """A batch in the report; `given` is the file that was asked for, or `sampled`."""
+    advantage = response_advantages(rollouts, config.first_order)
+    without_advantage = advantages.zero_advantage(advantage, rollouts.rewards)
+    cut = [response for response in rollouts.responses if response[-1] not in eos]
+    limit = config.generation.max_new_tokens
+    limit_is_known = rollouts.source == "sampled" and not config.generation.stop
+    return r.BatchSection(
+        num_prompts=rollouts.num_prompts,
+        num_responses=rollouts.num_responses,
+        num_tokens=int(rollouts.gen_lens.sum()),
+        source=printable(rollouts.source),
+        same_batch=same_batch,
+        mean_reward=float(rollouts.rewards.mean()),
+        mean_reward_se=importance.mean_and_se(rollouts.rewards)[1],
+        zero_advantage_fraction=float(without_advantage.double().mean()),
+        missing_gold=rollouts.missing_gold,
+        given=printable(given),
+        early_eos=sum(early_eos(response, eos) is not None for response in rollouts.responses),
+        unended=sum(len(response) < limit for response in cut) if limit_is_known else None,
+        fingerprint=fingerprint(rollouts),
+    )
+
+
+def fingerprint(rollouts: Rollouts) -> str:
+    """SHA-256 of every row's token ids, with where its response begins, and of what was given beside them.
+
+    Not of advantages by rule: they follow from the rewards, in the rounding of the machine.
+    """
+    starts, lengths = rollouts.prompt_lens.tolist(), rollouts.gen_lens.tolist()
+    rows = [
+        [start, *row[: start + length]]
+        for row, start, length in zip(rollouts.ids.tolist(), starts, lengths, strict=True)
+    ]
+    given = None if rollouts.advantages is None else rollouts.advantages.tolist()
+    content = (rows, rollouts.rewards.tolist(), given)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError
-from entropy_probe.estimators import importance
+from entropy_probe.estimators import importance, prediction
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
-from entropy_probe.processes.world import ALONE
+from entropy_probe.stages.gradients.units import units_of_prompts
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
@@ -26,28 +27,21 @@ _POINTS_PER_DECADE, _POINTS = 2, 5
 
 @dataclass(frozen=True)
 class EntropyChange:
-    """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, with the diagnostics of its weights.
+    """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, and what its weights are worth.
 
-    `naive` and `rb` are per response or per token, as `true_delta_h.normalize` says; the others are per token always.
-    `ess` is that of the weights in use, `unclipped_ess_fraction` that of the weights before clipping.
-    `method` is `snis`, or the fallback that was taken: `psis` (smoothed weights) or `resample` (fresh responses).
-    `reliable`: what the weights, or the fallback, say is to be believed.
+    `naive` and `rb` are per response or per token, as `true_delta_h.normalize` says; the others are per
+    token always.
     """
 
-    eta: float
+    weights: r.Reweighting
     naive: importance.Change
     rb: importance.Change
     naive_per_token: importance.Change
     per_token: importance.Change
-    ess: float
-    ess_fraction: float
-    unclipped_ess_fraction: float
-    pareto_k: float | None
-    clip_fraction: float
-    log_weights: tuple[float, float, float]
-    method: str
-    reliable: bool
-    restricted: bool
+
+    @property
+    def eta(self) -> float:
+        return self.weights.eta
 
 
 def grid(config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf) -> list[float]:
@@ -80,23 +74,27 @@ def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeCon
     enough = unclipped_ess / log_weights.numel() >= limits.min_ess_fraction
     method, reliable = "snis", enough and not heavy_tail and weights.clip_fraction == 0.0
     normalised = weights.normalised
-    if limits.fallback == "psis" and eta != 0 and not reliable and pareto_k is not None:  # there is a tail to smooth
+    has_tail = pareto_k is not None
+    if limits.fallback == "psis" and eta != 0 and not reliable and has_tail:
         normalised = importance.snis_weights(importance.smoothed(log_weights)).normalised
         method, reliable = "psis", not heavy_tail
-    weights_before = importance.snis_weights(scores.seq_logp - scores.seq_logq, limits.clip_log_weight).normalised
-    return EntropyChange(
+    at_theta = importance.snis_weights(scores.seq_logp - scores.seq_logq, limits.clip_log_weight)
+    found = r.Reweighting(
         eta=eta,
-        **_changes(scores, scores_after, weights_before, normalised, config),
         ess=weights.ess,
         ess_fraction=weights.ess / log_weights.numel(),
         unclipped_ess_fraction=unclipped_ess / log_weights.numel(),
         pareto_k=pareto_k,
         clip_fraction=weights.clip_fraction,
-        log_weights=(float(log_weights.min()), float(log_weights.median()), float(log_weights.max())),
+        log_weight_min=float(log_weights.min()),
+        log_weight_median=float(log_weights.median()),
+        log_weight_max=float(log_weights.max()),
         method=method,
         reliable=reliable,
         restricted=config.generation.top_p < 1.0,
     )
+    changes = _changes(scores, scores_after, at_theta.normalised, normalised, config)
+    return EntropyChange(found, **changes)
 
 
 def _changes(
@@ -120,32 +118,30 @@ def _changes(
 
 def sweep(
     bound: BoundModel,
-    rollouts: Rollouts,
+    share: Share,
     scores: Scores,
     v: Mapping[str, Tensor],
     etas: Sequence[float],
     config: ProbeConfig,
     progress: Progress | None = None,
     redraw: Callable[[Mapping[str, Tensor]], Rollouts] | None = None,
-    share: Share | None = None,
 ) -> list[EntropyChange]:
     """ΔĤ at θ + ηv for every η: one scoring pass each, with only the parameters in v replaced, one copy at a time.
 
-    Where the weights are not to be believed, fresh responses of the same prompts are drawn at θ + ηv by `redraw`, if it
-    is given, and scored there. With a `share` of the batch, `rollouts` are its own, and `scores` those of all.
+    Where the weights are not to be believed, fresh responses of the same prompts are drawn at θ + ηv by `redraw`,
+    if it is given, and scored there. `scores` are those of all responses.
     """
-
-    def whole(of_own: Scores) -> Scores:
-        return of_own if share is None else share.scores(of_own)
-
-    world, changes = ALONE if share is None else share.world, []
+    changes = []
     for done, eta in enumerate(etas, start=1):
         override = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-        change = change_at(scores, whole(score(bound, rollouts, config, override)), eta, config)
+        after = share.scores(score(bound, share.own, config, override))
+        change = change_at(scores, after, eta, config)
         # below top_p = 1 fresh responses would measure another entropy than the weighted ones do
-        to_redraw = redraw is not None and eta != 0 and not change.reliable and not change.restricted
-        if redraw is not None and world.any(to_redraw):
-            change = resampled(change, scores, whole(score(bound, redraw(override), config, override)), config)
+        believed = change.weights.reliable or change.weights.restricted
+        to_redraw = redraw is not None and eta != 0 and not believed
+        if redraw is not None and share.world.any(to_redraw):
+            fresh = share.scores(score(bound, redraw(override), config, override))
+            change = resampled(change, scores, fresh, config)
         changes.append(change)
         del override
         if progress is not None:
@@ -156,7 +152,47 @@ def sweep(
 def resampled(change: EntropyChange, scores: Scores, fresh: Scores, config: ProbeConfig) -> EntropyChange:
     """Mean over fresh responses at θ⁺ minus mean over those at θ, of the same prompts: no importance weights."""
     even = torch.full_like(scores.seq_logp, 1.0 / scores.seq_logp.numel())
-    return replace(change, **_changes(scores, fresh, even, even, config), method="resample", reliable=True)
+    found = change.weights.model_copy(update={"method": "resample", "reliable": True})
+    return EntropyChange(found, **_changes(scores, fresh, even, even, config))
+
+
+def change_row(
+    change: EntropyChange, predicted: prediction.Prediction | None, reach: float, min_ess: float
+) -> r.EntropyChangeRow:
+    """The row of the report, beside what is `predicted`, which holds up to η = `reach`."""
+    near = abs(change.eta) <= reach and change.weights.unclipped_ess_fraction >= min_ess
+    row = r.EntropyChangeRow(
+        **change.weights.model_dump(),
+        delta_h=change.naive.value,
+        delta_h_se=change.naive.se,
+        delta_h_rb=change.rb.value,
+        delta_h_rb_se=change.rb.se,
+        delta_h_rb_by_prompt=change.rb.influence.mean(1).tolist(),
+        delta_h_interval=change.naive.interval(),
+        delta_h_rb_interval=change.rb.interval(),
+        delta_h_per_token=change.per_token.value,
+        delta_h_per_token_se=change.per_token.se,
+        delta_h_per_token_interval=change.per_token.interval(),
+        delta_h_per_token_naive=change.naive_per_token.value,
+        delta_h_per_token_naive_se=change.naive_per_token.se,
+        predicted=None,
+        predicted_se=None,
+        difference=None,
+        difference_se=None,
+        ratio=None,
+        in_range=None,
+    )
+    if predicted is None:
+        return row
+    beside = {
+        "predicted": predicted.value,
+        "predicted_se": predicted.se,
+        "difference": predicted.difference,
+        "difference_se": predicted.difference_se,
+        "ratio": change.rb.value / predicted.value if predicted.value != 0 else None,
+        "in_range": change.weights.reliable and near,
+    }
+    return row.model_copy(update=beside)
 
 
 def entropy_change_two_batch_vector(
@@ -178,22 +214,18 @@ def entropy_change_two_batch_vector(
         raise ConfigError("true_delta_h.fallback", "`resample` is not offered here", "use run_probe, or psis or none")
     with numerics(config.precision, sum(p.numel() for p in bound.registry.parameters.values())):
         scores = score(bound, rollouts, config)
-        changes = sweep(bound, rollouts, scores, update_vector_named, etas, config)
+        alone = Share.of(rollouts, units_of_prompts(rollouts))
+        changes = sweep(bound, alone, scores, update_vector_named, etas, config)
         still = change_at(scores, scores, 0.0, config).rb
     return {
         "H_orig": still.before,
         "H_upd_list": [still.before + change.rb.value for change in changes],
         "etas": list(etas),
         "deltaH_true_list": [change.rb.value for change in changes],
-        "snis_diagnostics": [
-            {
-                "ESS": c.ess,
-                "ess_fraction": c.ess_fraction,
-                "pareto_k": c.pareto_k,
-                "clip_fraction": c.clip_fraction,
-                "method": c.method,
-                "reliable": c.reliable,
-            }
-            for c in changes
-        ],
+        "snis_diagnostics": [_diagnostics(change.weights) for change in changes],
     }
+
+
+def _diagnostics(weights: r.Reweighting) -> dict[str, Any]:
+    same = ("ess_fraction", "pareto_k", "clip_fraction", "method", "reliable")
+    return {"ESS": weights.ess} | {name: getattr(weights, name) for name in same}

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from entropy_probe.estimators.moments import exchange_evidence
 from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.registry import Registry
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.report import MomentsMatch, PreconditionerSection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,54 +23,86 @@ _ENTRIES = 4096
 _CLEAR = 5.0
 
 
-@dataclass(frozen=True)
-class MomentsMatch:
-    """Pairs of tensors of one shape, by the evidence that their second moments were exchanged (in standard errors).
-
-    `worst` is the largest, of `pair`; `None` where no two tensors have one shape, or no gradient is there. Of the
-    `num_pairs`, in `num_undecided` an exchange would not be seen (evidence against it below 5); `undecided` names the
-    tensors of these pairs, the smallest first.
-    """
-
-    worst: float | None
-    pair: tuple[str, str] | None
-    num_pairs: int
-    num_undecided: int
-    undecided: list[str]
-
-
 def moments_match(
     adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "U D"]], world: World = ALONE
 ) -> MomentsMatch:
     """mean_u Y_u² against `exp_avg_sq`, entry by entry, of up to 4096 entries of each tensor; of several processes each
     has some u."""
-    by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
     num_units = int(world.total(torch.tensor(len(next(iter(y.values()), ())))))
-    moved = world.total(torch.tensor([bool((y[name] != 0).any()) for name in adam], dtype=torch.int64))
-    for (name, state), has_moved in zip(adam.items(), moved.tolist(), strict=True):
-        if state.step > 0 and has_moved:
-            by_shape[tuple(state.exp_avg_sq.shape)].append(name)
-    worst, pair, found = None, None, []
-    undecided: dict[str, int] = {}
-    for names in by_shape.values():
-        if len(names) < 2:
-            continue
+    of_pairs: list[_Pairs] = []
+    for names in _of_one_shape(adam, y, world):
         size = y[names[0]].shape[1]
         some = torch.linspace(0, size - 1, min(size, _ENTRIES)).long()
         sums = torch.stack([y[name][:, some].double().square().sum(0).cpu() for name in names])
         squares = world.total(sums) / num_units
-        moments = torch.stack(
-            [adam[name].exp_avg_sq.flatten()[some.to(adam[name].exp_avg_sq.device)] for name in names]
-        )
+        states = (adam[name].exp_avg_sq.flatten() for name in names)
+        moments = torch.stack([of_state[some.to(of_state.device)] for of_state in states])
         evidence = exchange_evidence(squares, moments.double().cpu())
         first, second = torch.triu_indices(len(names), len(names), offset=1)
-        of_pairs = evidence[first, second]
-        found.append(of_pairs)
-        for i, j in zip(first[of_pairs > -_CLEAR].tolist(), second[of_pairs > -_CLEAR].tolist(), strict=True):
-            undecided |= {names[i]: size, names[j]: size}
-        k = int(of_pairs.argmax())
-        if worst is None or float(of_pairs[k]) > worst:
-            worst, pair = float(of_pairs[k]), (names[int(first[k])], names[int(second[k])])
-    everything = torch.cat(found) if found else torch.zeros(0)
-    smallest_first = sorted(undecided, key=lambda name: (undecided[name], name))
-    return MomentsMatch(worst, pair, len(everything), int((everything > -_CLEAR).sum()), smallest_first)
+        of_pairs.append(_Pairs(names, size, first, second, evidence[first, second]))
+    return _summed_up(of_pairs)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of the tensors `names` of one shape, by position, with the evidence of each."""
+
+    names: list[str]
+    size: int
+    first: Tensor
+    second: Tensor
+    evidence: Tensor
+
+    def names_of(self, pair: int) -> tuple[str, str]:
+        return self.names[int(self.first[pair])], self.names[int(self.second[pair])]
+
+
+def _of_one_shape(adam: Mapping[str, AdamState], y: Mapping[str, Tensor], world: World) -> list[list[str]]:
+    """Names of two or more tensors of one shape that have moments and, anywhere, a gradient."""
+    moving = torch.tensor([bool((y[name] != 0).any()) for name in adam], dtype=torch.int64)
+    by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for (name, state), has_moved in zip(adam.items(), world.total(moving).tolist(), strict=True):
+        if state.step > 0 and has_moved:
+            by_shape[tuple(state.exp_avg_sq.shape)].append(name)
+    return [names for names in by_shape.values() if len(names) >= 2]
+
+
+def _summed_up(found: list[_Pairs]) -> MomentsMatch:
+    """The pair with the most evidence of an exchange, and the pairs that nothing speaks against."""
+    worst, pair = None, None
+    undecided: dict[str, int] = {}
+    for pairs in found:
+        for k in (pairs.evidence > -_CLEAR).nonzero()[:, 0].tolist():
+            undecided |= dict.fromkeys(pairs.names_of(k), pairs.size)
+        largest = int(pairs.evidence.argmax())
+        if worst is None or float(pairs.evidence[largest]) > worst:
+            worst, pair = float(pairs.evidence[largest]), pairs.names_of(largest)
+    evidence = torch.cat([pairs.evidence for pairs in found]) if found else torch.zeros(0)
+    return MomentsMatch(
+        exchanged=worst,
+        exchanged_pair=pair,
+        num_pairs=len(evidence),
+        num_undecided=int((evidence > -_CLEAR).sum()),
+        undecided=sorted(undecided, key=lambda name: (undecided[name], name)),
+    )
+
+
+def preconditioner_section(
+    adam: Mapping[str, AdamState],
+    precond: Mapping[str, Tensor],
+    registry: Registry,
+    difference_from_torch: float | None,
+    match: MomentsMatch,
+) -> PreconditionerSection:
+    """P = 1/(√v̂+ε): its size and range, and what the witnesses of it found."""
+    missing = [n for n in registry.trainable if n not in adam or adam[n].step == 0]
+    values = list(precond.values())
+    return PreconditionerSection(
+        num_tensors=len(precond),
+        missing=missing,
+        num_nonfinite=sum(int((~torch.isfinite(p)).sum()) for p in values),
+        smallest=min(float(p.min()) for p in values),
+        largest=max(float(p.max()) for p in values),
+        difference_from_torch=difference_from_torch,
+        **match.model_dump(),
+    )

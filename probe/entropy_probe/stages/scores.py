@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Tokens of a pass without a graph, where `tf_batch_size` rows have fewer: a small model spends most of such a pass on
 # the overhead of each operation.
 _TOKENS = 4096
+SPREAD_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,15 @@ def rows_without_graph(rollouts: Rollouts, policy: GenerationConfig) -> int:
         return size
     fitting = _TOKENS // int((rollouts.prompt_lens + rollouts.gen_lens).max())
     return 1 if size == 1 else max(size, min(8 * size, fitting))
+
+
+def rows_spread_over(rollouts: Rollouts, most: int) -> Int[Tensor, "R L"]:
+    """The ids of up to `SPREAD_ROWS` rows spread over the batch, and no more than `most`, cut to the longest of
+    them."""
+    size = len(rollouts.ids)
+    rows = torch.linspace(0, size - 1, min(SPREAD_ROWS, most, size)).long()
+    longest = int((rollouts.prompt_lens + rollouts.gen_lens)[rows].max())
+    return rollouts.ids[rows, :longest]
 
 
 def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:

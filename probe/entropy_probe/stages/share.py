@@ -1,4 +1,4 @@
-"""The part of a batch that one of several processes works on."""
+"""The units of a batch, and the part of it that a process works on: all of it, where there is one process."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from entropy_probe.estimators.baselines import Among
-from entropy_probe.processes.world import World
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
 
@@ -18,30 +19,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Share:
-    """`own` are the prompts of this process's units, in a row: positions `prompts` of the batch, and units `units`.
+class Units:
+    """The unit of each prompt: a prompt itself (`exact`), or a block of prompts whose sizes differ by at
+    most one (`block`)."""
 
-    Every process knows the whole batch, and scores and differentiates its own prompts only. Alone they are all.
+    mode: str
+    of_prompt: Int[Tensor, " B"]
+
+    @property
+    def sizes(self) -> Int[Tensor, " U"]:
+        return torch.bincount(self.of_prompt)
+
+
+@dataclass(frozen=True)
+class Share:
+    """`own` are the prompts of this process's units, in a row: positions `prompts` of the batch, and
+    units `own_units`.
+
+    Every process knows the whole batch, and scores and differentiates its own prompts only. One process
+    alone is a world of one, whose share is the whole.
     """
 
     world: World
     rollouts: Rollouts
-    unit_of: Int[Tensor, " B"]
+    units: Units
     own: Rollouts
-    units: slice
+    own_units: slice
     prompts: slice
 
     @classmethod
-    def of(cls, rollouts: Rollouts, unit_of: Int[Tensor, " B"], world: World) -> Share:
-        units = world.share(int(unit_of.max()) + 1)
-        first, last = (int((unit_of < bound).sum()) for bound in (units.start, units.stop))
+    def of(cls, rollouts: Rollouts, units: Units, world: World = ALONE) -> Share:
+        own_units = world.share(len(units.sizes))
+        bounds = (own_units.start, own_units.stop)
+        first, last = (int((units.of_prompt < bound).sum()) for bound in bounds)
         own = rollouts
         if world.size > 1:
             own = rollouts.of_prompts(torch.arange(first, last), first_prompt=first)
-        return cls(world, rollouts, unit_of, own, units, slice(first, last))
+        return cls(world, rollouts, units, own, own_units, slice(first, last))
 
     @property
     def several(self) -> bool:
+        """Whether other processes have shares too."""
         return self.world.size > 1
 
     def whole(self, values: Tensor) -> Tensor:
@@ -50,14 +68,15 @@ class Share:
 
     def of_units(self, values: Tensor) -> Tensor:
         """[U, …] from [u, …], the values of everybody's own units."""
-        return self.world.placed(values, self.units, int(self.unit_of.max()) + 1)
+        return self.world.placed(values, self.own_units, len(self.units.sizes))
 
     def scores(self, scores: Scores) -> Scores:
-        """The scores of the whole batch from those of everybody's own prompts, with a response's sum in place of its
-        tokens (T = 1); alone as they are."""
+        """The scores of the whole batch from those of everybody's own prompts, with a response's sum in
+        place of its tokens (T = 1); alone as they are."""
         if not self.several:
             return scores
-        sums = [scores.seq_logp, scores.seq_logq, scores.rb_sum, scores.rb_sum_q, scores.gen_lens.double()]
+        sums = [scores.seq_logp, scores.seq_logq, scores.rb_sum, scores.rb_sum_q]
+        sums.append(scores.gen_lens.double())
         features = [] if scores.features is None else [*scores.features.sum(2).unbind(-1)]
         whole = self.whole(torch.stack([*sums, *features], -1))[:, :, None]
         logp, logq, entropy, entropy_q, lengths = whole[..., :5].unbind(-1)
@@ -66,8 +85,6 @@ class Share:
 
     def rows(self, values: Tensor, chosen: Int[Tensor, " k"], at: slice) -> Tensor:
         """Entries `chosen` of the whole, wherever they stand; `values` are positions `at` of it."""
-        if not self.several:
-            return values[chosen]
         found = values.new_zeros(len(chosen), *values.shape[1:])
         here = (chosen >= at.start) & (chosen < at.stop)
         found[here] = values[chosen[here] - at.start]
@@ -75,22 +92,20 @@ class Share:
 
     def tokens(self, values: Tensor, chosen: Int[Tensor, " k"]) -> Tensor:
         """[k, G, T] of the prompts `chosen`, from [b, G, t] of everybody's own."""
-        if self.several:
-            missing = self.rollouts.max_gen_len - values.shape[2]
-            values = torch.nn.functional.pad(values, (0, missing))
-        return self.rows(values, chosen, self.prompts)
+        return self.rows(self._as_long_as_any(values), chosen, self.prompts)
 
     def all_tokens(self, values: Tensor) -> Tensor:
-        """[B, G, T] from [b, G, t] of everybody's own; alone as they are."""
-        missing = self.rollouts.max_gen_len - values.shape[2]
-        return self.whole(torch.nn.functional.pad(values, (0, missing))) if self.several else values
+        """[B, G, T] from [b, G, t] of everybody's own."""
+        return self.whole(self._as_long_as_any(values))
+
+    def _as_long_as_any(self, values: Tensor) -> Tensor:
+        return pad(values, (0, self.rollouts.max_gen_len - values.shape[2]))
 
     @property
-    def among(self) -> Among | None:
+    def among(self) -> Among:
         """Where the own prompts stand among the others, for baselines that come from those."""
-        if not self.several:
-            return None
-        return Among(self.prompts.start, self.rollouts.num_prompts, self.rollouts.max_gen_len, self._total_of_tokens)
+        batch = self.rollouts
+        return Among(self.prompts.start, batch.num_prompts, batch.max_gen_len, self._total_of_tokens)
 
     def _total_of_tokens(self, values: Tensor) -> Tensor:
         return self.world.total(values, of_prompts=True)

@@ -1,17 +1,18 @@
-"""Directional derivatives D_v of log p and H_t at every token, and from them slope and curvature of the entropy."""
+"""Slope and curvature of the entropy along v on the E batch, where they come from, and what they predict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators import prediction
 from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
 from entropy_probe.estimators.slope import (
     PromptMean,
@@ -23,96 +24,32 @@ from entropy_probe.estimators.slope import (
     rb_slope,
 )
 from entropy_probe.estimators.taylor import snis_terms
-from entropy_probe.estimators.ustat import cross_moments, cross_moments_of_sums
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.processes.world import ALONE
-from entropy_probe.stages.gradients import UnitGradients, gram, own_dots, per_token_payload, unit_gradients
-from entropy_probe.stages.responses.rollouts import Progress, Rollouts
-from entropy_probe.stages.scores import Scores, batches_by_length, rows_without_graph, score, score_rows
+from entropy_probe.stages.derivatives import (
+    FIVE_POINTS,
+    TWO_POINTS,
+    Derivatives,
+    derivatives_by_difference,
+    directional_derivatives,
+    stencil_derivative,
+    step_of,
+)
+from entropy_probe.stages.gradients.payloads import per_token_payload
+from entropy_probe.stages.gradients.products import gram, norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.responses.rollouts import Progress
+from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.update import UpdateDirection, norm
+from entropy_probe.stages.update import UpdateDirection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Largest change of a response's log-probability along a stencil, and its points. Of D_v, which is exact: a central
-# difference errs by (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses
-# the kinks of a ReLU. Of scores, twice in a row: five points and a longer step, as 1e-16·|S| is divided by it twice.
-_JVP_CHANGE, _TWO_POINTS = 1e-5, (-1, 1)
-_SCORE_CHANGE, _FIVE_POINTS = 1e-3, (-2, -1, 1, 2)
-
-
-@dataclass(frozen=True)
-class Derivatives:
-    """D_v log p and D_v H_t per token [B, G, T], zero past the end of a response."""
-
-    d_logp: Float[Tensor, "B G T"]
-    d_entropy: Float[Tensor, "B G T"]
-
-    @property
-    def d_seq_logp(self) -> Float[Tensor, "B G"]:
-        return self.d_logp.sum(-1)
-
-    @property
-    def d_rb_sum(self) -> Float[Tensor, "B G"]:
-        return self.d_entropy.sum(-1)
-
-
-@torch.no_grad()
-def directional_derivatives(
-    bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], config: ProbeConfig, eta: float = 0.0
-) -> Derivatives:
-    """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function.
-
-    Raises `NotImplementedError` where an operation of the model has no forward-mode derivative.
-    """
-    shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
-    d_logp, d_entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-    for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation)):
-        with forward_ad.dual_level():
-            dual = {
-                name: forward_ad.make_dual(value, v[name].to(device=value.device, dtype=bound.dtype))
-                for name, value in point.items()
-            }
-            scored = score_rows(bound, rollouts, rows, config, override=dual, true_derivative=True)
-            for whole, part in ((d_logp, scored.logp), (d_entropy, scored.entropy)):
-                tangent = forward_ad.unpack_dual(part).tangent
-                if tangent is not None:
-                    whole[rows, : part.shape[1]] = tangent.double().cpu()
-    return Derivatives(rollouts.per_prompt(d_logp), rollouts.per_prompt(d_entropy))
-
-
-def _largest(values: Tensor) -> float:
-    """max|values|, 0 of none."""
-    return float(values.abs().max()) if values.numel() else 0.0
-
-
-def step_of(fastest: float, v: Mapping[str, Tensor], change: float) -> float:
-    """h with fastest·h = change, where `fastest` is the largest |D_vS| of a response."""
-    return change / fastest if fastest > 0 else change / max(norm(v), 1.0)
-
-
-def stencil_derivative(values: Mapping[int, Tensor], h: float) -> Tensor:
-    """[f(h) − f(−h)]/(2h), or [8(f(h) − f(−h)) − (f(2h) − f(−2h))]/(12h), from f at the given multiples of h."""
-    if 2 not in values:
-        return (values[1] - values[-1]) / (2 * h)
-    return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
-
-
-def _derivatives_by_difference(
-    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], config: ProbeConfig, h: float, eta: float
-) -> Derivatives:
-    """D_v log p and D_v H_t at θ + ηv as five-point differences of scores in true float64."""
-    at = {}
-    for k in _FIVE_POINTS:
-        override = theta_plus_eta_v(float64.registry, v, eta + k * h, float64.dtype)
-        at[k] = score(float64, rollouts, config, override)
-    return Derivatives(
-        stencil_derivative({k: s.token_logp for k, s in at.items()}, h),
-        stencil_derivative({k: s.rb_entropy for k, s in at.items()}, h),
-    )
+# Largest change of a response's log-probability along a stencil. Of D_v, which is exact: a central difference errs by
+# (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses the kinks of a
+# ReLU. Of scores, twice in a row: a longer step, as 1e-16·|S| is divided by it twice.
+_JVP_CHANGE, _SCORE_CHANGE = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,12 +74,11 @@ class Slopes:
 def slopes_along(
     bound: BoundModel,
     float64: BoundModel,
-    rollouts: Rollouts,
+    share: Share,
     scores: Scores,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
     progress: Progress | None = None,
-    share: Share | None = None,
 ) -> Slopes:
     """∇Hᵀv by every estimator, and vᵀ∇²Hv by a central difference of D_v in true float64.
 
@@ -151,63 +87,88 @@ def slopes_along(
     with h such that no response's log-probability moves by more than 1e-5. Where an operation of the model has no
     forward-mode derivative, D_v itself is a difference of scores in float64, and both have five points.
 
-    With a `share` of the batch, `rollouts` and `scores` are those of its own prompts, and all others come together.
+    `scores` are those of the share's own prompts, and all others come together.
     """
-    world = ALONE if share is None else share.world
-    try:
-        at_theta = directional_derivatives(bound, rollouts, v, config)
-    except NotImplementedError:
-        at_theta = None
-    if not world.any(at_theta is None):
-        derivatives = partial(directional_derivatives, float64, rollouts, v, config)
-        change, points = _JVP_CHANGE, _TWO_POINTS
-    else:
-        trial = 1e-7 / max(norm(v), 1.0)
-        moved = score(float64, rollouts, config, theta_plus_eta_v(float64.registry, v, trial, float64.dtype))
-        still = score(float64, rollouts, config)
-        change, points = _SCORE_CHANGE, _FIVE_POINTS
-        step = step_of(world.largest(_largest(moved.seq_logp - still.seq_logp)) / trial, v, change)
-        derivatives = partial(_derivatives_by_difference, float64, rollouts, v, config, step)
-        at_theta = derivatives(0.0)
-    assert at_theta is not None
-    h = step_of(world.largest(_largest(at_theta.d_seq_logp)), v, change)
+    at_theta, h, at = _along(bound, float64, share, v, config, progress)
+    d2_seq_logp = stencil_derivative({k: d.d_seq_logp for k, d in at.items()}, h)
+    d2_rb_sum = stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
+
+    def rb(baseline: Baseline) -> PromptMean:
+        kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among)
+        own = rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
+        return PromptMean(share.whole(own.per_prompt))
+
+    by_baseline: dict[Baseline, PromptMean] = {baseline: rb(baseline) for baseline in BASELINES}
+    of_all = share.scores(scores)
+    own = (at_theta.d_seq_logp, at_theta.d_rb_sum, d2_seq_logp, d2_rb_sum)
+    together = share.whole(torch.stack(own, -1))
+    d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum = (of.contiguous() for of in together.unbind(-1))
+    first, second = (d_seq_logp, d_rb_sum), (d2_seq_logp, d2_rb_sum)
+    rb_sum, lengths = of_all.rb_sum, of_all.gen_lens.double()
+    bent = curvature(rb_sum, *first, *second)
+    even = torch.full_like(lengths, 1 / lengths.numel())
+    return Slopes(
+        naive=naive_slope(of_all.seq_logp, d_seq_logp),
+        rb=by_baseline,
+        per_token=per_token_slope(rb_sum, lengths, *first),
+        curvature=bent,
+        curvature_of_change=curvature_of_change(bent.value, rb_sum, *first, *second),
+        per_token_curvature=per_token_curvature(rb_sum, lengths, *first, *second),
+        of_change=snis_terms(even, rb_sum, d_rb_sum, d_seq_logp),
+        at_theta=at_theta,
+        d_seq_logp=d_seq_logp,
+        d2_seq_logp=d2_seq_logp,
+        d2_rb_sum=d2_rb_sum,
+    )
+
+
+def _along(
+    bound: BoundModel,
+    float64: BoundModel,
+    share: Share,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
+    progress: Progress | None,
+) -> tuple[Derivatives, float, dict[int, Derivatives]]:
+    """D_v at θ, the step h of the stencil, and D_v in float64 at its points, of the own prompts."""
+    at_theta, derivatives, change, points = _ways(bound, float64, share, v, config)
+    h = step_of(share.world.largest(_largest(at_theta.d_seq_logp)), v, change)
     at: dict[int, Derivatives] = {}
     for k in points:
         if progress is not None:
             progress("slopes", 1 + len(at), 1 + len(points))
         at[k] = derivatives(k * h)
+    return at_theta, h, at
 
-    d2_seq_logp = stencil_derivative({k: d.d_seq_logp for k, d in at.items()}, h)
-    d2_rb_sum = stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
 
-    def rb(baseline: Baseline) -> PromptMean:
-        among = None if share is None else share.among
-        kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features, among)
-        return rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
+def _ways(
+    bound: BoundModel, float64: BoundModel, share: Share, v: Mapping[str, Tensor], config: ProbeConfig
+) -> tuple[Derivatives, Callable[[float], Derivatives], float, tuple[int, ...]]:
+    """D_v at θ; how D_v in float64 is found elsewhere; how far, and at which points.
 
-    by_baseline: dict[Baseline, PromptMean] = {baseline: rb(baseline) for baseline in BASELINES}
-    first = at_theta.d_seq_logp, at_theta.d_rb_sum
-    if share is not None and share.several:
-        scores = share.scores(scores)
-        together = torch.stack([*first, d2_seq_logp, d2_rb_sum], -1)
-        d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum = share.whole(together).unbind(-1)
-        first = d_seq_logp, d_rb_sum
-        by_baseline = {name: PromptMean(share.whole(slope.per_prompt)) for name, slope in by_baseline.items()}
-    lengths = scores.gen_lens.double()
-    bent = curvature(scores.rb_sum, *first, d2_seq_logp, d2_rb_sum)
-    return Slopes(
-        naive=naive_slope(scores.seq_logp, first[0]),
-        rb=by_baseline,
-        per_token=per_token_slope(scores.rb_sum, lengths, *first),
-        curvature=bent,
-        curvature_of_change=curvature_of_change(bent.value, scores.rb_sum, *first, d2_seq_logp, d2_rb_sum),
-        per_token_curvature=per_token_curvature(scores.rb_sum, lengths, *first, d2_seq_logp, d2_rb_sum),
-        of_change=snis_terms(torch.full_like(lengths, 1 / lengths.numel()), scores.rb_sum, first[1], first[0]),
-        at_theta=at_theta,
-        d_seq_logp=first[0],
-        d2_seq_logp=d2_seq_logp,
-        d2_rb_sum=d2_rb_sum,
-    )
+    In forward mode, unless an operation of the model has none for any process."""
+    rollouts, world = share.own, share.world
+    try:
+        at_theta = directional_derivatives(bound, rollouts, v, config)
+    except NotImplementedError:
+        at_theta = None
+    if not world.any(at_theta is None):
+        assert at_theta is not None
+        derivatives = partial(directional_derivatives, float64, rollouts, v, config)
+        return at_theta, derivatives, _JVP_CHANGE, TWO_POINTS
+    trial = 1e-7 / max(norm(v), 1.0)
+    override = theta_plus_eta_v(float64.registry, v, trial, float64.dtype)
+    moved = score(float64, rollouts, config, override)
+    still = score(float64, rollouts, config)
+    fastest = world.largest(_largest(moved.seq_logp - still.seq_logp)) / trial
+    step = step_of(fastest, v, _SCORE_CHANGE)
+    derivatives = partial(derivatives_by_difference, float64, rollouts, v, config, step)
+    return derivatives(), derivatives, _SCORE_CHANGE, FIVE_POINTS
+
+
+def _largest(values: Tensor) -> float:
+    """max|values|, 0 of none."""
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 @dataclass(frozen=True)
@@ -234,40 +195,88 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
     Its per-unit terms are −X_uᵀv₀ − (2r_u − U_cross): their mean is the value, their spread the SE to first order.
     """
     x = {name: units.x[name] for name in direction.v}
-    momentum = gram(x, {name: value.reshape(1, -1) for name, value in direction.v0.items()})[:, 0]
-    if units.several:
-        sums = own_dots(units, direction.diagonal, direction.v)
-        together = torch.cat([momentum[:, None], torch.stack(list(sums.values())).sum(0)], 1)
-        momentum, sums = units.of_units(together).tensor_split([1], dim=1)
-        momentum, moments = momentum[:, 0], cross_moments_of_sums(sums)
-    else:
-        moments = cross_moments(gram(x, units.y, direction.diagonal))
-    return PromptMean(-momentum - (2 * moments.row_means - moments.u_cross))
+    v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
+    products = units.products(direction.diagonal, direction.v)
+    found = units.gathered({"momentum": gram(x, v0), "products": torch.stack(list(products.values())).sum(0)})
+    moments = units.moments(found["products"])
+    return PromptMean(-found["momentum"][:, 0] - (2 * moments.row_means - moments.u_cross))
+
+
+@dataclass(frozen=True)
+class Predictors:
+    """The slope and the curvature by which ΔH is predicted, per response or per token as
+    `true_delta_h.normalize` says; and the slope cross-fitted, where one batch serves as both."""
+
+    slope: PromptMean
+    curvature: PromptMean
+    cross: PromptMean | None
+
+    @property
+    def reach(self) -> float:
+        """The largest η at which they are taken for the change."""
+        return prediction.reach(self.slope, self.curvature)
 
 
 def predictors(
     bound: BoundModel,
-    rollouts: Rollouts,
+    share: Share,
     scores: Scores,
     config: ProbeConfig,
     units: UnitGradients,
     direction: UpdateDirection,
     along: Slopes,
-    cross: PromptMean | None,
-    share: Share | None = None,
-) -> tuple[PromptMean, PromptMean]:
-    """The slope and the curvature by which ΔH is predicted, per response or per token as `true_delta_h.normalize` says.
+    *,
+    same_batch: bool,
+) -> Predictors:
+    """`share`, `scores` (of all responses) and `units` are those of the U batch.
 
-    With one batch (`cross` is not `None`) the slope is the cross-fitted one; per token it needs one more backward pass.
+    With one batch the slope is the cross-fitted one; per token it needs one more backward pass.
     """
+    cross = cross_fitted_slope(units, direction) if same_batch else None
     if config.true_delta_h.normalize == "per_sequence":
-        return cross or along.rb[config.first_order.baseline], along.curvature
+        return Predictors(cross or along.rb[config.first_order.baseline], along.curvature, cross)
     if cross is None:
-        return along.per_token, along.per_token_curvature
-    payload = per_token_payload(scores)
-    if share is not None and share.several:
-        payload = payload.of_prompts(torch.arange(rollouts.num_prompts)[share.prompts])
-    of_tokens = unit_gradients(bound, rollouts, config, payload, share=share)
-    return cross_fitted_slope(replace(units, x=of_tokens.x, sums_x=of_tokens.sums_x), direction), (
-        along.per_token_curvature
+        return Predictors(along.per_token, along.per_token_curvature, None)
+    payload = per_token_payload(scores).of_prompts(share.prompts)
+    of_tokens = unit_gradients(bound, share, config, payload)
+    per_token = cross_fitted_slope(units.with_x_of(of_tokens), direction)
+    return Predictors(per_token, along.per_token_curvature, cross)
+
+
+def update_section(
+    direction: UpdateDirection,
+    along: Slopes,
+    predicting: Predictors,
+    sources: SlopeSources,
+    agreement: r.StepAgreement,
+    baseline: Baseline,
+) -> r.UpdateSection:
+    """v, and the slope and curvature along it; `baseline` is that of the slope that is reported."""
+    rb, cross = along.rb[baseline], predicting.cross
+    estimators = {"naive": along.naive} | {f"rb_{name}": of for name, of in along.rb.items()}
+    return r.UpdateSection(
+        norm=direction.norm,
+        norm_v0=norm(direction.v0),
+        grad_norm=direction.grad_norm,
+        delta_h1_per_lr_naive=along.naive.value,
+        delta_h1_per_lr_naive_se=along.naive.se,
+        delta_h1_per_lr_rb=rb.value,
+        delta_h1_per_lr_rb_se=rb.se,
+        delta_h1_per_lr_cross=None if cross is None else cross.value,
+        delta_h1_per_lr_cross_se=None if cross is None else cross.se,
+        estimators={n: r.Estimate(value=of.value, se=of.se) for n, of in estimators.items()},
+        slope_of_v0=sources.of_v0,
+        slope_by_unit=sources.by_unit.tolist(),
+        delta_h1_per_lr_per_token=along.per_token.value,
+        delta_h1_per_lr_per_token_se=along.per_token.se,
+        slope_of_change=float(along.of_change.sum()),
+        slope_of_change_size=float(along.of_change.abs().sum()),
+        curvature_of_change=along.curvature_of_change[0],
+        curvature_of_change_size=along.curvature_of_change[1],
+        curvature=along.curvature.value,
+        curvature_se=along.curvature.se,
+        curvature_per_token=along.per_token_curvature.value,
+        curvature_per_token_se=along.per_token_curvature.se,
+        eta_star=prediction.eta_star(predicting.slope, predicting.curvature),
+        **agreement.model_dump(),
     )

@@ -6,17 +6,20 @@ are counted, and what more of them take is bounded by that. What is held through
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from entropy_probe import memory
+from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
-from entropy_probe.stages.gradients import IN_FLOAT64, bytes_of_units, units_within_memory
+from entropy_probe.stages.gradients.products import IN_FLOAT64
+from entropy_probe.stages.gradients.units import bytes_of_units, units_within_memory
 from entropy_probe.stages.memory.pass_memory import FEWEST, Passes, longest_rows, with_rows
 from entropy_probe.stages.responses.drawing import draw, masses
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -89,6 +92,24 @@ def planned(
     config = with_rows(config, rows)
     expected = _needed(now, held + of_units + largest(config, positions))
     return Plan(config, positions * passes.vocabulary, expected)
+
+
+def memory_section(
+    device: torch.device,
+    held: Mapping[str, memory.Held],
+    config: ProbeConfig,
+    plan: Plan | None,
+) -> r.MemorySection:
+    """What each stage `held`, beside what was planned under a limit."""
+    stages = {stage: r.StageMemory(at_start=of.at_start, peak=of.peak) for stage, of in held.items()}
+    return r.MemorySection(
+        counted=memory.kind(device),
+        stages=stages,
+        limit=config.memory_limit,
+        expected=None if plan is None else plan.expected,
+        tf_batch_size=config.generation.tf_batch_size,
+        logits_at_once=None if plan is None else plan.logits_at_once,
+    )
 
 
 def _sizes(rows: int, positions: int) -> list[tuple[int, int]]:

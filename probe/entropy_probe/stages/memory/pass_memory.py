@@ -16,7 +16,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages.gradients import Payload
+from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     policy_scores,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.policy import score_tokens
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.report import InvarianceSection, WorstCase
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.sampling import left_padded
 from entropy_probe.stages.scores import rows_without_graph, score_rows
@@ -26,34 +26,8 @@ _PIECE = 5
 _WHOLE = 64  # positions of a row whose logits are held in one piece
 
 
-@dataclass(frozen=True)
-class WorstDifference:
-    """The largest |difference| of a token's log p or entropy, its bound from rounding, and where it was found."""
-
-    worst: float
-    bound: float
-    example: str
-
-    @property
-    def share(self) -> float:
-        """How much of its bound it takes: 0 where nothing differs, infinite for NaN and above a bound of 0."""
-        if self.worst == 0:
-            return 0.0
-        return self.worst / self.bound if self.bound > 0 and not math.isnan(self.worst) else math.inf
-
-
-@dataclass(frozen=True)
-class Invariance:
-    """For each property the difference that comes closest to its bound, in true float64 or in the configured dtype."""
-
-    padding: WorstDifference
-    batch: WorstDifference
-    chunk: WorstDifference
-    precision: WorstDifference
-
-
-def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Invariance:
-    """Rows of different length, scored in ways that must agree:
+def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> InvarianceSection:
+    """Rows of different length, scored in ways that must agree, in true float64 and in the configured dtype:
 
         padding    alone and unpadded  =  together, padded right  =  together, padded left
         batch      `score_rows` alone  =  `score_rows` among the other rows
@@ -63,13 +37,24 @@ def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, confi
     of summation may change, and with it the last digits.
     """
     models = [float64] if bound.dtype is float64.dtype else [float64, bound]
-    found = [(padding(m, rollouts, config), batch(m, rollouts, config), chunk(m, rollouts, config)) for m in models]
-    of_padding, of_batch, of_chunk = (max(worst, key=lambda w: w.share) for worst in zip(*found, strict=True))
-    return Invariance(of_padding, of_batch, of_chunk, precision(bound, float64, rollouts, config))
+    return InvarianceSection(
+        padding=nearest(*(padding(model, rollouts, config) for model in models)),
+        batch=nearest(*(batch(model, rollouts, config) for model in models)),
+        chunk=nearest(*(chunk(model, rollouts, config) for model in models)),
+        precision=precision(bound, float64, rollouts, config),
+        zero_step=None,
+        scaling=None,
+        num_examples=0,
+    )
+
+
+def nearest(*found: WorstCase) -> WorstCase:
+    """The one that comes closest to its bound; the first of equals."""
+    return max(found, key=lambda worst: worst.share)
 
 
 @torch.no_grad()
-def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
+def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCase:
     """Every token but the first of a row: alone, against all rows together padded right and padded left."""
     chosen = _some_rows(rollouts, config)
     totals = (rollouts.prompt_lens + rollouts.gen_lens)[chosen].tolist()
@@ -91,7 +76,7 @@ def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Worst
 
 
 @torch.no_grad()
-def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
+def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCase:
     """The generated tokens of a row: alone, against the row among the others."""
     chosen = _some_rows(rollouts, config)
 
@@ -105,7 +90,7 @@ def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
 
 
 @torch.no_grad()
-def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
+def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCase:
     """The generated tokens of a row: scored from whole logits, against scores read in small pieces."""
     policy = config.generation
     chosen = _some_rows(rollouts, config)
@@ -124,7 +109,7 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDi
 
 
 @torch.no_grad()
-def precision(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstDifference:
+def precision(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCase:
     """The generated tokens of a row: in the configured precision, against true float64."""
     chosen = _some_rows(rollouts, config)
     reference, configured = (generated(model, rollouts, chosen, config) for model in (float64, bound))
@@ -178,9 +163,7 @@ def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Te
     return torch.stack(scores, -1).reshape(*ids[:, 1:].shape, 2)
 
 
-def worst_difference(
-    model: BoundModel, width: int, differences: Iterable[tuple[str, Tensor, Tensor]]
-) -> WorstDifference:
+def worst_difference(model: BoundModel, width: int, differences: Iterable[tuple[str, Tensor, Tensor]]) -> WorstCase:
     """The largest |difference| of (where, reference, other), and its bound for rows of `width` columns."""
     worst, scale, example = 0.0, 1.0, "none"
     for where, reference, other in differences:
@@ -188,7 +171,7 @@ def worst_difference(
         scale = max(scale, float(reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
         if difference > worst or (math.isnan(difference) and not math.isnan(worst)):
             worst, example = difference, f"{where}, {model.dtype}".replace("torch.", "")
-    return WorstDifference(worst, rounding(model, width, scale), example)
+    return WorstCase(worst=worst, bound=rounding(model, width, scale), example=example)
 
 
 def rounding(model: BoundModel, width: int, scale: float) -> float:

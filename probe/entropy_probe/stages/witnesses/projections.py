@@ -12,13 +12,13 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.processes.world import ALONE
-from entropy_probe.stages.gradients import Payload, UnitGradients, gram
+from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.products import gram, norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.slopes import Derivatives, directional_derivatives
-from entropy_probe.stages.update import norm
 from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, largest, terms
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ProjectionAgreement:
 
 def projection_agreement(
     bound: BoundModel,
-    rollouts: Rollouts,
+    share: Share,
     of_x: Payload,
     config: ProbeConfig,
     units: UnitGradients,
@@ -62,12 +62,12 @@ def projection_agreement(
 
     Of several processes each has its own payloads and D_v, all compare along v, and rank 0 alone goes the other ways.
     """
-    share = units.share or Share.of(rollouts, units.unit_of, ALONE)
+    own, unit_of = share.own_units, share.units.of_prompt
     of_all = Payload(share.whole(of_x.weights))
-    chosen = largest(of_all, units, _PROMPTS if units.mode == "exact" else 1)
-    prompts = torch.isin(units.unit_of, chosen).nonzero()[:, 0]
-    here = (chosen >= share.units.start) & (chosen < share.units.stop)
-    x = {name: units.x[name][chosen[here] - share.units.start] for name in precond}
+    chosen = largest(of_all, share.units, _PROMPTS if share.units.mode == "exact" else 1)
+    prompts = torch.isin(unit_of, chosen).nonzero()[:, 0]
+    here = (chosen >= own.start) & (chosen < own.stop)
+    x = {name: units.x[name][chosen[here] - own.start] for name in precond}
     y = {name: ascent[name].reshape(1, -1) for name in precond}
     found = torch.zeros(2, len(chosen), dtype=torch.float64)
     found[:, here] = torch.stack([gram(x, y, precond)[:, 0], gram(x, x, precond).diagonal()])
@@ -75,14 +75,17 @@ def projection_agreement(
     scale = (squares * gram(y, y, precond)[0, 0]).sqrt()
     direction = {name: p * ascent[name].reshape(p.shape) for name, p in precond.items()}
     kappa = None if of_x.coefficients is None else share.tokens(of_x.coefficients, prompts)
-    few, payload = rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)
-    off_along_v = None if along_v is None else share.world.largest(_along_v(of_x, units, v, along_v))
+    few, payload = share.rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)
+    off_along_v = None
+    if along_v is not None:
+        off_along_v = share.world.largest(_along_v(of_x, units, share, v, along_v))
     if not share.world.first:
         return ProjectionAgreement(None, None, off_along_v)
 
     def difference(way: Way) -> float | None:
         try:
-            projections = means_over_units(way(bound, few, payload, direction, config), units.unit_of[prompts])[chosen]
+            by_prompt = way(bound, few, payload, direction, config)
+            projections = means_over_units(by_prompt, unit_of[prompts])[chosen]
         except RuntimeError as error:
             if not lacks_derivative(error):
                 raise
@@ -92,16 +95,23 @@ def projection_agreement(
     return ProjectionAgreement(difference(by_jvp), difference(by_alpha), off_along_v)
 
 
-def _along_v(of_x: Payload, units: UnitGradients, v: Mapping[str, Tensor], along_v: Derivatives) -> float:
-    x = {name: units.x[name] for name in v}
-    w = {name: value.reshape(1, -1) for name, value in v.items()}
-    captured, unit_of = gram(x, w)[:, 0], units.unit_of
-    if units.share is not None:
-        unit_of = unit_of[units.share.prompts] - units.share.units.start
+def _along_v(
+    of_x: Payload,
+    units: UnitGradients,
+    share: Share,
+    v: Mapping[str, Tensor],
+    along_v: Derivatives,
+) -> float:
+    unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
     if not len(unit_of):
         return 0.0
-    scale = torch.tensor([norm({n: rows[u] for n, rows in x.items()}) for u in range(len(captured))]) * norm(w)
-    return _largest_difference(means_over_units(projections_of(of_x, along_v), unit_of), captured, scale.double())
+    x = {name: units.x[name] for name in v}
+    w = {name: value.reshape(1, -1) for name, value in v.items()}
+    captured = gram(x, w)[:, 0]
+    norms = [norm({n: rows[u] for n, rows in x.items()}) for u in range(len(captured))]
+    scale = (torch.tensor(norms) * norm(w)).double()
+    by_derivative = means_over_units(projections_of(of_x, along_v), unit_of)
+    return _largest_difference(by_derivative, captured, scale)
 
 
 def _largest_difference(one: Tensor, other: Tensor, scale: Tensor) -> float:

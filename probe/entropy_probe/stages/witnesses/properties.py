@@ -17,12 +17,13 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.report import InvarianceOfCases, InvarianceSection, WorstCase
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.witnesses.continuity import compared
 from entropy_probe.stages.witnesses.invariance import (
-    WorstDifference,
     every_token,
     generated,
+    nearest,
     padded_to,
     rounding,
     scored_whole,
@@ -133,34 +134,17 @@ class Case:
         return f"v of seed {self.seed}, scale {self.scale:g}, on {', '.join(self.names)}"
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """For each property the drawn case that comes closest to its bound.
-
-    `zero_step`   max|logits of the module − logits at θ + 0·v| in the configured dtype, bit for bit: bound 0
-    `scaling`     1 − min(r, 1/r) in true float64, r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000; `None` where rounding
-                  hides what every drawn v does to the logits
-    """
-
-    padding: WorstDifference
-    batch: WorstDifference
-    chunk: WorstDifference
-    zero_step: WorstDifference
-    scaling: WorstDifference | None
-    num_examples: int
-
-
 @torch.no_grad()
 def drawn_properties(
     bound: BoundModel, float64: BoundModel, config: ProbeConfig, eos: Sequence[int] = ()
-) -> Drawn | None:
+) -> InvarianceOfCases | None:
     """`invariance.max_examples` cases, drawn from `batch.seed`; `None` where that is 0."""
     if config.invariance.max_examples == 0:
         return None
     space = Space.of(bound, eos)
     cases = draw(space, config.invariance.max_examples, config.batch.seed)
     models = [float64] if bound.dtype is float64.dtype else [float64, bound]
-    found: dict[str, list[WorstDifference]] = {name: [] for name in ("padding", "batch", "chunk", "zero", "scaling")}
+    found: dict[str, list[WorstCase]] = {name: [] for name in ("padding", "batch", "chunk", "zero", "scaling")}
     for number, case in enumerate(cases):
         ids, where = case.ids(space), f"drawn case {number}"
         v = case.direction(bound)
@@ -174,7 +158,7 @@ def drawn_properties(
             if model is float64:
                 found["scaling"] += _scaling(float64, case, alone, logits, v, where)
         found["zero"].append(_zero_step(bound, case, ids, v, where))
-    return Drawn(
+    return InvarianceOfCases(
         padding=nearest(*found["padding"]),
         batch=nearest(*found["batch"]),
         chunk=nearest(*found["chunk"]),
@@ -184,14 +168,18 @@ def drawn_properties(
     )
 
 
-def nearest(*found: WorstDifference) -> WorstDifference:
-    """The one that comes closest to its bound; the first of equals."""
-    return max(found, key=lambda worst: worst.share)
+def with_drawn(rows: InvarianceSection, drawn: InvarianceOfCases | None) -> InvarianceSection:
+    """The rows of the batch and the drawn cases together: of each property the difference nearest to its bound."""
+    if drawn is None:
+        return rows
+    both = {name: nearest(getattr(rows, name), getattr(drawn, name)) for name in ("padding", "batch", "chunk")}
+    alone = {name: getattr(drawn, name) for name in ("zero_step", "scaling", "num_examples")}
+    return rows.model_copy(update=both | alone)
 
 
 def _padding(
     model: BoundModel, case: Case, ids: Tensor, alone: Tensor, logits: Tensor, space: Space, where: str
-) -> WorstDifference:
+) -> WorstCase:
     """The chosen row alone against all rows padded right; every row padded right against padded left."""
     rows = [row[:length].tolist() for row, length in zip(ids, case.lengths, strict=True)]
     width = min(ids.shape[1] + case.padding, space.columns)
@@ -208,7 +196,7 @@ def _padding(
 
 def _batch_and_chunk(
     model: BoundModel, case: Case, ids: Tensor, alone: Tensor, logits: Tensor, config: ProbeConfig, where: str
-) -> tuple[WorstDifference, WorstDifference]:
+) -> tuple[WorstCase, WorstCase]:
     """The generated tokens of the chosen row from whole logits, against `score_rows` among the others and in pieces."""
     row, chosen = case.rows[case.chosen], torch.tensor([case.chosen])
     rollouts = Rollouts(
@@ -232,19 +220,19 @@ def _batch_and_chunk(
     )
 
 
-def _zero_step(bound: BoundModel, case: Case, ids: Tensor, v: dict[str, Tensor], where: str) -> WorstDifference:
+def _zero_step(bound: BoundModel, case: Case, ids: Tensor, v: dict[str, Tensor], where: str) -> WorstCase:
     """All rows through the module itself, and through `functional_call` at θ + 0·v."""
     ids = ids.to(bound.device)
     keep = bound.spread_over(*ids.shape)
     functional = bound.logits(ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
     found = compared(bound.direct_logits(ids, keep=keep), functional)
     worst = math.nan if found.max_abs == 0 and not found.bitwise else found.max_abs
-    return WorstDifference(worst, 0.0, "none" if worst == 0 else f"{where}, {case}; {case.along}")
+    return WorstCase(worst=worst, bound=0.0, example="none" if worst == 0 else f"{where}, {case}; {case.along}")
 
 
 def _scaling(
     float64: BoundModel, case: Case, alone: Tensor, logits: Tensor, v: dict[str, Tensor], where: str
-) -> list[WorstDifference]:
+) -> list[WorstCase]:
     """One number, or none where rounding hides what v does to the logits (an unused embedding, lora_A before B moves).
 
     The bound is second order's share at the larger η, and the rounding of ‖Δlogits‖ at the smaller one.
@@ -259,7 +247,8 @@ def _scaling(
     if max(expected, small) <= floor:
         return []
     worst = 1 - min(expected, small) / max(expected, small)
-    return [WorstDifference(worst, _CURVED + floor / max(expected, small), f"{where}, {case}; {case.along}, η {eta:g}")]
+    limit = _CURVED + floor / max(expected, small)
+    return [WorstCase(worst=worst, bound=limit, example=f"{where}, {case}; {case.along}, η {eta:g}")]
 
 
 def draw(space: Space, count: int, seed: int) -> list[Case]:

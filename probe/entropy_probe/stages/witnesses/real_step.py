@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import NoCopyError
@@ -22,35 +21,14 @@ from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry
+from entropy_probe.report import RealStepSection
 from entropy_probe.stages.entropy_change import change_at
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
-from entropy_probe.stages.witnesses.continuity import with_plain_weights
+from entropy_probe.stages.witnesses.taylor import with_plain_weights
+from entropy_probe.stages.witnesses.torch_step import learning_rates, take_step
 
 _PROMPTS = 4
-
-
-@dataclass(frozen=True)
-class RealStep:
-    """On a few prompts in true float64, at η = lr:
-
-    `delta_h`             ΔĤ_RB at θ + lr·v by functional override (nats)
-    `virtual_difference`  |ΔĤ_RB in place − `delta_h`|, 0: the same numbers in the same operations
-    `virtual_undone`      θ is back bit for bit
-    `real_difference`     |ΔĤ_RB after the optimizer's step − `delta_h`|
-    `real_relative`       the same over the terms that rounding acts on, Σŵ[R + T + |R − Ĥ|(|S| + T)]
-    `real_seq_logp`       max_i|S_i after the optimizer's step − S_i(θ + lr·v)|/(|S_i| + T_i)
-
-    The last two are a few ulp times what the network makes of one; T stands for tokens that are all but certain, where
-    log p is smaller than its own rounding.
-    """
-
-    delta_h: float
-    virtual_difference: float
-    virtual_undone: bool
-    real_difference: float
-    real_relative: float
-    real_seq_logp: float
 
 
 @torch.no_grad()
@@ -63,7 +41,7 @@ def real_step(
     adam: Mapping[str, AdamState],
     lr: float,
     config: ProbeConfig,
-) -> RealStep:
+) -> RealStepSection:
     """ΔĤ_RB(lr) of up to four prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
     was made from, before clipping.
 
@@ -83,7 +61,7 @@ def real_step(
     real = after_real_step(own, few, ascent, adam, lr, config)
     delta_h, in_place, stepped = (change_at(before, s, lr, config).rb.value for s in (functional, virtual, real))
     sizes = functional.seq_logp.abs() + functional.gen_lens
-    return RealStep(
+    return RealStepSection(
         delta_h=delta_h,
         virtual_difference=abs(in_place - delta_h),
         virtual_undone=undone,
@@ -138,59 +116,27 @@ def after_real_step(
     lr: float,
     config: ProbeConfig,
 ) -> Scores:
-    """Scores after `take_step`, which changes `bound` for good: give a copy."""
-    take_step(bound.registry, ascent, adam, lr, config.update.max_grad_norm)
+    """Scores after `take_real_step`, which changes `bound` for good: give a copy."""
+    take_real_step(bound.registry, ascent, adam, lr, config.update.max_grad_norm)
     return score(bound, rollouts, config, {})
 
 
-def take_step(
+def take_real_step(
     registry: Registry,
     ascent: Mapping[str, Tensor],
     adam: Mapping[str, AdamState],
     lr: float,
     max_grad_norm: float | None,
 ) -> None:
-    """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) with the checkpoint's state and one group for
-    each parameter, on the gradient −Ȳ that `clip_grad_norm_` has clipped.
-
-    The largest learning rate is `lr`, the others keep their ratio to it; where all are 0, those of `initial_lr`.
-    """
+    """One step of torch's own optimizer at `lr`, on the gradient −Ȳ that `clip_grad_norm_` has clipped."""
     parameters = {name: registry.parameters[name] for name in adam}
     for name, p in parameters.items():
         p.grad = -ascent[name].reshape(p.shape).to(p)
     if max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
-    lrs = _learning_rates(adam, lr)
-    for kind, decoupled in ((torch.optim.AdamW, True), (torch.optim.Adam, False)):
-        names = [name for name, state in adam.items() if state.decoupled == decoupled]
-        if names:
-            optimizer = kind([_group(parameters[name], adam[name], lrs[name]) for name in names], foreach=False)
-            for name in names:
-                optimizer.state[parameters[name]] = _state(parameters[name], adam[name])
-            optimizer.step()
+    take_step(parameters, adam, learning_rates(adam, lr))
     for p in parameters.values():
         p.grad = None
-
-
-def _learning_rates(adam: Mapping[str, AdamState], lr: float) -> dict[str, float]:
-    found = {name: state.lr for name, state in adam.items()}
-    if not any(found.values()):
-        found = {name: state.initial_lr or 0.0 for name, state in adam.items()}
-    largest = max(found.values(), default=0.0)
-    return {name: own * (lr / largest) if largest > 0 else lr for name, own in found.items()}
-
-
-def _group(parameter: nn.Parameter, state: AdamState, lr: float) -> dict[str, object]:
-    of_group = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-    return {"params": [parameter], "lr": lr} | {key: getattr(state, key) for key in of_group}
-
-
-def _state(parameter: nn.Parameter, state: AdamState) -> dict[str, Tensor]:
-    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    if state.amsgrad:
-        moments["max_exp_avg_sq"] = state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
-    own = {key: value.to(parameter, copy=True).reshape(parameter.shape) for key, value in moments.items()}
-    return {"step": torch.tensor(float(state.step)), **own}
 
 
 def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:

@@ -1,31 +1,20 @@
-"""v and P beside what torch's own optimizer does with the same state."""
+"""A step of torch's own optimizer with the checkpoint's state, and v and P beside what it does."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages.update import UpdateDirection, lr_shares
+from entropy_probe.report import StepAgreement
+from entropy_probe.stages.update import UpdateDirection
 
 _VANISHING = 1e-100  # its square is 0 beside any second moment
-
-
-@dataclass(frozen=True)
-class StepAgreement:
-    """cos(v, step) and ‖v‖/‖step‖, the worst over the whole and over every parameter; and which one that was.
-
-    Cosine 1 and ratio 1 where nothing moves; NaN without parameters.
-    """
-
-    cosine: float
-    norm_ratio: float
-    worst: str
 
 
 def optimizer_step_agreement(
@@ -37,7 +26,7 @@ def optimizer_step_agreement(
     One tensor at a time, so that no copy of the model is held. At lr = 1: the step is linear in lr, and θ' − θ loses
     the fewest digits there.
     """
-    shares = lr_shares(adam)
+    shares = learning_rates(adam, 1.0)
     whole = [0.0, 0.0, 0.0]
     found: list[tuple[float, float, str]] = []
     for name, state in adam.items():
@@ -49,34 +38,67 @@ def optimizer_step_agreement(
         whole = [a + b for a, b in zip(whole, sums, strict=True)]
         found.append((*_compared(*sums), name))
     if not found:
-        return StepAgreement(math.nan, math.nan, "")
+        return _agreement(math.nan, math.nan, "")
     found.append((*_compared(*whole), "the whole"))
     cosine, _, where = min(found, key=lambda f: f[0] if not math.isnan(f[0]) else -math.inf)
     _, ratio, where_norm = max(found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf)
-    return StepAgreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
+    return _agreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
+
+
+def _agreement(cosine: float, norm_ratio: float, worst: str) -> StepAgreement:
+    return StepAgreement(
+        cosine_with_optimizer_step=cosine,
+        norm_ratio_with_optimizer_step=norm_ratio,
+        worst_parameter=worst,
+    )
 
 
 def torch_step(theta: Tensor, gradient: Tensor, state: AdamState) -> Tensor:
     """θ' − θ of one step of torch's optimizer at lr = 1, in float64."""
     parameter = nn.Parameter(theta.double().clone())
     parameter.grad = gradient.double().clone()
-    optimizer = (torch.optim.AdamW if state.decoupled else torch.optim.Adam)(
-        [parameter],
-        lr=1.0,
-        betas=state.betas,
-        eps=state.eps,
-        weight_decay=state.weight_decay,
-        amsgrad=state.amsgrad,
-        maximize=state.maximize,
-        foreach=False,
-    )
+    take_step({"": parameter}, {"": state}, {"": 1.0})
+    return parameter.detach() - theta.double()
+
+
+def take_step(parameters: Mapping[str, nn.Parameter], adam: Mapping[str, AdamState], lrs: Mapping[str, float]) -> None:
+    """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on each parameter's `.grad`, with the
+    checkpoint's state and a group for each parameter. The state is copied, in the parameter's dtype."""
+    for kind, decoupled in ((torch.optim.AdamW, True), (torch.optim.Adam, False)):
+        names = [name for name in parameters if adam[name].decoupled == decoupled]
+        if not names:
+            continue
+        groups = [_group(parameters[name], adam[name], lrs[name]) for name in names]
+        optimizer = kind(groups, foreach=False)
+        for name in names:
+            optimizer.state[parameters[name]] = _state(parameters[name], adam[name])
+        optimizer.step()
+
+
+def learning_rates(adam: Mapping[str, AdamState], lr: float) -> dict[str, float]:
+    """The largest is `lr`, the others keep their ratio to it; where all are 0, those of `initial_lr`.
+
+    Found without `update.lr_shares`, whose witness this is.
+    """
+    found = {name: state.lr for name, state in adam.items()}
+    if not any(found.values()):
+        found = {name: state.initial_lr or 0.0 for name, state in adam.items()}
+    largest = max(found.values(), default=0.0)
+    return {name: lr * (own / largest) if largest > 0 else lr for name, own in found.items()}
+
+
+def _group(parameter: nn.Parameter, state: AdamState, lr: float) -> dict[str, object]:
+    of_group = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+    return {"params": [parameter], "lr": lr} | {key: getattr(state, key) for key in of_group}
+
+
+def _state(parameter: nn.Parameter, state: AdamState) -> dict[str, Tensor]:
     moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
     if state.amsgrad:
-        moments["max_exp_avg_sq"] = state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
-    copies = {key: value.double().reshape(theta.shape).clone() for key, value in moments.items()}
-    optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **copies}
-    optimizer.step()
-    return parameter.detach() - theta.double()
+        largest = state.max_exp_avg_sq
+        moments["max_exp_avg_sq"] = state.exp_avg_sq if largest is None else largest
+    own = {k: of.to(parameter, copy=True).reshape(parameter.shape) for k, of in moments.items()}
+    return {"step": torch.tensor(float(state.step)), **own}
 
 
 def preconditioner_agreement(adam: Mapping[str, AdamState], precond: Mapping[str, Tensor]) -> float | None:
@@ -85,7 +107,7 @@ def preconditioner_agreement(adam: Mapping[str, AdamState], precond: Mapping[str
     P is what a step of torch's Adam divides a vanishing gradient δ by: at θ = 0 with no momentum (β₁ = 0), with
     `exp_avg_sq`/β₂ so that it is `exp_avg_sq` after the step, and at lr = 1, θ' = −δ·P.
     """
-    shares, found = lr_shares(adam), []
+    shares, found = learning_rates(adam, 1.0), []
     for name, state in adam.items():
         if state.step == 0:
             continue

@@ -18,11 +18,13 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.baselines import rb_coefficients
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients import Payload, UnitGradients, gram
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.products import gram, norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, policy_scores, read_rows, score_rows
+from entropy_probe.stages.share import Share, Units
 from entropy_probe.stages.slopes import Slopes
-from entropy_probe.stages.update import norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -49,7 +51,7 @@ class Witness:
 
 def gradient_witness(
     bound: BoundModel,
-    rollouts: Rollouts,
+    share: Share,
     scores: Scores,
     config: ProbeConfig,
     units: UnitGradients,
@@ -63,23 +65,23 @@ def gradient_witness(
     Of several processes rank 0 does it, with the fast rows of whoever has them; `None` elsewhere. Their entropies stay
     where they are: κ is then that of `of_x_fast`.
     """
-    of_x, of_y = payloads_by_loop(rollouts, scores, config, with_coefficients=not units.several)
-    chosen = largest(of_y, units, 2)
-    fast_x, fast_y = (units.rows(side, chosen) for side in (units.x, units.y))
-    if units.share is not None and units.several:
-        if of_x_fast is not None and of_x_fast.coefficients is not None:
-            prompts = torch.isin(units.unit_of, chosen).nonzero()[:, 0]
-            kappa = torch.zeros(*of_x.weights.shape, rollouts.max_gen_len, dtype=torch.float64)
-            kappa[prompts] = units.share.tokens(of_x_fast.coefficients, prompts)
-            of_x = Payload(of_x.weights, kappa)
-        if not units.share.world.first:
-            return None
+    rollouts = share.rollouts
+    of_x, of_y = payloads_by_loop(rollouts, scores, config, with_coefficients=not share.several)
+    chosen = largest(of_y, units.units, 2)
+    fast_x, fast_y = (_rows(share, side, chosen) for side in (units.x, units.y))
+    if share.several and of_x_fast is not None and of_x_fast.coefficients is not None:
+        prompts = torch.isin(share.units.of_prompt, chosen).nonzero()[:, 0]
+        kappa = torch.zeros(*of_x.weights.shape, rollouts.max_gen_len, dtype=torch.float64)
+        kappa[prompts] = share.tokens(of_x_fast.coefficients, prompts)
+        of_x = Payload(of_x.weights, kappa)
+    if not share.world.first:
+        return None
     own = bound.autograd_is_derivative_of(rollouts.tokens)
     if of_x.coefficients is None and own:
-        sums = _naive(bound, rollouts, units, chosen, [of_x, of_y], config, true=True)
+        sums = _naive(bound, rollouts, units.units, chosen, [of_x, of_y], config, true=True)
     else:
-        sums = _naive(bound, rollouts, units, chosen, [of_x], config, true=True)
-        sums += _naive(bound, rollouts, units, chosen, [of_y], config, true=own)
+        sums = _naive(bound, rollouts, units.units, chosen, [of_x], config, true=True)
+        sums += _naive(bound, rollouts, units.units, chosen, [of_y], config, true=own)
     (naive_x, scale_x), (naive_y, scale_y) = sums
     return Witness(
         u_cross=cross_moments(gram(naive_x, naive_y, precond)).u_cross,
@@ -131,17 +133,22 @@ def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
     return result
 
 
-def largest(payload: Payload, units: UnitGradients, count: int) -> Int[Tensor, " u"]:
+def _rows(share: Share, side: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """The gradients of some units, wherever they are."""
+    return {name: share.rows(rows, chosen, share.own_units) for name, rows in side.items()}
+
+
+def largest(payload: Payload, units: Units, count: int) -> Int[Tensor, " u"]:
     """The units with the largest mean of |weight|, in ascending order; all of them if there are fewer."""
     sums = torch.zeros(len(units.sizes), dtype=torch.float64)
-    sums.index_add_(0, units.unit_of, payload.weights.double().abs().sum(1))
+    sums.index_add_(0, units.of_prompt, payload.weights.double().abs().sum(1))
     return (sums / units.sizes).topk(min(count, len(sums))).indices.sort().values
 
 
 def _naive(
     bound: BoundModel,
     rollouts: Rollouts,
-    units: UnitGradients,
+    units: Units,
     chosen: Tensor,
     payloads: list[Payload],
     config: ProbeConfig,
@@ -156,7 +163,7 @@ def _naive(
     ]
     scales = [[0.0] * len(chosen) for _ in payloads]
     for i, unit in enumerate(chosen.tolist()):
-        prompts = (units.unit_of == unit).nonzero()[:, 0]
+        prompts = (units.of_prompt == unit).nonzero()[:, 0]
         for n, g in itertools.product(prompts.tolist(), range(group)):
             row = torch.tensor([n * group + g])
             loss = terms(bound, rollouts, row, payloads[0], config, true=true).sum()

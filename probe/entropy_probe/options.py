@@ -1,0 +1,24 @@
+"""Options of the command line and of pytest that set a key of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+KEYS = {
+    "budget": "budget",
+    "device": "device",
+    "memory_limit": "memory_limit",
+    "device_map": "device_map",
+    "offload_folder": "offload_folder",
+    "seed": "batch.seed",
+}
+"""Name of the option, with underscores → dotted key."""
+
+
+def overrides(given: object) -> dict[str, object]:
+    """Dotted key → value of every option that was given: each is an attribute, `None` if it was not.
+
+    `ProbeConfig.load` takes them as `overrides`.
+    """
+    values = {key: getattr(given, name) for name, key in KEYS.items()}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items() if value is not None}

@@ -1,0 +1,128 @@
+"""What is known of both batches before the next step: scores and gradients, in the models that measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.model.checkpoint import Checkpoint
+from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.pipeline.clock import Clock
+from entropy_probe.stages.gradients.payloads import Payload, payloads
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.gradients.units import units_of
+from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.scores import Scores, score
+from entropy_probe.stages.share import Share
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoint's model in the configured precision and in true float64: one, where that is float64."""
+
+    bound: BoundModel
+    float64: BoundModel
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, bound: BoundModel, config: ProbeConfig) -> Models:
+        if bound.dtype is torch.float64:
+            return cls(bound, bound)
+        lent = lends_frozen(bound, config)
+        return cls(bound, bind(checkpoint.model, torch.float64, lend_frozen=lent))
+
+    def planned(
+        self, batches: tuple[Rollouts, ...], config: ProbeConfig, clock: Clock
+    ) -> tuple[Models, ProbeConfig, Plan | None]:
+        """Models and configuration with sizes that keep to the limit of memory; without one as they are."""
+        if config.memory_limit is None:
+            return self, config, None
+        with clock("memory limit"):
+            plan = planned(self.bound, self.float64, batches, config, clock.world)
+        limited = (replace(m, logits_at_once=plan.logits_at_once) for m in (self.bound, self.float64))
+        return Models(*limited), plan.config, plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: `tokens` are the scores of this process's own prompts, `scores` those of all (`Share.scores`);
+    `of_x` is what X of the own prompts is made of."""
+
+    share: Share
+    tokens: Scores
+    scores: Scores
+    of_x: Payload
+    gradients: UnitGradients
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The whole batch."""
+        return self.share.rollouts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The models, and both batches: `e` and `u` are one object where one batch serves as both."""
+
+    checkpoint: Checkpoint
+    config: ProbeConfig
+    models: Models
+    e: Batch
+    u: Batch
+
+    @property
+    def bound(self) -> BoundModel:
+        return self.models.bound
+
+    @property
+    def float64(self) -> BoundModel:
+        return self.models.float64
+
+    @property
+    def same_batch(self) -> bool:
+        return self.e is self.u
+
+    @cached_property
+    def ascent(self) -> dict[str, Tensor]:
+        """Ȳ of the U batch, the ascent direction of the policy objective."""
+        return self.u.gradients.mean_y()
+
+
+def measured(
+    checkpoint: Checkpoint,
+    models: Models,
+    e: Rollouts,
+    u: Rollouts,
+    config: ProbeConfig,
+    clock: Clock,
+) -> Measured:
+    """Score and differentiate U, which gives X and Y, and E, which gives X.
+
+    Every process does so with its own prompts.
+    """
+    bound, same_batch = models.bound, e is u
+    share_u = Share.of(u, units_of(bound, u, config), clock.world)
+    share_e = share_u if same_batch else Share.of(e, units_of(bound, e, config), clock.world)
+    with clock("scores"):
+        tokens_e = score(bound, share_e.own, config, with_features=True)
+        scores_e = share_e.scores(tokens_e)
+        tokens_u, scores_u = tokens_e, scores_e
+        if not same_batch:
+            with_features = config.first_order.estimator == "rb"
+            tokens_u = score(bound, share_u.own, config, with_features=with_features)
+            scores_u = share_u.scores(tokens_u)
+    with clock("gradients"):
+        of_x, of_y = payloads(share_u.own, tokens_u, config, share_u.among)
+        shown = {"stage": "gradients of U", "progress": clock.progress}
+        gradients = unit_gradients(bound, share_u, config, of_x, of_y, **shown)
+        batch_u = batch_e = Batch(share_u, tokens_u, scores_u, of_x, gradients)
+        if not same_batch:
+            of_x, _ = payloads(share_e.own, tokens_e, config, share_e.among)
+            shown["stage"] = "gradients of E"
+            gradients = unit_gradients(bound, share_e, config, of_x, **shown)
+            batch_e = Batch(share_e, tokens_e, scores_e, of_x, gradients)
+    return Measured(checkpoint, config, models, batch_e, batch_u)

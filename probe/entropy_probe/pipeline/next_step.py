@@ -1,0 +1,132 @@
+"""All that needs Adam's second moment: U_cross and δH₁, the direction v of the next step, slopes along it, ΔH(η)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_probe import report as r
+from entropy_probe.errors import NoCopyError
+from entropy_probe.estimators import prediction
+from entropy_probe.pipeline.clock import Clock
+from entropy_probe.pipeline.measured import Measured
+from entropy_probe.stages import entropy_change, slopes, update
+from entropy_probe.stages.first_order import first_order_section, two_batch_section
+from entropy_probe.stages.moments import moments_match, preconditioner_section
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.witnesses.real_step import real_step
+from entropy_probe.stages.witnesses.torch_step import (
+    optimizer_step_agreement,
+    preconditioner_agreement,
+)
+
+Redraw = Callable[[Mapping[str, Tensor]], Rollouts]
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of the report that are made of the next step; `None` where it cannot be known."""
+
+    entropy_change: list[r.EntropyChangeRow]
+    first_order: r.FirstOrderSection | None = None
+    two_batch: r.TwoBatchSection | None = None
+    update: r.UpdateSection | None = None
+    preconditioner: r.PreconditionerSection | None = None
+    real_step: r.RealStepSection | None = None
+    real_step_missing: str | None = None
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """P and v by name, the slopes along v, and the sections, which are rank 0's alone."""
+
+    precond: dict[str, Tensor]
+    v: dict[str, Tensor]
+    along: slopes.Slopes | None
+    sections: Sections | None
+
+
+def without_second_moment(of: Measured) -> NextStep:
+    """P = 1 and v = −sign(X̄), the way in which the entropy rises: for tests of the model that any P and v will do for.
+
+    Every value moves by 1, as in a first step of Adam's, so that a tiny η is resolved in each. Where X̄ is 0, v is 1.
+    """
+    x, parameters = of.e.gradients.mean_x(), of.bound.registry.trainable
+    v = {name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(p.shape) for name, p in parameters.items()}
+    still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
+    min_ess = of.config.true_delta_h.min_ess_fraction
+    rows = [entropy_change.change_row(change, None, 0.0, min_ess) for change in still]
+    precond = {name: torch.ones_like(direction) for name, direction in v.items()}
+    return NextStep(precond, v, None, Sections(rows))
+
+
+def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
+    """By the checkpoint's own Adam state. Every process takes part; what goes through no batch rank 0 does alone."""
+    config, adam, registry = of.config, of.checkpoint.adam, of.bound.registry
+    e, u, first, baseline = of.e, of.u, clock.world.first, of.config.first_order.baseline
+    with clock("first order"):
+        precond = update.adam_preconditioner(adam)
+        lr, lr_source = update.learning_rate(adam, config.first_order.lr)
+        of_u = first_order_section(u.gradients, precond, lr, lr_source, config.first_order.estimator)
+        across = None
+        if not of.same_batch:
+            across = two_batch_section(e.gradients, u.gradients, precond, lr)
+    with clock("update"):
+        clip = config.update.max_grad_norm
+        direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip)
+        v = direction.v
+        agreement = of_torch = None
+        if first:
+            agreement = optimizer_step_agreement(registry, adam, of.ascent, direction)
+            of_torch = preconditioner_agreement(adam, precond)
+        match = moments_match(adam, u.gradients.y, clock.world)
+    with clock("slopes"):
+        along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, v, config, clock.progress)
+        predicting = slopes.predictors(
+            of.bound, u.share, u.scores, config, u.gradients, direction, along,
+            same_batch=of.same_batch,
+        )  # fmt: skip
+        sources = slopes.slope_sources(e.gradients, u.gradients, direction)
+    with clock("entropy change"):
+        etas = entropy_change.grid(config, lr, along.d_seq_logp, predicting.reach)
+        etas = clock.world.told(etas)
+        changes = entropy_change.sweep(of.bound, e.share, e.scores, v, etas, config, clock.progress, redraw)
+        rows = [_row(of, change, predicting) for change in changes]
+    if agreement is None:
+        return NextStep(precond, v, along, None)
+    with clock("real step"):
+        taken, missing = _real_step(of, v, lr)
+    sections = Sections(
+        entropy_change=rows,
+        first_order=of_u,
+        two_batch=across,
+        update=slopes.update_section(direction, along, predicting, sources, agreement, baseline),
+        preconditioner=preconditioner_section(adam, precond, registry, of_torch, match),
+        real_step=taken,
+        real_step_missing=missing,
+    )
+    return NextStep(precond, v, along, sections)
+
+
+def _row(of: Measured, change: entropy_change.EntropyChange, by: slopes.Predictors) -> r.EntropyChangeRow:
+    """A change beside its prediction, which says nothing about a policy that is cut to its nucleus."""
+    predicted = None
+    if not change.weights.restricted:
+        unit_of = of.e.share.units.of_prompt
+        predicted = prediction.predict(change.eta, change.rb, by.slope, by.curvature, unit_of)
+    min_ess = of.config.true_delta_h.min_ess_fraction
+    return entropy_change.change_row(change, predicted, by.reach, min_ess)
+
+
+def _real_step(of: Measured, v: Mapping[str, Tensor], lr: float) -> tuple[r.RealStepSection | None, str | None]:
+    """The step on a copy; where it does not fit, why: the rest of the report does not need it."""
+    if "real step" in of.config.left_out:
+        return None, None
+    adam, e = of.checkpoint.adam, of.e
+    try:
+        return real_step(of.float64, e.rollouts, e.scores, v, of.ascent, adam, lr, of.config), None
+    except NoCopyError as error:
+        return None, str(error)

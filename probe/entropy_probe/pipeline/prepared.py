@@ -1,0 +1,109 @@
+"""What a measurement starts from: a checkpoint bound to the configured precision, and its two batches."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from entropy_probe import memory
+from entropy_probe import report as r
+from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
+from entropy_probe.model.checkpoint import Checkpoint
+from entropy_probe.model.forward import BoundModel, bind, require_held
+from entropy_probe.model.placement import main_device
+from entropy_probe.model.precision import numerics, str_to_dtype
+from entropy_probe.model.registry import Registry, checksum, unwrap
+from entropy_probe.pipeline.clock import Clock
+from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.batches import draw_batches, fingerprint, sampling_section
+from entropy_probe.stages.memory.memory_limit import require_loaded_within
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`given` says where E and U are from: a file that was asked for, or `sampled`. `clock` has what it took."""
+
+    checkpoint: Checkpoint
+    config: ProbeConfig
+    model: BoundModel
+    rollouts: Rollouts
+    update_rollouts: Rollouts
+    given: tuple[str, str]
+    sampling: r.SamplingSection | None
+    checksum_before: str
+    clock: Clock
+
+    @property
+    def world(self) -> World:
+        return self.clock.world
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    config: ProbeConfig,
+    rollouts: str | Path | None = None,
+    update_rollouts: str | Path | None = None,
+    *,
+    prompts: str | Path | None = None,
+    progress: Progress | None = None,
+    world: World = ALONE,
+) -> Prepared:
+    """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
+    world.count_anew()
+    with world.together(), allocating(config):
+        held = {} if checkpoint.held is None else {"load": checkpoint.held}
+        require_loaded_within(config, checkpoint.held)
+        require_held(checkpoint.model)
+        clock = Clock(world, main_device(unwrap(checkpoint.model)), progress, held=held)
+        world.same(
+            {
+                "checkpoint": checkpoint.info.fingerprint,
+                "configuration": config.model_dump_json(),
+            }
+        )
+        _require_state(checkpoint)
+        with numerics(config.precision, checkpoint.info.num_parameters):
+            return _prepared(checkpoint, config, rollouts, update_rollouts, prompts, clock)
+
+
+def allocating(config: ProbeConfig) -> AbstractContextManager[None]:
+    """Under a limit of memory, freed memory is given back at once."""
+    return nullcontext() if config.memory_limit is None else memory.given_back_at_once()
+
+
+def _require_state(checkpoint: Checkpoint) -> None:
+    trained = checkpoint.adam if checkpoint.other is None else checkpoint.other.trained
+    for name in Registry.of(checkpoint.model).trainable:
+        if name not in trained:
+            raise MeasurementError(
+                f"parameter {name}",
+                "is trainable and has no Adam state",
+                "freeze it, or give its state in `adam`",
+            )
+
+
+def _prepared(
+    checkpoint: Checkpoint,
+    config: ProbeConfig,
+    rollouts: str | Path | None,
+    update_rollouts: str | Path | None,
+    prompts: str | Path | None,
+    clock: Clock,
+) -> Prepared:
+    world, tokenizer = clock.world, checkpoint.tokenizer
+    with clock("integrity"):
+        checksum_before = checksum(checkpoint.model)
+        bound = bind(checkpoint.model, str_to_dtype(config.precision.func_override.dtype))
+    with clock("rollouts"):
+        files = (rollouts, update_rollouts, prompts)
+        e, u = draw_batches(bound, tokenizer, config, *files, clock.progress, world)
+        world.same({"E batch": fingerprint(e), "U batch": fingerprint(u)})
+        sampling = None
+        if rollouts is None and world.first:
+            sampling = sampling_section(bound, e, tokenizer, config)
+    of_u = rollouts if e is u else update_rollouts
+    given = str(rollouts or "sampled"), str(of_u or "sampled")
+    return Prepared(checkpoint, config, bound, e, u, given, sampling, checksum_before, clock)

@@ -1,0 +1,36 @@
+"""Gradients, projections and curvature of the run beside the same numbers by other ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor
+
+from entropy_probe.pipeline.measured import Measured
+from entropy_probe.stages.slopes import Slopes
+from entropy_probe.stages.witnesses.projections import projection_agreement
+from entropy_probe.stages.witnesses.witness import curvature_witness, gradient_witness
+
+
+def witnessed(
+    of: Measured, precond: Mapping[str, Tensor], v: Mapping[str, Tensor], along: Slopes | None
+) -> dict[str, float | None]:
+    """The section `witness` of the report. Without slopes `along` v there is no second moment, and what needs one is
+    `None`."""
+    bound, config, e, u = of.bound, of.config, of.e, of.u
+    by_loop = gradient_witness(bound, u.share, u.scores, config, u.gradients, precond, u.of_x)
+    witness: dict[str, float | None] = {} if by_loop is None else asdict(by_loop)
+    if "projections" not in config.left_out:
+        at_theta = None if along is None else along.at_theta
+        witness |= asdict(
+            projection_agreement(bound, e.share, e.of_x, config, e.gradients, precond, of.ascent, v, at_theta)
+        )
+    witness["curvature"] = None  # without the second derivative that the α-trick needs too
+    if along is None:
+        return witness | dict.fromkeys(("u_cross", "u_cross_fast"))
+    has_second_derivative = witness.get("projections_alpha") is not None
+    if has_second_derivative and "curvature witness" not in config.left_out:
+        curvature = curvature_witness(of.float64, e.rollouts, e.scores, along, v, config)
+        witness["curvature"] = curvature
+    return witness

@@ -1,0 +1,277 @@
+"""Per-unit gradients X_u and Y_u, and what every first-order number comes from: the products X_nᵀPY_m."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
+from entropy_probe.estimators.two_batch import (
+    TwoBatchMoments,
+    two_batch_moments,
+    two_batch_moments_of_sums,
+)
+from entropy_probe.estimators.ustat import (
+    CrossMoments,
+    cross_moments,
+    cross_moments_of_sums,
+    u_statistic,
+)
+from entropy_probe.model.capture import Capture
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.report import UStatistic
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.products import dots, gram, grams, prompt_mean, row_dots, weighted_sum
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
+from entropy_probe.stages.scores import read_rows
+from entropy_probe.stages.share import Share, Units
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Rows = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit.
+
+    A unit is a prompt, or the mean over a block of prompts. The matrix K_nm = X_nᵀPY_m is known whole.
+    """
+
+    x: dict[str, Float[Tensor, "U D"]]
+    y: dict[str, Float[Tensor, "U D"]]
+    units: Units
+
+    @property
+    def sizes(self) -> Int[Tensor, " U"]:
+        """The number of prompts of each unit."""
+        return self.units.sizes
+
+    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+        """X̄ over all prompts, in float64."""
+        return prompt_mean(self.x, self.sizes)
+
+    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+        """Ȳ over all prompts, in float64."""
+        return prompt_mean(self.y, self.sizes)
+
+    def with_x_of(self, other: UnitGradients) -> UnitGradients:
+        """These, with the X of another payload on the same units."""
+        return replace(self, x=other.x)
+
+    def of_units(self, values: Tensor) -> Tensor:
+        """[U, …] from the same of the units that are held here."""
+        return values
+
+    def products(self, precond: _Rows, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """By name (all, without `names`), what is known of K; so are its sums over names."""
+        return grams({name: self.x[name] for name in names or self.x}, self.y, precond)
+
+    def gathered(self, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        """`products`, or sums of them, of the units of all processes."""
+        return dict(products)
+
+    def moments(self, products: Tensor) -> CrossMoments:
+        """Of gathered products."""
+        return cross_moments(products)
+
+    def statistic(self, products: Tensor) -> UStatistic:
+        """Of gathered products."""
+        return u_statistic(self.moments(products), products)
+
+    def plain_product(self) -> float:
+        """X̄ᵀȲ over units, without P."""
+        return cross_moments(gram(self.x, self.y)).bars_dot
+
+    def products_with(self, u: UnitGradients, precond: _Rows) -> dict[str, Tensor]:
+        """By name, what is known of X_kᵀPY_m with Y of another batch."""
+        return grams(self.x, u.y, precond)
+
+    def gathered_with(self, u: UnitGradients, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        """`products_with`, or sums of them, of the units of all processes."""
+        return dict(products)
+
+    def moments_with(self, u: UnitGradients, products: Tensor) -> TwoBatchMoments:
+        """Of gathered products with Y of another batch."""
+        return two_batch_moments(products, self.sizes, u.sizes)
+
+
+@dataclass(frozen=True)
+class OwnUnitGradients(UnitGradients):
+    """The rows of this process's own units, where others hold units too, and the sums over all.
+
+    `sums_x` and `sums_y` are over units, `means_x` and `means_y` over prompts, name → [numel] in float64.
+    Of K, which nobody holds, the sums of each row and of each column and the diagonal are known.
+    """
+
+    share: Share
+    sums_x: dict[str, Float[Tensor, " D"]]
+    sums_y: dict[str, Float[Tensor, " D"]]
+    means_x: dict[str, Float[Tensor, " D"]]
+    means_y: dict[str, Float[Tensor, " D"]]
+
+    @classmethod
+    def of(cls, held: UnitGradients, share: Share) -> OwnUnitGradients:
+        """One all-reduce of ΣX and one of ΣY, in buckets; as many again where units are blocks."""
+        world, sizes = share.world, held.sizes.double()
+        own, total = sizes[share.own_units], float(sizes.sum())
+
+        def summed(weights: Tensor, rows: _Rows) -> dict[str, Tensor]:
+            return world.totals({name: weighted_sum(weights, t) for name, t in rows.items()})
+
+        found: dict[str, dict[str, Tensor]] = {}
+        for side, rows in (("x", held.x), ("y", held.y)):
+            of_units = found[f"sums_{side}"] = summed(torch.ones_like(own), rows)
+            of_prompts = of_units if held.units.mode == "exact" else summed(own, rows)
+            found[f"means_{side}"] = {name: t / total for name, t in of_prompts.items()}
+        return cls(held.x, held.y, held.units, share, **found)
+
+    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+        return self.means_x
+
+    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+        return self.means_y
+
+    def with_x_of(self, other: UnitGradients) -> UnitGradients:
+        assert isinstance(other, OwnUnitGradients)
+        return replace(self, x=other.x, sums_x=other.sums_x)
+
+    def of_units(self, values: Tensor) -> Tensor:
+        return self.share.of_units(values)
+
+    def products(self, precond: _Rows, names: Iterable[str] | None = None) -> dict[str, Float[Tensor, "u 3"]]:
+        """Σ_m K_nm = x_n·P·ΣY, Σ_m K_mn = y_n·P·ΣX and K_nn = x_n·P·y_n of each own unit n."""
+        chosen = list(names or self.x)
+        rows = dots({name: self.x[name] for name in chosen}, self.sums_y, precond)
+        columns = dots({name: self.y[name] for name in chosen}, self.sums_x, precond)
+        diagonal = {n: row_dots(self.x[n], self.y[n], precond[n].reshape(-1)) for n in chosen}
+        return {n: torch.stack([rows[n], columns[n], diagonal[n]], 1) for n in chosen}
+
+    def gathered(self, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        together = self.of_units(torch.cat(list(products.values()), 1))
+        widths = [values.shape[1] for values in products.values()]
+        return dict(zip(products, together.split(widths, 1), strict=True))
+
+    def moments(self, products: Tensor) -> CrossMoments:
+        return cross_moments_of_sums(products)
+
+    def statistic(self, products: Tensor) -> UStatistic:
+        return u_statistic(self.moments(products), None)
+
+    def plain_product(self) -> float:
+        products = (torch.dot(self.sums_x[name], t) for name, t in self.sums_y.items())
+        return float(sum(products)) / len(self.sizes) ** 2
+
+    def products_with(self, u: UnitGradients, precond: _Rows) -> dict[str, Float[Tensor, " eu"]]:
+        """s_k = X_kᵀPȲ of the own units of this batch, then t_m = X̄ᵀPY_m of those of the other."""
+        s, t = dots(self.x, u.mean_y(), precond), dots(u.y, self.mean_x(), precond)
+        return {name: torch.cat([s[name], t[name]]) for name in s}
+
+    def gathered_with(self, u: UnitGradients, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        own = self.share.own_units.stop - self.share.own_units.start
+        s, t = torch.stack(list(products.values()), 1).tensor_split([own])
+        whole = torch.cat([self.of_units(s), u.of_units(t)])
+        return dict(zip(products, whole.unbind(1), strict=True))
+
+    def moments_with(self, u: UnitGradients, products: Tensor) -> TwoBatchMoments:
+        s, t = products.tensor_split([len(self.sizes)])
+        return two_batch_moments_of_sums(s, t, self.sizes)
+
+
+def unit_gradients(
+    bound: BoundModel,
+    share: Share,
+    config: ProbeConfig,
+    of_x: Payload,
+    of_y: Payload | None = None,
+    *,
+    stage: str = "gradients",
+    progress: Progress | None = None,
+) -> UnitGradients:
+    """X_n and Y_n (`payloads`) of every prompt n, or their means within blocks of prompts.
+
+    Where the module detaches a part of itself (DoRA), or its padding token is read, X is the true derivative
+    and Y the module's own autograd, because that is what the trainer's step uses; where the two are one, and
+    both are weighted ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
+
+    The payloads are those of the share's own prompts, and only its units are made here.
+    """
+    parameters, rollouts = bound.registry.trainable, share.own
+    if not parameters:
+        raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
+    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(share.rollouts.tokens)
+    unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
+    sizes = torch.bincount(unit_of)
+    x = {n: torch.zeros(len(sizes), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
+    y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
+    per_row = sizes[unit_of].repeat_interleave(rollouts.num_responses)
+    added = _Added(bound, rollouts, per_row, config.generation.temperature)
+
+    done = 0
+    for units, rows in _microbatches(rollouts, unit_of, config.generation.tf_batch_size):
+        if of_y is not None and one_pass:
+            added.to([(x, of_x), (y, of_y)], units, rows, true=False)
+        else:
+            added.to([(x, of_x)], units, rows, true=True)
+            if of_y is not None:
+                added.to([(y, of_y)], units, rows, true=False)
+        done += len(rows)
+        if progress is not None:
+            progress(stage, done, len(rollouts.gen_lens))
+    held = UnitGradients(x, y, share.units)
+    return OwnUnitGradients.of(held, share) if share.several else held
+
+
+@dataclass(frozen=True)
+class _Added:
+    """Gradients of some rows, added to the sums of their units. `per_row`: the prompts of a row's unit."""
+
+    bound: BoundModel
+    rollouts: Rollouts
+    per_row: Tensor
+    temperature: float
+
+    def to(self, sides: list[tuple[dict[str, Tensor], Payload]], units: Tensor, rows: Tensor, *, true: bool) -> None:
+        """One forward and one backward, for sides with the same payload; as many rows of each of the units."""
+        bound, parameters = self.bound, self.bound.registry.trainable
+        prompts = self.per_row[rows]
+        weights = torch.stack([payload.weights.reshape(-1)[rows] / prompts for _, payload in sides])
+        into = {
+            name: [[side[name][unit].view(p.shape) for unit in units] for side, _ in sides]
+            for name, p in parameters.items()
+        }
+        # on the CPU sums are added where they belong, and no second copy is made of them
+        here = into if bound.device.type == "cpu" else None
+        capture = Capture(parameters, weights.to(bound.device), len(units), here)
+        payload = sides[0][1]
+        options = {"beside": payload.of_rows(rows), "true_derivative": true, "capture": capture}
+        read = payload.read(self.temperature)
+        (values,) = read_rows(bound, self.rollouts, rows, read, **options)
+        sums = capture.sums(values.sum(-1))
+        for name, own in into.items() if here is None else ():
+            for k, n in itertools.product(range(len(sides)), range(len(units))):
+                own[k][n].add_(sums[name][k][n].cpu())
+
+
+def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(units, rows) with at most `size` rows of similar length, as many of each unit, one unit after the other:
+    some prompts that are units themselves, some prompts of one unit, or some rows of one prompt."""
+    group, at_once = rollouts.num_responses, max(1, size // rollouts.num_responses)
+    lengths = rollouts.per_prompt(rollouts.prompt_lens + rollouts.gen_lens).amax(1)
+    order = torch.argsort(lengths, stable=True)
+    if not len(unit_of):
+        return
+    single = len(unit_of) == int(unit_of.max()) + 1
+    for within in [order] if single else [order[unit_of[order] == unit] for unit in unit_of.unique()]:
+        for prompts in within.split(at_once):
+            rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
+            for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:
+                yield unit_of[prompts] if single else unit_of[prompts[:1]], part

@@ -1,0 +1,276 @@
+"""The Taylor tests: orders of convergence in η, and the derivative of ΔĤ against differences of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators import importance
+from entropy_probe.estimators.slope import per_token_slope
+from entropy_probe.estimators.taylor import (
+    STENCIL,
+    identity_error,
+    loglog_slope,
+    longest_run,
+    order,
+    radius,
+    snis_terms,
+    stencil_derivatives,
+)
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.report import TaylorTests
+from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
+from entropy_probe.stages.entropy_change import EntropyChange, change_at
+from entropy_probe.stages.gradients.products import norm
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.scores import (
+    SPREAD_ROWS,
+    Scores,
+    rows_spread_over,
+    rows_without_graph,
+    score,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# η of the Taylor tests: 10^k/max_i|D_vS_i|, where log p of the fastest response moves by 10^k. Below, float64 rounds
+# away more than 1e-6 of a change; above, the weights leave 1.
+_LOG_CHANGES = torch.arange(-8.0, -0.9, 0.5, dtype=torch.float64)
+_LOGITS_UP_TO = -4.0  # four decades
+# The five-point rule errs by (1e-3)⁴ in truncation and by 1e-16·|Ĥ|/1e-3 in rounding.
+_STENCIL_CHANGE = 1e-3
+# The same with a shorter step, which crosses fewer kinks, and with one as long as the orders' range, which without
+# kinks is off by some (3e-2)⁴.
+_NEAR_CHANGE, _FAR_CHANGE = 1e-5, 3e-2
+_SMOOTH, _FAR_ERROR = 1e-7, 1e-4
+_RESPONSES = 16
+_FLOOR = 1e3 * sys.float_info.epsilon  # of Ĥ
+# Of Ĥ, along the stencil: ΔĤ is rounded by some 1e-15·Ĥ, 1e-7 of terms as small as this.
+_ROUNDING = 1e-8
+_DECADES = 1.5
+_SLOPE_RANGE, _ORDER_RANGE = 0.02, 0.1  # of min(η*, η**)
+_TRUSTED = 0.1
+
+
+@torch.no_grad()
+def taylor(
+    float64: BoundModel,
+    bound: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
+) -> TaylorTests:
+    """The Taylor tests on about 16 responses (`scores` are those of all, as measured): the orders, and the identity
+
+        dΔĤ/dη at 0 = Σŵ[(f − Ĥ)·D_vS + D_vf],   f = −S or R,   ŵ = 1/N at top_p = 1
+
+    Both hold for the estimator on any fixed responses, without sampling noise. For the same reason the ranges come from
+    this function of η, not from the population's η*. Log-weights are not clipped. Where the model has kinks within the
+    range (ReLU, a router's choice), a difference with a longer step is off, and the orders are `None`; so are the
+    errors where the shortest step crosses kinks too.
+    """
+    config = with_plain_weights(config)
+    prompts = _some_prompts(rollouts)
+    some = rollouts.of_prompts(prompts)
+    at_theta = score(float64, some, config, {})
+    if config.generation.top_p < 1.0:  # as it was measured: in float64 a token may fall out at the edge of the nucleus
+        at_theta = at_theta.with_logq_of(scores, prompts)
+    along = _Along(float64, some, v, config, at_theta)
+    derivatives, unit = _derivatives_and_unit(along)
+    etas, h = unit * 10**_LOG_CHANGES, unit * _STENCIL_CHANGE
+
+    stencil = along.stencil(h)
+    slope_by_difference, second, third = _by_difference(stencil, "rb", h)
+    reach = radius(slope_by_difference, second, third)
+    delta_h = along.delta_h(etas)
+    floor = _FLOOR * along.entropy
+    taylor_order, identity = None, _Identity()
+    if derivatives is not None:
+        identity = _identity(along, derivatives, stencil, unit)
+        assert identity.slope is not None
+        remainder = delta_h - identity.slope * etas
+        taylor_order = order(etas, remainder, floor, _ORDER_RANGE * reach, _DECADES)
+    smooth = identity.smooth
+    delta_h_slope = order(etas, delta_h, floor, _SLOPE_RANGE * reach, _DECADES) if smooth else None
+    logit_slope, logit_monotone = _of_logits(along, rollouts, etas)
+    trusted = torch.ones_like(etas, dtype=torch.bool)
+    if bound.dtype is not torch.float64:
+        there = _Along(bound, some, v, config, scores.of_prompts(prompts)).delta_h(etas)
+        # ΔĤ may cross 0, and so few responses may give a slope near 0: a tenth of its terms is as good as any
+        first_order = max(abs(slope_by_difference), _TRUSTED * identity.size_of_terms) * etas
+        close = (there - delta_h).abs() <= _TRUSTED * torch.maximum(delta_h.abs(), first_order)
+        trusted = longest_run(close)
+    resolved = etas[trusted].tolist()
+    return TaylorTests(
+        taylor_eta_min=float(etas[0]),
+        taylor_eta_max=float(etas[-1]),
+        logit_slope=logit_slope,
+        logit_monotone=logit_monotone,
+        delta_h_slope=delta_h_slope,
+        taylor_order=taylor_order if smooth else None,
+        taylor_slope=identity.slope,
+        taylor_radius=reach,
+        identity_error_naive=identity.naive,
+        identity_error_rb=identity.rb,
+        identity_error_per_token=identity.per_token,
+        trusted_eta_min=resolved[0] if resolved else None,
+        trusted_eta_max=resolved[-1] if resolved else None,
+    )
+
+
+def _derivatives_and_unit(along: _Along) -> tuple[Derivatives | None, float]:
+    """D_v, where the model has forward-mode derivatives; and the η at which log p of the fastest response moves by
+    about 1."""
+    model, v = along.model, along.v
+    try:
+        derivatives = directional_derivatives(model, along.rollouts, v, along.config)
+        fastest = float(derivatives.d_seq_logp.abs().max())
+    except NotImplementedError:
+        derivatives, fastest = None, along.fastest_by_difference()
+    theta = {name: model.registry.parameters[name].detach() for name in v}
+    # where v moves no log p at all, up to a change as large as θ
+    largest = max(norm(theta), 1.0) / (0.1 * norm(v)) if norm(v) > 0 else 1.0
+    return derivatives, min(1 / fastest, largest) if fastest > 0 else largest
+
+
+def _by_difference(stencil: Mapping[int, EntropyChange], which: str, h: float) -> tuple[float, float, float]:
+    """The first three derivatives at 0 of one of the changes, by the five-point rule."""
+    return stencil_derivatives({k: getattr(c, which).value for k, c in stencil.items()}, h)
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """dΔĤ_RB/dη from a JVP with the size of its terms, the errors of differences against it, and whether no kink lies
+    within the range of the orders."""
+
+    slope: float | None = None
+    size_of_terms: float = 0.0
+    naive: float | None = None
+    rb: float | None = None
+    per_token: float | None = None
+    smooth: bool = True
+
+
+def _identity(along: _Along, derivatives: Derivatives, stencil: Mapping[int, EntropyChange], unit: float) -> _Identity:
+    scores, weights, d_seq_logp = along.at_theta, along.weights, derivatives.d_seq_logp
+    naive_terms = snis_terms(weights, -scores.seq_logp, -d_seq_logp, d_seq_logp)
+    rb_terms = snis_terms(weights, scores.rb_sum, derivatives.d_rb_sum, d_seq_logp)
+    size, h = float(rb_terms.abs().sum()), unit * _STENCIL_CHANGE
+
+    def errors(at: Mapping[int, EntropyChange], h: float) -> tuple[float | None, float | None]:
+        rounding = _ROUNDING * along.entropy / h
+        naive, rb = (_by_difference(at, which, h)[0] for which in ("naive", "rb"))
+        return identity_error(naive, naive_terms, rounding), identity_error(rb, rb_terms, rounding)
+
+    naive, rb = errors(stencil, h)
+    near, far = (errors(along.stencil(unit * change), unit * change) for change in (_NEAR_CHANGE, _FAR_CHANGE))
+    worst, smooth = _worst((naive, rb)), True
+    if worst > _SMOOTH and _worst(near) < worst / 10:
+        # kinks in the shorter step too leave nothing to compare with; a wrong derivative is further off
+        naive, rb = (None, None) if _SMOOTH < _worst(near) < _FAR_ERROR else near
+        smooth = False
+    elif worst <= _SMOOTH and _worst(far) > _FAR_ERROR:
+        smooth = False
+    per_token = None
+    if smooth and rb is not None and along.config.generation.top_p == 1.0:
+        found, *_ = _by_difference(stencil, "per_token", h)
+        per_token = _per_token_error(found, scores, derivatives, size)
+    return _Identity(float(rb_terms.sum()), size, naive, rb, per_token, smooth)
+
+
+def _per_token_error(by_difference: float, scores: Scores, derivatives: Derivatives, size_of_terms: float) -> float:
+    lengths = scores.gen_lens.double()
+    derivative = per_token_slope(scores.rb_sum, lengths, derivatives.d_seq_logp, derivatives.d_rb_sum).value
+    size = size_of_terms / float(lengths.mean())
+    return abs(by_difference - derivative) / size if size > 0 else float("inf")
+
+
+def _worst(errors: tuple[float | None, float | None]) -> float:
+    return max((error for error in errors if error is not None), default=0.0)
+
+
+def _of_logits(along: _Along, rollouts: Rollouts, etas: Float[Tensor, " K"]) -> tuple[float | None, bool | None]:
+    """The log-log slope of ‖Δlogits‖ against η, and whether it grows with η; `None` where no logit moves."""
+    decades, tiny = etas[::2], _LOG_CHANGES[::2] <= _LOGITS_UP_TO
+    most_rows = rows_without_graph(rollouts, along.config.generation)
+    moved = _logit_changes(along.model, rollouts, along.v, decades, most_rows)
+    if not bool((moved != 0).any()):
+        return None, None
+    slope = loglog_slope(decades[tiny], moved[tiny])
+    return slope, bool((moved[tiny].diff() > 0).all())
+
+
+def with_plain_weights(config: ProbeConfig) -> ProbeConfig:
+    """ΔH per response with the weights as they are: what is tested is the estimator, not what is done when it fails."""
+    plain = {"clip_log_weight": None, "normalize": "per_sequence", "fallback": "none"}
+    return config.model_copy(update={"true_delta_h": config.true_delta_h.model_copy(update=plain)})
+
+
+def _some_prompts(rollouts: Rollouts) -> Int[Tensor, " b"]:
+    """Prompts spread over the batch: two, or more where they have fewer than 8 responses."""
+    count = min(rollouts.num_prompts, max(2, _RESPONSES // rollouts.num_responses))
+    return torch.linspace(0, rollouts.num_prompts - 1, count).long()
+
+
+@dataclass(frozen=True)
+class _Along:
+    """The responses, scored by one model anywhere along v."""
+
+    model: BoundModel
+    rollouts: Rollouts
+    v: Mapping[str, Tensor]
+    config: ProbeConfig
+    at_theta: Scores
+
+    @property
+    def weights(self) -> Float[Tensor, "B G"]:
+        return importance.snis_weights(self.at_theta.seq_logp - self.at_theta.seq_logq).normalised
+
+    @property
+    def entropy(self) -> float:
+        """Ĥ_RB at θ."""
+        return float((self.weights * self.at_theta.rb_sum).sum())
+
+    def scores(self, eta: float) -> Scores:
+        override = theta_plus_eta_v(self.model.registry, self.v, eta, self.model.dtype)
+        return score(self.model, self.rollouts, self.config, override)
+
+    def change(self, eta: float) -> EntropyChange:
+        return change_at(self.at_theta, self.scores(eta), eta, self.config)
+
+    def delta_h(self, etas: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+        return torch.tensor([self.change(eta).rb.value for eta in etas.tolist()], dtype=torch.float64)
+
+    def stencil(self, h: float) -> dict[int, EntropyChange]:
+        """The changes at the points of the five-point rule."""
+        return {k: self.change(k * h) for k in STENCIL}
+
+    def fastest_by_difference(self) -> float:
+        """max_i|D_vS_i|, roughly."""
+        trial = 1e-7 / max(norm(self.v), 1.0)
+        return float((self.scores(trial).seq_logp - self.at_theta.seq_logp).abs().max()) / trial
+
+
+def _logit_changes(
+    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], etas: Float[Tensor, " K"], most_rows: int
+) -> Float[Tensor, " K"]:
+    """‖logits(θ + ηv) − logits(θ)‖ at 8 positions of each of up to 8 rows, for every η."""
+    ids = rows_spread_over(rollouts, most_rows).to(float64.device)
+    positions = torch.linspace(0, ids.shape[1] - 1, min(SPREAD_ROWS, ids.shape[1]), device=float64.device).long()
+    row, column = (i.flatten() for i in torch.meshgrid(torch.arange(len(ids)).to(ids), positions, indexing="ij"))
+
+    def logits(eta: float) -> Tensor:
+        override = theta_plus_eta_v(float64.registry, v, eta, float64.dtype)
+        return float64.read_logits(ids, row, column, lambda logits, _: (logits,), override=override)[0]
+
+    still = logits(0.0)
+    return torch.tensor([float((logits(eta) - still).norm()) for eta in etas.tolist()], dtype=torch.float64)
