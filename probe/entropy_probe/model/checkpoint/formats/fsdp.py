@@ -29,11 +29,11 @@ def read(layout: Layout) -> Stored:
     else:
         weights = _full(layout)
         dcp.require_configuration(layout, weights.headers)
-    of_optimizer = layout.folder / "optimizer_0"
-    if of_optimizer.is_dir():
-        items = read_items(of_optimizer)
-        files = dcp.files(of_optimizer, items)
-        return Stored(layout.folder, weights, partial(dcp.optimizer, of_optimizer, items), lambda: files)
+    folder = layout.folder / "optimizer_0"
+    if folder.is_dir():
+        items = read_items(folder)
+        state, files = dcp.of_optimizer(folder, items), dcp.files(folder, items)
+        return Stored(layout.folder, weights, partial(dcp.optimizer, folder, state), lambda: files)
     return Stored(
         folder=layout.folder,
         weights=weights,
