@@ -8,7 +8,6 @@ at; of an adapter the values are.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import transformers
 
 from entropy_probe.base_model import find_base_model
 from entropy_probe.errors import CheckpointError, printable
-from entropy_probe.layout import IN_PIECES, TORCHTITAN, Layout, configured, find_layout
+from entropy_probe.layout import TORCHTITAN, Layout, configured, file_sizes, find_layout
 from entropy_probe.model.checkpoint import readers
 from entropy_probe.model.checkpoint.files import dtypes_of, global_step, reason
 from entropy_probe.model.checkpoint.inspection import FoundOptimizer, FoundWeights, Inspection, Shapes
@@ -61,7 +60,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
                 weights = _weights(layout, stored, base, found)
         if stored is not None:
             with found.trying():
-                of_optimizer = _optimizer(layout.optimizer, stored, weights, found)
+                of_optimizer = _optimizer(layout, stored, weights, found)
         with found.trying():
             step = global_step(layout.folder) if stored is None else stored.global_step
         with found.trying():
@@ -69,7 +68,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
             tokenizer = None if loaded is None else len(loaded)
     if of_optimizer is not None and step is not None and of_optimizer.step and of_optimizer.step[-1] != step:
         found.warnings.append(f"the optimizer's step is {of_optimizer.step[-1]:g}, the trainer's global step {step}")
-    files = _files(layout)
+    files = file_sizes(layout)
     skipped = [name for name in files if any(Path(name).match(pattern) for pattern in _NEVER_OPENED)]
     if skipped:
         found.warnings.append(f"never opened: {', '.join(skipped)}")
@@ -163,8 +162,8 @@ def _stored_model(folder: Path, weights: Weights, found: _Notes) -> tuple[str, S
     return model_type, {name: shape for name, shape in floats.items() if not (tied and "lm_head" in name)}
 
 
-def _optimizer(path: Path, stored: Stored, weights: FoundWeights | None, found: _Notes) -> FoundOptimizer:
-    state_dict = stored.optimizer()
+def _optimizer(layout: Layout, stored: Stored, weights: FoundWeights | None, found: _Notes) -> FoundOptimizer:
+    state_dict, path = stored.optimizer(), layout.optimizer
     kind = others.recognise(state_dict, path)
     if kind is not None:
         return _other_optimizer(kind, state_dict, path, found)
@@ -247,22 +246,6 @@ def _compare(states: list[adam.AdamState], total: int, weights: FoundWeights | N
         )
     if len(states) < len(weights.shapes):
         found.warnings.append(f"moments of {len(states)} tensors, the weights have {len(weights.shapes)}")
-
-
-def _files(layout: Layout) -> dict[str, int | None]:
-    """Names below the checkpoint's folder and their bytes, `None` for what is neither a file nor a link to one."""
-    sizes: dict[str, int | None] = {}
-    inside = [layout.weights] if layout.weights.is_relative_to(layout.folder) else []
-    below = layout.folder.rglob("*") if layout.format in IN_PIECES else layout.folder.iterdir()
-    for folder in (below, *(folder.iterdir() for folder in inside)):
-        for path in sorted(folder):
-            try:
-                size = path.stat().st_size if path.is_file() else None
-            except OSError:  # a loop of links
-                size = None
-            if size is not None or path.is_symlink():
-                sizes[printable(os.path.relpath(path, layout.folder))] = size
-    return sizes
 
 
 def _values(shapes: Shapes) -> int:

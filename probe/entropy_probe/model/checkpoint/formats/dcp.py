@@ -28,7 +28,7 @@ _OPTIMIZERS = ("optimizer", "optim")  # accelerate, torchtitan; torch's own exam
 def read(layout: Layout) -> Stored:
     """A folder with a model and an optimizer by their names in `transformers`; `.metadata` alone is opened.
 
-    Raises `CheckpointError` where it is damaged, would execute anything, or holds no model.
+    Raises `CheckpointError` where it is damaged, would execute anything, or holds no model or no optimizer.
     """
     folder = layout.folder
     items = read_items(folder)
@@ -39,7 +39,7 @@ def read(layout: Layout) -> Stored:
     return Stored(
         folder=folder,
         weights=weights(layout, folder, of_model, files(folder, items)),
-        optimizer=partial(optimizer, folder, items),
+        optimizer=partial(optimizer, folder, of_optimizer(folder, items)),
         optimizer_files=list,
     )
 
@@ -75,12 +75,18 @@ def require_configuration(layout: Layout, names: Iterable[str]) -> None:
         )
 
 
-def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
+def of_optimizer(folder: Path, items: Iterable[Item]) -> list[Item]:
+    """The items below `optimizer` or `optim`."""
+    found = [item for item in items if item.path[0] in _OPTIMIZERS]
+    if not found:
+        raise _no_optimizer(folder)
+    return found
+
+
+def optimizer(folder: Path, items: list[Item]) -> dict[str, Any]:
     """The optimizer's state_dict by names: nested as torch's is, or flat (`state.<name>.exp_avg`)."""
     found: dict[str | int, Any] = {}
     for item in items:
-        if item.path[0] not in _OPTIMIZERS:
-            continue
         *parents, last = ("", *item.path[1:])
         node, value = found, load(item)
         for key in parents:
@@ -90,9 +96,7 @@ def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
         node[last] = value
     stored = found.get("", {})
     if not isinstance(stored, dict) or not stored:
-        raise CheckpointError(
-            folder, "holds no optimizer, the model alone", "take an earlier step, or save the optimizer with it"
-        )
+        raise _no_optimizer(folder)
     if "param_groups" in stored:
         groups = stored["param_groups"]
         groups = [groups[key] for key in sorted(groups)] if isinstance(groups, dict) else groups
@@ -109,6 +113,12 @@ def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
     if all(type(key) is int for group in groups for key in group["params"]):  # DCP makes strings of keys
         stored["state"] = {int(key): entry for key, entry in stored["state"].items() if str(key).isdecimal()}
     return stored
+
+
+def _no_optimizer(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        folder, "holds no optimizer, the model alone", "take an earlier step, or save the optimizer with it"
+    )
 
 
 def _nested(flat: dict[str | int, Any]) -> dict[str, Any]:

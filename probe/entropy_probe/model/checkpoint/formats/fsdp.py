@@ -12,12 +12,13 @@ from functools import partial
 from torch import Tensor
 
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import read_tensors
 from entropy_probe.model.checkpoint.formats import dcp
 from entropy_probe.model.checkpoint.formats.dcp_metadata import read_items
 from entropy_probe.model.checkpoint.moments import adam
 from entropy_probe.model.checkpoint.moments.order import bare_name
 from entropy_probe.model.checkpoint.stored import Gathered, Saved, Stored
+
+_ONE_FILE = "pytorch_model_fsdp"
 
 
 def read(layout: Layout) -> Stored:
@@ -29,11 +30,11 @@ def read(layout: Layout) -> Stored:
     else:
         weights = _full(layout)
         dcp.require_configuration(layout, weights.headers)
-    of_optimizer = layout.folder / "optimizer_0"
-    if of_optimizer.is_dir():
-        items = read_items(of_optimizer)
-        files = dcp.files(of_optimizer, items)
-        return Stored(layout.folder, weights, partial(dcp.optimizer, of_optimizer, items), lambda: files)
+    folder = layout.folder / "optimizer_0"
+    if folder.is_dir():
+        items = read_items(folder)
+        state, files = dcp.of_optimizer(folder, items), dcp.files(folder, items)
+        return Stored(layout.folder, weights, partial(dcp.optimizer, folder, state), lambda: files)
     return Stored(
         folder=layout.folder,
         weights=weights,
@@ -44,17 +45,15 @@ def read(layout: Layout) -> Stored:
 
 def _full(layout: Layout) -> Gathered:
     """Weights in one file, or in the model's usual ones; a wrapper may have put prefixes before their names."""
-    full = layout.folder / "pytorch_model_fsdp.bin"
-    if full.is_file():
-        tensors = {bare_name(name): tensor for name, tensor in read_tensors(full).items()}
-        return Gathered.of(tensors, layout.folder, [full])
-    usual = Saved(layout.folder, "adapter_model" if layout.is_adapter else "model")
-    in_file = {bare_name(name): name for name in usual.headers}
+    usual = "adapter_model" if layout.is_adapter else "model"
+    is_one = (layout.folder / f"{_ONE_FILE}.bin").is_file()
+    saved = Saved(layout.folder, _ONE_FILE if is_one else usual)
+    in_file = {bare_name(name): name for name in saved.headers}
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         wanted = {name: in_file[name] for name in names}
-        found = usual.tensors(wanted.values())
+        found = saved.tensors(wanted.values())
         return {name: found[stored] for name, stored in wanted.items()}
 
-    headers = {name: usual.headers[stored] for name, stored in in_file.items()}
-    return Gathered(headers, read, layout.folder, usual.files)
+    headers = {name: saved.headers[stored] for name, stored in in_file.items()}
+    return Gathered(headers, read, layout.folder, saved.files)

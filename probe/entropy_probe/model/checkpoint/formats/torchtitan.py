@@ -55,7 +55,7 @@ def read(layout: Layout) -> Stored:
     return Stored(
         folder=folder,
         weights=_weights(places, items),
-        optimizer=partial(_optimizer, places, items),
+        optimizer=partial(_optimizer, places, dcp.of_optimizer(folder, items)),
         optimizer_files=list,
         counted=next((int(step) for step in counted if isinstance(step, int | Tensor)), None),
     )

@@ -1,6 +1,6 @@
 """Adam's state, mapped to parameters by name.
 
-`order` tells which parameter each of its tensors belongs to; `other_optimizers` are those that are not Adam.
+`order` tells which parameter each of its tensors belongs to; `others` are those that are not Adam.
 """
 
 from __future__ import annotations
