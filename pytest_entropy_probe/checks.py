@@ -1,4 +1,7 @@
-"""Fixtures of the shipped checks: each is a callable that ends the test. Registered with a checkpoint."""
+"""Fixtures of the shipped checks: each is a callable that ends the test.
+
+Registered only when a checkpoint is given.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def _probe_measured(request: pytest.FixtureRequest, _probe_subject: Subject) -> 
 
 
 @pytest.fixture
-def _probe_judge(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[Criterion], None]:
+def _probe_judge(
+    request: pytest.FixtureRequest,
+    _probe_subject: Subject,
+) -> Callable[[Criterion], None]:
     """A callable that puts the report before a criterion and ends the test as its verdict says."""
 
     def judge(criterion: Criterion) -> None:
@@ -102,9 +108,8 @@ def _no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
     __tracebackhide__ = True
     reporter = "_probe_loaded" if subject.load_trouble else "_probe_measured"
     target = request.getfixturevalue(TARGET_FIXTURE)
-    reported_elsewhere = any(
-        reporter in getattr(item, "fixturenames", ()) and _target_of(item) == target for item in request.session.items
-    )
+    reporters = (i for i in request.session.items if reporter in getattr(i, "fixturenames", ()))
+    reported_elsewhere = any(_target_of(item) == target for item in reporters)
     if subject.trouble and not reported_elsewhere and not subject.trouble_was_reported:
         subject.trouble_was_reported = True
         subject.trouble.end()

@@ -1,7 +1,7 @@
 """Brings the shipped checks in as `probe-checks/test_<family>.py::test_<criterion>[<checkpoint>]`.
 
-The checks live in an installed package. A virtual folder `probe-checks` is hung into the session, so
-that ids are the same wherever they are installed. Modules are imported by dotted name, and the
+The checks live in an installed package. A virtual folder `probe-checks` is hung into the session,
+so that ids are the same wherever they are installed. Modules are imported by dotted name, and the
 user's naming rules do not apply to them. Registered only when a checkpoint is given.
 """
 
@@ -32,7 +32,7 @@ DROPPED = "entropy_probe_dropped"
 
 
 class CheckModule(pytest.Module):
-    """One shipped module; imported by dotted name, and with its own idea of what a test is called."""
+    """One shipped module; imported by dotted name, and its functions named as they are here."""
 
     def _getobj(self) -> Any:
         return import_module(self.path.stem)
@@ -99,7 +99,10 @@ def suite_wanted(config: pytest.Config) -> bool:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+def pytest_collection_modifyitems(
+    config: pytest.Config,
+    items: list[pytest.Item],
+) -> Generator[None]:
     """Mark known failures; stop if a hook took checks away without saying `pytest_deselected`."""
     ours = [item for item in items if isinstance(item.parent, CheckModule)]
     mark(ours, config.stash[KNOWN_FAILURES])

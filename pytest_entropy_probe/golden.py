@@ -1,10 +1,10 @@
-"""Golden files in pytest: `probe_golden` compares, and writes where `--probe-golden-update` says so.
+"""Golden files: `probe_golden` compares, and writes where `--probe-golden-update` says so.
 
     def test_logits(probe_golden, probe_model):
         probe_golden.check("logits", {"logits": probe_model.logits(ids)}, rtol=1e-6)
 
-`<golden-dir>/<checkpoint>/<check>.json` holds the numbers (`entropy_probe.golden`), one file a check,
-so that two processes never write the same one. Nothing is written without the option:
+`<golden-dir>/<checkpoint>/<check>.json` holds the numbers (`entropy_probe.golden`), one file a
+check, so that two processes never write the same one. Nothing is written without the option:
 
     missing   makes files, and adds fields that a file lacks
     changed   replaces the values that are out of tolerance, in files that are there
@@ -60,7 +60,12 @@ _LIBRARIES = ("numpy", "peft", "torch", "transformers")
 class ProbeGolden:
     """Compares the numbers of one test with golden files."""
 
-    def __init__(self, request: pytest.FixtureRequest, subject: Subject, files: GoldenFiles) -> None:
+    def __init__(
+        self,
+        request: pytest.FixtureRequest,
+        subject: Subject,
+        files: GoldenFiles,
+    ) -> None:
         self.nodeid = request.node.nodeid
         self._request = request
         self._subject = subject
@@ -76,8 +81,8 @@ class ProbeGolden:
     ) -> None:
         """Fail unless every number is within tolerance of `<golden-dir>/<checkpoint>/<name>.json`.
 
-        `fields`: name → number, text, bool, None, array, tensor, or lists of them. `rtol` and `atol`
-        go into the file with new fields, in place of the defaults for their dtype
+        `fields`: name → number, text, bool, None, array, tensor, or lists of them. `rtol` and
+        `atol` go into the file with new fields, in place of the defaults for their dtype
         (`entropy_probe.golden.new_field`). What the file has is what counts, and stays when values
         are updated: edit it there.
         """
@@ -224,7 +229,7 @@ def judge_section(golden: ProbeGolden, section: GoldenSection, report: ProbeRepo
 
 
 def _of_run(report: ProbeReport) -> dict[str, Any]:
-    """Digests of the responses, and of the configuration but for what only judges or makes room."""
+    """Digests of the responses, and of the configuration that has a part in the numbers."""
     left_out = (*JUDGES, *MEANS)
     config = {key: value for key, value in report.config.items() if key not in left_out}
     return {

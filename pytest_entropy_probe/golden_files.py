@@ -95,10 +95,10 @@ class GoldenFiles:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for line in sorted(self.written):
             terminalreporter.write_line(f"entropy-probe: {line}")
+        remedy = "delete it, or bring its check back"
         for path in self._obsolete():
-            terminalreporter.write_line(
-                f"entropy-probe: {self.shown(path)}: no check of this run uses it; delete it, or bring its check back"
-            )
+            line = f"{self.shown(path)}: no check of this run uses it; {remedy}"
+            terminalreporter.write_line(f"entropy-probe: {line}")
 
     def _obsolete(self) -> list[Path]:
         """Files of this run's checkpoints that no check used.

@@ -33,7 +33,7 @@ def number(value: float | str | None) -> str:
 
 
 def _comparison(value: float | str | None, limit: float | str | None) -> str:
-    """`value > limit`, with the sign that is true; all digits where three do not tell them apart."""
+    """`value > limit`, with the sign that is true; all digits where three are the same."""
     if isinstance(value, int | float) and isinstance(limit, int | float):
         for sign, holds in ((">", value > limit), ("<", value < limit)):
             if holds:

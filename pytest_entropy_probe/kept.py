@@ -47,7 +47,7 @@ class Kept:
         if stated and stated == _digest(text):
             with suppress(ValueError):
                 return ProbeReport.model_validate_json(text), RECALLED
-        with suppress(OSError):  # what cannot be removed is written over, or named when it can't be
+        with suppress(OSError):  # what cannot be removed is written over
             self.file.unlink()
         what = f"its report in pytest's cache was damaged ({self.file.name})"
         return None, f"measured again: {what}"

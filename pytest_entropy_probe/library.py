@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,9 +18,9 @@ from entropy_probe import ProbeError
 
 if TYPE_CHECKING:
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport
+    from entropy_probe.prepared import Prepared
     from entropy_probe.processes.world import World
     from entropy_probe.report import BaselineSection
-    from entropy_probe.run import Prepared
     from pytest_entropy_probe.settings import Settings
 
     Progress = Callable[[str, int, int], None]
@@ -34,9 +34,10 @@ def warnings_are_not_errors() -> Iterator[None]:
     measured with are not the user's to act on, and are not shown.
     """
     with warnings.catch_warnings():
-        filters = [("default" if action == "error" else action, *rest) for action, *rest in warnings.filters]
+        read_as = {"error": "default"}
+        filters: Any = [(read_as.get(action, action), *rest) for action, *rest in warnings.filters]
         warnings.resetwarnings()
-        warnings.filters.extend(filters)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        warnings.filters.extend(filters)  # pyright: ignore[reportAttributeAccessIssue]
         for category in (DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
         yield
@@ -95,17 +96,11 @@ def read_baseline(path: Path) -> BaselineSection:
 
 
 def load(path: Path, settings: Settings, config: ProbeConfig, world: World) -> Checkpoint:
-    from entropy_probe import load_checkpoint
+    from entropy_probe.loading import load_configured
 
     with world.together():
         world.at("load")
-        return load_checkpoint(
-            path,
-            settings.base_model,
-            world.device(config.device),
-            missing_state=config.first_order.missing_state,
-            **config.placement,
-        )
+        return load_configured(path, settings.base_model, config, world)
 
 
 def prepare(
@@ -115,9 +110,9 @@ def prepare(
     world: World,
     progress: Progress,
 ) -> Prepared:
-    from entropy_probe import run
+    from entropy_probe import prepared
 
-    return run.prepare(
+    return prepared.prepare(
         checkpoint,
         config,
         settings.rollouts,
@@ -148,7 +143,7 @@ def write_reports(path: Path, texts: Sequence[str]) -> str | None:
     """
     with warnings_are_not_errors():
         reports = [read_report(text) for text in texts]
-        verdicts = {verdict.criterion: verdict for report in reports for verdict in report.verdicts}
+        verdicts = {v.criterion: v for report in reports for v in report.verdicts}
         whole = reports[0].model_copy(update={"verdicts": list(verdicts.values())})
         try:
             whole.to_json(path)
@@ -190,7 +185,11 @@ def prediction(text: str, *, plain: bool) -> str:
     return text_table(read_report(text), plain=plain)
 
 
-def limits_in_force(config: ProbeConfig, *, everything: bool) -> Mapping[str, tuple[float | str | None, str]]:
+def limits_in_force(
+    config: ProbeConfig,
+    *,
+    everything: bool,
+) -> Mapping[str, tuple[float | str | None, str]]:
     """Limit → value and where it comes from; or those alone that are not the default."""
     from entropy_probe_checks.thresholds import LIMITS, in_force
 

@@ -101,7 +101,8 @@ def _refuse_checks(config: pytest.Config) -> None:
     for arg in config.args:
         path = Path(arg.partition("::")[0])
         if path.parts[:1] == ("probe-checks",) and not path.exists():
-            raise pytest.UsageError(f"{arg}: the shipped checks need a checkpoint; add --probe-checkpoint=PATH")
+            needed = "the shipped checks need a checkpoint; add --probe-checkpoint=PATH"
+            raise pytest.UsageError(f"{arg}: {needed}")
 
 
 def _wake(config: pytest.Config) -> None:

@@ -39,7 +39,8 @@ def lead(config: pytest.Config) -> None:
         return
     option = config.option
     if getattr(option, "numprocesses", None) or getattr(option, "dist", "no") != "no":
-        raise pytest.UsageError("-n: xdist and torchrun both start processes; leave one of them out")
+        problem = "xdist and torchrun both start processes; leave one of them out"
+        raise pytest.UsageError(f"-n: {problem}")
     from entropy_probe.processes.world import World
 
     capture: Any = config.pluginmanager.getplugin("capturemanager")

@@ -1,6 +1,7 @@
 """What a test says of its checkpoint, as properties of its report, and how they are read again.
 
-Properties are plain builtins: they go to JUnit files, and from xdist's workers to their controller.
+Properties are plain builtins: they go to JUnit files, and from xdist's workers to their
+controller.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 _OF_A_VERDICT = ("criterion", "family", "status", "value", "limit")
 
 
-def record(request: pytest.FixtureRequest, subject: Subject, verdict: Verdict | None = None) -> None:
+def record(
+    request: pytest.FixtureRequest,
+    subject: Subject,
+    verdict: Verdict | None = None,
+) -> None:
     """Put the verdict into the test's properties.
 
     What was found, in words, goes with the first test that has it.
@@ -58,7 +63,8 @@ def headline(report: ProbeReport) -> str:
     )
     if first is None:
         return f"{of_entropy}\nnothing about the next step: {report.no_second_moment}"
-    delta, batches = (report.two_batch, "two batches") if report.two_batch else (first, "one batch")
+    delta = report.two_batch or first
+    batches = "two batches" if report.two_batch else "one batch"
     if first.mode == "block":
         batches = f"{batches}, {first.num_units} blocks"
     step, unit = report.next_step, report.unit_of_change.removesuffix("/response")
@@ -68,9 +74,10 @@ def headline(report: ProbeReport) -> str:
     if step.predicted is not None and step.predicted_se is not None:
         predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
     realised = f"realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}"
+    slope = f"{delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats"
     lines = [
         of_entropy,
-        f"δH₁  {delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats, fresh gradient step, lr {first.lr:.3g} ({batches})",
+        f"δH₁  {slope}, fresh gradient step, lr {first.lr:.3g} ({batches})",
         f"ΔH   {realised}, {predicted} {unit}",
     ]
     if batch.same_batch:

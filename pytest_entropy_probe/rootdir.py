@@ -1,8 +1,8 @@
 """pytest's folder of the repository, where the value of one of our options moved it.
 
-Before plugins are known pytest takes PATH in `--probe-checkpoint PATH` for a test path. Outside the
-repository that moves rootdir: the repository's configuration is ignored, and the cache is written
-beside the checkpoint.
+Before plugins are known pytest takes PATH in `--probe-checkpoint PATH` for a test path. Outside
+the repository that moves rootdir: the repository's configuration is ignored, and the cache is
+written beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pytest_entropy_probe.names import OPTIONS, option
 
 
 def require_rootdir(config: pytest.Config, args: Sequence[str]) -> None:
-    """`pytest.UsageError` where pytest mistook the value of an option for the place of the tests."""
+    """`pytest.UsageError` where pytest took the value of an option for the place of the tests."""
     if config.known_args_namespace.inifilename:
         return
     names = {option(key) for key, (_, is_path, _) in OPTIONS.items() if is_path}
@@ -32,7 +32,8 @@ def require_rootdir(config: pytest.Config, args: Sequence[str]) -> None:
         moved = root != here and root.is_relative_to(folder)
         harmless = folder.is_relative_to(here) and not moved
         if path.exists() and not harmless and not _is_configured(config, here):
-            raise pytest.UsageError(f"{name} {value}: pytest took this path for rootdir ({root}); write {name}={value}")
+            problem = f"pytest took this path for rootdir ({root})"
+            raise pytest.UsageError(f"{name} {value}: {problem}; write {name}={value}")
 
 
 def _is_configured(config: pytest.Config, here: Path) -> bool:

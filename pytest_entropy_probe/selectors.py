@@ -1,6 +1,7 @@
 """Ids of shipped checks that are given on the command line, or in a file of known failures.
 
-They are looked at before collection: inside an xdist worker a usage error would be an internal one.
+They are looked at before collection: inside an xdist worker a usage error would be an internal
+one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def take_selectors(config: pytest.Config) -> None:
     config.stash[SELECTORS] = tuple(taken.values())
     for arg, selector in taken.items():
         if not _exists(selector, config):
-            raise pytest.UsageError(f"not found: {arg}; pytest --co --probe-checkpoint=... lists the ids")
+            remedy = "pytest --co --probe-checkpoint=... lists the ids"
+            raise pytest.UsageError(f"not found: {arg}; {remedy}")
         test = selector.partition("::")[2]
         if reason := withheld(_module(selector), config, function_of(test)):
             raise pytest.UsageError(f"{arg}: {reason}")

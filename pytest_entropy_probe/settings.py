@@ -1,4 +1,4 @@
-"""What the user asked for: command line over ini keys, resolved to existing paths and unique names."""
+"""What the user asked for: command line over ini keys, resolved to paths and unique names."""
 
 from __future__ import annotations
 
@@ -115,10 +115,9 @@ def _targets(config: pytest.Config) -> tuple[Target, ...]:
     targets = find_targets(values or config.getini("probe_checkpoint"), start, name)
     for target in targets:
         if config.rootpath.is_relative_to(target.path):
-            raise pytest.UsageError(
-                f"{name}: rootdir is in the checkpoint {target.path}, where pytest would write its "
-                "cache; start pytest in another folder"
-            )
+            problem = f"rootdir is in the checkpoint {target.path}"
+            why = "where pytest would write its cache"
+            raise pytest.UsageError(f"{name}: {problem}, {why}; start pytest in another folder")
     return targets
 
 
@@ -144,9 +143,8 @@ def _golden_update(config: pytest.Config) -> str | None:
     if text_of(config, "golden_dir") is None:
         raise pytest.UsageError(f"{name}: there is nothing to update; give --probe-golden-dir=DIR")
     if os.environ.get("CI") and not flag(config, "golden_update_in_ci"):
-        raise pytest.UsageError(
-            f"{name}: CI is set, where golden files are compared, not written; give --probe-golden-update-in-ci too"
-        )
+        problem = "CI is set, where golden files are compared, not written"
+        raise pytest.UsageError(f"{name}: {problem}; give --probe-golden-update-in-ci too")
     return mode
 
 
@@ -155,13 +153,15 @@ def _output_path(config: pytest.Config, key: str, example: str, several: bool) -
     if path is None:
         return None
     if several and path.is_file():
-        raise pytest.UsageError(f"{name}: {path} is a file; give a folder, as there are several checkpoints")
+        remedy = "give a folder, as there are several checkpoints"
+        raise pytest.UsageError(f"{name}: {path} is a file; {remedy}")
     above = (path, *path.parents)
     parent = next(folder for folder in above if folder.exists() and folder != path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise pytest.UsageError(f"{name}: cannot write into {parent}; give another path")
     if not several and path.is_dir():
-        raise pytest.UsageError(f"{name}: {path} is a folder; give a file, such as {path / example}")
+        remedy = f"give a file, such as {path / example}"
+        raise pytest.UsageError(f"{name}: {path} is a folder; {remedy}")
     return path
 
 
@@ -179,9 +179,9 @@ def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
     for key, path in places.items():
         for target in settings.targets:
             if path is not None and path.resolve().is_relative_to(target.path.resolve()):
-                raise pytest.UsageError(
-                    f"{label(config, key)}: {path} is in the checkpoint {target.path}; give a path outside of it"
-                )
+                option = label(config, key)
+                problem = f"{path} is in the checkpoint {target.path}"
+                raise pytest.UsageError(f"{option}: {problem}; give a path outside of it")
 
 
 def _require_drawable(config: pytest.Config, settings: Settings) -> None:

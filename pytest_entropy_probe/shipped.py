@@ -51,7 +51,7 @@ def checkpoint_in(nodeid: str, names: tuple[str, ...]) -> str | None:
 
 
 def withheld(module: str, config: pytest.Config, function: str = "") -> str:
-    """Why a shipped module, or one check of it, takes no part in this run, and what would change it.
+    """Why a shipped module, or one check of it, takes no part in this run, and what to give.
 
     Empty where it does.
     """

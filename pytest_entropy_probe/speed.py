@@ -1,4 +1,4 @@
-"""The benchmark family: the plugin's side of pytest-benchmark, whose options and files are its own."""
+"""The benchmark family: pytest-benchmark, with its own options and files, on a checkpoint."""
 
 from __future__ import annotations
 

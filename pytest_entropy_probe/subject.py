@@ -23,8 +23,8 @@ from pytest_entropy_probe.targets import Target
 
 if TYPE_CHECKING:
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
+    from entropy_probe.prepared import Prepared
     from entropy_probe.report import BaselineSection
-    from entropy_probe.run import Prepared
 
     Progress = Callable[[str, int, int], None]
 
@@ -107,7 +107,7 @@ class Subject:
 
     @property
     def prepared(self) -> Prepared:
-        """The bound model and its batches, for users' tests; ends the test where there are none."""
+        """The bound model and its batches; ends the test where there are none."""
         __tracebackhide__ = True
         if self._prepared is None and self.trouble is None:
             if self._checkpoint is None:
@@ -205,7 +205,10 @@ SUBJECTS = pytest.StashKey[dict[str, Subject]]()
 
 
 def subject_of(target: Target, session: pytest.Session) -> Subject:
-    """The one of this checkpoint: pytest sets a session fixture up again when its parameter returns."""
+    """The one of this checkpoint.
+
+    pytest sets a session fixture up again when its parameter comes back.
+    """
     subjects = session.config.stash.setdefault(SUBJECTS, {})
     if target.name not in subjects:
         asked_for = {name for item in session.items for name in getattr(item, "fixturenames", ())}

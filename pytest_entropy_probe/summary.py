@@ -53,8 +53,10 @@ class Summary:
         self._troubles: list[str] = []
 
     def pytest_report_header(self) -> list[str]:
-        chosen = [f"  {target.note}" for target in self._config.stash[SETTINGS].targets if target.note]
-        return [self._what(), *chosen, *self._in_force(everything=self._config.get_verbosity() > 0)]
+        targets = self._config.stash[SETTINGS].targets
+        chosen = [f"  {target.note}" for target in targets if target.note]
+        verbose = self._config.get_verbosity() > 0
+        return [self._what(), *chosen, *self._in_force(everything=verbose)]
 
     def _in_force(self, *, everything: bool) -> list[str]:
         """Budget and limits with where they come from; or what of them is not the default."""
@@ -126,7 +128,8 @@ class Summary:
     def _append_to_page(self, page: Path) -> None:
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
         notes = [*self._said(), *self._troubles]
-        self._complain(append(page, summary(self._what(), self._steps, rows, self._headlines, notes)))
+        text = summary(self._what(), self._steps, rows, self._headlines, notes)
+        self._complain(append(page, text))
 
     def _complain(self, trouble: str | None) -> None:
         if trouble:
@@ -178,7 +181,10 @@ class Summary:
             run, state = str(target.path.parent), self._states[target.name]
             self._steps.append(step_of(target.name, run, report, rows, state))
         self._steps = by_step(self._steps)
-        measured = [(step.run, step.step, report) for step in self._steps if (report := reports[step.name]) is not None]
+        measured: list[tuple[str, int | None, ProbeReport]] = []
+        for step in self._steps:
+            if (report := reports[step.name]) is not None:
+                measured.append((step.run, step.step, report))
         if settings.plot_path is None or len(settings.targets) == 1 or not measured:
             return True
         trouble = library.write_steps(settings.plot_path / "by_step.png", measured)
@@ -190,13 +196,17 @@ class Summary:
         names: dict[str, list[str]] = {}
         for name, text in self._notes.items():
             names.setdefault(text, []).append(name)
-        return [f"{of[0] if len(of) == 1 else f'{len(of)} checkpoints'}: {text}" for text, of in names.items()]
+        shared = {text: f"{len(of)} checkpoints" for text, of in names.items() if len(of) > 1}
+        return [f"{shared.get(text, of[0])}: {text}" for text, of in names.items()]
 
     def _rows_of(self, name: str) -> list[Row]:
         return [row for row in self._rows.values() if row.checkpoint == name]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """The criteria of every checkpoint; of several, what did not pass (all under -v), and the run."""
+        """The criteria of every checkpoint, then the run.
+
+        Of several checkpoints, the criteria that did not pass; all of them under -v.
+        """
         if self._config.get_verbosity() >= 0 and self._states:
             terminalreporter.write_sep("=", "entropy probe")
             in_full = len(self._states) == 1 or self._config.get_verbosity() > 0

@@ -33,7 +33,7 @@ class Target:
 
 
 def find_targets(values: Sequence[str], start: Path, label: str) -> tuple[Target, ...]:
-    """Every checkpoint once, in the order given; `label` is how the option is called in messages."""
+    """Every checkpoint once, in the order given; `label`: how messages call the option."""
     found: dict[_Found, None] = {}
     for value in values:
         found.update(dict.fromkeys(_expand(value, start, label)))
@@ -106,7 +106,8 @@ def _name(found: list[_Found], label: str) -> tuple[Target, ...]:
             depth[i] += 1
     if twice := [name for name, times in count.items() if times > 1]:
         times = count[twice[0]]
-        raise pytest.UsageError(f"{label}: the name {twice[0]!r} is given to {times} folders; name each once")
+        problem = f"the name {twice[0]!r} is given to {times} folders"
+        raise pytest.UsageError(f"{label}: {problem}; name each once")
     return tuple(_target(name, folder.path) for name, folder in zip(names, found, strict=True))
 
 

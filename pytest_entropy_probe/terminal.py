@@ -20,8 +20,14 @@ def plain() -> bool:
     return not _encoding().lower().startswith("utf")
 
 
-def write_table(reporter: Any, table: Table, below: Iterable[str] = (), *, width: int | None = None) -> None:
-    """As wide as the terminal, 80 columns at most; or `width`, for what loses its words in less."""
+def write_table(
+    reporter: Any,
+    table: Table,
+    below: Iterable[str] = (),
+    *,
+    width: int | None = None,
+) -> None:
+    """As wide as the terminal, 80 columns at most; or `width`, where words would be lost."""
     from rich.console import Console
 
     text = StringIO()

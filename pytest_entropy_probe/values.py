@@ -1,7 +1,7 @@
 """What was given for one option: on the command line, or else in the ini file.
 
-Relative paths on the command line start at the folder pytest was started in, those in an ini file at
-that file. Every complaint is one line: option, what was got, what to do.
+Relative paths on the command line start at the folder pytest was started in, those in an ini file
+at that file. Every complaint is one line: option, what was got, what to do.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def existing(config: pytest.Config, key: str, kind: str) -> Path | None:
     path = place(config, key)
     if path is None or (path.is_dir() and "folder" in kind) or (path.is_file() and "file" in kind):
         return path
-    raise pytest.UsageError(f"{label(config, key)}: no such {kind}: {path}; give the path of an existing {kind}")
+    problem = f"no such {kind}: {path}; give the path of an existing {kind}"
+    raise pytest.UsageError(f"{label(config, key)}: {problem}")
 
 
 def one_of(config: pytest.Config, key: str, valid: Collection[str]) -> str | None:
@@ -82,5 +83,6 @@ def natural_number(config: pytest.Config, key: str) -> int | None:
     except ValueError:
         number = -1
     if number < 0:
-        raise pytest.UsageError(f"{label(config, key)}: got {value!r}; give a whole number, 0 or more")
+        problem = f"got {value!r}; give a whole number, 0 or more"
+        raise pytest.UsageError(f"{label(config, key)}: {problem}")
     return number

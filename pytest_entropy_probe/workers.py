@@ -11,7 +11,7 @@ from pytest_entropy_probe.shipped import NODE, checkpoint_in, names_in_ids
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
-    """One checkpoint is loaded and measured once, on one worker; other tests go as `--dist` says."""
+    """One checkpoint is loaded once, on one worker; other tests go as `--dist` says."""
     from xdist import scheduler
 
     bases: dict[str, type[scheduler.LoadScopeScheduling]] = {

@@ -46,8 +46,8 @@ def digest(
 ) -> str:
     """SHA-256 over all that `run_probe` with these arguments depends on, the limits excluded.
 
-    Every file of the checkpoint's folder (and of its base model's) counts, tokenizer and all. Nothing
-    is loaded. Raises `ProbeError` where the report depends on what has no digest: a dataset or a
+    Every file of the checkpoint's folder (and of its base model's) counts, tokenizer and all.
+    Nothing is loaded. Raises `ProbeError` where the report depends on what has no digest: a dataset or a
     reward that is code of the user's own.
     """
     if rollouts is None and config.batch.reward not in REWARDS:
@@ -112,4 +112,5 @@ def _device(device: str) -> str:
     try:
         return torch.cuda.get_device_name(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", f"{device!r} is not there ({error})", "give one that is") from error
+        problem = f"{device!r} is not there ({error})"
+        raise ConfigError("device", problem, "give one that is") from error

@@ -15,10 +15,11 @@ KEYS = {
 """Name of the option, with underscores → dotted key."""
 
 
-def overrides(given: object) -> dict[str, object]:
-    """Dotted key → value of every option that was given: each is an attribute, `None` if it was not.
+def overrides(options: object) -> dict[str, object]:
+    """Dotted key → value of every option that was given; each is an attribute, `None` if not.
 
     `ProbeConfig.load` takes them as `overrides`.
     """
-    values = {key: getattr(given, name) for name, key in KEYS.items()}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items() if value is not None}
+    values = {key: getattr(options, name) for name, key in KEYS.items()}
+    given = {key: value for key, value in values.items() if value is not None}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
