@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from pytest_entropy_probe.plugin import MARKERS, OPTIONS
@@ -24,7 +26,8 @@ def test_no_checkpoint_imports_nothing_and_shows_nothing(
 ) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins import numpy
     pytester.makepyfile(spy=SPY, test_own="def test_own(): pass")
-    result = pytester.runpytest_subprocess("-p", "spy", "-p", "pytest_entropy_probe.plugin", "--co")
+    plugins = ("-p", "spy", "-p", "pytest_entropy_probe.plugin")
+    result = pytester.run(sys.executable, "-m", "pytest", *plugins, "--co")  # with nothing imported
     assert result.ret == pytest.ExitCode.OK
     imported = next(line for line in result.outlines if line.startswith("IMPORTED")).split()
     assert "pytest_entropy_probe" in imported
