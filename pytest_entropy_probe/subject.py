@@ -22,8 +22,9 @@ from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.targets import Target
 
 if TYPE_CHECKING:
-    from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
     from entropy_probe.prepared import Prepared
+
+    from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
     from entropy_probe.report import BaselineSection
 
     Progress = Callable[[str, int, int], None]

@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+import forked
 import typecheck
 
 typecheck.make_shapes_known()
@@ -27,3 +28,10 @@ def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with typecheck.unchecked():
         yield
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """`runpytest_subprocess` forks a process in which the libraries are imported already."""
+    monkeypatch.setattr(pytester, "run", forked.runs_of(pytester))
+    return pytester

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import forked
 import models
 from entropy_probe import GenerationConfig, ProbeConfig, ProbeError, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.__main__ import main
@@ -132,5 +132,5 @@ def test_header_shows_the_budget_in_force(tmp_path: Path) -> None:
 
 
 def _pytest(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "--co", "-p", "no:cacheprovider", "--probe-checkpoint=ckpt", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    collects = ("--co", "-p", "no:cacheprovider", "--probe-checkpoint=ckpt")
+    return forked.python("-m", "pytest", *collects, *args, cwd=folder)

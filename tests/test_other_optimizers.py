@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import forked
 import models
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.__main__ import main
@@ -412,13 +411,13 @@ def test_the_whole_suite(files: Files, tmp_path: Path) -> None:
     (tmp_path / "probe.yaml").write_text(f"limits: {LIMITS}\n")
     golden, plot, json = (tmp_path / part for part in ("golden", "figures", "reports"))
     command = [
-        *(sys.executable, "-m", "pytest", "-rs", "-v", "-p", "no:xdist", "-W", "error", "--probe-config=probe.yaml"),
+        *("-m", "pytest", "-rs", "-v", "-p", "no:xdist", "-W", "error", "--probe-config=probe.yaml"),
         *(f"--probe-checkpoint=other={files.other}", f"--probe-checkpoint=sgd={files.sgd}", "--probe-budget=smoke"),
         *(f"--probe-rollouts={files.e}", f"--probe-update-rollouts={files.u}", f"--probe-golden-dir={golden}"),
         *(f"--probe-plot={plot}", f"--probe-json={json}"),
     ]
     for more in (["--probe-golden-update=missing", "--probe-golden-update-in-ci"], []):
-        run = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        run = forked.python(*command, *more, cwd=tmp_path)
         assert run.returncode == 0, run.stdout + run.stderr
         assert not re.search(r"FAILED|ERROR|Traceback", run.stdout)
         for name, reason in reasons.items():

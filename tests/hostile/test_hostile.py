@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from entropy_probe import load_checkpoint
 from entropy_probe.__main__ import EXIT_FAILED, EXIT_USAGE, main
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
@@ -112,10 +113,10 @@ def test_it_loads_or_ends_in_one_line(
 
 def session(cwd: Path, *args: str) -> tuple[int, str]:
     """pytest with our plugin and xdist only, in a process of its own: exit code and all that it wrote."""
-    command = [sys.executable, "-m", "pytest", *(f"-pno:{name}" for name in OTHERS), *args]
     wide = {**os.environ, "COLUMNS": "1000"}  # lines that are read here are not cut
-    done = subprocess.run(command, cwd=cwd, env=wide, capture_output=True, check=False, timeout=500)
-    return done.returncode, (done.stdout + done.stderr).decode(errors="backslashreplace")
+    without = (f"-pno:{name}" for name in OTHERS)
+    done = forked.python("-m", "pytest", *without, *args, cwd=cwd, environment=wide, timeout=500)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "-n 2"])

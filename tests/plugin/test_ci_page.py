@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from transformers import TrainerControl
 
+import forked
 from entropy_probe import ProbeConfig
 from entropy_probe.demo import checkpoint_path
 from entropy_probe_checks.bounds import GATES
@@ -27,7 +27,6 @@ from entropy_probe_checks.thresholds import require_known
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "ci.md").read_text()
-BIN = Path(sys.executable).parent
 BLOCK = r"((?: {4}.*\n|\n(?= {4}))+)"
 FILES = {
     name: textwrap.dedent(text) for name, text in re.findall(rf"^<!-- (\S+\.\w+) -->\n{BLOCK}", PAGE, re.MULTILINE)
@@ -53,16 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(place: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     outside = {key: value for key, value in os.environ.items() if key not in ("CI", "GITHUB_STEP_SUMMARY")}
     addopts = f"{os.environ.get('PYTEST_ADDOPTS', '').replace('-pno:benchmark', '')} --probe-budget=smoke"
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["sh", "-c", command],
-        cwd=place,
-        env={**outside, "PATH": path, "PYTEST_ADDOPTS": addopts, **environment},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    around = {**outside, "PYTEST_ADDOPTS": addopts, **environment}
+    return forked.command(command, cwd=place, environment=around)
 
 
 def test_the_page_has_its_parts() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+import forked
 from entropy_probe.demo import checkpoint_path
 
 INI = "[pytest]\nfilterwarnings = error\npython_functions = check_*\npython_files = check_*.py\n"
@@ -46,8 +45,7 @@ def _run(folder: Path, *args: str) -> Run:
     (folder / "pytest.ini").write_text(INI)
     (folder / "check_own.py").write_text(OWN)
     before = _files(checkpoint_path())
-    command = [sys.executable, "-m", "pytest", "--junitxml=junit.xml", *args]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False)
+    done = forked.python("-m", "pytest", "--junitxml=junit.xml", *args, cwd=folder)
     assert _files(checkpoint_path()) == before
     return Run(folder, done.returncode, done.stdout, done.stderr)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import forked
 from entropy_probe import ProbeReport
 from entropy_probe.golden import Golden, compare, read, write
 from entropy_probe_checks.goldens import SECTIONS
@@ -296,8 +297,7 @@ def test_the_demo_beside_its_own_numbers_and_others(tmp_path: Path) -> None:
         *("--probe-rollouts=golden/demo/e.jsonl", "--probe-update-rollouts=golden/demo/u.jsonl"),
         *("--probe-json=report.json", "-m", "golden", "probe-checks", "-pno:cacheprovider"),
     ]
-    command = [sys.executable, "-m", "pytest", *args]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=False)
+    done = forked.python("-m", "pytest", *args, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     report = ProbeReport.from_json(tmp_path / "report.json")
     verdicts = {verdict.criterion: verdict for verdict in report.verdicts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -28,8 +29,10 @@ def imported(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Call
     pytester.makepyfile(spy=SPY, test_own="def test_own(): pass")
 
     def run(*args: str) -> set[str]:
-        result = pytester.runpytest_subprocess("-p", "spy", *args)
+        result = pytester.run(sys.executable, "-m", "pytest", "-p", "spy", *args)  # with nothing imported
         assert result.ret == pytest.ExitCode.OK
+        if "--co" in args:
+            result.stdout.fnmatch_lines(["*1 test collected*"])
         result.stdout.no_fnmatch_line("*entropy-probe 0*")
         result.stdout.no_fnmatch_line("*probe-checks*")
         return set(next(line for line in result.outlines if line.startswith("IMPORTED")).split())

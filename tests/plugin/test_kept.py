@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import forked
 from entropy_probe import ProbeConfig, ProbeError, inputs
 from entropy_probe.demo import checkpoint_path
 from pytest_entropy_probe.kept import FOLDER, MOST, Kept
@@ -29,8 +29,7 @@ def run(folder: Path, limits: str, *args: str, forward: bool = True) -> subproce
     (folder / "test_own.py").write_text(OWN)
     (folder / "conftest.py").write_text("" if forward else NO_FORWARD)
     (folder / "probe.yaml").write_text(f"budget: smoke\n{SMALL}limits: {{{limits}}}\n")
-    command = [sys.executable, "-m", "pytest", "-s", "--probe-config=probe.yaml", "test_own.py", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False)
+    return forked.python("-m", "pytest", "-s", "--probe-config=probe.yaml", "test_own.py", *args, cwd=folder)
 
 
 def entries(folder: Path) -> list[Path]:

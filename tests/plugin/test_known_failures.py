@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS
 from pytest_entropy_probe.explain import explanation
@@ -38,8 +38,7 @@ def test_asked_for_later(request, probe_report):
 
 def _pytest(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     (folder / "small.yaml").write_text(SMALL)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return forked.python("-m", "pytest", "-p", "no:cacheprovider", *args, cwd=folder)
 
 
 def _demo(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:

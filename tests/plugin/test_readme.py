@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+import forked
 from entropy_probe.demo import checkpoint_path
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-BIN = Path(sys.executable).parent
 
 
 def commands() -> list[str]:
@@ -42,10 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        ["sh", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False
-    )
+    return forked.command(command, cwd=place)
 
 
 def test_the_readme_has_its_commands() -> None:

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from entropy_probe.demo import checkpoint_path
 
 SMALL = "budget: smoke\nbatch: {num_prompts: 3, num_update_prompts: 3}\n"
@@ -33,16 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, limits: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """What was measured before is in pytest's cache of the folder."""
     (folder / "probe.yaml").write_text(f"{SMALL}limits: {{{limits}}}\n")
-    command = [sys.executable, "-m", "pytest", "--probe-config=probe.yaml", *args]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "80", **environment},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    around = {**os.environ, "COLUMNS": "80", **environment}
+    return forked.python("-m", "pytest", "--probe-config=probe.yaml", *args, cwd=folder, environment=around)
 
 
 ONE = "--probe-checkpoint=a/checkpoint-100"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import forked
 
 SMALL = "batch: {num_prompts: 4, num_update_prompts: 4}\ngeneration: {num_return_sequences: 2, max_new_tokens: 6}\n"
 QUICK = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01")
@@ -16,8 +17,8 @@ ON = "-pno:anyio -pno:hypothesispytest -pno:jaxtyping"
 
 def _run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     (folder / "small.yaml").write_text(SMALL)
-    command = [sys.executable, "-m", "pytest", "--probe-checkpoint=demo", "--probe-config=small.yaml", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    demo = ("--probe-checkpoint=demo", "--probe-config=small.yaml")
+    return forked.python("-m", "pytest", *demo, *args, cwd=folder)
 
 
 def test_throughput_is_saved_and_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
