@@ -251,7 +251,7 @@ def test_frozen_parameters_are_shared_where_a_copy_is_too_much(tmp_path: Path, m
     file = models.random_rollouts(tmp_path / "e.jsonl", prompts=2, responses=2, seed=1)
     reports = []
     for lends in (False, True):
-        monkeypatch.setattr("entropy_probe.run.lends_frozen", lambda bound, config, lends=lends: lends)
+        monkeypatch.setattr("entropy_probe.pipeline.measured.lends_frozen", lambda bound, config, lends=lends: lends)
         config = ProbeConfig.from_mapping({"budget": "smoke", "memory_limit": "64GiB"})
         reports.append(run_probe(folder, config, file).model_dump(exclude={"timing", "memory"}))
     assert reports[0] == reports[1]

@@ -96,7 +96,7 @@ def _prepared(
     world, tokenizer = clock.world, checkpoint.tokenizer
     with clock("integrity"):
         checksum_before = checksum(checkpoint.model)
-        bound = bind(checkpoint.model, str_to_dtype(config.precision.func_override.dtype))
+        bound = bind(checkpoint.model, str_to_dtype(config.precision.dtype))
     with clock("rollouts"):
         files = (rollouts, update_rollouts, prompts)
         e, u = draw_batches(bound, tokenizer, config, *files, clock.progress, world)
