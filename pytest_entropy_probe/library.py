@@ -17,9 +17,8 @@ import pytest
 from entropy_probe import ProbeError
 
 if TYPE_CHECKING:
-    from entropy_probe.prepared import Prepared
-
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport
+    from entropy_probe.pipeline.prepared import Prepared
     from entropy_probe.processes.world import World
     from entropy_probe.report import BaselineSection
     from pytest_entropy_probe.settings import Settings
@@ -111,7 +110,7 @@ def prepare(
     world: World,
     progress: Progress,
 ) -> Prepared:
-    from entropy_probe import prepared
+    from entropy_probe.pipeline import prepared
 
     return prepared.prepare(
         checkpoint,

@@ -22,9 +22,8 @@ from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.targets import Target
 
 if TYPE_CHECKING:
-    from entropy_probe.prepared import Prepared
-
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, Verdict
+    from entropy_probe.pipeline.prepared import Prepared
     from entropy_probe.report import BaselineSection
 
     Progress = Callable[[str, int, int], None]
