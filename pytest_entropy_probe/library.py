@@ -110,7 +110,7 @@ def prepare(
     world: World,
     progress: Progress,
 ) -> Prepared:
-    from entropy_probe import prepared
+    from entropy_probe.pipeline import prepared
 
     return prepared.prepare(
         checkpoint,
