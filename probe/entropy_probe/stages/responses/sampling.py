@@ -93,20 +93,17 @@ def sample(
         token ~ q = softmax(logits/temperature), cut to the nucleus of `top_p` and renormalised
 
     A response ends with its first EOS (kept), with the token that completes a stop string, or at
-    `max_new_tokens`.
-
-    At most `gen_batch_size` rows run at once. The responses do not depend on it, nor on the other
-    prompts: in float64 they are the same, in float32 they are but where a number falls within
-    rounding of the boundary between two sets of tokens (`draw`). A process that samples the prompts
-    from `first_prompt` on gets what one process would have got for them. `override` replaces
-    parameters. `progress(done, all)` counts tokens, those that a response ended without included.
+    `max_new_tokens`. At most `gen_batch_size` rows run at once. The responses do not depend on it,
+    nor on the other prompts: in float64 they are the same, in float32 they are but where a number
+    falls within rounding of the boundary between two sets of tokens (`draw`). A process that
+    samples the prompts from `first_prompt` on gets what one process would have got for them.
+    `override` replaces parameters. `progress(done, all)` counts tokens, those that a response ended
+    without included.
 
     No global generator is used. Raises `MeasurementError`: a prompt without tokens, logits that are
     not finite.
     """
-    empty = next((n for n, prompt in enumerate(prompts) if not prompt), None)
-    if empty is not None:
-        raise MeasurementError(f"prompt {first_prompt + empty + 1}", "has no token", "leave it out")
+    _require_tokens(prompts, first_prompt)
     group = num_return_sequences
     ended_by = _Ends(frozenset(eos_ids), max_new_tokens, stop)
     responses: list[list[int]] = [[] for _ in range(len(prompts) * group)]
@@ -120,15 +117,14 @@ def sample(
     at_once = max(1, gen_batch_size // group)
     for start in range(0, len(by_length), at_once):
         chosen = by_length[start : start + at_once]
-        ids, mask = left_padded([prompts[n] for n in chosen], pad=0)
-        mask = mask.to(bound.device)
-        logits, cache = bound.next_logits(ids.to(bound.device), mask, override=override)
+        padded = left_padded([prompts[n] for n in chosen], pad=0)
+        ids, mask = (tensor.to(bound.device) for tensor in padded)
+        logits, cache = bound.next_logits(ids, mask, override=override)
         for first in range(0, group, gen_batch_size):
             members = range(first, min(first + gen_batch_size, group))
             each = [(n, g) for n in chosen for g in members]
             rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n, g in each]
-            numbers = torch.arange(len(chosen), device=bound.device)
-            of_prompt = numbers.repeat_interleave(len(members))
+            of_prompt = torch.arange(len(chosen)).repeat_interleave(len(members)).to(bound.device)
             own = cache if members.stop == group else copy.deepcopy(cache)
             own.batch_select_indices(of_prompt if bound.on_one_device else of_prompt.cpu())
             state = _State(rows, logits[of_prompt], mask[of_prompt], own, override)
@@ -137,6 +133,13 @@ def sample(
             for row in rows:
                 responses[row.index] = row.tokens
     return responses
+
+
+def _require_tokens(prompts: Sequence[Sequence[int]], first_prompt: int) -> None:
+    empty = next((n for n, prompt in enumerate(prompts) if not prompt), None)
+    if empty is not None:
+        where = f"prompt {first_prompt + empty + 1}"
+        raise MeasurementError(where, "has no token", "leave it out")
 
 
 @dataclass(frozen=True)
