@@ -7,6 +7,9 @@ DEVICE ?= cpu
 GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 	--probe-rollouts=golden/demo/e.jsonl --probe-update-rollouts=golden/demo/u.jsonl
 
+# Some hundred processes read what the first has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: acceptance test lint matrix fuzz bench demo picture clean
 .DELETE_ON_ERROR:
 
@@ -14,8 +17,9 @@ acceptance: $(READY)
 	$(BIN)/pytest --probe-checkpoint=demo -m acceptance probe-checks
 	$(BIN)/pytest --probe-checkpoint=demo $(GOLDEN) -m golden probe-checks
 
+# A file's tests stay together, so that what they share is made once; the longest files begin (tests/conftest.py).
 test: $(READY)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,7 +48,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: $(PYTHON) is older than 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--constraint constraints.txt --editable '.[dev]'
+	-@$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib  # on both cores; not every file there is of this Python
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,33 @@ typecheck.make_shapes_known()
 pytest_plugins = ["pytester"]
 
 torch.set_num_threads(1)
+
+
+# Files in which the most is measured, the longest first. What is left at the end is short then, whoever takes it.
+LONGEST = (
+    "faults/test_faults.py",
+    "test_against_reference.py",
+    "hostile/test_hostile.py",
+    "test_distributed.py",
+    "test_placement.py",
+    "test_oracle.py",
+    "test_cost.py",
+    "test_run.py",
+    "test_memory_limit.py",
+    "plugin/test_demo_run.py",
+    "plugin/test_ci_page.py",
+    "plugin/test_readme.py",
+    "test_sequence_processor.py",
+    "test_capture.py",
+    "test_entropy_change.py",
+    "test_properties.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(autouse=True, scope="module")

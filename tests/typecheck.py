@@ -17,6 +17,9 @@ _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float, as everywhere e
 _UNCHECKED = {"faults", "fuzz", "hostile", "test_cost.py", "test_oracle.py"}
 
 
+_INNER: dict[tuple[Any, ...], Any] = {}
+
+
 def make_shapes_known() -> None:
     """Let annotations find `Float`, `Int` and `Bool`, which the library imports for type checkers alone.
 
@@ -27,6 +30,20 @@ def make_shapes_known() -> None:
 
 
 def enforce(function: Any) -> Any:
+    """What jaxtyping calls with a function that has a signature and does nothing, to have arguments or results checked.
+
+    A function inside of another is made again at every call of that one; the checks of its signature are not.
+    """
+    if "<locals>" not in function.__qualname__:
+        return _checked(function)
+    names = function.__code__.co_varnames, repr(function.__annotations__)
+    key = (function.__module__, function.__qualname__, *names)
+    if key not in _INNER:
+        _INNER[key] = _checked(function)
+    return _INNER[key]
+
+
+def _checked(function: Any) -> Any:
     return beartype(conf=_CONF)(function)
 
 

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import kept_reports
 
 MATRIX = os.environ.get("PROBE_MATRIX")
 
@@ -111,11 +112,11 @@ class Repository:
 
     def run(self, *args: str, cwd: str = ".", checkpoint: str | None = "demo", measure: bool = False) -> Ran:
         """Run pytest. Unless it is to `measure`, a report of the same measurement in another repository will do."""
-        kept, shared = self.folder / ".pytest_cache" / "d" / "entropy-probe", Path(str(MATRIX)) / "kept"
+        kept, shared = self.folder / kept_reports.PLACE, Path(str(MATRIX)) / "kept"
         if measure:
             args = (*args, "--probe-no-cache")
         else:
-            _copy(shared, kept)
+            kept_reports.copy(shared, kept)
         given = [f"--probe-checkpoint={checkpoint}", f"--probe-config={self.folder / 'small.yaml'}"]
         junit = self.folder / "junit.xml"
         junit.unlink(missing_ok=True)
@@ -125,17 +126,8 @@ class Repository:
         done = subprocess.run(
             command, cwd=self.folder / cwd, capture_output=True, text=True, check=False, env=environment
         )
-        _copy(kept, shared)
+        kept_reports.copy(kept, shared)
         return Ran(done.returncode, done.stdout + done.stderr, _outcomes(junit))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy the files that are not there; another process sees whole files or none."""
-    for file in source.glob("*.json"):
-        if not (target / file.name).exists():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / f".{file.name}.{os.getpid()}")
-            (target / f".{file.name}.{os.getpid()}").replace(target / file.name)
 
 
 def _outcomes(junit: Path) -> dict[str, str]:

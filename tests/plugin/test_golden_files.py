@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import forked
+import kept_reports
 from entropy_probe import ProbeReport
 from entropy_probe.golden import Golden, compare, read, write
 from entropy_probe_checks.goldens import SECTIONS
@@ -287,15 +288,17 @@ def test_obsolete_files_are_named_after_complete_runs_only(project: Project, wor
 
 def test_the_demo_beside_its_own_numbers_and_others(tmp_path: Path) -> None:
     """One number of one file is off by 1e-3 of itself, and the file says that it is of another checkpoint."""
-    folder = Path(shutil.copytree(ROOT / "golden", tmp_path / "golden")) / "demo"
+    demo = ROOT / "golden" / "demo"
+    folder = Path(shutil.copytree(demo, tmp_path / "golden" / "demo"))
+    kept_reports.copy(kept_reports.OURS, tmp_path / kept_reports.PLACE)
     table = json.loads((folder / "first_order.json").read_text())
     table["fields"]["row_means"]["value"][3] *= 1 + 1e-3
     table["meta"]["fingerprint"] = "0" * 64
     (folder / "first_order.json").write_text(json.dumps(table))
     args = [
         *("--probe-checkpoint=demo", "--probe-golden-dir=golden", "--probe-config=golden/demo/probe.yaml"),
-        *("--probe-rollouts=golden/demo/e.jsonl", "--probe-update-rollouts=golden/demo/u.jsonl"),
-        *("--probe-json=report.json", "-m", "golden", "probe-checks", "-pno:cacheprovider"),
+        *(f"--probe-rollouts={demo}/e.jsonl", f"--probe-update-rollouts={demo}/u.jsonl"),
+        *("--probe-json=report.json", "-m", "golden", "probe-checks"),
     ]
     done = forked.python("-m", "pytest", *args, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr

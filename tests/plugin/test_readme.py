@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import forked
+import kept_reports
 from entropy_probe.demo import checkpoint_path
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -36,6 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("place")
     shutil.copytree(checkpoint_path(), tmp_path / "runs" / "checkpoint-500")
     shutil.copytree(checkpoint_path().parent / "base", tmp_path / "runs" / "base")
+    kept_reports.copy(kept_reports.OURS, tmp_path / kept_reports.PLACE)
     return tmp_path
 
 
