@@ -41,7 +41,11 @@ def optimizer_of_another_model(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "nan": (one_nan, "adapter_model.safetensors: ", "; use an earlier checkpoint"),
     "moment": (moment_removed, "optimizer.pt: ", "; use a checkpoint of Adam or AdamW"),
-    "other": (optimizer_of_another_model, "optimizer.pt: ", "; use the optimizer saved with this model"),
+    "other": (
+        optimizer_of_another_model,
+        "optimizer.pt: ",
+        "; use the optimizer saved with this model",
+    ),
 }
 
 
@@ -56,7 +60,12 @@ def main(pytest: str) -> int:
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         output = done.stdout + done.stderr
         lines = [line for line in output.splitlines() if file in line and remedy in line]
-        good = done.returncode == 1 and bool(lines) and "Traceback" not in output and "Error\n" not in output
+        good = (
+            done.returncode == 1
+            and bool(lines)
+            and "Traceback" not in output
+            and "Error\n" not in output
+        )
         print(f"damaged copy ({name}): exit {done.returncode}: {lines[0] if lines else output}")
         failed += not good
     print(f"{len(DAMAGE) - failed} passed, {failed} failed")

@@ -19,7 +19,9 @@ from packaging.requirements import Requirement
 def required_by(found: Distribution, extras: Iterable[str] = ()) -> Iterator[Requirement]:
     for line in found.requires or ():
         requirement = Requirement(line)
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", *extras)):
+        if requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": e}) for e in ("", *extras)
+        ):
             yield requirement
 
 
@@ -39,7 +41,9 @@ def closure(asked: Iterable[Requirement]) -> dict[str, Distribution]:
 
 def link(found: Distribution, site: Path) -> None:
     """Every file or folder that the distribution has at the top."""
-    for name in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+    for name in {
+        file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")
+    }:
         source, target = Path(str(found.locate_file(name))).resolve(), site / name
         if not target.is_symlink():
             target.symlink_to(source)

@@ -34,10 +34,16 @@ for name, folder in made.items():
 
 CASES: dict[str, dict[str, Any]] = {
     "standard": {},
-    "blocks": {"first_order": {"mode": "block", "num_blocks": 3, "estimator": "rb", "baseline": "hk_ema"}},
+    "blocks": {
+        "first_order": {"mode": "block", "num_blocks": 3, "estimator": "rb", "baseline": "hk_ema"}
+    },
     "per token": {"true_delta_h": {"normalize": "per_token", "fallback": "resample"}},
     "top_p": {"generation": {"top_p": 0.95}, "budget": "smoke"},
-    "float64": {"precision": {s: {"dtype": "float64"} for s in ("func_override", "tf_nograd", "tf_withgrad")}},
+    "float64": {
+        "precision": {
+            s: {"dtype": "float64"} for s in ("func_override", "tf_nograd", "tf_withgrad")
+        }
+    },
 }
 
 
@@ -53,7 +59,11 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
             found += differences(before[key], after[key], f"{path}{key}.")
         return found
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [d for i, (a, b) in enumerate(zip(before, after, strict=True)) for d in differences(a, b, f"{path}{i}.")]
+        return [
+            d
+            for i, (a, b) in enumerate(zip(before, after, strict=True))
+            for d in differences(a, b, f"{path}{i}.")
+        ]
     return [] if before == after else [f"{path.rstrip('.')}: {before} before, {after} after"]
 
 
@@ -68,7 +78,9 @@ def main(before: Path, after: Path) -> int:
     run(before, "-c", MAKE, str(work))
     failed = 0
     demo = [("demo", None, case) for case in ("standard", "top_p")]  # sampled at that top_p
-    others = [(name, name, case) for name in ("full", "lora", "dora") for case in CASES if case != "top_p"]
+    others = [
+        (name, name, case) for name in ("full", "lora", "dora") for case in CASES if case != "top_p"
+    ]
     for checkpoint, files, case in [*demo, *others]:
         config = work / f"{case}.yaml"
         config.write_text(json.dumps(CASES[case]))
@@ -82,10 +94,16 @@ def main(before: Path, after: Path) -> int:
                 if case != "per token":  # one batch for both
                     given.append(f"--update-rollouts={work}/{files}.u.jsonl")
             run(tree, "-m", "entropy_probe", "run", folder, *given)
-            report = json.loads(out.read_text().replace(str(tree), ""))  # of the bundled checkpoint's path
+            report = json.loads(
+                out.read_text().replace(str(tree), "")
+            )  # of the bundled checkpoint's path
             reports.append({key: value for key, value in report.items() if key not in NOT_MEASURED})
         found = differences(*reports)
-        print(f"{checkpoint}, {case}: {leaves(reports[0])} values, {len(found)} differ", *found[:20], sep="\n  ")
+        print(
+            f"{checkpoint}, {case}: {leaves(reports[0])} values, {len(found)} differ",
+            *found[:20],
+            sep="\n  ",
+        )
         failed += bool(found)
     print(f"{len(demo) + len(others) - failed} passed, {failed} failed")
     return int(failed > 0)

@@ -35,7 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_timer = "time.process_time"
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
     """What the numbers depend on; not the machine's name."""
     machine_info.pop("node", None)
     device = torch.device(config.getoption("--device"))
@@ -44,7 +46,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "transformers": transformers.__version__,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
     }
 
 
@@ -54,7 +58,9 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture
-def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+def race(
+    benchmark: Any, device: torch.device, request: pytest.FixtureRequest
+) -> Callable[..., dict[str, float]]:
     """`race(ours, others, ...)` → ratio of each other way's median time to ours, and what it put into `extra_info`."""
 
     def timed(way: Way) -> float:
@@ -83,10 +89,13 @@ def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -
                 if name not in once or not taken[name]:
                     taken[name].append(timed(way))
 
-        benchmark.pedantic(lambda: _finished(ours, device), setup=turns, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(
+            lambda: _finished(ours, device), setup=turns, rounds=rounds, warmup_rounds=1
+        )
         scale = times or {}
         seconds = {
-            name: statistics.median(all_of[1:] or all_of) * scale.get(name, 1.0) for name, all_of in taken.items()
+            name: statistics.median(all_of[1:] or all_of) * scale.get(name, 1.0)
+            for name, all_of in taken.items()
         }
         own = benchmark.stats.stats.median
         ratios = {name: other / own for name, other in seconds.items()}
@@ -97,7 +106,9 @@ def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -
             "targets": dict(targets or {}),
         }
         if memory:
-            found["bytes"] = {name: _peak(way, device) for name, way in {"ours": ours, **others}.items()}
+            found["bytes"] = {
+                name: _peak(way, device) for name, way in {"ours": ours, **others}.items()
+            }
         benchmark.extra_info.update(found)
         request.config.stash[_RACES].append((request.node.name.removeprefix("test_"), found))
         return ratios
@@ -132,6 +143,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 f"  {name:<24}{1000 * seconds:10.1f} ms{f'{ratio:8.2f} of ours' if ratio else ' ' * 16}{megabytes}"
             )
         for name, target in found["targets"].items():
-            terminalreporter.write_line(f"  target: {name} at {target:.2f} of ours; got {found['ratios'][name]:.2f}")
+            terminalreporter.write_line(
+                f"  target: {name} at {target:.2f} of ours; got {found['ratios'][name]:.2f}"
+            )
         for name, value in found["quality"].items():
             terminalreporter.write_line(f"  {name}: {value:.2g}")

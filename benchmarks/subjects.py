@@ -19,7 +19,9 @@ from entropy_probe.stages.responses.rollouts import Rollouts
 VOCABULARY = {"s32k": 32_000, "s152k": 151_936, "deep": 8192}
 
 
-def random_model(name: str, *, lora: bool = False, device: torch.device | str = "cpu") -> BoundModel:
+def random_model(
+    name: str, *, lora: bool = False, device: torch.device | str = "cpu"
+) -> BoundModel:
     """In float32; with `lora` (r = 8, lora_B not zero) on all linear layers of the blocks."""
     torch.manual_seed(0)
     deep = name == "deep"
@@ -42,7 +44,11 @@ def random_model(name: str, *, lora: bool = False, device: torch.device | str = 
 
 
 def random_rollouts(
-    vocabulary: int, prompt_lengths: torch.Tensor, lengths: torch.Tensor, group: int, device: torch.device | str = "cpu"
+    vocabulary: int,
+    prompt_lengths: torch.Tensor,
+    lengths: torch.Tensor,
+    group: int,
+    device: torch.device | str = "cpu",
 ) -> Rollouts:
     """Rows of random tokens, right-padded with 0; rewards from a normal distribution. One length for each row."""
     random = torch.Generator().manual_seed(0)
@@ -55,5 +61,7 @@ def random_rollouts(
 
 def relative_error(some: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Norm of the difference over the norm, of all tensors together."""
-    off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(some, expected, strict=True))
+    off = sum(
+        float((a.double() - b.double()).square().sum()) for a, b in zip(some, expected, strict=True)
+    )
     return (off / sum(float(b.double().square().sum()) for b in expected)) ** 0.5

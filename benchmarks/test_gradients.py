@@ -50,7 +50,9 @@ def rollouts_for(name: str, prompts: int) -> Rollouts:
 
 def config_for(*, lora: bool) -> ProbeConfig:
     first_order = {"mode": "exact" if lora else "block", "num_blocks": BLOCKS}
-    return ProbeConfig.from_mapping({"generation": {"tf_batch_size": BATCH}, "first_order": first_order})
+    return ProbeConfig.from_mapping(
+        {"generation": {"tf_batch_size": BATCH}, "first_order": first_order}
+    )
 
 
 def bare(bound: BoundModel, rollouts: Rollouts) -> None:
@@ -83,7 +85,10 @@ def ours(bound: BoundModel, rollouts: Rollouts, scores: Scores, config: ProbeCon
 
 def full_logp(bound: BoundModel, rollouts: Rollouts, rows: Tensor, model: Any = None) -> Tensor:
     """S [rows] through the logits of every position."""
-    start, end = rollouts.prompt_lens[rows, None], (rollouts.prompt_lens + rollouts.gen_lens)[rows, None]
+    start, end = (
+        rollouts.prompt_lens[rows, None],
+        (rollouts.prompt_lens + rollouts.gen_lens)[rows, None],
+    )
     ids = rollouts.ids[rows].to(bound.device)
     column = torch.arange(1, ids.shape[1])
     inside = ((column >= start) & (column < end)).to(bound.device)
@@ -103,7 +108,14 @@ def loss_y(bound: BoundModel, rollouts: Rollouts, rows: Tensor) -> Tensor:
     rewards = rollouts.rewards.reshape(-1)[rows].reshape(-1, GROUP)
     advantage = (rewards - rewards.mean(1, keepdim=True)).float()
     longest = rollouts.gen_lens[rows].reshape(-1, GROUP).amax(1, keepdim=True)
-    return ((advantage / longest).to(bound.device) * full_logp(bound, rollouts, rows).reshape(-1, GROUP)).mean(1).sum()
+    return (
+        (
+            (advantage / longest).to(bound.device)
+            * full_logp(bound, rollouts, rows).reshape(-1, GROUP)
+        )
+        .mean(1)
+        .sum()
+    )
 
 
 def units(rollouts: Rollouts, config: ProbeConfig) -> Tensor:
@@ -132,24 +144,32 @@ def notes(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Units:
     for loss in (loss_x, loss_y):
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         for rows in torch.arange(len(rollouts.ids)).split(BATCH):
-            for whole, part in zip(sums, torch.autograd.grad(loss(bound, rollouts, rows), parameters), strict=True):
+            for whole, part in zip(
+                sums, torch.autograd.grad(loss(bound, rollouts, rows), parameters), strict=True
+            ):
                 whole += part
     return loop(bound, rollouts, config)
 
 
-def by_opacus(bound: BoundModel, model: Any, rollouts: Rollouts, scores: Scores, config: ProbeConfig) -> Units:
+def by_opacus(
+    bound: BoundModel, model: Any, rollouts: Rollouts, scores: Scores, config: ProbeConfig
+) -> Units:
     unit_of = units(rollouts, config)
     sizes = torch.bincount(unit_of)
     weights = [w.reshape(-1).float() for w in response_weights(rollouts, scores, config)]
     named = {name: p for name, p in model._module.named_parameters() if p.requires_grad}
-    sides: Units = tuple({n: torch.zeros(len(sizes), p.numel()) for n, p in named.items()} for _ in weights)  # pyright: ignore[reportAssignmentType]
+    sides: Units = tuple(
+        {n: torch.zeros(len(sizes), p.numel()) for n, p in named.items()} for _ in weights
+    )  # pyright: ignore[reportAssignmentType]
     for rows in torch.arange(len(rollouts.ids)).split(BATCH):
         full_logp(bound, rollouts, rows, model).sum().backward()
         of_rows = unit_of[rows // GROUP]
         for side, weight in zip(sides, weights, strict=True):
             scale = (weight[rows] / sizes[of_rows])[:, None]
             for name, parameter in named.items():
-                side[name].index_add_(0, of_rows, scale * parameter.grad_sample.reshape(len(rows), -1).cpu())
+                side[name].index_add_(
+                    0, of_rows, scale * parameter.grad_sample.reshape(len(rows), -1).cpu()
+                )
         model.zero_grad(set_to_none=True)
     return sides
 
@@ -171,7 +191,9 @@ def test_gradients(
     }
     opacus = pytest.importorskip("opacus.grad_sample")
     # its hooks work in train mode alone; there is no dropout here
-    per_sample = opacus.GradSampleModule(copy.deepcopy(bound.module).train(), loss_reduction="sum", strict=False)
+    per_sample = opacus.GradSampleModule(
+        copy.deepcopy(bound.module).train(), loss_reduction="sum", strict=False
+    )
     slow["Opacus"] = lambda: by_opacus(bound, per_sample, few, of_few, config)
     found = [side[n] for side in ours(bound, few, of_few, config) for n in bound.registry.trainable]
     errors = {}

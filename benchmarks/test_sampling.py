@@ -34,13 +34,20 @@ def random_model(device: torch.device) -> BoundModel:
 
 def by_generate(bound: BoundModel, prompts: list[list[int]], top_p: float) -> list[list[int]]:
     config = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=top_p, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0
+        do_sample=True,
+        temperature=1.0,
+        top_p=top_p,
+        top_k=0,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
     )
     ids, mask = left_padded([prompt for prompt in prompts for _ in range(GROUP)], pad=0)
     model: Any = bound.language_model
     with torch.no_grad():
         output = model.generate(
-            input_ids=ids.to(bound.device), attention_mask=mask.to(bound.device), generation_config=config
+            input_ids=ids.to(bound.device),
+            attention_mask=mask.to(bound.device),
+            generation_config=config,
         )
     return output[:, PROMPT_LENGTH:].tolist()
 
@@ -60,11 +67,17 @@ def by_sample(bound: BoundModel, prompts: list[list[int]], top_p: float) -> list
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_sampling(race: Callable[..., dict[str, float]], device: torch.device, top_p: float) -> None:
+def test_sampling(
+    race: Callable[..., dict[str, float]], device: torch.device, top_p: float
+) -> None:
     bound = random_model(device)
-    prompts = torch.randint(VOCABULARY, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        VOCABULARY, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     for way in (by_generate, by_sample):
-        assert [len(response) for response in way(bound, prompts, top_p)] == [NEW_TOKENS] * (PROMPTS * GROUP)
+        assert [len(response) for response in way(bound, prompts, top_p)] == [NEW_TOKENS] * (
+            PROMPTS * GROUP
+        )
     race(
         lambda: by_sample(bound, prompts, top_p),
         {"generate": lambda: by_generate(bound, prompts, top_p)},

@@ -31,7 +31,9 @@ from entropy_probe.stages.scores import batches_by_length, score, score_rows
 
 PROMPT_LENGTHS, GROUP, GENERATED, BATCH = (72, 80, 88, 92), 8, 1645, 8
 IN_DOUBLE = ProbeConfig.from_mapping({"generation": {"tf_batch_size": BATCH}})
-IN_SINGLE = ProbeConfig.from_mapping({"generation": {"tf_batch_size": BATCH}, "precision": {"entropy_fp64": False}})
+IN_SINGLE = ProbeConfig.from_mapping(
+    {"generation": {"tf_batch_size": BATCH}, "precision": {"entropy_fp64": False}}
+)
 TOLERANCE = 1e-4  # nats, of sums over a vocabulary in float32
 Values = tuple[Tensor, ...]
 
@@ -84,25 +86,37 @@ def by_trl(bound: BoundModel, rollouts: Rollouts) -> Values:
             ids = rollouts.ids[rows, :last].to(bound.device)
             logits = model(ids, use_cache=False, logits_to_keep=last - first + 1).logits[:, :-1]
             mask = generated(rollouts, first)[rows, : last - first]
-            yield rows, mask, selective_log_softmax(logits, ids[:, first:]), entropy_from_logits(logits)
+            yield (
+                rows,
+                mask,
+                selective_log_softmax(logits, ids[:, first:]),
+                entropy_from_logits(logits),
+            )
 
     return in_order(batches(), len(rollouts.ids))
 
 
 def ours(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Values:
     scores = score(bound, rollouts, config)
-    return scores.token_logp.flatten(0, 1)[rollouts.gen_mask], scores.rb_entropy.flatten(0, 1)[rollouts.gen_mask]
+    return scores.token_logp.flatten(0, 1)[rollouts.gen_mask], scores.rb_entropy.flatten(0, 1)[
+        rollouts.gen_mask
+    ]
 
 
 def off_by(some: Values, others: Values) -> float:
-    return max(float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in zip(some, others, strict=True))
+    return max(
+        float((a.cpu().double() - b.cpu().double()).abs().max())
+        for a, b in zip(some, others, strict=True)
+    )
 
 
 def fits(name: str, device: torch.device) -> bool:
     """Whether three tensors [32, 192, V] and the model fit into what is free now."""
     if device.type == "cuda":
         return True
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    found = re.search(
+        r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii")
+    )
     return found is not None and int(found[1]) * 1024 > 3.3 * 4 * 32 * 192 * VOCABULARY[name] + 1e9
 
 
@@ -168,7 +182,9 @@ def test_gradient_of_scores(race: Callable[..., dict[str, float]], device: torch
     for parameter_name, parameter in module.named_parameters():
         parameter.requires_grad_(parameter_name.endswith("q_proj.weight"))
     bound = bind(module)
-    error = relative_error(our_gradients(bound, rollouts, IN_DOUBLE), naive_gradients(bound, rollouts))
+    error = relative_error(
+        our_gradients(bound, rollouts, IN_DOUBLE), naive_gradients(bound, rollouts)
+    )
     assert error < TOLERANCE
     race(
         lambda: our_gradients(bound, rollouts, IN_DOUBLE),

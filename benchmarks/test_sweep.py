@@ -30,10 +30,15 @@ def test_sweep(race: Callable[..., dict[str, float]], device: torch.device, lora
     model: Any = bound.module
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY["deep"], (ROWS, LENGTH), generator=random).to(device)
-    v = {name: torch.randn(p.shape, generator=random).to(p) for name, p in bound.registry.trainable.items()}
+    v = {
+        name: torch.randn(p.shape, generator=random).to(p)
+        for name, p in bound.registry.trainable.items()
+    }
 
     def mapped(eta: float) -> Tensor:
-        return bound.logits(ids, keep=KEPT, override=theta_plus_eta_v(bound.registry, v, eta, bound.dtype))
+        return bound.logits(
+            ids, keep=KEPT, override=theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+        )
 
     def cloned(eta: float) -> Tensor:
         copies = {name: p.clone() for name, p in model.named_parameters()}
@@ -46,6 +51,8 @@ def test_sweep(race: Callable[..., dict[str, float]], device: torch.device, lora
         lambda: mapped(ETA),
         {"direct": lambda: bound.direct_logits(ids, keep=KEPT), "clone all": lambda: cloned(ETA)},
         rounds=9,
-        quality={"largest difference from clone all": float((mapped(ETA) - cloned(ETA)).abs().max())},
+        quality={
+            "largest difference from clone all": float((mapped(ETA) - cloned(ETA)).abs().max())
+        },
         targets={"direct": 1 / 1.05},
     )

@@ -61,14 +61,23 @@ def train(factor: float) -> None:
         save_total_limit=CHECKPOINTS,
     )
     # The trainer saves after the scheduler's step: optimizer.pt holds the learning rate that the next step uses.
-    trainer.lr_scheduler = LambdaLR(trainer.create_optimizer(), lambda step: factor if step >= HEALTHY_STEPS else 1.0)
+    trainer.lr_scheduler = LambdaLR(
+        trainer.create_optimizer(), lambda step: factor if step >= HEALTHY_STEPS else 1.0
+    )
     trainer.train()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a run whose entropy collapses.")
-    parser.add_argument("--out", type=Path, default=Path("runs/collapse"), help="folder for base and the checkpoints")
-    parser.add_argument("--healthy", action="store_true", help="keep the healthy learning rate to the end")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/collapse"),
+        help="folder for base and the checkpoints",
+    )
+    parser.add_argument(
+        "--healthy", action="store_true", help="keep the healthy learning rate to the end"
+    )
     options = parser.parse_args()
     # adapter_config.json names the base model as it is given here, and the probe looks for it beside the checkpoints.
     base = Path(entropy_probe.demo.__file__).with_name("base")

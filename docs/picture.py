@@ -19,7 +19,15 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 COLUMNS = 80
-ARGUMENTS = ["--probe-checkpoint=demo", "-m", "acceptance", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+ARGUMENTS = [
+    "--probe-checkpoint=demo",
+    "-m",
+    "acceptance",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:benchmark",
+]
 BACKGROUND, FOREGROUND = (24, 26, 31), (208, 211, 216)
 THEME = TerminalTheme(
     BACKGROUND,
@@ -54,8 +62,15 @@ TEMPLATE = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/
 def run_on_a_terminal(command: list[str], folder: str) -> str:
     """What the command prints to a terminal of 80 columns."""
     parent, child = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PY_COLORS": "1"}
-    with subprocess.Popen(command, cwd=folder, stdout=child, stderr=subprocess.DEVNULL, env=environment) as process:  # noqa: S603
+    environment = {
+        **os.environ,
+        "COLUMNS": str(COLUMNS),
+        "TERM": "xterm-256color",
+        "PY_COLORS": "1",
+    }
+    with subprocess.Popen(  # noqa: S603
+        command, cwd=folder, stdout=child, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
         os.close(child)
         printed = b""
         while True:
@@ -79,7 +94,9 @@ def main() -> None:
     lines = [
         line.strip("\r").rpartition("\r")[2] for line in output.split("\n")
     ]  # what "collecting ..." was overwritten with
-    kept = [line for line in lines if not re.match(r"(platform|rootdir:|plugins:|configfile:)", line)]
+    kept = [
+        line for line in lines if not re.match(r"(platform|rootdir:|plugins:|configfile:)", line)
+    ]
     text = "$ pytest --probe-checkpoint=demo -m acceptance\n" + "\n".join(kept)
     text = re.sub(r"demo \(.*?\)", "demo", text)
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), legacy_windows=False)

@@ -62,8 +62,13 @@ def measured(name: str, folder: Path) -> dict[str, dict[str, float]]:
     return {
         "flops": {s: computed[s] / n for s, n in counted.items() if n},
         "live": {s: held[s] / n for s, n in of.peaks.items() if s in held},
-        "resident": {s: held[s] / (memory.stages[s].peak - before) for s in held if s in memory.stages},
-        "size": {"gflop": sum(counted.values()) / 1e9, "mib": max(of.peaks[s] for s in held) / 2**20},
+        "resident": {
+            s: held[s] / (memory.stages[s].peak - before) for s in held if s in memory.stages
+        },
+        "size": {
+            "gflop": sum(counted.values()) / 1e9,
+            "mib": max(of.peaks[s] for s in held) / 2**20,
+        },
         "more": {"N": of.network.parameters / 1e6, "D": of.network.trainable / 1e6},
     }
 
@@ -79,7 +84,9 @@ def table() -> str:
             found = json.loads(done.stdout.splitlines()[-1])
             print(name, found, file=sys.stderr, flush=True)
             more, size = found["more"], found["size"]
-            of_flops = " ".join([f"N {more['N']:.0f} M, D {more['D']:.1f} M; {size['gflop']:.0f} GFLOP"])
+            of_flops = " ".join(
+                [f"N {more['N']:.0f} M, D {more['D']:.1f} M; {size['gflop']:.0f} GFLOP"]
+            )
             rows.append(_row(f"{name}: {of_flops}", "flops", found["flops"]))
             rows.append(_row(f"most {size['mib']:.0f} MiB", "live tensors", found["live"]))
             rows.append(_row("", "resident", found["resident"]))

@@ -18,7 +18,15 @@ from typing import Any
 
 from entropy_probe import ProbeError
 
-GATES = ("entropy", "predicted_change", "realised_ratio", "zero_advantage", "adam_step", "finite_moments", "reward")
+GATES = (
+    "entropy",
+    "predicted_change",
+    "realised_ratio",
+    "zero_advantage",
+    "adam_step",
+    "finite_moments",
+    "reward",
+)
 COUNTS = ("adam_step", "finite_moments")
 """Quantities without noise, to which only `max` applies."""
 SIGNED = ("realised_ratio", "reward")
@@ -30,7 +38,11 @@ NOISE = 4.0
 
 def bounds_of(limits: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """The gates that are on: gate → its bounds."""
-    return {name: bounds for name, bounds in limits.items() if name in GATES and isinstance(bounds, Mapping)}
+    return {
+        name: bounds
+        for name, bounds in limits.items()
+        if name in GATES and isinstance(bounds, Mapping)
+    }
 
 
 def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bool) -> None:
@@ -40,15 +52,25 @@ def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bo
         if name in COUNTS and key != "max":
             raise ProbeError("configuration", f"{where}: the gate is a count", "give `max` alone")
         if key in OF_A_BASELINE and not has_baseline:
-            raise ProbeError("configuration", f"{where} speaks of a baseline", "give --probe-baseline=report.json")
+            raise ProbeError(
+                "configuration",
+                f"{where} speaks of a baseline",
+                "give --probe-baseline=report.json",
+            )
         lowest = 1.0 if key in ("noise", "fall_se", "rise_se") else 0.0
         if key != "min" and not (key == "max" and name in SIGNED) and value < lowest:
             raise ProbeError("configuration", f"{where} is {value:g}", f"give {lowest:g} or more")
         if key == "fall" and name not in SIGNED and value >= 1:
-            raise ProbeError("configuration", f"{where} is {value:g}, which nothing falls by", "give a share below 1")
+            raise ProbeError(
+                "configuration",
+                f"{where} is {value:g}, which nothing falls by",
+                "give a share below 1",
+            )
         if key in ("min", "max") and name == "zero_advantage" and not 0 <= value <= 1:
             raise ProbeError("configuration", f"{where} is {value:g}", "give a share from 0 to 1")
     if not set(bounds) - {"noise"}:
-        raise ProbeError("configuration", f"`limits.{name}` has no bound", "give `min`, `max` or another")
+        raise ProbeError(
+            "configuration", f"`limits.{name}` has no bound", "give `min`, `max` or another"
+        )
     if bounds.get("min", -math.inf) > bounds.get("max", math.inf):
         raise ProbeError("configuration", f"`limits.{name}`: min is above max", "exchange them")

@@ -46,7 +46,10 @@ class GoldenSection:
         if isinstance(found, str):
             return found
         dtype = report.config["precision"]["func_override"]["dtype"]
-        return {name: Field(value, _tolerance(name, scale, dtype)) for name, (value, scale) in found.items()}
+        return {
+            name: Field(value, _tolerance(name, scale, dtype))
+            for name, (value, scale) in found.items()
+        }
 
 
 def _tolerance(name: str, scale: float, dtype: str) -> Tolerance:
@@ -97,7 +100,15 @@ def batch(report: ProbeReport) -> Scaled:
 
 
 def _of_batch(name: str, of: BatchSection) -> Scaled:
-    counts = ("num_prompts", "num_responses", "num_tokens", "missing_gold", "early_eos", "unended", "same_batch")
+    counts = (
+        "num_prompts",
+        "num_responses",
+        "num_tokens",
+        "missing_gold",
+        "early_eos",
+        "unended",
+        "same_batch",
+    )
     return {
         **{f"{name}.{count}": (getattr(of, count), EXACT) for count in counts},
         f"{name}.mean_reward": (of.mean_reward, 1.0),
@@ -110,7 +121,11 @@ def entropy(report: ProbeReport) -> Scaled:
     """Scale: the mean entropy of a response, of a token; `surprise` is a difference of two of the former."""
     of = report.entropy
     return {
-        **_estimates("", {key: getattr(of, key) for key in ("naive", "rb", "rb_q", "surprise")}, _nats(report)),
+        **_estimates(
+            "",
+            {key: getattr(of, key) for key in ("naive", "rb", "rb_q", "surprise")},
+            _nats(report),
+        ),
         **_estimates("", {"per_token": of.per_token}, abs(of.per_token.value)),
         "rb_by_prompt": (list(of.rb_by_prompt), _largest(of.rb_by_prompt)),
     }
@@ -135,12 +150,24 @@ def first_order(report: ProbeReport) -> Scaled | str:
     size = _gram(of)
     linear = ("u_cross", "bars_dot", "row_means", "se_plugin", "se_jackknife")
     return {
-        **{name: (getattr(of, name), EXACT) for name in ("mode", "estimator", "num_units", "lr_source")},
+        **{
+            name: (getattr(of, name), EXACT)
+            for name in ("mode", "estimator", "num_units", "lr_source")
+        },
         **{name: (getattr(of, name), size) for name in linear},
-        **{name: (getattr(of, name), size**2) for name in ("zeta1_plugin", "zeta1_jackknife", "var_unbiased")},
-        **{name: (getattr(of, name), getattr(of, name)) for name in ("norm_x_sum", "norm_y_sum", "lr")},
+        **{
+            name: (getattr(of, name), size**2)
+            for name in ("zeta1_plugin", "zeta1_jackknife", "var_unbiased")
+        },
+        **{
+            name: (getattr(of, name), getattr(of, name))
+            for name in ("norm_x_sum", "norm_y_sum", "lr")
+        },
         "diag_sum": (of.diag_sum, size * of.num_units),
-        "bars_dot_plain": (of.bars_dot_plain, of.norm_x_sum * of.norm_y_sum / report.update_batch.num_prompts**2),
+        "bars_dot_plain": (
+            of.bars_dot_plain,
+            of.norm_x_sum * of.norm_y_sum / report.update_batch.num_prompts**2,
+        ),
         "delta_h1": (of.delta_h1, of.lr * size),
         "delta_h1_se": (of.delta_h1_se, of.lr * size),
         "delta_h1_by_unit": (of.delta_h1_by_unit, of.lr * size / of.num_units),
@@ -162,7 +189,10 @@ def two_batch(report: ProbeReport) -> Scaled | str:
         "projections": (of.projections, size),
         "update_projections": (of.update_projections, size),
         "interaction": (of.interaction, max(size**2, of.interaction or 0.0)),
-        **{name: (getattr(of, name), lr * size) for name in ("delta_h1", "delta_h1_se", "conditional_se")},
+        **{
+            name: (getattr(of, name), lr * size)
+            for name in ("delta_h1", "delta_h1_se", "conditional_se")
+        },
         **_parts(of.delta_h1_parts, lr * size),
     }
 
@@ -177,15 +207,30 @@ def update(report: ProbeReport) -> Scaled | str:
     bend = max(of.curvature_of_change_size, abs(of.curvature or 0.0), of.curvature_se or 0.0)
     per_token = max(abs(of.delta_h1_per_lr_per_token), of.delta_h1_per_lr_per_token_se)
     bend_per_token = max(abs(of.curvature_per_token), of.curvature_per_token_se)
-    slopes = ("delta_h1_per_lr_cross", "delta_h1_per_lr_cross_se", "slope_of_v0", "slope_by_unit", "slope_of_change")
+    slopes = (
+        "delta_h1_per_lr_cross",
+        "delta_h1_per_lr_cross_se",
+        "slope_of_v0",
+        "slope_by_unit",
+        "slope_of_change",
+    )
     bends = ("curvature_of_change", "curvature_of_change_size", "curvature", "curvature_se")
     return {
-        **{name: (getattr(of, name), getattr(of, name)) for name in ("norm", "norm_v0", "grad_norm")},
+        **{
+            name: (getattr(of, name), getattr(of, name))
+            for name in ("norm", "norm_v0", "grad_norm")
+        },
         **{name: (getattr(of, name), size) for name in (*slopes, "slope_of_change_size")},
         **_estimates("slope.", of.estimators, size),
-        "slope.per_token": ([of.delta_h1_per_lr_per_token, of.delta_h1_per_lr_per_token_se], per_token),
+        "slope.per_token": (
+            [of.delta_h1_per_lr_per_token, of.delta_h1_per_lr_per_token_se],
+            per_token,
+        ),
         **{name: (getattr(of, name), bend) for name in bends},
-        "curvature.per_token": ([of.curvature_per_token, of.curvature_per_token_se], bend_per_token),
+        "curvature.per_token": (
+            [of.curvature_per_token, of.curvature_per_token_se],
+            bend_per_token,
+        ),
     }
 
 
@@ -199,8 +244,21 @@ def entropy_change(report: ProbeReport) -> Scaled:
     def column(name: str) -> list[Any]:
         return [getattr(row, name) for row in rows]
 
-    changes = ("delta_h", "delta_h_se", "delta_h_rb", "delta_h_rb_se", "delta_h_rb_by_prompt", "predicted")
-    logs = ("log_weight_min", "log_weight_median", "log_weight_max", "predicted_se", "difference_se")
+    changes = (
+        "delta_h",
+        "delta_h_se",
+        "delta_h_rb",
+        "delta_h_rb_se",
+        "delta_h_rb_by_prompt",
+        "predicted",
+    )
+    logs = (
+        "log_weight_min",
+        "log_weight_median",
+        "log_weight_max",
+        "predicted_se",
+        "difference_se",
+    )
     shares = ("ess_fraction", "unclipped_ess_fraction", "clip_fraction", "pareto_k")
     tokens = ("delta_h_per_token", "delta_h_per_token_naive")
     return {
@@ -226,11 +284,23 @@ def registry(report: ProbeReport) -> Scaled:
     return {
         **counts,
         **{f"preconditioner.{name}": (getattr(precond, name), EXACT) for name in counted},
-        **{f"preconditioner.{name}": (getattr(precond, name), getattr(precond, name) or EXACT) for name in ends},
+        **{
+            f"preconditioner.{name}": (getattr(precond, name), getattr(precond, name) or EXACT)
+            for name in ends
+        },
     }
 
 
 SECTIONS: dict[str, GoldenSection] = {
     section.name: section
-    for section in (checkpoint, batch, entropy, first_order, two_batch, update, entropy_change, registry)
+    for section in (
+        checkpoint,
+        batch,
+        entropy,
+        first_order,
+        two_batch,
+        update,
+        entropy_change,
+        registry,
+    )
 }

@@ -24,26 +24,52 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("--version", action="version", version=f"entropy-probe {__version__}")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="measure a checkpoint and write its report")
-    run.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one")
-    run.add_argument("--out", type=Path, metavar="FILE", help="where report.json goes (default: standard output)")
-    run.add_argument("--plot", type=Path, metavar="FILE", help="draw prediction against realisation (.png or .svg)")
+    run.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one"
+    )
+    run.add_argument(
+        "--out", type=Path, metavar="FILE", help="where report.json goes (default: standard output)"
+    )
+    run.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw prediction against realisation (.png or .svg)",
+    )
     run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
     run.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
-    run.add_argument("--rollouts", type=Path, metavar="FILE", help="E batch: responses to use in place of sampling")
-    run.add_argument("--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from")
+    run.add_argument(
+        "--rollouts",
+        type=Path,
+        metavar="FILE",
+        help="E batch: responses to use in place of sampling",
+    )
+    run.add_argument(
+        "--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from"
+    )
     run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to sample from")
-    run.add_argument("--budget", help="how much is computed: smoke, standard or full (default: standard)")
+    run.add_argument(
+        "--budget", help="how much is computed: smoke, standard or full (default: standard)"
+    )
     run.add_argument("--device", help="where it runs (default: cpu)")
-    run.add_argument("--memory-limit", metavar="SIZE", help="memory that is kept to by smaller batches, such as 8GiB")
+    run.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="memory that is kept to by smaller batches, such as 8GiB",
+    )
     run.add_argument(
         "--device-map",
         metavar="NAME",
         help="for a model that outgrows one device: auto, balanced, balanced_low_0 or sequential",
     )
-    run.add_argument("--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too")
+    run.add_argument(
+        "--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too"
+    )
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
     inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
-    inspect.add_argument("checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one")
+    inspect.add_argument(
+        "checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one"
+    )
     inspect.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
     inspect.add_argument("--json", action="store_true", help="for machines")
     return main_parser
@@ -107,7 +133,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if not world.first:
         return 0
     if report.no_second_moment is not None:
-        print(f"entropy-probe: nothing about the next step: {report.no_second_moment}", file=sys.stderr)
+        print(
+            f"entropy-probe: nothing about the next step: {report.no_second_moment}",
+            file=sys.stderr,
+        )
     if report.memory.over_limit is not None:
         print(f"entropy-probe: warning: {report.memory.over_limit}", file=sys.stderr)
     if arguments.out is None:
@@ -139,12 +168,19 @@ def _folder(given: str) -> Path:
             return path
         problem = "no such folder"
     except (OSError, RuntimeError) as error:  # no rights, a name too long, no such user
-        path, problem = Path(given), f"cannot be looked at ({getattr(error, 'strerror', None) or error})"
+        path, problem = (
+            Path(given),
+            f"cannot be looked at ({getattr(error, 'strerror', None) or error})",
+        )
     raise ConfigError(path, problem, "give a checkpoint folder")
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:
-    print(f"\r\033[K{stage} {done}/{total}", end="\n" if stage == "continuity" and done else "", file=sys.stderr)
+    print(
+        f"\r\033[K{stage} {done}/{total}",
+        end="\n" if stage == "continuity" and done else "",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ def shown(value: object) -> str:
     Containers are written two levels deep, since a list that holds another one twice, and so on, has no end.
     """
     try:
-        text = _short.repr(value) if isinstance(value, list | tuple | dict | set | frozenset) else repr(value)
+        text = (
+            _short.repr(value)
+            if isinstance(value, list | tuple | dict | set | frozenset)
+            else repr(value)
+        )
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"

@@ -40,7 +40,12 @@ Value: TypeAlias = bool | int | float | str | list[Any] | None
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 # (rtol, atol) of torch.testing.assert_close; a dtype that is not here is narrower than all of them
 _EXACT, _COARSEST = (0.0, 0.0), (1.6e-2, 1e-5)
-_BY_DTYPE = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "float16": (1e-3, 1e-5), "longdouble": (1e-7, 1e-7)}
+_BY_DTYPE = {
+    "float64": (1e-7, 1e-7),
+    "float32": (1.3e-6, 1e-5),
+    "float16": (1e-3, 1e-5),
+    "longdouble": (1e-7, 1e-7),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,11 @@ class Difference:
     @property
     def ratio(self) -> float:
         """Size over what is allowed; infinite where there is no size, or an infinite one."""
-        return self.size / self.allowed if self.allowed and self.size is not None and self.size < math.inf else math.inf
+        return (
+            self.size / self.allowed
+            if self.allowed and self.size is not None and self.size < math.inf
+            else math.inf
+        )
 
 
 @dataclass(frozen=True)
@@ -104,10 +113,15 @@ def new_field(name: Any, value: Any, rtol: float | None = None, atol: float | No
     plain = _plain(name, value, dtypes)
     found = [_BY_DTYPE.get(dtype, _COARSEST) for dtype in dtypes] or [_EXACT]
     own = [max(column) for column in zip(*found, strict=True)]
-    chosen = [given if given is not None else default for given, default in zip((rtol, atol), own, strict=True)]
+    chosen = [
+        given if given is not None else default
+        for given, default in zip((rtol, atol), own, strict=True)
+    ]
     for key, number in zip(("rtol", "atol"), chosen, strict=True):
         if not _is_tolerance(number):
-            raise ProbeError(f"golden field {name!r}", f"{key} is {number!r}", "give a number that is 0 or more")
+            raise ProbeError(
+                f"golden field {name!r}", f"{key} is {number!r}", "give a number that is 0 or more"
+            )
     return Field(plain, Tolerance(float(chosen[0]), float(chosen[1])))
 
 
@@ -149,10 +163,18 @@ def _of_tensor(name: str, tensor: Any, dtypes: set[str]) -> Any:
     if narrow:
         dtypes.add(dtype)
     try:
-        return (tensor.detach().float() if narrow else tensor.detach()).cpu().resolve_neg().resolve_conj().numpy()
+        return (
+            (tensor.detach().float() if narrow else tensor.detach())
+            .cpu()
+            .resolve_neg()
+            .resolve_conj()
+            .numpy()
+        )
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ProbeError(
-            f"golden field {name!r}", f"this tensor has no array ({error})", "give an array of its numbers"
+            f"golden field {name!r}",
+            f"this tensor has no array ({error})",
+            "give an array of its numbers",
         ) from error
 
 
@@ -169,9 +191,14 @@ def read(path: Path) -> Golden | None:
     schema = table.get("schema") if isinstance(table, dict) else None
     if schema != SCHEMA:
         raise _no_golden(path, f"is not a golden file of schema {SCHEMA} (schema: {schema!r})")
-    if set(table) != {"schema", "meta", "fields"} or not all(isinstance(table[k], dict) for k in ("meta", "fields")):
+    if set(table) != {"schema", "meta", "fields"} or not all(
+        isinstance(table[k], dict) for k in ("meta", "fields")
+    ):
         raise _no_golden(path, "does not consist of schema, meta and fields")
-    return Golden(table["meta"], {name: _read_field(path, name, entry) for name, entry in table["fields"].items()})
+    return Golden(
+        table["meta"],
+        {name: _read_field(path, name, entry) for name, entry in table["fields"].items()},
+    )
 
 
 def _no_constant(name: str) -> float:
@@ -179,7 +206,11 @@ def _no_constant(name: str) -> float:
 
 
 def _no_golden(path: Path, problem: str) -> ProbeError:
-    return ProbeError(path, problem, "correct it, or delete it and write it again with --probe-golden-update=missing")
+    return ProbeError(
+        path,
+        problem,
+        "correct it, or delete it and write it again with --probe-golden-update=missing",
+    )
 
 
 def _read_field(path: Path, name: str, entry: Any) -> Field:
@@ -189,7 +220,9 @@ def _read_field(path: Path, name: str, entry: Any) -> Field:
         raise _no_golden(path, f"field {name!r} does not consist of value, rtol, atol and source")
     for key in ("rtol", "atol"):
         if not _is_tolerance(entry[key]):
-            raise _no_golden(path, f"{key} of field {name!r} is {entry[key]!r}, not a number that is 0 or more")
+            raise _no_golden(
+                path, f"{key} of field {name!r} is {entry[key]!r}, not a number that is 0 or more"
+            )
     if not isinstance(entry.get("source"), str | None):
         raise _no_golden(path, f"source of field {name!r} is not a text")
     try:
@@ -200,7 +233,9 @@ def _read_field(path: Path, name: str, entry: Any) -> Field:
 
 
 def _is_tolerance(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
+    return (
+        isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
+    )
 
 
 def write(path: Path, golden: Golden) -> bool:
@@ -233,7 +268,9 @@ def compare(expected: Mapping[str, Field], got: Mapping[str, Field]) -> Comparis
             one, other = ("a value" if name in side else "missing" for side in (expected, got))
             found.append(Difference(name, one, other, None, None))
         else:
-            found += _differences(name, expected[name].value, got[name].value, expected[name].tolerance)
+            found += _differences(
+                name, expected[name].value, got[name].value, expected[name].tolerance
+            )
     out = (d for d in found if d.size is None or d.ratio > 1)
     by_size = sorted(out, key=lambda d: (d.size is not None, -d.ratio, -(d.size or 0.0)))
     return Comparison(max((d.ratio for d in found), default=0.0), tuple(by_size))
@@ -251,7 +288,9 @@ def _differences(
     if _is_number(expected) and _is_number(got):
         if expected == got or (expected != expected and got != got):
             return
-        allowed = tolerance.atol + (tolerance.rtol * _distance(expected, 0) if tolerance.rtol else 0.0)
+        allowed = tolerance.atol + (
+            tolerance.rtol * _distance(expected, 0) if tolerance.rtol else 0.0
+        )
         yield Difference(where, *_apart(expected, got), _distance(expected, got), allowed)
     elif type(expected) is not type(got) or expected != got:
         yield Difference(where, _shown(expected), _shown(got), None, None)
@@ -311,7 +350,9 @@ def update(stored: Golden | None, got: Golden, mode: Mode) -> tuple[Golden | Non
     if mode == "missing":
         after = {**kept, **before}
     elif mode == "changed":
-        out = [n for n, f in before.items() if n in kept and compare({n: f}, {n: kept[n]}).differences]
+        out = [
+            n for n, f in before.items() if n in kept and compare({n: f}, {n: kept[n]}).differences
+        ]
         after = {**before, **{name: kept[name] for name in out}}
     else:
         after = kept
@@ -334,7 +375,9 @@ def explain(expected: Golden, got: Golden, comparison: Comparison) -> str:
     ]
     rows = [("field[index]", "expected", "got", "difference", "allowed")]
     for d in comparison.differences[:MOST_ROWS]:
-        size, allowed = ("-" if number is None else f"{number:.3g}" for number in (d.size, d.allowed))
+        size, allowed = (
+            "-" if number is None else f"{number:.3g}" for number in (d.size, d.allowed)
+        )
         rows.append((d.where, d.expected, d.got, size, allowed))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
@@ -344,7 +387,9 @@ def explain(expected: Golden, got: Golden, comparison: Comparison) -> str:
     return "\n".join(lines + ([f"… and {more} more"] if more > 0 else []))
 
 
-def _metadata(expected: Mapping[str, Any], got: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _metadata(
+    expected: Mapping[str, Any], got: Mapping[str, Any], above: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     """(key, expected, got) of what both sides know and say differently."""
     for key in sorted(expected.keys() & got.keys()):
         one, other = expected[key], got[key]

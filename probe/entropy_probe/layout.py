@@ -17,10 +17,24 @@ from pathlib import Path
 from entropy_probe.errors import CheckpointError, printable
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "training_state.pt")
-TRAINER, PRETRAINED, NOTES = "trainer folder", "save_pretrained + optimizer", "training_state/step_N"
+TRAINER, PRETRAINED, NOTES = (
+    "trainer folder",
+    "save_pretrained + optimizer",
+    "training_state/step_N",
+)
 FSDP, DCP, TORCHTITAN = "accelerate", "torch.distributed.checkpoint", "torchtitan"
 VERL, ZERO, UNIVERSAL = "verl FSDP", "DeepSpeed ZeRO", "DeepSpeed universal"
-FORMATS = (TRAINER, PRETRAINED, NOTES, FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL)  # docs/formats.md
+FORMATS = (
+    TRAINER,
+    PRETRAINED,
+    NOTES,
+    FSDP,
+    DCP,
+    TORCHTITAN,
+    VERL,
+    ZERO,
+    UNIVERSAL,
+)  # docs/formats.md
 IN_PIECES = frozenset({FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL})
 """Formats whose weights and moments lie in several files, also in folders below the checkpoint's."""
 _NUMBERED = re.compile(r"(?:(?:checkpoint|step)[-_]|global_step_?)(\d+)", re.ASCII)
@@ -70,10 +84,14 @@ def find_layout(path: str | Path) -> Layout:
         if not folder.is_dir():
             got = "is a file" if folder.exists() else "does not exist"
             raise CheckpointError(
-                folder, f"{got}, expected a checkpoint folder", "give the folder that the trainer wrote"
+                folder,
+                f"{got}, expected a checkpoint folder",
+                "give the folder that the trainer wrote",
             )
         if printable(folder) != str(folder):
-            raise CheckpointError(folder, "its name is not UTF-8, which safetensors cannot open", "rename the folder")
+            raise CheckpointError(
+                folder, "its name is not UTF-8, which safetensors cannot open", "rename the folder"
+            )
         chosen, note = _chosen(folder)
         if (of_rank := _of_rank(chosen)) is not None:
             return Layout(chosen, _beside(chosen, of_rank[0]), of_rank[1], note)
@@ -85,7 +103,9 @@ def find_layout(path: str | Path) -> Layout:
         by_trainer = (chosen / "trainer_state.json").is_file()
         return Layout(chosen, chosen, TRAINER if by_trainer else PRETRAINED, note)
     except OSError as error:
-        raise CheckpointError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
+        raise CheckpointError(
+            folder, f"cannot be read ({error.strerror})", "make it readable"
+        ) from error
 
 
 def configured(layout: Layout, base: Path | None) -> Layout:
@@ -97,7 +117,9 @@ def configured(layout: Layout, base: Path | None) -> Layout:
         return layout
     if base is None or not (base / "config.json").is_file():
         where = layout.folder if base is None else base
-        raise CheckpointError(where, "has no config.json", "name the base model's folder with --probe-base-model")
+        raise CheckpointError(
+            where, "has no config.json", "name the base model's folder with --probe-base-model"
+        )
     return replace(layout, weights=base)
 
 
@@ -124,7 +146,11 @@ def _format_in_pieces(folder: Path) -> str | None:
         return FSDP
     # save_state leaves the configuration out; the Trainer writes weights that need no help beside optimizer.bin
     alone = (folder / "optimizer.bin").is_file() and not _has_config(folder)
-    weights = [*folder.glob("*model*.safetensors"), *folder.glob("pytorch_model*.bin"), folder / "adapter_model.bin"]
+    weights = [
+        *folder.glob("*model*.safetensors"),
+        *folder.glob("pytorch_model*.bin"),
+        folder / "adapter_model.bin",
+    ]
     only_fsdp = all(path.name == "pytorch_model_fsdp.bin" for path in weights if path.is_file())
     return FSDP if alone or (only_fsdp and (folder / "pytorch_model_fsdp.bin").is_file()) else None
 
@@ -140,11 +166,15 @@ def _chosen(folder: Path) -> tuple[Path, str]:
     if (folder / "latest").is_file() and (tag is None or _with_optimizer(tag) is None):
         named = printable(_latest(folder))[:60]
         raise CheckpointError(
-            folder / "latest", f"names {named!r}, which holds no *_optim_states.pt", "give the folder that holds them"
+            folder / "latest",
+            f"names {named!r}, which holds no *_optim_states.pt",
+            "give the folder that holds them",
         )
     for run in (folder / name for name in _RUNS):
         children = run.iterdir() if run.is_dir() else ()
-        numbered = {c: int(m[1]) for c in children if (m := _NUMBERED.fullmatch(c.name)) and c.is_dir()}
+        numbered = {
+            c: int(m[1]) for c in children if (m := _NUMBERED.fullmatch(c.name)) and c.is_dir()
+        }
         whole = {child: own for child in numbered if (own := _with_optimizer(child)) is not None}
         if whole:
             newest = max(whole, key=numbered.__getitem__)
@@ -153,7 +183,9 @@ def _chosen(folder: Path) -> tuple[Path, str]:
             note = f"{newest.name} is the newest of {len(numbered)} checkpoints in {printable(run)}{without}"
             return whole[newest], note
         if numbered:
-            raise _no_optimizer(run, f"none of its {len(numbered)} checkpoints has an optimizer state")
+            raise _no_optimizer(
+                run, f"none of its {len(numbered)} checkpoints has an optimizer state"
+            )
     return folder, ""
 
 
@@ -212,7 +244,9 @@ def _beside(folder: Path, piece: Path) -> Path:
 
 def _no_optimizer(folder: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        folder, f"{problem} ({', '.join(OPTIMIZER_FILES)})", "save optimizer.state_dict() as optimizer.pt"
+        folder,
+        f"{problem} ({', '.join(OPTIMIZER_FILES)})",
+        "save optimizer.state_dict() as optimizer.pt",
     )
 
 

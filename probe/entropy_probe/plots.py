@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 # Okabe and Ito's palette, which stays apart for colour-blind readers and in grey.
 _PREDICTED, _REALISED, _END = "#0072B2", "#D55E00", "#009E73"
-_STYLE: dict[str, Any] = {"svg.hashsalt": "entropy-probe", "font.size": 9.0, "axes.titlesize": 9.0, "savefig.dpi": 150}
-_NO_DATE: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "entropy-probe",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "savefig.dpi": 150,
+}
+_NO_DATE: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
 _RESTRICTED = "top_p < 1: the change within the nucleus, about which nothing is predicted"
 _SAME_BATCH = "one batch: what is realised holds the noise that the update fitted"
 
@@ -35,9 +43,15 @@ _SAME_BATCH = "one batch: what is realised holds the noise that the update fitte
 def require_drawable(path: Path) -> None:
     """A `ConfigError` where no figure could be written to `path`: another suffix, or no matplotlib."""
     if path.suffix.lower() not in FORMATS:
-        raise ConfigError(path, "is not a kind of figure that is written", f"end its name in {' or '.join(FORMATS)}")
+        raise ConfigError(
+            path,
+            "is not a kind of figure that is written",
+            f"end its name in {' or '.join(FORMATS)}",
+        )
     if find_spec("matplotlib") is None:
-        raise ConfigError(path, "figures need matplotlib", "pip install pytest-entropy-probe[plots]")
+        raise ConfigError(
+            path, "figures need matplotlib", "pip install pytest-entropy-probe[plots]"
+        )
 
 
 def save_figure(report: ProbeReport, path: Path) -> None:
@@ -74,10 +88,20 @@ def text_table(report: ProbeReport, *, plain: bool = False) -> str:
     heading = (eta, "predicted", se, "realised", se, "diff/SE", "ratio", "ESS/N", "in range")
     cells = [heading, *(_cells(row) for row in report.entropy_change if row.eta != 0)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines = [
+        " ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    ]
     star = report.update.eta_star
     notes = [] if star is None else [f"{eta}* = {star:.3g}"]
-    return "\n".join([f"prediction against realisation ({report.unit_of_change})", *lines, *notes, *_warnings(report)])
+    return "\n".join(
+        [
+            f"prediction against realisation ({report.unit_of_change})",
+            *lines,
+            *notes,
+            *_warnings(report),
+        ]
+    )
 
 
 def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
@@ -114,15 +138,21 @@ def _warnings(report: ProbeReport) -> list[str]:
 def _figure(report: ProbeReport) -> Figure:
     from matplotlib.figure import Figure
 
-    rows = [row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.delta_h_rb)]
+    rows = [
+        row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.delta_h_rb)
+    ]
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")
     figure.suptitle(_title(report, rows), parse_math=False)
     change, slope = figure.subplots(1, 2)
-    change.set(xlabel="η", ylabel=f"ΔH ({report.unit_of_change})", title="the change; bars: SE of realised")
+    change.set(
+        xlabel="η", ylabel=f"ΔH ({report.unit_of_change})", title="the change; bars: SE of realised"
+    )
     change.locator_params(axis="x", nbins=5)
     against = "" if _restricted(report) else " − predicted"
     slope.set(
-        xlabel="η", ylabel=f"ΔH/η ({report.unit_of_change} per unit η)", title=f"over η; bars: SE of realised{against}"
+        xlabel="η",
+        ylabel=f"ΔH/η ({report.unit_of_change} per unit η)",
+        title=f"over η; bars: SE of realised{against}",
     )
     if rows:
         decade = math.floor(math.log10(min(abs(row.eta) for row in rows)))
@@ -158,8 +188,15 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
         of = f", {Path(run).name}".replace("$", r"\$") if len(runs) > 1 else ""  # no formula
         realised = [(r.delta_h_rb, r.delta_h_rb_se) if r else (None, None) for r in rows]
         inside = [(r.predicted, r.predicted_se) if r and r.in_range else (None, None) for r in rows]
-        outside = [(r.predicted, r.predicted_se) if r and not r.in_range else (None, None) for r in rows]
-        ends += [v + s * sign for v, s in (*realised, *inside) if v is not None and s is not None for sign in (-1, 1)]
+        outside = [
+            (r.predicted, r.predicted_se) if r and not r.in_range else (None, None) for r in rows
+        ]
+        ends += [
+            v + s * sign
+            for v, s in (*realised, *inside)
+            if v is not None and s is not None
+            for sign in (-1, 1)
+        ]
         for axes, label, color, style, values in (
             (entropy, f"H ± SE{of}", _END, {"linestyle": "-"}, [(e.value, e.se) for e in tokens]),
             (change, "predicted ± SE", _PREDICTED, {}, inside),
@@ -187,7 +224,11 @@ def _title(report: ProbeReport, rows: Sequence[EntropyChangeRow]) -> str:
     name = report.checkpoint.name
     title = f"{name if len(name) <= 50 else '…' + name[-49:]}: entropy along the next update, predicted and realised"
     return "\n".join(
-        [title, *_warnings(report), *([] if rows else [report.no_second_moment or "nothing was measured"])]
+        [
+            title,
+            *_warnings(report),
+            *([] if rows else [report.no_second_moment or "nothing was measured"]),
+        ]
     )
 
 
@@ -212,7 +253,9 @@ def _predicted(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None
     eta = np.unique(np.concatenate([np.linspace(at.min(), at.max(), 200), -decades, decades, at]))
     eta = eta[(eta >= at.min()) & (eta <= at.max())]
     value = np.interp(eta, at, _array(row.predicted for row in rows) / at) * eta ** (1 - power)
-    se = np.interp(eta, at, _array(row.predicted_se for row in rows) / size) * np.abs(eta) ** (1 - power)
+    se = np.interp(eta, at, _array(row.predicted_se for row in rows) / size) * np.abs(eta) ** (
+        1 - power
+    )
     axes.plot(eta, value, color=_PREDICTED, label="predicted ± SE")
     axes.fill_between(eta, value - se, value + se, color=_PREDICTED, alpha=0.2, linewidth=0)
 
@@ -223,7 +266,10 @@ def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
         if not shown:
             continue
         eta = _array(row.eta for row in shown)
-        se = _array(row.difference_se if power and row.predicted is not None else row.delta_h_rb_se for row in shown)
+        se = _array(
+            row.difference_se if power and row.predicted is not None else row.delta_h_rb_se
+            for row in shown
+        )
         axes.errorbar(
             eta,
             _array(row.delta_h_rb for row in shown) / eta**power,

@@ -22,7 +22,9 @@ Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=()
+    )
 
 
 class OptimizerSection(_Section):
@@ -362,7 +364,9 @@ class WorstCase(_Section):
         """How much of its bound it takes: 0 where nothing differs, infinite for NaN and above a bound of 0."""
         if self.worst == 0:
             return 0.0
-        return self.worst / self.bound if self.bound > 0 and not math.isnan(self.worst) else math.inf
+        return (
+            self.worst / self.bound if self.bound > 0 and not math.isnan(self.worst) else math.inf
+        )
 
 
 class InvarianceOfCases(_Section):
@@ -575,7 +579,11 @@ class ProbeReport(_Section):
     @property
     def unit_of_change(self) -> str:
         """Of the changes in `entropy_change`, as `true_delta_h.normalize` says."""
-        return "nats/token" if self.config["true_delta_h"]["normalize"] == "per_token" else "nats/response"
+        return (
+            "nats/token"
+            if self.config["true_delta_h"]["normalize"] == "per_token"
+            else "nats/response"
+        )
 
     def to_json(self, path: str | Path) -> None:
         """Write the report atomically: a kill at any moment leaves the old file or the new one."""
@@ -615,4 +623,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise ProbeError(path, f"cannot be written ({error.strerror})", "choose another path") from error
+        raise ProbeError(
+            path, f"cannot be written ({error.strerror})", "choose another path"
+        ) from error

@@ -64,7 +64,9 @@ def run_probe(
     return report
 
 
-def measure(prepared: Prepared, *, name: str | None = None, progress: Progress | None = None) -> r.ProbeReport | None:
+def measure(
+    prepared: Prepared, *, name: str | None = None, progress: Progress | None = None
+) -> r.ProbeReport | None:
     """Everything from scores to report on the two batches.
 
     Of several processes each scores and differentiates its own prompts. What does not grow with the batch, such as
@@ -74,7 +76,9 @@ def measure(prepared: Prepared, *, name: str | None = None, progress: Progress |
         return _measure(prepared, name, progress)
 
 
-def _measure(prepared: Prepared, name: str | None, progress: Progress | None) -> r.ProbeReport | None:
+def _measure(
+    prepared: Prepared, name: str | None, progress: Progress | None
+) -> r.ProbeReport | None:
     checkpoint, config, world = prepared.checkpoint, prepared.config, prepared.world
     e, u = prepared.rollouts, prepared.update_rollouts
     clock = prepared.clock.continued(prepared.model.device, progress)
@@ -103,7 +107,9 @@ def _measure(prepared: Prepared, name: str | None, progress: Progress | None) ->
         with clock("properties"):
             drawn = drawn_properties(models.bound, models.float64, config, eos)
         with clock("continuity"):
-            continuous = continuity_section(models.bound, models.float64, e, of.e.scores, step.v, config)
+            continuous = continuity_section(
+                models.bound, models.float64, e, of.e.scores, step.v, config
+            )
             of_rows = invariance(models.bound, models.float64, e, config)
         with clock("integrity"):
             integrity = watched.section(elsewhere)

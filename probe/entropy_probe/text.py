@@ -64,7 +64,9 @@ def has_lone_surrogate(text: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     content = load_json(path)
     if not isinstance(content, dict):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
+        raise CheckpointError(
+            path, f"holds a {type(content).__name__}, not an object", "restore the file"
+        )
     return content
 
 
@@ -74,4 +76,6 @@ def load_json(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error
+        raise CheckpointError(
+            path, f"is not readable JSON ({error})", "restore the file"
+        ) from error

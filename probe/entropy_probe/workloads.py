@@ -55,7 +55,12 @@ def workload(prepared: Prepared, stage: str) -> Iterator[Workload]:
             def once() -> object:
                 if stage == "scoring":
                     return score(bound, batch, config)
-                return score(bound, batch, config, theta_plus_eta_v(bound.registry, direction, _ETA, bound.dtype))
+                return score(
+                    bound,
+                    batch,
+                    config,
+                    theta_plus_eta_v(bound.registry, direction, _ETA, bound.dtype),
+                )
 
         def call() -> None:
             once()

@@ -23,4 +23,6 @@ CRITERIA: dict[str, Criterion] = {
     for item in vars(family).values()
     if isinstance(item, Criterion)
 }
-GATES: dict[str, Criterion] = {item.name: item for item in vars(gate).values() if isinstance(item, Criterion)}
+GATES: dict[str, Criterion] = {
+    item.name: item for item in vars(gate).values() if isinstance(item, Criterion)
+}

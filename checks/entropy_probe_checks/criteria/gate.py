@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from entropy_probe import ProbeReport
 from entropy_probe.report import BaselineSection, Estimate
 from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, bounds_of
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, inconclusive, not_applicable, second_moment
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    inconclusive,
+    not_applicable,
+    second_moment,
+)
 
 
 @Criterion
@@ -131,7 +137,9 @@ def _adam_step(report: ProbeReport) -> Estimate | Finding:
     if saved is None:
         return not_applicable("The checkpoint has no trainer_state.json with a global_step.")
     if step is None:
-        return not_applicable(f"The optimizer is {report.checkpoint.optimizer.type}: its state has no step.")
+        return not_applicable(
+            f"The optimizer is {report.checkpoint.optimizer.type}: its state has no step."
+        )
     return Estimate(value=float(abs(step - saved)), se=0.0)
 
 
@@ -186,10 +194,15 @@ def _held(report: ProbeReport, name: str) -> Finding:
         return found
     before = report.baseline.quantities.get(name) if report.baseline is not None else None
     if before is None and set(bounds) & set(OF_A_BASELINE):
-        return inconclusive(f"The baseline has no {name}: take a report of a longer batch as baseline.")
+        return inconclusive(
+            f"The baseline has no {name}: take a report of a longer batch as baseline."
+        )
     if math.isinf(found.se) or (before is not None and math.isinf(before.se)):
         return inconclusive(f"The standard error of {name} is infinite.")
-    worst = max(_each(found, before, bounds), key=lambda held: math.inf if math.isnan(held.beyond) else held.beyond)
+    worst = max(
+        _each(found, before, bounds),
+        key=lambda held: math.inf if math.isnan(held.beyond) else held.beyond,
+    )
     beside = "" if before is None else f", baseline {before.value:.3g} ± {before.se:.2g}"
     detail = f"[limits.{name}.{worst.key}; {name} {found.value:.3g} ± {found.se:.2g}{beside}]"
     return Finding("pass" if worst.beyond <= 0 else "fail", worst.value, worst.limit, detail)
@@ -199,14 +212,18 @@ def _each(found: Estimate, before: Estimate | None, bounds: Mapping[str, float])
     noise = bounds.get("noise", NOISE)
     for key, sign in (("min", -1), ("max", 1)):
         if key in bounds:
-            yield _Held(key, found.value, bounds[key], sign * (found.value - bounds[key]) - noise * found.se)
+            yield _Held(
+                key, found.value, bounds[key], sign * (found.value - bounds[key]) - noise * found.se
+            )
     if before is None:
         return
     size, together = abs(before.value), math.hypot(found.se, before.se)
     for key, sign in (("fall", -1), ("rise", 1)):
         change = sign * (found.value - before.value)
         if key in bounds:
-            moved = before.se * abs(1 + sign * math.copysign(bounds[key], before.value))  # SE of b ∓ share·|b|
+            moved = before.se * abs(
+                1 + sign * math.copysign(bounds[key], before.value)
+            )  # SE of b ∓ share·|b|
             beyond = change - bounds[key] * size - noise * math.hypot(found.se, moved)
             yield _Held(key, _in_units(change, size), bounds[key], beyond)
         if f"{key}_se" in bounds:

@@ -65,7 +65,9 @@ def se_by_prompt(report: ProbeReport) -> Finding:
     pairs = [(report.entropy.rb.se, report.entropy.rb_by_prompt)]
     pairs += [(row.delta_h_rb_se, row.delta_h_rb_by_prompt) for row in report.entropy_change]
     found = [(se, math.sqrt(variance(terms) / len(terms))) for se, terms in pairs]
-    return at_most(largest(*(relative(abs(a - b), b) for a, b in found)), limit_for(report, "se_by_prompt"))
+    return at_most(
+        largest(*(relative(abs(a - b), b) for a, b in found)), limit_for(report, "se_by_prompt")
+    )
 
 
 @second_moment
@@ -78,7 +80,9 @@ def ess(report: ProbeReport) -> Finding:
     row = _row(report, needed(report.first_order).lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
     if row.method != "snis":
-        return not_applicable(f"ΔH there comes from the fallback `{row.method}`.", row.unclipped_ess_fraction, limit)
+        return not_applicable(
+            f"ΔH there comes from the fallback `{row.method}`.", row.unclipped_ess_fraction, limit
+        )
     least = -largest(-row.ess_fraction, -row.unclipped_ess_fraction)
     return at_least(least, limit, otherwise="inconclusive")
 

@@ -101,7 +101,9 @@ def prediction(report: ProbeReport) -> Finding:
     """
     rows = [row for row in report.entropy_change if row.eta != 0 and row.predicted is not None]
     if not rows:
-        return not_applicable("top_p < 1: the slope of π predicts nothing about π restricted to the nucleus.")
+        return not_applicable(
+            "top_p < 1: the slope of π predicts nothing about π restricted to the nucleus."
+        )
     in_range, limit = [row for row in rows if row.in_range], limit_for(report, "prediction")
     if not in_range:
         return inconclusive(_why_out_of_range(rows), None, limit)
@@ -109,7 +111,9 @@ def prediction(report: ProbeReport) -> Finding:
     judged = [row for row in in_range if low <= abs(row.eta) <= high]
     if not judged:
         dtype = report.config["precision"]["func_override"]["dtype"]
-        return inconclusive(f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit)
+        return inconclusive(
+            f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit
+        )
     worst = largest(*(in_se(row.difference, row.difference_se) for row in judged))
     return at_most(of_a_normal(worst, report.batch.num_prompts - 1), limit)
 
@@ -125,7 +129,9 @@ def sweep_identity(report: ProbeReport) -> Finding:
     if report.config["generation"]["top_p"] < 1.0:
         return not_applicable("top_p < 1: the weights are those of the restricted policy.")
     if not pairs:
-        return not_applicable("No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas.")
+        return not_applicable(
+            "No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas."
+        )
     update = needed(report.update)
     mean_length = report.batch.num_tokens / (report.batch.num_prompts * report.batch.num_responses)
     size = update.slope_of_change_size / mean_length
@@ -135,7 +141,9 @@ def sweep_identity(report: ProbeReport) -> Finding:
         off = relative(abs(per_token - update.delta_h1_per_lr_per_token), size)
         if report.config["true_delta_h"]["normalize"] == "per_sequence":
             change = (up.delta_h_rb - down.delta_h_rb) / (2 * eta)
-            off = largest(off, relative(abs(change - update.slope_of_change), update.slope_of_change_size))
+            off = largest(
+                off, relative(abs(change - update.slope_of_change), update.slope_of_change_size)
+            )
         found.append(off)
     return at_most(_best(found), limit_for(report, "sweep_identity"))
 
@@ -148,9 +156,14 @@ def curvature_identity(report: ProbeReport) -> Finding:
     Second-order prediction and η* are wrong with it.
     """
     limit, update = limit_for(report, "curvature_identity"), needed(report.update)
-    if report.config["generation"]["top_p"] < 1.0 or report.config["true_delta_h"]["normalize"] != "per_sequence":
+    if (
+        report.config["generation"]["top_p"] < 1.0
+        or report.config["true_delta_h"]["normalize"] != "per_sequence"
+    ):
         return not_applicable("It is asked of the entropy per response at top_p = 1.")
-    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(report.entropy.rb.value)
+    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(
+        report.entropy.rb.value
+    )
     size = update.curvature_of_change_size
     pairs = {eta: pair for eta, pair in _pairs(report).items() if eta**2 * size * limit > rounding}
     if not pairs:
@@ -171,7 +184,11 @@ def _pairs(report: ProbeReport) -> dict[float, tuple[Any, Any]]:
     """η > 0 → the rows at η and −η, where both are reliable and resolved."""
     rows = {row.eta: row for row in report.entropy_change if row.reliable and row.method == "snis"}
     low, high = _resolved(report)
-    return {eta: (row, rows[-eta]) for eta, row in rows.items() if low <= eta <= high and eta > 0 and -eta in rows}
+    return {
+        eta: (row, rows[-eta])
+        for eta, row in rows.items()
+        if low <= eta <= high and eta > 0 and -eta in rows
+    }
 
 
 def _resolved(report: ProbeReport) -> tuple[float, float]:
@@ -209,4 +226,8 @@ def slope_identity(report: ProbeReport) -> Finding:
 
 
 def _where(report: ProbeReport) -> str:
-    return f"[{needed(report.update).worst_parameter}]" if needed(report.update).worst_parameter else ""
+    return (
+        f"[{needed(report.update).worst_parameter}]"
+        if needed(report.update).worst_parameter
+        else ""
+    )

@@ -30,7 +30,9 @@ def _coverage(report: ProbeReport, value: float, limit: float, all_equal: str) -
         name, reason = next(iter(registry.explained.items()))
         return not_applicable(f"{name}: {reason}", value, limit)
     frozen = f"[taken as frozen, without Adam state: {_some(registry.taken_as_frozen)[1:]}"
-    return at_least(value, limit, detail=_some(unexplained) or (frozen if registry.taken_as_frozen else ""))
+    return at_least(
+        value, limit, detail=_some(unexplained) or (frozen if registry.taken_as_frozen else "")
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -44,7 +46,9 @@ def x_coverage(report: ProbeReport) -> Finding:
     The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
     what is unused, or find where the graph is cut.
     """
-    return _coverage(report, report.registry.x_coverage, limit_for(report, "x_coverage"), "log-probability")
+    return _coverage(
+        report, report.registry.x_coverage, limit_for(report, "x_coverage"), "log-probability"
+    )
 
 
 @Criterion
@@ -84,7 +88,11 @@ def optimizer_as_saved(report: ProbeReport) -> Finding:
     saved, read = report.checkpoint.optimizer.saved, report.checkpoint.optimizer.read
     off = {key: abs(saved.get(key, 0) - read.get(key, 0)) for key in {*saved, *read}}
     wrong = [key for key, count in off.items() if count]
-    return at_most(float(sum(off.values())), limit_for(report, "optimizer_as_saved"), detail=_some(sorted(wrong)))
+    return at_most(
+        float(sum(off.values())),
+        limit_for(report, "optimizer_as_saved"),
+        detail=_some(sorted(wrong)),
+    )
 
 
 @second_moment
@@ -93,7 +101,10 @@ def preconditioner_finite(report: ProbeReport) -> Finding:
 
     ε is 0 and some second moments are 0, or the moments overflowed: every dot product is NaN.
     """
-    return at_most(float(needed(report.preconditioner).num_nonfinite), limit_for(report, "preconditioner_finite"))
+    return at_most(
+        float(needed(report.preconditioner).num_nonfinite),
+        limit_for(report, "preconditioner_finite"),
+    )
 
 
 @second_moment
@@ -142,4 +153,7 @@ def live_model_unmodified(report: ProbeReport) -> Finding:
     this run do not belong to the checkpoint. Look for code that writes into the module in place.
     """
     changed = report.integrity.checksum_before != report.integrity.checksum_after
-    return at_most(float(changed + report.integrity.copies_modified), limit_for(report, "live_model_unmodified"))
+    return at_most(
+        float(changed + report.integrity.copies_modified),
+        limit_for(report, "live_model_unmodified"),
+    )

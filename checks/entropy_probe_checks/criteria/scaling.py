@@ -26,7 +26,9 @@ def param_scaling(report: ProbeReport) -> Finding:
     θ + ηv does not move θ in proportion to η: the addition runs in too few bits, v is zero, or v is not what is added.
     Check the dtype of the override and the norm of the update direction.
     """
-    return at_most(factor_from_one(report.continuity.param_ratio), limit_for(report, "param_scaling"))
+    return at_most(
+        factor_from_one(report.continuity.param_ratio), limit_for(report, "param_scaling")
+    )
 
 
 @Criterion
@@ -36,7 +38,9 @@ def logit_scaling(report: ProbeReport) -> Finding:
     The logits do not follow η: at η = 1e-10 they move by rounding noise. A part of the forward runs in float32 or below
     (a custom layer that casts with an operation the float64 context does not know), or it is not deterministic.
     """
-    return at_most(factor_from_one(report.continuity.logit_ratio), limit_for(report, "logit_scaling"))
+    return at_most(
+        factor_from_one(report.continuity.logit_ratio), limit_for(report, "logit_scaling")
+    )
 
 
 @Criterion
@@ -48,7 +52,9 @@ def drawn_scaling(report: ProbeReport) -> Finding:
     """
     measured = report.invariance.scaling
     if measured is None:
-        return not_applicable("invariance.max_examples is 0, or no drawn v moves a logit above rounding.")
+        return not_applicable(
+            "invariance.max_examples is 0, or no drawn v moves a logit above rounding."
+        )
     return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
 
 
@@ -77,7 +83,9 @@ def delta_h_slope(report: ProbeReport) -> Finding:
     The realised change does not start in proportion to η: weights, payload or θ + ηv are not smooth in η.
     """
     missing = "Rounding or the model's kinks leave fewer than 1.5 decades of η in the range of first order."
-    return _off_from(report.continuity.delta_h_slope, 1.0, limit_for(report, "delta_h_slope"), missing)
+    return _off_from(
+        report.continuity.delta_h_slope, 1.0, limit_for(report, "delta_h_slope"), missing
+    )
 
 
 @part("taylor")
@@ -88,9 +96,12 @@ def taylor_order(report: ProbeReport) -> Finding:
     baseline, a weight, a detached tensor or float32 in one of the two.
     """
     missing = (
-        "Rounding or kinks leave fewer than 1.5 decades of η for the remainder, or there is no forward-mode derivative."
+        "Rounding or kinks leave fewer than 1.5 decades of η for the remainder, or there is no "
+        "forward-mode derivative."
     )
-    return _off_from(report.continuity.taylor_order, 2.0, limit_for(report, "taylor_order"), missing)
+    return _off_from(
+        report.continuity.taylor_order, 2.0, limit_for(report, "taylor_order"), missing
+    )
 
 
 @part("taylor")
@@ -121,7 +132,11 @@ def step_resolved(report: ProbeReport) -> Finding:
         return not_applicable("The run is in float64 itself.")
     limit = limit_for(report, "step_resolved")
     if seen.trusted_eta_min is None or seen.trusted_eta_max is None:
-        return inconclusive("ΔH differs from that in float64 at every η: measure in float64 (precision).", None, limit)
+        return inconclusive(
+            "ΔH differs from that in float64 at every η: measure in float64 (precision).",
+            None,
+            limit,
+        )
     if seen.trusted_eta_max < min(lr, seen.taylor_eta_max or lr):
         detail = f"ΔH is resolved up to η = {seen.trusted_eta_max:.2g} only: measure in float64 (precision)."
         return inconclusive(detail, seen.trusted_eta_min / lr, limit)

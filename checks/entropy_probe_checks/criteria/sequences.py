@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from entropy_probe import ProbeReport
 from entropy_probe.report import WorstCase
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_least, at_most, in_se, not_applicable
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_least,
+    at_most,
+    in_se,
+    not_applicable,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 _FEW_NATS = 1.0  # per response: four and more responses of two prompts may well be the same
@@ -77,7 +84,9 @@ def batches_as_given(report: ProbeReport) -> Finding:
 
     E and U are exchanged, or a file is not used: the update is judged on responses that it comes from.
     """
-    wrong = [batch.source for batch in (report.batch, report.update_batch) if batch.source != batch.given]
+    wrong = [
+        batch.source for batch in (report.batch, report.update_batch) if batch.source != batch.given
+    ]
     detail = f"[{', '.join(wrong)}]" if wrong else ""
     return at_most(float(len(wrong)), limit_for(report, "batches_as_given"), detail=detail)
 
@@ -93,7 +102,12 @@ def seeded(report: ProbeReport) -> Finding:
         return not_applicable("The responses were not sampled here.")
     if drawn.other_seed == 1.0 and drawn.same_seed == 1.0:
         known = report.entropy.rb.value < _FEW_NATS
-        return Finding("inconclusive" if known else "fail", 1.0, limit, "[another seed draws the same responses]")
+        return Finding(
+            "inconclusive" if known else "fail",
+            1.0,
+            limit,
+            "[another seed draws the same responses]",
+        )
     return at_least(drawn.same_seed, limit)
 
 

@@ -37,7 +37,9 @@ def gradient_witness(report: ProbeReport) -> Finding:
     if measured is None:
         return not_applicable("No prompt was recomputed.")
     differences = (measured["x_difference"], measured["y_difference"])
-    return at_most(largest(*(d for d in differences if d is not None)), limit_for(report, "gradient_witness"))
+    return at_most(
+        largest(*(d for d in differences if d is not None)), limit_for(report, "gradient_witness")
+    )
 
 
 @part("projections")
@@ -52,7 +54,9 @@ def projections_agree(report: ProbeReport) -> Finding:
     names = {"projections_jvp": "JVP", "projections_alpha": "α-trick"}
     if report.no_second_moment is None:
         names["projections_v"] = "JVP along v"
-    found = {way: value for key, way in names.items() if (value := report.witness.get(key)) is not None}
+    found = {
+        way: value for key, way in names.items() if (value := report.witness.get(key)) is not None
+    }
     missing = [way for way in names.values() if way not in found]
     detail = f"[no {', no '.join(missing)}: an operation lacks that derivative]" if missing else ""
     if not found:
@@ -89,7 +93,10 @@ def delta_h1_identity(report: ProbeReport) -> Finding:
     f = needed(report.first_order)
     scale = f.lr * math.fsum(abs(x) for x in f.row_means) / f.num_units
     sums = [math.fsum(f.delta_h1_by_unit), *_sums(f.delta_h1_parts)]
-    deviations = [_relative(f.delta_h1, -f.lr * f.u_cross, scale), *(_relative(s, f.delta_h1, scale) for s in sums)]
+    deviations = [
+        _relative(f.delta_h1, -f.lr * f.u_cross, scale),
+        *(_relative(s, f.delta_h1, scale) for s in sums),
+    ]
     if f.se_plugin is not None:
         deviations.append(_relative(f.delta_h1_se, f.lr * f.se_plugin, f.lr * f.se_plugin))
     return at_most(largest(*deviations), limit_for(report, "delta_h1_identity"))
@@ -115,7 +122,9 @@ def two_batch_identity(report: ProbeReport) -> Finding:
         _relative(across.bars_dot, _weighted_mean(t, report.update_batch.num_prompts), size),
         _relative(across.delta_h1, -lr * across.bars_dot, lr * size),
         _relative(across.conditional_se, lr * math.sqrt(var_s), lr * size),
-        _relative(across.delta_h1_se, lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4)), lr * size),
+        _relative(
+            across.delta_h1_se, lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4)), lr * size
+        ),
         *(_relative(total, across.delta_h1, lr * size) for total in _sums(across.delta_h1_parts)),
     ]
     return at_most(largest(*deviations), limit_for(report, "two_batch_identity"))
@@ -129,7 +138,10 @@ def _weighted_mean(of_units: list[float], prompts: int) -> float:
 
 def _sums(parts: Any) -> list[float]:
     """Each table of parts, added up."""
-    return [math.fsum(part.value for part in table.values()) for table in (parts.layer, parts.module, parts.factor)]
+    return [
+        math.fsum(part.value for part in table.values())
+        for table in (parts.layer, parts.module, parts.factor)
+    ]
 
 
 def _relative(got: float | None, expected: float, scale: float) -> float:
@@ -159,9 +171,15 @@ def se_formula(report: ProbeReport) -> Finding:
         left_out = [(units * f.u_cross - 2 * r) / (units - 2) for r in f.row_means]
         centre = math.fsum(left_out) / units
         variance = (units - 1) / units * math.fsum((x - centre) ** 2 for x in left_out)
-        expected += [(f.se_jackknife, math.sqrt(variance)), (f.zeta1_jackknife, units / 4 * variance)]
+        expected += [
+            (f.se_jackknife, math.sqrt(variance)),
+            (f.zeta1_jackknife, units / 4 * variance),
+        ]
     middle = _relative(sum(f.interval) / 2, f.u_cross, half)
-    return at_most(largest(middle, *(_relative(got, x, x) for got, x in expected)), limit_for(report, "se_formula"))
+    return at_most(
+        largest(middle, *(_relative(got, x, x) for got, x in expected)),
+        limit_for(report, "se_formula"),
+    )
 
 
 def _ratio(report: ProbeReport) -> float | Finding:
@@ -197,4 +215,8 @@ def se_agreement(report: ProbeReport) -> Finding:
     The two standard errors are far apart: use more units before believing either.
     """
     ratio = _ratio(report)
-    return ratio if isinstance(ratio, Finding) else at_most(factor_from_one(ratio), limit_for(report, "se_agreement"))
+    return (
+        ratio
+        if isinstance(ratio, Finding)
+        else at_most(factor_from_one(ratio), limit_for(report, "se_agreement"))
+    )

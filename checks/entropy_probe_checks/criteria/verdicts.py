@@ -79,7 +79,9 @@ class Criterion:
         )
 
 
-def part(name: Part, *, needs_second_moment: bool = False) -> Callable[[Callable[[ProbeReport], Finding]], Criterion]:
+def part(
+    name: Part, *, needs_second_moment: bool = False
+) -> Callable[[Callable[[ProbeReport], Finding]], Criterion]:
     """`@part(name)` in place of `@Criterion`: a criterion that is not asked where a budget leaves this part out."""
     return partial(Criterion, part=name, needs_second_moment=needs_second_moment)
 
@@ -96,14 +98,22 @@ def needed(section: Section | None) -> Section:
 
 
 def at_most(
-    value: float, limit: float, *, detail: str = "", otherwise: Literal["fail", "inconclusive"] = "fail"
+    value: float,
+    limit: float,
+    *,
+    detail: str = "",
+    otherwise: Literal["fail", "inconclusive"] = "fail",
 ) -> Finding:
     """Pass where value ≤ limit; NaN never passes."""
     return Finding("pass" if value <= limit else otherwise, value, limit, detail)
 
 
 def at_least(
-    value: float, limit: float, *, detail: str = "", otherwise: Literal["fail", "inconclusive"] = "fail"
+    value: float,
+    limit: float,
+    *,
+    detail: str = "",
+    otherwise: Literal["fail", "inconclusive"] = "fail",
 ) -> Finding:
     """Pass where value ≥ limit; NaN never passes."""
     return Finding("pass" if value >= limit else otherwise, value, limit, detail)

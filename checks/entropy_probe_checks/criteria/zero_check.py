@@ -17,7 +17,9 @@ def zero_check(report: ProbeReport) -> Finding:
     measured = report.continuity
     value = measured.zero_check_max_abs
     if not measured.zero_check_bitwise and value == 0.0:
-        value = float("nan")  # NaN logits compare unequal to themselves: their difference must not pass as zero
+        value = float(
+            "nan"
+        )  # NaN logits compare unequal to themselves: their difference must not pass as zero
     return at_most(value, limit_for(report, "zero_check"))
 
 
@@ -31,4 +33,6 @@ def drawn_zero_check(report: ProbeReport) -> Finding:
     measured = report.invariance.zero_step
     if measured is None:
         return not_applicable("invariance.max_examples is 0.")
-    return at_most(measured.worst, limit_for(report, "drawn_zero_check"), detail=f"[{measured.example}]")
+    return at_most(
+        measured.worst, limit_for(report, "drawn_zero_check"), detail=f"[{measured.example}]"
+    )

@@ -79,14 +79,20 @@ def with_graph(network: Network, kind: Pass, run: Run, batch: Batch, rows_at_onc
     """The same where a graph is kept, `rows_at_once` rows at a time, those of a prompt together."""
     columns = batch.longest_of(min(batch.group, rows_at_once))
     if rows_at_once * batch.response > in_a_piece(network, run):
-        kind = replace(kind, output=kind.output + kind.again, output_trained=kind.output_trained + kind.again)
+        kind = replace(
+            kind, output=kind.output + kind.again, output_trained=kind.output_trained + kind.again
+        )
     return of_pass(network, kind, batch.rows, columns, batch.response)
 
 
 def in_a_piece(network: Network, run: Run, logits: int = LOGITS) -> int:
     """Positions that go through the output layer at once."""
     most = max(_LOGIT_ROWS, logits // network.vocabulary)
-    return most if run.logits_at_once is None else max(1, min(most, run.logits_at_once // network.vocabulary))
+    return (
+        most
+        if run.logits_at_once is None
+        else max(1, min(most, run.logits_at_once // network.vocabulary))
+    )
 
 
 def whole_columns(network: Network, run: Run, rows: int, columns: float) -> float:
@@ -144,7 +150,9 @@ def _gradients(network: Network, run: Run, e: Batch, u: Batch) -> float:
     """X and Y of U in one pass, or by Rao-Blackwell in two; X of E."""
     once = with_graph(network, capture(1), run, u, run.rows_at_once)
     of_u = 2 * once if run.rb else with_graph(network, capture(2), run, u, run.rows_at_once)
-    return of_u + (0.0 if run.same_batch else with_graph(network, capture(1), run, e, run.rows_at_once))
+    return of_u + (
+        0.0 if run.same_batch else with_graph(network, capture(1), run, e, run.rows_at_once)
+    )
 
 
 def _products(network: Network, run: Run) -> float:
@@ -158,8 +166,15 @@ def _products(network: Network, run: Run) -> float:
 
 def _slope_products(network: Network, run: Run, u: Batch) -> float:
     d, units = network.trainable, -(-run.units_u // run.ranks)
-    sources, crossed = 2 * d * units, 2 * d * units * (units if run.ranks == 1 else 2) if run.same_batch else 0.0
-    again = with_graph(network, capture(1), run, u, run.rows_at_once) if run.same_batch and run.per_token else 0.0
+    sources, crossed = (
+        2 * d * units,
+        2 * d * units * (units if run.ranks == 1 else 2) if run.same_batch else 0.0,
+    )
+    again = (
+        with_graph(network, capture(1), run, u, run.rows_at_once)
+        if run.same_batch and run.per_token
+        else 0.0
+    )
     return sources + crossed + again
 
 
@@ -169,11 +184,20 @@ def _witnesses(network: Network, run: Run) -> float:
     looped = with_graph(network, LOOP, run, of_units, 1) * (2 if run.rb else 1)
     if run.leaves_out("projections"):
         return looped
-    few, at_once = run.e.of(_PROJECTED if run.blocks is None else -(-run.e.prompts // run.units_e)), run.few_at_once
-    ways = without_graph(network, JVP, few, run.rows_at_once) + with_graph(network, ALPHA, run, few, at_once)
+    few, at_once = (
+        run.e.of(_PROJECTED if run.blocks is None else -(-run.e.prompts // run.units_e)),
+        run.few_at_once,
+    )
+    ways = without_graph(network, JVP, few, run.rows_at_once) + with_graph(
+        network, ALPHA, run, few, at_once
+    )
     along_v = 2 * network.trainable * (-(-run.units_e // run.ranks) + _PROJECTED)
     of_two = run.e.of(_WITNESSED)
-    second = 0.0 if run.leaves_out("curvature witness") else with_graph(network, SECOND, run, of_two, at_once)
+    second = (
+        0.0
+        if run.leaves_out("curvature witness")
+        else with_graph(network, SECOND, run, of_two, at_once)
+    )
     return looped + ways + along_v + second
 
 
@@ -188,7 +212,9 @@ def _continuity(network: Network, run: Run) -> float:
         points = 1 + _STENCILS * _STENCIL + models * _ETAS
         total += points * without_graph(network, FORWARD, some, run.rows_at_once)
         total += without_graph(network, JVP, some, run.rows_at_once)
-        total += (1 + _LOGIT_ETAS) * of_pass(network, FORWARD, rows, longest, min(_SOME_ROWS, longest))
+        total += (1 + _LOGIT_ETAS) * of_pass(
+            network, FORWARD, rows, longest, min(_SOME_ROWS, longest)
+        )
     rows, whole = some_rows(run, _INVARIANT_ROWS), min(_WHOLE, e.response)
     longest = e.longest_of(rows)
     alone = of_pass(network, FORWARD, rows, e.length, e.length)
@@ -201,7 +227,11 @@ def _continuity(network: Network, run: Run) -> float:
 
 def drawn_cases(network: Network, run: Run) -> list[Case]:
     """Those of the drawn properties: lengths of rows, the same ones for a seed."""
-    return draw(Space(network.vocabulary, _COLUMNS, tuple(map(str, range(network.tensors))), ()), run.cases, run.seed)
+    return draw(
+        Space(network.vocabulary, _COLUMNS, tuple(map(str, range(network.tensors))), ()),
+        run.cases,
+        run.seed,
+    )
 
 
 def _properties(network: Network, run: Run) -> float:
@@ -218,5 +248,7 @@ def _properties(network: Network, run: Run) -> float:
             + of_pass(network, FORWARD, 1, alone, own)
         )
         total += models * of_model + 2 * of_pass(network, FORWARD, 1, alone, alone)
-        total += 2 * of_pass(network, FORWARD, rows, longest, whole_columns(network, run, rows, longest))
+        total += 2 * of_pass(
+            network, FORWARD, rows, longest, whole_columns(network, run, rows, longest)
+        )
     return total

@@ -42,12 +42,16 @@ class Network:
     @classmethod
     def of(cls, model: nn.Module) -> Network:
         """The sizes of a loaded model, in a PEFT wrapper or not."""
-        base: Any = unwrapped() if callable(unwrapped := getattr(model, "get_base_model", None)) else model
+        base: Any = (
+            unwrapped() if callable(unwrapped := getattr(model, "get_base_model", None)) else model
+        )
         config: Any = base.config
         head = base.get_output_embeddings().weight
         tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
         named = dict(model.named_parameters())
-        linear = {n: p for n, p in named.items() if p.dim() > 1 and p is not head and id(p) not in tables}
+        linear = {
+            n: p for n, p in named.items() if p.dim() > 1 and p is not head and id(p) not in tables
+        }
         names = [n for n, p in named.items() if p.requires_grad]
         trainable = [named[n] for n in names]
         heads = config.num_attention_heads
@@ -67,7 +71,8 @@ class Network:
             tensors=len(trainable),
             entries=sum(min(p.numel(), 4096) for p in trainable),
             largest=max(p.numel() for p in trainable),
-            groups=1 + len({(table, label) for n in names for table, label in part_of(n)._asdict().items()}),
+            groups=1
+            + len({(table, label) for n in names for table, label in part_of(n)._asdict().items()}),
         )
 
 
@@ -132,7 +137,14 @@ class Run:
 
     @classmethod
     def of(
-        cls, network: Network, config: ProbeConfig, e: Batch, u: Batch | None, *, etas: int = 12, **others: Any
+        cls,
+        network: Network,
+        config: ProbeConfig,
+        e: Batch,
+        u: Batch | None,
+        *,
+        etas: int = 12,
+        **others: Any,
     ) -> Run:
         """What the configuration says beside the batches; `auto` makes 11 to 14 η."""
         return cls(

@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entropy_probe.cost.computation import LOGITS, drawn_cases, in_a_piece, rows_without_graph, some_rows, whole_columns
+from entropy_probe.cost.computation import (
+    LOGITS,
+    drawn_cases,
+    in_a_piece,
+    rows_without_graph,
+    some_rows,
+    whole_columns,
+)
 from entropy_probe.cost.sizes import Batch, Network, Run
 
 
@@ -45,20 +52,33 @@ ALPHA = Kept(19, 12, 4, in_every_layer=True)
 SECOND = Kept(20, 12, 5, in_every_layer=True)
 
 # Bytes for each logit of a piece, with its temporaries: log p and entropy are in float64 (`precision.entropy_fp64`).
-BYTES_OF_A_LOGIT = {"forward": 20, "features": 52, "jvp": 88, "capture": 12, "loop": 36, "alpha": 32, "second": 40}
+BYTES_OF_A_LOGIT = {
+    "forward": 20,
+    "features": 52,
+    "jvp": 88,
+    "capture": 12,
+    "loop": 36,
+    "alpha": 32,
+    "second": 40,
+}
 # The same where entropy is differentiated, token by token (`estimator: rb`).
 BYTES_WITH_ENTROPY = {"capture": 24, "loop": 40}
 # Of every logit of a pass: what the graph of a gradient keeps of all pieces; with entropy where it is in there.
 BYTES_IN_GRAPH = {"alpha": 9, "second": 25}
 BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 25}
 _DIFFERENTIATED = 3 << 21  # logits of a piece: model/forward.py
-_IN_FLOAT64 = 1 << 22  # numbers of the rows of all units that are multiplied at once: stages/gradients.py
+_IN_FLOAT64 = (
+    1 << 22
+)  # numbers of the rows of all units that are multiplied at once: stages/gradients.py
 
 
 def held(network: Network, run: Run) -> dict[str, float]:
     """What stays from where it is made to the end, by name (v₀ and D up to the witnesses)."""
     n, d, dtype = network.parameters, network.trainable, _dtype(run)
-    own_u, own_e = -(-run.units_u // run.ranks), 0 if run.same_batch else -(-run.units_e // run.ranks)
+    own_u, own_e = (
+        -(-run.units_u // run.ranks),
+        0 if run.same_batch else -(-run.units_e // run.ranks),
+    )
     sums = 8 * d * (2 if run.same_batch else 4) * (run.ranks > 1)
     return {
         "θ": dtype * n + (4 * n if run.float64 else 0),
@@ -89,7 +109,9 @@ def peaks(network: Network, run: Run) -> dict[str, float]:
         now += sum(parts[name] for name in _MADE_IN.get(stage, ()))
         found[stage] = now + above[stage]
     now -= parts["v₀, D"]
-    return found | {stage: now + above[stage] for stage in ("witnesses", "properties", "continuity")}
+    return found | {
+        stage: now + above[stage] for stage in ("witnesses", "properties", "continuity")
+    }
 
 
 def _dtype(run: Run) -> int:
@@ -103,15 +125,22 @@ def _above(network: Network, run: Run) -> dict[str, float]:
     jvp = 8 * d + _transient(network, run, JVP, own_e, 8, "jvp")
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
     few, at_once = run.e.of(4), run.rows_at_once
-    of_u = min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
+    of_u = (
+        min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
+    )
     of_e = min(at_once, run.e.group * -(-run.e.prompts // run.units_e)) if run.blocks else at_once
     above = {
         "scores": _transient(network, run, FORWARD, own_e, bytes_of, "features"),
         "gradients": max(
-            graph_of(network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"),
-            0.0 if run.same_batch else graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
+            graph_of(
+                network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"
+            ),
+            0.0
+            if run.same_batch
+            else graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
         ),
-        "first order": 8 * d + 16 * min(units * network.largest, _IN_FLOAT64),  # a mean, and rows in float64, twice
+        "first order": 8 * d
+        + 16 * min(units * network.largest, _IN_FLOAT64),  # a mean, and rows in float64, twice
         "update": 10 * 8 * network.largest,  # torch's own step of one tensor
         "slopes": jvp,
         "entropy change": bytes_of * d + scored,
@@ -122,11 +151,15 @@ def _above(network: Network, run: Run) -> dict[str, float]:
     }
     if not run.leaves_out("real step"):  # a copy, its gradient and its moments
         stepped = 32 * d + 16 * network.largest
-        above["real step"] = max(stepped, 24 * d + _transient(network, run, FORWARD, few, 8, "forward"))
+        above["real step"] = max(
+            stepped, 24 * d + _transient(network, run, FORWARD, few, 8, "forward")
+        )
     return above
 
 
-def _transient(network: Network, run: Run, kept: Kept, batch: Batch, bytes_of: int, read: str) -> float:
+def _transient(
+    network: Network, run: Run, kept: Kept, batch: Batch, bytes_of: int, read: str
+) -> float:
     """Without a graph: the activations of a layer, or the hidden states and a piece of logits."""
     rows = min(rows_without_graph(batch, run.rows_at_once), batch.rows)
     columns = batch.longest_of(rows)
@@ -136,7 +169,9 @@ def _transient(network: Network, run: Run, kept: Kept, batch: Batch, bytes_of: i
     return max(rows * columns * kept.numbers(network, columns) * bytes_of, logits)
 
 
-def graph_of(network: Network, run: Run, kept: Kept, batch: Batch, rows: int, bytes_of: int, read: str) -> float:
+def graph_of(
+    network: Network, run: Run, kept: Kept, batch: Batch, rows: int, bytes_of: int, read: str
+) -> float:
     """The graph of so many rows, and a piece of logits, or what is kept of all."""
     rows = min(max(rows // batch.group * batch.group, min(rows, batch.group)), batch.rows)
     columns, logits = batch.longest_of(rows), _DIFFERENTIATED if read == "capture" else LOGITS
@@ -156,11 +191,15 @@ def _witnesses(network: Network, run: Run) -> float:
     """Rows of two units in two ways, with the graph of one response; or a few prompts differentiated twice."""
     d, e, bytes_of, few = network.trainable, run.e, _dtype(run), run.few_at_once
     products = 16 * min(2 * network.largest, _IN_FLOAT64)
-    looped = 9 * bytes_of * d + max(products, graph_of(network, run, LOOP, run.update, 1, bytes_of, "loop"))
+    looped = 9 * bytes_of * d + max(
+        products, graph_of(network, run, LOOP, run.update, 1, bytes_of, "loop")
+    )
     if run.leaves_out("projections"):
         return looped
     by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(4), bytes_of, "jvp")
-    by_alpha = 8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
+    by_alpha = (
+        8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
+    )
     ways = max(looped, by_jvp, by_alpha)
     if run.leaves_out("curvature witness"):
         return ways

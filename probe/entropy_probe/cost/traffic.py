@@ -12,9 +12,15 @@ from dataclasses import dataclass
 
 from entropy_probe.cost.sizes import Network, Run
 
-_SUMS, _FEATURES = 5, 7  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
+_SUMS, _FEATURES = (
+    5,
+    7,
+)  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
 _ALONG = 4  # D_vS, D_vR, D²_vS, D²_vR
-_FOLDS, _OF_FOLD = 5, 1 + 3 * _FEATURES + _FEATURES + 1 + _FEATURES * (_FEATURES + 1)  # estimators/baselines.py
+_FOLDS, _OF_FOLD = (
+    5,
+    1 + 3 * _FEATURES + _FEATURES + 1 + _FEATURES * (_FEATURES + 1),
+)  # estimators/baselines.py
 _BASELINES = 4  # by each of which the slope of a prompt is known
 
 

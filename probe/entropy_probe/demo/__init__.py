@@ -16,6 +16,8 @@ def checkpoint_path() -> Path:
     found = sorted(here.glob("checkpoint-*"))
     if len(found) != 1:
         raise CheckpointError(
-            here, f"holds {len(found)} checkpoint folders, expected 1", "install the package again, or run demo.train"
+            here,
+            f"holds {len(found)} checkpoint folders, expected 1",
+            "install the package again, or run demo.train",
         )
     return found[0]

@@ -33,7 +33,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -73,7 +82,13 @@ WATCHED_PROMPTS, MEASURED_PROMPTS = 128, 500
 REWARD_GAIN = 0.2
 BUNDLE_BYTES = 2_000_000
 SAMPLING = ProbeConfig.from_mapping(
-    {"generation": {"max_new_tokens": MAX_NEW_TOKENS, "num_return_sequences": GROUP_SIZE, "gen_batch_size": 512}}
+    {
+        "generation": {
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "num_return_sequences": GROUP_SIZE,
+            "gen_batch_size": 512,
+        }
+    }
 )
 # Pickles and a model card that the probe never opens; training_args.bin and rng_state.pth need unrestricted unpickling.
 NOT_BUNDLED = ("training_args.bin", "rng_state.pth", "README.md")
@@ -117,14 +132,18 @@ def build_tokenizer(prompts: list[Prompt], rng: random.Random) -> PreTrainedToke
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator((re.sub(r"<.*?>", "\n", line) for line in text), trainer)
     # Not special: `decode(skip_special_tokens=True)` must keep the tags, the reward reads them.
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (END, PAD, UNKNOWN)])
     special = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", model_max_length=128, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", model_max_length=128, **special
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -152,7 +171,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Rollouts:
     """`GROUP_SIZE` responses to every prompt at temperature 1, with their rewards; the same noise every time."""
-    return sample_rollouts(bind(model), tokenizer, prompts, SAMPLING.generation, seed=SEEDS["measure"])
+    return sample_rollouts(
+        bind(model), tokenizer, prompts, SAMPLING.generation, seed=SEEDS["measure"]
+    )
 
 
 def measure(model: Any, tokenizer: PreTrainedTokenizerBase, pool: list[Prompt]) -> dict[str, float]:
@@ -193,18 +214,25 @@ def supervise(tokenizer: PreTrainedTokenizerBase, pool: list[Prompt], folder: Pa
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = SUPERVISED_LR * min(1.0, step / 50)
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        loss = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+        ).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 25 == 0:
             reward = sample(model, tokenizer, watched).rewards.mean().item()
-            print(f"supervised step {step}: loss {loss.item():.3f}, sampled reward {reward:.3f}", flush=True)
+            print(
+                f"supervised step {step}: loss {loss.item():.3f}, sampled reward {reward:.3f}",
+                flush=True,
+            )
             if reward >= SUPERVISED_STOP:
                 model.save_pretrained(folder)
                 return step
-    raise RuntimeError(f"sampled reward below {SUPERVISED_STOP} after {SUPERVISED_MAX_STEPS} supervised steps")
+    raise RuntimeError(
+        f"sampled reward below {SUPERVISED_STOP} after {SUPERVISED_MAX_STEPS} supervised steps"
+    )
 
 
 def reward_of_texts(completions: list[str], gold: list[str], **_: Any) -> list[float | None]:
@@ -212,7 +240,9 @@ def reward_of_texts(completions: list[str], gold: list[str], **_: Any) -> list[f
     return [tag_pref(text, answer) for text, answer in zip(completions, gold, strict=True)]
 
 
-def grpo_trainer(base: str, pool: list[Prompt], reward: Callable[..., Any], **settings: Any) -> GRPOTrainer:
+def grpo_trainer(
+    base: str, pool: list[Prompt], reward: Callable[..., Any], **settings: Any
+) -> GRPOTrainer:
     """GRPO with LoRA on every projection of `base`, on one core; `settings` are those of a run (`GRPOConfig`).
 
     `base` is relative to the current folder: it is written into adapter_config.json as it is given.
@@ -239,7 +269,9 @@ def grpo_trainer(base: str, pool: list[Prompt], reward: Callable[..., Any], **se
         model=base,
         args=arguments,
         reward_funcs=reward,
-        train_dataset=Dataset.from_list([{"prompt": prompt.text, "gold": prompt.gold} for prompt in pool]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt.text, "gold": prompt.gold} for prompt in pool]
+        ),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(
             r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -251,7 +283,12 @@ def reinforce(base: str, pool: list[Prompt]) -> Path:
     """Train the demo's adapter; the folder of the only checkpoint."""
     run = {"output_dir": "grpo", "max_steps": GRPO_STEPS, "save_steps": GRPO_STEPS}
     grpo_trainer(
-        base, pool, reward_of_texts, per_device_train_batch_size=GRPO_BATCH, learning_rate=GRPO_LR, **run
+        base,
+        pool,
+        reward_of_texts,
+        per_device_train_batch_size=GRPO_BATCH,
+        learning_rate=GRPO_LR,
+        **run,
     ).train()
     return Path("grpo") / f"checkpoint-{GRPO_STEPS}"
 
@@ -309,33 +346,55 @@ def train(out: Path) -> None:
         splits = {"test": arithmetic("test"), "train": pool}
         model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        figures = {"base": {split: measure(model, tokenizer, prompts) for split, prompts in splits.items()}}
+        figures = {
+            "base": {split: measure(model, tokenizer, prompts) for split, prompts in splits.items()}
+        }
         policy = PeftModel.from_pretrained(model, str(checkpoint))
-        figures["grpo"] = {split: measure(policy, tokenizer, prompts) for split, prompts in splits.items()}
+        figures["grpo"] = {
+            split: measure(policy, tokenizer, prompts) for split, prompts in splits.items()
+        }
         clock.append(time.perf_counter())
 
         gain = figures["grpo"]["test"]["reward"] - figures["base"]["test"]["reward"]
         if gain <= REWARD_GAIN:
-            raise RuntimeError(f"GRPO changed the reward by {gain:+.3f}, more than {REWARD_GAIN} was expected")
+            raise RuntimeError(
+                f"GRPO changed the reward by {gain:+.3f}, more than {REWARD_GAIN} was expected"
+            )
 
         steps = zip(("supervise", "grpo", "measure"), pairwise(clock), strict=True)
         record = {
             "policies": figures,
-            "measured_on": {"dataset": "arithmetic", "prompts": MEASURED_PROMPTS, "group_size": GROUP_SIZE},
+            "measured_on": {
+                "dataset": "arithmetic",
+                "prompts": MEASURED_PROMPTS,
+                "group_size": GROUP_SIZE,
+            },
             "log_vocabulary": math.log(len(tokenizer)),
             "vocabulary": len(tokenizer),
             "parameters": parameters,
-            "lora_parameters": sum(p.numel() for name, p in policy.named_parameters() if "lora_" in name),
+            "lora_parameters": sum(
+                p.numel() for name, p in policy.named_parameters() if "lora_" in name
+            ),
             "steps": {"supervise": supervised_steps, "grpo": GRPO_STEPS},
             "seeds": SEEDS,
             "seconds": {name: round(end - start, 1) for name, (start, end) in steps},
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "tokenizers")}
+            "versions": {
+                name: version(name)
+                for name in ("torch", "transformers", "peft", "trl", "tokenizers")
+            }
             | {"python": platform.python_version()},
         }
         bundle(Path("base"), checkpoint, Path("bundle"))
         text = json.dumps(record, indent=2)
         Path("bundle", "training.json").write_text(text + "\n", encoding="utf-8")
-        places = {str(here), scratch, str(Path(scratch).resolve()), str(Path.home()), tempfile.gettempdir(), str(out)}
+        places = {
+            str(here),
+            scratch,
+            str(Path(scratch).resolve()),
+            str(Path.home()),
+            tempfile.gettempdir(),
+            str(out),
+        }
         size = check_bundle(Path("bundle"), places)
         install(Path("bundle"), out)
     print(text)
@@ -344,8 +403,12 @@ def train(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: `--out`, the folder that gets base, checkpoint-N and training.json (default: this package)."""
-    parser = argparse.ArgumentParser("python -m entropy_probe.demo.train", description="Train the demo checkpoint.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the bundle")
+    parser = argparse.ArgumentParser(
+        "python -m entropy_probe.demo.train", description="Train the demo checkpoint."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the bundle"
+    )
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     train(out)

@@ -32,7 +32,10 @@ def x_weights(seq_logp: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
 
 
 def y_weights(
-    advantage: Float[Tensor, "B G"], lengths: Int[Tensor, "B G"], rule: LossRule, max_new_tokens: int
+    advantage: Float[Tensor, "B G"],
+    lengths: Int[Tensor, "B G"],
+    rule: LossRule,
+    max_new_tokens: int,
 ) -> Float[Tensor, "B G"]:
     """Weights a with Y_n = Σ_g a_ng ∇S_ng, 1/G times: `lmax` A/max_g T; `sequence_mean` A/T; `token_mean` A·G/Σ_g T;
     `constant` A/max_new_tokens."""
@@ -48,6 +51,8 @@ def y_weights(
     return advantage / divisor / group
 
 
-def zero_advantage(advantage: Float[Tensor, "B G"], rewards: Float[Tensor, "B G"]) -> Bool[Tensor, " B"]:
+def zero_advantage(
+    advantage: Float[Tensor, "B G"], rewards: Float[Tensor, "B G"]
+) -> Bool[Tensor, " B"]:
     """Prompts that add nothing to the update: all advantages are zero, to the rounding of the mean reward."""
     return (advantage.abs() <= 1e-12 * rewards.abs().amax(1, keepdim=True)).all(1)

@@ -81,8 +81,12 @@ def rb_coefficients(
     if baseline == "hk_ema":
         return later - _mean_of_others(later, present, among or _alone(entropy)) * present
     if features is None:
-        raise MeasurementError(baseline, "no features were given", "give those of token_stats.baseline_features")
-    return later - _ridge_of_others(later, present, features.detach().double(), among or _alone(entropy))
+        raise MeasurementError(
+            baseline, "no features were given", "give those of token_stats.baseline_features"
+        )
+    return later - _ridge_of_others(
+        later, present, features.detach().double(), among or _alone(entropy)
+    )
 
 
 def _mean_of_others(
@@ -95,7 +99,10 @@ def _mean_of_others(
 
 
 def _ridge_of_others(
-    later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], features: Float[Tensor, "B G T F"], among: Among
+    later: Float[Tensor, "B G T"],
+    present: Bool[Tensor, "B G T"],
+    features: Float[Tensor, "B G T F"],
+    among: Among,
 ) -> Float[Tensor, "B G T"]:
     """β₀ + φᵀβ of a fit for each fold; β₀ is not penalised. A feature that is constant (to rounding) in the fit counts
     for 0."""
@@ -119,7 +126,10 @@ def _ridge_of_others(
     def standardised(rows: Tensor, k: int) -> Tensor:
         return ((phi[rows] - mean[k]) / scale[k]).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
-    sums = total(lambda rows, k: torch.cat([standardised(rows, k).sum(0), target[rows].sum()[None]])) / size
+    sums = (
+        total(lambda rows, k: torch.cat([standardised(rows, k).sum(0), target[rows].sum()[None]]))
+        / size
+    )
     centre, level = sums[:, :-1], sums[:, -1]
 
     def products(rows: Tensor, k: int) -> Tensor:

@@ -57,7 +57,10 @@ class Change:
 def cluster_se(influence: Float[Tensor, "B G"]) -> float:
     """√(B/(B−1)·Σ_prompts(Σ_g φ)²)/N: responses of one prompt are not independent. Intervals use t_{B−1}."""
     size_b = influence.shape[0]
-    return math.sqrt(size_b / (size_b - 1) * float(influence.sum(1).square().sum())) / influence.numel()
+    return (
+        math.sqrt(size_b / (size_b - 1) * float(influence.sum(1).square().sum()))
+        / influence.numel()
+    )
 
 
 def entropy_change(
@@ -80,10 +83,14 @@ def entropy_change(
     mean_after, of_after = _mean_and_influence(weights_after, after, units_after)
     mean_before, of_before = _mean_and_influence(weights_before, before, units_before)
     influence = of_after - of_before
-    return Change(float(mean_before), float(mean_after - mean_before), cluster_se(influence), influence)
+    return Change(
+        float(mean_before), float(mean_after - mean_before), cluster_se(influence), influence
+    )
 
 
-def _mean_and_influence(weights: Tensor, payload: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mean_and_influence(
+    weights: Tensor, payload: Tensor, units: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if units is None:
         mean = (weights * payload).sum()
         return mean, weights.numel() * weights * (payload - mean)
@@ -141,4 +148,6 @@ def _psis(log_weights: Tensor) -> tuple[Tensor, float | None]:
         smoothed, k = array_stats.psislw(-log_weights.double().flatten().cpu().numpy())
     if not np.isfinite(smoothed).all():
         return log_weights, None
-    return torch.from_numpy(smoothed).reshape(log_weights.shape), float(k) if np.isfinite(k) else None
+    return torch.from_numpy(smoothed).reshape(log_weights.shape), float(k) if np.isfinite(
+        k
+    ) else None

@@ -15,7 +15,9 @@ _SHARED = 0.04
 _FEWEST = 8
 
 
-def log_correlations(squares: Float[Tensor, "K n"], moments: Float[Tensor, "K n"]) -> tuple[Tensor, Tensor]:
+def log_correlations(
+    squares: Float[Tensor, "K n"], moments: Float[Tensor, "K n"]
+) -> tuple[Tensor, Tensor]:
     """(atanh r_ij, n_ij): r_ij is the correlation of log squares_i and log moments_j over the n_ij entries at which
     both are positive; 0 where these are fewer than 8 or constant."""
     has_a, has_b = (squares > 0).double(), (moments > 0).double()
@@ -33,7 +35,9 @@ def log_correlations(squares: Float[Tensor, "K n"], moments: Float[Tensor, "K n"
     return r.clamp(-0.999, 0.999).atanh(), count
 
 
-def exchange_evidence(squares: Float[Tensor, "K n"], moments: Float[Tensor, "K n"]) -> Float[Tensor, "K K"]:
+def exchange_evidence(
+    squares: Float[Tensor, "K n"], moments: Float[Tensor, "K n"]
+) -> Float[Tensor, "K K"]:
     """How much better tensors i and j would fit each other's second moments than their own, in standard errors:
 
         ½(z_ij + z_ji − z_ii − z_jj)/√(1/(n−3) + 0.04²),   z_ij = atanh corr(log squares_i, log moments_j)

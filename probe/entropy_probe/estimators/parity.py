@@ -30,7 +30,9 @@ def sampler_parity(
     ratio = (-difference).exp()
     a, b = q.exp() - q.exp().mean(), p.exp() - p.exp().mean()
     norms = float(a.norm()), float(b.norm())
-    constant = min(norms) <= 1e-12 * math.sqrt(q.numel())  # probabilities are of order 1: this is their rounding
+    constant = min(norms) <= 1e-12 * math.sqrt(
+        q.numel()
+    )  # probabilities are of order 1: this is their rounding
     return SamplerParitySection(
         num_tokens=q.numel(),
         mean_abs_difference=float(difference.abs().mean()),

@@ -74,7 +74,9 @@ def score_tokens(
     entropy = log_sum - weighted.sum(-1) / sum_all
     sum_inside = inside_exp.sum(-1)
     log_sum_inside = sum_inside.log()
-    logq = (token_d - log_sum_inside).masked_fill(token_d.clamp(min=_NOTHING) < lowest.squeeze(-1), float("-inf"))
+    logq = (token_d - log_sum_inside).masked_fill(
+        token_d.clamp(min=_NOTHING) < lowest.squeeze(-1), float("-inf")
+    )
     weighted = inside_exp.mul_(d) if in_place else inside_exp * d
     return TokenScores(logp, logq, entropy, log_sum_inside - weighted.sum(-1) / sum_inside)
 
@@ -88,7 +90,9 @@ def token_logp(
     cost of `score_tokens` with a graph.
     """
     scaled = logits if temperature == 1.0 else logits / temperature
-    return -F.cross_entropy(scaled.flatten(0, -2), tokens.flatten(), reduction="none").reshape(tokens.shape)
+    return -F.cross_entropy(scaled.flatten(0, -2), tokens.flatten(), reduction="none").reshape(
+        tokens.shape
+    )
 
 
 def nucleus(
@@ -142,7 +146,11 @@ def _lowest_inside(
         chosen = (is_open & ((size * largest >= limits) | (size == vocabulary))).nonzero()[:, 0]
         if len(chosen):
             some = rows if len(chosen) == len(rows) else rows[chosen]
-            ranked = some.topk(size, dim=-1).values if size < vocabulary else some.sort(descending=True).values
+            ranked = (
+                some.topk(size, dim=-1).values
+                if size < vocabulary
+                else some.sort(descending=True).values
+            )
             lowest[chosen], is_open[chosen] = _edge_of(ranked, log_sums[chosen], limits[chosen])
     return (lowest - rounding.reshape(-1)).reshape(*log_sum.shape, 1)
 

@@ -28,7 +28,11 @@ class Prediction:
 
 
 def predict(
-    eta: float, realised: Change, slope: PromptMean, curvature: PromptMean, unit_of: Int[Tensor, " B"]
+    eta: float,
+    realised: Change,
+    slope: PromptMean,
+    curvature: PromptMean,
+    unit_of: Int[Tensor, " B"],
 ) -> Prediction:
     """Terms of a unit are added before the spread over units is taken, so that the SE knows what they share.
 

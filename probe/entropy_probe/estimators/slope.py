@@ -35,7 +35,9 @@ def naive_slope(seq_logp: Float[Tensor, "B G"], d_seq_logp: Float[Tensor, "B G"]
 
 
 def rb_slope(
-    coefficients: Float[Tensor, "B G T"], d_logp: Float[Tensor, "B G T"], d_entropy: Float[Tensor, "B G T"]
+    coefficients: Float[Tensor, "B G T"],
+    d_logp: Float[Tensor, "B G T"],
+    d_entropy: Float[Tensor, "B G T"],
 ) -> PromptMean:
     """∇Hᵀv = mean_i[Σ_t D_vH_t + Σ_t c_t·D_v log p_t], c_t = R_{≥t} − b_t of `baselines.rb_coefficients`.
 
@@ -105,9 +107,13 @@ def per_token_curvature(
     h = rb_sum.mean() / mean_t
     excess, longer = rb_sum - h * lengths, lengths - mean_t
     slope = (excess * d_seq_logp + d_rb_sum).mean() / mean_t
-    slope_influence = per_token_slope(rb_sum, lengths, d_seq_logp, d_rb_sum).per_prompt[:, None] - slope
+    slope_influence = (
+        per_token_slope(rb_sum, lengths, d_seq_logp, d_rb_sum).per_prompt[:, None] - slope
+    )
     second = d2_seq_logp + d_seq_logp.square()
-    terms = d2_rb_sum + 2 * d_rb_sum * d_seq_logp + excess * second - 2 * slope * longer * d_seq_logp
+    terms = (
+        d2_rb_sum + 2 * d_rb_sum * d_seq_logp + excess * second - 2 * slope * longer * d_seq_logp
+    )
     value = terms.mean() / mean_t
     through_h = (lengths * second).mean() * excess / mean_t
     through_s = 2 * (longer * d_seq_logp).mean() * slope_influence
@@ -126,5 +132,9 @@ def curvature(
     """vᵀ∇²Hv = E[D²_vR + 2·D_vR·D_vS + (R − R̄_{−i})(D²_vS + (D_vS)²)], R̄_{−i} the mean over the other N−1 responses."""
     size = rb_sum.numel()
     others = (rb_sum.sum() - rb_sum) / (size - 1)
-    terms = d2_rb_sum + 2 * d_rb_sum * d_seq_logp + (rb_sum - others) * (d2_seq_logp + d_seq_logp.square())
+    terms = (
+        d2_rb_sum
+        + 2 * d_rb_sum * d_seq_logp
+        + (rb_sum - others) * (d2_seq_logp + d_seq_logp.square())
+    )
     return PromptMean(terms.mean(1))

@@ -33,7 +33,9 @@ def radius(first: float, second: float, third: float) -> float:
     if not math.isfinite(first + second + third):
         return math.nan
     ratios = ((2 * abs(first), abs(second)), (3 * abs(second), abs(third)))
-    return min(above / below if below > 0 else (math.inf if above > 0 else 0.0) for above, below in ratios)
+    return min(
+        above / below if below > 0 else (math.inf if above > 0 else 0.0) for above, below in ratios
+    )
 
 
 def loglog_slope(etas: Float[Tensor, " K"], values: Float[Tensor, " K"]) -> float:
@@ -44,7 +46,11 @@ def loglog_slope(etas: Float[Tensor, " K"], values: Float[Tensor, " K"]) -> floa
 
 
 def order(
-    etas: Float[Tensor, " K"], values: Float[Tensor, " K"], floor: float, eta_max: float, decades: float
+    etas: Float[Tensor, " K"],
+    values: Float[Tensor, " K"],
+    floor: float,
+    eta_max: float,
+    decades: float,
 ) -> float | None:
     """`loglog_slope` over the η ≤ eta_max above every one at which |f| ≤ floor; `None` where that leaves fewer decades.
 
@@ -54,7 +60,10 @@ def order(
         return math.nan
     below = etas <= eta_max
     chosen = below & _from_which_on((values.abs() > floor) | ~below)
-    if int(chosen.sum()) < 2 or float((etas[chosen][-1] / etas[chosen][0]).log10()) < decades - 1e-9:
+    if (
+        int(chosen.sum()) < 2
+        or float((etas[chosen][-1] / etas[chosen][0]).log10()) < decades - 1e-9
+    ):
         return None
     return loglog_slope(etas[chosen], values[chosen])
 
@@ -83,10 +92,14 @@ def snis_terms(
     ŵ = 1/N where the responses come from π, and the bar is that of all N responses, their own included: another one
     gives the same expectation and another number.
     """
-    return torch.stack([weights * (payload - (weights * payload).sum()) * d_seq_logp, weights * d_payload])
+    return torch.stack(
+        [weights * (payload - (weights * payload).sum()) * d_seq_logp, weights * d_payload]
+    )
 
 
-def identity_error(by_difference: float, terms: Float[Tensor, "2 B G"], rounding: float) -> float | None:
+def identity_error(
+    by_difference: float, terms: Float[Tensor, "2 B G"], rounding: float
+) -> float | None:
     """|by_difference − Σterms|/Σ|terms|, infinite where all terms are 0; `None` where neither exceeds `rounding`."""
     size = float(terms.abs().sum())
     if max(size, abs(by_difference)) <= rounding:

@@ -156,13 +156,17 @@ class DistributionDiagnostics:
         step at all, for a step without a possible token, and for a token of probability zero.
         """
         if token_logp is not None and tokens is not None:
-            raise MeasurementError("diagnostics", "got `token_logp` and `tokens`", "give one of them")
+            raise MeasurementError(
+                "diagnostics", "got `token_logp` and `tokens`", "give one of them"
+            )
         _check_length(tokens if token_logp is None else token_logp, len(logits))
         step = step_diagnostics(logits, self.top_p, self.temperature, self.eos_token_id)
         surprisal = None if token_logp is None else -token_logp.detach().double()
         if tokens is not None:
             size = _chunk_rows(logits)
-            parts = zip(logits.detach().split(size), tokens.to(logits.device).split(size), strict=True)
+            parts = zip(
+                logits.detach().split(size), tokens.to(logits.device).split(size), strict=True
+            )
             surprisal = torch.cat([_surprisal(z.double(), x, self.temperature) for z, x in parts])
         return DiagnosticsPack(step, sequence_diagnostics(step, surprisal))
 
@@ -183,11 +187,17 @@ def step_diagnostics(
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     if any(not 0 <= token < vocabulary for token in eos):
         raise ConfigError(
-            "eos_token_id", f"is {eos_token_id}, the logits have {vocabulary} entries", "give ids among them"
+            "eos_token_id",
+            f"is {eos_token_id}, the logits have {vocabulary} entries",
+            "give ids among them",
         )
     rows = logits.detach().reshape(-1, vocabulary)
-    parts = [_of_rows(part.double(), top_p, temperature, eos) for part in rows.split(_chunk_rows(logits))]
-    return TokenStepDiagnostics(**{name: torch.cat([part[name] for part in parts]).reshape(shape) for name in parts[0]})
+    parts = [
+        _of_rows(part.double(), top_p, temperature, eos) for part in rows.split(_chunk_rows(logits))
+    ]
+    return TokenStepDiagnostics(
+        **{name: torch.cat([part[name] for part in parts]).reshape(shape) for name in parts[0]}
+    )
 
 
 def _of_rows(z: Tensor, top_p: float, temperature: float, eos: list[int]) -> dict[str, Tensor]:
@@ -206,12 +216,16 @@ def _of_rows(z: Tensor, top_p: float, temperature: float, eos: list[int]) -> dic
     p = logp.exp()
     if top_p < 1.0:
         head = nucleus(logp, top_p, rounding=float32_rounding(top[:, 0], temperature))
-        logq = torch.log_softmax((below_top / temperature).masked_fill(~head, float("-inf")), dim=-1)
+        logq = torch.log_softmax(
+            (below_top / temperature).masked_fill(~head, float("-inf")), dim=-1
+        )
         q = logq.exp()
     else:
         head = torch.zeros_like(p, dtype=torch.bool).scatter(-1, p.argmax(-1, keepdim=True), True)
         logq, q = logp, p
-    head_mass, tail_mass = (p.masked_fill(outside, 0.0).sum(-1).clamp(max=1.0) for outside in (~head, head))
+    head_mass, tail_mass = (
+        p.masked_fill(outside, 0.0).sum(-1).clamp(max=1.0) for outside in (~head, head)
+    )
     smaller = torch.minimum(head_mass, tail_mass)
     entropy = _entropy(q, logq)
     collision = q.square().sum(-1).clamp(max=1.0)
@@ -224,7 +238,8 @@ def _of_rows(z: Tensor, top_p: float, temperature: float, eos: list[int]) -> dic
         "policy_entropy": _entropy(p, logp),
         "head_mass": head_mass,
         "tail_mass": tail_mass,
-        "two_point_entropy": -torch.xlogy(smaller, smaller) - (1.0 - smaller) * torch.log1p(-smaller),
+        "two_point_entropy": -torch.xlogy(smaller, smaller)
+        - (1.0 - smaller) * torch.log1p(-smaller),
         "top1_prob": q.amax(-1),
         "margin": largest[:, 0] - largest[:, 1],
         "collision": collision,
@@ -236,7 +251,9 @@ def _of_rows(z: Tensor, top_p: float, temperature: float, eos: list[int]) -> dic
 
 
 def _surprisal(z: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    return -score_tokens((z - z.amax(-1, keepdim=True))[None], tokens[None], temperature, 1.0).logp[0]
+    return -score_tokens((z - z.amax(-1, keepdim=True))[None], tokens[None], temperature, 1.0).logp[
+        0
+    ]
 
 
 def _entropy(p: Tensor, logp: Tensor) -> Tensor:
@@ -256,7 +273,9 @@ def _check_policy(top_p: float, temperature: float) -> None:
 
 def _check_length(given: Tensor | None, steps: int) -> None:
     if given is not None and len(given) != steps:
-        raise MeasurementError("diagnostics", f"{len(given)} tokens for {steps} steps of logits", "give one a step")
+        raise MeasurementError(
+            "diagnostics", f"{len(given)} tokens for {steps} steps of logits", "give one a step"
+        )
 
 
 def sequence_diagnostics(
@@ -269,7 +288,9 @@ def sequence_diagnostics(
     entropy = step.rb_entropy
     steps = entropy.shape[0]
     if steps == 0:
-        raise MeasurementError("diagnostics", "the response has no token", "leave empty responses out")
+        raise MeasurementError(
+            "diagnostics", "the response has no token", "leave empty responses out"
+        )
     _check_length(surprisal, steps)
     if surprisal is not None and not bool(torch.isfinite(surprisal).all()):
         at = int((~torch.isfinite(surprisal)).nonzero()[0])
@@ -320,7 +341,9 @@ def baseline_features(
     return features_of_steps(step_diagnostics(logits, top_p, temperature), max_new_tokens)
 
 
-def features_of_steps(step: TokenStepDiagnostics, max_new_tokens: int) -> Float[Tensor, "*batch T 7"]:
+def features_of_steps(
+    step: TokenStepDiagnostics, max_new_tokens: int
+) -> Float[Tensor, "*batch T 7"]:
     """`baseline_features` from diagnostics that are there already."""
     return with_position(step_features(step), max_new_tokens)
 
@@ -329,11 +352,23 @@ def step_features(step: TokenStepDiagnostics) -> Float[Tensor, "*batch T 6"]:
     """φ_t without its last entry: what one step knows by itself."""
     margin = step.margin.clamp(max=MARGIN_CAP)
     # LOGIT_VAR is the place of the last
-    features = (step.policy_entropy, step.top1_prob, margin, step.head_mass, step.two_point_entropy, step.logit_var)
+    features = (
+        step.policy_entropy,
+        step.top1_prob,
+        margin,
+        step.head_mass,
+        step.two_point_entropy,
+        step.logit_var,
+    )
     return torch.stack(features, dim=-1)
 
 
-def with_position(features: Float[Tensor, "*batch T 6"], max_new_tokens: int) -> Float[Tensor, "*batch T 7"]:
+def with_position(
+    features: Float[Tensor, "*batch T 6"], max_new_tokens: int
+) -> Float[Tensor, "*batch T 7"]:
     """φ_t with t/max_new_tokens for its last entry."""
-    position = torch.arange(features.shape[-2], device=features.device, dtype=features.dtype) / max_new_tokens
+    position = (
+        torch.arange(features.shape[-2], device=features.device, dtype=features.dtype)
+        / max_new_tokens
+    )
     return torch.cat([features, position[:, None].expand(*features.shape[:-1], 1)], dim=-1)

@@ -90,7 +90,9 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"] | None) -> USt
             own = k.sum(1) + k.sum(0) - 2 * k.diagonal()
             total = k.sum() - k.diagonal().sum()
         leave_one_out = (total - own) / ((units - 1) * (units - 2))
-        variance = (units - 1) / units * float((leave_one_out - leave_one_out.mean()).square().sum())
+        variance = (
+            (units - 1) / units * float((leave_one_out - leave_one_out.mean()).square().sum())
+        )
         zeta1_jackknife, se_jackknife = units / 4 * variance, math.sqrt(variance)
     return UStatistic(
         u_cross=moments.u_cross,

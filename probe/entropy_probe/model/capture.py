@@ -70,7 +70,9 @@ class Capture(TorchFunctionMode):
         self._weights = weights
         self._num_prompts = num_prompts
         given = into or {}
-        self._known = {id(p): _Weight(p, True, p._version, given.get(name)) for name, p in parameters.items()}
+        self._known = {
+            id(p): _Weight(p, True, p._version, given.get(name)) for name, p in parameters.items()
+        }
         self._tap = torch.zeros((), requires_grad=True, device=weights.device)
         self._listening = True
         self._before_piece: set[int] = set()
@@ -84,7 +86,9 @@ class Capture(TorchFunctionMode):
             self._differentiated(values, torch.arange(len(values), device=values.device), [])
         self._pull_back(set())
         self._listening = False
-        return {name: self._total(self._known[id(tensor)]) for name, tensor in self._parameters.items()}
+        return {
+            name: self._total(self._known[id(tensor)]) for name, tensor in self._parameters.items()
+        }
 
     def piece(self, values: Float[Tensor, " r"], rows: Int[Tensor, " r"], states: Tensor) -> Tensor:
         """∂Σ values/∂states, where `values` are terms of S of the given rows that depend on the rest of the graph
@@ -94,7 +98,9 @@ class Capture(TorchFunctionMode):
         self._pull_back(self._before_piece)
         return gradient
 
-    def _differentiated(self, values: Tensor, rows: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _differentiated(
+        self, values: Tensor, rows: Tensor, inputs: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         """∂Σ values/∂inputs. Layers that are known take their part as the gradient passes; a parameter that it still
         reaches gets its part prompt by prompt."""
         tensors = list(self._parameters.values())
@@ -122,7 +128,9 @@ class Capture(TorchFunctionMode):
 
     def _total(self, weight: _Weight) -> Sums:
         if weight.total is None:
-            weight.total = weight.tensor.new_zeros(len(self._weights), self._num_prompts, *weight.tensor.shape)
+            weight.total = weight.tensor.new_zeros(
+                len(self._weights), self._num_prompts, *weight.tensor.shape
+            )
         return weight.total
 
     def _each(self) -> Iterator[tuple[int, int]]:
@@ -131,13 +139,19 @@ class Capture(TorchFunctionMode):
     def _pull_back(self, kept: Collection[int]) -> None:
         """Gradients of tensors that were made of parameters, but of those `kept`, go on to these, prompt by prompt."""
         tensors = list(self._parameters.values())
-        made = [key for key, weight in self._known.items() if not weight.is_parameter and key not in kept]
+        made = [
+            key
+            for key, weight in self._known.items()
+            if not weight.is_parameter and key not in kept
+        ]
         for weight in [self._known.pop(key) for key in made]:
             if weight.total is None:
                 continue
             if weight.tensor._version != weight.version:
                 raise MeasurementError(
-                    "gradients", "the model changes a tensor made of its parameters in place", "use plain expressions"
+                    "gradients",
+                    "the model changes a tensor made of its parameters in place",
+                    "use plain expressions",
                 )
             for k, p in self._each():
                 gradients = torch.autograd.grad(
@@ -161,20 +175,28 @@ class Capture(TorchFunctionMode):
             self.rows_of = before
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         tensors = list(_tensors((*args, *kwargs.values())))
         of_batch = any(self._is_of_batch(tensor) for tensor in tensors)
         out = None
-        uses_weight = torch.is_grad_enabled() and any(self.weight(tensor) is not None for tensor in tensors)
+        uses_weight = torch.is_grad_enabled() and any(
+            self.weight(tensor) is not None for tensor in tensors
+        )
         if uses_weight and of_batch and func in _RULES:
             out = _applied(_RULES[func], self, args, kwargs)
         if out is None:
             out = func(*args, **kwargs)
         if of_batch:
             self.mark(*_tensors((out,)))
-        elif uses_weight and all(self.weight(tensor) is not None for tensor in tensors if tensor.requires_grad):
+        elif uses_weight and all(
+            self.weight(tensor) is not None for tensor in tensors if tensor.requires_grad
+        ):
             for made in _tensors((out,)):
                 if made.requires_grad and id(made) not in self._known:
                     self._known[id(made)] = _Weight(made, False, made._version)
@@ -202,7 +224,12 @@ class Capture(TorchFunctionMode):
 
     def is_flat_activation(self, x: object) -> bool:
         """The same with rows and positions in one dimension, row after row."""
-        if not isinstance(x, Tensor) or not self._is_of_batch(x) or self.shape is None or self.rows_of is not None:
+        if (
+            not isinstance(x, Tensor)
+            or not self._is_of_batch(x)
+            or self.shape is None
+            or self.rows_of is not None
+        ):
             return False
         return x.dim() == 2 and len(x) == self.shape[0] * self.shape[1]
 
@@ -221,7 +248,9 @@ class Capture(TorchFunctionMode):
         if self.rows_of is not None:
             return self.rows_of
         assert self.shape is not None
-        return torch.arange(self.shape[0], device=self._weights.device).repeat_interleave(self.shape[1])
+        return torch.arange(self.shape[0], device=self._weights.device).repeat_interleave(
+            self.shape[1]
+        )
 
     def add_outer(self, weight: _Weight, left: Tensor, right: Tensor, rows: Tensor) -> None:
         """total[k][n] += Σ_{positions of n} w_k · left ⊗ right, from left [M, a] and right [M, b]."""
@@ -241,8 +270,14 @@ class Capture(TorchFunctionMode):
     def _prompts(self, rows: Tensor) -> Iterator[tuple[int, slice]]:
         """Each prompt that has any of these positions, and where they stand."""
         per_prompt = self._weights.shape[1] // self._num_prompts
-        ends = torch.searchsorted(rows, per_prompt * torch.arange(self._num_prompts + 1, device=rows.device)).tolist()
-        return ((p, slice(start, end)) for p, (start, end) in enumerate(itertools.pairwise(ends)) if start < end)
+        ends = torch.searchsorted(
+            rows, per_prompt * torch.arange(self._num_prompts + 1, device=rows.device)
+        ).tolist()
+        return (
+            (p, slice(start, end))
+            for p, (start, end) in enumerate(itertools.pairwise(ends))
+            if start < end
+        )
 
     def add_broadcast(self, weight: _Weight, values: Tensor, rows_of: Tensor | None) -> None:
         """total[k][n] += Σ_{rows i of n} w_k · values_i, summed to the weight's shape, from values [R, L, ...], or
@@ -251,8 +286,12 @@ class Capture(TorchFunctionMode):
             by_row = values.new_zeros(self._weights.shape[1], *values.shape[2:])
             values = by_row.index_add_(0, rows_of.to(values.device), values[0])[:, None]
         shape = torch.Size(_aligned(weight.tensor, values)[1:])
-        summed = [dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1]
-        by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(self._num_prompts, -1, shape.numel())
+        summed = [
+            dim for dim in range(1, values.dim()) if shape[dim - 1] == 1 and values.shape[dim] > 1
+        ]
+        by_row = (values.sum(summed, keepdim=True) if summed else values).reshape(
+            self._num_prompts, -1, shape.numel()
+        )
         w = self._weights.to(by_row).reshape(len(self._weights), self._num_prompts, -1)
         added = torch.einsum("kpg,pgd->kpd", w, by_row)
         for k, p in self._each():
@@ -308,7 +347,10 @@ _signature = functools.cache(inspect.signature)
 
 
 def _applied(
-    rule: Callable[..., Tensor | None], capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
+    rule: Callable[..., Tensor | None],
+    capture: Capture,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Tensor | None:
     """The rule's result; `None` where it does not take such arguments."""
     try:
@@ -329,17 +371,27 @@ def _linear(capture: Capture, x: Any, weight: Any, bias: Any = None) -> Tensor |
 
     receivers = []
     if own is not None:
-        receivers.append(lambda gradient: capture.add_outer(own, gradient.flatten(0, -2), kept, rows))
+        receivers.append(
+            lambda gradient: capture.add_outer(own, gradient.flatten(0, -2), kept, rows)
+        )
     if own_bias is not None:
         receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient, rows_of))
     used = weight.detach() if own is not None else weight
-    return capture.tapped(F.linear(x, used, bias if own_bias is None else bias.detach()), *receivers)
+    return capture.tapped(
+        F.linear(x, used, bias if own_bias is None else bias.detach()), *receivers
+    )
 
 
 def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> Tensor | None:
     own, own_bias = capture.weight(weight), capture.weight(bias)
     shape = capture.shape
-    if options or shape is None or not capture.is_flat_activation(x) or weight.dim() != 2 or bias.dim() != 1:
+    if (
+        options
+        or shape is None
+        or not capture.is_flat_activation(x)
+        or weight.dim() != 2
+        or bias.dim() != 1
+    ):
         return None
     rows, kept = capture.rows(), x.detach()
 
@@ -347,9 +399,13 @@ def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> 
     if own is not None:
         receivers.append(lambda gradient: capture.add_outer(own, kept, gradient, rows))
     if own_bias is not None:
-        receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None))
+        receivers.append(
+            lambda gradient: capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None)
+        )
     used = weight.detach() if own is not None else weight
-    return capture.tapped(torch.addmm(bias if own_bias is None else bias.detach(), x, used), *receivers)
+    return capture.tapped(
+        torch.addmm(bias if own_bias is None else bias.detach(), x, used), *receivers
+    )
 
 
 def _embedding(
@@ -390,7 +446,9 @@ def _layer_norm(
     receivers = []
     if own is not None:
         receivers.append(
-            lambda gradient: capture.add_broadcast(own, gradient * F.layer_norm(kept, shape, None, None, eps), rows_of)
+            lambda gradient: capture.add_broadcast(
+                own, gradient * F.layer_norm(kept, shape, None, None, eps), rows_of
+            )
         )
     if own_bias is not None:
         receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient, rows_of))
@@ -417,7 +475,9 @@ def _mul(capture: Capture, one: Any, other: Any) -> Tensor | None:
     own, x = found
     kept, rows_of = x.detach(), capture.rows_of
     out = x * own.tensor.detach()
-    return capture.tapped(out, lambda gradient: capture.add_broadcast(own, gradient * kept, rows_of))
+    return capture.tapped(
+        out, lambda gradient: capture.add_broadcast(own, gradient * kept, rows_of)
+    )
 
 
 def _add(capture: Capture, one: Any, other: Any) -> Tensor | None:
@@ -426,7 +486,9 @@ def _add(capture: Capture, one: Any, other: Any) -> Tensor | None:
         return None
     own, x = found
     rows_of = capture.rows_of
-    return capture.tapped(x + own.tensor.detach(), lambda gradient: capture.add_broadcast(own, gradient, rows_of))
+    return capture.tapped(
+        x + own.tensor.detach(), lambda gradient: capture.add_broadcast(own, gradient, rows_of)
+    )
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

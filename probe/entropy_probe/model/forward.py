@@ -59,7 +59,11 @@ class BoundModel:
     def positions_at_once(self, vocabulary: int, fastest: int | None = None) -> int:
         """Positions whose logits make up a piece: `fastest` logits (default: those of a pass that is not captured)."""
         most = max(_ROWS, (fastest or _CHUNK) // vocabulary)
-        return most if self.logits_at_once is None else max(1, min(most, self.logits_at_once // vocabulary))
+        return (
+            most
+            if self.logits_at_once is None
+            else max(1, min(most, self.logits_at_once // vocabulary))
+        )
 
     def spread_over(self, rows: int, columns: int) -> slice:
         """Columns, evenly spread, whose whole logits in so many rows are four pieces at most; all where they fit."""
@@ -135,7 +139,9 @@ class BoundModel:
         token. With `mask` positions count real tokens only, so that left padding changes no score. Buffers are never
         overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode.
         """
-        return self._kept(self._called(ids, mask, keep, dict(override or {}), true_derivative), keep)
+        return self._kept(
+            self._called(ids, mask, keep, dict(override or {}), true_derivative), keep
+        )
 
     def read_logits(
         self,
@@ -165,15 +171,14 @@ class BoundModel:
         mapping = dict(override or {})
         capturing = nullcontext() if capture is None else capture
         if capture is not None:
-            if ids.shape[0] == ids.shape[1]:  # rows and positions must not be confused
-                ids = torch.nn.functional.pad(ids, (0, 1))
-            capture.shape = (ids.shape[0], ids.shape[1])
-            capture.mark(ids)
+            ids = _marked(ids, capture)
         if self._split is None:
             first, last = int(columns.min()), int(columns.max()) + 1
             keep = slice(first, last)
             with capturing:
-                logits = self.logits(ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative)
+                logits = self.logits(
+                    ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative
+                )
             return read(logits[rows, columns - first], slice(0, len(rows)))
         output_layer, vocabulary = self._split
         with output_layer.skipped() as captured, capturing:
@@ -182,28 +187,36 @@ class BoundModel:
         states = captured.states[rows, columns]
         own_names = output_layer.names_in(self._tensors)
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
-        if capture is not None or not torch.is_grad_enabled():  # else pieces are made again later, each lent its own
+        once = capture is not None or not torch.is_grad_enabled()
+        if once:  # else pieces are made again later, each lent its own
             with capturing:
                 own_mapping |= self._lent(own_names, mapping)
         used = [mapping.get(name, self._tensors[name]) for name in own_names]
         versions = [tensor._version for tensor in used]
-        piece = _Piece(self, output_layer, captured, own_mapping, used, versions, rows, read, true_derivative, capture)
+        piece = _Piece(
+            self,
+            output_layer,
+            captured,
+            own_mapping,
+            used,
+            versions,
+            rows,
+            read,
+            true_derivative,
+            capture,
+        )
         if capture is not None and torch.is_grad_enabled():
             size = self.positions_at_once(vocabulary, _CHUNK_DIFFERENTIATED)
-            values, gradients = [], []
-            for part in _parts(len(rows), size):
-                own = states[part].detach().requires_grad_()
-                (of_part,) = piece(own, part)
-                gradients.append(capture.piece(of_part, rows[part], own))
-                values.append(of_part.detach())
-            return (_Differentiated.apply(states, torch.cat(gradients), torch.cat(values)),)  # pyright: ignore[reportReturnType]
+            return _differentiated(piece, states, rows, size, capture)
         size = rows_at_once or self.positions_at_once(vocabulary)
         if size >= len(rows):
             return piece(states, slice(0, len(rows)), record=True)
         pieces = []
         for part in _parts(len(rows), size):
             if torch.is_grad_enabled():
-                again = checkpoint(piece, states[part], part, use_reentrant=False, preserve_rng_state=False)
+                again = checkpoint(
+                    piece, states[part], part, use_reentrant=False, preserve_rng_state=False
+                )
                 pieces.append(again)
             else:
                 pieces.append(piece(states[part], part))
@@ -230,7 +243,9 @@ class BoundModel:
                     parts = output_layer(captured, captured.states[0], {})
             except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
                 return None
-        close = parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
+        close = parts.shape == whole.shape and torch.allclose(
+            parts, whole, rtol=1e-4, atol=1e-4, equal_nan=True
+        )
         return (output_layer, whole.shape[-1]) if close else None
 
     @cached_property
@@ -246,7 +261,9 @@ class BoundModel:
         """The state of the module and of torch in which a forward runs; `record`: where it is recorded, the graph is to
         refer to the homes of what it is lent."""
         differentiate = true_derivative and not self.autograd_is_derivative
-        context = forward_context(self.dtype, forward_mode=true_derivative, differentiate=differentiate)
+        context = forward_context(
+            self.dtype, forward_mode=true_derivative, differentiate=differentiate
+        )
         lent = nullcontext()
         if self.lending is not None:
             lent = self.lending(self.module, record=record and torch.is_grad_enabled())
@@ -257,11 +274,15 @@ class BoundModel:
         """For `torch.autograd.grad(create_graph=True)`: that graph refers to the homes of lent parameters too."""
         return nullcontext() if self.lending is None else self.lending.recording()
 
-    def _lent(self, own_names: Mapping[str, str], mapping: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _lent(
+        self, own_names: Mapping[str, str], mapping: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """What the output layer would be lent for every piece, by its own names, once for all of them."""
         if self.lending is None:
             return {}
-        prefix = next(name for name, part in self.module.named_modules() if part is self.language_model)
+        prefix = next(
+            name for name, part in self.module.named_modules() if part is self.language_model
+        )
         found = {}
         for name, own in own_names.items():
             home = mapping.get(name, self._tensors[name])
@@ -271,19 +292,32 @@ class BoundModel:
         return found
 
     def _called(
-        self, ids: Tensor, mask: Tensor | None, keep: slice, mapping: dict[str, Tensor], true_derivative: bool
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        keep: slice,
+        mapping: dict[str, Tensor],
+        true_derivative: bool,
     ) -> Any:
         self._record(mapping)
         try:
             with self._running(true_derivative):
-                return torch.func.functional_call(self.module, mapping, (ids,), self._arguments(ids, mask, keep))
+                return torch.func.functional_call(
+                    self.module, mapping, (ids,), self._arguments(ids, mask, keep)
+                )
         except IndexError as error:
             raise MeasurementError(
-                "rollouts", f"the model cannot score rows of {ids.shape[1]} tokens ({error})", "give shorter ones"
+                "rollouts",
+                f"the model cannot score rows of {ids.shape[1]} tokens ({error})",
+                "give shorter ones",
             ) from error
 
     def direct_logits(
-        self, ids: Int[Tensor, "N L"], *, mask: Int[Tensor, "N L"] | None = None, keep: slice = slice(None)
+        self,
+        ids: Int[Tensor, "N L"],
+        *,
+        mask: Int[Tensor, "N L"] | None = None,
+        keep: slice = slice(None),
     ) -> Float[Tensor, "N K V"]:
         """The same logits at θ by calling the module itself: what the zero check compares with."""
         with self._running():
@@ -307,18 +341,27 @@ class BoundModel:
         """
         with torch.no_grad(), self._running():
             keep = slice(-1, None)
-            arguments = self._arguments(ids, mask, keep) | {"use_cache": True, "past_key_values": cache}
+            arguments = self._arguments(ids, mask, keep) | {
+                "use_cache": True,
+                "past_key_values": cache,
+            }
             if override:
                 self._record(override)
             try:
-                output = torch.func.functional_call(self.module, dict(override or {}), (ids,), arguments)
+                output = torch.func.functional_call(
+                    self.module, dict(override or {}), (ids,), arguments
+                )
             except IndexError as error:
                 raise MeasurementError(
-                    "sampling", f"the model cannot hold rows of {mask.shape[1]} tokens ({error})", "sample shorter ones"
+                    "sampling",
+                    f"the model cannot hold rows of {mask.shape[1]} tokens ({error})",
+                    "sample shorter ones",
                 ) from error
         cache = getattr(output, "past_key_values", None)
         if cache is None:
-            raise MeasurementError("sampling", "the model keeps no key-value cache", "give --probe-rollouts")
+            raise MeasurementError(
+                "sampling", "the model keeps no key-value cache", "give --probe-rollouts"
+            )
         return self._kept(output, keep)[:, 0], cache
 
     def _arguments(self, ids: Tensor, mask: Tensor | None, keep: slice) -> dict[str, Any]:
@@ -340,7 +383,9 @@ class BoundModel:
             own = self._tensors.get(name)
             if own is None:
                 raise OverrideError(
-                    f"override[{name!r}]", "the unwrapped model has no such name", "use named_parameters()"
+                    f"override[{name!r}]",
+                    "the unwrapped model has no such name",
+                    "use named_parameters()",
                 )
             if value.shape != own.shape or value.dtype not in (own.dtype, self.dtype):
                 raise OverrideError(
@@ -359,6 +404,29 @@ class BoundModel:
         finally:
             for module in training:
                 module.training = True
+
+
+def _marked(ids: Tensor, capture: Capture) -> Tensor:
+    """The ids as `capture` is to know them: rows and positions must not be confused."""
+    if ids.shape[0] == ids.shape[1]:
+        ids = torch.nn.functional.pad(ids, (0, 1))
+    capture.shape = (ids.shape[0], ids.shape[1])
+    capture.mark(ids)
+    return ids
+
+
+def _differentiated(
+    piece: _Piece, states: Tensor, rows: Tensor, size: int, capture: Capture
+) -> tuple[Tensor, ...]:
+    """Each piece differentiated as it is made, so that its logits are neither kept nor computed twice."""
+    values, gradients = [], []
+    for part in _parts(len(rows), size):
+        own = states[part].detach().requires_grad_()
+        (of_part,) = piece(own, part)
+        gradients.append(capture.piece(of_part, rows[part], own))
+        values.append(of_part.detach())
+    whole: Any = _Differentiated.apply(states, torch.cat(gradients), torch.cat(values))
+    return (whole,)
 
 
 @dataclass(frozen=True)
@@ -380,9 +448,13 @@ class _Piece:
     def __call__(self, states: Tensor, part: slice, *, record: bool = False) -> tuple[Tensor, ...]:
         if self.versions != [tensor._version for tensor in self.used]:
             raise MeasurementError(
-                "gradients", "the output layer was changed between forward and backward", "ask for gradients first"
+                "gradients",
+                "the output layer was changed between forward and backward",
+                "ask for gradients first",
             )
-        of_positions = nullcontext() if self.capture is None else self.capture.positions(self.rows[part])
+        of_positions = (
+            nullcontext() if self.capture is None else self.capture.positions(self.rows[part])
+        )
         if self.capture is not None:
             self.capture.mark(states)
         with of_positions, self.bound._running(self.true_derivative, record=record):
@@ -413,7 +485,9 @@ def form(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
 
 
-def bind(model: nn.Module, dtype: torch.dtype = torch.float32, *, lend_frozen: bool = False) -> BoundModel:
+def bind(
+    model: nn.Module, dtype: torch.dtype = torch.float32, *, lend_frozen: bool = False
+) -> BoundModel:
     """Bind the unwrapped model if it already is of `dtype`; else a copy of it, floating buffers included.
 
     `lend_frozen`, and always of a placed model: the copy has the very same frozen parameters, and is lent each in
@@ -426,14 +500,18 @@ def bind(model: nn.Module, dtype: torch.dtype = torch.float32, *, lend_frozen: b
     main = None if placement is None else placement.main
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if floating == {dtype}:
-        return BoundModel(Registry(module), dtype, lending=None if main is None else _lending(module, dtype, main))
+        return BoundModel(
+            Registry(module), dtype, lending=None if main is None else _lending(module, dtype, main)
+        )
     lends = lend_frozen or placement is not None
     shared = {id(p): p for p in module.parameters() if not p.requires_grad} if lends else {}
     try:
         clone = copy.deepcopy(module, dict(shared))
     except (RuntimeError, TypeError) as error:
         problem = f"cannot be copied to {dtype} ({error})".replace("torch.", "")
-        raise MeasurementError("the model", problem, f"give it in {dtype}".replace("torch.", "")) from error
+        raise MeasurementError(
+            "the model", problem, f"give it in {dtype}".replace("torch.", "")
+        ) from error
     for parameter in clone.parameters():
         if id(parameter) not in shared:
             parameter.grad = None
@@ -441,11 +519,17 @@ def bind(model: nn.Module, dtype: torch.dtype = torch.float32, *, lend_frozen: b
         config = getattr(part, "config", None)
         if dtype is torch.float64 and hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    if not lends:  # accelerate puts a `to` on a model that it spreads, and a copy's is that of the live model
+    if (
+        not lends
+    ):  # accelerate puts a `to` on a model that it spreads, and a copy's is that of the live model
         return BoundModel(Registry(nn.Module.to(clone, dtype)), dtype)
     for part in clone.modules():  # as `Module.to` does, but for what is shared
         for parameter in part._parameters.values():
-            if parameter is not None and id(parameter) not in shared and parameter.is_floating_point():
+            if (
+                parameter is not None
+                and id(parameter) not in shared
+                and parameter.is_floating_point()
+            ):
                 parameter.data = parameter.data.to(dtype)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point():

@@ -52,7 +52,9 @@ class Lending:
         """
         inner = getattr(module, "get_base_model", None)
         base: Any = inner() if callable(inner) else module
-        units = {name: _works_on(part, main) for name, part in _units(module, set(base_blocks(base)))}
+        units = {
+            name: _works_on(part, main) for name, part in _units(module, set(base_blocks(base)))
+        }
         names = {part: name for name, part in module.named_modules()}
         head = getattr(base, "get_output_embeddings", lambda: None)()
         backbone = base._modules.get(getattr(base, "base_model_prefix", None) or "")
@@ -67,7 +69,9 @@ class Lending:
     def needed(self, module: nn.Module) -> bool:
         """Whether anything of the module has another device or dtype than that in which it is used, or is on disk."""
         return not self.on_one_device or any(
-            is_on_disk(p) or (p.is_floating_point() and p.dtype != self.dtype) or p.device != self.main
+            is_on_disk(p)
+            or (p.is_floating_point() and p.dtype != self.dtype)
+            or p.device != self.main
             for p in module.parameters()
         )
 
@@ -75,7 +79,9 @@ class Lending:
         """The tensor as the unit in which `name` stands would use it."""
         unit = max((unit for unit in self.units if _within(name, unit)), key=len, default=None)
         device = self.main if unit is None else self.units[unit]
-        return tensor.to(device=device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.to(
+            device=device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype
+        )
 
     @contextmanager
     def __call__(self, module: nn.Module, *, record: bool) -> Iterator[None]:
@@ -90,9 +96,13 @@ class Lending:
                 part = module.get_submodule(name)
                 before, after = loans.taking(device), loans.giving_back
                 stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(part.register_forward_hook(after, always_call=True, prepend=True).remove)
+                stack.callback(
+                    part.register_forward_hook(after, always_call=True, prepend=True).remove
+                )
             for name in () if self.on_one_device else self.returning:
-                handle = module.get_submodule(name).register_forward_hook(self._to_main, prepend=name not in self.units)
+                handle = module.get_submodule(name).register_forward_hook(
+                    self._to_main, prepend=name not in self.units
+                )
                 stack.callback(handle.remove)
             if record:
                 stack.enter_context(self.recording())
@@ -132,7 +142,9 @@ class _Loans:
         self._record = record
         self._open: list[tuple[nn.Module, list[_Loan]]] = []
 
-    def taking(self, device: torch.device) -> Callable[[nn.Module, Any, Any], tuple[Any, Any] | None]:
+    def taking(
+        self, device: torch.device
+    ) -> Callable[[nn.Module, Any, Any], tuple[Any, Any] | None]:
         """Pre-hook of a unit that works on this device."""
 
         def take(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -157,13 +169,17 @@ class _Loans:
     ) -> list[tuple[dict[str, Any], str, Tensor, torch.dtype]]:
         """(table, name, tensor, dtype) of what is used elsewhere, in another dtype, or read from disk."""
         found = []
-        with torch._C.DisableTorchFunction():  # a mode would look at each question for a tensor's device
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # a mode would look at each question for a tensor's device
             for part in module.modules():
                 for table, cast in ((part._parameters, True), (part._buffers, False)):
                     for name, own in table.items():
                         if own is None:
                             continue
-                        dtype = self._lending.dtype if cast and own.is_floating_point() else own.dtype
+                        dtype = (
+                            self._lending.dtype if cast and own.is_floating_point() else own.dtype
+                        )
                         if (own.device, own.dtype) != (device, dtype) or is_on_disk(own):
                             found.append((table, name, own, dtype))
         return found
@@ -284,7 +300,9 @@ def _works_on(part: nn.Module, main: torch.device | None) -> torch.device:
 
 
 def _units(module: nn.Module, blocks: set[str], name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    own = any(p is not None for p in module._parameters.values()) or (not module._modules and bool(module._buffers))
+    own = any(p is not None for p in module._parameters.values()) or (
+        not module._modules and bool(module._buffers)
+    )
     if own or not blocks or type(module).__name__ in blocks or _is_adapted(module):
         yield name, module
         return

@@ -80,13 +80,17 @@ class OutputLayer:
         """Logits of some rows of the hidden states; `mapping` replaces parameters by the names of `names_in`."""
         given = _Given(_with_states(captured.output, rows[None]))
         dummy = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
-        output = torch.func.functional_call(self._shell(given), dict(mapping), (dummy,), {"use_cache": False})
+        output = torch.func.functional_call(
+            self._shell(given), dict(mapping), (dummy,), {"use_cache": False}
+        )
         return (output.logits if hasattr(output, "logits") else output[0])[0]
 
     def names_in(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """The names of those `tensors` that the output layer uses too (tied ones included) → its own names for them."""
         shell = self._shell(_Given(None))
-        own = {id(tensor): name for name, tensor in (*shell.named_parameters(), *shell.named_buffers())}
+        own = {
+            id(tensor): name for name, tensor in (*shell.named_parameters(), *shell.named_buffers())
+        }
         return {name: own[id(tensor)] for name, tensor in tensors.items() if id(tensor) in own}
 
     def _shell(self, backbone: nn.Module) -> nn.Module:

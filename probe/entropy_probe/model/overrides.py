@@ -11,7 +11,9 @@ from entropy_probe.errors import OverrideError
 from entropy_probe.model.registry import Registry
 
 
-def theta_plus_eta_v(registry: Registry, v: Mapping[str, Tensor], eta: float, dtype: torch.dtype) -> dict[str, Tensor]:
+def theta_plus_eta_v(
+    registry: Registry, v: Mapping[str, Tensor], eta: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """`{name: θ.to(dtype) + η·v.to(dtype)}` for the names in v only, on each parameter's own device, detached.
 
     Both are upcast before the addition: in bf16 an update of 1e-5 relative size disappears. Raises `OverrideError` for
@@ -27,7 +29,9 @@ def theta_plus_eta_v(registry: Registry, v: Mapping[str, Tensor], eta: float, dt
                 f"has shape {tuple(direction.shape)}, the parameter {tuple(parameter.shape)}",
                 "compute v on this model",
             )
-        mapping[name] = torch.add(parameter.to(dtype), direction.to(device=parameter.device, dtype=dtype), alpha=eta)
+        mapping[name] = torch.add(
+            parameter.to(dtype), direction.to(device=parameter.device, dtype=dtype), alpha=eta
+        )
     return mapping
 
 

@@ -33,7 +33,9 @@ def part_of(name: str) -> Part:
     """The first number in the name is the layer. "norm" is what a normalisation owns itself, wherever it stands: q_norm
     of an attention too. A module that is of no known kind is "other"; a parameter that is trained itself is "weight" or
     "bias"."""
-    module = next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name.lower())), "other")
+    module = next(
+        (kind for kind, pattern in _KINDS.items() if re.search(pattern, name.lower())), "other"
+    )
     number = re.search(r"\.(\d+)\.", name)
     own = "bias" if name.endswith("bias") else "weight"
     factor = next((factor for factor, pattern in _FACTORS.items() if re.search(pattern, name)), own)

@@ -66,7 +66,9 @@ def place(
     """
     decided = _decided(model, asked, max_memory) if isinstance(asked, str) else _named(model, asked)
     devices = {name: _usable(name, home) for name, home in decided.items()}
-    accelerators = (found for found in devices.values() if found is not None and found.type != "cpu")
+    accelerators = (
+        found for found in devices.values() if found is not None and found.type != "cpu"
+    )
     placement = Placement(decided, next(accelerators, device))
     folder = None if offload_folder is None else Path(offload_folder).expanduser()
     _require_writable(folder, needed="disk" in decided.values())
@@ -89,26 +91,40 @@ def place(
     return placement
 
 
-def _decided(model: nn.Module, rule: str, max_memory: Mapping[str, int | str] | None) -> dict[str, str]:
+def _decided(
+    model: nn.Module, rule: str, max_memory: Mapping[str, int | str] | None
+) -> dict[str, str]:
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
     if rule not in RULES:
-        raise ConfigError("device_map", f"got {rule!r}", f"give {', '.join(RULES)}, or a map of modules to devices")
+        raise ConfigError(
+            "device_map",
+            f"got {rule!r}",
+            f"give {', '.join(RULES)}, or a map of modules to devices",
+        )
     inner = getattr(model, "get_base_model", None)
     base: Any = inner() if callable(inner) else model
     whole = base_blocks(base)
-    given: Any = None if max_memory is None else {_of_accelerate(key): value for key, value in max_memory.items()}
+    given: Any = (
+        None
+        if max_memory is None
+        else {_of_accelerate(key): value for key, value in max_memory.items()}
+    )
     try:
         if rule == "sequential":
             limits = get_max_memory(given)
         else:
             low_zero = rule == "balanced_low_0"
-            limits = get_balanced_memory(model, given, no_split_module_classes=whole, low_zero=low_zero)
+            limits = get_balanced_memory(
+                model, given, no_split_module_classes=whole, low_zero=low_zero
+            )
         found = infer_auto_device_map(model, limits, no_split_module_classes=whole)
     except (ValueError, RuntimeError, KeyError, AssertionError) as error:
         raise ConfigError(
-            f"device_map {rule!r}", f"accelerate finds no place for the model ({error})", "give more max_memory"
+            f"device_map {rule!r}",
+            f"accelerate finds no place for the model ({error})",
+            "give more max_memory",
         ) from error
     return {name: as_text(home) for name, home in found.items()}
 
@@ -122,24 +138,35 @@ def _of_accelerate(key: str) -> int | str:
 def as_text(home: Any) -> str:
     """0, `torch.device("cuda", 0)` → "cuda:0": accelerate's names as torch's."""
     if isinstance(home, int):
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         return f"{found.type if found is not None else 'cuda'}:{home}"
     return str(home)
 
 
 def _named(model: nn.Module, asked: Mapping[str, str]) -> dict[str, str]:
     """The map with the names of this model; an adapter's base model may be called by its own."""
-    known = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
+    known = {
+        name
+        for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))
+    }
     found = {}
     for name, home in asked.items():
         own = name if name in known else f"{_PEFT}{name}"
         if own not in known:
             some = ", ".join(name or '""' for name, _ in list(model.named_modules())[:6])
-            raise ConfigError(f"device_map.{name}", f"the model has no such module (it has {some}, …)", "correct it")
+            raise ConfigError(
+                f"device_map.{name}",
+                f"the model has no such module (it has {some}, …)",
+                "correct it",
+            )
         found[own] = as_text(home)
     for name, _ in model.named_parameters():
         if not _covered(name, found):
-            raise ConfigError("device_map", f"no entry covers {name}", 'add one, or "" for all that has none')
+            raise ConfigError(
+                "device_map", f"no entry covers {name}", 'add one, or "" for all that has none'
+            )
     return found
 
 
@@ -156,13 +183,19 @@ def _usable(name: str, home: str) -> torch.device | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device_map.{name}", f"{home!r} cannot be used ({reason})", "name a device that is there"
+            f"device_map.{name}",
+            f"{home!r} cannot be used ({reason})",
+            "name a device that is there",
         ) from error
 
 
 def _require_writable(folder: Path | None, *, needed: bool) -> None:
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"offload_folder {folder}", "is no folder", "make it, or give another --probe-offload-folder")
+        raise ConfigError(
+            f"offload_folder {folder}",
+            "is no folder",
+            "make it, or give another --probe-offload-folder",
+        )
     if needed:
         try:
             with tempfile.TemporaryFile(dir=folder):

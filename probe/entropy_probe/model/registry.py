@@ -63,14 +63,19 @@ class Registry:
                 )
             if name not in self.trainable:
                 raise OverrideError(
-                    f"direction v[{name!r}]", "the parameter is frozen", "leave it out of v or set requires_grad"
+                    f"direction v[{name!r}]",
+                    "the parameter is frozen",
+                    "leave it out of v or set requires_grad",
                 )
 
 
 def checksum(module: nn.Module) -> str:
     """SHA-256 over names, bytes, requires_grad, the presence of gradients, and training mode of a module."""
     digest = hashlib.sha256()
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
     for name, tensor in tensors:
         digest.update(
             f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad} {tensor.grad is None}".encode()

@@ -43,7 +43,9 @@ class Models:
             return self, config, None
         with clock("memory limit"):
             plan = planned(self.bound, self.float64, batches, config, clock.world)
-        limited = (replace(m, logits_at_once=plan.logits_at_once) for m in (self.bound, self.float64))
+        limited = (
+            replace(m, logits_at_once=plan.logits_at_once) for m in (self.bound, self.float64)
+        )
         return Models(*limited), plan.config, plan
 
 

@@ -55,7 +55,10 @@ def without_second_moment(of: Measured) -> NextStep:
     Every value moves by 1, as in a first step of Adam's, so that a tiny η is resolved in each. Where X̄ is 0, v is 1.
     """
     x, parameters = of.e.gradients.mean_x(), of.bound.registry.trainable
-    v = {name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(p.shape) for name, p in parameters.items()}
+    v = {
+        name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(p.shape)
+        for name, p in parameters.items()
+    }
     still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
     min_ess = of.config.true_delta_h.min_ess_fraction
     rows = [entropy_change.change_row(change, None, 0.0, min_ess) for change in still]
@@ -70,7 +73,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     with clock("first order"):
         precond = update.adam_preconditioner(adam)
         lr, lr_source = update.learning_rate(adam, config.first_order.lr)
-        of_u = first_order_section(u.gradients, precond, lr, lr_source, config.first_order.estimator)
+        of_u = first_order_section(
+            u.gradients, precond, lr, lr_source, config.first_order.estimator
+        )
         across = None
         if not of.same_batch:
             across = two_batch_section(e.gradients, u.gradients, precond, lr)
@@ -84,7 +89,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
             of_torch = preconditioner_agreement(adam, precond)
         match = moments_match(adam, u.gradients.y, clock.world)
     with clock("slopes"):
-        along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, v, config, clock.progress)
+        along = slopes.slopes_along(
+            of.bound, of.float64, e.share, e.tokens, v, config, clock.progress
+        )
         predicting = slopes.predictors(
             of.bound, u.share, u.scores, config, u.gradients, direction, along,
             same_batch=of.same_batch,
@@ -93,7 +100,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     with clock("entropy change"):
         etas = entropy_change.grid(config, lr, along.d_seq_logp, predicting.reach)
         etas = clock.world.told(etas)
-        changes = entropy_change.sweep(of.bound, e.share, e.scores, v, etas, config, clock.progress, redraw)
+        changes = entropy_change.sweep(
+            of.bound, e.share, e.scores, v, etas, config, clock.progress, redraw
+        )
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
         return NextStep(precond, v, along, None)
@@ -111,7 +120,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     return NextStep(precond, v, along, sections)
 
 
-def _row(of: Measured, change: entropy_change.EntropyChange, by: slopes.Predictors) -> r.EntropyChangeRow:
+def _row(
+    of: Measured, change: entropy_change.EntropyChange, by: slopes.Predictors
+) -> r.EntropyChangeRow:
     """A change beside its prediction, which says nothing about a policy that is cut to its nucleus."""
     predicted = None
     if not change.weights.restricted:
@@ -121,7 +132,9 @@ def _row(of: Measured, change: entropy_change.EntropyChange, by: slopes.Predicto
     return entropy_change.change_row(change, predicted, by.reach, min_ess)
 
 
-def _real_step(of: Measured, v: Mapping[str, Tensor], lr: float) -> tuple[r.RealStepSection | None, str | None]:
+def _real_step(
+    of: Measured, v: Mapping[str, Tensor], lr: float
+) -> tuple[r.RealStepSection | None, str | None]:
     """The step on a copy; where it does not fit, why: the rest of the report does not need it."""
     if "real step" in of.config.left_out:
         return None, None

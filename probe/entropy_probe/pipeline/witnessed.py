@@ -24,7 +24,9 @@ def witnessed(
     if "projections" not in config.left_out:
         at_theta = None if along is None else along.at_theta
         witness |= asdict(
-            projection_agreement(bound, e.share, e.of_x, config, e.gradients, precond, of.ascent, v, at_theta)
+            projection_agreement(
+                bound, e.share, e.of_x, config, e.gradients, precond, of.ascent, v, at_theta
+            )
         )
     witness["curvature"] = None  # without the second derivative that the α-trick needs too
     if along is None:

@@ -40,20 +40,28 @@ def redraw_for(
         return None
     rollouts = share.rollouts
     limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
-    longer = config.model_copy(update={"generation": config.generation.model_copy(update={"max_new_tokens": limit})})
+    longer = config.model_copy(
+        update={"generation": config.generation.model_copy(update={"max_new_tokens": limit})}
+    )
     generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer, later=True).generation
     seed = _seed("E", config.batch.seed)
-    return lambda override: redrawn(bound, share.own, tokenizer, generation, seed=seed, override=override)
+    return lambda override: redrawn(
+        bound, share.own, tokenizer, generation, seed=seed, override=override
+    )
 
 
-def sampling_section(bound: BoundModel, e: Rollouts, tokenizer: Any | None, config: ProbeConfig) -> r.SamplingSection:
+def sampling_section(
+    bound: BoundModel, e: Rollouts, tokenizer: Any | None, config: ProbeConfig
+) -> r.SamplingSection:
     """Of the responses of E's first two prompts: the share that the same seed draws again, and the share that another
     seed, that of U, draws too."""
     few = e.of_prompts(torch.arange(2))
     generation = for_sampling(bound, int(few.prompt_lens.max()), config).generation
 
     def same(which: str) -> float:
-        again = redrawn(bound, few, tokenizer, generation, seed=_seed(which, config.batch.seed), override={})
+        again = redrawn(
+            bound, few, tokenizer, generation, seed=_seed(which, config.batch.seed), override={}
+        )
         equal = [a == b for a, b in zip(few.responses, again.responses, strict=True)]
         return sum(equal) / len(equal)
 
@@ -109,10 +117,18 @@ def draw_batches(
     if file_e is not None:
         return file_e, file_u if file_u is not None else file_e
     reward = find_reward(batch.reward)
-    pool = tasks.read_prompts(prompts) if prompts is not None else tasks.dataset_prompts(batch.dataset, batch.split)
+    pool = (
+        tasks.read_prompts(prompts)
+        if prompts is not None
+        else tasks.dataset_prompts(batch.dataset, batch.split)
+    )
     count = batch.num_prompts + (0 if file_u is not None else batch.num_update_prompts)
-    drawn = tasks.draw_prompts(pool, count, seed=batch.seed, with_replacement=batch.with_replacement)
-    longest = 0 if tokenizer is None else max(len(tokenizer(prompt.text).input_ids) for prompt in drawn)
+    drawn = tasks.draw_prompts(
+        pool, count, seed=batch.seed, with_replacement=batch.with_replacement
+    )
+    longest = (
+        0 if tokenizer is None else max(len(tokenizer(prompt.text).input_ids) for prompt in drawn)
+    )
     generation = for_sampling(bound, longest, config).generation if longest else config.generation
 
     def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:

@@ -57,7 +57,9 @@ def directional_derivatives(
     for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation)):
         with forward_ad.dual_level():
             dual = {
-                name: forward_ad.make_dual(value, v[name].to(device=value.device, dtype=bound.dtype))
+                name: forward_ad.make_dual(
+                    value, v[name].to(device=value.device, dtype=bound.dtype)
+                )
                 for name, value in point.items()
             }
             scored = score_rows(bound, rollouts, rows, config, override=dual, true_derivative=True)

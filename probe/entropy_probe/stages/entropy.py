@@ -30,7 +30,9 @@ def _estimate(value: float, se: float) -> r.Estimate:
     return r.Estimate(value=value, se=se)
 
 
-def sampler_parity_section(rollouts: Rollouts, token_logq: Tensor | None) -> r.SamplerParitySection | None:
+def sampler_parity_section(
+    rollouts: Rollouts, token_logq: Tensor | None
+) -> r.SamplerParitySection | None:
     """`None` where the rollouts came without the sampler's log-probabilities."""
     if rollouts.logprobs is None or token_logq is None:
         return None

@@ -44,7 +44,9 @@ class EntropyChange:
         return self.weights.eta
 
 
-def grid(config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf) -> list[float]:
+def grid(
+    config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf
+) -> list[float]:
     """The configured η, or `auto`: ± two a decade down from the smaller of lr and the η at which ESS/N is expected to
     fall to `min_ess_fraction`; and ± `reach`, as far as slope and curvature are taken for the change, where that is
     smaller than all of these. η = 0 and lr are always in it.
@@ -56,14 +58,20 @@ def grid(config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach
         return sorted({0.0, lr, *etas})
     end = lr
     if d_seq_logp is not None and float(d_seq_logp.var()) > 0:
-        end = min(lr, math.sqrt(-math.log(config.true_delta_h.min_ess_fraction) / float(d_seq_logp.var())) or lr)
+        end = min(
+            lr,
+            math.sqrt(-math.log(config.true_delta_h.min_ess_fraction) / float(d_seq_logp.var()))
+            or lr,
+        )
     steps = [end * 10 ** (-k / _POINTS_PER_DECADE) for k in range(_POINTS)]
     if 0 < reach < steps[-1]:
         steps.append(reach)
     return sorted({0.0, lr, *(sign * step for step in steps for sign in (-1.0, 1.0))})
 
 
-def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeConfig) -> EntropyChange:
+def change_at(
+    scores: Scores, scores_after: Scores, eta: float, config: ProbeConfig
+) -> EntropyChange:
     """log w = S(θ⁺) − log q, then ΔĤ of −S and of R; with smoothed weights where `fallback: psis` applies."""
     limits, log_weights = config.true_delta_h, scores_after.seq_logp - scores.seq_logq
     weights = importance.snis_weights(log_weights, limits.clip_log_weight)
@@ -98,7 +106,11 @@ def change_at(scores: Scores, scores_after: Scores, eta: float, config: ProbeCon
 
 
 def _changes(
-    before: Scores, after: Scores, weights_before: Tensor, weights_after: Tensor, config: ProbeConfig
+    before: Scores,
+    after: Scores,
+    weights_before: Tensor,
+    weights_after: Tensor,
+    config: ProbeConfig,
 ) -> dict[str, importance.Change]:
     """ΔĤ of −S and of R, as `true_delta_h.normalize` says and per token."""
     lengths = before.gen_lens.double(), after.gen_lens.double()
@@ -149,7 +161,9 @@ def sweep(
     return changes
 
 
-def resampled(change: EntropyChange, scores: Scores, fresh: Scores, config: ProbeConfig) -> EntropyChange:
+def resampled(
+    change: EntropyChange, scores: Scores, fresh: Scores, config: ProbeConfig
+) -> EntropyChange:
     """Mean over fresh responses at θ⁺ minus mean over those at θ, of the same prompts: no importance weights."""
     even = torch.full_like(scores.seq_logp, 1.0 / scores.seq_logp.numel())
     found = change.weights.model_copy(update={"method": "resample", "reliable": True})
@@ -211,7 +225,11 @@ def entropy_change_two_batch_vector(
     """
     config = config or ProbeConfig()
     if config.true_delta_h.fallback == "resample":
-        raise ConfigError("true_delta_h.fallback", "`resample` is not offered here", "use run_probe, or psis or none")
+        raise ConfigError(
+            "true_delta_h.fallback",
+            "`resample` is not offered here",
+            "use run_probe, or psis or none",
+        )
     with numerics(config.precision, sum(p.numel() for p in bound.registry.parameters.values())):
         scores = score(bound, rollouts, config)
         alone = Share.of(rollouts, units_of_prompts(rollouts))

@@ -57,7 +57,9 @@ class _Pairs:
         return self.names[int(self.first[pair])], self.names[int(self.second[pair])]
 
 
-def _of_one_shape(adam: Mapping[str, AdamState], y: Mapping[str, Tensor], world: World) -> list[list[str]]:
+def _of_one_shape(
+    adam: Mapping[str, AdamState], y: Mapping[str, Tensor], world: World
+) -> list[list[str]]:
     """Names of two or more tensors of one shape that have moments and, anywhere, a gradient."""
     moving = torch.tensor([bool((y[name] != 0).any()) for name in adam], dtype=torch.int64)
     by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)

@@ -44,13 +44,17 @@ class Scores:
 
     def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
         """The same for some prompts only."""
-        return Scores(**{name: values[prompts] for name, values in vars(self).items() if values is not None})
+        return Scores(
+            **{name: values[prompts] for name, values in vars(self).items() if values is not None}
+        )
 
     def with_logq_of(self, scores: Scores, prompts: Int[Tensor, " b"]) -> Scores:
         """These of some prompts, with log q as `scores` of the whole batch have it, where it may be one sum (T = 1)."""
         steps = self.token_logp.shape[-1]
         token_logq = scores.token_logq[prompts, :, :steps]
-        return replace(self, token_logq=torch.nn.functional.pad(token_logq, (0, steps - token_logq.shape[-1])))
+        return replace(
+            self, token_logq=torch.nn.functional.pad(token_logq, (0, steps - token_logq.shape[-1]))
+        )
 
     @property
     def seq_logp(self) -> Float[Tensor, "B G"]:
@@ -110,23 +114,34 @@ def read_rows(
         rows_at_once=rows_at_once,
         capture=capture,
     )
-    return tuple(v.new_zeros(*inside.shape, *v.shape[1:]).index_put((of_row, step), v) for v in flat)
+    return tuple(
+        v.new_zeros(*inside.shape, *v.shape[1:]).index_put((of_row, step), v) for v in flat
+    )
 
 
 def policy_scores(bound: BoundModel, policy: GenerationConfig, precision: PrecisionSection) -> Read:
     """(log p, log q, entropy of π, entropy of q) of some tokens under the policy, as a reading for `read_rows`."""
-    dtype = torch.float64 if precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
+    dtype = (
+        torch.float64 if precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
+    )
     return partial(_scored, policy, dtype)
 
 
-def _scored(policy: GenerationConfig, dtype: torch.dtype, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+def _scored(
+    policy: GenerationConfig, dtype: torch.dtype, logits: Tensor, tokens: Tensor
+) -> tuple[Tensor, ...]:
     scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
     return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
 
-def scored_with_features(policy: GenerationConfig, read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+def scored_with_features(
+    policy: GenerationConfig, read: Read, logits: Tensor, tokens: Tensor
+) -> tuple[Tensor, ...]:
     """What `read` gives, and the features φ of the step but for its position."""
-    return (*read(logits, tokens), step_features(step_diagnostics(logits, policy.top_p, policy.temperature)))
+    return (
+        *read(logits, tokens),
+        step_features(step_diagnostics(logits, policy.top_p, policy.temperature)),
+    )
 
 
 def score_rows(
@@ -144,7 +159,11 @@ def score_rows(
     One function for θ and θ+ηv, with and without a graph.
     """
     read = policy_scores(bound, config.generation, config.precision)
-    options = {"override": override, "true_derivative": true_derivative, "rows_at_once": rows_at_once}
+    options = {
+        "override": override,
+        "true_derivative": true_derivative,
+        "rows_at_once": rows_at_once,
+    }
     return TokenScores(*read_rows(bound, rollouts, rows, read, **options))
 
 
@@ -173,7 +192,11 @@ def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:
 
 
 def read_responses(
-    bound: BoundModel, rollouts: Rollouts, size: int, read: Read, override: Mapping[str, Tensor] | None = None
+    bound: BoundModel,
+    rollouts: Rollouts,
+    size: int,
+    read: Read,
+    override: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`read_rows` of every response, `size` rows of similar length at a time: [B, G, T, …]."""
     parts, order = [], []
@@ -181,9 +204,13 @@ def read_responses(
         order.append(rows)
         part = read_rows(bound, rollouts, rows, read, override=override)
         missing = rollouts.max_gen_len - part[0].shape[1]
-        parts.append([torch.cat([v, v.new_zeros(len(v), missing, *v.shape[2:])], dim=1) for v in part])
+        parts.append(
+            [torch.cat([v, v.new_zeros(len(v), missing, *v.shape[2:])], dim=1) for v in part]
+        )
     back = torch.cat(order).argsort().to(bound.device)
-    return tuple(rollouts.per_prompt(torch.cat(values)[back]) for values in zip(*parts, strict=True))
+    return tuple(
+        rollouts.per_prompt(torch.cat(values)[back]) for values in zip(*parts, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -207,7 +234,9 @@ def score(
     if override is None:
         require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")
     else:
-        require_finite(rollouts, logp, entropy, "at θ + ηv", "give smaller true_delta_h.etas or first_order.lr")
+        require_finite(
+            rollouts, logp, entropy, "at θ + ηv", "give smaller true_delta_h.etas or first_order.lr"
+        )
     if override is None:
         require_inside_nucleus(rollouts, logq, policy.top_p)
     phi = with_position(features[0], policy.max_new_tokens) if with_features else None
@@ -221,7 +250,9 @@ def _of_nothing(group: int, *, with_features: bool) -> Scores:
     return Scores(empty, empty, empty, empty, torch.zeros(0, group, dtype=torch.long), phi)
 
 
-def require_finite(rollouts: Rollouts, logp: Tensor, entropy: Tensor, where: str, remedy: str) -> None:
+def require_finite(
+    rollouts: Rollouts, logp: Tensor, entropy: Tensor, where: str, remedy: str
+) -> None:
     """Raise `MeasurementError` that names the first prompt with a score that is not finite."""
     finite = (torch.isfinite(logp) & torch.isfinite(entropy)).flatten(1).all(1)
     if not bool(finite.all()):

@@ -105,7 +105,9 @@ class Share:
     def among(self) -> Among:
         """Where the own prompts stand among the others, for baselines that come from those."""
         batch = self.rollouts
-        return Among(self.prompts.start, batch.num_prompts, batch.max_gen_len, self._total_of_tokens)
+        return Among(
+            self.prompts.start, batch.num_prompts, batch.max_gen_len, self._total_of_tokens
+        )
 
     def _total_of_tokens(self, values: Tensor) -> Tensor:
         return self.world.total(values, of_prompts=True)

@@ -94,7 +94,9 @@ def slopes_along(
     d2_rb_sum = stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
 
     def rb(baseline: Baseline) -> PromptMean:
-        kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among)
+        kappa = rb_coefficients(
+            scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among
+        )
         own = rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
         return PromptMean(share.whole(own.per_prompt))
 
@@ -142,7 +144,11 @@ def _along(
 
 
 def _ways(
-    bound: BoundModel, float64: BoundModel, share: Share, v: Mapping[str, Tensor], config: ProbeConfig
+    bound: BoundModel,
+    float64: BoundModel,
+    share: Share,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
 ) -> tuple[Derivatives, Callable[[float], Derivatives], float, tuple[int, ...]]:
     """D_v at θ; how D_v in float64 is found elsewhere; how far, and at which points.
 
@@ -197,7 +203,9 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
     x = {name: units.x[name] for name in direction.v}
     v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
     products = units.products(direction.diagonal, direction.v)
-    found = units.gathered({"momentum": gram(x, v0), "products": torch.stack(list(products.values())).sum(0)})
+    found = units.gathered(
+        {"momentum": gram(x, v0), "products": torch.stack(list(products.values())).sum(0)}
+    )
     moments = units.moments(found["products"])
     return PromptMean(-found["momentum"][:, 0] - (2 * moments.row_means - moments.u_cross))
 

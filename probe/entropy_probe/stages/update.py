@@ -53,7 +53,10 @@ def lr_shares(adam: Mapping[str, AdamState]) -> dict[str, float]:
     """Each parameter's lr over the largest one; `initial_lr` where the scheduler has ended; 1 without any."""
     ended = all(state.lr == 0 for state in adam.values())
     largest = max((_lr(state, ended=ended) for state in adam.values()), default=0.0)
-    return {name: _lr(state, ended=ended) / largest if largest > 0 else 1.0 for name, state in adam.items()}
+    return {
+        name: _lr(state, ended=ended) / largest if largest > 0 else 1.0
+        for name, state in adam.items()
+    }
 
 
 def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
@@ -64,13 +67,22 @@ def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
         if state.step == 0:
             precond[name] = torch.full_like(state.exp_avg_sq, shares[name], dtype=torch.float64)
         else:
-            second = state.max_exp_avg_sq if state.amsgrad and state.max_exp_avg_sq is not None else state.exp_avg_sq
-            precond[name] = shares[name] * preconditioner(second, state.step, state.betas[1], state.eps)
+            second = (
+                state.max_exp_avg_sq
+                if state.amsgrad and state.max_exp_avg_sq is not None
+                else state.exp_avg_sq
+            )
+            precond[name] = shares[name] * preconditioner(
+                second, state.step, state.betas[1], state.eps
+            )
     return precond
 
 
 def compute_update_vector_adamw(
-    registry: Registry, adam: Mapping[str, AdamState], ascent: Mapping[str, Tensor], max_grad_norm: float | None = None
+    registry: Registry,
+    adam: Mapping[str, AdamState],
+    ascent: Mapping[str, Tensor],
+    max_grad_norm: float | None = None,
 ) -> UpdateDirection:
     """v = (θ' − θ)/lr of one step of the checkpoint's Adam on the gradient g = −Ȳ, for the optimizer's parameters.
 
@@ -97,7 +109,9 @@ def compute_update_vector_adamw(
             amsgrad=state.amsgrad,
             maximize=state.maximize,
         )
-        rest, d = adam_direction(parameter, y, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.step, hyper)
+        rest, d = adam_direction(
+            parameter, y, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.step, hyper
+        )
         v0[name], diagonal[name] = share * rest, share * clip * d
         v[name] = v0[name] + share * d * y
     return UpdateDirection(v, v0, diagonal, grad_norm, clip)

@@ -46,8 +46,12 @@ def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
         if part is None:
             _require_unpacked(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another pickle protocol, in a file that is refused next
-            return torch.load(path if part is None else io.BytesIO(part), map_location="cpu", weights_only=True)
+            warnings.simplefilter(
+                "ignore"
+            )  # of another pickle protocol, in a file that is refused next
+            return torch.load(
+                path if part is None else io.BytesIO(part), map_location="cpu", weights_only=True
+            )
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise _broken(path, error) from error
@@ -70,16 +74,22 @@ def _require_unpacked(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, ValueError):  # no archive; torch will say so
         return
     if size > path.stat().st_size:
-        raise CheckpointError(path, f"is a packed archive of {size} bytes", "save it with torch.save")
+        raise CheckpointError(
+            path, f"is a packed archive of {size} bytes", "save it with torch.save"
+        )
 
 
 def _broken(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(path, f"cannot be read ({reason(error)})", "copy it again: it is truncated or no torch file")
+    return CheckpointError(
+        path, f"cannot be read ({reason(error)})", "copy it again: it is truncated or no torch file"
+    )
 
 
 def reason(error: Exception) -> str:
     """What a library's exception says, in at most 160 characters of one line; a heading that ends in `:` is skipped."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:160]
 
 
@@ -94,17 +104,25 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             return [single]
         if index.is_file() and stem == "model":  # peft has no shards
             return _shards(index)
-    raise CheckpointError(folder, f"no weights, expected {names[0]}", "save the model with save_pretrained")
+    raise CheckpointError(
+        folder, f"no weights, expected {names[0]}", "save the model with save_pretrained"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(n, str) for n in names.values())
+    ):
         raise CheckpointError(index, "has no `weight_map`", "restore the file")
     shards = sorted({index.parent / Path(name).name for name in names.values()})
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(shard, f"is missing, {index.name} names it", "copy the whole checkpoint folder")
+            raise CheckpointError(
+                shard, f"is missing, {index.name} names it", "copy the whole checkpoint folder"
+            )
     return shards
 
 
@@ -114,7 +132,9 @@ def read_tensors(path: Path, names: Container[str] | None = None) -> dict[str, T
     Raises on a damaged file and on the first non-finite tensor.
     """
     if path.suffix == ".bin":
-        tensors = {n: tensor for n, tensor in _unpickled(path).items() if names is None or n in names}
+        tensors = {
+            n: tensor for n, tensor in _unpickled(path).items() if names is None or n in names
+        }
     else:
         with _safetensors(path) as handle:
             wanted = [name for name in handle.keys() if names is None or name in names]  # noqa: SIM118 (no mapping)
@@ -130,7 +150,9 @@ def require_finite(tensors: dict[str, Tensor], path: Path) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
-                path, f"{name} holds {count} non-finite of {tensor.numel()} values", "use an earlier checkpoint"
+                path,
+                f"{name} holds {count} non-finite of {tensor.numel()} values",
+                "use an earlier checkpoint",
             )
 
 
@@ -139,10 +161,14 @@ def require_dense(tensor: Tensor, name: str, path: Path) -> None:
     if type(tensor) not in (Tensor, nn.Parameter):
         raise CheckpointError(path, f"{name} is a {type(tensor).__name__}", "save dense tensors")
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise CheckpointError(path, f"{name} is a {tensor.layout} tensor of {tensor.dtype}", "save dense tensors")
+        raise CheckpointError(
+            path, f"{name} is a {tensor.layout} tensor of {tensor.dtype}", "save dense tensors"
+        )
     held = 0 if tensor.is_meta else tensor.untyped_storage().nbytes() // tensor.element_size()
     if tensor.numel() > held:
-        raise CheckpointError(path, f"{name} has {tensor.numel()} values in storage for {held}", "save dense tensors")
+        raise CheckpointError(
+            path, f"{name} has {tensor.numel()} values in storage for {held}", "save dense tensors"
+        )
 
 
 def header(tensor: Tensor) -> Header:
@@ -173,7 +199,9 @@ def _safetensors(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(path, f"is not a readable safetensors file ({error})", "copy it again") from error
+        raise CheckpointError(
+            path, f"is not a readable safetensors file ({error})", "copy it again"
+        ) from error
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -182,7 +210,9 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise CheckpointError(
-            path, "is not a dict of tensors by name", "save model.state_dict(), or use save_pretrained"
+            path,
+            "is not a dict of tensors by name",
+            "save model.state_dict(), or use save_pretrained",
         )
     for name, tensor in tensors.items():
         require_dense(tensor, name, path)

@@ -12,7 +12,9 @@ from entropy_probe.processes.world import ALONE, World
 from entropy_probe.report import RegistrySection
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 
-FRESH_LORA = "its partner is zero: the adapter has not learned anything yet, so this factor has no gradient"
+FRESH_LORA = (
+    "its partner is zero: the adapter has not learned anything yet, so this factor has no gradient"
+)
 _PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_B", "lora_embedding_A"))
 
 

@@ -31,7 +31,9 @@ class Payload:
         def logp(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
             return (token_logp(logits, tokens, temperature),)
 
-        def entropy_and_logp(logits: Tensor, tokens: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        def entropy_and_logp(
+            logits: Tensor, tokens: Tensor, coefficients: Tensor
+        ) -> tuple[Tensor, ...]:
             scored = score_tokens(logits, tokens, temperature, 1.0)
             return (scored.entropy + coefficients.to(logits.dtype) * scored.logp,)
 
@@ -85,7 +87,9 @@ def payloads(
     first_order, y = config.first_order, Payload(weights_y)
     if first_order.estimator == "naive":
         return Payload(weights_x), y
-    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among)
+    kappa = rb_coefficients(
+        scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among
+    )
     return Payload(torch.full_like(weights_x, -1.0 / rollouts.num_responses), kappa), y
 
 

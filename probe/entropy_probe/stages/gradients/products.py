@@ -31,7 +31,10 @@ def grams(
     precond: Mapping[str, Float[Tensor, ...]] | None = None,
 ) -> dict[str, Float[Tensor, "U V"]]:
     """The terms of `gram`, by name."""
-    return {name: _gram(a, right[name], None if precond is None else precond[name]) for name, a in left.items()}
+    return {
+        name: _gram(a, right[name], None if precond is None else precond[name])
+        for name, a in left.items()
+    }
 
 
 def _gram(a: Tensor, b: Tensor, precond: Tensor | None) -> Tensor:
@@ -70,7 +73,9 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
-def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]) -> dict[str, Float[Tensor, " D"]]:
+def prompt_mean(
+    units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]
+) -> dict[str, Float[Tensor, " D"]]:
     """Mean over prompts, in float64: units weighted by the number of their prompts."""
     share = sizes.double() / sizes.sum()
     return {name: weighted_sum(share, values) for name, values in units.items()}

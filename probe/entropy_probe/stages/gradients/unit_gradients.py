@@ -27,7 +27,14 @@ from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.report import UStatistic
 from entropy_probe.stages.gradients.payloads import Payload
-from entropy_probe.stages.gradients.products import dots, gram, grams, prompt_mean, row_dots, weighted_sum
+from entropy_probe.stages.gradients.products import (
+    dots,
+    gram,
+    grams,
+    prompt_mean,
+    row_dots,
+    weighted_sum,
+)
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import read_rows
 from entropy_probe.stages.share import Share, Units
@@ -95,7 +102,9 @@ class UnitGradients:
         """By name, what is known of X_kᵀPY_m with Y of another batch."""
         return grams(self.x, u.y, precond)
 
-    def gathered_with(self, u: UnitGradients, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    def gathered_with(
+        self, u: UnitGradients, products: Mapping[_Key, Tensor]
+    ) -> dict[_Key, Tensor]:
         """`products_with`, or sums of them, of the units of all processes."""
         return dict(products)
 
@@ -147,7 +156,9 @@ class OwnUnitGradients(UnitGradients):
     def of_units(self, values: Tensor) -> Tensor:
         return self.share.of_units(values)
 
-    def products(self, precond: _Rows, names: Iterable[str] | None = None) -> dict[str, Float[Tensor, "u 3"]]:
+    def products(
+        self, precond: _Rows, names: Iterable[str] | None = None
+    ) -> dict[str, Float[Tensor, "u 3"]]:
         """Σ_m K_nm = x_n·P·ΣY, Σ_m K_mn = y_n·P·ΣX and K_nn = x_n·P·y_n of each own unit n."""
         chosen = list(names or self.x)
         rows = dots({name: self.x[name] for name in chosen}, self.sums_y, precond)
@@ -175,7 +186,9 @@ class OwnUnitGradients(UnitGradients):
         s, t = dots(self.x, u.mean_y(), precond), dots(u.y, self.mean_x(), precond)
         return {name: torch.cat([s[name], t[name]]) for name in s}
 
-    def gathered_with(self, u: UnitGradients, products: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    def gathered_with(
+        self, u: UnitGradients, products: Mapping[_Key, Tensor]
+    ) -> dict[_Key, Tensor]:
         own = self.share.own_units.stop - self.share.own_units.start
         s, t = torch.stack(list(products.values()), 1).tensor_split([own])
         whole = torch.cat([self.of_units(s), u.of_units(t)])
@@ -206,7 +219,9 @@ def unit_gradients(
     """
     parameters, rollouts = bound.registry.trainable, share.own
     if not parameters:
-        raise MeasurementError("gradients", "no parameter of the model is trainable", "set requires_grad")
+        raise MeasurementError(
+            "gradients", "no parameter of the model is trainable", "set requires_grad"
+        )
     one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(share.rollouts.tokens)
     unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
     sizes = torch.bincount(unit_of)
@@ -239,7 +254,14 @@ class _Added:
     per_row: Tensor
     temperature: float
 
-    def to(self, sides: list[tuple[dict[str, Tensor], Payload]], units: Tensor, rows: Tensor, *, true: bool) -> None:
+    def to(
+        self,
+        sides: list[tuple[dict[str, Tensor], Payload]],
+        units: Tensor,
+        rows: Tensor,
+        *,
+        true: bool,
+    ) -> None:
         """One forward and one backward, for sides with the same payload; as many rows of each of the units."""
         bound, parameters = self.bound, self.bound.registry.trainable
         prompts = self.per_row[rows]
@@ -261,7 +283,9 @@ class _Added:
                 own[k][n].add_(sums[name][k][n].cpu())
 
 
-def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _microbatches(
+    rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(units, rows) with at most `size` rows of similar length, as many of each unit, one unit after the other:
     some prompts that are units themselves, some prompts of one unit, or some rows of one prompt."""
     group, at_once = rollouts.num_responses, max(1, size // rollouts.num_responses)
@@ -270,7 +294,9 @@ def _microbatches(rollouts: Rollouts, unit_of: Int[Tensor, " B"], size: int) -> 
     if not len(unit_of):
         return
     single = len(unit_of) == int(unit_of.max()) + 1
-    for within in [order] if single else [order[unit_of[order] == unit] for unit in unit_of.unique()]:
+    for within in (
+        [order] if single else [order[unit_of[order] == unit] for unit in unit_of.unique()]
+    ):
         for prompts in within.split(at_once):
             rows = (prompts[:, None] * group + torch.arange(group)).reshape(-1)
             for part in rows.split(max(size, 1)) if len(prompts) == 1 else [rows]:

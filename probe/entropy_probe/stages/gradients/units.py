@@ -25,7 +25,9 @@ def units_of(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Unit
     return Units(mode, torch.arange(rollouts.num_prompts) * num_units // rollouts.num_prompts)
 
 
-def units_within_memory(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> tuple[str, int]:
+def units_within_memory(
+    bound: BoundModel, rollouts: Rollouts, config: ProbeConfig
+) -> tuple[str, int]:
     """(mode, number of units): every prompt a unit in `exact` mode where the gradients fit into
     `first_order.max_gradient_gib`, else as many blocks as fit; `num_blocks` of them in `block` mode.
 

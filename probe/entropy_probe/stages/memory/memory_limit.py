@@ -44,7 +44,11 @@ class Plan:
 
 
 def planned(
-    bound: BoundModel, float64: BoundModel, batches: tuple[Rollouts, ...], config: ProbeConfig, world: World = ALONE
+    bound: BoundModel,
+    float64: BoundModel,
+    batches: tuple[Rollouts, ...],
+    config: ProbeConfig,
+    world: World = ALONE,
 ) -> Plan:
     """The configuration with as many rows at once as the limit allows, and no more than it has, and the logits at once;
     `batches` are those of all processes.
@@ -60,14 +64,21 @@ def planned(
     usable = int((limit - now - _SLACK) / (1 + _UNSEEN)) - held
     units = max(batch.num_prompts for batch in batches)
     fewest = bytes_of_units(
-        bound, 2 if config.first_order.mode == "exact" else min(config.first_order.num_blocks, units)
+        bound,
+        2 if config.first_order.mode == "exact" else min(config.first_order.num_blocks, units),
     )
-    of_products = 8 * _PRODUCT * min(IN_FLOAT64, units * max(p.numel() for p in bound.registry.trainable.values()))
+    of_products = (
+        8
+        * _PRODUCT
+        * min(IN_FLOAT64, units * max(p.numel() for p in bound.registry.trainable.values()))
+    )
     passes = Passes(bound, float64, longest_rows(batches), config)
     kinds = [*passes.kinds(usable - fewest)]
 
     def largest(config: ProbeConfig, positions: int) -> int:
-        return max(8 * trainable * _FOR_A_WHILE, of_products, *(kind(config, positions) for kind in kinds))
+        return max(
+            8 * trainable * _FOR_A_WHILE, of_products, *(kind(config, positions) for kind in kinds)
+        )
 
     def require(remedy: str) -> int:
         """What is left for gradients beside a pass of one response."""
@@ -101,7 +112,9 @@ def memory_section(
     plan: Plan | None,
 ) -> r.MemorySection:
     """What each stage `held`, beside what was planned under a limit."""
-    stages = {stage: r.StageMemory(at_start=of.at_start, peak=of.peak) for stage, of in held.items()}
+    stages = {
+        stage: r.StageMemory(at_start=of.at_start, peak=of.peak) for stage, of in held.items()
+    }
     return r.MemorySection(
         counted=memory.kind(device),
         stages=stages,
@@ -124,7 +137,9 @@ def _needed(now: int, more: int) -> int:
     return now + _SLACK + int((1 + _UNSEEN) * more)
 
 
-def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig, *, later: bool = False) -> ProbeConfig:
+def for_sampling(
+    bound: BoundModel, prompt_length: int, config: ProbeConfig, *, later: bool = False
+) -> ProbeConfig:
     """The configuration with as many rows at once as sampling may have, prompts of that length among them.
 
     A row counts as a prompt as long as it ever gets, read with its cache. `later`: once P, v and θ + ηv are held too.
@@ -140,7 +155,9 @@ def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig, *, 
         mask = torch.ones(rows, length, dtype=torch.long, device=bound.device)
         _, cache = bound.next_logits(ids, mask[:, 1:])
         logits, _ = bound.next_logits(ids[:, :1], mask, cache)
-        uniforms = torch.zeros(rows, logits.shape[-1].bit_length(), dtype=torch.float64, device=bound.device)
+        uniforms = torch.zeros(
+            rows, logits.shape[-1].bit_length(), dtype=torch.float64, device=bound.device
+        )
         draw(masses(logits, policy.temperature, policy.top_p), uniforms)
 
     if later:
@@ -150,7 +167,9 @@ def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig, *, 
     fits = 1 + int(((limit - now - _SLACK) / (1 + _UNSEEN) - one) / each)
     if fits < 1:
         what = "to sample one response at a time"
-        raise _too_little(limit, _needed(now, one), now, what, "set generation.max_new_tokens lower")
+        raise _too_little(
+            limit, _needed(now, one), now, what, "set generation.max_new_tokens lower"
+        )
     generation = policy.model_copy(update={"gen_batch_size": min(policy.gen_batch_size, fits)})
     return config.model_copy(update={"generation": generation})
 
@@ -166,7 +185,11 @@ def lends_frozen(bound: BoundModel, config: ProbeConfig) -> bool:
 
 def require_loaded_within(config: ProbeConfig, loading: memory.Held | None) -> None:
     """Raise where loading the checkpoint took more than the limit."""
-    if config.memory_limit is not None and loading is not None and loading.peak > config.memory_limit:
+    if (
+        config.memory_limit is not None
+        and loading is not None
+        and loading.peak > config.memory_limit
+    ):
         raise MeasurementError(
             "memory_limit",
             f"{config.memory_limit / 2**30:.3g} GiB is too little: loading alone took {loading.peak / 2**30:.3g} GiB",
@@ -182,12 +205,16 @@ def _limit(config: ProbeConfig) -> int:
 def _held_now(device: torch.device) -> int:
     held = memory.held_bytes(device)
     if held is None:
-        raise ConfigError("memory_limit", f"memory cannot be measured here ({device.type})", "leave it out")
+        raise ConfigError(
+            "memory_limit", f"memory cannot be measured here ({device.type})", "leave it out"
+        )
     return held
 
 
 def _with_gradients(config: ProbeConfig, gib: float) -> ProbeConfig:
-    return config.model_copy(update={"first_order": config.first_order.model_copy(update={"max_gradient_gib": gib})})
+    return config.model_copy(
+        update={"first_order": config.first_order.model_copy(update={"max_gradient_gib": gib})}
+    )
 
 
 def _too_little(limit: int, needed: int, now: int, what: str, remedy: str) -> MeasurementError:

@@ -26,7 +26,12 @@ from entropy_probe.stages.scores import (
     scored_with_features,
 )
 from entropy_probe.stages.witnesses.projections import by_alpha
-from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, rows_twice_in_reverse, terms
+from entropy_probe.stages.witnesses.witness import (
+    FEWER_ROWS,
+    lacks_derivative,
+    rows_twice_in_reverse,
+    terms,
+)
 
 FEWEST = 4  # positions in a piece of logits
 _WHOLE = 4  # sets of whole logits that the zero check and scaling compare: two, their difference and its norm
@@ -63,7 +68,9 @@ class Passes:
         yield self.counted(_differentiate, of_graph, usable, fixed=8 * trainable)  # of X and of Y
         yield self.counted(_differentiate_alone, lambda config: 1, usable, most_rows=1)
         yield self.counted(_derive, without_graph, usable, fixed=16 * trainable)  # θ and v
-        yield replace(self, rollouts=self._drawn).counted(_score_at, lambda config: _DRAWN_ROWS, usable)
+        yield replace(self, rollouts=self._drawn).counted(
+            _score_at, lambda config: _DRAWN_ROWS, usable
+        )
         of_column, columns = 8 * self.vocabulary, self.rollouts.ids.shape[1]
         # `BoundModel.spread_over`, of 8 rows: 4 pieces, or one column
         yield lambda config, positions: of_column * _WHOLE * min(8 + 4 * positions, 8 * columns)
@@ -98,14 +105,19 @@ class Passes:
         """
 
         def count(rows: int, positions: int) -> int:
-            models = (replace(m, logits_at_once=positions * self.vocabulary) for m in (self.bound, self.float64))
+            models = (
+                replace(m, logits_at_once=positions * self.vocabulary)
+                for m in (self.bound, self.float64)
+            )
             passes = replace(self, **dict(zip(("bound", "float64"), models, strict=True)))
             return memory.counted_bytes(lambda: work(passes, torch.arange(rows)), self.bound.device)
 
         tokens, least = self.rollouts.max_gen_len, count(1, FEWEST)
         by_rows, by_positions = {1: least}, {min(FEWEST, tokens): least}
         if most_rows > 1:
-            by_rows[most_rows] = count(most_rows, FEWEST) if most_rows * least <= usable else most_rows * least
+            by_rows[most_rows] = (
+                count(most_rows, FEWEST) if most_rows * least <= usable else most_rows * least
+            )
         for positions in (4 * FEWEST, 16 * FEWEST):
             if min(positions, tokens) in by_positions:  # no row has more
                 continue
@@ -114,7 +126,11 @@ class Passes:
 
         def bytes_of(config: ProbeConfig, positions: int) -> int:
             rows = rows_of(config)
-            return _above(by_rows, rows, fixed) + _above(by_positions, min(positions, tokens * rows)) - least
+            return (
+                _above(by_rows, rows, fixed)
+                + _above(by_positions, min(positions, tokens * rows))
+                - least
+            )
 
         return bytes_of
 
@@ -122,7 +138,9 @@ class Passes:
         """Of so many of the rows, by the configured estimator."""
         steps, by_token = self.rollouts.max_gen_len, self.config.first_order.estimator == "rb"
         weights = torch.ones(rows, 1, dtype=torch.float64)
-        return Payload(weights, torch.zeros(rows, 1, steps, dtype=torch.float64) if by_token else None)
+        return Payload(
+            weights, torch.zeros(rows, 1, steps, dtype=torch.float64) if by_token else None
+        )
 
     @property
     def vocabulary(self) -> int:
@@ -142,13 +160,18 @@ class Passes:
 
     @cached_property
     def v(self) -> dict[str, Tensor]:
-        return {name: torch.ones_like(p, device="cpu") for name, p in self.bound.registry.trainable.items()}
+        return {
+            name: torch.ones_like(p, device="cpu")
+            for name, p in self.bound.registry.trainable.items()
+        }
 
 
 @torch.no_grad()
 def _score(of: Passes, rows: Tensor) -> None:
     policy = of.config.generation
-    read = partial(scored_with_features, policy, policy_scores(of.bound, policy, of.config.precision))
+    read = partial(
+        scored_with_features, policy, policy_scores(of.bound, policy, of.config.precision)
+    )
     read_rows(of.bound, of.rollouts, rows, read)
 
 
@@ -161,16 +184,27 @@ def _score_at(of: Passes, rows: Tensor) -> None:
 @torch.no_grad()
 def _derive(of: Passes, rows: Tensor) -> None:
     point = theta_plus_eta_v(of.float64.registry, of.v, 0.0, of.float64.dtype)
-    with forward_ad.dual_level(), suppress(NotImplementedError):  # scores by difference then take its place
+    with (
+        forward_ad.dual_level(),
+        suppress(NotImplementedError),
+    ):  # scores by difference then take its place
         dual = {n: forward_ad.make_dual(p, of.v[n].to(p)) for n, p in point.items()}
         score_rows(of.float64, of.rollouts, rows, of.config, override=dual, true_derivative=True)
 
 
 def _differentiate(of: Passes, rows: Tensor) -> None:
     payload = of.payload(len(rows))
-    capture = Capture(of.bound.registry.trainable, torch.ones(2, len(rows), device=of.bound.device), 1)
-    options = {"beside": payload.of_rows(torch.arange(len(rows))), "capture": capture, "true_derivative": True}
-    (values,) = read_rows(of.bound, of.rollouts, rows, payload.read(of.config.generation.temperature), **options)
+    capture = Capture(
+        of.bound.registry.trainable, torch.ones(2, len(rows), device=of.bound.device), 1
+    )
+    options = {
+        "beside": payload.of_rows(torch.arange(len(rows))),
+        "capture": capture,
+        "true_derivative": True,
+    }
+    (values,) = read_rows(
+        of.bound, of.rollouts, rows, payload.read(of.config.generation.temperature), **options
+    )
     capture.sums(values.sum(-1))
 
 
@@ -196,7 +230,9 @@ def _twice(of: Passes, rows: Tensor) -> None:
 
 
 def with_rows(config: ProbeConfig, rows: int) -> ProbeConfig:
-    return config.model_copy(update={"generation": config.generation.model_copy(update={"tf_batch_size": rows})})
+    return config.model_copy(
+        update={"generation": config.generation.model_copy(update={"tf_batch_size": rows})}
+    )
 
 
 def _above(points: Mapping[int, int], x: int, fixed: int = 0) -> int:
@@ -215,7 +251,10 @@ def _above(points: Mapping[int, int], x: int, fixed: int = 0) -> int:
 def longest_rows(batches: tuple[Rollouts, ...]) -> Rollouts:
     """The row with the most tokens, four times, with as many of them generated as in any row."""
     of_longest = max(batches, key=lambda batch: int((batch.prompt_lens + batch.gen_lens).max()))
-    totals, generated = of_longest.prompt_lens + of_longest.gen_lens, max(batch.max_gen_len for batch in batches)
+    totals, generated = (
+        of_longest.prompt_lens + of_longest.gen_lens,
+        max(batch.max_gen_len for batch in batches),
+    )
     total = int(totals.max())
     return replace(
         of_longest,

@@ -75,17 +75,23 @@ def zero_check(
     ids = rows_spread_over(rollouts, most_rows).to(bound.device)
     keep = bound.spread_over(*ids.shape)
     direct = bound.direct_logits(ids, keep=keep)
-    functional = bound.logits(ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
+    functional = bound.logits(
+        ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype)
+    )
     return compared(direct, functional)
 
 
 def compared(direct: Tensor, functional: Tensor) -> ZeroCheck:
     """Two sets of logits that must be the same."""
-    return ZeroCheck(float((direct - functional).abs().max()), bool(torch.equal(direct, functional)))
+    return ZeroCheck(
+        float((direct - functional).abs().max()), bool(torch.equal(direct, functional))
+    )
 
 
 @torch.no_grad()
-def scaling(float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], most_rows: int = SPREAD_ROWS) -> Scaling:
+def scaling(
+    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], most_rows: int = SPREAD_ROWS
+) -> Scaling:
     """Tiny/main ratios at η = 1e-10 and 1e-5, on a float64 copy of the model; positions as in `zero_check`."""
     ids = rows_spread_over(rollouts, most_rows).to(float64.device)
     keep = float64.spread_over(*ids.shape)

@@ -26,7 +26,9 @@ _PIECE = 5
 _WHOLE = 64  # positions of a row whose logits are held in one piece
 
 
-def invariance(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> InvarianceSection:
+def invariance(
+    bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig
+) -> InvarianceSection:
     """Rows of different length, scored in ways that must agree, in true float64 and in the configured dtype:
 
         padding    alone and unpadded  =  together, padded right  =  together, padded left
@@ -58,7 +60,9 @@ def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Worst
     """Every token but the first of a row: alone, against all rows together padded right and padded left."""
     chosen = _some_rows(rollouts, config)
     totals = (rollouts.prompt_lens + rollouts.gen_lens)[chosen].tolist()
-    rows = [rollouts.ids[i, :total].tolist() for i, total in zip(chosen.tolist(), totals, strict=True)]
+    rows = [
+        rollouts.ids[i, :total].tolist() for i, total in zip(chosen.tolist(), totals, strict=True)
+    ]
     longest = max(totals)
     padded = longest + 3
     width = max(longest, min(padded, model.longest_row or padded))
@@ -98,7 +102,10 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCa
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
         pieces = generated(model, rollouts, chosen, config, rows_at_once=_PIECE)
         for i, row in enumerate(chosen.tolist()):
-            first, last = int(rollouts.prompt_lens[row]), int((rollouts.prompt_lens + rollouts.gen_lens)[row])
+            first, last = (
+                int(rollouts.prompt_lens[row]),
+                int((rollouts.prompt_lens + rollouts.gen_lens)[row]),
+            )
             last = min(last, first + min(_WHOLE, model.positions_at_once(model.num_logits)))
             ids = rollouts.ids[row : row + 1, :last].to(model.device)
             logits = model.logits(ids, keep=slice(first - 1, last - 1))
@@ -109,15 +116,21 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCa
 
 
 @torch.no_grad()
-def precision(bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCase:
+def precision(
+    bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig
+) -> WorstCase:
     """The generated tokens of a row: in the configured precision, against true float64."""
     chosen = _some_rows(rollouts, config)
-    reference, configured = (generated(model, rollouts, chosen, config) for model in (float64, bound))
+    reference, configured = (
+        generated(model, rollouts, chosen, config) for model in (float64, bound)
+    )
     where = f"{len(chosen)} rows against float64"
     return worst_difference(bound, rollouts.ids.shape[1], [(where, reference, configured)])
 
 
-def padded_to(rows: list[list[int]], width: int) -> tuple[Int[Tensor, "R W"], Int[Tensor, "R W"], Int[Tensor, "R W"]]:
+def padded_to(
+    rows: list[list[int]], width: int
+) -> tuple[Int[Tensor, "R W"], Int[Tensor, "R W"], Int[Tensor, "R W"]]:
     """(rows padded right, rows padded left, mask of the latter), `width` columns each."""
     widest = [*rows, [0] * width]  # makes the others as wide, and is dropped
     right = pad_sequence(list(map(torch.tensor, widest)), batch_first=True)[:-1]
@@ -133,7 +146,11 @@ def _some_rows(rollouts: Rollouts, config: ProbeConfig) -> Tensor:
 
 
 def generated(
-    model: BoundModel, rollouts: Rollouts, rows: Tensor, config: ProbeConfig, rows_at_once: int | None = None
+    model: BoundModel,
+    rollouts: Rollouts,
+    rows: Tensor,
+    config: ProbeConfig,
+    rows_at_once: int | None = None,
 ) -> Float[Tensor, "R T 2"]:
     """(log p, entropy) of every generated token of some rows, by `score_rows`."""
     scored = score_rows(model, rollouts, rows, config, rows_at_once=rows_at_once)
@@ -151,7 +168,9 @@ def scored_whole(
 def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Tensor, "N L 2"]:
     """(log p, entropy) of every token but the first, given those before it."""
     ids = ids.to(model.device)
-    of_row, column = (i.flatten() for i in torch.meshgrid(*map(torch.arange, ids[:, 1:].shape), indexing="ij"))
+    of_row, column = (
+        i.flatten() for i in torch.meshgrid(*map(torch.arange, ids[:, 1:].shape), indexing="ij")
+    )
     tokens = ids[:, 1:].flatten()
 
     def read(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
@@ -159,15 +178,21 @@ def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Te
         return scored.logp, scored.entropy
 
     mask = None if mask is None else mask.to(model.device)
-    scores = model.read_logits(ids, of_row.to(model.device), column.to(model.device), read, mask=mask)
+    scores = model.read_logits(
+        ids, of_row.to(model.device), column.to(model.device), read, mask=mask
+    )
     return torch.stack(scores, -1).reshape(*ids[:, 1:].shape, 2)
 
 
-def worst_difference(model: BoundModel, width: int, differences: Iterable[tuple[str, Tensor, Tensor]]) -> WorstCase:
+def worst_difference(
+    model: BoundModel, width: int, differences: Iterable[tuple[str, Tensor, Tensor]]
+) -> WorstCase:
     """The largest |difference| of (where, reference, other), and its bound for rows of `width` columns."""
     worst, scale, example = 0.0, 1.0, "none"
     for where, reference, other in differences:
-        difference = float((other - reference).masked_fill(other == reference, 0.0).abs().max())  # −∞ equals −∞
+        difference = float(
+            (other - reference).masked_fill(other == reference, 0.0).abs().max()
+        )  # −∞ equals −∞
         scale = max(scale, float(reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
         if difference > worst or (math.isnan(difference) and not math.isnan(worst)):
             worst, example = difference, f"{where}, {model.dtype}".replace("torch.", "")

@@ -119,7 +119,9 @@ def _largest_difference(one: Tensor, other: Tensor, scale: Tensor) -> float:
     return float(torch.where(off == 0, 0.0, off / scale).max())
 
 
-def means_over_units(values: Float[Tensor, " B"], unit_of: Int[Tensor, " B"]) -> Float[Tensor, " U"]:
+def means_over_units(
+    values: Float[Tensor, " B"], unit_of: Int[Tensor, " B"]
+) -> Float[Tensor, " U"]:
     """The mean over the prompts of every unit; NaN for a unit that has none here."""
     sums = torch.zeros(int(unit_of.max()) + 1, dtype=values.dtype).index_add_(0, unit_of, values)
     return sums / torch.bincount(unit_of)
@@ -133,14 +135,22 @@ def projections_of(payload: Payload, along: Derivatives) -> Float[Tensor, " B"]:
 
 
 def by_jvp(
-    bound: BoundModel, rollouts: Rollouts, payload: Payload, direction: Mapping[str, Tensor], config: ProbeConfig
+    bound: BoundModel,
+    rollouts: Rollouts,
+    payload: Payload,
+    direction: Mapping[str, Tensor],
+    config: ProbeConfig,
 ) -> Float[Tensor, " B"]:
     """s_k = Σ_g w_kg D f_kg with D the derivative along `direction` (PȲ), in one forward-mode pass."""
     return projections_of(payload, directional_derivatives(bound, rollouts, direction, config))
 
 
 def by_alpha(
-    bound: BoundModel, rollouts: Rollouts, payload: Payload, direction: Mapping[str, Tensor], config: ProbeConfig
+    bound: BoundModel,
+    rollouts: Rollouts,
+    payload: Payload,
+    direction: Mapping[str, Tensor],
+    config: ProbeConfig,
 ) -> Float[Tensor, " B"]:
     """s_k = ∂/∂α_k ⟨∇_θ Σ_k α_k Σ_g w_kg f_kg, direction⟩ at α = 1, the derivative of a gradient: reverse mode twice.
 
@@ -149,8 +159,14 @@ def by_alpha(
     """
     alpha = torch.ones(rollouts.num_prompts, dtype=torch.float64, requires_grad=True)
     parameters = [bound.registry.parameters[name] for name in direction]
-    towards = [direction[name].to(p.device, bound.dtype) for name, p in zip(direction, parameters, strict=True)]
-    projections, sizes = torch.zeros(len(alpha), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    towards = [
+        direction[name].to(p.device, bound.dtype)
+        for name, p in zip(direction, parameters, strict=True)
+    ]
+    projections, sizes = (
+        torch.zeros(len(alpha), dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+    )
     for rows in batches_by_length(rollouts, max(1, config.generation.tf_batch_size // FEWER_ROWS)):
         f = terms(bound, rollouts, rows, payload, config, true=True)
         factors = alpha[rows // rollouts.num_responses] * payload.weights.reshape(-1)[rows]
@@ -159,12 +175,16 @@ def by_alpha(
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         pairs = [(g, d) for g, d in zip(gradients, towards, strict=True) if g is not None]
         if not pairs:
-            raise MeasurementError("gradients", "no parameter gets a gradient from log p", "give trainable parameters")
+            raise MeasurementError(
+                "gradients", "no parameter gets a gradient from log p", "give trainable parameters"
+            )
         if any(g.requires_grad for g, _ in pairs):
             reached, along = zip(*((g, d) for g, d in pairs if g.requires_grad), strict=True)
             projections += torch.autograd.grad(reached, alpha, along)[0]
         parts = torch.stack([(g.detach().double() * d.double()).sum().cpu() for g, d in pairs])
         sizes += torch.stack([parts.sum(), parts.abs().sum()])
-    if (projections.sum() - sizes[0]).abs() > _EULER * sizes[1]:  # not so where a number is no number: that is a fault
+    if (projections.sum() - sizes[0]).abs() > _EULER * sizes[
+        1
+    ]:  # not so where a number is no number: that is a fault
         raise NotImplementedError("the backward pass of an operation left no graph")
     return projections

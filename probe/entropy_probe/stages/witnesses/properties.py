@@ -37,7 +37,9 @@ _TOKENS = 24  # of a prompt, and of a response
 _ROWS = _PADDING = _PIECE = 8
 _TENSORS = 4
 _AT_ONCE = 9
-_BITS = 320  # of a case: 8 rows of up to 19, 4 names of up to 22 (in a million), and 60 for the rest
+_BITS = (
+    320  # of a case: 8 rows of up to 19, 4 names of up to 22 (in a million), and 60 for the rest
+)
 _KINDS = ("any", "any", "one", "edge")
 _SCALES = (1.0, 1e-2, 1e2)
 _STEPS = (1e-5, 1e-6)  # ‖ηv‖/‖θ‖ of a tensor
@@ -98,7 +100,10 @@ class Case:
 
     def ids(self, space: Space) -> Int[Tensor, "R L"]:
         """The rows, padded right to the longest."""
-        shape, generator = (len(self.rows), max(self.lengths)), torch.Generator().manual_seed(self.seed)
+        shape, generator = (
+            (len(self.rows), max(self.lengths)),
+            torch.Generator().manual_seed(self.seed),
+        )
         drawn = torch.randint(space.vocabulary, shape, generator=generator)
         if self.kind == "one":
             drawn = drawn[:, :1].repeat(1, shape[1])
@@ -116,7 +121,9 @@ class Case:
         for name in self.names:
             parameter = model.registry.parameters[name].detach()
             drawn = torch.randn(parameter.shape, generator=generator)
-            v[name] = drawn * (self.scale * (float(parameter.norm()) or 1.0) / max(float(drawn.norm()), 1e-30))
+            v[name] = drawn * (
+                self.scale * (float(parameter.norm()) or 1.0) / max(float(drawn.norm()), 1e-30)
+            )
         return v
 
     @property
@@ -144,7 +151,9 @@ def drawn_properties(
     space = Space.of(bound, eos)
     cases = draw(space, config.invariance.max_examples, config.batch.seed)
     models = [float64] if bound.dtype is float64.dtype else [float64, bound]
-    found: dict[str, list[WorstCase]] = {name: [] for name in ("padding", "batch", "chunk", "zero", "scaling")}
+    found: dict[str, list[WorstCase]] = {
+        name: [] for name in ("padding", "batch", "chunk", "zero", "scaling")
+    }
     for number, case in enumerate(cases):
         ids, where = case.ids(space), f"drawn case {number}"
         v = case.direction(bound)
@@ -172,13 +181,22 @@ def with_drawn(rows: InvarianceSection, drawn: InvarianceOfCases | None) -> Inva
     """The rows of the batch and the drawn cases together: of each property the difference nearest to its bound."""
     if drawn is None:
         return rows
-    both = {name: nearest(getattr(rows, name), getattr(drawn, name)) for name in ("padding", "batch", "chunk")}
+    both = {
+        name: nearest(getattr(rows, name), getattr(drawn, name))
+        for name in ("padding", "batch", "chunk")
+    }
     alone = {name: getattr(drawn, name) for name in ("zero_step", "scaling", "num_examples")}
     return rows.model_copy(update=both | alone)
 
 
 def _padding(
-    model: BoundModel, case: Case, ids: Tensor, alone: Tensor, logits: Tensor, space: Space, where: str
+    model: BoundModel,
+    case: Case,
+    ids: Tensor,
+    alone: Tensor,
+    logits: Tensor,
+    space: Space,
+    where: str,
 ) -> WorstCase:
     """The chosen row alone against all rows padded right; every row padded right against padded left."""
     rows = [row[:length].tolist() for row, length in zip(ids, case.lengths, strict=True)]
@@ -186,16 +204,28 @@ def _padding(
     right, left, mask = padded_to(rows, width)
     of_right, of_left = every_token(model, right, None), every_token(model, left, mask)
     whole = scored_whole(logits[:, :-1], alone[:, 1:], 1.0)[0]
-    differences = [(f"{where}, {case}, padded right to {width}", whole, of_right[case.chosen, : len(whole)])]
+    differences = [
+        (f"{where}, {case}, padded right to {width}", whole, of_right[case.chosen, : len(whole)])
+    ]
     differences += [
-        (f"{where}, row {i} of {case.shape}, padded left to {width}", of_right[i, : n - 1], of_left[i, width - n :])
+        (
+            f"{where}, row {i} of {case.shape}, padded left to {width}",
+            of_right[i, : n - 1],
+            of_left[i, width - n :],
+        )
         for i, n in enumerate(case.lengths)
     ]
     return worst_difference(model, width, differences)
 
 
 def _batch_and_chunk(
-    model: BoundModel, case: Case, ids: Tensor, alone: Tensor, logits: Tensor, config: ProbeConfig, where: str
+    model: BoundModel,
+    case: Case,
+    ids: Tensor,
+    alone: Tensor,
+    logits: Tensor,
+    config: ProbeConfig,
+    where: str,
 ) -> tuple[WorstCase, WorstCase]:
     """The generated tokens of the chosen row from whole logits, against `score_rows` among the others and in pieces."""
     row, chosen = case.rows[case.chosen], torch.tensor([case.chosen])
@@ -216,18 +246,26 @@ def _batch_and_chunk(
     where = f"{where}, {case}"
     return (
         worst_difference(model, ids.shape[1], [(where, whole, among)]),
-        worst_difference(model, ids.shape[1], [(f"{where}, in pieces of {case.piece}", whole, pieces)]),
+        worst_difference(
+            model, ids.shape[1], [(f"{where}, in pieces of {case.piece}", whole, pieces)]
+        ),
     )
 
 
-def _zero_step(bound: BoundModel, case: Case, ids: Tensor, v: dict[str, Tensor], where: str) -> WorstCase:
+def _zero_step(
+    bound: BoundModel, case: Case, ids: Tensor, v: dict[str, Tensor], where: str
+) -> WorstCase:
     """All rows through the module itself, and through `functional_call` at θ + 0·v."""
     ids = ids.to(bound.device)
     keep = bound.spread_over(*ids.shape)
-    functional = bound.logits(ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype))
+    functional = bound.logits(
+        ids, keep=keep, override=theta_plus_eta_v(bound.registry, v, 0.0, bound.dtype)
+    )
     found = compared(bound.direct_logits(ids, keep=keep), functional)
     worst = math.nan if found.max_abs == 0 and not found.bitwise else found.max_abs
-    return WorstCase(worst=worst, bound=0.0, example="none" if worst == 0 else f"{where}, {case}; {case.along}")
+    return WorstCase(
+        worst=worst, bound=0.0, example="none" if worst == 0 else f"{where}, {case}; {case.along}"
+    )
 
 
 def _scaling(
@@ -240,7 +278,9 @@ def _scaling(
     eta = case.step / case.scale
     large, small = (
         float((float64.logits(alone, override=override) - logits).norm())
-        for override in (theta_plus_eta_v(float64.registry, v, e, torch.float64) for e in (eta, _SMALLER * eta))
+        for override in (
+            theta_plus_eta_v(float64.registry, v, e, torch.float64) for e in (eta, _SMALLER * eta)
+        )
     )
     floor = rounding(float64, alone.shape[1], float(logits.abs().max())) * math.sqrt(logits.numel())
     expected = _SMALLER * large
@@ -248,7 +288,9 @@ def _scaling(
         return []
     worst = 1 - min(expected, small) / max(expected, small)
     limit = _CURVED + floor / max(expected, small)
-    return [WorstCase(worst=worst, bound=limit, example=f"{where}, {case}; {case.along}, η {eta:g}")]
+    return [
+        WorstCase(worst=worst, bound=limit, example=f"{where}, {case}; {case.along}, η {eta:g}")
+    ]
 
 
 def draw(space: Space, count: int, seed: int) -> list[Case]:
@@ -259,7 +301,9 @@ def draw(space: Space, count: int, seed: int) -> list[Case]:
     cases: dict[Case, None] = {}
     for turn in range(count):
         if len(cases) < count:
-            cases |= dict.fromkeys(_case(iter(bits).__next__, space) for bits in _drawn_bits(f"{seed}, {turn}"))
+            cases |= dict.fromkeys(
+                _case(iter(bits).__next__, space) for bits in _drawn_bits(f"{seed}, {turn}")
+            )
     return list(cases)[:count]
 
 

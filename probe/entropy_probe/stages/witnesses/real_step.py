@@ -49,17 +49,23 @@ def real_step(
     """
     require_memory(needed_bytes(float64, adam), available_bytes(float64.device))
     config = with_plain_weights(config)
-    prompts = torch.linspace(0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)).long()
+    prompts = torch.linspace(
+        0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)
+    ).long()
     few = rollouts.of_prompts(prompts)
     # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.
     before = score(float64, few, config, {}).with_logq_of(scores, prompts)
-    functional = score(float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype))
+    functional = score(
+        float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype)
+    )
     own = copied(float64, v)
     virtual = after_virtual_step(own, few, v, lr, config)
     originals, now = float64.registry.parameters, own.registry.parameters
     undone = all(torch.equal(now[name], originals[name]) for name in v)
     real = after_real_step(own, few, ascent, adam, lr, config)
-    delta_h, in_place, stepped = (change_at(before, s, lr, config).rb.value for s in (functional, virtual, real))
+    delta_h, in_place, stepped = (
+        change_at(before, s, lr, config).rb.value for s in (functional, virtual, real)
+    )
     sizes = functional.seq_logp.abs() + functional.gen_lens
     return RealStepSection(
         delta_h=delta_h,
@@ -73,7 +79,9 @@ def real_step(
 
 def _terms(before: Scores, after: Scores, config: ProbeConfig) -> float:
     """Σŵ[R + T + |R − Ĥ|(|S| + T)]: dĤ = Σŵ[dR + (R − Ĥ)dS], with dR and dS in proportion to R + T and |S| + T."""
-    weights = importance.snis_weights(after.seq_logp - before.seq_logq, config.true_delta_h.clip_log_weight).normalised
+    weights = importance.snis_weights(
+        after.seq_logp - before.seq_logq, config.true_delta_h.clip_log_weight
+    ).normalised
     entropy, tokens = after.rb_sum, after.gen_lens
     off_mean = (entropy - (weights * entropy).sum()).abs()
     return float((weights * (entropy + tokens + off_mean * (after.seq_logp.abs() + tokens))).sum())
@@ -144,16 +152,23 @@ def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:
     kept = set(names)
     shared = {id(p): p for name, p in bound.registry.parameters.items() if name not in kept}
     try:
-        return BoundModel(Registry(copy.deepcopy(bound.module, shared)), bound.dtype, lending=bound.lending)
+        return BoundModel(
+            Registry(copy.deepcopy(bound.module, shared)), bound.dtype, lending=bound.lending
+        )
     except (RuntimeError, TypeError) as error:
-        raise NoCopyError("the model", f"cannot be copied ({error})", "remove what it was given beside it") from error
+        raise NoCopyError(
+            "the model", f"cannot be copied ({error})", "remove what it was given beside it"
+        ) from error
 
 
 def needed_bytes(bound: BoundModel, adam: Mapping[str, AdamState]) -> int:
     """What a step on a copy holds at once: each parameter of the optimizer, its gradient and its two moments (three
     under AMSGrad), and the buffers."""
     parameters = {name: bound.registry.parameters[name] for name in adam}
-    stepped = sum(p.numel() * p.element_size() * (5 if adam[name].amsgrad else 4) for name, p in parameters.items())
+    stepped = sum(
+        p.numel() * p.element_size() * (5 if adam[name].amsgrad else 4)
+        for name, p in parameters.items()
+    )
     return stepped + sum(b.numel() * b.element_size() for b in bound.module.buffers())
 
 

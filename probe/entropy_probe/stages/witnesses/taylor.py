@@ -82,7 +82,9 @@ def taylor(
     prompts = _some_prompts(rollouts)
     some = rollouts.of_prompts(prompts)
     at_theta = score(float64, some, config, {})
-    if config.generation.top_p < 1.0:  # as it was measured: in float64 a token may fall out at the edge of the nucleus
+    if (
+        config.generation.top_p < 1.0
+    ):  # as it was measured: in float64 a token may fall out at the edge of the nucleus
         at_theta = at_theta.with_logq_of(scores, prompts)
     along = _Along(float64, some, v, config, at_theta)
     derivatives, unit = _derivatives_and_unit(along)
@@ -142,7 +144,9 @@ def _derivatives_and_unit(along: _Along) -> tuple[Derivatives | None, float]:
     return derivatives, min(1 / fastest, largest) if fastest > 0 else largest
 
 
-def _by_difference(stencil: Mapping[int, EntropyChange], which: str, h: float) -> tuple[float, float, float]:
+def _by_difference(
+    stencil: Mapping[int, EntropyChange], which: str, h: float
+) -> tuple[float, float, float]:
     """The first three derivatives at 0 of one of the changes, by the five-point rule."""
     return stencil_derivatives({k: getattr(c, which).value for k, c in stencil.items()}, h)
 
@@ -160,7 +164,9 @@ class _Identity:
     smooth: bool = True
 
 
-def _identity(along: _Along, derivatives: Derivatives, stencil: Mapping[int, EntropyChange], unit: float) -> _Identity:
+def _identity(
+    along: _Along, derivatives: Derivatives, stencil: Mapping[int, EntropyChange], unit: float
+) -> _Identity:
     scores, weights, d_seq_logp = along.at_theta, along.weights, derivatives.d_seq_logp
     naive_terms = snis_terms(weights, -scores.seq_logp, -d_seq_logp, d_seq_logp)
     rb_terms = snis_terms(weights, scores.rb_sum, derivatives.d_rb_sum, d_seq_logp)
@@ -172,7 +178,10 @@ def _identity(along: _Along, derivatives: Derivatives, stencil: Mapping[int, Ent
         return identity_error(naive, naive_terms, rounding), identity_error(rb, rb_terms, rounding)
 
     naive, rb = errors(stencil, h)
-    near, far = (errors(along.stencil(unit * change), unit * change) for change in (_NEAR_CHANGE, _FAR_CHANGE))
+    near, far = (
+        errors(along.stencil(unit * change), unit * change)
+        for change in (_NEAR_CHANGE, _FAR_CHANGE)
+    )
     worst, smooth = _worst((naive, rb)), True
     if worst > _SMOOTH and _worst(near) < worst / 10:
         # kinks in the shorter step too leave nothing to compare with; a wrong derivative is further off
@@ -187,9 +196,13 @@ def _identity(along: _Along, derivatives: Derivatives, stencil: Mapping[int, Ent
     return _Identity(float(rb_terms.sum()), size, naive, rb, per_token, smooth)
 
 
-def _per_token_error(by_difference: float, scores: Scores, derivatives: Derivatives, size_of_terms: float) -> float:
+def _per_token_error(
+    by_difference: float, scores: Scores, derivatives: Derivatives, size_of_terms: float
+) -> float:
     lengths = scores.gen_lens.double()
-    derivative = per_token_slope(scores.rb_sum, lengths, derivatives.d_seq_logp, derivatives.d_rb_sum).value
+    derivative = per_token_slope(
+        scores.rb_sum, lengths, derivatives.d_seq_logp, derivatives.d_rb_sum
+    ).value
     size = size_of_terms / float(lengths.mean())
     return abs(by_difference - derivative) / size if size > 0 else float("inf")
 
@@ -198,7 +211,9 @@ def _worst(errors: tuple[float | None, float | None]) -> float:
     return max((error for error in errors if error is not None), default=0.0)
 
 
-def _of_logits(along: _Along, rollouts: Rollouts, etas: Float[Tensor, " K"]) -> tuple[float | None, bool | None]:
+def _of_logits(
+    along: _Along, rollouts: Rollouts, etas: Float[Tensor, " K"]
+) -> tuple[float | None, bool | None]:
     """The log-log slope of ‖Δlogits‖ against η, and whether it grows with η; `None` where no logit moves."""
     decades, tiny = etas[::2], _LOG_CHANGES[::2] <= _LOGITS_UP_TO
     most_rows = rows_without_graph(rollouts, along.config.generation)
@@ -248,7 +263,9 @@ class _Along:
         return change_at(self.at_theta, self.scores(eta), eta, self.config)
 
     def delta_h(self, etas: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-        return torch.tensor([self.change(eta).rb.value for eta in etas.tolist()], dtype=torch.float64)
+        return torch.tensor(
+            [self.change(eta).rb.value for eta in etas.tolist()], dtype=torch.float64
+        )
 
     def stencil(self, h: float) -> dict[int, EntropyChange]:
         """The changes at the points of the five-point rule."""
@@ -261,16 +278,29 @@ class _Along:
 
 
 def _logit_changes(
-    float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], etas: Float[Tensor, " K"], most_rows: int
+    float64: BoundModel,
+    rollouts: Rollouts,
+    v: Mapping[str, Tensor],
+    etas: Float[Tensor, " K"],
+    most_rows: int,
 ) -> Float[Tensor, " K"]:
     """‖logits(θ + ηv) − logits(θ)‖ at 8 positions of each of up to 8 rows, for every η."""
     ids = rows_spread_over(rollouts, most_rows).to(float64.device)
-    positions = torch.linspace(0, ids.shape[1] - 1, min(SPREAD_ROWS, ids.shape[1]), device=float64.device).long()
-    row, column = (i.flatten() for i in torch.meshgrid(torch.arange(len(ids)).to(ids), positions, indexing="ij"))
+    positions = torch.linspace(
+        0, ids.shape[1] - 1, min(SPREAD_ROWS, ids.shape[1]), device=float64.device
+    ).long()
+    row, column = (
+        i.flatten()
+        for i in torch.meshgrid(torch.arange(len(ids)).to(ids), positions, indexing="ij")
+    )
 
     def logits(eta: float) -> Tensor:
         override = theta_plus_eta_v(float64.registry, v, eta, float64.dtype)
-        return float64.read_logits(ids, row, column, lambda logits, _: (logits,), override=override)[0]
+        return float64.read_logits(
+            ids, row, column, lambda logits, _: (logits,), override=override
+        )[0]
 
     still = logits(0.0)
-    return torch.tensor([float((logits(eta) - still).norm()) for eta in etas.tolist()], dtype=torch.float64)
+    return torch.tensor(
+        [float((logits(eta) - still).norm()) for eta in etas.tolist()], dtype=torch.float64
+    )

@@ -18,7 +18,10 @@ _VANISHING = 1e-100  # its square is 0 beside any second moment
 
 
 def optimizer_step_agreement(
-    registry: Registry, adam: Mapping[str, AdamState], ascent: Mapping[str, Tensor], direction: UpdateDirection
+    registry: Registry,
+    adam: Mapping[str, AdamState],
+    ascent: Mapping[str, Tensor],
+    direction: UpdateDirection,
 ) -> StepAgreement:
     """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on a copy of each parameter in float64, with
     the checkpoint's state, on the gradient −Ȳ after clipping; (θ' − θ)/lr against v.
@@ -41,7 +44,9 @@ def optimizer_step_agreement(
         return _agreement(math.nan, math.nan, "")
     found.append((*_compared(*whole), "the whole"))
     cosine, _, where = min(found, key=lambda f: f[0] if not math.isnan(f[0]) else -math.inf)
-    _, ratio, where_norm = max(found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf)
+    _, ratio, where_norm = max(
+        found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf
+    )
     return _agreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
 
 
@@ -61,7 +66,9 @@ def torch_step(theta: Tensor, gradient: Tensor, state: AdamState) -> Tensor:
     return parameter.detach() - theta.double()
 
 
-def take_step(parameters: Mapping[str, nn.Parameter], adam: Mapping[str, AdamState], lrs: Mapping[str, float]) -> None:
+def take_step(
+    parameters: Mapping[str, nn.Parameter], adam: Mapping[str, AdamState], lrs: Mapping[str, float]
+) -> None:
     """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on each parameter's `.grad`, with the
     checkpoint's state and a group for each parameter. The state is copied, in the parameter's dtype."""
     for kind, decoupled in ((torch.optim.AdamW, True), (torch.optim.Adam, False)):
@@ -101,7 +108,9 @@ def _state(parameter: nn.Parameter, state: AdamState) -> dict[str, Tensor]:
     return {"step": torch.tensor(float(state.step)), **own}
 
 
-def preconditioner_agreement(adam: Mapping[str, AdamState], precond: Mapping[str, Tensor]) -> float | None:
+def preconditioner_agreement(
+    adam: Mapping[str, AdamState], precond: Mapping[str, Tensor]
+) -> float | None:
     """max|P_torch/P − 1| over all entries, in float64; `None` where no tensor has state.
 
     P is what a step of torch's Adam divides a vanishing gradient δ by: at θ = 0 with no momentum (β₁ = 0), with
@@ -114,14 +123,20 @@ def preconditioner_agreement(adam: Mapping[str, AdamState], precond: Mapping[str
         before = {
             "exp_avg": torch.zeros_like(state.exp_avg),
             "exp_avg_sq": state.exp_avg_sq.double() / state.betas[1],
-            "max_exp_avg_sq": state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq,
+            "max_exp_avg_sq": state.exp_avg_sq
+            if state.max_exp_avg_sq is None
+            else state.max_exp_avg_sq,
             "betas": (0.0, state.betas[1]),
             "step": state.step - 1,
             "weight_decay": 0.0,
             "maximize": False,
         }
         delta = torch.full(precond[name].shape, _VANISHING, dtype=torch.float64)
-        of_torch = -torch_step(torch.zeros_like(delta), delta, replace(state, **before)) / _VANISHING * shares[name]
+        of_torch = (
+            -torch_step(torch.zeros_like(delta), delta, replace(state, **before))
+            / _VANISHING
+            * shares[name]
+        )
         p = precond[name].double().cpu()
         off = torch.where(of_torch == p, 0.0, (of_torch / p - 1).abs())
         found.append(float(off.max()))

@@ -22,7 +22,13 @@ from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.responses.rollouts import Rollouts
-from entropy_probe.stages.scores import Scores, batches_by_length, policy_scores, read_rows, score_rows
+from entropy_probe.stages.scores import (
+    Scores,
+    batches_by_length,
+    policy_scores,
+    read_rows,
+    score_rows,
+)
 from entropy_probe.stages.share import Share, Units
 from entropy_probe.stages.slopes import Slopes
 
@@ -96,17 +102,27 @@ def payloads_by_loop(
 ) -> tuple[Payload, Payload]:
     """`payloads` response by response: nothing of what the fast pass has its weights from, but for `hk_ridge`."""
     first, group, prompts = config.first_order, rollouts.num_responses, range(rollouts.num_prompts)
-    s, lengths, rewards = scores.seq_logp.tolist(), scores.gen_lens.tolist(), rollouts.rewards.tolist()
+    s, lengths, rewards = (
+        scores.seq_logp.tolist(),
+        scores.gen_lens.tolist(),
+        rollouts.rewards.tolist(),
+    )
     x, y = (torch.zeros(rollouts.num_prompts, group, dtype=torch.float64) for _ in range(2))
     for n, g in itertools.product(prompts, range(group)):
         others = math.fsum(s[n][k] for k in range(group) if k != g) / (group - 1)
         x[n, g] = (s[n][g] - others) / group if first.estimator == "naive" else -1.0 / group
-        advantage = rewards[n][g] - (0.0 if first.advantage == "raw" else math.fsum(rewards[n]) / group)
+        advantage = rewards[n][g] - (
+            0.0 if first.advantage == "raw" else math.fsum(rewards[n]) / group
+        )
         if first.advantage == "grpo":
             advantage /= statistics.stdev(rewards[n]) + 1e-4
         if rollouts.advantages is not None:
             advantage = float(rollouts.advantages[n, g])
-        divisors = {"lmax": max(lengths[n]), "sequence_mean": lengths[n][g], "token_mean": sum(lengths[n]) / group}
+        divisors = {
+            "lmax": max(lengths[n]),
+            "sequence_mean": lengths[n][g],
+            "token_mean": sum(lengths[n]) / group,
+        }
         y[n, g] = advantage / divisors.get(first.loss, config.generation.max_new_tokens) / group
     kappa = first.estimator == "rb" and with_coefficients
     return Payload(x, _coefficients_by_loop(scores, config) if kappa else None), Payload(y)
@@ -119,7 +135,10 @@ def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
         return rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)
     entropy, lengths = scores.rb_entropy.double().tolist(), scores.gen_lens.tolist()
     later = [
-        [[math.fsum(row[t + 1 : end]) for t in range(end)] for row, end in zip(*of_prompt, strict=True)]
+        [
+            [math.fsum(row[t + 1 : end]) for t in range(end)]
+            for row, end in zip(*of_prompt, strict=True)
+        ]
         for of_prompt in zip(entropy, lengths, strict=True)
     ]
     result = torch.zeros_like(scores.rb_entropy, dtype=torch.float64)
@@ -127,7 +146,9 @@ def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
         for t in range(lengths[n][g]):
             b = 0.0 if baseline == "none" else entropy[n][g][t]
             if baseline == "hk_ema":
-                others = [row[t] for m, rows in enumerate(later) if m != n for row in rows if len(row) > t]
+                others = [
+                    row[t] for m, rows in enumerate(later) if m != n for row in rows if len(row) > t
+                ]
                 b += math.fsum(others) / len(others) if others else 0.0
             result[n, g, t] = entropy[n][g][t] + later[n][g][t] - b
     return result
@@ -159,7 +180,8 @@ def _naive(
     response."""
     parameters, group = bound.registry.trainable, rollouts.num_responses
     sums = [
-        {n: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for n, p in parameters.items()} for _ in payloads
+        {n: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
+        for _ in payloads
     ]
     scales = [[0.0] * len(chosen) for _ in payloads]
     for i, unit in enumerate(chosen.tolist()):
@@ -174,8 +196,15 @@ def _naive(
                     "load the adapter without merging it",
                 )
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            found = {k: d.reshape(-1).cpu() for k, d in zip(parameters, gradients, strict=True) if d is not None}
-            size, rounding = norm(found), _ROUNDED * abs(float(loss.detach())) / (len(prompts) * group)
+            found = {
+                k: d.reshape(-1).cpu()
+                for k, d in zip(parameters, gradients, strict=True)
+                if d is not None
+            }
+            size, rounding = (
+                norm(found),
+                _ROUNDED * abs(float(loss.detach())) / (len(prompts) * group),
+            )
             for payload, total, scale in zip(payloads, sums, scales, strict=True):
                 weight = float(payload.weights[n, g]) / len(prompts)
                 scale[i] += (abs(weight) + rounding) * size
@@ -185,7 +214,13 @@ def _naive(
 
 
 def terms(
-    bound: BoundModel, rollouts: Rollouts, rows: Int[Tensor, " R"], payload: Payload, config: ProbeConfig, *, true: bool
+    bound: BoundModel,
+    rollouts: Rollouts,
+    rows: Int[Tensor, " R"],
+    payload: Payload,
+    config: ProbeConfig,
+    *,
+    true: bool,
 ) -> Float[Tensor, " R"]:
     """f of some responses (`Payload`), with a graph, as `score_rows` scores them.
 
@@ -199,17 +234,26 @@ def terms(
     return payload.sums(scored.logp, scored.entropy, rows)
 
 
-def _difference(fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales: Sequence[float]) -> float:
+def _difference(
+    fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales: Sequence[float]
+) -> float:
     """Largest ‖fast − naive‖/scale of a unit; infinite where there is a difference and the scale is zero."""
     ratios = []
     for i, scale in enumerate(scales):
-        off = norm({name: fast[name][i].double() - value[i].double() for name, value in naive.items()})
+        off = norm(
+            {name: fast[name][i].double() - value[i].double() for name, value in naive.items()}
+        )
         ratios.append(0.0 if off == 0 else off / scale if scale > 0 else float("inf"))
     return max(ratios, key=lambda ratio: float("inf") if ratio != ratio else ratio)
 
 
 def curvature_witness(
-    float64: BoundModel, rollouts: Rollouts, scores: Scores, along: Slopes, v: Mapping[str, Tensor], config: ProbeConfig
+    float64: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    along: Slopes,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
 ) -> float | None:
     """|Σ by central difference − Σ by `twice_in_reverse`| / Σ_i[|D²_vR_i| + |ρ_i·D²_vS_i|], in true float64, where
 
@@ -233,11 +277,18 @@ def curvature_witness(
 
 
 def twice_in_reverse(
-    float64: BoundModel, rollouts: Rollouts, rho: Float[Tensor, "B G"], v: Mapping[str, Tensor], config: ProbeConfig
+    float64: BoundModel,
+    rollouts: Rollouts,
+    rho: Float[Tensor, "B G"],
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
 ) -> float:
     """d²/dη² of Σ_i [R_i(θ + ηv) + ρ_i·S_i(θ + ηv)] at η = 0: one number, differentiated twice in reverse mode."""
     batches = batches_by_length(rollouts, max(1, config.generation.tf_batch_size // FEWER_ROWS))
-    return sum(rows_twice_in_reverse(float64, rollouts, rows, rho.reshape(-1)[rows], v, config) for rows in batches)
+    return sum(
+        rows_twice_in_reverse(float64, rollouts, rows, rho.reshape(-1)[rows], v, config)
+        for rows in batches
+    )
 
 
 def rows_twice_in_reverse(
@@ -251,9 +302,14 @@ def rows_twice_in_reverse(
     """The terms of some rows, with their ρ, in one pass."""
     theta = float64.registry.parameters
     eta = torch.zeros((), dtype=torch.float64, device=float64.device, requires_grad=True)
-    override = {n: theta[n].detach() + eta.to(theta[n].device) * d.to(theta[n].device, eta.dtype) for n, d in v.items()}
+    override = {
+        n: theta[n].detach() + eta.to(theta[n].device) * d.to(theta[n].device, eta.dtype)
+        for n, d in v.items()
+    }
     scored = score_rows(float64, rollouts, rows, config, override=override, true_derivative=True)
-    f = (scored.entropy.double().sum(-1) + rho.to(float64.device) * scored.logp.double().sum(-1)).sum()
+    f = (
+        scored.entropy.double().sum(-1) + rho.to(float64.device) * scored.logp.double().sum(-1)
+    ).sum()
     with float64.recording():
         (first,) = torch.autograd.grad(f, eta, create_graph=True)
     return float(torch.autograd.grad(first, eta)[0]) if first.requires_grad else 0.0

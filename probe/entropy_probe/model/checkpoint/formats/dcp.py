@@ -117,12 +117,20 @@ def optimizer(folder: Path, items: list[Item]) -> dict[str, Any]:
     groups = stored["param_groups"]
     if not (
         isinstance(groups, list)
-        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and all(
+            isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+        )
         and isinstance(stored["state"], dict)
     ):
-        raise CheckpointError(folder, "its optimizer has no `state` and `param_groups`", "save optimizer.state_dict()")
-    if all(type(key) is int for group in groups for key in group["params"]):  # DCP makes strings of keys
-        stored["state"] = {int(key): entry for key, entry in stored["state"].items() if str(key).isdecimal()}
+        raise CheckpointError(
+            folder, "its optimizer has no `state` and `param_groups`", "save optimizer.state_dict()"
+        )
+    if all(
+        type(key) is int for group in groups for key in group["params"]
+    ):  # DCP makes strings of keys
+        stored["state"] = {
+            int(key): entry for key, entry in stored["state"].items() if str(key).isdecimal()
+        }
     return stored
 
 
@@ -173,15 +181,23 @@ def load(item: Item) -> Any:
         window = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
         whole[window], filled[window] = part, True
     if not bool(filled.all()):
-        raise damaged(item.pieces[0].file.parent, f"the pieces of {item.name} overlap and leave gaps")
+        raise damaged(
+            item.pieces[0].file.parent, f"the pieces of {item.name} overlap and leave gaps"
+        )
     return whole
 
 
 def _part(item: Item, piece: Piece) -> Tensor:
     part = _unpickled(piece)
     expected = f"expected a {str(item.dtype).removeprefix('torch.')} tensor of shape {piece.shape}"
-    if not isinstance(part, Tensor) or part.layout is not torch.strided or part.device.type != "cpu":
-        raise CheckpointError(piece.file, f"{item.name} is a {type(part).__name__}, {expected}", COPY_AGAIN)
+    if (
+        not isinstance(part, Tensor)
+        or part.layout is not torch.strided
+        or part.device.type != "cpu"
+    ):
+        raise CheckpointError(
+            piece.file, f"{item.name} is a {type(part).__name__}, {expected}", COPY_AGAIN
+        )
     if part.shape != piece.shape or part.dtype != item.dtype:
         got = f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
         raise CheckpointError(piece.file, f"{item.name} is {got}, {expected}", COPY_AGAIN)
@@ -194,5 +210,7 @@ def _unpickled(piece: Piece) -> Any:
             stream.seek(piece.start)
             part = stream.read(piece.length)
     except OSError as error:
-        raise CheckpointError(piece.file, f"cannot be read ({error.strerror})", "make it readable") from error
+        raise CheckpointError(
+            piece.file, f"cannot be read ({error.strerror})", "make it readable"
+        ) from error
     return load_pickle(piece.file, "do not trust this checkpoint", part)

@@ -48,7 +48,11 @@ class Item:
 
     def below(self, key: str | int) -> Item:
         """The same without `key`, where its path begins with it and goes on."""
-        return replace(self, path=self.path[1:]) if self.path[0] == key and len(self.path) > 1 else self
+        return (
+            replace(self, path=self.path[1:])
+            if self.path[0] == key and len(self.path) > 1
+            else self
+        )
 
 
 def damaged(folder: Path, what: str) -> CheckpointError:
@@ -67,14 +71,23 @@ def read_items(folder: Path) -> list[Item]:
     except FileNotFoundError:
         raise CheckpointError(path, "is missing", COPY_AGAIN) from None
     except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({error.strerror})", "make it readable") from error
-    except Exception as error:  # whatever a damaged pickle makes the unpickler, or what it left to be read, raise
-        raise damaged(folder, f"is no metadata of torch.distributed.checkpoint ({reason(error)})") from error
+        raise CheckpointError(
+            path, f"cannot be read ({error.strerror})", "make it readable"
+        ) from error
+    except (
+        Exception
+    ) as error:  # whatever a damaged pickle makes the unpickler, or what it left to be read, raise
+        raise damaged(
+            folder, f"is no metadata of torch.distributed.checkpoint ({reason(error)})"
+        ) from error
 
 
 def _items(folder: Path, listed: dict[str, Any]) -> list[Item]:
     places = {
-        (key.fields["fqn"], None if key.fields.get("offset") is None else _shape(key.fields["offset"])): place.fields
+        (
+            key.fields["fqn"],
+            None if key.fields.get("offset") is None else _shape(key.fields["offset"]),
+        ): place.fields
         for key, place in listed["storage_data"].items()
     }
     paths, found, sizes = listed.get("planner_data") or {}, [], {}
@@ -88,13 +101,18 @@ def _items(folder: Path, listed: dict[str, Any]) -> list[Item]:
         dtype, shape = entry.fields["properties"].fields[0], _shape(entry.fields["size"])
         if not isinstance(dtype, torch.dtype):
             raise damaged(folder, f"{name} has no dtype")
-        chunks = {_shape(chunk.fields["offsets"]): _shape(chunk.fields["sizes"]) for chunk in entry.fields["chunks"]}
+        chunks = {
+            _shape(chunk.fields["offsets"]): _shape(chunk.fields["sizes"])
+            for chunk in entry.fields["chunks"]
+        }
         pieces = []
         for offset, size in chunks.items():
             if len({len(shape), len(offset), len(size)}) > 1 or any(
                 start + n > of for start, n, of in zip(offset, size, shape, strict=True)
             ):
-                raise damaged(folder, f"{name} has shape {shape}, and a piece of shape {size} at {offset}")
+                raise damaged(
+                    folder, f"{name} has shape {shape}, and a piece of shape {size} at {offset}"
+                )
             pieces.append(_piece(folder, name, places[name, offset], sizes, offset, size, dtype))
         if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
             raise damaged(folder, f"the pieces of {name} do not make up its shape {shape}")
@@ -118,11 +136,15 @@ def _piece(
     inside, start, length = place["relative_path"], *_shape((place["offset"], place["length"]))
     if not isinstance(inside, str) or inside != Path(inside).name or inside == "..":
         raise CheckpointError(
-            folder / ".metadata", f"names a file outside its folder: {inside!r}"[:120], "do not trust this file"
+            folder / ".metadata",
+            f"names a file outside its folder: {inside!r}"[:120],
+            "do not trust this file",
         )
     if place.get("transform_descriptors"):
         raise CheckpointError(
-            folder / ".metadata", f"{name} is compressed or otherwise transformed", "save it without extensions"
+            folder / ".metadata",
+            f"{name} is compressed or otherwise transformed",
+            "save it without extensions",
         )
     file = folder / inside
     if file not in sizes:
@@ -130,14 +152,20 @@ def _piece(
             raise CheckpointError(file, "is missing, .metadata names it", COPY_AGAIN)
         sizes[file] = file.stat().st_size
     if start + length > sizes[file]:
-        raise CheckpointError(file, f"has {sizes[file]} bytes, {name} would end at {start + length}", COPY_AGAIN)
+        raise CheckpointError(
+            file, f"has {sizes[file]} bytes, {name} would end at {start + length}", COPY_AGAIN
+        )
     if dtype is not None and math.prod(shape) * dtype.itemsize > length:
-        raise damaged(folder, f"{name}: a piece of shape {shape} does not fit into its {length} bytes")
+        raise damaged(
+            folder, f"{name}: a piece of shape {shape} does not fit into its {length} bytes"
+        )
     return Piece(file, start, length, offset, shape)
 
 
 def _shape(sizes: Any) -> Shape:
-    if not isinstance(sizes, tuple | list) or not all(type(size) is int and size >= 0 for size in sizes):
+    if not isinstance(sizes, tuple | list) or not all(
+        type(size) is int and size >= 0 for size in sizes
+    ):
         raise TypeError(f"{sizes!r} is no shape")
     if math.prod(max(size, 1) for size in sizes) >= 2**60:
         raise TypeError(f"{sizes!r} is larger than any file")
@@ -151,14 +179,18 @@ class Restricted(pickle.Unpickler):
     `CheckpointError`.
     """
 
-    def __init__(self, stream: BinaryIO, path: Path, allowed: Mapping[tuple[str, str], Any]) -> None:
+    def __init__(
+        self, stream: BinaryIO, path: Path, allowed: Mapping[tuple[str, str], Any]
+    ) -> None:
         super().__init__(stream)
         self._path, self._allowed = path, allowed
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
             raise CheckpointError(
-                self._path, f"asks for {module}.{name}"[:120] + ", and was not executed", "do not trust this file"
+                self._path,
+                f"asks for {module}.{name}"[:120] + ", and was not executed",
+                "do not trust this file",
             )
         return self._allowed[module, name]
 
@@ -182,7 +214,10 @@ def _unchanged(sizes: Any = ()) -> Any:
     return sizes
 
 
-_METADATA, _OLDER = "torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"
+_METADATA, _OLDER = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed._shard.sharded_tensor.metadata",
+)
 _DTYPES = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
 _ALLOWED: dict[tuple[str, str], Any] = {
     **dict.fromkeys(

@@ -59,12 +59,21 @@ def read(layout: Layout) -> Stored:
     stage_3 = "fp32_flat_groups" in ranks[0]
     folder = paths[0].parent
     of_model = [
-        folder / (f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt")
+        folder
+        / (
+            f"zero_pp_rank_{r}_mp_rank_00_model_states.pt"
+            if stage_3
+            else "mp_rank_00_model_states.pt"
+        )
         for r in (range(len(paths)) if stage_3 else [0])
     ]
     models = [load(path) for path in of_model]
     try:
-        whole = (models[0].get("mp_world_size", 1), _partitions(ranks[0]), models[0]["dp_world_size"])
+        whole = (
+            models[0].get("mp_world_size", 1),
+            _partitions(ranks[0]),
+            models[0]["dp_world_size"],
+        )
         if whole != (1, len(paths), len(paths)):
             raise CheckpointError(
                 folder,
@@ -73,11 +82,15 @@ def read(layout: Layout) -> Stored:
             )
         shapes: list[Shapes] = models[0]["param_shapes"]
         masters, optimizer = (_stage_3 if stage_3 else _stages_1_and_2)(ranks, shapes)
-        optimizer["param_groups"] = groups_of_adam(optimizer["param_groups"], models[0].get("ds_config"), paths[0])
+        optimizer["param_groups"] = groups_of_adam(
+            optimizer["param_groups"], models[0].get("ds_config"), paths[0]
+        )
         weights = model_weights(models, masters, of_model[0])
         global_steps = models[0].get("global_steps")
     except DAMAGED as error:
-        problem = f"is not laid out as DeepSpeed 0.19 writes it ({type(error).__name__}: {reason(error)})"
+        problem = (
+            f"is not laid out as DeepSpeed 0.19 writes it ({type(error).__name__}: {reason(error)})"
+        )
         raise CheckpointError(paths[0], problem, CONVERT) from error
     files = [*paths, *of_model, *agree_with_folder(layout.weights, masters)]
     step = global_steps if type(global_steps) is int else None
@@ -85,7 +98,11 @@ def read(layout: Layout) -> Stored:
 
 
 def stored(
-    layout: Layout, weights: dict[str, Tensor], optimizer: dict[str, Any], files: list[Path], step: int | None
+    layout: Layout,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    files: list[Path],
+    step: int | None,
 ) -> Stored:
     """The masters, which an adapter's own file holds rounded."""
     return Stored(
@@ -105,7 +122,9 @@ def load(path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals(_STAND_INS):
         content = load_pickle(path, CONVERT)
     if not isinstance(content, dict):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, not a dict", "copy it again")
+        raise CheckpointError(
+            path, f"holds a {type(content).__name__}, not a dict", "copy it again"
+        )
     return content
 
 
@@ -119,7 +138,9 @@ def _rank_files(folder: Path) -> list[Path]:
         found[int(match[1])] = path
     for rank in range(max(found) + 1):
         if rank not in found:
-            raise CheckpointError(folder, f"the optimizer's file of rank {rank} is missing", "copy the whole folder")
+            raise CheckpointError(
+                folder, f"the optimizer's file of rank {rank} is missing", "copy the whole folder"
+            )
     return [found[rank] for rank in sorted(found)]
 
 
@@ -130,7 +151,9 @@ def _partitions(rank: dict[str, Any]) -> int:
     return int(max(count)) if isinstance(count, list | tuple) else int(count)
 
 
-def _stages_1_and_2(ranks: list[dict[str, Any]], shapes: list[Shapes]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _stages_1_and_2(
+    ranks: list[dict[str, Any]], shapes: list[Shapes]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
 
     def cut(flats: list[Tensor], position: int) -> dict[str, Tensor]:
@@ -138,7 +161,9 @@ def _stages_1_and_2(ranks: list[dict[str, Any]], shapes: list[Shapes]) -> tuple[
         size, flat = flats[0].numel(), torch.cat(flats)
         needed = sum(shape.numel() for shape in of_group.values()) + sum(pads)
         # The end is padded to a multiple of 2 · ranks, which the masters are saved without.
-        if any(f.numel() != size for f in flats[:-1]) or not 0 <= size * len(flats) - needed < 2 * len(flats):
+        if any(f.numel() != size for f in flats[:-1]) or not 0 <= size * len(
+            flats
+        ) - needed < 2 * len(flats):
             raise ValueError(f"{[f.numel() for f in flats]} values for {needed}")
         parts, offset = {}, 0
         for (name, shape), pad in zip(of_group.items(), pads, strict=True):
@@ -150,15 +175,21 @@ def _stages_1_and_2(ranks: list[dict[str, Any]], shapes: list[Shapes]) -> tuple[
     return _joined(masters, [rank["base_optimizer_state"] for rank in ranks], cut, shapes)
 
 
-def _stage_3(ranks: list[dict[str, Any]], shapes: list[Shapes]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _stage_3(
+    ranks: list[dict[str, Any]], shapes: list[Shapes]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     def cut(flats: list[Tensor], position: int) -> dict[str, Tensor]:
         sizes = {name: -(-shape.numel() // len(flats)) for name, shape in shapes[position].items()}
         if any(flat.shape != (sum(sizes.values()),) for flat in flats):
-            raise ValueError(f"{[f.numel() for f in flats]} values for {sum(sizes.values())} on each rank")
+            raise ValueError(
+                f"{[f.numel() for f in flats]} values for {sum(sizes.values())} on each rank"
+            )
         parts, offset = {}, 0
         for name, size in sizes.items():
             shape = shapes[position][name]
-            parts[name] = torch.cat([f[offset : offset + size] for f in flats])[: shape.numel()].view(shape)
+            parts[name] = torch.cat([f[offset : offset + size] for f in flats])[
+                : shape.numel()
+            ].view(shape)
             offset += size
         return parts
 
@@ -174,7 +205,9 @@ def _joined(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All ranks' parts by name. The k-th flat vector of the groups is the k-th of the masters and of `shapes`."""
     groups = optimizers[0]["param_groups"]
-    if [len(of_rank) for of_rank in masters] != [sum(len(group["params"]) for group in groups)] * len(masters):
+    if [len(of_rank) for of_rank in masters] != [
+        sum(len(group["params"]) for group in groups)
+    ] * len(masters):
         raise ValueError("as many masters as flat vectors were expected")
     if len(shapes) != len(masters[0]):
         raise ValueError(f"{len(shapes)} lists of shapes for {len(masters[0])} flat vectors")
@@ -200,24 +233,37 @@ def _joined(
             names += of_vector
             position += 1
         named.append({**group, "params": names})
-    return weights, {"state": {name: entry for name, entry in state.items() if entry}, "param_groups": named}
+    return weights, {
+        "state": {name: entry for name, entry in state.items() if entry},
+        "param_groups": named,
+    }
 
 
 def groups_of_adam(groups: list[dict[str, Any]], config: Any, path: Path) -> list[dict[str, Any]]:
     """The groups, saying whether the decay is AdamW's: deepspeed's own Adam says it in `ds_config` alone."""
     given = config.get("optimizer") if isinstance(config, dict) else None
-    kind, options = (given.get("type", ""), given.get("params") or {}) if isinstance(given, dict) else ("", {})
+    kind, options = (
+        (given.get("type", ""), given.get("params") or {}) if isinstance(given, dict) else ("", {})
+    )
     if kind and str(kind).lower() not in ("adam", "adamw"):
-        raise CheckpointError(path, f"its optimizer is {str(kind)[:40]!r}", "use a checkpoint of Adam or AdamW")
+        raise CheckpointError(
+            path, f"its optimizer is {str(kind)[:40]!r}", "use a checkpoint of Adam or AdamW"
+        )
     coupled = str(kind).lower() == "adam" and options.get("adam_w_mode", True) is False
     if any(not group.get("bias_correction", True) for group in groups):
-        raise CheckpointError(path, "`bias_correction` is off", "use a checkpoint of Adam or AdamW with it")
+        raise CheckpointError(
+            path, "`bias_correction` is off", "use a checkpoint of Adam or AdamW with it"
+        )
     return [{"decoupled_weight_decay": not coupled, **group} for group in groups]
 
 
-def model_weights(models: list[dict[str, Any]], masters: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def model_weights(
+    models: list[dict[str, Any]], masters: dict[str, Tensor], path: Path
+) -> dict[str, Tensor]:
     """Buffers and frozen parameters as the model's file has them, the masters in place of what they round to."""
-    module: dict[str, Tensor] = {n: t for n, t in models[0]["module"].items() if isinstance(t, Tensor) and t.numel()}
+    module: dict[str, Tensor] = {
+        n: t for n, t in models[0]["module"].items() if isinstance(t, Tensor) and t.numel()
+    }
     require_rounded(module, masters, path)
     frozen: Shapes = models[0].get("frozen_param_shapes") or {}
     if len(models) > 1 or not frozen.keys() <= module.keys():  # stage 3 parts them like the rest
@@ -225,7 +271,11 @@ def model_weights(models: list[dict[str, Any]], masters: dict[str, Tensor], path
             parts = [model["frozen_param_fragments"][name].flatten() for model in models]
             module[name] = torch.cat(parts)[: shape.numel()].view(shape)
     weights = module | masters
-    return weights | {a: weights[name] for a, name in (models[0].get("shared_params") or {}).items() if name in weights}
+    return weights | {
+        a: weights[name]
+        for a, name in (models[0].get("shared_params") or {}).items()
+        if name in weights
+    }
 
 
 def agree_with_folder(folder: Path, masters: dict[str, Tensor]) -> list[Path]:

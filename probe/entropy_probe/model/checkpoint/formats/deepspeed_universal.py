@@ -40,14 +40,18 @@ def read(layout: Layout) -> Stored:
     models = [load(path) for path in of_model]
     if not models or len(named) != len(models) or models[0].get("mp_world_size", 1) != 1:
         problem = "does not hold the *_model_states.pt of data-parallel ranks alone"
-        raise CheckpointError(zero.parent, problem, "copy the whole folder of a run without tensor parallelism")
+        raise CheckpointError(
+            zero.parent, problem, "copy the whole folder of a run without tensor parallelism"
+        )
     files = [layout.optimizer, *of_model]
     masters: dict[str, Tensor] = {}
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
     try:
         shapes: list[Shapes] = models[0]["param_shapes"]
-        vectors = (whole.get("optimizer_state_dict") or {}).get("state", {})  # stage 3 leaves its steps here
+        vectors = (whole.get("optimizer_state_dict") or {}).get(
+            "state", {}
+        )  # stage 3 leaves its steps here
         if sum(len(group["params"]) for group in whole["param_groups"]) != len(shapes):
             raise ValueError(f"{len(shapes)} lists of shapes, not one for each flat vector")
         in_order = iter(shapes)
@@ -60,14 +64,19 @@ def read(layout: Layout) -> Stored:
                     masters[name] = found.pop("fp32")
                     step = zero / name / "step.pt"
                     stated = vectors.get(key, {}).get("step", group.get("step"))
-                    state[name] = {**found, "step": load_pickle(step, CONVERT) if step.is_file() else stated}
+                    state[name] = {
+                        **found,
+                        "step": load_pickle(step, CONVERT) if step.is_file() else stated,
+                    }
                     files += sorted((zero / name).glob("*.pt"))
                 names += of_vector
             groups.append({**group, "params": names})
         groups = groups_of_adam(groups, models[0].get("ds_config"), layout.optimizer)
         weights = model_weights(models, masters, of_model[0])
     except DAMAGED as error:
-        problem = f"is not laid out as DeepSpeed 0.19 writes it ({type(error).__name__}: {reason(error)})"
+        problem = (
+            f"is not laid out as DeepSpeed 0.19 writes it ({type(error).__name__}: {reason(error)})"
+        )
         raise CheckpointError(layout.optimizer, problem, CONVERT) from error
     files += agree_with_folder(layout.weights, masters)
     optimizer = {"state": state, "param_groups": groups}

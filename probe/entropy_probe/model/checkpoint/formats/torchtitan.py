@@ -26,7 +26,12 @@ from entropy_probe.model.checkpoint.weights import pretrained
 from entropy_probe.text import read_json
 
 _NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", re.ASCII)
-_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "lm_head": "lm_head"}
+_OUTSIDE = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "lm_head": "lm_head",
+}
 _IN_LAYER = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -64,7 +69,9 @@ def read(layout: Layout) -> Stored:
 
 
 def _weights(places: _Places, items: list[Item]) -> Gathered:
-    of_model = [item for item in items if item.path[0] not in _NO_WEIGHTS and item.dtype is not None]
+    of_model = [
+        item for item in items if item.path[0] not in _NO_WEIGHTS and item.dtype is not None
+    ]
     outlines = [places.of(item.name, dcp.outline(item)) for item in of_model]
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
@@ -112,11 +119,20 @@ def _heads(folder: Path) -> _Heads:
     path = folder / "config.json"
     kind, config = pretrained.check_config(folder), read_json(path)
     if kind not in ("llama", "qwen3"):
-        raise CheckpointError(path, f"model_type is {kind}, torchtitan's names are known of llama and qwen3", _CONVERT)
+        raise CheckpointError(
+            path, f"model_type is {kind}, torchtitan's names are known of llama and qwen3", _CONVERT
+        )
     queries = config.get("num_attention_heads")
     keys = config.get("num_key_value_heads", queries)
-    if type(queries) is not int or type(keys) is not int or min(queries, keys) < 1 or queries % keys:
-        raise CheckpointError(path, f"has {queries!r} heads of queries, {keys!r} of keys", "restore the file")
+    if (
+        type(queries) is not int
+        or type(keys) is not int
+        or min(queries, keys) < 1
+        or queries % keys
+    ):
+        raise CheckpointError(
+            path, f"has {queries!r} heads of queries, {keys!r} of keys", "restore the file"
+        )
     return _Heads(queries, keys, kind == "llama")
 
 
@@ -135,17 +151,25 @@ class _Places:
         if layer is None and inner in _OUTSIDE:
             return {f"{_OUTSIDE[inner]}.{last}": value}
         try:
-            if layer is not None and inner == "attention.wqkv":  # so in the optimizer, in the model's state_dict apart
+            if (
+                layer is not None and inner == "attention.wqkv"
+            ):  # so in the optimizer, in the model's state_dict apart
                 parts = _unfused(value, self.heads) if rows else (value, value, value)
                 apart = zip(("wq", "wk", "wv"), parts, strict=True)
-                return {place: v for w, part in apart for place, v in self.of(name.replace("wqkv", w), part).items()}
+                return {
+                    place: v
+                    for w, part in apart
+                    for place, v in self.of(name.replace("wqkv", w), part).items()
+                }
             if layer is not None and inner in _IN_LAYER:
                 reordered = self.heads.reordered.get(inner)
                 value = _halves(value, reordered) if rows and reordered else value
                 return {f"model.layers.{layer}.{_IN_LAYER[inner]}.{last}": value}
         except RuntimeError as error:
             problem = f"{name} of shape {tuple(value.shape)} has no rows for {self.heads}"
-            raise CheckpointError(self.folder, problem, "give the config.json that belongs to it") from error
+            raise CheckpointError(
+                self.folder, problem, "give the config.json that belongs to it"
+            ) from error
         raise CheckpointError(self.folder, f"{name} has no known place in the model", _CONVERT)
 
 

@@ -38,17 +38,33 @@ def read(layout: Layout) -> Stored:
 
     files = _files(layout.folder)
     with _without_advice():
-        loaded = {kind: [load_pickle(path, _COPY) for path in paths] for kind, paths in files.items()}
+        loaded = {
+            kind: [load_pickle(path, _COPY) for path in paths] for kind, paths in files.items()
+        }
     models, optimizers = loaded["model"], loaded["optim"]
     try:
-        weights = {name: _whole([m[name] for m in models]) for name in _same_keys(models) if _is_tensor(models, name)}
+        weights = {
+            name: _whole([m[name] for m in models])
+            for name in _same_keys(models)
+            if _is_tensor(models, name)
+        }
         states = [optimizer["state"] for optimizer in optimizers]
         state: dict[Any, Any] = {}
         for key in _same_keys(states):
             entries = [of_rank[key] for of_rank in states]
-            state[key] = {what: _whole_moment([e[what] for e in entries]) for what in _same_keys(entries)}
+            state[key] = {
+                what: _whole_moment([e[what] for e in entries]) for what in _same_keys(entries)
+            }
         optimizer = {"state": state, "param_groups": list(optimizers[0]["param_groups"])}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         where = files["optim" if "weights" in locals() else "model"][0]
         problem = f"its ranks do not fit together ({type(error).__name__}: {reason(error)})"
         raise CheckpointError(where, problem, f"{_COPY}, or {_MERGED}") from error
@@ -70,7 +86,9 @@ def _lora(folder: Path) -> Path:
     places = (folder / "lora_adapter" / "adapter_config.json", folder / "lora_train_meta.json")
     if (found := next((place for place in places if place.is_file()), None)) is not None:
         return found
-    raise CheckpointError(places[1], "is missing, and the adapter's `lora_alpha` with it", "write it: a JSON object")
+    raise CheckpointError(
+        places[1], "is missing, and the adapter's `lora_alpha` with it", "write it: a JSON object"
+    )
 
 
 @contextmanager
@@ -87,23 +105,35 @@ def _without_advice() -> Iterator[None]:
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """The files of weights and of moments, rank 0 to the last of the one world that wrote them."""
-    found = {(m[1], int(m[2]), int(m[3])): p for p in sorted(folder.iterdir()) if (m := _FILE.fullmatch(p.name))}
+    found = {
+        (m[1], int(m[2]), int(m[3])): p
+        for p in sorted(folder.iterdir())
+        if (m := _FILE.fullmatch(p.name))
+    }
     worlds = sorted({world for _, world, _ in found})
     config = folder / "fsdp_config.json"
     saved = read_json(config).get("world_size") if config.is_file() else worlds[0]
     if not isinstance(saved, int) or worlds != [saved]:
-        raise CheckpointError(folder, f"has files of {worlds} ranks, its fsdp_config.json says {saved!r}", _COPY)
+        raise CheckpointError(
+            folder, f"has files of {worlds} ranks, its fsdp_config.json says {saved!r}", _COPY
+        )
     if len(found) > 2 * saved:
         raise CheckpointError(folder, f"has {len(found)} files of {saved} ranks", _COPY)
     for kind in ("model", "optim"):
         for rank in range(saved):
             if (kind, saved, rank) not in found:
-                raise CheckpointError(folder / f"{kind}_world_size_{saved}_rank_{rank}.pt", "is missing", _COPY)
-    return {kind: [found[kind, saved, rank] for rank in range(saved)] for kind in ("model", "optim")}
+                raise CheckpointError(
+                    folder / f"{kind}_world_size_{saved}_rank_{rank}.pt", "is missing", _COPY
+                )
+    return {
+        kind: [found[kind, saved, rank] for rank in range(saved)] for kind in ("model", "optim")
+    }
 
 
 def _same_keys(of_ranks: list[dict[Any, Any]]) -> list[Any]:
-    if any(not isinstance(of_rank, dict) or list(of_rank) != list(of_ranks[0]) for of_rank in of_ranks):
+    if any(
+        not isinstance(of_rank, dict) or list(of_rank) != list(of_ranks[0]) for of_rank in of_ranks
+    ):
         raise ValueError("ranks hold different names")
     return list(of_ranks[0])
 
@@ -132,7 +162,10 @@ def _whole(parts: list[Tensor]) -> Tensor:
         if any(isinstance(part, DTensor) or not torch.equal(part, first) for part in parts):
             raise ValueError("ranks differ in a tensor that all have")
         return first
-    if any(not isinstance(p, DTensor) or (p.shape, p.placements) != (first.shape, first.placements) for p in parts):
+    if any(
+        not isinstance(p, DTensor) or (p.shape, p.placements) != (first.shape, first.placements)
+        for p in parts
+    ):
         raise ValueError("ranks differ in the shape of a tensor")
     mesh, placements = first.device_mesh.mesh, first.placements
     if sorted(mesh.flatten().tolist()) != list(range(len(parts))) or any(
@@ -146,7 +179,8 @@ def _whole(parts: list[Tensor]) -> Tensor:
     if not dims:
         rows, dim = mesh.reshape(-1, 1), 0
     else:
-        rows, dim = mesh.movedim(dims[0], -1).reshape(-1, mesh.shape[dims[0]]), placements[dims[0]].dim  # pyright: ignore[reportAttributeAccessIssue]
+        rows = mesh.movedim(dims[0], -1).reshape(-1, mesh.shape[dims[0]])
+        dim = placements[dims[0]].dim  # pyright: ignore[reportAttributeAccessIssue]
     replicas = [torch.cat([local[rank] for rank in row], dim) for row in rows.tolist()]
     if any(not torch.equal(a, b) for a, b in pairwise(replicas)):
         raise ValueError("replicas differ")

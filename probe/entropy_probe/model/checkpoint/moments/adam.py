@@ -20,7 +20,12 @@ from entropy_probe.model.checkpoint.files import load_pickle, require_dense
 from entropy_probe.model.checkpoint.moments.order import names_of
 from entropy_probe.text import load_json
 
-_NOT_ADAM = {"momentum_decay": "NAdam", "momentum": "SGD or RMSprop", "lr_decay": "Adagrad", "rho": "Adadelta"}
+_NOT_ADAM = {
+    "momentum_decay": "NAdam",
+    "momentum": "SGD or RMSprop",
+    "lr_decay": "Adagrad",
+    "rho": "Adadelta",
+}
 MissingState = Literal["raise", "identity"]
 _USE_ADAM = "use a checkpoint of Adam or AdamW"
 _IDENTITY = "set first_order.missing_state: identity to take P = 1 there"
@@ -63,32 +68,57 @@ def read_state(path: Path) -> dict[str, Any]:
     Its groups get the `param_names` that an optimizer_param_names.json beside it lists, group by group.
     """
     content = load_pickle(path, "save the optimizer's state_dict alone")
-    nested = [content.get(key) for key in ("optimizer", "optimizer_state_dict")] if isinstance(content, dict) else []
+    nested = (
+        [content.get(key) for key in ("optimizer", "optimizer_state_dict")]
+        if isinstance(content, dict)
+        else []
+    )
     for candidate in [content, *nested]:
         if isinstance(candidate, dict) and "state" in candidate and "param_groups" in candidate:
-            if not isinstance(candidate["state"], dict) or not isinstance(candidate["param_groups"], list | tuple):
+            if not isinstance(candidate["state"], dict) or not isinstance(
+                candidate["param_groups"], list | tuple
+            ):
                 break
             groups, names = list(candidate["param_groups"]), path.with_name(_NAMES_FILE)
             keys = [group_keys(group, path) for group in groups]
-            return {**candidate, "param_groups": _named(groups, keys, names) if names.is_file() else groups}
+            return {
+                **candidate,
+                "param_groups": _named(groups, keys, names) if names.is_file() else groups,
+            }
     raise CheckpointError(
-        path, "holds no optimizer state_dict (`state`, `param_groups`)", "save optimizer.state_dict()"
+        path,
+        "holds no optimizer state_dict (`state`, `param_groups`)",
+        "save optimizer.state_dict()",
     )
 
 
-def _named(groups: list[dict[str, Any]], keys: list[list[int | str]], path: Path) -> list[dict[str, Any]]:
+def _named(
+    groups: list[dict[str, Any]], keys: list[list[int | str]], path: Path
+) -> list[dict[str, Any]]:
     """The groups with `param_names` from the file: a list of names for each group, or one list for all in a row."""
     names, sizes = load_json(path), [len(of_group) for of_group in keys]
-    if isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == sum(sizes):
-        names = [names[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    if (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(names) == sum(sizes)
+    ):
+        names = [
+            names[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)
+        ]
     if not isinstance(names, list) or [isinstance(n, list) and len(n) for n in names] != sizes:
         raise CheckpointError(
-            path, f"is not a list of names for each group of {sizes} tensors", "save both files at the same step"
+            path,
+            f"is not a list of names for each group of {sizes} tensors",
+            "save both files at the same step",
         )
     for group, of_group in zip(groups, names, strict=True):
         if group.get("param_names", of_group) != of_group:
-            raise CheckpointError(path, "differs from the optimizer's own `param_names`", "remove the wrong one")
-    return [{**group, "param_names": of_group} for group, of_group in zip(groups, names, strict=True)]
+            raise CheckpointError(
+                path, "differs from the optimizer's own `param_names`", "remove the wrong one"
+            )
+    return [
+        {**group, "param_names": of_group} for group, of_group in zip(groups, names, strict=True)
+    ]
 
 
 def inventory(state_dict: dict[str, Any]) -> dict[str, int]:
@@ -99,7 +129,13 @@ def inventory(state_dict: dict[str, Any]) -> dict[str, int]:
             entry = state_dict["state"].get(key)
             if isinstance(entry, dict) and {"exp_avg", "exp_avg_sq"} <= set(entry):
                 beta1, beta2 = map(float, group["betas"])
-                values = (float(group["lr"]), beta1, beta2, float(group["eps"]), float(group.get("weight_decay", 0.0)))
+                values = (
+                    float(group["lr"]),
+                    beta1,
+                    beta2,
+                    float(group["eps"]),
+                    float(group.get("weight_decay", 0.0)),
+                )
                 counted[hyper_parameters(*values)] += 1
     return dict(counted)
 
@@ -137,13 +173,22 @@ def map_adam_state(
     for group, group_keys in zip(groups, keys, strict=True):
         for key in group_keys:
             name = names[key]
-            if (may_be_frozen or not parameters[name].requires_grad) and state.get(key) in (None, {}):
+            if (may_be_frozen or not parameters[name].requires_grad) and state.get(key) in (
+                None,
+                {},
+            ):
                 continue  # it was handed to the optimizer and never stepped
             if name in mapped:
-                raise CheckpointError(path, f"{name} stands in it twice", "save the optimizer's state_dict again")
-            mapped[name] = adam_state(name, state.get(key), group, parameters[name].shape, path, missing_state)
+                raise CheckpointError(
+                    path, f"{name} stands in it twice", "save the optimizer's state_dict again"
+                )
+            mapped[name] = adam_state(
+                name, state.get(key), group, parameters[name].shape, path, missing_state
+            )
     if not mapped:
-        raise CheckpointError(path, "has state of none of its tensors", "save optimizer.state_dict() again")
+        raise CheckpointError(
+            path, "has state of none of its tensors", "save optimizer.state_dict() again"
+        )
     if notes is not None and note:
         notes.append(note)
     return mapped
@@ -156,7 +201,9 @@ def adam_keys(state_dict: dict[str, Any], path: Path) -> list[list[int | str]]:
             if key in group:
                 raise CheckpointError(path, f"its groups have `{key}`: it is {variant}", _USE_ADAM)
         if "foreach" in group and "amsgrad" not in group:
-            raise CheckpointError(path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM)
+            raise CheckpointError(
+                path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM
+            )
     return keys_by_group(state_dict, path)
 
 
@@ -164,7 +211,9 @@ def keys_by_group(state_dict: dict[str, Any], path: Path) -> list[list[int | str
     """The keys of each param_group. Raises for an optimizer that was never stepped."""
     keys = [group_keys(group, path) for group in state_dict["param_groups"]]
     if not state_dict["state"]:
-        raise CheckpointError(path, "was never stepped (its `state` is empty)", "save it after at least one step")
+        raise CheckpointError(
+            path, "was never stepped (its `state` is empty)", "save it after at least one step"
+        )
     return keys
 
 
@@ -172,7 +221,9 @@ def group_keys(group: Any, path: Path) -> list[int | str]:
     """The keys of one param_group, as `state` has them."""
     params = group.get("params") if isinstance(group, dict) else None
     if not isinstance(params, list | tuple) or any(type(key) not in (int, str) for key in params):
-        raise CheckpointError(path, "has a param_group without a list of `params`", "save optimizer.state_dict()")
+        raise CheckpointError(
+            path, "has a param_group without a list of `params`", "save optimizer.state_dict()"
+        )
     return list(params)
 
 
@@ -190,40 +241,15 @@ def adam_state(
         zeros = torch.zeros(shape)
         entry = {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros, "step": 0}
     elif not entry:
-        raise CheckpointError(path, f"{name} has no state", f"save it after a step of every parameter, or {_IDENTITY}")
-    for moment in ("exp_avg", "exp_avg_sq"):
-        if not isinstance(entry.get(moment), Tensor):
-            present = ", ".join(sorted(key if isinstance(key, str) else shown(key) for key in entry))
-            raise CheckpointError(
-                path,
-                f"{name} has no `{moment}`, only {present}",
-                f"{_USE_ADAM}, or {_IDENTITY}",
-            )
-    if _flag(group, "amsgrad", path) and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
-        raise CheckpointError(path, f"{name} has no `max_exp_avg_sq` under amsgrad", "save the optimizer again")
-    moments: dict[str, Tensor] = {}
-    for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        tensor = entry.get(moment)
-        if tensor is None:
-            continue
-        require_dense(tensor, f"{name}: `{moment}`", path)
-        if not tensor.is_floating_point():
-            raise CheckpointError(path, f"{name}: `{moment}` is a tensor of {tensor.dtype}", "save floating moments")
-        if tensor.shape != shape:
-            raise CheckpointError(
-                path,
-                f"{name}: `{moment}` has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}",
-                "use the optimizer saved with this model",
-            )
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(path, f"{name}: `{moment}` is not finite", "use an earlier checkpoint")
-        if moment != "exp_avg" and bool((tensor < 0).any()):
-            raise CheckpointError(path, f"{name}: `{moment}` is negative somewhere", "use an earlier checkpoint")
-        moments[moment] = tensor
+        raise CheckpointError(
+            path, f"{name} has no state", f"save it after a step of every parameter, or {_IDENTITY}"
+        )
+    moments = _moments(name, entry, shape, path, amsgrad=_flag(group, "amsgrad", path))
     step = number(entry.get("step"), f"{name}: `step`", path)
     if step < 1 and missing_state == "raise":
-        raise CheckpointError(path, f"{name}: `step` is {step:g}", "save it after at least one step")
+        raise CheckpointError(
+            path, f"{name}: `step` is {step:g}", "save it after at least one step"
+        )
     betas = group.get("betas")
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise CheckpointError(path, f"`betas` is {shown(betas)}", _USE_ADAM)
@@ -254,10 +280,61 @@ def adam_state(
     )
 
 
+def _moments(
+    name: str, entry: dict[str, Any], shape: torch.Size, path: Path, *, amsgrad: bool
+) -> dict[str, Tensor]:
+    """The moments of one parameter, float32 or wider: finite, of its shape, and the second ones not negative."""
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if not isinstance(entry.get(moment), Tensor):
+            present = ", ".join(
+                sorted(key if isinstance(key, str) else shown(key) for key in entry)
+            )
+            raise CheckpointError(
+                path,
+                f"{name} has no `{moment}`, only {present}",
+                f"{_USE_ADAM}, or {_IDENTITY}",
+            )
+    if amsgrad and not isinstance(entry.get("max_exp_avg_sq"), Tensor):
+        raise CheckpointError(
+            path, f"{name} has no `max_exp_avg_sq` under amsgrad", "save the optimizer again"
+        )
+    moments: dict[str, Tensor] = {}
+    for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        tensor = entry.get(moment)
+        if tensor is None:
+            continue
+        require_dense(tensor, f"{name}: `{moment}`", path)
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                path, f"{name}: `{moment}` is a tensor of {tensor.dtype}", "save floating moments"
+            )
+        if tensor.shape != shape:
+            raise CheckpointError(
+                path,
+                f"{name}: `{moment}` has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}",
+                "use the optimizer saved with this model",
+            )
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                path, f"{name}: `{moment}` is not finite", "use an earlier checkpoint"
+            )
+        if moment != "exp_avg" and bool((tensor < 0).any()):
+            raise CheckpointError(
+                path, f"{name}: `{moment}` is negative somewhere", "use an earlier checkpoint"
+            )
+        moments[moment] = tensor
+    return moments
+
+
 def _flag(group: dict[str, Any], key: str, path: Path, *, absent: bool = False) -> bool:
     value = group.get(key, absent)
     if not isinstance(value, int | None):
-        raise CheckpointError(path, f"`{key}` is {shown(value)}, expected true or false", "save optimizer.state_dict()")
+        raise CheckpointError(
+            path,
+            f"`{key}` is {shown(value)}, expected true or false",
+            "save optimizer.state_dict()",
+        )
     return bool(value)
 
 
@@ -265,6 +342,12 @@ def number(value: Any, what: str, path: Path) -> float:
     """A finite number from an int, a float, or a tensor with one element."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(path, f"{what} is {shown(value)}, expected a number", "save optimizer.state_dict()")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not abs(value) <= sys.float_info.max
+    ):
+        raise CheckpointError(
+            path, f"{what} is {shown(value)}, expected a number", "save optimizer.state_dict()"
+        )
     return float(value)

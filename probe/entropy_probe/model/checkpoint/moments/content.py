@@ -46,7 +46,9 @@ class Choice:
     clear: bool
 
 
-def choose(model: nn.Module, orders: Sequence[Sequence[str]], moments: Sequence[Tensor | None]) -> Choice:
+def choose(
+    model: nn.Module, orders: Sequence[Sequence[str]], moments: Sequence[Tensor | None]
+) -> Choice:
     """Compare orders of names, two at least, by what they say of the second moments (`None`: none, or not usable).
 
         T(order) = Σ_k w z,   z = atanh corr(log squares[order[k]], log moments[k]),   1/w = 1/(n − 3) + 0.04²
@@ -55,18 +57,28 @@ def choose(model: nn.Module, orders: Sequence[Sequence[str]], moments: Sequence[
     if for every rival T(best) − T(rival) is at least 5 standard errors, √Σ(w + w'), and T(best) reaches most of what
     the best name for every single slot would: else the true order may be one that is not among them.
     """
-    asked = [k for k in range(len(moments)) if len({order[k] for order in orders}) > 1 and moments[k] is not None]
-    squares = _mean_squares(model, sorted({order[k] for order in orders for k in asked})) if asked else {}
+    asked = [
+        k
+        for k in range(len(moments))
+        if len({order[k] for order in orders}) > 1 and moments[k] is not None
+    ]
+    squares = (
+        _mean_squares(model, sorted({order[k] for order in orders for k in asked})) if asked else {}
+    )
     z, weight, attainable = _scores(squares, orders, moments, asked)
     total = (weight * z).sum(1)
     ranked = sorted(range(len(orders)), key=lambda i: -float(total[i]))
     best, rivals = ranked[0], ranked[1:]
 
     def surely_beats(rival: int) -> bool:
-        differ = torch.tensor([orders[best][k] != orders[rival][k] for k in asked], dtype=torch.bool)
+        differ = torch.tensor(
+            [orders[best][k] != orders[rival][k] for k in asked], dtype=torch.bool
+        )
         gain = float(total[best] - total[rival])
         error = math.sqrt(float((weight[best] + weight[rival])[differ].sum()))
-        return gain > _CLEAR * error and attainable - float(total[best]) < _LACKS * (attainable - float(total[rival]))
+        return gain > _CLEAR * error and attainable - float(total[best]) < _LACKS * (
+            attainable - float(total[rival])
+        )
 
     beaten = [surely_beats(rival) for rival in rivals]
     rival = rivals[beaten.index(False)] if False in beaten else rivals[0]
@@ -75,7 +87,10 @@ def choose(model: nn.Module, orders: Sequence[Sequence[str]], moments: Sequence[
 
 
 def _scores(
-    squares: dict[str, Tensor], orders: Sequence[Sequence[str]], moments: Sequence[Tensor | None], asked: list[int]
+    squares: dict[str, Tensor],
+    orders: Sequence[Sequence[str]],
+    moments: Sequence[Tensor | None],
+    asked: list[int],
 ) -> tuple[Float[Tensor, "O K"], Float[Tensor, "O K"], float]:
     """z and w of every order at every slot in question, and Σ_k max_name w z."""
     z, weight = torch.zeros(2, len(orders), len(asked), dtype=torch.float64)
@@ -93,7 +108,9 @@ def _scores(
         row = {name: i for i, name in enumerate(names)}
         for i, order in enumerate(orders):
             rows = [row[order[asked[column]]] for column in columns]
-            z[i, columns], weight[i, columns] = (x[rows, range(len(columns))] for x in (fits, weights))
+            z[i, columns], weight[i, columns] = (
+                x[rows, range(len(columns))] for x in (fits, weights)
+            )
     return z, weight, attainable
 
 
@@ -110,7 +127,9 @@ def _fits(squares: Float[Tensor, "N n"], moments: Float[Tensor, "K n"]) -> tuple
 def _centred_logs(x: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
     there = x > 0
     logs = torch.where(there, x, 1.0).log()
-    return torch.where(there, logs - logs.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1), 0.0)
+    return torch.where(
+        there, logs - logs.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1), 0.0
+    )
 
 
 def _some(tensor: Tensor | None) -> Float[Tensor, " n"]:
@@ -144,7 +163,9 @@ def _mean_squares(model: nn.Module, names: Sequence[str]) -> dict[str, Float[Ten
             texts = _sampled(bound)
             for name, parameter in wanted.items():
                 parameter.requires_grad_()
-                hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p)))
+                hooks.append(
+                    parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
+                )
             for text in texts:
                 logp = bound.direct_logits(text[None, :-1])[0].log_softmax(-1)
                 logp.gather(-1, text[1:, None]).sum().backward()

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-_NORM_OR_BIAS = [re.compile(p) for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")]
+_NORM_OR_BIAS = [
+    re.compile(p)
+    for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+]
 _DEEPSPEED_CHAT = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 Groups = list[list[str]]
@@ -58,7 +61,9 @@ def known_groupings(model: nn.Module) -> Iterator[Grouping]:
                 by_decay = {
                     "decay first": pairs,
                     "no decay first": [pair[::-1] for pair in pairs],
-                    "as they come": [p if u[0] in p[0] else p[::-1] for u, p in zip(units, pairs, strict=True)],
+                    "as they come": [
+                        p if u[0] in p[0] else p[::-1] for u, p in zip(units, pairs, strict=True)
+                    ],
                 }
                 for which, split in by_decay.items():
                     groups = [half for pair in split for half in pair]
@@ -73,7 +78,9 @@ def _decay_rules(model: nn.Module) -> dict[str, Callable[[str], bool]]:
         if isinstance(module, nn.LayerNorm)
         for name, _ in module.named_parameters()
     }
-    norm_or_bias = in_layer_norm | {n for n in shape_of if any(p.search(n.lower()) for p in _NORM_OR_BIAS)}
+    norm_or_bias = in_layer_norm | {
+        n for n in shape_of if any(p.search(n.lower()) for p in _NORM_OR_BIAS)
+    }
     return {
         "transformers 5": lambda n: n not in norm_or_bias,
         "transformers 4.44": lambda n: n not in in_layer_norm and "bias" not in n,
@@ -89,11 +96,16 @@ def _halves(names: list[str], decays: Callable[[str], bool]) -> Groups:
 
 def _lora_plus(names: list[str], model: nn.Module) -> Groups:
     """The first factors, those of embeddings, then the second factors and vectors: without, and with, bias or norm."""
-    decays, shape_of = _decay_rules(model)["transformers 4.44"], {n: p.shape for n, p in model.named_parameters()}
+    decays, shape_of = (
+        _decay_rules(model)["transformers 4.44"],
+        {n: p.shape for n, p in model.named_parameters()},
+    )
     groups: Groups = [[], [], [], []]
     for name in names:
         second = "lora_B" in name or len(shape_of[name]) == 1
-        groups[1 if "lora_embedding" in name else (2 if decays(name) else 3) if second else 0].append(name)
+        groups[
+            1 if "lora_embedding" in name else (2 if decays(name) else 3) if second else 0
+        ].append(name)
     return groups
 
 

@@ -41,7 +41,9 @@ def names_of(
         for name in named.values():
             if name not in parameters:
                 raise CheckpointError(
-                    path, f"has state for {name}, which the model lacks", "use the optimizer saved with this model"
+                    path,
+                    f"has state for {name}, which the model lacks",
+                    "use the optimizer saved with this model",
                 )
         return named, ""
     flat = [key for group in keys for key in group]
@@ -56,15 +58,23 @@ def names_of(
         )
     orders, labels = list(fitting), list(fitting.values())
     shapes = [parameters[name].shape for name in orders[0]]
-    moments = [_second_moment(state.get(key), shape) for key, shape in zip(flat, shapes, strict=True)]
-    if len(orders) == 1 or all(moment is None for moment in moments):  # of no tensor: not Adam, whatever the order
+    moments = [
+        _second_moment(state.get(key), shape) for key, shape in zip(flat, shapes, strict=True)
+    ]
+    if len(orders) == 1 or all(
+        moment is None for moment in moments
+    ):  # of no tensor: not Adam, whatever the order
         return dict(zip(flat, orders[0], strict=True)), ""
     found = choose(model, orders, moments)
     compared = f"({found.correlation:.2f} against {found.of_rival:.2f})"
     if found.clear:
         note = f"order of parameters decided by content: {labels[found.best]} {compared}"
         return dict(zip(flat, orders[found.best], strict=True)), note
-    differ = [name for name, other in zip(orders[found.best], orders[found.rival], strict=True) if name != other]
+    differ = [
+        name
+        for name, other in zip(orders[found.best], orders[found.rival], strict=True)
+        if name != other
+    ]
     raise CheckpointError(
         path,
         f"its order of parameters is ambiguous ({'; '.join(labels)}: all fit), and its moments cannot tell apart "
@@ -80,19 +90,26 @@ def some_names(names: Sequence[str]) -> str:
 
 
 def fitting_orders(
-    keys: list[list[int | str]], state: dict[Any, Any], parameters: dict[str, nn.Parameter], model: nn.Module
+    keys: list[list[int | str]],
+    state: dict[Any, Any],
+    parameters: dict[str, nn.Parameter],
+    model: nn.Module,
 ) -> dict[tuple[str, ...], str]:
     """The orders of names that fit group sizes and shapes, each with the label of the first grouping that has it."""
     flat, sizes = [key for group in keys for key in group], [len(group) for group in keys if group]
     fitting: dict[tuple[str, ...], str] = {}
     for grouping in known_groupings(model):
         order = tuple(grouping.names)
-        if (grouping.cut_anywhere or grouping.sizes == sizes) and _shapes_fit(flat, order, state, parameters):
+        if (grouping.cut_anywhere or grouping.sizes == sizes) and _shapes_fit(
+            flat, order, state, parameters
+        ):
             fitting.setdefault(order, grouping.label)
     return fitting
 
 
-def names_in_file(keys: list[list[int | str]], groups: list[dict[str, Any]]) -> dict[int | str, str] | None:
+def names_in_file(
+    keys: list[list[int | str]], groups: list[dict[str, Any]]
+) -> dict[int | str, str] | None:
     """Names from `param_names` or from string keys, without the prefixes of wrappers; `None` where there are none."""
     names: dict[int | str, str] = {}
     for group_keys, group in zip(keys, groups, strict=True):
@@ -112,14 +129,25 @@ def bare_name(name: str) -> str:
 
 
 def _shapes_fit(
-    keys: list[int | str], order: tuple[str, ...], state: dict[Any, Any], parameters: dict[str, nn.Parameter]
+    keys: list[int | str],
+    order: tuple[str, ...],
+    state: dict[Any, Any],
+    parameters: dict[str, nn.Parameter],
 ) -> bool:
     if len(keys) != len(order):
         return False
     for key, name in zip(keys, order, strict=True):
         entry = state.get(key)
-        moments = [m for m in entry.values() if isinstance(m, Tensor) and m.ndim > 0] if isinstance(entry, dict) else []
-        if any(m.shape != parameters[name].shape for m in moments if m.numel() != 1 or parameters[name].numel() == 1):
+        moments = (
+            [m for m in entry.values() if isinstance(m, Tensor) and m.ndim > 0]
+            if isinstance(entry, dict)
+            else []
+        )
+        if any(
+            m.shape != parameters[name].shape
+            for m in moments
+            if m.numel() != 1 or parameters[name].numel() == 1
+        ):
             return False
     return True
 
@@ -127,7 +155,11 @@ def _shapes_fit(
 def _second_moment(entry: Any, shape: torch.Size) -> Tensor | None:
     """`exp_avg_sq`, where there is one that can be compared."""
     moment = entry.get("exp_avg_sq") if isinstance(entry, dict) else None
-    if not isinstance(moment, Tensor) or moment.layout is not torch.strided or not moment.is_floating_point():
+    if (
+        not isinstance(moment, Tensor)
+        or moment.layout is not torch.strided
+        or not moment.is_floating_point()
+    ):
         return None
     known = moment.shape == shape and not moment.is_meta and bool(torch.isfinite(moment).all())
     return moment if known else None

@@ -104,22 +104,32 @@ def recognise(state_dict: Mapping[str, Any], path: Path) -> Kind | None:
     kinds = [kind for kind in KINDS if any(kind.is_of(group) for group in groups)]
     if any("state1" in entry for entry in entries.values()):
         kinds = [_bitsandbytes(groups, list(entries.values()))]
-    kind = next((k for k in kinds if not entries or any(k.has(e, groups) for e in entries.values())), None)
+    kind = next(
+        (k for k in kinds if not entries or any(k.has(e, groups) for e in entries.values())), None
+    )
     if kind is None:
         return _unknown(groups, entries)
     if not all(kind.is_of(group) for group in groups):
-        raise CheckpointError(path, f"some of its groups alone are of {kind.name}", "save optimizer.state_dict()")
+        raise CheckpointError(
+            path, f"some of its groups alone are of {kind.name}", "save optimizer.state_dict()"
+        )
     for key, entry in entries.items():
         if not kind.has(entry, groups):
-            expected = " or ".join(" and ".join(f"`{k}`" for k in sorted(keys)) for keys in kind.states)
+            expected = " or ".join(
+                " and ".join(f"`{k}`" for k in sorted(keys)) for keys in kind.states
+            )
             keys = ", ".join(sorted(map(str, entry)))
             raise CheckpointError(
-                path, f"tensor {key} lacks {expected} of {kind.name}, it has {keys}"[:200], "use an earlier checkpoint"
+                path,
+                f"tensor {key} lacks {expected} of {kind.name}, it has {keys}"[:200],
+                "use an earlier checkpoint",
             )
     return kind
 
 
-def map_other(kind: Kind, state_dict: dict[str, Any], model: nn.Module, path: Path) -> OtherOptimizer:
+def map_other(
+    kind: Kind, state_dict: dict[str, Any], model: nn.Module, path: Path
+) -> OtherOptimizer:
     """The parameters that the optimizer trains, by names or a known order as for Adam; raises `CheckpointError`.
 
     A frozen parameter that was handed to it and has no state is none of them.
@@ -136,9 +146,13 @@ def map_other(kind: Kind, state_dict: dict[str, Any], model: nn.Module, path: Pa
                 f"{name}: its state is of shape {tuple(shapes[key])}, the parameter {tuple(parameters[name].shape)}",
                 "use the optimizer saved with this model",
             )
-    trained = [name for key, name in names.items() if key in entries or parameters[name].requires_grad]
+    trained = [
+        name for key, name in names.items() if key in entries or parameters[name].requires_grad
+    ]
     if len(trained) > len(set(trained)):
-        raise CheckpointError(path, "one parameter stands in it twice", "save the optimizer's state_dict again")
+        raise CheckpointError(
+            path, "one parameter stands in it twice", "save the optimizer's state_dict again"
+        )
     return described(kind, state_dict, path, tuple(trained))
 
 
@@ -150,24 +164,48 @@ def keys_of(kind: Kind, state_dict: dict[str, Any], path: Path) -> list[list[int
     return keys_by_group(state_dict, path)
 
 
-def described(kind: Kind, state_dict: Mapping[str, Any], path: Path, trained: tuple[str, ...] = ()) -> OtherOptimizer:
+def described(
+    kind: Kind, state_dict: Mapping[str, Any], path: Path, trained: tuple[str, ...] = ()
+) -> OtherOptimizer:
     """Its name, and the largest lr and step that it has: Adafactor may have no lr, SGD has no step."""
-    lrs = [number(g["lr"], "`lr`", path) for g in state_dict["param_groups"] if g.get("lr") is not None]
-    steps = [number(e["step"], "`step`", path) for e in _entries(state_dict).values() if e.get("step") is not None]
-    return OtherOptimizer(kind.name, kind.why, max(lrs, default=None), max(steps, default=None), trained)
+    lrs = [
+        number(g["lr"], "`lr`", path) for g in state_dict["param_groups"] if g.get("lr") is not None
+    ]
+    steps = [
+        number(e["step"], "`step`", path)
+        for e in _entries(state_dict).values()
+        if e.get("step") is not None
+    ]
+    return OtherOptimizer(
+        kind.name, kind.why, max(lrs, default=None), max(steps, default=None), trained
+    )
 
 
 def _entries(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
     """The states that hold anything; what bitsandbytes hides from FSDP in a dictionary of its own stands beside it."""
-    entries = {key: entry for key, entry in state_dict["state"].items() if isinstance(entry, dict) and entry}
+    entries = {
+        key: entry
+        for key, entry in state_dict["state"].items()
+        if isinstance(entry, dict) and entry
+    }
     inside = {key: entry.get(_BITSANDBYTES) for key, entry in entries.items()}
-    return {key: {**entry, **of} if isinstance(of := inside[key], dict) else entry for key, entry in entries.items()}
+    return {
+        key: {**entry, **of} if isinstance(of := inside[key], dict) else entry
+        for key, entry in entries.items()
+    }
 
 
-def _bitsandbytes(groups: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> Kind:
+def _bitsandbytes(
+    groups: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
+) -> Kind:
     """Tensors below a size stay in float32 beside the 8-bit ones. Adam and AdEMAMix have two states, others one."""
-    of_one, of_two = ([t for e in entries if isinstance(t := e.get(key), Tensor)] for key in ("state1", "state2"))
-    eight, form = any(tensor.dtype is torch.uint8 for tensor in of_one), "its moments are in bitsandbytes' form"
+    of_one, of_two = (
+        [t for e in entries if isinstance(t := e.get(key), Tensor)] for key in ("state1", "state2")
+    )
+    eight, form = (
+        any(tensor.dtype is torch.uint8 for tensor in of_one),
+        "its moments are in bitsandbytes' form",
+    )
     bits = " 8-bit" if eight else ""
     if not of_two:
         return _kind(f"one of bitsandbytes{bits}", "it has one moment", "lr", "state1")
@@ -175,9 +213,15 @@ def _bitsandbytes(groups: Sequence[Mapping[str, Any]], entries: Sequence[Mapping
     return _kind(f"{name}{bits}", _QUANTISED if eight else form, "lr", "state1 state2")
 
 
-def _unknown(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, dict[str, Any]]) -> Kind | None:
+def _unknown(
+    groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, dict[str, Any]]
+) -> Kind | None:
     forms = {frozenset(entry) for entry in entries.values()}
-    if len(forms) != 1 or "exp_avg_sq" in next(iter(forms)) or not all("lr" in group for group in groups):
+    if (
+        len(forms) != 1
+        or "exp_avg_sq" in next(iter(forms))
+        or not all("lr" in group for group in groups)
+    ):
         return None
     return Kind("unknown", _UNKNOWN, frozenset({"lr"}), (frozenset(),))
 
@@ -190,5 +234,11 @@ def _shape(entry: Mapping[str, Any]) -> torch.Size | None:
     row, column = entry.get("row_var"), entry.get("col_var")
     if isinstance(row, Tensor) and isinstance(column, Tensor):
         return torch.Size([*row.shape[:-1], column.shape[-1]])
-    known = ("state2", "state1", *sorted(key for kind in KINDS for keys in kind.states for key in keys))
-    return next((t.shape for key in known if isinstance(t := entry.get(key), Tensor) and t.ndim > 0), None)
+    known = (
+        "state2",
+        "state1",
+        *sorted(key for kind in KINDS for keys in kind.states for key in keys),
+    )
+    return next(
+        (t.shape for key in known if isinstance(t := entry.get(key), Tensor) and t.ndim > 0), None
+    )

@@ -44,17 +44,23 @@ def check_config(folder: Path) -> str:
     config = read_json(config_path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
-            config_path, f"peft_type is {shown(config.get('peft_type'))}", "use a LoRA or DoRA adapter"
+            config_path,
+            f"peft_type is {shown(config.get('peft_type'))}",
+            "use a LoRA or DoRA adapter",
         )
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
-            raise CheckpointError(config_path, f"asks for `{key}`, which is never loaded", "use an adapter without it")
+            raise CheckpointError(
+                config_path, f"asks for `{key}`, which is never loaded", "use an adapter without it"
+            )
     of_loftq = config.get("loftq_config")
     iterations = re.search(r"_niter_(\d+)", str(config.get("init_lora_weights"))[:1000])
     rounds = of_loftq.get("loftq_iter", 1) if isinstance(of_loftq, dict) else 1
     if (iterations and len(iterations[1]) > 3) or not isinstance(rounds, int) or rounds > 999:
         raise CheckpointError(
-            config_path, "init_lora_weights or loftq_config ask for 1000 iterations or more", "set fewer"
+            config_path,
+            "init_lora_weights or loftq_config ask for 1000 iterations or more",
+            "set fewer",
         )
     return "DoRA" if config.get("use_dora") else "LoRA"
 
@@ -75,7 +81,9 @@ def load_adapter(folder: Path, base: Path, stored: Stored) -> nn.Module:
     _require_small(folder / "adapter_config.json", tensors, base_model)
     try:
         if isinstance(given, Saved):
-            model: Any = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
+            model: Any = peft.PeftModel.from_pretrained(
+                base_model, folder, is_trainable=True, local_files_only=True
+            )
         else:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = False
@@ -91,7 +99,9 @@ def load_adapter(folder: Path, base: Path, stored: Stored) -> nn.Module:
     put(tensors, adapter, model.state_dict(), where)
     if stored.rounded is not None:
         _take(stored.weights.tensors(), model, where)
-        require_rounded(tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False), where)
+        require_rounded(
+            tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False), where
+        )
     return model.eval()
 
 
@@ -104,10 +114,17 @@ def wrap(folder: Path, stored: Stored, settings: Path, base: Path | None) -> nn.
     """
     weights, source = stored.weights.tensors(), stored.weights.source
     stated = read_json(settings)
-    alpha, lora = stated.get("lora_alpha"), {name: t for name, t in weights.items() if ".lora_" in name}
+    alpha, lora = (
+        stated.get("lora_alpha"),
+        {name: t for name, t in weights.items() if ".lora_" in name},
+    )
     if not isinstance(alpha, int) or isinstance(alpha, bool):
         raise CheckpointError(settings, f"`lora_alpha` is {alpha!r}", "restore the file")
-    rest = {n.removeprefix(_PEFT).replace(".base_layer.", "."): t for n, t in weights.items() if n not in lora}
+    rest = {
+        n.removeprefix(_PEFT).replace(".base_layer.", "."): t
+        for n, t in weights.items()
+        if n not in lora
+    }
     if not rest and base is None:
         raise CheckpointError(source, "holds the adapter alone", HOW_TO_NAME_A_BASE)
     if rest:
@@ -118,7 +135,9 @@ def wrap(folder: Path, stored: Stored, settings: Path, base: Path | None) -> nn.
     model = _with_new_adapter(model, lora, alpha, stated, source)
     missing = {name for name in model.state_dict() if ".lora_" in name} ^ lora.keys()
     if missing:
-        raise CheckpointError(source, f"{min(missing)} is in the file or in the model alone", _SAVED_TOGETHER)
+        raise CheckpointError(
+            source, f"{min(missing)} is in the file or in the model alone", _SAVED_TOGETHER
+        )
     _take(weights, model, source)
     return model.eval()
 
@@ -129,7 +148,9 @@ def _with_new_adapter(
     """The model with an adapter of the ranks and on the modules that the tensors tell, before it has their values."""
     import peft
 
-    of_a = {n.removeprefix(_PEFT).split(".lora_A.")[0]: t for n, t in lora.items() if ".lora_A." in n}
+    of_a = {
+        n.removeprefix(_PEFT).split(".lora_A.")[0]: t for n, t in lora.items() if ".lora_A." in n
+    }
     ranks = {name: tensor.shape[0] for name, tensor in of_a.items()}
     chosen: dict[str, Any] = {key: bool(stated.get(key)) for key in ("use_rslora", "use_dora")}
     try:
@@ -144,7 +165,11 @@ def _with_new_adapter(
 
 
 def kind_of(model: nn.Module) -> str:
-    return "DoRA" if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()) else "LoRA"
+    return (
+        "DoRA"
+        if any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+        else "LoRA"
+    )
 
 
 def _take(weights: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
@@ -154,11 +179,16 @@ def _take(weights: dict[str, torch.Tensor], model: nn.Module, path: Path) -> Non
         problem = f"differs from the optimizer's weights ({reason(error)})"
         raise CheckpointError(path, problem, _SAVED_TOGETHER) from error
     if unexpected:
-        raise CheckpointError(path, f"the optimizer's {unexpected[0]} has no place in the model", _SAVED_TOGETHER)
+        raise CheckpointError(
+            path, f"the optimizer's {unexpected[0]} has no place in the model", _SAVED_TOGETHER
+        )
 
 
 def _fill(
-    stored: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], model: dict[str, torch.Tensor], where: Path
+    stored: dict[str, torch.Tensor],
+    adapter: dict[str, torch.Tensor],
+    model: dict[str, torch.Tensor],
+    where: Path,
 ) -> None:
     """Write each stored tensor into the model's tensor of that name; all of the adapter's must be among them."""
     filled: set[int] = set()
@@ -166,12 +196,16 @@ def _fill(
         place = adapter.get(name, model.get(name))
         if place is None or place.shape != tensor.shape:
             problem = f"of shape {tuple(tensor.shape)} has no place in the model"
-            raise CheckpointError(where, f"{name} {problem}", "name the base model it was trained on")
+            raise CheckpointError(
+                where, f"{name} {problem}", "name the base model it was trained on"
+            )
         place.copy_(tensor)
         filled.add(place.data_ptr())
     for name, place in adapter.items():
         if place.data_ptr() not in filled:
-            raise CheckpointError(where, f"{name} is not in it", "restore the adapter_config.json that belongs to it")
+            raise CheckpointError(
+                where, f"{name} is not in it", "restore the adapter_config.json that belongs to it"
+            )
 
 
 def names_of_adapter(weights: Weights) -> list[str]:
@@ -201,18 +235,30 @@ def _require_small(path: Path, stored: dict[str, torch.Tensor], base: nn.Module)
     for rank in ranks:
         if not isinstance(rank, int) or not 0 < rank <= largest:
             raise CheckpointError(
-                path, f"has a rank of {shown(rank)}, the largest side in the file is {largest}", "restore the file"
+                path,
+                f"has a rank of {shown(rank)}, the largest side in the file is {largest}",
+                "restore the file",
             )
     names = [name for name, _ in base.named_modules()]
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
         value = config.get(key) or []
         given = value if isinstance(value, list | dict) else [value]
         # peft takes names in a list as they are, and everything else for regular expressions
         plain = r"[\w.-]*" if isinstance(value, str) or "pattern" in key else r"[\s\S]*"
-        doubtful = [text for text in given if isinstance(text, str) and not re.fullmatch(plain, text)]
+        doubtful = [
+            text for text in given if isinstance(text, str) and not re.fullmatch(plain, text)
+        ]
         if doubtful and not _ends(doubtful, names):
             raise CheckpointError(
-                path, f"`{key}` takes more than {_SECONDS} s to match", "name the modules that it stands for"
+                path,
+                f"`{key}` takes more than {_SECONDS} s to match",
+                "name the modules that it stands for",
             )
 
 
@@ -232,7 +278,10 @@ def _ends(patterns: list[str], names: list[str]) -> bool:
 
 
 def _require_same(
-    stored: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], model: dict[str, torch.Tensor], path: Path
+    stored: dict[str, torch.Tensor],
+    adapter: dict[str, torch.Tensor],
+    model: dict[str, torch.Tensor],
+    path: Path,
 ) -> None:
     """peft only warns about keys it misses: every adapter tensor must be in the file, and hold the file's values.
 
@@ -241,10 +290,16 @@ def _require_same(
     """
     for name in adapter:
         if name not in stored:
-            raise CheckpointError(path, f"{name} is not in the file", "save the adapter again with this peft version")
+            raise CheckpointError(
+                path, f"{name} is not in the file", "save the adapter again with this peft version"
+            )
     for name, tensor in stored.items():
         loaded = adapter.get(name, model.get(name))
         if loaded is None:
-            raise CheckpointError(path, f"{name} has no place in the model", "name the base model it was trained on")
+            raise CheckpointError(
+                path, f"{name} has no place in the model", "name the base model it was trained on"
+            )
         if not torch.equal(loaded.detach().cpu(), tensor.to(loaded.dtype)):
-            raise CheckpointError(path, f"{name} was not loaded from the file", "install the peft that wrote it")
+            raise CheckpointError(
+                path, f"{name} was not loaded from the file", "install the peft that wrote it"
+            )

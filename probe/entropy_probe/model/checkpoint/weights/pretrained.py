@@ -32,7 +32,9 @@ def check_config(folder: Path) -> str:
     """The `model_type` of config.json. Remote code, other files, quantised weights and unknown types raise."""
     config = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")  # transformers would pass over a broken one, and its EOS
+        read_json(
+            folder / "generation_config.json"
+        )  # transformers would pass over a broken one, and its EOS
     for key, value in _entries(config):
         if key == "auto_map":
             raise CheckpointError(
@@ -42,10 +44,14 @@ def check_config(folder: Path) -> str:
             )
         if key == "transformers_weights" or (_ELSEWHERE.fullmatch(key) and value not in _ATTENTION):
             raise CheckpointError(
-                folder / "config.json", f"asks for `{key}`: {shown(value)}, which is never loaded", "remove the key"
+                folder / "config.json",
+                f"asks for `{key}`: {shown(value)}, which is never loaded",
+                "remove the key",
             )
     if "quantization_config" in config:
-        raise CheckpointError(folder / "config.json", "is quantised", "give the weights in floating point")
+        raise CheckpointError(
+            folder / "config.json", "is quantised", "give the weights in floating point"
+        )
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in known:
         raise CheckpointError(
@@ -61,7 +67,9 @@ def check_layers(folder: Path, most: int) -> None:
     path = folder / "config.json"
     for key, value in _entries(read_json(path)):
         if _LAYERS.fullmatch(key) and isinstance(value, int) and value > most:
-            raise CheckpointError(path, f"{key} is {shown(value)}, expected {most} at most", _RESTORE_BOTH)
+            raise CheckpointError(
+                path, f"{key} is {shown(value)}, expected {most} at most", _RESTORE_BOTH
+            )
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
@@ -81,7 +89,9 @@ def require_config(folder: Path) -> Path:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            folder, "has neither config.json nor adapter_config.json", "give the folder that the trainer wrote"
+            folder,
+            "has neither config.json nor adapter_config.json",
+            "give the folder that the trainer wrote",
         )
     return path
 
@@ -115,7 +125,9 @@ def load_full_model(folder: Path, weights: Weights) -> nn.Module:
         raise
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         _refuse_other_shapes(empty, weights, error)
-        raise CheckpointError(folder, f"transformers cannot load it ({reason(error)})", _RESTORE_BOTH) from error
+        raise CheckpointError(
+            folder, f"transformers cannot load it ({reason(error)})", _RESTORE_BOTH
+        ) from error
     _refuse_gaps(info, weights)
     _require_tied(empty, model, weights.source)
     return model.eval()
@@ -127,7 +139,9 @@ def _require_enough(empty: nn.Module, headers: Headers, folder: Path) -> None:
     held = sum(math.prod(header.shape) for header in headers.values())
     if values > 2 * held + _SLACK:
         raise CheckpointError(
-            folder / "config.json", f"asks for {values} values, and the files hold {held}", _RESTORE_BOTH
+            folder / "config.json",
+            f"asks for {values} values, and the files hold {held}",
+            _RESTORE_BOTH,
         )
 
 

@@ -14,16 +14,26 @@ from entropy_probe.model.quiet import quiet_transformers
 from entropy_probe.text import read_json
 
 _MOST_LAYERS = 10_000
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
 
 
-def load_tokenizer(folder: Path, base: Path | None, num_embeddings: int | None = None) -> Any | None:
+def load_tokenizer(
+    folder: Path, base: Path | None, num_embeddings: int | None = None
+) -> Any | None:
     """The tokenizer of `folder`, else of the `base` model, or `None` where neither has one.
 
     One that cannot be loaded raises, as does one that is code, that came back empty (it encodes to
     nothing), or that has tokens beyond the `num_embeddings` of the model.
     """
-    folder = next((place for place in (folder, base) if place is not None and _has_tokenizer(place)), folder)
+    folder = next(
+        (place for place in (folder, base) if place is not None and _has_tokenizer(place)), folder
+    )
     if not _has_tokenizer(folder):
         return None
     if (folder / "config.json").is_file():  # transformers reads it too
@@ -31,7 +41,9 @@ def load_tokenizer(folder: Path, base: Path | None, num_embeddings: int | None =
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in read_json(settings):
         raise CheckpointError(
-            settings, "asks for remote code (`auto_map`), which is never run", "save a tokenizer of transformers"
+            settings,
+            "asks for remote code (`auto_map`), which is never run",
+            "save a tokenizer of transformers",
         )
     try:
         with quiet_transformers():
@@ -45,7 +57,9 @@ def load_tokenizer(folder: Path, base: Path | None, num_embeddings: int | None =
             folder, f"its tokenizer cannot be loaded ({reason(error)})", "restore tokenizer.json"
         ) from error
     if size < 2 or not tokens:
-        raise CheckpointError(folder, f"its tokenizer is empty ({size} tokens)", "restore tokenizer.json")
+        raise CheckpointError(
+            folder, f"its tokenizer is empty ({size} tokens)", "restore tokenizer.json"
+        )
     if num_embeddings is not None and largest >= num_embeddings:
         raise CheckpointError(
             folder,
