@@ -4,20 +4,12 @@ In every run of pytest:
 plugin.py     options, ini keys, markers; wakes the rest when a checkpoint is given
 names.py      the names of options, ini keys, markers and fixtures, with their help
 fixtures.py   fixtures for tests of the user's own, which skip without a checkpoint
-explain.py    what a criterion measures, for --probe-explain
 rootdir.py    a value that pytest took for the place of the tests
 
 What was asked for:
 values.py     one option or ini key: a path, a number, a choice
 targets.py    checkpoints with their names
 settings.py   all of it together
-selectors.py  ids of shipped checks on the command line;  xfails.py  in a file of known failures
-
-Shipped checks:
-shipped.py    their modules and ids, and which of them take no part
-collect.py    brings them into the run, with stable ids
-workers.py    keeps those of a checkpoint together, on one of xdist's workers
-checks.py     their fixtures;  speed.py  that of the benchmarks
 
 One checkpoint:
 subject.py    loaded and measured once in a process; its configuration
@@ -27,9 +19,9 @@ progress.py   the progress bar on stderr
 ranks.py      other processes under torchrun, as rank 0 sees them;  follower.py  one of the others
 
 What comes of it:
-judge.py         how a verdict ends a test
-golden.py        comparison with golden files, and writing them;  golden_files.py  which a run used
-records.py       what a test says of its checkpoint, and how it is read again
-summary.py       header, report.json, figures, tables at the end; hand-over from xdist workers
-tables.py        rows and tables;  terminal.py  shows them;  markdown.py  writes them for GitHub
+collection/   the shipped checks as tests of the run
+checks.py     their fixtures;  speed.py  that of the benchmarks
+judge.py      how a verdict ends a test
+golden.py     comparison with golden files, and writing them;  golden_files.py  which a run used
+shown/        header, tables, report.json, figures, the page beside a job
 """

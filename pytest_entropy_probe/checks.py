@@ -13,7 +13,7 @@ import pytest
 from pytest_entropy_probe.judge import conclude
 from pytest_entropy_probe.library import warnings_are_not_errors
 from pytest_entropy_probe.names import TARGET_FIXTURE
-from pytest_entropy_probe.records import record
+from pytest_entropy_probe.shown.records import record
 from pytest_entropy_probe.subject import Subject
 from pytest_entropy_probe.targets import Target
 

@@ -45,8 +45,8 @@ from entropy_probe.golden import (
 from pytest_entropy_probe.golden_files import PLUGIN, GoldenFiles
 from pytest_entropy_probe.judge import conclude
 from pytest_entropy_probe.library import warnings_are_not_errors
-from pytest_entropy_probe.records import record
 from pytest_entropy_probe.settings import SETTINGS
+from pytest_entropy_probe.shown.records import record
 from pytest_entropy_probe.subject import Subject, probe_config
 
 if TYPE_CHECKING:

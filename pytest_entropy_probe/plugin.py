@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     name = config.getoption("probe_explain")
     if name is not None:
-        from pytest_entropy_probe.explain import explanation
+        from pytest_entropy_probe.shown.explain import explanation
 
         encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         print(explanation(name).encode(encoding, "replace").decode(encoding))
@@ -111,11 +111,12 @@ def _wake(config: pytest.Config) -> None:
     config.stash[SETTINGS] = read_settings(config)
 
     # After the settings: an option that is wrong ends the run before anything large is imported.
-    from pytest_entropy_probe import checks, collect, ranks, speed, workers
+    from pytest_entropy_probe import checks, ranks, speed
+    from pytest_entropy_probe.collection import collect, workers
+    from pytest_entropy_probe.collection.selectors import take_known_failures, take_selectors
     from pytest_entropy_probe.golden_files import PLUGIN, GoldenFiles
-    from pytest_entropy_probe.selectors import take_known_failures, take_selectors
+    from pytest_entropy_probe.shown.summary import Summary
     from pytest_entropy_probe.subject import baseline, probe_config
-    from pytest_entropy_probe.summary import Summary
 
     probe_config(config)
     for target in config.stash[SETTINGS].targets:

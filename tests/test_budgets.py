@@ -15,7 +15,7 @@ from entropy_probe.__main__ import main
 from entropy_probe.budgets import BUDGETS
 from entropy_probe.config import BatchConfig
 from entropy_probe_checks.criteria import CRITERIA
-from pytest_entropy_probe.explain import explanation
+from pytest_entropy_probe.shown.explain import explanation
 
 SMOKE = BUDGETS["smoke"].values
 

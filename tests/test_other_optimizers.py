@@ -23,8 +23,8 @@ from entropy_probe.plots import save_figure, save_steps, text_table
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.criteria.gate import baseline_of
 from entropy_probe_checks.goldens import SECTIONS
-from pytest_entropy_probe.records import headline
-from pytest_entropy_probe.tables import step_of
+from pytest_entropy_probe.shown.records import headline
+from pytest_entropy_probe.shown.tables import step_of
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

@@ -249,7 +249,7 @@ def test_sometimes(probe_golden):
 """
 # The shipped checks would measure: here all of them are withheld, as those of an absent option are.
 NO_SHIPPED = """
-from pytest_entropy_probe import collect
+from pytest_entropy_probe.collection import collect
 
 collect.withheld = lambda module, config: "not here"
 """

@@ -10,9 +10,9 @@ import pytest
 import forked
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.thresholds import LIMITS
-from pytest_entropy_probe.explain import explanation
+from pytest_entropy_probe.collection.xfails import KnownFailure, read_xfails
 from pytest_entropy_probe.progress import _lines
-from pytest_entropy_probe.xfails import KnownFailure, read_xfails
+from pytest_entropy_probe.shown.explain import explanation
 
 SMALL = """
 batch: {num_prompts: 4, num_update_prompts: 4}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from pytest_entropy_probe import tables
-from pytest_entropy_probe.markdown import summary
-from pytest_entropy_probe.tables import Row, Step, criteria_table
+from pytest_entropy_probe.shown import tables
+from pytest_entropy_probe.shown.markdown import summary
+from pytest_entropy_probe.shown.tables import Row, Step, criteria_table
 
 NAME = "a[bold]_|`<b>"
 

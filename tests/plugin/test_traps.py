@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_entropy_probe.xfails import KnownFailure, read_xfails
+from pytest_entropy_probe.collection.xfails import KnownFailure, read_xfails
 
 PARAM = "probe-checks/test_scaling.py::test_param_scaling"
 

@@ -8,7 +8,7 @@ import pytest
 
 from entropy_probe import Verdict
 from pytest_entropy_probe.judge import conclude
-from pytest_entropy_probe.summary import Row
+from pytest_entropy_probe.shown.summary import Row
 
 
 def _verdict(status: Any, value: float | str | None, limit: float | str | None) -> Verdict:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pytest_entropy_probe.tables import STATUS, STEP_HEADINGS, Row, Step, steps_title
+from pytest_entropy_probe.shown.tables import STATUS, STEP_HEADINGS, Row, Step, steps_title
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
 CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")

@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 from _pytest.runner import pytest_make_collect_report as collect_now
 
-from pytest_entropy_probe.library import warnings_are_not_errors
-from pytest_entropy_probe.names import TARGET_FIXTURE
-from pytest_entropy_probe.selectors import KNOWN_FAILURES, SELECTORS
-from pytest_entropy_probe.settings import SETTINGS
-from pytest_entropy_probe.shipped import (
+from pytest_entropy_probe.collection.selectors import KNOWN_FAILURES, SELECTORS
+from pytest_entropy_probe.collection.shipped import (
     NODE,
     PACKAGE,
     check_modules,
@@ -25,7 +22,10 @@ from pytest_entropy_probe.shipped import (
     import_module,
     withheld,
 )
-from pytest_entropy_probe.xfails import covers, mark
+from pytest_entropy_probe.collection.xfails import covers, mark
+from pytest_entropy_probe.library import warnings_are_not_errors
+from pytest_entropy_probe.names import TARGET_FIXTURE
+from pytest_entropy_probe.settings import SETTINGS
 
 DESELECTED = pytest.StashKey[set[int]]()
 DROPPED = "entropy_probe_dropped"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pytest_entropy_probe.shipped import NODE, checkpoint_in, names_in_ids
+from pytest_entropy_probe.collection.shipped import NODE, checkpoint_in, names_in_ids
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,9 +10,7 @@ import os
 
 import pytest
 
-from pytest_entropy_probe.library import warnings_are_not_errors
-from pytest_entropy_probe.settings import SETTINGS
-from pytest_entropy_probe.shipped import (
+from pytest_entropy_probe.collection.shipped import (
     NODE,
     check_modules,
     checkpoint_in,
@@ -21,7 +19,9 @@ from pytest_entropy_probe.shipped import (
     names_in_ids,
     withheld,
 )
-from pytest_entropy_probe.xfails import KnownFailure, read_xfails
+from pytest_entropy_probe.collection.xfails import KnownFailure, read_xfails
+from pytest_entropy_probe.library import warnings_are_not_errors
+from pytest_entropy_probe.settings import SETTINGS
 
 SELECTORS = pytest.StashKey[tuple[str, ...]]()
 KNOWN_FAILURES = pytest.StashKey[tuple[KnownFailure, ...]]()

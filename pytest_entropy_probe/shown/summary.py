@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_entropy_probe import library
-from pytest_entropy_probe.collect import DROPPED, suite_wanted
+from pytest_entropy_probe.collection.collect import DROPPED, suite_wanted
+from pytest_entropy_probe.collection.shipped import withheld
 from pytest_entropy_probe.judge import number
-from pytest_entropy_probe.markdown import VARIABLE, append, summary
-from pytest_entropy_probe.records import records_of
 from pytest_entropy_probe.settings import SETTINGS
-from pytest_entropy_probe.shipped import withheld
-from pytest_entropy_probe.subject import SUBJECTS, probe_config
-from pytest_entropy_probe.tables import (
+from pytest_entropy_probe.shown.markdown import VARIABLE, append, summary
+from pytest_entropy_probe.shown.records import records_of
+from pytest_entropy_probe.shown.tables import (
     Row,
     Step,
     by_step,
@@ -30,7 +29,8 @@ from pytest_entropy_probe.tables import (
     step_of,
     steps_table,
 )
-from pytest_entropy_probe.terminal import WIDTH, plain, write_table
+from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table
+from pytest_entropy_probe.subject import SUBJECTS, probe_config
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeReport

@@ -1,0 +1,6 @@
+"""What a run shows.
+
+summary   header, tables, report.json, figures;   tables  rows of criteria, checkpoints by step
+records   what a test says of its checkpoint, as properties of its report
+markdown  the page beside a job;   explain  `--probe-explain`;   terminal  tables in its characters
+"""
