@@ -28,12 +28,12 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients import unit_gradients
-from entropy_probe.stages.payloads import payloads, response_weights
+from entropy_probe.stages.gradients.payloads import payloads, response_weights
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import units_of
 
 PROMPT, GROUP, SHORTEST, LONGEST = 24, 4, 20, 60
 BATCH, BLOCKS, FEW = 8, 4, 4

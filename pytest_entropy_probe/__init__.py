@@ -1,12 +1,35 @@
 """The pytest side of the entropy probe: pytest in, library out.
 
-plugin.py    options, ini keys, markers; wakes the rest when a checkpoint is given
-settings.py  what was asked for: options and ini keys, resolved to paths and names
-collect.py   brings the shipped checks into the run, with stable ids
-fixtures.py  loads and measures, once per checkpoint
-golden.py    compares with golden files, writes them when asked to
-judge.py     how a verdict ends a test
-processes.py several processes under torchrun
-progress.py  the progress bar on stderr
-summary.py   header, terminal table, report.json, hand-over from xdist workers
+In every run of pytest:
+plugin.py     options, ini keys, markers; wakes the rest when a checkpoint is given
+names.py      the names of options, ini keys, markers and fixtures, with their help
+fixtures.py   fixtures for tests of the user's own, which skip without a checkpoint
+explain.py    what a criterion measures, for --probe-explain
+rootdir.py    a value that pytest took for the place of the tests
+
+What was asked for:
+values.py     one option or ini key: a path, a number, a choice
+targets.py    checkpoints with their names
+settings.py   all of it together
+selectors.py  ids of shipped checks on the command line;  xfails.py  in a file of known failures
+
+Shipped checks:
+shipped.py    their modules and ids, and which of them take no part
+collect.py    brings them into the run, with stable ids
+workers.py    keeps those of a checkpoint together, on one of xdist's workers
+checks.py     their fixtures;  speed.py  that of the benchmarks
+
+One checkpoint:
+subject.py    loaded and measured once in a process; its configuration
+library.py    the calls into entropy_probe
+kept.py       its report in pytest's cache
+progress.py   the progress bar on stderr
+ranks.py      other processes under torchrun, as rank 0 sees them;  follower.py  one of the others
+
+What comes of it:
+judge.py         how a verdict ends a test
+golden.py        comparison with golden files, and writing them;  golden_files.py  which a run used
+records.py       what a test says of its checkpoint, and how it is read again
+summary.py       header, report.json, figures, tables at the end; hand-over from xdist workers
+tables.py        rows and tables;  terminal.py  shows them;  markdown.py  writes them for GitHub
 """

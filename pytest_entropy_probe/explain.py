@@ -1,4 +1,4 @@
-"""`--probe-explain CRITERION`: what it measures, why its limit is what it is, what a failure means and what to do."""
+"""`--probe-explain CRITERION`: what it measures, why its limit, what a failure means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = "all"
 
 
 def explanation(name: str) -> str:
-    """The text for one criterion, or for `all`; `pytest.UsageError` for a name that no criterion has."""
+    """The text for one criterion, or for `all`; `pytest.UsageError` for a name that none has."""
     from entropy_probe_checks.criteria import CRITERIA, GATES
 
     known = CRITERIA | GATES
@@ -39,9 +39,11 @@ def _budgets() -> Iterator[str]:
 
     yield "budgets (--probe-budget)"
     for name, budget in BUDGETS.items():
-        values = (f"{section}.{key} {value}" for section, of in budget.values.items() for key, value in of.items())
+        values: list[str] = []
+        for section, of in budget.values.items():
+            values += [f"{section}.{key} {value}" for key, value in of.items()]
         yield _wrapped(name, ", ".join(values) or "the defaults")
-        without = [criterion.name for criterion in CRITERIA.values() if criterion.part in budget.left_out]
+        without = [c.name for c in CRITERIA.values() if c.part in budget.left_out]
         if without:
             yield _wrapped("", f"without {', '.join(without)}")
     yield ""
@@ -56,9 +58,10 @@ def _one(criterion: Criterion) -> str:
     from entropy_probe_checks.bounds import GATES
     from entropy_probe_checks.thresholds import LIMITS
 
+    name = criterion.name
     parts = {
         "measures": criterion.measures,
-        "limit": _bounds(criterion.name) if criterion.name in GATES else _limit(LIMITS[criterion.name]),
+        "limit": _bounds(name) if name in GATES else _limit(LIMITS[name]),
         "failure": criterion.meaning,
     }
     without = [name for name, budget in BUDGETS.items() if criterion.part in budget.left_out]
@@ -82,6 +85,7 @@ def _bounds(name: str) -> str:
     if name in COUNTS:
         return f"none, the gate is off. Set limits.{name}: {{max: 0}}."
     return (
-        f"none, the gate is off. Set under limits.{name}: min, max; fall, rise (shares of --probe-baseline); "
-        f"fall_se, rise_se (in standard errors). Within {NOISE:g} standard errors (noise) of a bound it does not fail."
+        f"none, the gate is off. Set under limits.{name}: min, max; "
+        "fall, rise (shares of --probe-baseline); fall_se, rise_se (in standard errors). "
+        f"Within {NOISE:g} standard errors (noise) of a bound it does not fail."
     )

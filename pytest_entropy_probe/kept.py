@@ -1,7 +1,8 @@
-"""Reports of finished measurements, kept in pytest's cache: a run that changes nothing but limits measures nothing.
+"""Reports of finished measurements, kept in pytest's cache: other limits measure nothing again.
 
-An entry is named by the digest of all that the measurement depends on (`entropy_probe.inputs`) and holds its own
-digest in front: what was cut short or changed, or is no report of this version, is dropped and measured again.
+An entry is named by the digest of all that the measurement depends on (`entropy_probe.inputs`) and
+holds its own digest in front: what was cut short or changed, or is no report of this version, is
+dropped and measured again. No torch is imported where a report is kept.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from entropy_probe import ProbeError
+from entropy_probe.inputs import digest
+from entropy_probe.processes import torchrun
+from entropy_probe.report import ProbeReport, write_atomically
 from pytest_entropy_probe.settings import SETTINGS
 
 if TYPE_CHECKING:
-    from entropy_probe import ProbeConfig, ProbeReport
+    from entropy_probe import ProbeConfig
 
 FOLDER = "entropy-probe"
 MOST = 100
@@ -33,44 +38,36 @@ class Kept:
 
     def read(self) -> tuple[ProbeReport | None, str]:
         """The report, if there is one, and what the user should know."""
-        from entropy_probe import ProbeReport
-
         try:
-            digest, _, text = self.file.read_text(encoding="utf-8").partition("\n")
+            stated, _, text = self.file.read_text(encoding="utf-8").partition("\n")
         except FileNotFoundError:
             return None, ""
         except (OSError, UnicodeDecodeError):
-            digest = text = ""
-        if digest and digest == hashlib.sha256(text.encode()).hexdigest():
+            stated = text = ""
+        if stated and stated == _digest(text):
             with suppress(ValueError):
                 return ProbeReport.model_validate_json(text), RECALLED
-        with suppress(OSError):  # what cannot be removed is written over, or named when it can't be
+        with suppress(OSError):  # what cannot be removed is written over
             self.file.unlink()
-        return None, f"measured again: its report in pytest's cache was damaged ({self.file.name})"
+        what = f"its report in pytest's cache was damaged ({self.file.name})"
+        return None, f"measured again: {what}"
 
     def write(self, report: ProbeReport) -> str:
         """Keep the report. What the user should know, if it can't be kept."""
-        from entropy_probe import ProbeError
-        from entropy_probe.report import write_atomically
-
         text = report.model_dump_json()
         try:
-            write_atomically(self.file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            write_atomically(self.file, f"{_digest(text)}\n{text}")
         except ProbeError as error:
             return f"the report is not kept in pytest's cache: {error}"
         with suppress(OSError):  # another process removes them too; what is no file stays
-            entries = sorted(self.file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+            entries = sorted(self.file.parent.glob("*.json"), key=_changed, reverse=True)
             for old in entries[MOST:]:
                 old.unlink()
         return ""
 
 
 def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig) -> Kept | None:
-    """`None` where nothing is to be kept, or where not all is known that the measurement depends on."""
-    from entropy_probe import ProbeError
-    from entropy_probe.inputs import digest
-    from entropy_probe.processes import torchrun
-
+    """`None` where nothing is to be kept, or not all is known that the measurement depends on."""
     settings, cache = config.stash[SETTINGS], getattr(config, "cache", None)
     if settings.no_cache or cache is None:
         return None
@@ -87,3 +84,11 @@ def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConf
         return Kept(cache.mkdir(FOLDER) / f"{name}.json")
     except (ProbeError, OSError):
         return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,4 +1,7 @@
-"""The run in Markdown, as GitHub shows it beside a job: appended to the file that $GITHUB_STEP_SUMMARY names."""
+"""The run in Markdown, as GitHub shows it beside a job.
+
+It is appended to the file that $GITHUB_STEP_SUMMARY names.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from pathlib import Path
 from pytest_entropy_probe.tables import STATUS, STEP_HEADINGS, Row, Step, steps_title
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
+CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")
 MOST_IN_FULL = 20
-"""Checkpoints whose criteria are all listed: a summary may have 1 MiB, and one checkpoint takes 5 kB of it."""
+"""Checkpoints whose criteria are all listed: a summary may have 1 MiB, and one takes 5 kB of it."""
 
 
 def summary(
@@ -21,7 +25,10 @@ def summary(
     headlines: Mapping[str, str],
     notes: Sequence[str],
 ) -> str:
-    """One table of the checkpoints by step; of each what failed, with what to do, and all criteria folded away."""
+    """One table of the checkpoints by step; of each what failed, with what to do.
+
+    All criteria of each are folded away below.
+    """
     lines = [f"### {_escaped(title)}", "", f"{_escaped(steps_title(steps))}; H in nats/token:", ""]
     lines += [*_table(STEP_HEADINGS, (step.cells for step in steps)), ""]
     for step in steps:
@@ -34,8 +41,9 @@ def summary(
             lines += ["```text", text.replace("```", "'''"), "```", ""]
         judged = [_cells(row) for row in mine if row.criterion]
         if judged and len(steps) <= MOST_IN_FULL:
-            lines += [f"<details><summary>{html.escape(step.name)}: all criteria ({len(judged)})</summary>", ""]
-            lines += [*_table(("criterion", "value", "limit", "margin", "status"), judged), "", "</details>", ""]
+            title = f"{html.escape(step.name)}: all criteria ({len(judged)})"
+            lines += [f"<details><summary>{title}</summary>", ""]
+            lines += [*_table(CRITERIA_HEADINGS, judged), "", "</details>", ""]
     return "\n".join([*lines, *(f"* {_escaped(note)}" for note in notes), ""])
 
 

@@ -1,4 +1,7 @@
-"""Progress on stderr while a checkpoint is loaded and measured: a bar on a terminal, now and then a line elsewhere."""
+"""Progress on stderr while a checkpoint is loaded and measured.
+
+A bar on a terminal, now and then a line elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,15 @@ def _ignore(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A callable (stage, done, total) that draws; it draws nothing under -q or -s, or in an xdist worker.
+    """A callable (stage, done, total) that draws; nothing under -q or -s, or in an xdist worker.
 
-    Without a terminal it writes a plain line every ten seconds, so that a short run writes none. What the library
-    prints is captured as ever: the bar writes to a duplicate of the stderr from before capturing. It has a line of its
-    own below pytest's current one, and leaves the cursor where it was.
+    Without a terminal it writes a plain line every ten seconds, so that a short run writes none.
+    What the library prints is captured as ever: the bar writes to a duplicate of the stderr from
+    before capturing. It has a line of its own below pytest's current one, and leaves the cursor
+    where it was.
     """
-    if config.get_verbosity() < 0 or config.getoption("capture") == "no" or hasattr(config, "workerinput"):
+    quiet = config.get_verbosity() < 0 or config.getoption("capture") == "no"
+    if quiet or hasattr(config, "workerinput"):
         yield _ignore
         return
     handle, column = _stderr(config)
@@ -37,11 +42,19 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    stage_column = TextColumn("{task.description}")
+    count_column = TextColumn("{task.fields[count]}")
     encoding = getattr(sys.__stderr__, "encoding", None) or "utf-8"
     with open(handle, "w", encoding=encoding, errors="replace") as stream:
         bar = Progress(
-            *columns, console=Console(file=stream), transient=True, redirect_stdout=False, redirect_stderr=False
+            stage_column,
+            BarColumn(),
+            count_column,
+            TimeElapsedColumn(),
+            console=Console(file=stream),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         tasks: dict[str, Any] = {}
 
@@ -61,7 +74,7 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
 
 
 def _lines(stream: TextIO, name: str) -> Callable[[str, int, int], None]:
-    """A callable (stage, done, total) that writes a line when ten seconds have passed since the last."""
+    """A callable (stage, done, total) that writes a line every ten seconds."""
     started = last = time.monotonic()
     written = False
 
@@ -73,13 +86,17 @@ def _lines(stream: TextIO, name: str) -> Callable[[str, int, int], None]:
             count = f" {done}/{total}" if total > 1 else ""
             break_line = "" if written else "\n"  # off the line on which pytest writes its dots
             written = True
-            print(f"{break_line}entropy-probe: {name}: {stage}{count}, {now - started:.0f} s", file=stream, flush=True)
+            line = f"entropy-probe: {name}: {stage}{count}, {now - started:.0f} s"
+            print(f"{break_line}{line}", file=stream, flush=True)
 
     return write
 
 
 def _stderr(config: pytest.Config) -> tuple[int, int | None]:
-    """A duplicate of the real stderr, and the column where pytest's line on it ends; `None` if it is no terminal."""
+    """A duplicate of the real stderr, and the column where pytest's line on it ends.
+
+    The column is `None` if it is no terminal.
+    """
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
     with capture.global_and_fixture_disabled() if capture else nullcontext():

@@ -1,4 +1,4 @@
-"""The benchmark family: the plugin's side of pytest-benchmark, whose options, tables and files are its own."""
+"""The benchmark family: pytest-benchmark, with its own options and files, on a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 
 import pytest
 
-from pytest_entropy_probe.fixtures import Subject, warnings_are_not_errors
+from pytest_entropy_probe.library import warnings_are_not_errors
+from pytest_entropy_probe.subject import Subject
 
 
 def withheld_because(config: pytest.Config) -> str:
-    """Why the family takes no part in this run and what would change that; empty where -m names it, or
-    --benchmark-only is given."""
+    """Why the family takes no part in this run, and what would change that.
+
+    Empty where it does: -m names it, or --benchmark-only is given.
+    """
     named = re.search(r"\bbenchmark\b", str(config.getoption("markexpr", "") or ""))
     if not named and not config.getoption("benchmark_only", False):
         return "benchmarks run only when asked for; give -m benchmark or --benchmark-only"
-    return "" if config.pluginmanager.hasplugin("benchmark") else "pytest-benchmark is off; leave -p no:benchmark out"
+    if not config.pluginmanager.hasplugin("benchmark"):
+        return "pytest-benchmark is off; leave -p no:benchmark out"
+    return ""
 
 
 @pytest.fixture
 def _probe_benchmark(_probe_subject: Subject, benchmark: Any) -> Callable[[str], None]:
-    """A callable that times a stage on the checkpoint, with its generated tokens a second in `extra_info`."""
+    """A callable that times a stage on the checkpoint; `extra_info` has its tokens a second."""
 
     def run(stage: str) -> None:
         __tracebackhide__ = True
@@ -35,6 +40,7 @@ def _probe_benchmark(_probe_subject: Subject, benchmark: Any) -> Callable[[str],
                 benchmark(work.call)
         if benchmark.stats is not None:  # --benchmark-disable
             benchmark.extra_info["tokens"] = work.tokens
-            benchmark.extra_info["tokens_per_second"] = work.tokens / benchmark.stats.stats.median
+            median = benchmark.stats.stats.median
+            benchmark.extra_info["tokens_per_second"] = work.tokens / median
 
     return run

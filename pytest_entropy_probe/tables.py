@@ -1,4 +1,4 @@
-"""What a run found, as rows, and the tables that are made of them: criteria of one checkpoint, checkpoints by step.
+"""What a run found, as rows, and tables of them: criteria of one checkpoint, checkpoints by step.
 
 The terminal shows them (rich, 80 columns), and markdown.py.
 """
@@ -29,8 +29,10 @@ STATUS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One criterion's verdict on one checkpoint; `message` is how a failure ends its test. What is `noisy`, as gates
-    are, passes on the wrong side of its limit too."""
+    """One criterion's verdict on one checkpoint; `message` is how a failure ends its test.
+
+    What is `noisy`, as gates are, passes on the wrong side of its limit too.
+    """
 
     checkpoint: str
     criterion: str
@@ -48,7 +50,10 @@ class Row:
 
     @property
     def margin(self) -> str:
-        """How far inside the limit, as a factor: 12x is twelve times better than asked, 0.5x misses it by two."""
+        """How far inside the limit, as a factor.
+
+        12x is twelve times better than asked, 0.5x misses it by two.
+        """
         if self.noisy or not isinstance(self.value, float) or not isinstance(self.limit, float):
             return "-"
         if self.limit == 0:
@@ -61,7 +66,9 @@ class Row:
         if self.value == 0:
             return "0x" if is_lower_limit else "exact"
         factor = self.value / self.limit if is_lower_limit else self.limit / self.value
-        return ">9999x" if factor > 9999 else f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+        if factor > 9999:
+            return ">9999x"
+        return f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,17 @@ class Step:
         return name, self.entropy, self.predicted, self.realised, self.ess, self.verdicts
 
 
-def step_of(name: str, run: str, report: ProbeReport | None, rows: Sequence[Row], state: str) -> Step:
+def step_of(
+    name: str,
+    run: str,
+    report: ProbeReport | None,
+    rows: Sequence[Row],
+    state: str,
+) -> Step:
     """The line of one checkpoint; without a report, why there is none."""
     if report is None:
-        return Step(
-            name, run, _last_number(name), "-", "-", "-", "-", state.removeprefix("checkpoint ") or "not measured"
-        )
+        why = state.removeprefix("checkpoint ") or "not measured"
+        return Step(name, run, _last_number(name), "-", "-", "-", "-", why)
     checkpoint, per_token = report.checkpoint, report.entropy.per_token
     step, cells = report.next_step, ("-", "-", "-")
     if step is not None:
@@ -167,10 +179,12 @@ def steps_table(steps: Sequence[Step], *, plain: bool) -> Table:
     )
     for heading in STEP_HEADINGS:
         words = heading in ("checkpoint", "verdicts")
-        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        justify = "left" if words else "right"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=not words)
     for step in steps:
         *cells, ended = (Text(cell.replace("±", "+/-") if plain else cell) for cell in step.cells)
-        ended.stylize("green" if step.verdicts == "passed" else "bold red" if "failed" in step.verdicts else "yellow")
+        bad = "bold red" if "failed" in step.verdicts else "yellow"
+        ended.stylize("green" if step.verdicts == "passed" else bad)
         table.add_row(*cells, ended)
     return table
 
@@ -181,12 +195,18 @@ def criteria_table(name: str, rows: list[Row], *, plain: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(name), title_justify="left", box=box.ASCII2 if plain else box.ROUNDED, title_style="bold")
+    table = Table(
+        title=Text(name),
+        title_justify="left",
+        title_style="bold",
+        box=box.ASCII2 if plain else box.ROUNDED,
+    )
     table.add_column("criterion", overflow="fold")
     for heading in ("value", "limit", "margin"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("status", no_wrap=True)
     for row in rows:
         shown, style = STATUS.get(row.status, (row.status, ""))
-        table.add_row(Text(row.criterion), *map(Text, row.shown), Text(row.margin), Text(shown, style))
+        cells = (row.criterion, *row.shown, row.margin)
+        table.add_row(*map(Text, cells), Text(shown, style))
     return table

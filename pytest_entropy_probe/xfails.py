@@ -1,4 +1,4 @@
-"""`--probe-xfails FILE`: known failures of the shipped checks, one `ID-PREFIX REASON` a line, strict.
+"""`--probe-xfails FILE`: known failures of the shipped checks, a line each, strict.
 
 # prefix of an id, then the reason
 probe-checks/test_importance.py::test_ess[run3]  lr was raised by hand; reported upstream
@@ -23,13 +23,15 @@ class KnownFailure:
 
 def covers(selector: str, nodeid: str) -> bool:
     """Whether `selector` names the node or one of its ancestors."""
-    return nodeid == selector or nodeid.startswith((f"{selector}/", f"{selector}::", f"{selector}["))
+    below = tuple(f"{selector}{separator}" for separator in ("/", "::", "["))
+    return nodeid == selector or nodeid.startswith(below)
 
 
 def read_xfails(path: Path, ids: list[str]) -> tuple[KnownFailure, ...]:
-    """The lines of the file; `pytest.UsageError` for one without a reason, or whose prefix none of `ids` has.
+    """The lines of the file.
 
-    A blank in a checkpoint's name belongs to the prefix: the prefix is the longest start of the line that fits an id.
+    `pytest.UsageError` for one without a reason, or whose prefix none of `ids` has. A blank in a
+    checkpoint's name belongs to the prefix, the longest start of the line that fits an id.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -41,12 +43,12 @@ def read_xfails(path: Path, ids: list[str]) -> tuple[KnownFailure, ...]:
             continue
         where = f"--probe-xfails: {path}:{number}"
         line = line.strip()
-        starts = [line, *(line[: gap.start()] for gap in reversed(list(re.finditer(r"\s+", line))))]
+        gaps = [gap.start() for gap in re.finditer(r"\s+", line)]
+        starts = [line, *(line[:gap] for gap in reversed(gaps))]
         prefix = next((p for p in starts if any(covers(p, nodeid) for nodeid in ids)), None)
         if prefix is None:
-            raise pytest.UsageError(
-                f"{where}: no check's id starts with {starts[-1]!r}; remove the line or correct the id"
-            )
+            problem = f"no check's id starts with {starts[-1]!r}"
+            raise pytest.UsageError(f"{where}: {problem}; remove the line or correct the id")
         reason = line[len(prefix) :].strip()
         if not reason:
             raise pytest.UsageError(f"{where}: no reason; write one after the id")

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from entropy_probe import ProbeConfig, ProbeError, ProbeReport, run, run_probe
+from entropy_probe import ProbeConfig, ProbeError, ProbeReport, run_probe
 from entropy_probe.__main__ import main as command_line
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError
+from entropy_probe.pipeline import measured as both_batches
 from entropy_probe.processes.world import World
+from entropy_probe.stages.gradients.units import bytes_of_units
 from entropy_probe.stages.memory.memory_limit import Plan, planned
-from entropy_probe.stages.units import bytes_of_units
 
-FLOAT64 = {"precision": {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}}
+FLOAT64 = {"precision": {"dtype": "float64"}}
 SMOKE = {"budget": "smoke", **FLOAT64}
 ETAS = {"true_delta_h": {"etas": [-1e-3, 1e-2]}}
 # configuration, E batch, U batch; without files the demo samples
@@ -65,12 +66,12 @@ def measured(folder: Path, case: str, world: World) -> ProbeReport:
     config, e, u = CASES[case]
     files = (None if name is None else folder / f"{name}.jsonl" for name in (e, u))
     checkpoint = checkpoint_path() if e is None else folder / ("sgd" if case == "sgd" else "checkpoint")
-    original = run.planned
-    run.planned = _three_blocks if case == "limited" else original
+    original = both_batches.planned
+    both_batches.planned = _three_blocks if case == "limited" else original
     try:
         return run_probe(checkpoint, ProbeConfig.from_mapping(config), *files, world=world)
     finally:
-        run.planned = original
+        both_batches.planned = original
 
 
 def _three_blocks(bound: Any, float64: Any, batches: Any, config: ProbeConfig, world: World) -> Plan:
@@ -83,7 +84,7 @@ def _three_blocks(bound: Any, float64: Any, batches: Any, config: ProbeConfig, w
 
 def _spoilt(case: str) -> Any:
     """`score`, until rank 1 comes to it."""
-    original = run.score
+    original = both_batches.score
 
     def score(*args: Any, **options: Any) -> Any:
         if case == "fails":
@@ -109,9 +110,9 @@ def main(folder: Path, cases: list[str]) -> None:
             _commands(folder)
             world = World.of_torchrun()
             continue
-        original = run.score
+        original = both_batches.score
         if world.rank == 1 and case in ("fails", "killed", "stopped"):
-            run.score = _spoilt(case)
+            both_batches.score = _spoilt(case)
         try:
             report = measured(folder, case, world)
         except ProbeError as error:
@@ -121,7 +122,7 @@ def main(folder: Path, cases: list[str]) -> None:
         else:
             if world.first:
                 report.to_json(folder / f"{case}-{world.size}.json")
-        run.score = original
+        both_batches.score = original
     world.close()
 
 

@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import bind
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.sampling import sample
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import units_of
 
 VOCABULARY = 67
-FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
+FLOAT64 = {"dtype": "float64"}
 EOS = 2
 COMMON = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
 ROPE = {

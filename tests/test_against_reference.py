@@ -24,8 +24,8 @@ import reference as ref
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.model.forward import bind
 from entropy_probe.model.precision import TrueFloat64
-from entropy_probe.stages.responses.rollouts import sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from test_rollouts import OneToken
 
 TOLERANCE = 1e-9

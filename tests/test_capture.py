@@ -30,9 +30,10 @@ from entropy_probe.model import forward
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.registry import checksum
-from entropy_probe.stages.gradients import unit_gradients
-from entropy_probe.stages.payloads import payloads
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 
 TOLERANCE = 1e-12
@@ -779,7 +780,7 @@ def test_unit_gradients(naive: Naive, mode: str, size: int) -> None:
     model, bound, rollouts = naive.model, naive.bound, naive.rollouts
     config = ProbeConfig.from_mapping(
         {
-            "precision": {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")},
+            "precision": {"dtype": "float64"},
             "generation": {"tf_batch_size": size},
             "first_order": {"mode": mode, "num_blocks": 2},
         }

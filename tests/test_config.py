@@ -23,6 +23,24 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "greedy": ({"generation": {"do_sample": False}}, "`generation.do_sample`"),
     "autocast": ({"precision": {"func_override": {"autocast": True}}}, "`precision.func_override.autocast`"),
     "dtypes differ": ({"precision": {"tf_nograd": {"dtype": "float64"}}}, "must have the same dtype"),
+    "dtype of a section": (
+        {"precision": {"dtype": "float64", "tf_nograd": {"dtype": "float32"}}},
+        "`precision`: dtype is 'float64' and tf_nograd.dtype is 'float32': give one of them",
+    ),
+    "no dtype": ({"precision": {"dtype": "float16"}}, "`precision.dtype`: input should be 'float32' or 'float64'"),
+    "no dtype of a section": (
+        {"precision": {"func_override": {"dtype": "float16"}}},
+        "`precision.func_override.dtype`: input should be 'float32' or 'float64'",
+    ),
+    "section of precision is a number": ({"precision": {"dtype": "float64", "tf_nograd": 3}}, "`precision.tf_nograd`"),
+    "logits in bf16": (
+        {"precision": {"tf_nograd": {"cast_logits_fp32": False}}},
+        "`precision.tf_nograd.cast_logits_fp32`",
+    ),
+    "parameters as they are": (
+        {"precision": {"func_override": {"cast_params": False}}},
+        "`precision.func_override.cast_params`: input should be True, got False",
+    ),
     "section is a number": ({"batch": 3}, "`batch`"),
     "eta is NaN": ({"true_delta_h": {"etas": [float("nan")]}}, "`true_delta_h.etas"),
 }
@@ -35,6 +53,28 @@ def test_errors_are_one_line(kind: str) -> None:
         ProbeConfig.from_mapping(values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SECTIONS = ("func_override", "tf_nograd", "tf_withgrad")
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {"dtype": "float64"},
+        {name: {"dtype": "float64"} for name in SECTIONS},
+        {"dtype": "float64", "tf_withgrad": {"dtype": "float64", "autocast": False}},
+    ],
+    ids=["one line", "three", "both"],
+)
+def test_spellings_of_float64(precision: dict[str, Any]) -> None:
+    config = ProbeConfig.from_mapping({"precision": precision})
+    assert config.precision.dtype == "float64"
+    assert [getattr(config.precision, name).dtype for name in SECTIONS] == ["float64"] * 3
+    table = config.model_dump(mode="json")
+    assert ProbeConfig.model_validate(table) == config
+    del table["precision"]["dtype"]  # as in a report of an earlier version
+    assert ProbeConfig.model_validate(table) == config
 
 
 def test_command_line_over_yaml_over_pyproject(tmp_path: Path) -> None:

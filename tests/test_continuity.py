@@ -23,10 +23,12 @@ from entropy_probe.estimators.advantages import leave_one_out_mean
 from entropy_probe.model import precision
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.report import TaylorTests
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts, sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.witnesses import continuity
+from entropy_probe.stages.witnesses import taylor as tests_of_order
 from test_projections import relu_model
 from test_rollouts import OneToken
 
@@ -55,7 +57,7 @@ class Subject:
     def taylor(self, **changes: Any) -> TaylorTests:
         given = {"float64": self.float64, "bound": self.bound, "rollouts": self.rollouts, "v": self.v, "config": CONFIG}
         given |= changes
-        return continuity.taylor(scores=score(given["bound"], given["rollouts"], given["config"]), **given)
+        return tests_of_order.taylor(scores=score(given["bound"], given["rollouts"], given["config"]), **given)
 
 
 @functools.cache
@@ -107,7 +109,7 @@ def test_every_order_is_as_it_must_be(subject: Subject) -> None:
 
 def test_scale_of_v_changes_eta_alone(llama: Subject) -> None:
     found, scaled = llama.taylor(), llama.taylor(v={name: 2.0**20 * value for name, value in llama.v.items()})
-    for name in ("eta_min", "eta_max", "trusted_eta_min", "radius"):
+    for name in ("taylor_eta_min", "taylor_eta_max", "trusted_eta_min", "taylor_radius"):
         assert getattr(scaled, name) * 2.0**20 == pytest.approx(getattr(found, name), rel=1e-3)
     assert scaled.taylor_order == pytest.approx(found.taylor_order, abs=1e-3)
 
@@ -156,12 +158,12 @@ def test_model_without_forward_mode(llama: Subject, monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any) -> Any:
         raise NotImplementedError
 
-    monkeypatch.setattr(continuity, "directional_derivatives", refuse)
+    monkeypatch.setattr(tests_of_order, "directional_derivatives", refuse)
     found = llama.taylor()
     none = {name for name, value in vars(found).items() if value is None}
     identities = {f"identity_error_{name}" for name in ("naive", "rb", "per_token")}
-    assert none == {"taylor_order", "slope", *identities}
-    assert found.taylor_eta_max == pytest.approx(whole.eta_max, rel=1e-3)
+    assert none == {"taylor_order", "taylor_slope", *identities}
+    assert found.taylor_eta_max == pytest.approx(whole.taylor_eta_max, rel=1e-3)
     assert wrong(found) == set()
 
 
@@ -184,20 +186,20 @@ def test_derivative_with_another_baseline(either: Subject, monkeypatch: pytest.M
     def leave_one_out(weights: Tensor, payload: Tensor, d_payload: Tensor, d_seq_logp: Tensor) -> Tensor:
         return torch.stack([weights * (payload - leave_one_out_mean(payload)) * d_seq_logp, weights * d_payload])
 
-    monkeypatch.setattr(continuity, "snis_terms", leave_one_out)
+    monkeypatch.setattr(tests_of_order, "snis_terms", leave_one_out)
     found = either.taylor()
     assert wrong(found) == {"taylor_order", "identity_error_naive", "identity_error_rb"}
     assert found.taylor_order == pytest.approx(1, abs=0.1)
 
 
 def test_derivative_slightly_off(either: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = continuity.directional_derivatives
+    original = tests_of_order.directional_derivatives
 
     def off(*a: Any) -> Any:
         found = original(*a)
         return dataclasses.replace(found, d_logp=(1 + 1e-3) * found.d_logp)
 
-    monkeypatch.setattr(continuity, "directional_derivatives", off)
+    monkeypatch.setattr(tests_of_order, "directional_derivatives", off)
     assert wrong(either.taylor()) == {"taylor_order", "identity_error_naive", "identity_error_rb"}
 
 
@@ -217,12 +219,12 @@ def test_float32_islands(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_addition_in_float32(either: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = continuity.theta_plus_eta_v
+    original = tests_of_order.theta_plus_eta_v
 
     def rounded(*a: Any) -> dict[str, Tensor]:
         return {name: tensor.float().to(tensor.dtype) for name, tensor in original(*a).items()}
 
-    monkeypatch.setattr(continuity, "theta_plus_eta_v", rounded)
+    monkeypatch.setattr(tests_of_order, "theta_plus_eta_v", rounded)
     assert {"logit_slope", "taylor_order", "identity_error_rb"} <= wrong(either.taylor())
 
 
@@ -242,7 +244,7 @@ def test_dropout_left_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def noisy(size: float) -> Callable[..., Any]:
     """`score` with a log p that is off by another random number at every call."""
-    original, generator = continuity.score, torch.Generator().manual_seed(0)
+    original, generator = tests_of_order.score, torch.Generator().manual_seed(0)
 
     def score(*a: Any) -> Any:
         scores = original(*a)
@@ -254,15 +256,15 @@ def noisy(size: float) -> Callable[..., Any]:
 
 
 def test_noise_in_the_scores(either: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuity, "score", noisy(1e-8))
+    monkeypatch.setattr(tests_of_order, "score", noisy(1e-8))
     assert {"delta_h_slope", "taylor_order"} <= wrong(either.taylor())
 
 
 def test_noise_in_the_configured_dtype_alone(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 with noise of 1e-3 nats a token: trusted later than without, or nowhere."""
-    sound, original, spoilt = llama.taylor(), continuity.score, noisy(1e-3)
+    sound, original, spoilt = llama.taylor(), tests_of_order.score, noisy(1e-3)
     monkeypatch.setattr(
-        continuity, "score", lambda model, *a: (original if model is llama.float64 else spoilt)(model, *a)
+        tests_of_order, "score", lambda model, *a: (original if model is llama.float64 else spoilt)(model, *a)
     )
     found = llama.taylor()
     assert wrong(found) == set()
@@ -385,7 +387,7 @@ def test_kinks_are_no_fault(tmp_path: Path) -> None:
         name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
         for name, p in bound.registry.trainable.items()
     }
-    found = continuity.taylor(bound, bound, rollouts, score(bound, rollouts, ProbeConfig()), v, ProbeConfig())
+    found = tests_of_order.taylor(bound, bound, rollouts, score(bound, rollouts, ProbeConfig()), v, ProbeConfig())
     assert found.taylor_order is None
     assert found.delta_h_slope is None
     errors = (found.identity_error_naive, found.identity_error_rb)

@@ -22,8 +22,8 @@ from entropy_probe.cost.sizes import Batch, Network, Run
 from entropy_probe.cost.tensors import peaks
 from entropy_probe.cost.traffic import sent
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.payloads import Payload
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampling import sample
 from entropy_probe.stages.witnesses.projections import by_alpha
 from entropy_probe.stages.witnesses.witness import terms, twice_in_reverse

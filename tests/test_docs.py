@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pytest_entropy_probe.plugin import FLAGS, MARKERS, OPTIONS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CRITERIA_PAGE = (ROOT / "docs" / "criteria.md").read_text()
+ROOMS = [path.parent for path in sorted((ROOT / "probe").rglob("__init__.py")) if path.parent.name != "demo"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -98,7 +100,24 @@ def test_every_page_of_code_is_in_its_room() -> None:
     tree = README.partition("## Where things are")[2]
     for line in re.findall(r"^    ( *[\w./]+)/? {2,}", tree, re.MULTILINE):
         name = line.strip()
-        places = [ROOT, ROOT / "probe" / "entropy_probe"]
+        places = [ROOT, ROOT / "probe" / "entropy_probe", ROOT / "probe" / "entropy_probe" / "stages"]
+        assert any((place / name).exists() for place in places), name
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_every_file_is_listed_in_its_room(room: Path) -> None:
+    """The docstring of a package names all that is in it."""
+    doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    files = {path.stem for path in room.glob("*.py")} | {path.parent.name for path in room.glob("*/__init__.py")}
+    assert {name for name in files if not re.search(rf"\b{name}\b", doc)} <= {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_named_in_the_docs_exist(page: Path) -> None:
+    of_others = {"ds_to_universal.py"}
+    rooms = ("probe/entropy_probe", "checks/entropy_probe_checks", "tests", "docs")
+    places = [ROOT, *(ROOT / room for room in rooms)]
+    for name in set(re.findall(r"`((?:[\w.]+/)*\w+\.py)`", page.read_text())) - of_others:
         assert any((place / name).exists() for place in places), name
 
 

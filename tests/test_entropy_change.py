@@ -23,8 +23,9 @@ from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import entropy_change
 from entropy_probe.stages.batches import _seed, redraw_for
 from entropy_probe.stages.derivatives import directional_derivatives
-from entropy_probe.stages.responses.rollouts import Rollouts, redrawn, sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.sampled_rollouts import redrawn, sample_rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe_checks.criteria import CRITERIA
 from test_rollouts import OneToken

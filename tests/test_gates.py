@@ -16,7 +16,7 @@ import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
 from entropy_probe.model.forward import bind
 from entropy_probe.report import BaselineSection, Estimate
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe_checks.bounds import COUNTS, GATES, NOISE, OF_A_BASELINE
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.criteria import GATES as GATE_CRITERIA

@@ -14,7 +14,8 @@ from entropy_probe import ProbeConfig
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.report import WorstCase
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import batches_by_length, score_rows
 from entropy_probe.stages.witnesses import invariance
 

@@ -21,13 +21,13 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.memory import Held, counted_bytes
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages import gradients
+from entropy_probe.stages.gradients import products
+from entropy_probe.stages.gradients.units import units_within_memory
 from entropy_probe.stages.memory import memory_limit, pass_memory
 from entropy_probe.stages.memory.memory_limit import for_sampling, planned, require_loaded_within
 from entropy_probe.stages.memory.pass_memory import Passes
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
-from entropy_probe.stages.units import units_within_memory
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -251,7 +251,7 @@ def test_frozen_parameters_are_shared_where_a_copy_is_too_much(tmp_path: Path, m
     file = models.random_rollouts(tmp_path / "e.jsonl", prompts=2, responses=2, seed=1)
     reports = []
     for lends in (False, True):
-        monkeypatch.setattr("entropy_probe.run.lends_frozen", lambda bound, config, lends=lends: lends)
+        monkeypatch.setattr("entropy_probe.pipeline.measured.lends_frozen", lambda bound, config, lends=lends: lends)
         config = ProbeConfig.from_mapping({"budget": "smoke", "memory_limit": "64GiB"})
         reports.append(run_probe(folder, config, file).model_dump(exclude={"timing", "memory"}))
     assert reports[0] == reports[1]
@@ -262,15 +262,15 @@ def test_a_product_of_units_is_within_its_bound() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 40_000, generator=generator) for _ in range(2))
     weights = torch.rand(64, generator=generator, dtype=torch.float64)
-    small = gradients.IN_FLOAT64
-    gradients.IN_FLOAT64 = 64 * 1000
+    small = products.IN_FLOAT64
+    products.IN_FLOAT64 = 64 * 1000
     try:
-        for work in (lambda: gradients._gram(a, b, None), lambda: gradients.weighted_sum(weights, a)):
+        for work in (lambda: products._gram(a, b, None), lambda: products.weighted_sum(weights, a)):
             assert counted_bytes(work, CPU) <= 8 * (4 * 64_000 + 2 * 40_000)
-        torch.testing.assert_close(gradients._gram(a, b, None), a.double() @ b.double().T)
-        torch.testing.assert_close(gradients.weighted_sum(weights, a), weights @ a.double())
+        torch.testing.assert_close(products._gram(a, b, None), a.double() @ b.double().T)
+        torch.testing.assert_close(products.weighted_sum(weights, a), weights @ a.double())
     finally:
-        gradients.IN_FLOAT64 = small
+        products.IN_FLOAT64 = small
 
 
 def test_weights_are_aligned(tmp_path: Path) -> None:
@@ -314,7 +314,9 @@ def test_sizes(given: object, expected: int | None) -> None:
     assert ProbeConfig.from_mapping({"memory_limit": given}).memory_limit == expected
 
 
-@pytest.mark.parametrize("given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", 1000])
+@pytest.mark.parametrize(
+    "given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", "8ib", "99 gbit", 1000]
+)
 def test_what_is_no_size(given: object) -> None:
     with pytest.raises(ConfigError, match=r"`memory_limit`: .* is no size of 1 MiB or more: give one such as 8GiB"):
         ProbeConfig.from_mapping({"memory_limit": given})

@@ -15,10 +15,10 @@ from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.estimators.moments import exchange_evidence, log_correlations
 from entropy_probe.model.checkpoint import AdamState
-from entropy_probe.prepared import prepare
-from entropy_probe.stages.gradients import unit_gradients
+from entropy_probe.pipeline.prepared import prepare
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.moments import moments_match
-from entropy_probe.stages.payloads import payloads
 from entropy_probe.stages.scores import score
 
 GENERATOR = torch.Generator().manual_seed(0)

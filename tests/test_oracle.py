@@ -23,11 +23,11 @@ from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficie
 from entropy_probe.estimators.prediction import predict
 from entropy_probe.estimators.token_stats import baseline_features
 from entropy_probe.stages import entropy_change
-from entropy_probe.stages.gradients import UnitGradients
-from entropy_probe.stages.payloads import per_token_payload
+from entropy_probe.stages.gradients.payloads import per_token_payload
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.scores import Scores
+from entropy_probe.stages.share import Units
 from entropy_probe.stages.slopes import cross_fitted_slope
-from entropy_probe.stages.units import Units
 from entropy_probe.stages.update import UpdateDirection
 from oracle import LIMIT, NUM_PARAMETERS, Draw, Oracle, PerToken, Regime
 

@@ -23,7 +23,7 @@ from entropy_probe.plots import save_figure, save_steps, text_table
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.criteria.gate import baseline_of
 from entropy_probe_checks.goldens import SECTIONS
-from pytest_entropy_probe.judge import headline
+from pytest_entropy_probe.records import headline
 from pytest_entropy_probe.tables import step_of
 
 ROOT = Path(__file__).parents[1]
@@ -367,7 +367,7 @@ def test_each_criterion_passes_or_says_why_not(reports: tuple[ProbeReport, Probe
 def test_tests_along_a_direction_are_no_formality(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """A v of zeros, as −sign(X̄) would be of no gradient, is seen."""
     original = torch.where
-    monkeypatch.setattr("entropy_probe.next_step.torch.where", lambda c, a, b: original(c, 0.0, 0.0))
+    monkeypatch.setattr("entropy_probe.pipeline.next_step.torch.where", lambda c, a, b: original(c, 0.0, 0.0))
     report = run_probe(files.other, ProbeConfig(), files.e, files.u)
     assert CRITERIA["param_scaling"](report).status == "fail"
 

@@ -14,7 +14,7 @@ import models
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.estimators.parity import sampler_parity
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe_checks.criteria import CRITERIA
 

@@ -434,6 +434,7 @@ def test_configuration(tmp_path: Path) -> None:
     config = ProbeConfig.load(file)
     assert config.device_map == {"model": "cuda:0", "lm_head": "disk"}
     assert config.max_memory == {"cuda:0": "20GiB", "cpu": "60GiB", "cuda:1": 5000}
+    assert config.placement["max_memory"] == {"cuda:0": 20 << 30, "cpu": 60 << 30, "cuda:1": 5000}
     assert ProbeConfig.model_validate(config.model_dump(mode="json")) == config
     assert ProbeConfig.load(file, overrides={"device_map": "auto"}).device_map == "auto"
 

@@ -27,10 +27,11 @@ from entropy_probe.model import forward
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import slopes
-from entropy_probe.stages.gradients import UnitGradients, unit_gradients
-from entropy_probe.stages.payloads import Payload, payloads
-from entropy_probe.stages.products import prompt_mean
-from entropy_probe.stages.responses.rollouts import Rollouts, read_rollouts
+from entropy_probe.stages.gradients.payloads import Payload, payloads
+from entropy_probe.stages.gradients.products import prompt_mean
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, score, score_rows
 from entropy_probe.stages.share import Share
 from entropy_probe.stages.slopes import Slopes, slopes_along

@@ -16,7 +16,7 @@ import models
 from entropy_probe import ProbeConfig
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.report import InvarianceOfCases, WorstCase
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.witnesses import continuity, invariance, properties
 from entropy_probe.stages.witnesses.properties import Case, Space
 

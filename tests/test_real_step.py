@@ -19,9 +19,9 @@ from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry, checksum
 from entropy_probe.report import RealStepSection
 from entropy_probe.stages import entropy_change, update
-from entropy_probe.stages.gradients import unit_gradients
-from entropy_probe.stages.payloads import payloads
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses import real_step
 

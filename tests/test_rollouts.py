@@ -16,9 +16,10 @@ from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import batch_section, draw_batches
-from entropy_probe.stages.responses.rollouts import read_rollouts, sample_rollouts
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.sampling import left_padded
-from entropy_probe.stages.responses.tasks import Prompt
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses.invariance import padding
 

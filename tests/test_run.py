@@ -24,7 +24,7 @@ from entropy_probe.model.registry import Registry, checksum
 from entropy_probe.report import write_atomically
 from entropy_probe.stages import slopes, update
 from entropy_probe.stages.entropy_change import entropy_change_two_batch_vector
-from entropy_probe.stages.responses.rollouts import read_rollouts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.witnesses import continuity
 from entropy_probe_checks.criteria import CRITERIA
 

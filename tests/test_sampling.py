@@ -14,7 +14,8 @@ import models
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators.policy import score_tokens
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.responses.sampling import StopStrings, draw, left_padded, masses, noise_of, sample
+from entropy_probe.stages.responses.drawing import draw, masses, noise_of
+from entropy_probe.stages.responses.sampling import StopStrings, left_padded, sample
 
 V = models.VOCABULARY
 PROMPTS = [[5, 6, 7, 0, 8, 9, 10, 11, 12, 13, 14], [20], [30, models.EOS, 32, 33, 34]]

@@ -30,8 +30,9 @@ from entropy_probe.estimators.token_stats import TokenStepDiagnostics, sequence_
 from entropy_probe.model import forward
 from entropy_probe.model.precision import TrueFloat64
 from entropy_probe.model.registry import checksum
-from entropy_probe.sequence_processor import BatchedSequences, DiagnosticsResults, LogprobResults, SequenceProcessor
+from entropy_probe.sequence_processor import SequenceProcessor
 from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.sequences import BatchedSequences, DiagnosticsResults, LogprobResults
 from entropy_probe.stages.responses.tasks import arithmetic
 
 V = models.VOCABULARY
@@ -59,10 +60,9 @@ def make_tokenizer(**special: Any) -> Any:
 
 
 def config(dtype: str = "float64", **generation: Any) -> dict[str, Any]:
-    sections = ("func_override", "tf_nograd", "tf_withgrad")
     return {
         "generation": {"max_new_tokens": 9, "num_return_sequences": 3, **generation},
-        "precision": {section: {"dtype": dtype} for section in sections},
+        "precision": {"dtype": dtype},
     }
 
 

@@ -21,21 +21,14 @@ from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.responses import rewards, tasks
 from entropy_probe.stages.responses.gsm8k import R1_TEMPLATE
-from entropy_probe.stages.responses.rewards import find_reward
-from entropy_probe.stages.responses.tasks import (
-    DATASETS,
-    Prompt,
-    dataset_prompts,
-    draw_prompts,
-    read_prompts,
-    same_answer,
-    tag_pref,
-)
+from entropy_probe.stages.responses.prompts import Prompt, read_prompts
+from entropy_probe.stages.responses.rewards import find_reward, same_answer, tag_pref
+from entropy_probe.stages.responses.tasks import DATASETS, dataset_prompts, draw_prompts
 
 QUESTION = {"question": "How many {eggs}?", "answer": "She sells 16 - 3.\n#### 1,072"}
 ASKED = Prompt(R1_TEMPLATE.replace("{question}", "How many {eggs}?"), "1,072")
 MODULE = """
-from entropy_probe.stages.responses.tasks import Prompt, read_prompts
+from entropy_probe.stages.responses.prompts import Prompt, read_prompts
 
 def prompts(split):
     yield Prompt(f"{split} 1", "1")

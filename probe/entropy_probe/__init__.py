@@ -5,6 +5,17 @@
     print(report.first_order.delta_h1, "±", report.first_order.delta_h1_se)
 
 Names are loaded on first use, so importing this package imports neither torch nor pydantic.
+
+run, pipeline/             what is measured, in order;   stages/  one step a file
+estimators/                tensors in, numbers out;   model/  networks and files of weights
+processes/                 several processes under torchrun
+config/, budgets, options  what can be set, by a file or on the command line
+report, golden, plots      the numbers: their schema, kept ones to compare with, figures
+layout, base_model, text   where the files of a checkpoint are;   digests  what they hold, as one number
+loading, inputs            a checkpoint as a configuration asks for it;   what a report depends on
+sequence_processor         sampling and scores on a live model, by teacher_forcing
+memory, cost/              how much is held, measured;   what a run costs, by formula
+workloads                  stages to be timed;   demo/  the bundled checkpoint;   errors  one line each
 """
 
 from __future__ import annotations

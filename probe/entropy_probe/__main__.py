@@ -13,6 +13,7 @@ from pathlib import Path
 
 from entropy_probe import __version__
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
+from entropy_probe.options import overrides
 from entropy_probe.processes import torchrun
 
 EXIT_FAILED, EXIT_USAGE = 1, 4
@@ -73,33 +74,23 @@ def _silence() -> Iterator[None]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from entropy_probe import ProbeConfig, load_checkpoint, run_probe
+    from entropy_probe import ProbeConfig, run_probe
     from entropy_probe.layout import find_layout
+    from entropy_probe.loading import load_configured
     from entropy_probe.plots import require_drawable, save_figure
     from entropy_probe.processes.world import World
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
-    overrides = {
-        "budget": arguments.budget,
-        "device": arguments.device,
-        "memory_limit": arguments.memory_limit,
-        "device_map": arguments.device_map,
-        "offload_folder": arguments.offload_folder,
-        "batch.seed": arguments.seed,
-    }
-    config = ProbeConfig.load(arguments.config, overrides={k: v for k, v in overrides.items() if v is not None})
+    config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
     with world.together():
-        checkpoint, device = _folder(arguments.checkpoint), world.device(config.device)
+        checkpoint = _folder(arguments.checkpoint)
         note = None if is_demo else find_layout(checkpoint).note
         if note and world.first:
             print(f"entropy-probe: {note}", file=sys.stderr)
-        missing_state = config.first_order.missing_state
-        loaded = load_checkpoint(
-            checkpoint, arguments.base_model, device, missing_state=missing_state, **config.placement
-        )
+        loaded = load_configured(checkpoint, arguments.base_model, config, world)
     for warning in loaded.info.warnings if world.first else ():
         print(f"entropy-probe: warning: {warning}", file=sys.stderr)
     report = run_probe(

@@ -1,4 +1,4 @@
-"""How much is computed: values that lie under whatever the user sets, and parts of the measurement left out."""
+"""How much is computed: values under whatever the user sets, and parts that are left out."""
 
 from __future__ import annotations
 

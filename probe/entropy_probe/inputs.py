@@ -1,4 +1,8 @@
-"""What a report depends on: the files that are read, the configuration, this library's code, and what it runs on."""
+"""What a report depends on: files, the configuration, this library's code, and what it runs on.
+
+A kept report is looked up by it. torch is asked for the names of accelerators alone, and so it is
+not imported for a measurement on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from entropy_probe.base_model import find_base_model
 from entropy_probe.config import JUDGES, ProbeConfig
+from entropy_probe.digests import file_digest
 from entropy_probe.errors import ConfigError
-from entropy_probe.layout import configured, find_layout
-from entropy_probe.model.checkpoint.files import file_digest
-from entropy_probe.model.checkpoint.sharded import READERS
-from entropy_probe.model.checkpoint.weights.adapter import find_base_model
+from entropy_probe.layout import IN_PIECES, configured, find_layout
 from entropy_probe.stages.responses.rewards import REWARDS
 
 LIBRARIES = (
@@ -43,35 +44,44 @@ def digest(
     base_model: Path | None = None,
     processes: int = 1,
 ) -> str:
-    """SHA-256 over everything that `run_probe` with these arguments depends on, the limits of criteria excluded.
+    """SHA-256 over all that `run_probe` with these arguments depends on, the limits excluded.
 
-    Every file of the checkpoint's folder (and of its base model's) counts, tokenizer and all. Nothing is loaded. Raises
-    `ProbeError` where the report depends on what has no digest: a dataset or a reward that is code of the user's own.
+    Every file of the checkpoint's folder (and of its base model's) counts, tokenizer and all.
+    Nothing is loaded. Raises `ProbeError` where the report depends on what has no digest: a dataset or a
+    reward that is code of the user's own.
     """
     if rollouts is None and config.batch.reward not in REWARDS:
-        raise ConfigError("batch.reward", f"{config.batch.reward!r} is code of your own", "measure again")
+        reward = config.batch.reward
+        raise ConfigError("batch.reward", f"{reward!r} is code of your own", "measure again")
     layout = configured(find_layout(checkpoint), base_model)
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
+    samples = rollouts is None and prompts is None
     known = {
         "checkpoint": [
-            _digests(layout.folder, "**/*" if layout.format in READERS else "*"),
+            _digests(layout.folder, "**/*" if layout.format in IN_PIECES else "*"),
             _digests(layout.weights),
         ],
         "base": None if base is None else _digests(base),
         "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
-        "dataset": _dataset(config.batch.dataset) if rollouts is None and prompts is None else None,
+        "dataset": _dataset(config.batch.dataset) if samples else None,
         "config": config.model_dump(mode="json", exclude=set(JUDGES)),
         "code": _digests(Path(__file__).parent, "**/*.py"),
         "versions": {name: version(name) for name in LIBRARIES},
         "processes": processes,
-        "machine": [platform.python_version(), platform.platform(), _device(config.device), _devices(config)],
+        "machine": [
+            platform.python_version(),
+            platform.platform(),
+            _device(config.device),
+            _devices(config),
+        ],
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_digest(path) for path in folder.glob(pattern) if path.is_file()}
+    files = (path for path in folder.glob(pattern) if path.is_file())
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
 def _dataset(name: str) -> Any:
@@ -86,15 +96,21 @@ def _dataset(name: str) -> Any:
 
 def _devices(config: ProbeConfig) -> list[str]:
     """What a map by accelerate depends on; without one, nothing."""
-    if config.device_map is None or not torch.cuda.is_available():
+    if config.device_map is None:
         return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(i) for i in range(count)]
 
 
 def _device(device: str) -> str:
     if not device.startswith("cuda"):
         return device
+    import torch
+
     try:
         return torch.cuda.get_device_name(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", f"{device!r} is not there ({error})", "give one that is") from error
+        problem = f"{device!r} is not there ({error})"
+        raise ConfigError("device", problem, "give one that is") from error

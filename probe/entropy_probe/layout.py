@@ -9,6 +9,7 @@ folder of the ranks' files; the configuration lies beside `latest`, or one folde
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ TRAINER, PRETRAINED, NOTES = "trainer folder", "save_pretrained + optimizer", "t
 FSDP, DCP, TORCHTITAN = "accelerate", "torch.distributed.checkpoint", "torchtitan"
 VERL, ZERO, UNIVERSAL = "verl FSDP", "DeepSpeed ZeRO", "DeepSpeed universal"
 FORMATS = (TRAINER, PRETRAINED, NOTES, FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL)  # docs/formats.md
+IN_PIECES = frozenset({FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL})
+"""Formats whose weights and moments lie in several files, also in folders below the checkpoint's."""
 _NUMBERED = re.compile(r"(?:(?:checkpoint|step)[-_]|global_step_?)(\d+)", re.ASCII)
 _RUNS = (".", "training_state", "checkpoint", "checkpoints")
 _OF_RANKS = {  # one of the optimizer's files, below the checkpoint's or DeepSpeed's own folder → format
@@ -96,6 +99,22 @@ def configured(layout: Layout, base: Path | None) -> Layout:
         where = layout.folder if base is None else base
         raise CheckpointError(where, "has no config.json", "name the base model's folder with --probe-base-model")
     return replace(layout, weights=base)
+
+
+def file_sizes(layout: Layout) -> dict[str, int | None]:
+    """Names below the checkpoint's folder and their bytes, `None` for what is neither a file nor a link to one."""
+    sizes: dict[str, int | None] = {}
+    inside = [layout.weights] if layout.weights.is_relative_to(layout.folder) else []
+    below = layout.folder.rglob("*") if layout.format in IN_PIECES else layout.folder.iterdir()
+    for folder in (below, *(folder.iterdir() for folder in inside)):
+        for path in sorted(folder):
+            try:
+                size = path.stat().st_size if path.is_file() else None
+            except OSError:  # a loop of links
+                size = None
+            if size is not None or path.is_symlink():
+                sizes[printable(os.path.relpath(path, layout.folder))] = size
+    return sizes
 
 
 def _format_in_pieces(folder: Path) -> str | None:

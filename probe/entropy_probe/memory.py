@@ -1,4 +1,7 @@
-"""How much memory there is, and the most of it that a stretch of work took, measured or counted. In bytes."""
+"""How much memory there is, and the most that a stretch of work took, measured or counted.
+
+All sizes are in bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_MEMINFO, _STATUS, _CLEAR = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# mallopt's numbers and values: the size from which glibc maps a block by itself, and what may lie unused at the end of
-# the heap.
+_MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+# mallopt's numbers and values: the size from which glibc maps a block by itself, and what may lie
+# unused at the end of the heap.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _AT_ONCE, _GROWN = 1 << 16, 32 << 20
-# folder, limit, use, and the key in memory.stat of what is cached of files: control groups, version 2 and 1
+# folder, limit, use, and the key in memory.stat of what is cached of files: control groups, version
+# 2 and 1
 _CONTAINERS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -49,9 +60,10 @@ def kind(device: torch.device) -> Literal["resident", "allocated"]:
 class Peak:
     """The most memory held since `start`, above what was held then.
 
-    On CUDA what torch allocated on the device; else the resident size of this process, on Linux alone: the kernel's
-    own high-water mark, which is set back at the start, so that one stretch is measured at a time. What the allocator
-    has kept of freed memory is used again, and does not count.
+    On CUDA what torch allocated on the device; else the resident size of this process, on Linux
+    alone: the kernel's own high-water mark, which is set back at the start, so that one stretch is
+    measured at a time. What the allocator has kept of freed memory is used again, and does not
+    count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,7 +108,7 @@ def held_bytes(device: torch.device) -> int | None:
 
 
 def trim() -> None:
-    """Give what the heap holds of freed memory back to the system, where its library can (glibc's)."""
+    """Give what the heap holds of freed memory back to the system, where glibc can."""
     allocator = _glibc()
     if allocator is not None:
         allocator.malloc_trim(0)
@@ -104,12 +116,12 @@ def trim() -> None:
 
 @contextmanager
 def given_back_at_once() -> Iterator[None]:
-    """Within the block what a tensor of 64 KiB and more took goes back to the system when it is freed.
+    """Within the block a tensor of 64 KiB or more goes back to the system when it is freed.
 
-    By default glibc keeps blocks of up to 32 MiB for later, between others that are in use: the resident size of a pass
-    was then 1.5 to 4 times what its tensors take, and is at most 1.08 of it with this, at 1.2 to 1.6 times the time.
-    After the block the threshold is where glibc's own rule moves it to when it meets large blocks. With another library
-    nothing changes there.
+    By default glibc keeps blocks of up to 32 MiB for later, between others that are in use: the
+    resident size of a pass was then 1.5 to 4 times what its tensors take, and is at most 1.08 of it
+    with this, at 1.2 to 1.6 times the time. After the block the threshold is where glibc's own rule
+    moves it to when it meets large blocks. With another library nothing changes there.
     """
     allocator = _glibc()
     if allocator is None:
@@ -135,8 +147,8 @@ def _glibc() -> Any | None:
 def counted_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors made by `work` that lived at once, the same at every run.
 
-    On CUDA as torch's allocator counts them; else by a mode that sees every operation, its forward and its backward.
-    What an operation needs within itself is not seen.
+    On CUDA as torch's allocator counts them; else by a mode that sees every operation, its forward
+    and its backward. What an operation needs within itself is not seen.
     """
     if device.type == "cuda":
         peak = Peak(device)
@@ -192,8 +204,11 @@ def _resident(key: str) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had there: CUDA's free memory with what torch holds of it unused; on Linux
-    `MemAvailable`, or what a container's limit leaves where that is less. `None` where nothing is known."""
+    """Memory that can still be had there; `None` where nothing is known.
+
+    On CUDA its free memory, with what torch holds of it unused. On Linux `MemAvailable`, or what a
+    container's limit leaves where that is less.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -208,8 +223,11 @@ def available_bytes(device: torch.device) -> int | None:
 def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
     """What a control group's limit leaves; files that are cached make room when it is needed."""
     try:
-        most, now, stat = ((folder / name).read_text(encoding="ascii") for name in (limit, used, "memory.stat"))
+        names = (limit, used, "memory.stat")
+        most, now, stat = ((folder / name).read_text(encoding="ascii") for name in names)
     except OSError:
         return None
+    if not most.strip().isdecimal():
+        return None
     found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
-    return int(most) - int(now) + (int(found[1]) if found else 0) if most.strip().isdecimal() else None
+    return int(most) - int(now) + (int(found[1]) if found else 0)

@@ -177,7 +177,19 @@ class TwoBatchSection(_Section):
     delta_h1_parts: Parts
 
 
-class UpdateSection(_Section):
+class StepAgreement(_Section):
+    """cos(v, step) and ‖v‖/‖step‖ beside a step of torch's own optimizer: the worst over the whole and over every
+    parameter, and which one that was.
+
+    Cosine 1 and ratio 1 where nothing moves; NaN without parameters.
+    """
+
+    cosine_with_optimizer_step: float | None
+    norm_ratio_with_optimizer_step: float | None
+    worst_parameter: str | None
+
+
+class UpdateSection(StepAgreement):
     """The update direction v = v₀ + D·Ȳ per unit learning rate, and the slope of the entropy along it on the E batch.
 
     `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
@@ -212,9 +224,6 @@ class UpdateSection(_Section):
     curvature_per_token: float
     curvature_per_token_se: float
     eta_star: float | None
-    cosine_with_optimizer_step: float | None
-    norm_ratio_with_optimizer_step: float | None
-    worst_parameter: str | None
 
 
 class Reweighting(_Section):

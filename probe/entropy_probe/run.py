@@ -7,22 +7,22 @@ from pathlib import Path
 from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
+from entropy_probe.loading import load_configured
+from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.precision import numerics
-from entropy_probe.next_step import next_step, without_second_moment
-from entropy_probe.prepared import Prepared, allocating, prepare
+from entropy_probe.pipeline.checkpoint import checkpoint_section
+from entropy_probe.pipeline.environment import distributed_section, environment
+from entropy_probe.pipeline.integrity import Watched
+from entropy_probe.pipeline.measured import Models, measured
+from entropy_probe.pipeline.next_step import next_step, without_second_moment
+from entropy_probe.pipeline.prepared import Prepared, allocating, prepare
+from entropy_probe.pipeline.witnessed import witnessed
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import batch_section, redraw_for
-from entropy_probe.stages.checkpoint import checkpoint_section
-from entropy_probe.stages.clock import Progress
-from entropy_probe.stages.coverage import gradient_coverage
 from entropy_probe.stages.entropy import entropy_section, sampler_parity_section
-from entropy_probe.stages.environment import distributed_section, environment
-from entropy_probe.stages.integrity import Watched
-from entropy_probe.stages.measured import Models, measured
+from entropy_probe.stages.gradients.coverage import gradient_coverage
 from entropy_probe.stages.memory.memory_limit import memory_section
-from entropy_probe.stages.responses.rollouts import eos_ids
-from entropy_probe.stages.witnesses.agreement import witnessed
+from entropy_probe.stages.responses.rollouts import Progress, eos_ids
 from entropy_probe.stages.witnesses.continuity import continuity_section
 from entropy_probe.stages.witnesses.invariance import invariance
 from entropy_probe.stages.witnesses.properties import drawn_properties, with_drawn
@@ -56,11 +56,7 @@ def run_probe(
         if isinstance(path_or_checkpoint, Checkpoint):
             checkpoint = path_or_checkpoint
         else:
-            device = world.device(config.device)
-            missing_state = config.first_order.missing_state
-            checkpoint = load_checkpoint(
-                path_or_checkpoint, base_model, device, missing_state=missing_state, **config.placement
-            )
+            checkpoint = load_configured(path_or_checkpoint, base_model, config, world)
     given = {"prompts": prompts, "progress": progress, "world": world}
     prepared = prepare(checkpoint, config, rollouts, update_rollouts, **given)
     report = world.told(measure(prepared, name=name, progress=progress))

@@ -1,13 +1,16 @@
-"""`SequenceProcessor`: sample from any live model, score by teacher forcing, look at every step. The notes' verbs.
+"""`SequenceProcessor`: sample from any live model, score by teacher forcing, look at every step.
 
     config = {"generation": {"max_new_tokens": 64, "stop": ["</answer>"]}}
     processor = SequenceProcessor(model, tokenizer, config=config)
-    sequences, logprobs, diagnostics = processor.generate_with_logprobs(dataset_name="arithmetic", num_prompts=8, G=4)
-    logprobs.sequence_logprobs          # [B, G];   logprobs[b, g].logprobs is one response, without padding
-    after = processor.teacher_force_logprobs(sequences, params_override=processor.build_params_override(v, 1e-6))
+    asked = {"dataset_name": "arithmetic", "num_prompts": 8, "G": 4}
+    sequences, logprobs, diagnostics = processor.generate_with_logprobs(**asked)
+    logprobs.sequence_logprobs      # [B, G]
+    logprobs[b, g].logprobs         # [T]: one response, without padding
+    moved = processor.build_params_override(v, 1e-6)
+    after = processor.teacher_force_logprobs(sequences, params_override=moved)
 
-A facade: sampling is `stages/sampling.py`, scoring `stages/scores.py`, the types `stages/sequences.py`, diagnostics
-`estimators/token_stats.py`.
+A facade. Sampling is `stages/responses/sampling.py`, scoring `teacher_forcing.py`, the types are in
+`stages/responses/sequences.py`, diagnostics in `estimators/token_stats.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.config import GenerationConfig, SequenceConfig
-from entropy_probe.errors import ConfigError, MeasurementError, OverrideError, shown
+from entropy_probe.errors import ConfigError, MeasurementError, shown
 from entropy_probe.estimators.token_stats import (
     DiagnosticsPack,
     DistributionDiagnostics,
     SequenceDiagnostics,
     TokenStepDiagnostics,
-    features_of_steps,
     sequence_diagnostics,
-    step_diagnostics,
 )
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import build_functional_params_named, theta_plus_eta_v
@@ -41,7 +41,8 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import Reward, find_reward
-from entropy_probe.stages.responses.rollouts import eos_ids, sample_rollouts
+from entropy_probe.stages.responses.rollouts import eos_ids
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.sequences import (
     BatchedSequences,
     DiagnosticsResults,
@@ -51,8 +52,15 @@ from entropy_probe.stages.responses.sequences import (
     steps_of,
 )
 from entropy_probe.stages.responses.tasks import as_prompt, dataset_prompts, draw_prompts
-from entropy_probe.stages.scores import policy_scores, read_responses, require_finite, require_inside_nucleus
 from entropy_probe.stages.witnesses.continuity import ZeroCheck, compared
+from entropy_probe.teacher_forcing import (
+    Wanted,
+    as_results,
+    override_of,
+    require_graph,
+    require_sound,
+    teacher_forced,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -75,11 +83,12 @@ _SECONDS_BETWEEN_REPORTS = 5.0
 class SequenceProcessor:
     """Sampling, scoring and diagnostics on a live model, which is never changed.
 
-    `config` is a `GenerationConfig`, a mapping with the sections `generation` and `precision`, or a `ProbeConfig`. The
-    model is used as it is at the time of each call, in `eval()`, without autocast, in the configured precision
-    (`precision.func_override.dtype`): where its own dtype differs, each call works on a copy in that dtype. LoRA and
-    PEFT stay in place, wrappers of DDP and torch.compile are taken off. `reward` names a reward as `batch.reward` does,
-    or is one: (response, gold) → number. Progress of sampling goes to `logger` as INFO.
+    `config` is a `GenerationConfig`, a mapping with the sections `generation` and `precision`, or a
+    `ProbeConfig`. The model is used as it is at the time of each call, in `eval()`, without
+    autocast, in the configured precision (`precision.dtype`): where its own dtype differs, each
+    call works on a copy in that dtype. LoRA and PEFT stay in place, wrappers of DDP and
+    torch.compile are taken off. `reward` names a reward as `batch.reward` does, or is one:
+    (response, gold) → number. Progress of sampling goes to `logger` as INFO.
     """
 
     def __init__(
@@ -93,15 +102,7 @@ class SequenceProcessor:
     ) -> None:
         if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
             raise ConfigError("model", f"is {shown(model)}", "give a module with parameters")
-        if config is None or isinstance(config, GenerationConfig):
-            sections = SequenceConfig(generation=config or GenerationConfig())
-        elif isinstance(config, Mapping):
-            sections = SequenceConfig.from_mapping(dict(config))
-        elif isinstance(config, SequenceConfig):
-            sections = config
-        else:
-            remedy = "give a GenerationConfig, a ProbeConfig, or {'generation': {..}, 'precision': {..}}"
-            raise ConfigError("config", f"is {shown(config)}", remedy)
+        sections = _sections(config)
         self.model = model
         self.tokenizer = tokenizer
         self.logger = logger or logging.getLogger("entropy_probe")
@@ -114,7 +115,10 @@ class SequenceProcessor:
     def sample_prompts(
         self, dataset_name: str, split: str = "train", num_prompts: int = 8, seed: int | None = None
     ) -> list[Prompt]:
-        """Distinct prompts of a dataset (`batch.dataset` says which there are), with their gold answers."""
+        """Distinct prompts of a dataset, with their gold answers.
+
+        `batch.dataset` says which datasets there are.
+        """
         pool = _pool(dataset_name, split)
         if _positive("num_prompts", num_prompts) > len(pool):
             problem = f"{num_prompts} asked for, {len(pool)} in {dataset_name} {split}"
@@ -129,23 +133,31 @@ class SequenceProcessor:
         *,
         seed: int | None = None,
     ) -> BatchedSequences:
-        """G responses of every prompt from q: temperature, top_p, length limit and stop strings of the configuration.
+        """G responses of every prompt from q.
 
-        The same seed gives the same responses whatever `gen_batch_size` is. Without one it is drawn from torch's
-        default generator, so that `torch.manual_seed` governs it.
+        Temperature, top_p, length limit and stop strings are those of the configuration.
+        The same seed gives the same responses whatever `gen_batch_size` is. Without one it is drawn
+        from torch's default generator, so that `torch.manual_seed` governs it.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ConfigError("prompts", f"are {shown(prompts)}", "give a list of at least one")
         asked = [(p, None) if isinstance(p, str) else p for p in prompts]
         prompts = [as_prompt(p, f"entry {i}", key="prompts") for i, p in enumerate(asked)]
         if self.tokenizer is None:
-            raise MeasurementError("tokenizer", "was not given, so nothing can be sampled", "give it to the processor")
+            problem = "was not given, so nothing can be sampled"
+            raise MeasurementError("tokenizer", problem, "give it to the processor")
         group = _positive("G", G, self.config.num_return_sequences)
         size = _positive("gen_batch_size", gen_batch_size, self.config.gen_batch_size)
-        generation = self.config.model_copy(update={"num_return_sequences": group, "gen_batch_size": size})
+        changes = {"num_return_sequences": group, "gen_batch_size": size}
+        generation = self.config.model_copy(update=changes)
         with self._bound() as bound:
             rollouts = sample_rollouts(
-                bound, self.tokenizer, prompts, generation, seed=_seed(seed), progress=_Reports(self.logger)
+                bound,
+                self.tokenizer,
+                prompts,
+                generation,
+                seed=_seed(seed),
+                progress=_Reports(self.logger),
             )
         return batched(rollouts, self.tokenizer, prompts)
 
@@ -162,16 +174,18 @@ class SequenceProcessor:
         tf_batch_size: int | None = None,
         compute_rb: bool = False,
     ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
-        """Sample from `prompts`, or from `num_prompts` prompts of a dataset, then score and diagnose."""
+        """Sample from `prompts`, or `num_prompts` prompts of a dataset; then score and diagnose."""
         if (prompts is None) == (dataset_name is None):
-            raise ConfigError("prompts", "and `dataset_name` are both given, or neither is", "give one of them")
+            problem = "and `dataset_name` are both given, or neither is"
+            raise ConfigError("prompts", problem, "give one of them")
         seed = _seed(seed)
         if dataset_name is not None:
-            prompts = self.sample_prompts(dataset_name, split, _positive("num_prompts", num_prompts, 8), seed)
+            count = _positive("num_prompts", num_prompts, 8)
+            prompts = self.sample_prompts(dataset_name, split, count, seed)
         assert prompts is not None
         sequences = self.generate_batched(prompts, G, gen_batch_size, seed=seed)
-        scored = self.teacher_force_logprobs_with_diagnostics(sequences, with_grad, tf_batch_size, compute_rb)
-        return sequences, *scored
+        how = (with_grad, tf_batch_size, compute_rb)
+        return sequences, *self.teacher_force_logprobs_with_diagnostics(sequences, *how)
 
     def generate_with_replacement_sampling(
         self,
@@ -188,16 +202,19 @@ class SequenceProcessor:
     ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
         """Independent draws: `total_sequences` prompts with replacement, one response each.
 
-        The pool is the dataset's split, or `max_prompts_pool` prompts of it, drawn without replacement.
+        The pool is the dataset's split, or `max_prompts_pool` prompts of it, drawn without
+        replacement.
         """
         if G != 1:
-            raise ConfigError("G", f"is {G}: responses to one prompt are not independent", "leave it at 1")
+            problem = f"is {G}: responses to one prompt are not independent"
+            raise ConfigError("G", problem, "leave it at 1")
         seed = _seed(seed)
         pool = _pool(dataset_name, split)
         if max_prompts_pool is not None:
             size = min(_positive("max_prompts_pool", max_prompts_pool), len(pool))
             pool = draw_prompts(pool, size, seed=seed, with_replacement=False)
-        drawn = draw_prompts(pool, _positive("total_sequences", total_sequences), seed=seed + 1, with_replacement=True)
+        count = _positive("total_sequences", total_sequences)
+        drawn = draw_prompts(pool, count, seed=seed + 1, with_replacement=True)
         return self.generate_with_logprobs(
             drawn,
             1,
@@ -221,19 +238,22 @@ class SequenceProcessor:
         buffers_override: Mapping[str, Tensor] | None = None,
         return_logits: bool = False,
     ) -> LogprobResults:
-        """Score every generated token at θ, or with the parameters in `params_override` replaced (θ + ηv).
+        """Score every generated token at θ, or at θ + ηv: with `params_override` in its place.
 
             log π(token i | tokens before i) from the logits at i−1
 
-        One forward function with and without a graph, at θ and at θ + ηv. `with_grad`: log π, log q and logits carry
-        the graph, to the live parameters and to those tensors of `params_override` that require it; else they are on
-        the CPU. It is the module's own graph, as a trainer differentiates it (DoRA detaches its weight norm). Long
-        batches are computed again in the backward pass: change no parameter before it. `buffers_override` is for
-        diagnosis only: buffers are otherwise those of the model. `return_logits` holds [B, G, T, V] in memory. Raises
-        `MeasurementError`, `RolloutsError` and `OverrideError`.
+        One forward function with and without a graph, at θ and at θ + ηv. `with_grad`: log π, log q
+        and logits carry the graph, to the live parameters and to those tensors of `params_override`
+        that require it; else they are on the CPU. It is the module's own graph, as a trainer
+        differentiates it (DoRA detaches its weight norm). Long batches are computed again in the
+        backward pass: change no parameter before it. `buffers_override` is for diagnosis only:
+        buffers are otherwise those of the model. `return_logits` holds [B, G, T, V] in memory.
+        Raises `MeasurementError`, `RolloutsError` and `OverrideError`.
         """
-        flags = (with_grad, compute_rb, return_baseline_features, return_logits)
-        return self._scored(sequences, tf_batch_size, params_override or {}, buffers_override or {}, *flags)[0]
+        wanted = Wanted(with_grad, compute_rb, return_baseline_features, return_logits)
+        overrides = (params_override, buffers_override)
+        results, _ = self._scored(sequences, tf_batch_size, *overrides, wanted)
+        return results
 
     def teacher_force_logprobs_with_diagnostics(
         self,
@@ -246,20 +266,29 @@ class SequenceProcessor:
         buffers_override: Mapping[str, Tensor] | None = None,
         return_logits: bool = False,
     ) -> tuple[LogprobResults, DiagnosticsResults]:
-        """`teacher_force_logprobs`, and diagnostics of every step under the same policy from the same logits."""
-        flags = (with_grad, compute_rb, return_baseline_features, return_logits)
-        overrides = (params_override or {}, buffers_override or {})
-        results, step = self._scored(sequences, tf_batch_size, *overrides, *flags, diagnose=True)
+        """`teacher_force_logprobs`, and diagnostics of every step.
+
+        They are those of the same policy, from the same logits.
+        """
+        wanted = Wanted(with_grad, compute_rb, return_baseline_features, return_logits, True)
+        overrides = (params_override, buffers_override)
+        results, step = self._scored(sequences, tf_batch_size, *overrides, wanted)
         assert step is not None
 
         def whole(b: int, g: int, steps: int) -> SequenceDiagnostics:
-            return sequence_diagnostics(steps_of(step, b, g, steps), torch.from_numpy(results.entropies[b, g, :steps]))
+            surprisal = torch.from_numpy(results.entropies[b, g, :steps])
+            return sequence_diagnostics(steps_of(step, b, g, steps), surprisal)
 
-        seq = [[whole(b, g, n) for g, n in enumerate(row)] for b, row in enumerate(results.gen_lens.tolist())]
+        lengths = results.gen_lens.tolist()
+        seq = [[whole(b, g, n) for g, n in enumerate(row)] for b, row in enumerate(lengths)]
         return results, DiagnosticsResults(step, seq, results.gen_lens)
 
-    def build_params_override(self, v_named: Mapping[str, Tensor] | None, eta: float) -> dict[str, Tensor]:
-        """θ + ηv for the names in v, both upcast to the configured dtype before the addition; detached."""
+    def build_params_override(
+        self,
+        v_named: Mapping[str, Tensor] | None,
+        eta: float,
+    ) -> dict[str, Tensor]:
+        """θ + ηv for the names in v, detached; both are upcast before the addition."""
         if not math.isfinite(eta):
             raise ConfigError("eta", f"is {eta}", "give a finite number")
         return theta_plus_eta_v(Registry.of(self.model), v_named or {}, eta, self._dtype)
@@ -267,17 +296,21 @@ class SequenceProcessor:
     def debug_zero_check(
         self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N L"] | None = None, atol: float = 0.0
     ) -> ZeroCheck:
-        """max|direct − functional(η = 0)| over the logits, every parameter being mapped; bit for bit unless `atol`.
+        """max|direct − functional(η = 0)| over the logits, every parameter being mapped.
 
-        Raises `MeasurementError` where the difference is larger, or not a number.
+        Both must be equal bit for bit, unless `atol` is given. Raises `MeasurementError` where the
+        difference is larger, or not a number.
         """
         if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
-            shapes = f"have shape {tuple(ids.shape)}" + ("" if mask is None else f", the mask {tuple(mask.shape)}")
+            shapes = f"have shape {tuple(ids.shape)}"
+            if mask is not None:
+                shapes += f", the mask {tuple(mask.shape)}"
             raise MeasurementError("ids", shapes, "give both as [N, L]")
         with self._bound() as bound, torch.no_grad():
             mapping, _ = build_functional_params_named(bound.module, None, 0.0)
             ids, mask = ids.to(bound.device), None if mask is None else mask.to(bound.device)
-            check = compared(bound.direct_logits(ids, mask=mask), bound.logits(ids, mask=mask, override=mapping))
+            direct = bound.direct_logits(ids, mask=mask)
+            check = compared(direct, bound.logits(ids, mask=mask, override=mapping))
         self.logger.info("[η=0] max|direct - functional| = %.3e", check.max_abs)
         if not check.max_abs <= atol:
             raise MeasurementError(
@@ -291,78 +324,38 @@ class SequenceProcessor:
         self,
         sequences: BatchedSequences,
         tf_batch_size: int | None,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        with_grad: bool,
-        compute_rb: bool,
-        return_baseline_features: bool,
-        return_logits: bool,
-        *,
-        diagnose: bool = False,
+        params: Mapping[str, Tensor] | None,
+        buffers: Mapping[str, Tensor] | None,
+        wanted: Wanted,
     ) -> tuple[LogprobResults, TokenStepDiagnostics | None]:
-        policy = self.config
-        size = _positive("tf_batch_size", tf_batch_size, policy.tf_batch_size)
+        size = _positive("tf_batch_size", tf_batch_size, self.config.tf_batch_size)
         if not isinstance(sequences, BatchedSequences):
-            raise MeasurementError("sequences", f"are {shown(sequences)}", "give BatchedSequences")
-        if with_grad and torch.is_inference_mode_enabled():
-            raise MeasurementError("with_grad", "inference mode is on, in which there are no graphs", "leave it")
-        with self._bound() as bound, torch.set_grad_enabled(with_grad):
-            override = _override(bound, params, buffers)
+            problem = f"are {shown(sequences)}"
+            raise MeasurementError("sequences", problem, "give BatchedSequences")
+        if wanted.graph and torch.is_inference_mode_enabled():
+            problem = "inference mode is on, in which there are no graphs"
+            raise MeasurementError("with_grad", problem, "leave it")
+        with self._bound() as bound, torch.set_grad_enabled(wanted.graph):
+            override = override_of(bound, params or {}, buffers or {})
             eos = eos_ids(bound.language_model, self.tokenizer)
             rollouts = as_rollouts(sequences, bound, eos)
-            score = policy_scores(bound, policy, self.precision)
-            names = [f.name for f in fields(TokenStepDiagnostics) if eos or f.name != "eos_prob"]
-            names = names if diagnose or return_baseline_features else []
-
-            def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-                values = score(logits, tokens)
-                if names:
-                    step = step_diagnostics(logits, policy.top_p, policy.temperature, eos)
-                    values += tuple(getattr(step, name) for name in names)
-                return (*values, logits) if return_logits else values
-
-            mapping = self._live_parameters(bound) | override if with_grad else override
-            logp, logq, entropy, entropy_q, *more = read_responses(bound, rollouts, size, read, mapping)
-        where = (
-            ("with the override", "give a smaller step") if override else ("as the model is", "look into its weights")
-        )
-        require_finite(rollouts, logp.detach(), entropy.detach(), *where)
-        if not override:
-            require_inside_nucleus(rollouts, logq.detach(), policy.top_p)
-        if with_grad and not logp.requires_grad:
-            problem = "neither a parameter of the model nor a tensor of params_override requires a gradient"
-            raise MeasurementError("with_grad", problem, "call requires_grad_() on those that should")
-        step = (
-            TokenStepDiagnostics(**{n: v.detach().cpu() for n, v in zip(names, more, strict=False)}) if names else None
-        )
-        plain_logp, plain_logq = _plain(logp), _plain(logq)
-        results = LogprobResults(
-            logprobs=logp if with_grad else logp.cpu(),
-            entropies=-plain_logp.numpy(),
-            sequence_logprobs=plain_logp.sum(-1),
-            token_logqs=logq if with_grad else logq.cpu(),
-            sequence_logqs=plain_logq.sum(-1),
-            rewards=self._rewards(sequences),
-            gen_lens=sequences.gen_lens,
-        )
-        if compute_rb:
-            differentiable = entropy if with_grad and policy.rb_requires_grad else None
-            of_pi, of_q = _plain(entropy).numpy(), _plain(entropy_q).numpy()
-            results = replace(results, rb_entropies=of_pi, rb_entropies_q=of_q, rb_entropies_torch=differentiable)
-        if return_baseline_features and step is not None:
-            features = features_of_steps(step, policy.max_new_tokens)
-            inside = rollouts.per_prompt(rollouts.gen_mask)[..., None]
-            results = replace(results, baseline_feats_torch=torch.where(inside, features, 0.0))
-        if return_logits:
-            results = replace(results, logits=more[-1] if with_grad else more[-1].cpu())
-        return results, step
+            mapping = self._live_parameters(bound) | override if wanted.graph else override
+            policy = (self.config, self.precision)
+            scored = teacher_forced(bound, rollouts, eos, *policy, size, mapping, wanted)
+        require_sound(scored, self.config, overridden=bool(override))
+        if wanted.graph:
+            require_graph(scored)
+        rewards = self._rewards(sequences)
+        return as_results(scored, sequences, rewards, self.config, wanted), scored.step
 
     def _live_parameters(self, bound: BoundModel) -> dict[str, Tensor]:
-        """Where `bound` is a copy: the model's own trainable parameters in its dtype, for the graph to reach them."""
+        """Where `bound` is a copy: the model's own trainable parameters in its dtype, for the graph
+        to reach them.
+        """
         registry = Registry.of(self.model)
         if registry.module is bound.module:
             return {}
-        return {name: parameter.to(bound.dtype) for name, parameter in registry.trainable.items()}
+        return {name: live.to(bound.dtype) for name, live in registry.trainable.items()}
 
     def _rewards(self, sequences: BatchedSequences) -> Float[Tensor, "B G"]:
         prompts = sequences.prompts or [Prompt("")] * len(sequences.responses_text)
@@ -374,7 +367,7 @@ class SequenceProcessor:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return str_to_dtype(self.precision.func_override.dtype)
+        return str_to_dtype(self.precision.dtype)
 
     @contextmanager
     def _bound(self) -> Iterator[BoundModel]:
@@ -396,28 +389,21 @@ class _Reports:
             self._logger.info("%s: %d of at most %d tokens", stage, done, total)
 
 
-def _override(bound: BoundModel, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Both in one mapping, after a look at whether each name stands where it belongs."""
-    for where, given, known in (
-        ("params_override", params, bound.registry.parameters.keys()),
-        ("buffers_override", buffers, bound.registry.buffer_names),
-    ):
-        if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
-            raise OverrideError(where, f"is {shown(given)}", "give a mapping of names to tensors")
-        unknown = next((name for name in given if name not in known), None)
-        if unknown is not None:
-            raise OverrideError(where, f"the unwrapped model has no {unknown!r} among these", "leave it out")
-    return {**params, **buffers}
+def _sections(config: object) -> SequenceConfig:
+    if config is None or isinstance(config, GenerationConfig):
+        return SequenceConfig(generation=config or GenerationConfig())
+    if isinstance(config, Mapping):
+        return SequenceConfig.from_mapping(dict(config))
+    if isinstance(config, SequenceConfig):
+        return config
+    remedy = "give a GenerationConfig, a ProbeConfig, or {'generation': {..}, 'precision': {..}}"
+    raise ConfigError("config", f"is {shown(config)}", remedy)
 
 
 def _pool(dataset_name: str, split: str) -> list[Prompt]:
     if split not in ("train", "test"):
         raise ConfigError("split", f"is {split!r}", "give train or test")
     return dataset_prompts(dataset_name, split)
-
-
-def _plain(values: Tensor) -> Tensor:
-    return values.detach().double().cpu()
 
 
 def _whole(name: str, value: object, lowest: int) -> int:
@@ -428,8 +414,10 @@ def _whole(name: str, value: object, lowest: int) -> int:
 
 
 def _positive(name: str, value: object, default: int | None = None) -> int:
-    """`value`, which must be a whole number above 0; `default`, if there is one, in place of `None`."""
-    return default if value is None and default is not None else _whole(name, value, 1)
+    """`value`, which must be a whole number above 0, or `default` in place of `None`."""
+    if value is None and default is not None:
+        return default
+    return _whole(name, value, 1)
 
 
 def _seed(seed: int | None) -> int:

@@ -1,19 +1,28 @@
-"""Text files that a user or a checkpoint gives: regular files only, and never more than fits."""
+"""Texts that a user or a checkpoint gives: regular files only, and never more than fits."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from entropy_probe.errors import CheckpointError, RolloutsError
 
 LARGEST = 1 << 30
 """Bytes; a gigabyte of JSON takes ten of memory."""
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular UTF-8 file. `OSError` for anything else: a pipe would wait, a device never end."""
-    stream = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer opens at once
+    """The text of a regular UTF-8 file.
+
+    Raises `OSError` for anything else: a pipe would wait, a device never end.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer opens at once
+    stream = os.open(path, os.O_RDONLY | at_once)
     with os.fdopen(stream, "rb") as file:
         status = os.fstat(stream)
         if stat.S_ISDIR(status.st_mode):
@@ -23,3 +32,46 @@ def read_text(path: Path) -> str:
         if status.st_size > LARGEST:
             raise OSError(errno.EFBIG, f"is larger than {LARGEST >> 30} GiB", str(path))
         return file.read().decode("utf-8")
+
+
+def json_lines(path: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) for every line that is not blank.
+
+    Raises `RolloutsError`; `form` says what to write.
+    """
+    try:
+        lines = read_text(path).split("\n")  # JSON may hold other line separators
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
+        raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RolloutsError(where, f"is not JSON ({error})", form) from error
+        if not isinstance(row, dict):
+            raise RolloutsError(where, f"is a {type(row).__name__}", form)
+        yield where, row
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether the text holds half of a pair, which JSON can hold and UTF-8 cannot."""
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
+    return content
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error

@@ -10,13 +10,13 @@ import torch
 
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
-from entropy_probe.prepared import Prepared
-from entropy_probe.stages.gradients import unit_gradients
-from entropy_probe.stages.payloads import payloads
+from entropy_probe.pipeline.prepared import Prepared
+from entropy_probe.stages.gradients.payloads import payloads
+from entropy_probe.stages.gradients.unit_gradients import unit_gradients
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import units_of
 
 _ETA = 1e-6  # any step costs the same
 

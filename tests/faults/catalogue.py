@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe import run
+from entropy_probe import loading
 from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
@@ -31,18 +31,9 @@ from entropy_probe.model.checkpoint.weights import adapter
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages import (
-    batches,
-    derivatives,
-    entropy_change,
-    first_order,
-    gradients,
-    products,
-    scores,
-    slopes,
-    update,
-)
-from entropy_probe.stages.responses import rollouts, sampling
+from entropy_probe.stages import batches, derivatives, entropy_change, first_order, scores, slopes, update
+from entropy_probe.stages.gradients import products, unit_gradients
+from entropy_probe.stages.responses import drawing, rollouts, rollouts_file, sampled_rollouts, sampling
 from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
 
@@ -121,7 +112,7 @@ def scaled(by: float) -> Callable[[Any], Any]:
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def bracket_not_detached(patch: Patch) -> None:
     """The gradient flows through the bracket S − S̄ too: X is twice what it is."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
 
 
 @fault("llama", "gradient_witness slope_identity")
@@ -175,13 +166,13 @@ def _rolled(side: dict[str, Tensor]) -> dict[str, Tensor]:
 @fault("llama", "gradient_witness projections_agree slope_identity", first_order={"mode": "block", "num_blocks": 3})
 def blocks_of_x_mixed_up(patch: Patch) -> None:
     """A block holds the X of another block's prompts."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=_rolled))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=_rolled))
 
 
 @fault("llama", "gradient_witness", first_order={"mode": "block", "num_blocks": 3})
 def blocks_of_y_mixed_up(patch: Patch) -> None:
     """A block holds the Y of another block's prompts."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
 
 
 @fault("llama", "x_coverage y_coverage curvature_witness change_identity taylor_order")
@@ -193,7 +184,7 @@ def part_of_the_forward_detached(patch: Patch) -> None:
         layer.register_forward_hook(lambda module, inputs, output: output.detach())
         return checkpoint
 
-    then(patch, run.load_checkpoint, detached)
+    then(patch, loading.load_checkpoint, detached)
 
 
 @fault("llama", "gradient_witness", first_order={"estimator": "rb"})
@@ -788,7 +779,7 @@ def live_model_changed(patch: Patch) -> None:
     _after_sweep(patch, 1e-4)
 
 
-_FLOAT64 = {key: {"dtype": "float64"} for key in ("func_override", "tf_nograd", "tf_withgrad")}
+_FLOAT64 = {"dtype": "float64"}
 
 
 @fault("llama", "live_model_unmodified", precision=_FLOAT64)
@@ -840,7 +831,7 @@ def rows_normalised_together(patch: Patch) -> None:
         norm.register_forward_hook(lambda module, inputs, output: output / output.detach().square().mean().sqrt())
         return checkpoint
 
-    then(patch, run.load_checkpoint, together)
+    then(patch, loading.load_checkpoint, together)
 
 
 @fault(
@@ -858,7 +849,7 @@ def dropout_left_on(patch: Patch) -> None:
         checkpoint.model.train()
         return checkpoint
 
-    then(patch, run.load_checkpoint, training)
+    then(patch, loading.load_checkpoint, training)
 
 
 @fault(
@@ -970,7 +961,7 @@ def every_adapter_merged(patch: Patch) -> None:
         checkpoint.model.merge_adapter()
         return checkpoint
 
-    then(patch, run.load_checkpoint, merged)
+    then(patch, loading.load_checkpoint, merged)
 
 
 @fault("lora", "sampler_parity")
@@ -1014,8 +1005,7 @@ def entropy_of_the_wrong_step(patch: Patch) -> None:
 
 
 def _lines(patch: Patch, change: Callable[[Any], Any]) -> None:
-    original = rollouts._assemble
-    patch.setattr(rollouts, "_assemble", lambda lines, *a: change(original(lines, *a)))
+    then(patch, rollouts.assembled, change)
 
 
 @fault("llama", "chunk_invariance sampler_parity", also="batch_invariance")
@@ -1054,12 +1044,14 @@ def padding_scored(patch: Patch) -> None:
 @fault("llama", refused="goes on after the EOS")
 def tokens_after_eos(patch: Patch) -> None:
     """The engine did not stop at an EOS, and its file holds what came after."""
-    original = rollouts._LineReader.read
+    original = rollouts_file.json_lines
 
-    def read(self: Any, content: str, where: str) -> Any:
-        return original(self, content.replace('"response_ids": [[', '"response_ids": [[2, '), where)
+    def lines(*a: Any) -> Any:
+        for where, row in original(*a):
+            first, *rest = row["response_ids"]
+            yield where, {**row, "response_ids": [[2, *first], *rest]}
 
-    patch.setattr(rollouts._LineReader, "read", read)
+    patch.setattr(rollouts_file, "json_lines", lines)
 
 
 @fault(
@@ -1105,14 +1097,14 @@ def nucleus_without_the_crossing_token(patch: Patch) -> None:
 @fault("sampled", "on_policy")
 def sampler_at_another_temperature(patch: Patch) -> None:
     """Tokens are drawn at temperature 1 and scored at 0.7."""
-    original = sampling.masses
+    original = drawing.masses
     everywhere(patch, original, lambda logits, temperature, top_p: original(logits, 1.0, top_p))
 
 
 @fault("sampled", "on_policy", generation={"temperature": 1.5})
 def sampler_with_a_default_top_k(patch: Patch) -> None:
     """Tokens are drawn from the 50 largest logits, as generate() does unless told otherwise."""
-    original = sampling.masses
+    original = drawing.masses
 
     def cut(logits: Tensor, *a: Any) -> Tensor:
         return original(logits.masked_fill(logits < logits.topk(50).values[:, -1:], -math.inf), *a)
@@ -1130,7 +1122,7 @@ def sampler_without_the_crossing_token(patch: Patch) -> None:
         inside[:, 0] = True
         return torch.zeros_like(inside).scatter(-1, order, inside)
 
-    patch.setattr(sampling, "nucleus", narrower)
+    patch.setattr(drawing, "nucleus", narrower)
 
 
 @fault("sampled", "on_policy", also="seeded ends_at_eos")
@@ -1142,21 +1134,21 @@ def prompt_scored_with_the_response(patch: Patch) -> None:
 @fault("sampled", inconclusive="y_coverage se_identity", also="on_policy")
 def one_noise_for_all_responses(patch: Patch) -> None:
     """The responses of a prompt are drawn with the same numbers, and are one response G times."""
-    original = sampling.noise_of
+    original = drawing.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(seed, prompt, 0))
 
 
 @fault("sampled", "seeded")
 def seed_ignored(patch: Patch) -> None:
     """The configured seed is not used: every run draws the same responses."""
-    original = sampling.noise_of
+    original = drawing.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(0, prompt, response))
 
 
 @fault("sampled", "ends_at_eos")
 def sampler_goes_on_after_eos(patch: Patch) -> None:
     """Responses run to the length limit, whatever they hold."""
-    patch.setattr(rollouts, "eos_ids", lambda model, tokenizer: [])
+    patch.setattr(sampled_rollouts, "eos_ids", lambda model, tokenizer: [])
 
 
 @fault("sampled", "ends_at_eos")
@@ -1168,7 +1160,7 @@ def sampler_drops_eos(patch: Patch) -> None:
         drawn = original(*a, eos_ids=eos_ids, **k)
         return [tokens[:-1] if tokens[-1] in eos_ids and len(tokens) > 1 else tokens for tokens in drawn]
 
-    patch.setattr(rollouts, "sample", cut)
+    patch.setattr(sampled_rollouts, "sample", cut)
 
 
 @fault("llama", "batches_as_given")
@@ -1180,7 +1172,7 @@ def batches_swapped(patch: Patch) -> None:
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def gradients_all_zero(patch: Patch) -> None:
     """The fast pass returns zeros, and two zeros agree."""
-    then(patch, gradients.unit_gradients, lambda units: with_fields(units, x=scaled(0.0), y=scaled(0.0)))
+    then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(0.0), y=scaled(0.0)))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,24 @@ def test_rootdir_trap(repository: Repository, tmp_path: Path) -> None:
         assert "probe-checks/test_checkpoint.py::test_loads[ckpt]" in ran.output
     assert list(inside.iterdir()) == []
     assert list(outside.iterdir()) == []
+
+
+HEAVY = {"numpy", "torch", "transformers", "pydantic", "rich", "jaxtyping", "scipy"}
+SPY = """
+import sys
+
+def pytest_unconfigure():
+    print("IMPORTED", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_a_run_without_a_checkpoint_imports_nothing_heavy(repository: Repository) -> None:
+    """Neither through us nor through the plugins of what we require, which are all on."""
+    (repository.folder / "spy.py").write_text(SPY)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    command = [repository.python, "-m", "pytest", "--co", "-q", "-p", "spy"]
+    done = subprocess.run(command, cwd=repository.folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    imported = set(done.stdout.partition("IMPORTED")[2].split())
+    assert {"pytest_entropy_probe", "hypothesis", "pytest_benchmark"} <= imported
+    assert not HEAVY & imported

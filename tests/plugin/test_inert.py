@@ -3,44 +3,64 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from pytest_entropy_probe.plugin import MARKERS, OPTIONS
 
 HEAVY = {
-    *("torch", "transformers", "pydantic", "numpy", "matplotlib", "rich", "yaml"),
-    *("entropy_probe", "entropy_probe_checks"),
+    *("torch", "transformers", "pydantic", "numpy", "scipy", "matplotlib", "rich", "yaml"),
+    *("jaxtyping", "entropy_probe", "entropy_probe_checks"),
 }
-
+OURS = {"pytest_entropy_probe"} | {f"pytest_entropy_probe.{name}" for name in ("plugin", "names", "fixtures")}
 SPY = """
 import sys
 
 def pytest_unconfigure():
-    print("IMPORTED", *sorted({name.partition(".")[0] for name in sys.modules}))
+    print("IMPORTED", *sorted(sys.modules))
 """
 
 
-def test_no_checkpoint_imports_nothing_and_shows_nothing(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def imported(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
+    """A callable that runs pytest with these arguments, and says which modules it imported."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins import numpy
     pytester.makepyfile(spy=SPY, test_own="def test_own(): pass")
-    plugins = ("-p", "spy", "-p", "pytest_entropy_probe.plugin")
-    result = pytester.run(sys.executable, "-m", "pytest", *plugins, "--co")  # with nothing imported
-    assert result.ret == pytest.ExitCode.OK
-    imported = next(line for line in result.outlines if line.startswith("IMPORTED")).split()
-    assert "pytest_entropy_probe" in imported
-    assert not HEAVY & set(imported)
-    result.stdout.no_fnmatch_line("*entropy-probe 0*")
-    result.stdout.no_fnmatch_line("*probe-checks*")
-    result.stdout.fnmatch_lines(["*1 test collected*"])
+
+    def run(*args: str) -> set[str]:
+        result = pytester.run(sys.executable, "-m", "pytest", "-p", "spy", *args)  # with nothing imported
+        assert result.ret == pytest.ExitCode.OK
+        if "--co" in args:
+            result.stdout.fnmatch_lines(["*1 test collected*"])
+        result.stdout.no_fnmatch_line("*entropy-probe 0*")
+        result.stdout.no_fnmatch_line("*probe-checks*")
+        return set(next(line for line in result.outlines if line.startswith("IMPORTED")).split())
+
+    return run
+
+
+@pytest.mark.parametrize("args", [["--co"], [], ["--fixtures"], ["--markers"]], ids=" ".join)
+def test_no_checkpoint_imports_three_files_and_shows_nothing(
+    imported: Callable[..., set[str]], args: list[str]
+) -> None:
+    """Nothing heavy, and nothing of the standard library that pytest does not import itself."""
+    ours = imported("-p", "pytest_entropy_probe.plugin", *args)
+    assert not HEAVY & {name.partition(".")[0] for name in ours}
+    assert ours - imported(*args) == OURS
+
+
+def test_the_fixtures_are_there_without_a_checkpoint(pytester: pytest.Pytester) -> None:
+    names = ("checkpoint", "report", "model", "rollouts", "golden")
+    shown = pytester.runpytest_subprocess("--fixtures").stdout
+    shown.fnmatch_lines_random([f"probe_{name} *" for name in names])
 
 
 def test_fixtures_without_a_checkpoint_skip_with_the_reason(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("def test_one(probe_report): pass\ndef test_two(probe_checkpoint): pass")
+    names = ("checkpoint", "report", "model", "rollouts", "golden")
+    pytester.makepyfile("\n".join(f"def test_{name}(probe_{name}): pass" for name in names))
     result = pytester.runpytest_subprocess("-rs")
-    result.assert_outcomes(skipped=2)
+    result.assert_outcomes(skipped=5)
     result.stdout.fnmatch_lines(["SKIPPED*needs a checkpoint: run pytest with --probe-checkpoint=PATH"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,44 @@ def test_other_limits_compute_no_forward(tmp_path: Path) -> None:
     cleared = run(tmp_path, limits, "--probe-checkpoint=demo", "--cache-clear", forward=False)
     assert cleared.returncode == 1
     assert entries(tmp_path) == []
+
+
+# What pytest shows of the modules that a run imported.
+SPY = """
+import sys
+def pytest_unconfigure():
+    heavy = {"torch", "transformers", "peft", "safetensors", "jaxtyping", "scipy.stats"}
+    print("IMPORTED", sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_a_kept_report_is_judged_without_torch(tmp_path: Path) -> None:
+    """All criteria, the limits in force, and report.json; of one checkpoint under two names."""
+    (tmp_path / "probe.yaml").write_text(f"budget: smoke\n{SMALL}")
+    (tmp_path / "conftest.py").write_text(SPY)
+    options = ("--probe-config=probe.yaml", "--probe-json=reports", "-m", "acceptance", "-v")
+    command = [sys.executable, "-m", "pytest", *options]
+
+    def judged(*checkpoints: str) -> subprocess.CompletedProcess[str]:
+        given = [f"--probe-checkpoint={checkpoint}" for checkpoint in checkpoints]
+        return subprocess.run(
+            [*command, *given], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=False
+        )
+
+    first = judged("a=demo", "b=demo")
+    assert "'torch'" in first.stdout.partition("IMPORTED")[2], first.stdout
+    (tmp_path / "reports" / "a.json").unlink()
+    second = judged("a=demo", "b=demo")
+    assert second.stdout.rstrip().endswith("IMPORTED []"), second.stdout
+    assert "entropy-probe: 2 checkpoints: report from pytest's cache (" in second.stdout
+    assert first.returncode == second.returncode
+    assert outcomes(first.stdout) == outcomes(second.stdout) != []
+    assert (tmp_path / "reports" / "a.json").is_file()
+
+
+def outcomes(output: str) -> list[str]:
+    """`ID PASSED` and the like, as -v prints them."""
+    return [line.split("%")[0][:-5] for line in output.splitlines() if line.startswith("probe-checks/")]
 
 
 @pytest.mark.parametrize("damage", ["", "0", "\n", "no digest\n{}", b"\xff\xfe"])

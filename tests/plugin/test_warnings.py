@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from pytest_entropy_probe.fixtures import warnings_are_not_errors
+from pytest_entropy_probe.library import warnings_are_not_errors
 
 
 def test_error_is_read_as_default_and_the_rest_stays() -> None:

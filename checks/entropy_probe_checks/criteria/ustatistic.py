@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from entropy_probe import ProbeReport
 from entropy_probe_checks.criteria.verdicts import (
@@ -152,7 +152,7 @@ def se_formula(report: ProbeReport) -> Finding:
     if spread <= 1e-24 * math.fsum(r * r for r in f.row_means):  # rounding
         return not_applicable("The standard error is 0: all row means are equal.")
     se = math.sqrt(4 * spread / (units - 1) / units)
-    half = float(stats.t.ppf(0.975, units - 1)) * se
+    half = float(stdtrit(units - 1, 0.975)) * se
     expected = [(f.zeta1_plugin, spread / (units - 1)), (f.se_plugin, se)]
     expected += [(high - low, 2 * half) for low, high in [f.interval]]
     if units >= 3:

@@ -3,6 +3,8 @@
 `Network` and `Run` are the sizes; `flops`, `held`, `peaks` and `sent` are closed formulas of them. They are for
 decoders of Llama's and Qwen's kind, fully trained or with LoRA. Left out: mixtures of experts, DoRA, and
 `fallback: resample`.
+
+sizes  of a network and of a run;   computation  flops;   tensors  bytes held;   traffic  bytes sent
 """
 
 from entropy_probe.cost.computation import GROWING, flops

@@ -143,7 +143,7 @@ class Run:
             rows_at_once=config.generation.tf_batch_size,
             rb=config.first_order.estimator == "rb",
             per_token=config.true_delta_h.normalize == "per_token",
-            float64=config.precision.func_override.dtype == "float64",
+            float64=config.precision.dtype == "float64",
             cases=config.invariance.max_examples,
             seed=config.batch.seed,
             left_out=config.left_out,
@@ -185,7 +185,7 @@ class Run:
 
 def _blocks(network: Network, config: ProbeConfig, u: Batch) -> int | None:
     """As many as fit into `first_order.max_gradient_gib` (stages/gradients.py); `None` where every prompt does."""
-    first_order, bytes_of = config.first_order, 8 if config.precision.func_override.dtype == "float64" else 4
+    first_order, bytes_of = config.first_order, 8 if config.precision.dtype == "float64" else 4
     room = (first_order.max_gradient_gib * 2**30 / (bytes_of * network.trainable) - 8) / 3
     if first_order.mode == "block":
         return min(first_order.num_blocks, u.prompts)

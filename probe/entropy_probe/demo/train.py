@@ -50,8 +50,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.responses.rollouts import Rollouts, sample_rollouts
-from entropy_probe.stages.responses.tasks import Prompt, arithmetic, draw_prompts, tag_pref
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rewards import tag_pref
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
+from entropy_probe.stages.responses.tasks import arithmetic, draw_prompts
 from entropy_probe.stages.scores import score
 
 SEEDS = {"supervise": 11, "stop": 12, "grpo": 13, "measure": 14}

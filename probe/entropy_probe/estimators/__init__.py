@@ -7,6 +7,8 @@
     importance  log-weights and payloads → ΔĤ, ESS, cluster-robust standard errors
     baselines   entropies of every step → R_{≥t} − b_t, the coefficients of ∇log p_t
     slope       per-token directional derivatives → slope and curvature of the entropy, per prompt
+    prediction  slope and curvature → the predicted change, η*;   taylor  orders and identities of ΔH(η)
+    parity      the sampler's log-probabilities against teacher forcing;   moments  moments against gradients
     adam        moments and hyper-parameters → P, and the update direction v
     advantages  rewards → A, and the weight of each response in Y
 

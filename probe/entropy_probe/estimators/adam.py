@@ -51,7 +51,7 @@ def adam_direction(
         D = ±(1−β₁) / [(1−β₁^t)·denominator],   v₀ = v − D·Ȳ: momentum and decay
 
     `ascent` is Ȳ after gradient clipping. v equals (θ' − θ)/lr of `torch.optim.AdamW`
-    (tests/test_against_reference.py::test_update, and `stages/optimizer_step.py` at every run).
+    (tests/test_against_reference.py::test_update, and `stages/witnesses/torch_step.py` at every run).
     """
     theta, gradient = param.double(), -ascent.double()
     sign = -1.0 if hyper.maximize else 1.0

@@ -1,4 +1,7 @@
-"""`BoundModel`: a module bound to one registry and one dtype. The network is called here and nowhere else."""
+"""`BoundModel`: a module bound to one registry and one dtype.
+
+The network is called here, and by `output_layer`, which calls what stands behind the backbone row by row.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,12 @@ class BoundModel:
         """Token ids that the input embeddings take; without known ones there is no limit."""
         embeddings = getattr(self.language_model, "get_input_embeddings", lambda: None)()
         return 2**62 if embeddings is None else int(embeddings.weight.shape[0])
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row that the model's configuration allows; `None`: it says none."""
+        config = getattr(self.language_model, "config", None)
+        return getattr(config, "max_position_embeddings", None) or None
 
     @cached_property
     def num_logits(self) -> int:

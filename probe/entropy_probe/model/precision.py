@@ -1,7 +1,7 @@
-"""Numerical contexts: float64 that is float64 to the end, autocast off everywhere, and true derivatives.
+"""Numerical contexts: float64 to the end, autocast off everywhere, and true derivatives.
 
-`model.double()` alone is not a float64 forward: transformers casts to float32 inside RMSNorm, rotary embeddings and
-eager softmax, and at η = 1e-10 the logits then move by rounding noise alone.
+`model.double()` alone is not a float64 forward: transformers casts to float32 inside RMSNorm,
+rotary embeddings and eager softmax, and at η = 1e-10 the logits then move by rounding noise alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-# Below this size the overhead of a second thread exceeds its work: 15× slower was measured on tiny models.
+# Below this size the overhead of a second thread exceeds its work: 15× slower was measured on tiny
+# models.
 _ONE_THREAD_BELOW = 20_000_000
 
 
@@ -39,7 +40,8 @@ def str_to_dtype(name: str) -> torch.dtype:
     try:
         return _DTYPES[name.removeprefix("torch.").lower()]
     except KeyError:
-        raise ConfigError(f"dtype {name!r}", "is not known", f"choose one of {', '.join(sorted(_DTYPES))}") from None
+        remedy = f"choose one of {', '.join(sorted(_DTYPES))}"
+        raise ConfigError(f"dtype {name!r}", "is not known", remedy) from None
 
 
 def maybe_cast_logits_fp32(logits: Tensor) -> Tensor:
@@ -48,7 +50,10 @@ def maybe_cast_logits_fp32(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def apply_global_precision(allow_tf32: bool = False, matmul_precision: str = "high") -> Iterator[None]:
+def apply_global_precision(
+    allow_tf32: bool = False,
+    matmul_precision: str = "high",
+) -> Iterator[None]:
     """Set TF32 and matmul precision, and put the user's settings back.
 
     `matmul_precision` takes effect only with `allow_tf32`: "high" *is* TF32 on NVIDIA hardware.
@@ -66,13 +71,14 @@ def apply_global_precision(allow_tf32: bool = False, matmul_precision: str = "hi
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     """`torch.use_deterministic_algorithms(True, warn_only=True)` for the length of the block."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if enabled:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(before, warn_only=warned_only)
 
 
 @contextmanager
@@ -92,15 +98,19 @@ _NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
 
 class TrueFloat64(TorchFunctionMode):
-    """Turn every cast of a float64 tensor to float32, and `dtype=float32` on a float64 operand, into a no-op.
+    """Keep float64 tensors as they are, in casts to float32 and under `dtype=float32`.
 
-    Casts of integers to float32 become casts to float64, so that positions meet float64 frequencies. Code that was
-    written for float32 islands thereby runs in float64 throughout, on a module whose parameters and floating buffers
-    are float64.
+    Casts of integers to float32 become casts to float64, so that positions meet float64
+    frequencies. Code that was written for float32 islands thereby runs in float64 throughout, on a
+    module whose parameters and floating buffers are float64.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         operand = next((a for a in args if isinstance(a, Tensor)), kwargs.get("input"))
@@ -121,15 +131,19 @@ class TrueFloat64(TorchFunctionMode):
 
 
 class TrueDerivative(TorchFunctionMode):
-    """Make reverse mode differentiate what the module computes: `detach` is the identity, and an embedding's padding
-    token has a gradient.
+    """Make reverse mode differentiate what the module computes.
 
-    peft detaches DoRA's weight norm, and torch leaves out the gradient of `padding_idx`, which matters where that token
-    stands among a prompt or a response.
+    `detach` is the identity, and an embedding's padding token has a gradient. Without this mode
+    peft detaches DoRA's weight norm, and torch leaves out the gradient of `padding_idx`, which
+    matters where that token stands among a prompt or a response.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in (Tensor.detach, torch.detach):
@@ -146,14 +160,15 @@ def has_detached_norm(module: nn.Module) -> bool:
 
 
 def untrained_tokens(module: nn.Module) -> set[int]:
-    """The padding tokens of embeddings that are trained: autograd gives their vectors no gradient."""
-    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding) and part.weight.requires_grad]
-    return {part.padding_idx for part in embeddings if part.padding_idx is not None}
+    """Padding tokens of embeddings that are trained: autograd gives their vectors no gradient."""
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    trained = [part for part in embeddings if part.weight.requires_grad]
+    return {part.padding_idx for part in trained if part.padding_idx is not None}
 
 
 @contextmanager
 def autocast_off() -> Iterator[None]:
-    """Autocast off on every device type: for forwards, and for the backward passes that follow them."""
+    """Autocast off on every device type: for forwards, and for the backward passes after them."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device_type):
@@ -163,7 +178,10 @@ def autocast_off() -> Iterator[None]:
 
 @contextmanager
 def numerics(precision: PrecisionSection, num_parameters: int) -> Iterator[int]:
-    """Precision, determinism and threads as configured, transformers quiet; all put back. Yields the threads."""
+    """Precision, determinism and threads as configured, transformers quiet; all put back.
+
+    Yields the threads.
+    """
     with (
         autocast_off(),
         apply_global_precision(precision.allow_tf32, precision.matmul_precision),
@@ -175,11 +193,16 @@ def numerics(precision: PrecisionSection, num_parameters: int) -> Iterator[int]:
 
 
 @contextmanager
-def forward_context(dtype: torch.dtype, *, forward_mode: bool = False, differentiate: bool = False) -> Iterator[None]:
-    """The one context of every forward: autocast off on every device type, true float64 where asked for.
+def forward_context(
+    dtype: torch.dtype,
+    *,
+    forward_mode: bool = False,
+    differentiate: bool = False,
+) -> Iterator[None]:
+    """The one context of every forward: autocast off, true float64 where it is asked for.
 
-    `forward_mode`: attention by SDPA's MATH kernel, which alone has forward-mode and second derivatives.
-    `differentiate`: under `TrueDerivative`.
+    `forward_mode`: attention by SDPA's MATH kernel, which alone has forward-mode and second
+    derivatives. `differentiate`: under `TrueDerivative`.
     """
     with ExitStack() as stack:
         stack.enter_context(autocast_off())

@@ -1,6 +1,8 @@
-"""Several processes under torchrun: who they are, what they send one another, and whether they are still alive.
+"""Several processes under torchrun: who they are, what they send one another, and whether they are
+alive.
 
-torchrun  which process this is, by the environment alone
-world     the processes of a measurement: shares of the prompts, sums over all
-pulse     a thread of its own that tells a process that waits from one that died
+torchrun    which process this is, by the environment alone
+world       the processes of a measurement: shares of the prompts, sums over all, an error of all
+connection  what joins them: sums over gloo, watched by the pulse
+pulse       a thread of its own that tells a process that waits from one that died
 """

@@ -1,4 +1,4 @@
-"""Which of several processes lives: each raises a number in a store that all can read, twice a second."""
+"""Which of several processes lives: each raises a number in a common store, twice a second."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from entropy_probe.errors import DistributedError
 
 BEAT = 0.5
 REMEDY = "see what it wrote, and whether its memory sufficed; then start again"
-_ARRIVE = 300.0  # seconds that processes may start apart: they import torch from a disk that they share
+# Seconds that processes may start apart: they import torch from a disk that they share.
+_ARRIVE = 300.0
 
 
 class Pulse:
-    """A thread that raises a number in the store, beside what it says of this process; and the pulses of the others."""
+    """A thread that raises a number in the store, and the numbers of the others.
+
+    Beside its number stands what it says of this process.
+    """
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
         self.rank, self.size, self.stage = rank, size, "start"
@@ -29,7 +33,8 @@ class Pulse:
         self._number = 0
         self.say()
         self._arrive()
-        self._thread = threading.Thread(target=self._run, args=(own,), daemon=True, name="entropy-probe pulse")
+        name = "entropy-probe pulse"
+        self._thread = threading.Thread(target=self._run, args=(own,), daemon=True, name=name)
         self._thread.start()
 
     def say(self, store: Any | None = None) -> None:
@@ -48,16 +53,23 @@ class Pulse:
         self._thread.join()
 
     def _arrive(self) -> None:
-        """Wait until every process has a pulse; torchrun ends the run where one dies before it has."""
+        """Wait until every process has a pulse.
+
+        torchrun ends the run where one dies before it has.
+        """
         end = time.monotonic() + _ARRIVE
         for rank in range(self.size):
             while not self._store.check([f"pulse/{rank}"]):
                 if time.monotonic() > end:
-                    raise DistributedError(f"rank {rank}", f"did not start within {_ARRIVE:g} s", REMEDY)
+                    problem = f"did not start within {_ARRIVE:g} s"
+                    raise DistributedError(f"rank {rank}", problem, REMEDY)
                 time.sleep(0.05)
 
     def wait(self, done: Any) -> None:
-        """Until `done()`; raises `DistributedError` when another process has been without a pulse for too long."""
+        """Wait until `done()`.
+
+        Raises `DistributedError` when another process has been without a pulse for too long.
+        """
         pause, look = 2e-5, time.monotonic() + BEAT
         while not done():
             time.sleep(pause)
@@ -65,7 +77,8 @@ class Pulse:
             if time.monotonic() > look:
                 dead = self._without(self._timeout)
                 if dead is not None:
-                    raise DistributedError(dead, f"has not been heard of for {self._timeout:g} s", REMEDY)
+                    problem = f"has not been heard of for {self._timeout:g} s"
+                    raise DistributedError(dead, problem, REMEDY)
                 look = time.monotonic() + BEAT
 
     def stopped(self, seconds: float) -> str | None:

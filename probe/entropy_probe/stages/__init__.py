@@ -1,5 +1,10 @@
-"""The pipeline, one step per file; `entropy_probe.run` calls them in order, `SequenceProcessor` those up to scores.
+"""The pipeline, one step per file; each makes its own section of the report. `pipeline/` calls them in order.
 
-tasks → rollouts → scores → gradients → (first order: ustat, two_batch)
-                 update (v from the U batch) → slopes (E batch) → entropy_change → continuity, invariance
+batches      E and U, from responses/: sampled, or read from files
+scores       log p, log q and entropies of every token;   entropy  the entropy at θ
+share        the part of a batch that a process works on
+gradients/   X and Y of every unit
+first_order  U_cross and δH₁;   update  P and the direction v;   moments  P beside the gradients
+derivatives  D_v at every token;   slopes  slope and curvature along v;   entropy_change  ΔH(η)
+witnesses/   the same numbers by another way;   memory/  a limit of memory
 """

@@ -17,19 +17,13 @@ from entropy_probe.errors import MeasurementError, printable
 from entropy_probe.estimators import advantages, importance
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import for_sampling
-from entropy_probe.stages.payloads import response_advantages
 from entropy_probe.stages.responses import tasks
 from entropy_probe.stages.responses.rewards import find_reward
-from entropy_probe.stages.responses.rollouts import (
-    Progress,
-    Rollouts,
-    early_eos,
-    eos_ids,
-    read_rollouts,
-    redrawn,
-    sample_rollouts,
-)
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts, early_eos, eos_ids
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.responses.sampled_rollouts import redrawn, sample_rollouts
 from entropy_probe.stages.share import Share
 
 

@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length, rows_without_graph, score, score_rows
-from entropy_probe.stages.update import norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float

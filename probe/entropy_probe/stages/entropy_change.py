@@ -17,10 +17,10 @@ from entropy_probe.estimators import importance, prediction
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
+from entropy_probe.stages.gradients.units import units_of_prompts
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import units_of_prompts
 
 _POINTS_PER_DECADE, _POINTS = 2, 5
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.estimators import ustat
 from entropy_probe.model.parts import part_of
-from entropy_probe.stages.gradients import UnitGradients
-from entropy_probe.stages.update import norm
+from entropy_probe.stages.gradients.products import norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 
 _Key = tuple[str, str]
 _WHOLE: _Key = ("", "")

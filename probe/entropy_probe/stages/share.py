@@ -1,4 +1,4 @@
-"""The part of a batch that a process works on: all of it, where there is one process."""
+"""The units of a batch, and the part of it that a process works on: all of it, where there is one process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ from entropy_probe.estimators.baselines import Among
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
-from entropy_probe.stages.units import Units
 
 if TYPE_CHECKING:
     from jaxtyping import Int
+
+
+@dataclass(frozen=True)
+class Units:
+    """The unit of each prompt: a prompt itself (`exact`), or a block of prompts whose sizes differ by at
+    most one (`block`)."""
+
+    mode: str
+    of_prompt: Int[Tensor, " B"]
+
+    @property
+    def sizes(self) -> Int[Tensor, " U"]:
+        return torch.bincount(self.of_prompt)
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,13 @@ from entropy_probe.stages.derivatives import (
     stencil_derivative,
     step_of,
 )
-from entropy_probe.stages.gradients import UnitGradients, unit_gradients
-from entropy_probe.stages.payloads import per_token_payload
-from entropy_probe.stages.products import gram
+from entropy_probe.stages.gradients.payloads import per_token_payload
+from entropy_probe.stages.gradients.products import gram, norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
 from entropy_probe.stages.responses.rollouts import Progress
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.update import UpdateDirection, norm
-from entropy_probe.stages.witnesses.torch_step import StepAgreement
+from entropy_probe.stages.update import UpdateDirection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -249,7 +248,7 @@ def update_section(
     along: Slopes,
     predicting: Predictors,
     sources: SlopeSources,
-    agreement: StepAgreement,
+    agreement: r.StepAgreement,
     baseline: Baseline,
 ) -> r.UpdateSection:
     """v, and the slope and curvature along it; `baseline` is that of the slope that is reported."""
@@ -279,7 +278,5 @@ def update_section(
         curvature_per_token=along.per_token_curvature.value,
         curvature_per_token_se=along.per_token_curvature.se,
         eta_star=prediction.eta_star(predicting.slope, predicting.curvature),
-        cosine_with_optimizer_step=agreement.cosine,
-        norm_ratio_with_optimizer_step=agreement.norm_ratio,
-        worst_parameter=agreement.worst,
+        **agreement.model_dump(),
     )

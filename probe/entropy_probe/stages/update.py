@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from entropy_probe.estimators.adam import AdamHyper, adam_direction, preconditioner
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
+from entropy_probe.stages.gradients.products import norm
 
 _DEFAULT_LR = 1e-4
 
@@ -29,11 +29,6 @@ class UpdateDirection:
     @property
     def norm(self) -> float:
         return norm(self.v)
-
-
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all tensors, in float64."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
 def learning_rate(adam: Mapping[str, AdamState], configured: float | None) -> tuple[float, str]:

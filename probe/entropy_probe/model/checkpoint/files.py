@@ -1,19 +1,17 @@
-"""Reading the files of a checkpoint: JSON, safetensors, and pickles that can hold nothing but tensors.
+"""Reading the files of a checkpoint: safetensors, and pickles that can hold nothing but tensors.
 
 Only safetensors and `torch.load(weights_only=True)` open a file; `training_args.bin` and `rng_state.pth` stay closed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.text import read_text
+from entropy_probe.text import read_json
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "restore the file")
-    return content
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor without its values; `dtype` such as `float32`."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
-def load_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(path, "is missing", "copy the whole checkpoint folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not readable JSON ({error})", "restore the file") from error
+Headers = dict[str, Header]
 
 
 def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
@@ -114,9 +107,17 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, safetensors or pickle. Raises on a damaged file and on the first non-finite tensor."""
-    tensors = _unpickled(path) if path.suffix == ".bin" else _read_safetensors(path)
+def read_tensors(path: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of one file, safetensors or pickle: those of `names`, or all.
+
+    Raises on a damaged file and on the first non-finite tensor.
+    """
+    if path.suffix == ".bin":
+        tensors = {n: tensor for n, tensor in _unpickled(path).items() if names is None or n in names}
+    else:
+        with _safetensors(path) as handle:
+            wanted = [name for name in handle.keys() if names is None or name in names]  # noqa: SIM118 (no mapping)
+            tensors = {name: handle.get_tensor(name) for name in wanted}
     require_finite(tensors, path)
     return tensors
 
@@ -143,19 +144,26 @@ def require_dense(tensor: Tensor, name: str, path: Path) -> None:
         raise CheckpointError(path, f"{name} has {tensor.numel()} values in storage for {held}", "save dense tensors")
 
 
-def stored_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def header(tensor: Tensor) -> Header:
+    return Header(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def read_headers(path: Path) -> Headers:
     """dtype and shape of every tensor of one file; of safetensors the header alone is read."""
     if path.suffix == ".bin":
-        return {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in _unpickled(path).items()}
+        return {name: header(tensor) for name, tensor in _unpickled(path).items()}
     with _safetensors(path) as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
         dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-        return {n: (_DTYPES.get(dtypes[n], dtypes[n]), tuple(part.get_shape())) for n, part in slices.items()}
+        return {
+            name: Header(_DTYPES.get(dtypes[name], dtypes[name]), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with _safetensors(path) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+def dtypes_of(headers: Headers) -> str:
+    """The dtypes of the tensors, such as `bfloat16` or `bfloat16/float32`."""
+    return "/".join(sorted({found.dtype for found in headers.values()}))
 
 
 @contextmanager
@@ -180,11 +188,6 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def stored_dtype(files: Iterable[Path]) -> str:
-    """The dtypes of the tensors in the files, such as `bfloat16` or `bfloat16/float32`."""
-    return "/".join(sorted({dtype for path in files for dtype, _ in stored_shapes(path).values()}))
-
-
 def global_step(folder: Path) -> int | None:
     """The trainer's own count of its steps, where it left one."""
     for name, key in (("trainer_state.json", "global_step"), ("training_info.json", "step")):
@@ -192,24 +195,3 @@ def global_step(folder: Path) -> int | None:
             step = read_json(folder / name).get(key)
             return step if isinstance(step, int) else None
     return None
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 over names and contents of the files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.name):
-        digest.update(path.name.encode())
-        digest.update(bytes.fromhex(file_digest(path)))
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file; large ones are read once in a process, as long as neither size nor time changes."""
-    status = path.stat()
-    return _file_digest(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _file_digest(path: Path, size: int, time: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

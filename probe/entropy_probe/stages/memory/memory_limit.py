@@ -18,11 +18,11 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.gradients.products import IN_FLOAT64
+from entropy_probe.stages.gradients.units import bytes_of_units, units_within_memory
 from entropy_probe.stages.memory.pass_memory import FEWEST, Passes, longest_rows, with_rows
-from entropy_probe.stages.products import IN_FLOAT64
+from entropy_probe.stages.responses.drawing import draw, masses
 from entropy_probe.stages.responses.rollouts import Rollouts
-from entropy_probe.stages.responses.sampling import draw, masses
-from entropy_probe.stages.units import bytes_of_units, units_within_memory
 
 # What a pass takes beyond its tensors: buffers within operations, small blocks that the allocator keeps. Passes of 100
 # to 1400 MB took up to 8 % more than was counted.
@@ -132,9 +132,8 @@ def for_sampling(bound: BoundModel, prompt_length: int, config: ProbeConfig, *, 
     if config.memory_limit is None:
         return config
     limit, now, policy = config.memory_limit, _held_now(bound.device), config.generation
-    columns = getattr(getattr(bound.language_model, "config", None), "max_position_embeddings", None)
     length = prompt_length + policy.max_new_tokens
-    length = min(length, columns) if isinstance(columns, int) else length
+    length = min(length, bound.longest_row or length)
 
     def step(rows: int) -> None:
         ids = torch.zeros(rows, length - 1, dtype=torch.long, device=bound.device)

@@ -16,7 +16,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages.payloads import Payload
+from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     policy_scores,
@@ -131,8 +131,7 @@ class Passes:
     @property
     def _drawn(self) -> Rollouts:
         """The largest of the cases that are drawn."""
-        columns = getattr(getattr(self.bound.language_model, "config", None), "max_position_embeddings", None)
-        width = max(2, min(_DRAWN_COLUMNS, columns or _DRAWN_COLUMNS))
+        width = max(2, min(_DRAWN_COLUMNS, self.bound.longest_row or _DRAWN_COLUMNS))
         return replace(
             self.rollouts,
             ids=torch.zeros(_DRAWN_ROWS, width, dtype=torch.long),

@@ -2,7 +2,10 @@
 
 prompts, tasks, gsm8k   what is asked
 user_functions          datasets and rewards that are the user's own code
-sampling, rewards       responses drawn from the policy, and what each is worth
-rollouts                a batch of responses as tensors; JSON lines of them
+rewards                 what a response is worth
+rollouts                a batch of responses as tensors
+rollouts_file           rollouts read from JSON lines
+sampled_rollouts        rollouts drawn from the policy
+sampling, drawing       responses over the model's cache, and one token of each
 sequences               the batch as `SequenceProcessor` gives it to users
 """

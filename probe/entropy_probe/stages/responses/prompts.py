@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from entropy_probe.errors import RolloutsError, shown
-from entropy_probe.text import read_text
+from entropy_probe.text import has_lone_surrogate, json_lines
 
 _FORM = 'write {"prompt": "…", "gold": "…"}'
 
@@ -25,10 +22,13 @@ class Prompt:
 
 
 def checked_prompt(text: object, gold: object) -> Prompt:
-    """The prompt; a number as gold becomes its text. Raises `ValueError` that says which of the two is unfit."""
+    """The prompt; a number as gold becomes its text.
+
+    Raises `ValueError` that says which of the two is unfit.
+    """
     if not isinstance(text, str) or not text:
         raise ValueError("has no text under `prompt`")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+    if has_lone_surrogate(text):
         raise ValueError("has a lone surrogate in `prompt`, which no tokenizer can read")
     if isinstance(gold, str | None):
         return Prompt(text, gold)
@@ -36,25 +36,6 @@ def checked_prompt(text: object, gold: object) -> Prompt:
         with suppress(ValueError):  # an integer of more digits than Python writes
             return Prompt(text, str(gold))
     raise ValueError(f"`gold` is {shown(gold)}, expected a text or a finite number, or nothing")
-
-
-def json_lines(path: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) for every line that is not blank. Raises `RolloutsError`; `form` says what to write."""
-    try:
-        lines = read_text(path).split("\n")  # JSON may hold other line separators
-    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
-        raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RolloutsError(where, f"is not JSON ({error})", form) from error
-        if not isinstance(row, dict):
-            raise RolloutsError(where, f"is a {type(row).__name__}", form)
-        yield where, row
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

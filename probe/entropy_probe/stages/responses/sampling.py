@@ -1,7 +1,8 @@
-"""Responses drawn from the policy over the model's key-value cache: the same ones however they are batched.
+"""Responses drawn from the policy over the model's key-value cache, the same in any batches.
 
-A prompt is read once, and its cache serves its G responses. The noise of a token belongs to (seed, prompt, response,
-step) and to nothing else, and a row that has ended leaves the batch, so nothing is drawn after its end.
+A prompt is read once, and its cache serves its G responses. The noise of a token belongs to (seed,
+prompt, response, step) and to nothing else. A row that has ended leaves the batch, so nothing is
+drawn after its end.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,33 +19,38 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.estimators.policy import nucleus
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.model.precision import maybe_cast_logits_fp32
+from entropy_probe.stages.responses.drawing import draw, masses, noise_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
 
-# Characters at either end of a decoded window that may differ from the whole text: a UTF-8 character has at most
-# four bytes, so three of them can be cut off, and a tokenizer may drop a leading space.
+# Characters at either end of a decoded window that may differ from the whole text: a UTF-8
+# character has at most four bytes, so three of them can be cut off, and a tokenizer may drop a
+# leading space.
 _WINDOW_EDGE = 8
 
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Texts that end a response: it ends with the token that completes one, whatever that token holds beyond it."""
+    """Texts that end a response: it ends with the token that completes one.
+
+    What that token holds beyond the text stays.
+    """
 
     decode: Callable[[list[int]], str]
     strings: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if not self.strings or not all(self.strings):
-            raise ConfigError("stop strings", f"are {self.strings!r}", "give texts of at least one character")
+            remedy = "give texts of at least one character"
+            raise ConfigError("stop strings", f"are {self.strings!r}", remedy)
 
     def completed(self, tokens: list[int]) -> bool:
         """`any(s in decode(tokens) for s in strings)`, given that it was false one token earlier.
 
-        Only the end of the response is decoded: the last token, and enough before it to hold the longest string.
+        Only the end of the response is decoded: the last token, and enough before it to hold the
+        longest string.
         """
         needed = max(map(len, self.strings)) + _WINDOW_EDGE
         size = 8
@@ -85,19 +92,18 @@ def sample(
 
         token ~ q = softmax(logits/temperature), cut to the nucleus of `top_p` and renormalised
 
-    A response ends with its first EOS (kept), with the token that completes a stop string, or at `max_new_tokens`.
+    A response ends with its first EOS (kept), with the token that completes a stop string, or at
+    `max_new_tokens`. At most `gen_batch_size` rows run at once. The responses do not depend on it,
+    nor on the other prompts: in float64 they are the same, in float32 they are but where a number
+    falls within rounding of the boundary between two sets of tokens (`draw`). A process that
+    samples the prompts from `first_prompt` on gets what one process would have got for them.
+    `override` replaces parameters. `progress(done, all)` counts tokens, those that a response ended
+    without included.
 
-    At most `gen_batch_size` rows run at once. The responses do not depend on it, nor on the other prompts: in float64
-    they are the same, in float32 they are but where a number falls within rounding of the boundary between two sets of
-    tokens (`draw`). A process that samples the prompts from `first_prompt` on gets what one process would have got for
-    them. `override` replaces parameters. `progress(done, all)` counts tokens, those that a response ended without
-    included.
-
-    No global generator is used. Raises `MeasurementError`: a prompt without tokens, logits that are not finite.
+    No global generator is used. Raises `MeasurementError`: a prompt without tokens, logits that are
+    not finite.
     """
-    empty = next((n for n, prompt in enumerate(prompts) if not prompt), None)
-    if empty is not None:
-        raise MeasurementError(f"prompt {first_prompt + empty + 1}", "has no token", "leave it out")
+    _require_tokens(prompts, first_prompt)
     group = num_return_sequences
     ended_by = _Ends(frozenset(eos_ids), max_new_tokens, stop)
     responses: list[list[int]] = [[] for _ in range(len(prompts) * group)]
@@ -111,13 +117,14 @@ def sample(
     at_once = max(1, gen_batch_size // group)
     for start in range(0, len(by_length), at_once):
         chosen = by_length[start : start + at_once]
-        ids, mask = left_padded([prompts[n] for n in chosen], pad=0)
-        mask = mask.to(bound.device)
-        logits, cache = bound.next_logits(ids.to(bound.device), mask, override=override)
+        padded = left_padded([prompts[n] for n in chosen], pad=0)
+        ids, mask = (tensor.to(bound.device) for tensor in padded)
+        logits, cache = bound.next_logits(ids, mask, override=override)
         for first in range(0, group, gen_batch_size):
             members = range(first, min(first + gen_batch_size, group))
-            rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n in chosen for g in members]
-            of_prompt = torch.arange(len(chosen), device=bound.device).repeat_interleave(len(members))
+            each = [(n, g) for n in chosen for g in members]
+            rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n, g in each]
+            of_prompt = torch.arange(len(chosen)).repeat_interleave(len(members)).to(bound.device)
             own = cache if members.stop == group else copy.deepcopy(cache)
             own.batch_select_indices(of_prompt if bound.on_one_device else of_prompt.cpu())
             state = _State(rows, logits[of_prompt], mask[of_prompt], own, override)
@@ -126,6 +133,13 @@ def sample(
             for row in rows:
                 responses[row.index] = row.tokens
     return responses
+
+
+def _require_tokens(prompts: Sequence[Sequence[int]], first_prompt: int) -> None:
+    empty = next((n for n, prompt in enumerate(prompts) if not prompt), None)
+    if empty is not None:
+        where = f"prompt {first_prompt + empty + 1}"
+        raise MeasurementError(where, "has no token", "leave it out")
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,8 @@ def _run(
     levels = (logits.shape[-1] - 1).bit_length()
     settled = 0  # tokens of the rows that left
     while True:
-        uniforms = torch.from_numpy(np.stack([row.noise.random(levels) for row in rows])).to(bound.device)
+        numbers = np.stack([row.noise.random(levels) for row in rows])
+        uniforms = torch.from_numpy(numbers).to(bound.device)
         tokens = draw(masses(logits, temperature, top_p), uniforms)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.tokens.append(token)
@@ -182,68 +197,12 @@ def _run(
         logits, cache = bound.next_logits(tokens[:, None], mask, cache, override=state.override)
 
 
-def noise_of(seed: int, prompt: int, response: int) -> np.random.Generator:
-    """The numbers of one response: a stretch of a counter-based generator that no other response shares.
-
-    Philox counts from `response`·2¹⁹² under the key (seed, prompt). Every step takes the same count of numbers, so the
-    numbers of a step depend on nothing that was drawn before.
-    """
-    key = np.array([seed % 2**64, prompt], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, response], dtype=np.uint64)))
-
-
-def masses(logits: Float[Tensor, "N V"], temperature: float, top_p: float) -> Float[Tensor, "N V"]:
-    """q up to a factor per row: exp(logits/temperature − max), zero outside the nucleus.
-
-    The nucleus is that of `score_tokens` without its margin, so that a token at the edge has finite log q when the
-    logits are computed again.
-    """
-    scaled = maybe_cast_logits_fp32(logits) / temperature
-    mass = (scaled - scaled.amax(-1, keepdim=True)).exp_()
-    if top_p >= 1.0:
-        return mass
-    inside = nucleus(torch.log_softmax(scaled, dim=-1), top_p, edge=0.0)
-    return mass.masked_fill_(~inside, 0.0)
-
-
-def draw(mass: Float[Tensor, "N V"], uniforms: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:
-    """One token per row with probability mass/Σ mass, from D = ⌈log₂ V⌉ numbers in [0, 1) per row.
-
-    A tree of sums over halves of halves: at every node the next number decides between its two children,
-
-        second if u·(m₁ + m₂) ≥ m₁,
-
-    and a token without mass is never reached. Perturbed masses change the choice only where a number is as close to
-    m₁/(m₁ + m₂) as the perturbation. Along a row that adds up to about log₂ V boundaries, each off by at most the
-    relative error of the masses; one number inverting the cumulative sum would cross V of them, and the noise of a
-    Gumbel maximum costs V numbers a token.
-    """
-    sums = [mass]
-    while sums[-1].shape[1] > 1:
-        wide = sums[-1]
-        half = (wide.shape[1] + 1) // 2
-        narrow = wide[:, :half].clone()
-        narrow[:, : wide.shape[1] - half] += wide[:, half:]
-        sums.append(narrow)
-    if not bool(torch.isfinite(sums[-1]).all()):
-        raise MeasurementError("sampling", "the model's logits are not finite", "use an earlier checkpoint")
-    node = torch.zeros(len(mass), 1, dtype=torch.long, device=mass.device)
-    for depth, wide in enumerate(reversed(sums[:-1])):
-        size = wide.shape[1]
-        other = node + (size + 1) // 2
-        m1 = wide.gather(1, node).double()
-        m2 = wide.gather(1, other.clamp(max=size - 1)).double().masked_fill(other >= size, 0.0)
-        node = torch.where(uniforms[:, depth, None] * (m1 + m2) >= m1, other, node)
-    return node[:, 0]
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
+def left_padded(
+    rows: Sequence[Sequence[int]],
+    pad: int,
+) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
     """(ids, mask) with every row ending in the last column."""
-    ids, mask = (
-        pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
-        for tensors, value in (
-            (list(map(torch.tensor, rows)), pad),
-            ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
-        )
-    )
+    to_the_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = to_the_left(list(map(torch.tensor, rows)), padding_value=pad)
+    mask = to_the_left([torch.ones(len(row), dtype=torch.long) for row in rows])
     return ids, mask

@@ -1,21 +1,25 @@
-"""Responses and their scores as padded tensors with lengths: what `SequenceProcessor` takes and returns.
+"""What `SequenceProcessor` takes and returns: responses and scores as padded tensors with lengths.
 
-B prompts, G responses each, T tokens of the longest response, V tokens of the vocabulary. Values past the end of a
-response are zero. Entropies are in nats.
+B prompts, G responses each, T tokens of the longest response, V tokens of the vocabulary. Values
+past the end of a response are zero. Entropies are in nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import MeasurementError
-from entropy_probe.estimators.token_stats import DiagnosticsPack, SequenceDiagnostics, TokenStepDiagnostics
+from entropy_probe.estimators.token_stats import (
+    DiagnosticsPack,
+    SequenceDiagnostics,
+    TokenStepDiagnostics,
+)
 from entropy_probe.model.forward import BoundModel, form
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rollouts import Rollouts, early_eos
@@ -26,12 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchedSequences:
-    """B prompts with G responses each, padded: prompts on the left to one length, responses on the right.
+    """B prompts with G responses each: prompts are padded on the left, responses on the right.
 
-    The generated region of (b, g) is `sequences[b, g, prompt_lens[b] : prompt_lens[b] + gen_lens[b, g]]`; it ends with
-    the EOS, with the token that completes a stop string, or at the length limit. `attention_masks` is 1 on prompt and
-    response and 0 elsewhere, whatever the padding token is. `prompts` hold the gold answers of the rewards; sequences
-    that were made elsewhere may come without.
+    All prompts are padded to one length. The generated region of (b, g) is
+
+        sequences[b, g, prompt_lens[b] : prompt_lens[b] + gen_lens[b, g]]
+
+    It ends with the EOS, with the token that completes a stop string, or at the length limit.
+    `attention_masks` is 1 on prompt and response and 0 elsewhere, whatever the padding token is.
+    `prompts` hold the gold answers of the rewards; sequences that were made elsewhere may come
+    without.
     """
 
     sequences: Int[Tensor, "B G L"]
@@ -52,7 +60,7 @@ class BatchedSequences:
 
 @dataclass(frozen=True)
 class SequenceLogprobs:
-    """One response of `LogprobResults`: the same fields without padding, [T] where those are [B, G, T]."""
+    """One response of `LogprobResults`, without padding: [T] where those are [B, G, T]."""
 
     logprobs: Tensor
     entropies: np.ndarray
@@ -76,13 +84,17 @@ class LogprobResults:
     | `logprobs` | [B, G, T] | log π of the generated tokens; carries the graph with `with_grad` |
     | `entropies` | [B, G, T] | naive surprisal −log π (numpy) |
     | `sequence_logprobs` | [B, G] | S = Σ_t log π, float64, no graph |
-    | `token_logqs`, `sequence_logqs` | [B, G, T], [B, G] | log q, q being π cut to its nucleus; −∞ outside it |
+    | `token_logqs` | [B, G, T] | log q, q being π cut to its nucleus; −∞ outside it |
+    | `sequence_logqs` | [B, G] | its sum |
     | `rewards` | [B, G] | of the text; 0 without a gold answer |
     | `gen_lens` | [B, G] | tokens of a response |
-    | `rb_entropies`, `rb_entropies_q` | [B, G, T] | entropy of π, and of q, at every step (numpy), with `compute_rb` |
-    | `rb_entropies_torch` | [B, G, T] | entropy of π with its graph: `with_grad`, `compute_rb`, `rb_requires_grad` |
+    | `rb_entropies` | [B, G, T] | entropy of π at every step (numpy), with `compute_rb` |
+    | `rb_entropies_q` | [B, G, T] | the same of q |
+    | `rb_entropies_torch` | [B, G, T] | entropy of π with its graph |
     | `baseline_feats_torch` | [B, G, T, 7] | φ of `token_stats.baseline_features`, no graph |
     | `logits` | [B, G, T, V] | logits before the temperature, with `return_logits` |
+
+    `rb_entropies_torch` is there with `with_grad`, `compute_rb` and `generation.rb_requires_grad`.
     """
 
     logprobs: Float[Tensor, "B G T"]
@@ -107,14 +119,17 @@ class LogprobResults:
                 return None
             return float(value[b, g]) if value.ndim == 2 else value[b, g, :steps]
 
-        return SequenceLogprobs(**{f.name: of_response(getattr(self, f.name)) for f in fields(SequenceLogprobs)})
+        names = [field.name for field in fields(SequenceLogprobs)]
+        return SequenceLogprobs(**{name: of_response(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
 class DiagnosticsResults:
-    """Diagnostics of every step [B, G, T], zero past the end of a response, and of every response as a whole.
+    """Diagnostics of every step [B, G, T], and of every response as a whole.
 
-    `results[b, g]` is the `DiagnosticsPack` of one response without padding; `diagnostics` has all of them as lists.
+    Those of steps are zero past the end of a response.
+    `results[b, g]` is the `DiagnosticsPack` of one response without padding; `diagnostics` has all
+    of them as lists.
     """
 
     step: TokenStepDiagnostics
@@ -132,9 +147,9 @@ class DiagnosticsResults:
 
 def steps_of(step: TokenStepDiagnostics, b: int, g: int, steps: int) -> TokenStepDiagnostics:
     """One response of diagnostics [B, G, T], without padding."""
-    values = ((f.name, getattr(step, f.name)) for f in fields(step))
-    sliced: dict[str, Any] = {name: None if value is None else value[b, g, :steps] for name, value in values}
-    return TokenStepDiagnostics(**sliced)
+    values = {field.name: getattr(step, field.name) for field in fields(step)}
+    known = {name: value for name, value in values.items() if value is not None}
+    return TokenStepDiagnostics(**{name: value[b, g, :steps] for name, value in known.items()})
 
 
 def batched(rollouts: Rollouts, tokenizer: Any, prompts: list[Prompt]) -> BatchedSequences:
@@ -161,7 +176,10 @@ def batched(rollouts: Rollouts, tokenizer: Any, prompts: list[Prompt]) -> Batche
 
 
 def as_rollouts(sequences: BatchedSequences, bound: BoundModel, eos: Collection[int]) -> Rollouts:
-    """The same rows padded on the right. Raises `MeasurementError` naming the row that is not as it is said to be."""
+    """The same rows padded on the right.
+
+    Raises `MeasurementError` naming the row that is not as it is said to be.
+    """
     _require_shapes(sequences)
     size_b, size_g, _ = sequences.sequences.shape
     all_ids, masks = sequences.sequences.cpu(), sequences.attention_masks.cpu().bool()
@@ -187,9 +205,9 @@ def as_rollouts(sequences: BatchedSequences, bound: BoundModel, eos: Collection[
 def _require_shapes(sequences: BatchedSequences) -> None:
     """Every field as its annotation says, with the B, G and L of `sequences`."""
     whole = sequences.sequences
-    if not isinstance(whole, Tensor) or whole.dim() != 3 or not whole.numel() or whole.is_floating_point():
-        got = form(whole) if isinstance(whole, Tensor) else type(whole).__name__
-        raise MeasurementError("sequences.sequences", f"is {got}", "give token ids [B, G, L]")
+    if not _whole_numbers(whole) or whole.dim() != 3 or not whole.numel():
+        problem = f"is {_form(whole)}"
+        raise MeasurementError("sequences.sequences", problem, "give token ids [B, G, L]")
     size_b, size_g, length = whole.shape
     for name, shape in (
         ("prompt_lens", (size_b,)),
@@ -197,18 +215,36 @@ def _require_shapes(sequences: BatchedSequences) -> None:
         ("attention_masks", (size_b, size_g, length)),
     ):
         value = getattr(sequences, name)
-        got = form(value) if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.shape != shape or value.is_floating_point():
-            raise MeasurementError(f"sequences.{name}", f"is {got}", f"give whole numbers of shape {shape}")
+        if not _whole_numbers(value) or value.shape != shape:
+            remedy = f"give whole numbers of shape {shape}"
+            raise MeasurementError(f"sequences.{name}", f"is {_form(value)}", remedy)
     texts, prompts = sequences.responses_text, sequences.prompts
     if [len(of_prompt) for of_prompt in texts] != [size_g] * size_b:
         got = f"holds {[len(of_prompt) for of_prompt in texts]} texts"
-        raise MeasurementError("sequences.responses_text", got, f"give {size_g} for each of the {size_b} prompts")
-    if prompts is not None and not (len(prompts) == size_b and all(isinstance(p, Prompt) for p in prompts)):
-        raise MeasurementError("sequences.prompts", f"are {len(prompts)}", f"give {size_b} of type Prompt, or None")
+        remedy = f"give {size_g} for each of the {size_b} prompts"
+        raise MeasurementError("sequences.responses_text", got, remedy)
+    if prompts is None:
+        return
+    if len(prompts) != size_b or not all(isinstance(p, Prompt) for p in prompts):
+        remedy = f"give {size_b} of type Prompt, or None"
+        raise MeasurementError("sequences.prompts", f"are {len(prompts)}", remedy)
 
 
-def _row(sequences: BatchedSequences, b: int, g: int, ids: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+def _whole_numbers(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _form(value: object) -> str:
+    return form(value) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _row(
+    sequences: BatchedSequences,
+    b: int,
+    g: int,
+    ids: Tensor,
+    mask: Tensor,
+) -> tuple[Tensor, int]:
     """(prompt and response without padding, length of the prompt)."""
     where, length = f"sequences[{b}, {g}]", len(ids)
     start, gen_len = int(sequences.prompt_lens[b]), int(sequences.gen_lens[b, g])
@@ -219,15 +255,23 @@ def _row(sequences: BatchedSequences, b: int, g: int, ids: Tensor, mask: Tensor)
     own = torch.zeros_like(mask)
     own[start - prompt_len : end] = True
     if prompt_len < 1 or not torch.equal(mask, own):
-        got = f"has an attention mask that is not 1 from the prompt's first token to {end - 1} and 0 elsewhere"
+        expected = f"1 from the prompt's first token to {end - 1} and 0 elsewhere"
+        got = f"has an attention mask that is not {expected}"
         raise MeasurementError(where, got, "pad prompts on the left and responses on the right")
     return ids[own], prompt_len
 
 
-def _require_tokens(row: Tensor, prompt_len: int, vocabulary: int, eos: Collection[int], where: str) -> None:
+def _require_tokens(
+    row: Tensor,
+    prompt_len: int,
+    vocabulary: int,
+    eos: Collection[int],
+    where: str,
+) -> None:
     if int(row.min()) < 0 or int(row.max()) >= vocabulary:
         got = f"holds token {int(row.max() if int(row.min()) >= 0 else row.min())}"
         raise MeasurementError(where, got, f"give ids from 0 to {vocabulary - 1}")
     early = early_eos(row[prompt_len:].tolist(), eos)
     if early is not None:
-        raise MeasurementError(where, f"goes on after the EOS at {early}", "end each response at its EOS")
+        got = f"goes on after the EOS at {early}"
+        raise MeasurementError(where, got, "end each response at its EOS")

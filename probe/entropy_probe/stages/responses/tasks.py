@@ -4,11 +4,11 @@ A dataset is a list of `Prompt(text, gold)` for a split. The names:
 
     arithmetic                  sums and differences, generated here
     jsonl:PATH                  lines of {"prompt": "…", "gold": "…"}; the split has no meaning
-    gsm8k_r1_template[:PATH]    GSM8K (stages/gsm8k.py)
+    gsm8k_r1_template[:PATH]    GSM8K (gsm8k.py)
     NAME                        an entry point of the group `entropy_probe.datasets`
     module:function             split → iterable of Prompt, (text, gold) or {"prompt": …, "gold": …}
 
-Rewards are in stages/rewards.py; `same_answer` and `tag_pref` are found here too.
+Rewards are in rewards.py; `same_answer` and `tag_pref` are found here too.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ __all__ = [
 
 ARITHMETIC_TEMPLATE = "What is {a}{op}{b}?\n"
 _LARGEST_OPERAND = 49
-_LARGEST_POOL = 1_000_000  # a generator that never ends would fill the memory; the largest prompt sets are smaller
+# A generator that never ends would fill the memory; the largest prompt sets are smaller.
+_LARGEST_POOL = 1_000_000
 _KEY = "batch.dataset"
 _GROUP = "entropy_probe.datasets"
 
 
 def arithmetic(split: str) -> list[Prompt]:
-    """Every sum a+b and difference a-b with 0 <= a, b <= 49, in one fixed random order; the last fifth is `test`.
+    """Every sum a+b and difference a-b with 0 <= a, b <= 49, in one fixed random order.
 
-    The two splits are disjoint and their union is the whole set of 5000 questions.
+    The last fifth is `test`. The two splits are disjoint and their union is the whole set of 5000
+    questions.
     """
     prompts = [
         Prompt(ARITHMETIC_TEMPLATE.format(a=a, op=op, b=b), str(answer))
@@ -74,8 +76,8 @@ DATASETS_OF_FILES: dict[str, Callable[[str, str], list[Prompt]]] = {
 def dataset_prompts(name: str, split: str) -> list[Prompt]:
     """All prompts of the split of the dataset that `name` means. Built-in names come first.
 
-    Raises `ConfigError` for a name that is not known, and for a user's function that raises or yields something else
-    than prompts; `RolloutsError` naming the line of a file.
+    Raises `ConfigError` for a name that is not known, and for a user's function that raises or
+    yields something else than prompts; `RolloutsError` naming the line of a file.
     """
     if name in DATASETS:
         return DATASETS[name](split)
@@ -97,12 +99,16 @@ def dataset_prompts(name: str, split: str) -> list[Prompt]:
     rows: list[Any] = call(list, islice(iterator, _LARGEST_POOL + 1), named=name, key=_KEY)
     if not 0 < len(rows) <= _LARGEST_POOL:
         got = f"more than {_LARGEST_POOL}" if rows else "no"
-        raise ConfigError(_KEY, f"{name!r} yields {got} prompts for split {split}", "yield the prompts of the split")
+        problem = f"{name!r} yields {got} prompts for split {split}"
+        raise ConfigError(_KEY, problem, "yield the prompts of the split")
     return [as_prompt(row, f"{name!r} entry {i}") for i, row in enumerate(rows)]
 
 
 def as_prompt(row: object, which: str, key: str = _KEY) -> Prompt:
-    """A `Prompt`, a (text, gold) or {"prompt": text, "gold": gold} as a prompt. Raises `ConfigError` naming `which`."""
+    """A `Prompt`, a (text, gold) or {"prompt": text, "gold": gold} as a prompt.
+
+    Raises `ConfigError` naming `which`.
+    """
     remedy = 'give Prompt(text, gold), (text, gold) or {"prompt": text, "gold": gold}'
     if isinstance(row, Prompt):
         text, gold = row.text, row.gold
@@ -118,7 +124,13 @@ def as_prompt(row: object, which: str, key: str = _KEY) -> Prompt:
         raise ConfigError(key, f"{which} {error}", remedy) from error
 
 
-def draw_prompts(pool: list[Prompt], count: int, *, seed: int, with_replacement: bool) -> list[Prompt]:
+def draw_prompts(
+    pool: list[Prompt],
+    count: int,
+    *,
+    seed: int,
+    with_replacement: bool,
+) -> list[Prompt]:
     """Draw `count` prompts from the pool, the same for the same seed.
 
     Raises `ConfigError` where the pool is smaller than `count` and `with_replacement` is false.

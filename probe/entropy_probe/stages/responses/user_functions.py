@@ -1,7 +1,8 @@
-"""Functions of the user's own, a dataset or a reward: named by an entry point, or as `module:function`.
+"""Datasets and rewards of the user's own, named by an entry point or as `module:function`.
 
-Whatever goes wrong in them ends in one `ConfigError` on one line: a name that nothing answers to, a module that
-cannot be imported, an exception raised inside, with its type and message (its traceback stays chained).
+Whatever goes wrong in them ends in one `ConfigError` on one line: a name that nothing answers to, a
+module that cannot be imported, an exception raised inside, with its type and message (its traceback
+stays chained).
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ from entropy_probe.errors import ConfigError, ProbeError, shown
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def find_function(name: str, *, key: str, group: str, built_in: Iterable[str]) -> Callable[..., Any]:
+def find_function(
+    name: str,
+    *,
+    key: str,
+    group: str,
+    built_in: Iterable[str],
+) -> Callable[..., Any]:
     """The function that `name` means: an entry point of `group`, else `module:function`, imported.
 
-    `key` is the configuration key that holds the name; `built_in` are the names that the caller knows itself, as
-    users write them (`jsonl:PATH`). Raises `ConfigError`, for an unknown name with the known ones and the nearest.
+    `key` is the configuration key that holds the name; `built_in` are the names that the caller
+    knows itself, as users write them (`jsonl:PATH`). Raises `ConfigError`, for an unknown name with
+    the known ones and the nearest.
     """
     entries = list(metadata.entry_points(group=group))
     values = sorted({entry.value for entry in entries if entry.name == name})
     if len(values) > 1:
-        raise ConfigError(key, f"{name!r} is registered as {' and as '.join(values)}", "give one as module:function")
+        problem = f"{name!r} is registered as {' and as '.join(values)}"
+        raise ConfigError(key, problem, "give one as module:function")
     known = [*built_in, *sorted({entry.name for entry in entries})]
     if not values and not _SPEC.fullmatch(name):
         raise ConfigError(key, f"{shown(name)} is not known", _choose(name, known))
-    value = values[0].partition("[")[0].strip() if values else name  # an entry point may name extras in brackets
+    value = name
+    if values:
+        value = values[0].partition("[")[0].strip()  # an entry point may name extras in brackets
     module_name, _, path = value.partition(":")
     found = call(_import, module_name, named=name, key=key)
     if found is None:
@@ -45,7 +56,10 @@ def find_function(name: str, *, key: str, group: str, built_in: Iterable[str]) -
 
 
 def _import(module: str) -> Any | None:
-    """The module, or None where it or a package above it does not exist; what its own code raises goes on."""
+    """The module, or None where it or a package above it does not exist.
+
+    What its own code raises goes on.
+    """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -67,11 +81,14 @@ def _choose(name: str, known: list[str]) -> str:
 
 
 def call(function: Callable[..., Any], *arguments: Any, named: str, key: str) -> Any:
-    """`function(*arguments)`; what it raises becomes one `ConfigError`. A `ProbeError` is one line already."""
+    """`function(*arguments)`; what it raises becomes one `ConfigError`.
+
+    A `ProbeError` is one line already.
+    """
     try:
         return function(*arguments)
     except ProbeError:
         raise
-    except (Exception, SystemExit) as error:  # a script without a main guard exits when it is imported
+    except (Exception, SystemExit) as error:  # a script without a main guard exits on import
         problem = f"{named!r} raised {type(error).__name__}: {error}"
         raise ConfigError(key, problem[:400], "correct it, or name another") from error

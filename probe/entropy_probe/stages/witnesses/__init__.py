@@ -4,6 +4,6 @@ witness      gradients by a plain loop, curvature by a second derivative
 projections  X_kᵀPȲ in three ways
 torch_step   v and P beside a step of torch's own optimizer
 real_step    ΔH after a step that is taken
-continuity   η = 0, small η, and the order of convergence of the Taylor remainder
+continuity   η = 0 and small η;   taylor  the order of convergence of the Taylor remainder
 invariance   padding, neighbours and pieces of logits that must change nothing;   properties  the same on drawn cases
 """

@@ -12,9 +12,9 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.report import ContinuitySection, TaylorTests
+from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import SPREAD_ROWS, Scores, rows_spread_over, rows_without_graph
-from entropy_probe.stages.update import norm
 from entropy_probe.stages.witnesses.taylor import taylor
 
 ETA_MAIN = 1e-5

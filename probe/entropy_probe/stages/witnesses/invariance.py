@@ -60,8 +60,8 @@ def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Worst
     totals = (rollouts.prompt_lens + rollouts.gen_lens)[chosen].tolist()
     rows = [rollouts.ids[i, :total].tolist() for i, total in zip(chosen.tolist(), totals, strict=True)]
     longest = max(totals)
-    limit = getattr(getattr(model.language_model, "config", None), "max_position_embeddings", None) or math.inf
-    width = max(longest, int(min(longest + 3, limit)))
+    padded = longest + 3
+    width = max(longest, min(padded, model.longest_row or padded))
     right, left, mask = padded_to(rows, width)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:

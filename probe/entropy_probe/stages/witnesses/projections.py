@@ -13,13 +13,12 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
-from entropy_probe.stages.gradients import UnitGradients
-from entropy_probe.stages.payloads import Payload
-from entropy_probe.stages.products import gram
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.products import gram, norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.update import norm
 from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, largest, terms
 
 if TYPE_CHECKING:

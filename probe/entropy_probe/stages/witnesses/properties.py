@@ -57,12 +57,12 @@ class Space:
 
     @classmethod
     def of(cls, model: BoundModel, eos: Sequence[int]) -> Space:
-        config = getattr(model.language_model, "config", None)
-        columns = getattr(config, "max_position_embeddings", None) or math.inf
+        columns = 2 * _TOKENS + _PADDING
         known = model.logits(torch.zeros(1, 1, dtype=torch.long, device=model.device)).shape[-1]
         vocabulary = min(known, model.vocabulary)
         ends = tuple(token for token in eos if token < vocabulary)
-        return cls(vocabulary, int(min(columns, 2 * _TOKENS + _PADDING)), tuple(model.registry.trainable), ends)
+        columns = min(columns, model.longest_row or columns)
+        return cls(vocabulary, columns, tuple(model.registry.trainable), ends)
 
 
 @dataclass(frozen=True)

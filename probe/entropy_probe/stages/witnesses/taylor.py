@@ -28,6 +28,7 @@ from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.report import TaylorTests
 from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
 from entropy_probe.stages.entropy_change import EntropyChange, change_at
+from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     SPREAD_ROWS,
@@ -36,7 +37,6 @@ from entropy_probe.stages.scores import (
     rows_without_graph,
     score,
 )
-from entropy_probe.stages.update import norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

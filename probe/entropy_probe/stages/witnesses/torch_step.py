@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
+from entropy_probe.report import StepAgreement
 from entropy_probe.stages.update import UpdateDirection
 
 _VANISHING = 1e-100  # its square is 0 beside any second moment
-
-
-@dataclass(frozen=True)
-class StepAgreement:
-    """cos(v, step) and ‖v‖/‖step‖, the worst over the whole and over every parameter; and which one that was.
-
-    Cosine 1 and ratio 1 where nothing moves; NaN without parameters.
-    """
-
-    cosine: float
-    norm_ratio: float
-    worst: str
 
 
 def optimizer_step_agreement(
@@ -49,11 +38,19 @@ def optimizer_step_agreement(
         whole = [a + b for a, b in zip(whole, sums, strict=True)]
         found.append((*_compared(*sums), name))
     if not found:
-        return StepAgreement(math.nan, math.nan, "")
+        return _agreement(math.nan, math.nan, "")
     found.append((*_compared(*whole), "the whole"))
     cosine, _, where = min(found, key=lambda f: f[0] if not math.isnan(f[0]) else -math.inf)
     _, ratio, where_norm = max(found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf)
-    return StepAgreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
+    return _agreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
+
+
+def _agreement(cosine: float, norm_ratio: float, worst: str) -> StepAgreement:
+    return StepAgreement(
+        cosine_with_optimizer_step=cosine,
+        norm_ratio_with_optimizer_step=norm_ratio,
+        worst_parameter=worst,
+    )
 
 
 def torch_step(theta: Tensor, gradient: Tensor, state: AdamState) -> Tensor:

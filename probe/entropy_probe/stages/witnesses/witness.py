@@ -18,15 +18,13 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.baselines import rb_coefficients
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients import UnitGradients
-from entropy_probe.stages.payloads import Payload
-from entropy_probe.stages.products import gram
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.products import gram, norm
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, batches_by_length, policy_scores, read_rows, score_rows
-from entropy_probe.stages.share import Share
+from entropy_probe.stages.share import Share, Units
 from entropy_probe.stages.slopes import Slopes
-from entropy_probe.stages.units import Units
-from entropy_probe.stages.update import norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import load_pickle
+from entropy_probe.model.checkpoint.files import header, load_pickle
 from entropy_probe.model.checkpoint.formats.dcp_metadata import COPY_AGAIN, Item, Piece, damaged, read_items
 from entropy_probe.model.checkpoint.moments.order import bare_name
-from entropy_probe.model.checkpoint.sharded import Sharded
-from entropy_probe.model.checkpoint.weights import adapter
+from entropy_probe.model.checkpoint.stored import Gathered, Stored
 
 _OPTIMIZERS = ("optimizer", "optim")  # accelerate, torchtitan; torch's own example
 
 
-def read(layout: Layout, values: bool = True) -> Sharded:
-    """A folder with a model and an optimizer by their names in `transformers`; `values=False` leaves the weights meta.
+def read(layout: Layout) -> Stored:
+    """A folder with a model and an optimizer by their names in `transformers`; `.metadata` alone is opened.
 
     Raises `CheckpointError` where it is damaged, would execute anything, or holds no model or no optimizer.
     """
@@ -35,34 +35,58 @@ def read(layout: Layout, values: bool = True) -> Sharded:
     roots = {item.path[0] for item in items}
     if len(roots) == 1 and not roots & {"model", *_OPTIMIZERS}:  # dcp.save({"app": state}), as in torch's own example
         items = [item.below(*roots) for item in items]
-    stored = weights(folder, [item for item in items if item.path[0] == "model"], values)
-    adapter.require_configuration(layout, stored)
-    return Sharded(
-        weights=stored,
-        optimizer=optimizer(folder, items),
-        files=files(folder, items),
+    of_model = [item for item in items if item.path[0] == "model"]
+    return Stored(
+        folder=folder,
+        weights=weights(layout, folder, of_model, files(folder, items)),
+        optimizer=partial(optimizer, folder, of_optimizer(folder, items)),
+        optimizer_files=list,
     )
 
 
-def weights(folder: Path, items: list[Item], values: bool = True) -> dict[str, Tensor]:
-    """The tensors below `model`, by name. `values=False`: on the meta device, nothing but `.metadata` was read."""
+def weights(layout: Layout, folder: Path, items: list[Item], files: list[Path]) -> Gathered:
+    """The tensors below `model`, by name, in that `folder` of the layout's."""
     if len(items) == 1 and items[0].dtype is None:  # saved as one value
         whole = load(items[0])
-        found = whole if isinstance(whole, dict) else {}
+        values = whole.items() if isinstance(whole, dict) else ()
+        tensors = {bare_name(str(name)): value for name, value in values if isinstance(value, Tensor)}
+        found = Gathered.of(tensors, layout.folder, files)
     else:
-        found = {item.below("model").name: load(item, values) for item in items if item.dtype is not None}
-    tensors = {bare_name(str(name)): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-    if not tensors:
+        by_name = {bare_name(item.below("model").name): item for item in items if item.dtype is not None}
+        found = Gathered(
+            headers={name: header(outline(item)) for name, item in by_name.items()},
+            read=lambda names: {name: load(by_name[name]) for name in names},
+            source=layout.folder,
+            files=files,
+        )
+    if not found.headers:
         raise CheckpointError(folder, "holds no weights under `model`", 'save {"model": .., "optimizer": ..} with it')
-    return tensors
+    require_configuration(layout, found.headers)
+    return found
 
 
-def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
+def require_configuration(layout: Layout, names: Iterable[str]) -> None:
+    """Raises for an adapter's weights without adapter_config.json, which FSDP's writers leave out."""
+    if not layout.is_adapter and any("lora_" in name for name in names):
+        raise CheckpointError(
+            layout.folder,
+            "holds a LoRA adapter and no adapter_config.json",
+            "put the adapter_config.json of the run's LoraConfig into it",
+        )
+
+
+def of_optimizer(folder: Path, items: Iterable[Item]) -> list[Item]:
+    """The items below `optimizer` or `optim`."""
+    found = [item for item in items if item.path[0] in _OPTIMIZERS]
+    if not found:
+        raise _no_optimizer(folder)
+    return found
+
+
+def optimizer(folder: Path, items: list[Item]) -> dict[str, Any]:
     """The optimizer's state_dict by names: nested as torch's is, or flat (`state.<name>.exp_avg`)."""
     found: dict[str | int, Any] = {}
     for item in items:
-        if item.path[0] not in _OPTIMIZERS:
-            continue
         *parents, last = ("", *item.path[1:])
         node, value = found, load(item)
         for key in parents:
@@ -72,9 +96,7 @@ def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
         node[last] = value
     stored = found.get("", {})
     if not isinstance(stored, dict) or not stored:
-        raise CheckpointError(
-            folder, "holds no optimizer, the model alone", "take an earlier step, or save the optimizer with it"
-        )
+        raise _no_optimizer(folder)
     if "param_groups" in stored:
         groups = stored["param_groups"]
         groups = [groups[key] for key in sorted(groups)] if isinstance(groups, dict) else groups
@@ -91,6 +113,12 @@ def optimizer(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
     if all(type(key) is int for group in groups for key in group["params"]):  # DCP makes strings of keys
         stored["state"] = {int(key): entry for key, entry in stored["state"].items() if str(key).isdecimal()}
     return stored
+
+
+def _no_optimizer(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        folder, "holds no optimizer, the model alone", "take an earlier step, or save the optimizer with it"
+    )
 
 
 def _nested(flat: dict[str | int, Any]) -> dict[str, Any]:
@@ -114,19 +142,20 @@ def files(folder: Path, items: Iterable[Item]) -> list[Path]:
     return [folder / ".metadata", *sorted({piece.file for item in items for piece in item.pieces})]
 
 
-def load(item: Item, values: bool = True) -> Any:
-    """The value, or the tensor put together. Raises where a piece is not what `.metadata` says it is.
+def outline(item: Item) -> Tensor:
+    """A tensor of its shape and dtype on the meta device; nothing is read."""
+    return torch.empty(item.shape, dtype=item.dtype, device="meta")
 
-    `values=False`: no tensor is read, what comes back is on the meta device.
-    """
+
+def load(item: Item) -> Any:
+    """The value, or the tensor put together. Raises where a piece is not what `.metadata` says it is."""
     if item.dtype is None:
         return _unpickled(item.pieces[0])
-    if not values:
-        return torch.empty(item.shape, dtype=item.dtype, device="meta")
     parts = [(piece, _part(item, piece)) for piece in item.pieces if math.prod(piece.shape)]
     if len(parts) == 1:
         return parts[0][1]
-    whole, filled = torch.empty(item.shape, dtype=item.dtype), torch.zeros(item.shape, dtype=torch.bool)
+    whole = torch.empty(item.shape, dtype=item.dtype)
+    filled = torch.zeros(item.shape, dtype=torch.bool)
     for piece, part in parts:
         window = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
         whole[window], filled[window] = part, True
@@ -154,7 +183,3 @@ def _unpickled(piece: Piece) -> Any:
     except OSError as error:
         raise CheckpointError(piece.file, f"cannot be read ({error.strerror})", "make it readable") from error
     return load_pickle(piece.file, "do not trust this checkpoint", part)
-
-
-def _meta(item: Item) -> Tensor:
-    return torch.empty(item.shape, dtype=item.dtype, device="meta")

@@ -6,15 +6,16 @@ It is a pickle. `Restricted` opens it and makes inert records of what it names; 
 from __future__ import annotations
 
 import math
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.model.checkpoint.files import reason
-from entropy_probe.model.checkpoint.sharded import Restricted
 
 COPY_AGAIN = "copy the whole checkpoint folder again"
 Shape = tuple[int, ...]
@@ -140,6 +141,24 @@ def _shape(sizes: Any) -> Shape:
     if math.prod(max(size, 1) for size in sizes) >= 2**60:
         raise TypeError(f"{sizes!r} is larger than any file")
     return tuple(sizes)
+
+
+class Restricted(pickle.Unpickler):
+    """An unpickler that knows the names in `allowed` and no others: what a pickle calls is looked up there alone.
+
+    `allowed[module, name]` is what the pickle gets for that name. Anything else raises `CheckpointError`.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path, allowed: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(stream)
+        self._path, self._allowed = path, allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed:
+            raise CheckpointError(
+                self._path, f"asks for {module}.{name}"[:120] + ", and was not executed", "do not trust this file"
+            )
+        return self._allowed[module, name]
 
 
 class _Record:

@@ -18,7 +18,7 @@ from torch import Tensor
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.files import load_pickle, read_tensors, reason, weight_files
-from entropy_probe.model.checkpoint.sharded import Sharded, require_rounded
+from entropy_probe.model.checkpoint.stored import Gathered, Saved, Stored, require_rounded
 
 CONVERT = (
     "where you trust it, convert it: python ds_to_universal.py --input_folder global_stepN --output_folder "
@@ -51,7 +51,7 @@ _STAND_INS: list[Any] = [
 ]
 
 
-def read(layout: Layout) -> Sharded:
+def read(layout: Layout) -> Stored:
     """The masters, moments and hyper-parameters of all ranks, bit for bit. Raises `CheckpointError`."""
     paths = _rank_files(layout.optimizer.parent)
     ranks = [load(path)["optimizer_state_dict"] for path in paths]
@@ -80,7 +80,21 @@ def read(layout: Layout) -> Sharded:
         raise CheckpointError(paths[0], problem, CONVERT) from error
     files = [*paths, *of_model, *agree_with_folder(layout.weights, masters)]
     step = global_steps if type(global_steps) is int else None
-    return Sharded(weights, optimizer, files, step, rounded_beside=True)
+    return stored(layout, weights, optimizer, files, step)
+
+
+def stored(
+    layout: Layout, weights: dict[str, Tensor], optimizer: dict[str, Any], files: list[Path], step: int | None
+) -> Stored:
+    """The masters, which an adapter's own file holds rounded."""
+    return Stored(
+        folder=layout.folder,
+        weights=Gathered.of(weights, layout.folder, files),
+        optimizer=lambda: optimizer,
+        optimizer_files=list,
+        counted=step,
+        rounded=Saved(layout.weights, "adapter_model") if layout.is_adapter else None,
+    )
 
 
 def load(path: Path) -> dict[str, Any]:

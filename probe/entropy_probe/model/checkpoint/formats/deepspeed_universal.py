@@ -23,13 +23,14 @@ from entropy_probe.model.checkpoint.formats.deepspeed import (
     groups_of_adam,
     load,
     model_weights,
+    stored,
 )
-from entropy_probe.model.checkpoint.sharded import Sharded
+from entropy_probe.model.checkpoint.stored import Stored
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt", re.ASCII)
 
 
-def read(layout: Layout) -> Sharded:
+def read(layout: Layout) -> Stored:
     """The masters, moments and hyper-parameters, bit for bit. Raises `CheckpointError`."""
     zero = layout.optimizer.parent
     whole = load(layout.optimizer)
@@ -68,8 +69,8 @@ def read(layout: Layout) -> Sharded:
         problem = f"is not laid out as DeepSpeed 0.19 writes it ({type(error).__name__}: {reason(error)})"
         raise CheckpointError(layout.optimizer, problem, CONVERT) from error
     files += agree_with_folder(layout.weights, masters)
-    steps = models[0].get("global_steps")
-    return Sharded(weights, {"state": state, "param_groups": groups}, files, steps, rounded_beside=True)
+    optimizer = {"state": state, "param_groups": groups}
+    return stored(layout, weights, optimizer, files, models[0].get("global_steps"))
 
 
 def _tensors(zero: Path, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:

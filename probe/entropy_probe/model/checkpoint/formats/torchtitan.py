@@ -7,7 +7,9 @@ rows of the weights are in another order, and so are those of their moments.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import read_json
+from entropy_probe.model.checkpoint.files import header
 from entropy_probe.model.checkpoint.formats import dcp
-from entropy_probe.model.checkpoint.formats.dcp_metadata import read_items
-from entropy_probe.model.checkpoint.sharded import Sharded
+from entropy_probe.model.checkpoint.formats.dcp_metadata import Item, read_items
+from entropy_probe.model.checkpoint.stored import Gathered, Stored
 from entropy_probe.model.checkpoint.weights import pretrained
+from entropy_probe.text import read_json
 
 _NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", re.ASCII)
 _OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "lm_head": "lm_head"}
@@ -40,29 +43,51 @@ _NO_WEIGHTS = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 _CONVERT = "convert the checkpoint to safetensors with torchtitan"
 
 
-def read(layout: Layout, values: bool = True) -> Sharded:
-    """Weights and moments by transformers' names, in its order of rows; `values=False` leaves the weights meta.
+def read(layout: Layout) -> Stored:
+    """Weights and moments by transformers' names, in its order of rows; of tensors `.metadata` alone is opened.
 
     Raises `CheckpointError` for a tensor that has no known place, and for any `model_type` but llama and qwen3.
     """
-    items = [item.below("model") for item in read_items(layout.folder)]
-    places = _Places(layout.folder, _heads(layout.weights))
-    weights: dict[str, Tensor] = {}
-    for item in items:
-        if item.path[0] not in _NO_WEIGHTS and item.dtype is not None:
-            weights |= places.of(item.name, dcp.load(item, values))
-    stored = dcp.optimizer(layout.folder, items)
+    folder = layout.folder
+    items = [item.below("model") for item in read_items(folder)]
+    places = _Places(folder, _heads(layout.weights))
+    counted = [dcp.load(item) for item in items if item.path == ("train_state", "step")]
+    return Stored(
+        folder=folder,
+        weights=_weights(places, items),
+        optimizer=partial(_optimizer, places, dcp.of_optimizer(folder, items)),
+        optimizer_files=list,
+        counted=next((int(step) for step in counted if isinstance(step, int | Tensor)), None),
+    )
+
+
+def _weights(places: _Places, items: list[Item]) -> Gathered:
+    of_model = [item for item in items if item.path[0] not in _NO_WEIGHTS and item.dtype is not None]
+    outlines = [places.of(item.name, dcp.outline(item)) for item in of_model]
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        wanted, found = set(names), {}
+        for item, parts in zip(of_model, outlines, strict=True):
+            if wanted & parts.keys():
+                found |= places.of(item.name, dcp.load(item))
+        return {name: part for name, part in found.items() if name in wanted}
+
+    headers = {name: header(part) for parts in outlines for name, part in parts.items()}
+    return Gathered(headers, read, places.folder, dcp.files(places.folder, items))
+
+
+def _optimizer(places: _Places, items: list[Item]) -> dict[str, Any]:
+    stored = dcp.optimizer(places.folder, items)
     state: dict[str, dict[str, Any]] = {}
     for name, entry in stored["state"].items():
         for key, value in entry.items():
             for place, part in places.of(name, value).items():
                 state.setdefault(place, {})[key] = part
     groups = [
-        {**g, "params": [place for name in g["params"] for place in places.of(name)]} for g in stored["param_groups"]
+        {**group, "params": [place for name in group["params"] for place in places.of(name)]}
+        for group in stored["param_groups"]
     ]
-    counted = [dcp.load(item) for item in items if item.path == ("train_state", "step")]
-    step = next((int(step) for step in counted if isinstance(step, int | Tensor)), None)
-    return Sharded(weights, {"state": state, "param_groups": groups}, dcp.files(layout.folder, items), step)
+    return {"state": state, "param_groups": groups}
 
 
 @dataclass(frozen=True)

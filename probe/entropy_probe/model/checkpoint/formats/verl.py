@@ -20,8 +20,9 @@ from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import load_pickle, read_json, reason
-from entropy_probe.model.checkpoint.sharded import Sharded
+from entropy_probe.model.checkpoint.files import load_pickle, reason
+from entropy_probe.model.checkpoint.stored import Gathered, Stored
+from entropy_probe.text import read_json
 
 _FILE = re.compile(r"(model|optim)_world_size_(\d+)_rank_(\d+)\.pt", re.ASCII)
 _STEP = re.compile(r"global_step_(\d+)", re.ASCII)
@@ -29,7 +30,7 @@ _COPY = "copy the whole folder of one step"
 _MERGED = "save with FSDP2 (actor strategy: fsdp2), which keeps every parameter's moments apart"
 
 
-def read(layout: Layout) -> Sharded:
+def read(layout: Layout) -> Stored:
     """Weights and moments of all ranks in one piece. Raises `CheckpointError`."""
 
     import torch.distributed.tensor  # noqa: F401 (its classes are in the pickles)
@@ -52,8 +53,15 @@ def read(layout: Layout) -> Sharded:
         raise CheckpointError(where, problem, f"{_COPY}, or {_MERGED}") from error
     step = _STEP.fullmatch(layout.folder.name) or _STEP.fullmatch(layout.folder.parent.name)
     lora = _lora(layout.folder) if any(".lora_A." in name for name in weights) else None
-    read_from = [*files["model"], *files["optim"], *([lora] if lora else [])]
-    return Sharded(weights, optimizer, read_from, int(step[1]) if step else None, lora)
+    of_optimizer = [*files["optim"], *([lora] if lora else [])]
+    return Stored(
+        folder=layout.folder,
+        weights=Gathered.of(weights, layout.folder, files["model"]),
+        optimizer=lambda: optimizer,
+        optimizer_files=lambda: of_optimizer,
+        counted=int(step[1]) if step else None,
+        lora=lora,
+    )
 
 
 def _lora(folder: Path) -> Path:

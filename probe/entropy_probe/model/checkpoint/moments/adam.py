@@ -1,6 +1,6 @@
 """Adam's state, mapped to parameters by name.
 
-`order` tells which parameter each of its tensors belongs to; `other_optimizers` are those that are not Adam.
+`order` tells which parameter each of its tensors belongs to; `others` are those that are not Adam.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError, shown
-from entropy_probe.model.checkpoint.files import load_json, load_pickle, require_dense
+from entropy_probe.model.checkpoint.files import load_pickle, require_dense
 from entropy_probe.model.checkpoint.moments.order import names_of
+from entropy_probe.text import load_json
 
 _NOT_ADAM = {"momentum_decay": "NAdam", "momentum": "SGD or RMSprop", "lr_decay": "Adagrad", "rho": "Adadelta"}
 MissingState = Literal["raise", "identity"]

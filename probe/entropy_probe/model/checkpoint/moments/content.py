@@ -160,7 +160,7 @@ def _mean_squares(model: nn.Module, names: Sequence[str]) -> dict[str, Float[Ten
 def _sampled(bound: BoundModel) -> Int[Tensor, "N L"]:
     """Texts of the model's own, each from a first token at random, the same on every call."""
     generator = torch.Generator().manual_seed(0)
-    longest = getattr(getattr(bound.language_model, "config", None), "max_position_embeddings", None) or _TOKENS
+    longest = bound.longest_row or _TOKENS
     ids = torch.randint(0, bound.vocabulary, (_TEXTS, 1), generator=generator)
     for _ in range(min(_TOKENS, longest) - 1):
         logits = bound.direct_logits(ids.to(bound.device), keep=slice(-1, None))[:, 0]

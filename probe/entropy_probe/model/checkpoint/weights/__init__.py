@@ -1,1 +1,4 @@
-"""The model and its tokenizer: full models, PEFT adapters over a base model on disk."""
+"""The model and its tokenizer.
+
+pretrained  full models;   adapter  PEFT adapters over a base model on disk;   tokenizer
+"""

@@ -1,4 +1,4 @@
-"""A PEFT adapter (LoRA, DoRA, `modules_to_save`) over a base model that is found on disk."""
+"""A PEFT adapter (LoRA, DoRA, `modules_to_save`) over its base model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from entropy_probe.base_model import HOW_TO_NAME_A_BASE
 from entropy_probe.errors import CheckpointError, shown
-from entropy_probe.layout import Layout
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
-from entropy_probe.model.checkpoint.sharded import Sharded, require_rounded
+from entropy_probe.model.checkpoint.files import reason
+from entropy_probe.model.checkpoint.stored import Gathered, Saved, Stored, Weights, require_rounded
 from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
+from entropy_probe.text import read_json
 
-PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")  # in the names of what is the adapter's in a whole model
+_PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")
 _PEFT = "base_model.model."
 _SAVED_TOGETHER = "use files that were saved together"
-_HOW_TO_NAME_A_BASE = "name the base model's folder with --probe-base-model"
 _SECONDS = 4
 # As peft matches: target_modules in full, the keys of rank_pattern after a point, layers_pattern between two.
 _MATCH = r"""
@@ -37,39 +36,6 @@ for pattern in patterns:
         for name in names:
             form.fullmatch(name), form.match(name)
 """
-
-
-def find_base_model(folder: Path, base_model: Path | None) -> Path:
-    """The base model's folder: the one given, else `base_model_name_or_path` of adapter_config.json.
-
-    A relative path is tried against the current folder, the adapter's folder and its parents. Nothing is downloaded.
-    """
-    if base_model is not None:
-        if not (base_model / "config.json").is_file():
-            raise CheckpointError(base_model, "is not a model folder (no config.json)", _HOW_TO_NAME_A_BASE)
-        return _no_adapter(base_model)
-    config_path = folder / "adapter_config.json"
-    named = read_json(config_path).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise CheckpointError(config_path, f"base_model_name_or_path is {shown(named)}", _HOW_TO_NAME_A_BASE)
-    places = [Path.cwd(), folder, *folder.parents]
-    for place in places:
-        candidate = place / named  # an absolute `named` replaces `place`
-        try:
-            if (candidate / "config.json").is_file():
-                return _no_adapter(candidate)
-        except OSError:  # a name that no file system holds
-            break
-    raise CheckpointError(
-        config_path, f"the base model {named[:120]!r} is not on disk, and nothing is downloaded", _HOW_TO_NAME_A_BASE
-    )
-
-
-def _no_adapter(base: Path) -> Path:
-    """transformers follows an adapter's configuration to yet another base model."""
-    if (base / "adapter_config.json").is_file():
-        raise CheckpointError(base, "is the base model, and an adapter itself", _HOW_TO_NAME_A_BASE)
-    return base
 
 
 def check_config(folder: Path) -> str:
@@ -93,34 +59,21 @@ def check_config(folder: Path) -> str:
     return "DoRA" if config.get("use_dora") else "LoRA"
 
 
-def require_configuration(layout: Layout, weights: Iterable[str]) -> None:
-    """Raises for an adapter's weights without adapter_config.json, which FSDP's writers leave out."""
-    if not layout.is_adapter and any("lora_" in name for name in weights):
-        raise CheckpointError(
-            layout.folder,
-            "holds a LoRA adapter and no adapter_config.json",
-            "put the adapter_config.json of the run's LoraConfig into it",
-        )
-
-
-def load_adapter(folder: Path, base: Path, whole: Sharded | None = None, source: Path | None = None) -> nn.Module:
+def load_adapter(folder: Path, base: Path, stored: Stored) -> nn.Module:
     """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode.
 
-    The adapter is in the folder's own file. What is in `whole`, which was read from `source`, takes its place, by the
-    names of the adapter's file or of the model, whose other tensors may be among them; the file's values are checked
-    where they are the same, rounded.
+    peft loads the adapter's own file where there is one, and its values are compared with the file's. Weights out of
+    pieces are by the names of that file or of the model, whose other tensors may be among them.
     """
     import peft
 
     check_config(folder)
-    from_file = whole is None or whole.rounded_beside
-    where = weight_files(folder, "adapter_model")[0] if from_file else (source or folder)
-    stored = read_tensors(where) if whole is None or from_file else whole.weights
-    require_finite(stored, where)
-    base_model: Any = load_full_model(base)
-    _require_small(folder / "adapter_config.json", stored, base_model)
+    given = stored.rounded or stored.weights
+    where, tensors = given.source, given.tensors()
+    base_model: Any = load_full_model(base, Saved(base, "model"))
+    _require_small(folder / "adapter_config.json", tensors, base_model)
     try:
-        if from_file:
+        if isinstance(given, Saved):
             model: Any = peft.PeftModel.from_pretrained(base_model, folder, is_trainable=True, local_files_only=True)
         else:
             config = peft.PeftConfig.from_pretrained(str(folder))
@@ -128,53 +81,64 @@ def load_adapter(folder: Path, base: Path, whole: Sharded | None = None, source:
             model = peft.get_peft_model(base_model, config)
     except Exception as error:  # whatever a damaged configuration makes peft raise
         raise CheckpointError(
-            where, f"does not fit the base model {base} ({reason(error)})", _HOW_TO_NAME_A_BASE
+            where, f"does not fit the base model {base} ({reason(error)})", HOW_TO_NAME_A_BASE
         ) from error
     # modules_to_save stay in the dtype of the base's file otherwise
     model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    (_require_same if from_file else _fill)(stored, adapter, model.state_dict(), where)
-    if whole is not None and from_file:
-        _take(whole.weights, model, where)
-        require_rounded(stored, peft.get_peft_model_state_dict(model, save_embedding_layers=False), where)
+    put = _require_same if isinstance(given, Saved) else _fill
+    put(tensors, adapter, model.state_dict(), where)
+    if stored.rounded is not None:
+        _take(stored.weights.tensors(), model, where)
+        require_rounded(tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False), where)
     return model.eval()
 
 
-def wrap(
-    folder: Path, weights: dict[str, torch.Tensor], settings: Path, source: Path, base: Path | None = None
-) -> nn.Module:
-    """A model of `folder`'s config.json and its adapter, both out of `weights` by their names in peft's model.
+def wrap(folder: Path, stored: Stored, settings: Path, base: Path | None) -> nn.Module:
+    """A model of `folder`'s config.json and its adapter, both stored by their names in peft's model.
 
-    Rank and targets are read from the tensors, the scaling from the JSON file `settings`. Where `weights` are of the
-    adapter alone, the rest is the `base` model's. Everything but the adapter is frozen, and the model in eval mode.
+    Rank and targets are read from the tensors, the scaling from the JSON file `settings`. Where the adapter's tensors
+    alone are stored, the rest is the `base` model's. Everything but the adapter is frozen, and the model in eval mode.
     """
-    import peft
-
+    weights, source = stored.weights.tensors(), stored.weights.source
     stated = read_json(settings)
     alpha, lora = stated.get("lora_alpha"), {name: t for name, t in weights.items() if ".lora_" in name}
     if not isinstance(alpha, int) or isinstance(alpha, bool):
         raise CheckpointError(settings, f"`lora_alpha` is {alpha!r}", "restore the file")
     rest = {n.removeprefix(_PEFT).replace(".base_layer.", "."): t for n, t in weights.items() if n not in lora}
     if not rest and base is None:
-        raise CheckpointError(source, "holds the adapter alone", _HOW_TO_NAME_A_BASE)
-    model: Any = load_full_model(folder, rest, source) if rest else load_full_model(base or folder)
-    of_a = {n.removeprefix(_PEFT).split(".lora_A.")[0]: t for n, t in lora.items() if ".lora_A." in n}
-    ranks = {name: tensor.shape[0] for name, tensor in of_a.items()}
-    try:
-        chosen: dict[str, Any] = {key: bool(stated.get(key)) for key in ("use_rslora", "use_dora")}
-        config = peft.LoraConfig(
-            r=max(ranks.values()), lora_alpha=alpha, target_modules=list(ranks), rank_pattern=dict(ranks),
-            task_type="CAUSAL_LM", **chosen,
-        )  # fmt: skip
-        model = peft.get_peft_model(model, config)
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        problem = f"peft cannot make its adapter ({reason(error)})"
-        raise CheckpointError(source, problem, "install the peft that wrote it") from error
+        raise CheckpointError(source, "holds the adapter alone", HOW_TO_NAME_A_BASE)
+    if rest:
+        model: Any = load_full_model(folder, Gathered.of(rest, source, stored.weights.files))
+    else:
+        place = base or folder
+        model = load_full_model(place, Saved(place, "model"))
+    model = _with_new_adapter(model, lora, alpha, stated, source)
     missing = {name for name in model.state_dict() if ".lora_" in name} ^ lora.keys()
     if missing:
         raise CheckpointError(source, f"{min(missing)} is in the file or in the model alone", _SAVED_TOGETHER)
     _take(weights, model, source)
     return model.eval()
+
+
+def _with_new_adapter(
+    model: Any, lora: dict[str, torch.Tensor], alpha: int, stated: dict[str, Any], source: Path
+) -> Any:
+    """The model with an adapter of the ranks and on the modules that the tensors tell, before it has their values."""
+    import peft
+
+    of_a = {n.removeprefix(_PEFT).split(".lora_A.")[0]: t for n, t in lora.items() if ".lora_A." in n}
+    ranks = {name: tensor.shape[0] for name, tensor in of_a.items()}
+    chosen: dict[str, Any] = {key: bool(stated.get(key)) for key in ("use_rslora", "use_dora")}
+    try:
+        config = peft.LoraConfig(
+            r=max(ranks.values()), lora_alpha=alpha, target_modules=list(ranks), rank_pattern=dict(ranks),
+            task_type="CAUSAL_LM", **chosen,
+        )  # fmt: skip
+        return peft.get_peft_model(model, config)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        problem = f"peft cannot make its adapter ({reason(error)})"
+        raise CheckpointError(source, problem, "install the peft that wrote it") from error
 
 
 def kind_of(model: nn.Module) -> str:
@@ -208,11 +172,20 @@ def _fill(
             raise CheckpointError(where, f"{name} is not in it", "restore the adapter_config.json that belongs to it")
 
 
-def without_effect(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[str]:
+def names_of_adapter(weights: Weights) -> list[str]:
+    """All that its own file holds; of gathered weights, where the rest of the model may be too, what peft names so."""
+    if isinstance(weights, Saved):
+        return list(weights.headers)
+    return [name for name in weights.headers if any(part in name for part in _PARTS)]
+
+
+def without_effect(settings: Path, weights: Weights) -> list[str]:
     """Why the adapter changes nothing of its base model, if it does not: a line for each reason."""
-    of_b = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
-    reasons = ["lora_alpha is 0: the adapter does nothing"] if config.get("lora_alpha") == 0 else []
-    if of_b and not any(tensor.is_meta or bool(tensor.any()) for tensor in of_b):
+    reasons = []
+    if read_json(settings).get("lora_alpha") == 0:
+        reasons.append("lora_alpha is 0: the adapter does nothing")
+    of_b = [name for name in weights.headers if "lora_B" in name or "lora_embedding_B" in name]
+    if of_b and not any(bool(tensor.any()) for tensor in weights.tensors(of_b).values()):
         reasons.append("every lora_B is zero: the adapter does nothing")
     return reasons
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_probe.errors import CheckpointError, shown
-from entropy_probe.model.checkpoint.files import read_json, read_tensors, reason, require_finite, weight_files
+from entropy_probe.model.checkpoint.files import Headers, reason
+from entropy_probe.model.checkpoint.stored import Saved, Weights
 from entropy_probe.model.quiet import quiet_transformers
+from entropy_probe.text import read_json
 
+_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _ATTENTION = (None, "eager", "sdpa")
 _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
@@ -72,71 +76,74 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
             rest.extend(inner)
 
 
-def load_full_model(folder: Path, weights: dict[str, Tensor] | None = None, source: Path | None = None) -> nn.Module:
-    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random.
+def require_config(folder: Path) -> Path:
+    """The config.json of a full model, as the last thing that a checkpoint may have."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            folder, "has neither config.json nor adapter_config.json", "give the folder that the trainer wrote"
+        )
+    return path
 
-    `weights` were read from `source` already; else they are those in the folder's own files.
-    """
+
+def load_full_model(folder: Path, weights: Weights) -> nn.Module:
+    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random."""
     check_config(folder)
-    files = [] if weights is not None else weight_files(folder, "model")
-    stored: dict[str, Path] = {}
-    shapes: dict[str, torch.Size] = {}
-    dtypes: set[torch.dtype] = {torch.float32}
-    for path in files:
-        tensors = read_tensors(path)
-        stored |= dict.fromkeys(tensors, path)
-        shapes |= {name: tensor.shape for name, tensor in tensors.items()}
-        dtypes |= {tensor.dtype for tensor in tensors.values()}
-    if weights is not None:
-        require_finite(weights, source or folder)
-        shapes = {name: tensor.shape for name, tensor in weights.items()}
-        dtypes |= {tensor.dtype for tensor in weights.values()}
-    check_layers(folder, len(shapes))
-    where = files[0] if len(files) == 1 else source or folder
-    offline: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {"output_loading_info": True}
-    options["dtype"] = torch.float64 if torch.float64 in dtypes else torch.float32
+    if isinstance(weights, Saved):  # transformers opens the files itself
+        weights.require_finite()
+        options["use_safetensors"] = weights.files[0].suffix == ".safetensors"
+    else:
+        options["state_dict"] = weights.tensors()
+    headers = weights.headers
+    check_layers(folder, len(headers))
+    in_float64 = any(header.dtype == "float64" for header in headers.values())
+    options["dtype"] = torch.float64 if in_float64 else torch.float32
     empty: Any = None
     try:
         with quiet_transformers():
             auto: Any = transformers.AutoModelForCausalLM
-            config = transformers.AutoConfig.from_pretrained(folder, **offline)
+            config = transformers.AutoConfig.from_pretrained(folder, **_OFFLINE)
             with torch.device("meta"):
                 empty = auto.from_config(config)
-            _require_enough(empty, shapes, folder)
-            if weights is None:
-                safe = files[0].suffix == ".safetensors"
-                model, info = auto.from_pretrained(folder, use_safetensors=safe, **offline, **options)
+            _require_enough(empty, headers, folder)
+            if isinstance(weights, Saved):
+                model, info = auto.from_pretrained(folder, **_OFFLINE, **options)
             else:
-                model, info = type(empty).from_pretrained(None, config=config, state_dict=weights, **options)
+                model, info = type(empty).from_pretrained(None, config=config, **options)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged configuration makes transformers raise
-        for name, parameter in {} if empty is None else empty.named_parameters():
-            if name in shapes and parameter.shape != shapes[name]:
-                raise CheckpointError(
-                    stored.get(name, where),
-                    f"{name} has shape {tuple(shapes[name])}, config.json asks for {tuple(parameter.shape)}",
-                    _RESTORE,
-                ) from error
+        _refuse_other_shapes(empty, weights, error)
         raise CheckpointError(folder, f"transformers cannot load it ({reason(error)})", _RESTORE_BOTH) from error
-    scalars = {name for name, shape in shapes.items() if not shape}  # buffers of old versions, such as GPT-2's
-    _refuse_gaps({**info, "unexpected_keys": set(info.get("unexpected_keys") or ()) - scalars}, where, stored)
-    _require_tied(empty, model, where)
+    _refuse_gaps(info, weights)
+    _require_tied(empty, model, weights.source)
     return model.eval()
 
 
-def _require_enough(empty: nn.Module, shapes: dict[str, torch.Size], folder: Path) -> None:
+def _require_enough(empty: nn.Module, headers: Headers, folder: Path) -> None:
     """Raises for a model without values that is far larger than its files: the rest would be made up, in memory."""
     values = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
-    held = sum(shape.numel() for shape in shapes.values())
+    held = sum(math.prod(header.shape) for header in headers.values())
     if values > 2 * held + _SLACK:
         raise CheckpointError(
             folder / "config.json", f"asks for {values} values, and the files hold {held}", _RESTORE_BOTH
         )
 
 
-def _refuse_gaps(info: dict[str, Any], where: Path, stored: dict[str, Path]) -> None:
+def _refuse_other_shapes(empty: nn.Module | None, weights: Weights, error: Exception) -> None:
+    """Raises for the first tensor of another shape than the model's, which explains the error."""
+    for name, parameter in () if empty is None else empty.named_parameters():
+        found = weights.headers.get(name)
+        if found is not None and parameter.shape != found.shape:
+            raise CheckpointError(
+                weights.file_of(name),
+                f"{name} has shape {found.shape}, config.json asks for {tuple(parameter.shape)}",
+                _RESTORE,
+            ) from error
+
+
+def _refuse_gaps(info: dict[str, Any], weights: Weights) -> None:
     """transformers initialises what it misses at random, passes over what it cannot place, and goes on: refuse."""
     for kind, problem in (
         ("missing_keys", "is not in the file"),
@@ -145,9 +152,12 @@ def _refuse_gaps(info: dict[str, Any], where: Path, stored: dict[str, Path]) -> 
     ):
         for key in sorted(info.get(kind) or [], key=str):
             name = key[0] if isinstance(key, tuple) else key
-            raise CheckpointError(stored.get(name, where), f"{name} {problem}", _RESTORE)
+            found = weights.headers.get(name)
+            if kind == "unexpected_keys" and found is not None and found.shape == ():
+                continue  # a buffer of old versions, such as GPT-2's
+            raise CheckpointError(weights.file_of(name), f"{name} {problem}", _RESTORE)
     if info.get("error_msgs"):
-        raise CheckpointError(where, str(info["error_msgs"][0])[:160], _RESTORE)
+        raise CheckpointError(weights.source, str(info["error_msgs"][0])[:160], _RESTORE)
 
 
 def _require_tied(empty: nn.Module, model: nn.Module, where: Path) -> None:

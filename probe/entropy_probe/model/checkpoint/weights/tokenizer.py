@@ -8,9 +8,10 @@ from typing import Any
 import transformers
 
 from entropy_probe.errors import CheckpointError
-from entropy_probe.model.checkpoint.files import read_json, reason
+from entropy_probe.model.checkpoint.files import reason
 from entropy_probe.model.checkpoint.weights.pretrained import check_layers
 from entropy_probe.model.quiet import quiet_transformers
+from entropy_probe.text import read_json
 
 _MOST_LAYERS = 10_000
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")

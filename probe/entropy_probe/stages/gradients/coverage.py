@@ -10,7 +10,7 @@ from torch import Tensor
 from entropy_probe.model.registry import Registry
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.report import RegistrySection
-from entropy_probe.stages.gradients import UnitGradients
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 
 FRESH_LORA = "its partner is zero: the adapter has not learned anything yet, so this factor has no gradient"
 _PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_B", "lora_embedding_A"))

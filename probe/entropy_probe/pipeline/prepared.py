@@ -15,11 +15,11 @@ from entropy_probe.model.forward import BoundModel, bind, require_held
 from entropy_probe.model.placement import main_device
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
+from entropy_probe.pipeline.clock import Clock
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import draw_batches, fingerprint, sampling_section
-from entropy_probe.stages.clock import Clock, Progress
 from entropy_probe.stages.memory.memory_limit import require_loaded_within
-from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _prepared(
     world, tokenizer = clock.world, checkpoint.tokenizer
     with clock("integrity"):
         checksum_before = checksum(checkpoint.model)
-        bound = bind(checkpoint.model, str_to_dtype(config.precision.func_override.dtype))
+        bound = bind(checkpoint.model, str_to_dtype(config.precision.dtype))
     with clock("rollouts"):
         files = (rollouts, update_rollouts, prompts)
         e, u = draw_batches(bound, tokenizer, config, *files, clock.progress, world)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from entropy_probe.stages.measured import Measured
+from entropy_probe.pipeline.measured import Measured
 from entropy_probe.stages.slopes import Slopes
 from entropy_probe.stages.witnesses.projections import projection_agreement
 from entropy_probe.stages.witnesses.witness import curvature_witness, gradient_witness

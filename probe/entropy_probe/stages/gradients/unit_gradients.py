@@ -26,12 +26,11 @@ from entropy_probe.estimators.ustat import (
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.report import UStatistic
-from entropy_probe.stages.payloads import Payload
-from entropy_probe.stages.products import dots, gram, grams, prompt_mean, row_dots, weighted_sum
+from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.products import dots, gram, grams, prompt_mean, row_dots, weighted_sum
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import read_rows
-from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import Units
+from entropy_probe.stages.share import Share, Units
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

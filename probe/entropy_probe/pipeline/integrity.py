@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from entropy_probe.model.registry import checksum, unwrap
+from entropy_probe.pipeline.measured import Models
 from entropy_probe.processes.world import World
 from entropy_probe.report import IntegritySection
-from entropy_probe.stages.measured import Models
 
 
 @dataclass(frozen=True)

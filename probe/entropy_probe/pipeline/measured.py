@@ -11,14 +11,14 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.clock import Clock
-from entropy_probe.stages.gradients import UnitGradients, unit_gradients
+from entropy_probe.pipeline.clock import Clock
+from entropy_probe.stages.gradients.payloads import Payload, payloads
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
-from entropy_probe.stages.payloads import Payload, payloads
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
-from entropy_probe.stages.units import units_of
 
 
 @dataclass(frozen=True)

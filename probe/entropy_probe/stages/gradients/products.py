@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,11 @@ def row_dots(
     for part in columns(left):
         total += (left[:, part].double() * precond[part].double() * right[:, part].double()).sum(1)
     return total
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all tensors, in float64."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
 def prompt_mean(units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]) -> dict[str, Float[Tensor, " D"]]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.errors import NoCopyError
 from entropy_probe.estimators import prediction
+from entropy_probe.pipeline.clock import Clock
+from entropy_probe.pipeline.measured import Measured
 from entropy_probe.stages import entropy_change, slopes, update
-from entropy_probe.stages.clock import Clock
 from entropy_probe.stages.first_order import first_order_section, two_batch_section
-from entropy_probe.stages.measured import Measured
 from entropy_probe.stages.moments import moments_match, preconditioner_section
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.witnesses.real_step import real_step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -11,8 +11,8 @@ import torch
 
 from entropy_probe import memory
 from entropy_probe.processes.world import World
+from entropy_probe.stages.responses.rollouts import Progress
 
-Progress = Callable[[str, int, int], None]
 # Stages that every process goes through; the others are rank 0's.
 _OF_ALL = (
     *("load", "integrity", "rollouts", "memory limit", "scores", "gradients"),

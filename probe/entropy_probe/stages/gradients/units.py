@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.responses.rollouts import Rollouts
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
+from entropy_probe.stages.share import Units
 
 # Gradients of single prompts that are held beside those of the units.
 _WITNESSED = 8
-
-
-@dataclass(frozen=True)
-class Units:
-    """The unit of each prompt: a prompt itself (`exact`), or a block of prompts whose sizes differ by at
-    most one (`block`)."""
-
-    mode: str
-    of_prompt: Int[torch.Tensor, " B"]
-
-    @property
-    def sizes(self) -> Int[torch.Tensor, " U"]:
-        return torch.bincount(self.of_prompt)
 
 
 def units_of_prompts(rollouts: Rollouts) -> Units:

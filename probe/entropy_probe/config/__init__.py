@@ -1,0 +1,186 @@
+"""Configuration: defaults < budget < pyproject < YAML < command line, one frozen model per section.
+
+`ProbeConfig.load` is the only reader. Unknown keys and impossible values raise `ConfigError` on one
+line that names the key and, for a misspelt key, the nearest valid one.
+
+values     the types of single values: sizes, devices, bounds
+sections   the sections
+sources    tables read from files, laid over one another
+complaint  what pydantic found, on one line
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from entropy_probe.budgets import BUDGETS, Name, Part
+from entropy_probe.config.complaint import one_line
+from entropy_probe.config.sections import (
+    BatchConfig,
+    FirstOrderConfig,
+    FuncOverrideSection,
+    GenerationConfig,
+    InvarianceConfig,
+    PrecisionSection,
+    Section,
+    TeacherForcingSection,
+    TrueDeltaHConfig,
+    UpdateConfig,
+    as_given,
+    reading,
+)
+from entropy_probe.config.sources import (
+    merged,
+    nested,
+    read_pyproject,
+    read_yaml,
+    require_text_keys,
+)
+from entropy_probe.config.values import (
+    RULES,
+    Device,
+    DeviceMap,
+    Limit,
+    MaxMemory,
+    MemoryLimit,
+    Text,
+    size_in_bytes,
+)
+
+__all__ = [
+    "JUDGES",
+    "MEANS",
+    "RULES",
+    "BatchConfig",
+    "FirstOrderConfig",
+    "FuncOverrideSection",
+    "GenerationConfig",
+    "InvarianceConfig",
+    "PrecisionSection",
+    "ProbeConfig",
+    "SequenceConfig",
+    "TeacherForcingSection",
+    "TrueDeltaHConfig",
+    "UpdateConfig",
+]
+
+JUDGES = ("limits", "allow_inconclusive")
+"""Sections that judge a report and have no part in its measurement."""
+MEANS = ("memory_limit", "device_map", "max_memory", "offload_folder")
+"""Keys that say how a measurement finds room, and not what is measured."""
+
+_Config = TypeVar("_Config", bound="SequenceConfig")
+
+
+class SequenceConfig(Section):
+    """What sampling and scoring need: the two sections that `SequenceProcessor` takes."""
+
+    generation: GenerationConfig = GenerationConfig()
+    precision: PrecisionSection = PrecisionSection()
+
+    @classmethod
+    def from_mapping(
+        cls: type[_Config],
+        values: dict[Any, Any],
+        where: object = "configuration",
+    ) -> _Config:
+        """The configuration in a table; an error names the key, and `where` it stands."""
+        require_text_keys(values, where)
+        token = reading.set(True)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise one_line(error, where, cls) from error
+        finally:
+            reading.reset(token)
+
+
+def _has_groups(generation: GenerationConfig) -> GenerationConfig:
+    if generation.num_return_sequences < 2:
+        reason = "a response's baseline comes from the others"
+        raise ValueError(f"num_return_sequences must be at least 2: {reason}")
+    return generation
+
+
+class ProbeConfig(SequenceConfig):
+    """The resolved configuration of one run.
+
+    The values of the `budget` (`budgets.py`) stand where nothing else is given. `device_map` says
+    where the parts of a model that outgrows one device are, as accelerate decides within
+    `max_memory`, or by module name (docs/scaling.md). `memory_limit`, in bytes or as 8GiB, is kept
+    by smaller batches (`stages/memory/memory_limit.py`). `limits` holds the thresholds that differ
+    from their defaults, and the bounds of gates, which are off without.
+    """
+
+    budget: Name = "standard"
+    device: Device = "cpu"
+    memory_limit: MemoryLimit | None = None
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    offload_folder: Text | None = None
+    generation: Annotated[GenerationConfig, AfterValidator(_has_groups)] = GenerationConfig()
+    batch: BatchConfig = BatchConfig()
+    first_order: FirstOrderConfig = FirstOrderConfig()
+    true_delta_h: TrueDeltaHConfig = TrueDeltaHConfig()
+    update: UpdateConfig = UpdateConfig()
+    invariance: InvarianceConfig = InvarianceConfig()
+    limits: dict[str, Limit] = Field(default_factory=dict)
+    allow_inconclusive: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_budget(cls, values: Any) -> Any:
+        name = values.get("budget", "standard") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in BUDGETS:
+            return values
+        under = BUDGETS[name].values
+        over = {key: as_given(value) if key in under else value for key, value in values.items()}
+        return merged(under, over)
+
+    @model_validator(mode="after")
+    def _map_with_its_options(self) -> ProbeConfig:
+        options = ("max_memory", "offload_folder")
+        alone = [key for key in options if getattr(self, key) is not None]
+        if alone and self.device_map is None:
+            raise ValueError(f"`{alone[0]}` is given without `device_map`, which it belongs to")
+        return self
+
+    @property
+    def left_out(self) -> tuple[Part, ...]:
+        """The parts of the measurement that the budget leaves out."""
+        return BUDGETS[self.budget].left_out
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """What `load_checkpoint` takes of it by these names; sizes in bytes."""
+        sizes = self.max_memory
+        in_bytes = sizes and {device: size_in_bytes(size) for device, size in sizes.items()}
+        return {
+            "device_map": self.device_map,
+            "max_memory": in_bytes,
+            "offload_folder": self.offload_folder,
+        }
+
+    @classmethod
+    def load(
+        cls,
+        file: Path | None = None,
+        pyproject: Path | None = None,
+        overrides: dict[str, Any] | None = None,
+    ) -> ProbeConfig:
+        """Merge `[tool.entropy-probe]` of `pyproject`, the YAML `file` and dotted `overrides`.
+
+        The last one wins.
+        """
+        values: dict[str, Any] = {}
+        for path, read in ((pyproject, read_pyproject), (file, read_yaml)):
+            if path is not None:
+                table = read(path)
+                cls.from_mapping(table, where=path)  # so that an error names the file it stands in
+                values = merged(values, table)
+        for dotted, value in (overrides or {}).items():
+            values = merged(values, nested(dotted, value))
+        return cls.from_mapping(values, where="configuration")

@@ -1,0 +1,9 @@
+"""What is measured, in order: what one step of the pipeline hands to the next, and what a whole run is watched by.
+
+prepared   a checkpoint bound to the configured precision, and its two batches
+measured   the models, and scores and gradients of both batches
+next_step  all that needs Adam's second moment: U_cross and δH₁, v, slopes along it, ΔH(η)
+witnessed  gradients, projections and curvature by other ways
+clock      seconds and memory of each stage;   integrity  nothing was changed
+checkpoint, environment  what was measured, and on what
+"""

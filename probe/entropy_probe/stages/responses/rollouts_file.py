@@ -1,0 +1,165 @@
+"""Rollouts read from JSON lines: one prompt a line, the same number G of responses on every line.
+
+    {"prompt_ids": [..], "response_ids": [[..], ..], "rewards": [..]}
+    {"prompt": "..", "responses": ["..", ..], "rewards": [..]}
+
+Texts are tokenised here; an EOS is added unless `truncated` says that the response has none.
+Optional: "advantages": [..], "truncated": [bool, ..], "logprobs": [[..], ..], "gold": ".."
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entropy_probe.errors import RolloutsError, shown
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages.responses.rewards import LARGEST_REWARD
+from entropy_probe.stages.responses.rollouts import (
+    Group,
+    Rollouts,
+    assembled,
+    early_eos,
+    eos_ids,
+)
+from entropy_probe.text import has_lone_surrogate, json_lines
+
+
+def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) -> Rollouts:
+    """Read a rollouts file.
+
+    Raises `RolloutsError` naming the line: unequal G, an empty response, a token outside the
+    vocabulary, lists of different length, a reward that is not finite, G < 2.
+    """
+    eos = eos_ids(bound.language_model, tokenizer)
+    groups: list[Group] = []
+    for where, row in json_lines(Path(path), "write one object per line"):
+        group = _Line(row, where, bound.vocabulary, eos, tokenizer).read()
+        if groups:
+            _require_alike(group, groups[0], where)
+        groups.append(group)
+    if len(groups) < 2:
+        raise RolloutsError(path, f"has {len(groups)} prompts, expected at least 2", "add lines")
+    return assembled(groups, str(path), 0)
+
+
+def _require_alike(group: Group, first: Group, where: str) -> None:
+    size, expected = len(group.responses), len(first.responses)
+    if size != expected:
+        problem = f"has {size} responses, the first line {expected}"
+        raise RolloutsError(where, problem, "give the same number on every line")
+    for key in ("advantages", "logprobs"):
+        if (getattr(group, key) is None) != (getattr(first, key) is None):
+            problem = f"`{key}` stand on some lines only"
+            raise RolloutsError(where, problem, "give them on every line or on none")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the file, and what its tokens are held against."""
+
+    row: dict[str, Any]
+    where: str
+    vocabulary: int
+    eos: list[int]
+    tokenizer: Any | None
+
+    def read(self) -> Group:
+        row = self.row
+        if "prompt_ids" in row:
+            prompt = self._ids(row["prompt_ids"], "prompt_ids")
+            responses = [self._response(ids, "response_ids") for ids in self._list("response_ids")]
+        else:
+            prompt, responses = self._tokenised()
+        count = len(responses)
+        if count < 2:
+            raise self._wrong(f"has {count} responses, expected at least 2", "give 2 or more")
+        given = {key for key in ("advantages", "logprobs") if row.get(key) is not None}
+        return Group(
+            prompt,
+            responses,
+            rewards=self._numbers("rewards", count),
+            advantages=self._numbers("advantages", count) if "advantages" in given else None,
+            logprobs=self._logprobs(responses) if "logprobs" in given else None,
+        )
+
+    def _wrong(self, problem: str, remedy: str) -> RolloutsError:
+        return RolloutsError(self.where, problem, remedy)
+
+    def _tokenised(self) -> tuple[list[int], list[list[int]]]:
+        prompt, tokenizer = self.row.get("prompt"), self.tokenizer
+        if not isinstance(prompt, str) or has_lone_surrogate(prompt):
+            problem = "has neither `prompt_ids` nor a text under `prompt`"
+            raise self._wrong(problem, "give one of them")
+        if tokenizer is None:
+            problem = "is text, and the checkpoint has no tokenizer"
+            raise self._wrong(problem, "give prompt_ids and response_ids")
+        texts = self._list("responses")
+        ended = [not truncated for truncated in self._truncated(len(texts))]
+        responses = [self._encoded(*one, tokenizer) for one in zip(texts, ended, strict=True)]
+        return self._ids(list(tokenizer(prompt).input_ids), "prompt"), responses
+
+    def _truncated(self, count: int) -> list[bool]:
+        truncated = self.row.get("truncated", [False] * count)
+        of_responses = isinstance(truncated, list) and len(truncated) == count
+        if not of_responses or any(type(entry) is not bool for entry in truncated):
+            problem = f"`truncated` is {shown(truncated)}"
+            raise self._wrong(problem, "give one true or false per response")
+        return truncated
+
+    def _encoded(self, text: object, ended: bool, tokenizer: Any) -> list[int]:
+        """The tokens of a response; an EOS is added to one that has ended."""
+        if not isinstance(text, str) or has_lone_surrogate(text):
+            raise self._wrong(f"a response is {text!a}"[:120], "give texts")
+        ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        if ended and self.eos and (not ids or ids[-1] not in self.eos):
+            own = tokenizer.eos_token_id
+            ids.append(own if own in self.eos else self.eos[0])
+        return self._response(ids, "responses")
+
+    def _ids(self, value: Any, key: str) -> list[int]:
+        if not isinstance(value, list) or not value:
+            problem = f"`{key}` has an empty entry or is not a list"
+            raise self._wrong(problem, "give at least one token")
+        for token in value:
+            if type(token) is not int or not 0 <= token < self.vocabulary:
+                remedy = f"give token ids from 0 to {self.vocabulary - 1}"
+                raise self._wrong(f"`{key}` holds {shown(token)}", remedy)
+        return value
+
+    def _response(self, value: Any, key: str) -> list[int]:
+        ids = self._ids(value, key)
+        early = early_eos(ids, self.eos)
+        if early is not None:
+            problem = f"`{key}` goes on after the EOS at {early}"
+            raise self._wrong(problem, "end each response at its EOS")
+        return ids
+
+    def _list(self, key: str) -> list[Any]:
+        value = self.row.get(key)
+        if not isinstance(value, list):
+            raise self._wrong(f"has no list under `{key}`", "give one entry per response")
+        return value
+
+    def _numbers(self, key: str, count: int) -> list[float]:
+        values = self._list(key)
+        if len(values) != count:
+            problem = f"`{key}` has {len(values)} entries for {count} responses"
+            raise self._wrong(problem, "give one for each")
+        return self._finite(key, values)
+
+    def _finite(self, key: str, values: list[Any]) -> list[float]:
+        for value in values:
+            if type(value) not in (int, float) or not abs(value) <= LARGEST_REWARD:
+                raise self._wrong(f"`{key}` holds {shown(value)}", "give finite numbers")
+        return [float(value) for value in values]
+
+    def _logprobs(self, responses: list[list[int]]) -> list[list[float]]:
+        """One number per token of every response."""
+        lists = self._list("logprobs")
+        lengths = [len(entry) if isinstance(entry, list) else None for entry in lists]
+        if lengths != [len(response) for response in responses]:
+            problem = f"`logprobs` has {lengths} numbers"[:120]
+            raise self._wrong(problem, "give one per token of each response")
+        return [self._finite("logprobs", entry) for entry in lists]

@@ -1,0 +1,168 @@
+"""Rollouts sampled from the policy, and sampled again at other parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.config import GenerationConfig
+from entropy_probe.errors import MeasurementError
+from entropy_probe.model.forward import BoundModel
+from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rewards import Reward, tag_pref
+from entropy_probe.stages.responses.rollouts import (
+    Group,
+    Progress,
+    Rollouts,
+    assembled,
+    eos_ids,
+)
+from entropy_probe.stages.responses.sampling import StopStrings, sample
+
+
+def sample_rollouts(
+    bound: BoundModel,
+    tokenizer: Any | None,
+    prompts: Sequence[Prompt],
+    generation: GenerationConfig,
+    *,
+    seed: int,
+    reward: Reward = tag_pref,
+    stage: str = "sampling",
+    progress: Progress | None = None,
+    world: World = ALONE,
+) -> Rollouts:
+    """Sample G responses of every prompt from q: temperature and top_p as given, nothing else.
+
+    A response ends with its first EOS, with the token that completes a stop string, or at the
+    length limit. The same seed gives the same responses whatever `gen_batch_size` is, and however
+    many processes share the prompts; no global generator is used.
+    """
+    if tokenizer is None:
+        problem = "the checkpoint has none, so nothing can be sampled"
+        raise MeasurementError("tokenizer", problem, "give --probe-rollouts")
+    encoded = [list(tokenizer(prompt.text).input_ids) for prompt in prompts]
+    empty = next((i for i, ids in enumerate(encoded) if not ids), None)
+    if empty is not None:
+        where = f"prompt {prompts[empty].text!r}"
+        raise MeasurementError(where, "encodes to no token", "leave it out")
+    group = generation.num_return_sequences
+    share = world.share(len(prompts))
+    drawn = _sampled(
+        bound,
+        tokenizer,
+        encoded[share],
+        generation,
+        seed=seed,
+        first_prompt=share.start,
+        progress=None if progress is None else partial(progress, stage),
+    )
+    own = []
+    for prompt, responses in zip(prompts[share], drawn, strict=True):
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+        own.append([reward(text, prompt.gold) for text in texts])
+    drawn, rewards = _of_all(drawn, own, share, len(prompts), group, world)
+    groups = [Group(*one) for one in zip(encoded, drawn, rewards, strict=True)]
+    return assembled(groups, "sampled", sum(prompt.gold is None for prompt in prompts))
+
+
+def _of_all(
+    responses: list[list[list[int]]],
+    rewards: list[list[float]],
+    share: slice,
+    count: int,
+    group: int,
+    world: World,
+) -> tuple[list[list[list[int]]], list[list[float]]]:
+    """The responses and rewards of all prompts, from everybody's own."""
+    if world.size == 1:
+        return responses, rewards
+    own = share.stop - share.start
+    sizes = [[len(response) for response in of_prompt] for of_prompt in responses]
+    sizes = torch.tensor(sizes, dtype=torch.int32).reshape(own, group)
+    lengths = world.placed(sizes, share, count)
+    ids = torch.zeros(own, group, int(lengths.max()), dtype=torch.int32)
+    for n, of_prompt in enumerate(responses):
+        for g, response in enumerate(of_prompt):
+            ids[n, g, : len(response)] = torch.tensor(response)
+    rows = world.placed(ids, share, count).tolist()
+    table = torch.tensor(rewards, dtype=torch.float64).reshape(own, group)
+    of_all = world.placed(table, share, count)
+    cut = [
+        [row[:length] for row, length in zip(*of_prompt, strict=True)]
+        for of_prompt in zip(rows, lengths.tolist(), strict=True)
+    ]
+    return cut, of_all.tolist()
+
+
+def redrawn(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    tokenizer: Any | None,
+    generation: GenerationConfig,
+    *,
+    seed: int,
+    override: Mapping[str, Tensor],
+) -> Rollouts:
+    """As many fresh responses of the same prompts, from q at the parameters in `override`.
+
+    Rewards are NaN.
+    """
+    size_b, group = rollouts.num_prompts, rollouts.num_responses
+    lengths = rollouts.prompt_lens[::group].tolist()
+    firsts = rollouts.ids[::group]
+    prompts = [ids[:length].tolist() for ids, length in zip(firsts, lengths, strict=True)]
+    if not prompts:
+        return rollouts
+    drawn = _sampled(
+        bound,
+        tokenizer,
+        prompts,
+        generation.model_copy(update={"num_return_sequences": group}),
+        seed=seed,
+        first_prompt=rollouts.first_prompt,
+        override=override,
+    )
+    nothing = [[math.nan] * group] * size_b
+    groups = [Group(*one) for one in zip(prompts, drawn, nothing, strict=True)]
+    return replace(assembled(groups, "resampled", 0), first_prompt=rollouts.first_prompt)
+
+
+def _sampled(
+    bound: BoundModel,
+    tokenizer: Any | None,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationConfig,
+    **options: Any,
+) -> list[list[list[int]]]:
+    """`sample` under the policy of `generation`: the responses of each prompt.
+
+    A tokenizer finds stop strings.
+    """
+    stop = None
+    if generation.stop:
+        if tokenizer is None:
+            problem = "needs a tokenizer, the checkpoint has none"
+            raise MeasurementError("generation.stop", problem, "leave it out")
+        stop = StopStrings(tokenizer.decode, tuple(generation.stop))
+    group = generation.num_return_sequences
+    responses = sample(
+        bound,
+        prompts,
+        num_return_sequences=group,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        max_new_tokens=generation.max_new_tokens,
+        eos_ids=eos_ids(bound.language_model, tokenizer),
+        gen_batch_size=generation.gen_batch_size,
+        stop=stop,
+        **options,
+    )
+    return [responses[n * group :][:group] for n in range(len(prompts))]

@@ -1,0 +1,82 @@
+"""Names of options, ini keys, markers and fixtures. PYTEST_DONT_REWRITE: nothing here asserts."""
+
+from __future__ import annotations
+
+# key → (metavar, is it a path, help); the option is --probe-KEY, the ini key probe_KEY.
+OPTIONS: dict[str, tuple[str, bool, str]] = {
+    "checkpoint": (
+        "[NAME=]PATH",
+        True,
+        "checkpoint folder to probe; repeatable; globs; 'demo' is the bundled one",
+    ),
+    "base_model": (
+        "PATH",
+        True,
+        "base model of an adapter that names none, or model folder of a checkpoint without config.json",
+    ),
+    "config": ("FILE", True, "configuration (YAML)"),
+    "rollouts": (
+        "FILE",
+        True,
+        "responses on which the entropy is measured, in place of sampling (JSON lines)",
+    ),
+    "update_rollouts": ("FILE", True, "responses from which the update is computed (JSON lines)"),
+    "prompts": ("FILE", True, "prompts to sample from (JSON lines)"),
+    "budget": (
+        "NAME",
+        False,
+        "how much is computed: smoke, standard or full; anything you set yourself stays",
+    ),
+    "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
+    "memory_limit": ("SIZE", False, "memory that is kept to by smaller batches, such as 8GiB"),
+    "device_map": (
+        "NAME",
+        False,
+        "for a model that outgrows one device: auto, balanced, balanced_low_0 or sequential; "
+        "a map by module is for the configuration",
+    ),
+    "offload_folder": (
+        "DIR",
+        True,
+        "where the part of it goes that outgrows the memory too; default: a temporary one",
+    ),
+    "seed": ("N", False, "one seed for all sampling"),
+    "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
+    "plot": (
+        "PATH",
+        True,
+        "draw prediction against realisation here (.png, .svg); with several checkpoints a folder",
+    ),
+    "baseline": (
+        "PATH",
+        True,
+        "report.json that gates compare with; or a folder of them, NAME.json each",
+    ),
+    "golden_dir": ("DIR", True, "compare with the golden files in DIR/NAME/"),
+    "golden_update": ("MODE", False, "write golden files: missing, changed or all"),
+    "xfails": ("FILE", True, "known failures: id prefix and reason a line; strict"),
+}
+FLAGS: dict[str, str] = {
+    "golden_update_in_ci": "let --probe-golden-update write where CI is set",
+    "no_cache": "measure again; a report that pytest's cache holds is neither used nor kept",
+}
+MARKERS = {
+    "acceptance": "every numerical criterion of the entropy probe",
+    "zero_check": "a mapping of the unchanged parameters changes no logit",
+    "scaling": "parameters, logits and entropy respond to a step size as their derivative says",
+    "registry": "every trainable tensor is there, in order, with a gradient and a preconditioner",
+    "ustatistic": "the cross-prompt U-statistic, its diagonal and its standard errors agree",
+    "importance": "importance weights are fit to measure the change of entropy",
+    "sequences": "log-probabilities and entropies of sequences are exact",
+    "prediction": "the predicted change of entropy against the measured one",
+    "golden": "comparison with stored numbers of the same checkpoint",
+    "gate": "training-health limits; off unless limits are configured",
+    "benchmark": "how long scoring, gradients and the sweep take, by pytest-benchmark; off unless asked for",
+}
+TARGET_FIXTURE = "_probe_target"
+GOLDEN_FIXTURE = "_probe_goldens"
+
+
+def option(key: str) -> str:
+    """The option as it is written: `golden_dir` → `--probe-golden-dir`."""
+    return f"--probe-{key.replace('_', '-')}"

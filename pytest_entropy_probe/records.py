@@ -1,0 +1,85 @@
+"""What a test says of its checkpoint, as properties of its report, and how they are read again.
+
+Properties are plain builtins: they go to JUnit files, and from xdist's workers to their
+controller.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_entropy_probe.subject import Subject
+
+if TYPE_CHECKING:
+    from entropy_probe import ProbeReport, Verdict
+
+_OF_A_VERDICT = ("criterion", "family", "status", "value", "limit")
+
+
+def record(
+    request: pytest.FixtureRequest,
+    subject: Subject,
+    verdict: Verdict | None = None,
+) -> None:
+    """Put the verdict into the test's properties.
+
+    What was found, in words, goes with the first test that has it.
+    """
+    found: dict[str, Any] = {"checkpoint": subject.name, "state": subject.state}
+    if subject.report is not None and not subject.headline_was_recorded:
+        subject.headline_was_recorded = True
+        found["headline"] = headline(subject.report)
+    if verdict is not None:
+        found |= {key: getattr(verdict, key) for key in _OF_A_VERDICT}
+    for key, value in found.items():
+        if value is not None and value != "":
+            plain = float(value) if isinstance(value, int | float) else value
+            request.node.user_properties.append((f"probe_{key}", plain))
+
+
+def records_of(report: pytest.TestReport) -> list[dict[str, Any]]:
+    """What the test recorded, one table a verdict: each begins with the checkpoint."""
+    records: list[dict[str, Any]] = []
+    for key, value in report.user_properties:
+        if key == "probe_checkpoint":
+            records.append({})
+        if key.startswith("probe_") and records:
+            records[-1][key] = value
+    return records
+
+
+def headline(report: ProbeReport) -> str:
+    """What was found: the entropy, the first-order term, and what the optimizer's next step does.
+
+    Within 80 columns.
+    """
+    batch, entropy, first = report.batch, report.entropy, report.first_order
+    of_entropy = (
+        f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
+        f"{entropy.per_token.value:.3g} nats/token "
+        f"({batch.num_prompts}×{batch.num_responses} responses)"
+    )
+    if first is None:
+        return f"{of_entropy}\nnothing about the next step: {report.no_second_moment}"
+    delta = report.two_batch or first
+    batches = "two batches" if report.two_batch else "one batch"
+    if first.mode == "block":
+        batches = f"{batches}, {first.num_units} blocks"
+    step, unit = report.next_step, report.unit_of_change.removesuffix("/response")
+    assert step is not None
+    se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
+    predicted = "not predicted (top_p < 1)"
+    if step.predicted is not None and step.predicted_se is not None:
+        predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
+    realised = f"realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}"
+    slope = f"{delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats"
+    lines = [
+        of_entropy,
+        f"δH₁  {slope}, fresh gradient step, lr {first.lr:.3g} ({batches})",
+        f"ΔH   {realised}, {predicted} {unit}",
+    ]
+    if batch.same_batch:
+        lines.append("     one batch: what is realised holds the noise that the update fitted")
+    return "\n".join(lines)
