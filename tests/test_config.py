@@ -72,8 +72,7 @@ def test_spellings_of_float64(precision: dict[str, Any]) -> None:
     assert config.precision.dtype == "float64"
     assert [getattr(config.precision, name).dtype for name in SECTIONS] == ["float64"] * 3
     table = config.model_dump(mode="json")
-    assert ProbeConfig.model_validate(table) == config
-    del table["precision"]["dtype"]  # as in a report of an earlier version
+    assert "dtype" not in table["precision"]  # so that a report's configuration is what it was
     assert ProbeConfig.model_validate(table) == config
 
 

@@ -18,7 +18,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; large ones are read once in a process, as long as neither size nor time changes."""
+    """SHA-256 of a file, which is read once in a process while neither size nor time changes."""
     status = path.stat()
     return _file_digest(path, status.st_size, status.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint as a configuration asks for it: what `run`, the command and the plugin call."""
+"""Loading a checkpoint as a configuration asks for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def load_configured(
 ) -> Checkpoint:
     """The checkpoint on the configured device, its parts where the configuration puts them.
 
-    Of several processes each calls this and has a checkpoint of its own; `world.together()` makes them end alike.
+    Of several processes each calls this and has a checkpoint of its own; `world.together()` makes
+    them end alike.
     """
     return load_checkpoint(
         path,

@@ -89,7 +89,8 @@ _SPELLINGS = ("func_override", "tf_nograd", "tf_withgrad")
 class PrecisionSection(Section):
     """`dtype` is that of θ, v, θ + ηv and of every forward.
 
-    The three sections spell the same: after validation each has this dtype.
+    The three sections spell the same: after validation each has this dtype. A report's configuration
+    shows it there, so that digests of configurations stay what they were.
     """
 
     allow_tf32: bool = False
@@ -99,7 +100,7 @@ class PrecisionSection(Section):
     func_override: FuncOverrideSection = FuncOverrideSection()
     tf_nograd: TeacherForcingSection = TeacherForcingSection()
     tf_withgrad: TeacherForcingSection = TeacherForcingSection()
-    dtype: DType = "float32"
+    dtype: Annotated[DType, Field(exclude=True)] = "float32"
 
     @model_validator(mode="before")
     @classmethod

@@ -1,11 +1,16 @@
-"""A folder that a trainer wrote → `Checkpoint`. It loads exactly, or fails with one line; nothing in it is executed.
+"""A folder that a trainer wrote → `Checkpoint`. It loads exactly, or fails with one line.
 
-load      the steps, in a line: layout → stored → model → optimizer's state → placement → info;   loaded  the result
-stored    what the files hold, without values, and values on demand;   readers  the reader of each format
+Nothing in it is executed.
+
+load      the steps, in a line: layout → stored → model → optimizer's state → placement → info
+loaded    what comes of it
+stored    what the files hold, without values, and values on demand
+readers   the reader of each format
 formats/  the readers;   files  safetensors and tensors-only pickles
 weights/  full models, adapters over a base model, tokenizers
 moments/  the optimizer's state by parameter name
-inspect   what a folder holds, without loading it;   inspection  the same for the eye
+inspect   what a folder holds, without loading it (and inspect_optimizer)
+inspection  the same for the eye
 """
 
 from entropy_probe.model.checkpoint.load import load_checkpoint

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,25 +42,37 @@ def load_checkpoint(
     max_memory: Mapping[str, int | str] | None = None,
     offload_folder: str | Path | None = None,
 ) -> Checkpoint:
-    """Load a Transformers/TRL trainer folder, or `save_pretrained` + an optimizer file, or the newest one of a run.
+    """Load a Transformers/TRL trainer folder, or `save_pretrained` + an optimizer file.
 
-    Also what accelerate leaves under FSDP, folders of torch.distributed.checkpoint, and torchtitan's: where these have
-    no config.json, configuration and tokenizer are those of `base_model`.
+    A run stands for the newest of its checkpoints.
 
-    Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32 or wider whatever
-    the file holds. Only safetensors and `torch.load(weights_only=True)` are used (of `.metadata`, a pickle, a few known
-    names are let in, and none is called); nothing is downloaded or written.
-    A parameter without moments is an error, or with `missing_state="identity"` has those of a fresh optimizer; one of a
-    full model that the optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
-    name and what it trains are taken. With a `device_map` the parts of the model are put where it says, or where
-    accelerate finds room for them (`placement.place`), and `device` is where it runs if no accelerator is named.
-    Raises `CheckpointError`: one line naming the file, what is wrong and what to do.
+    Also what accelerate leaves under FSDP, folders of torch.distributed.checkpoint, and
+    torchtitan's: where these have no config.json, configuration and tokenizer are those of
+    `base_model`.
+
+    Full models and PEFT adapters (LoRA, DoRA, `modules_to_save`). Weights and moments are float32
+    or wider whatever the file holds. Only safetensors and `torch.load(weights_only=True)` are used
+    (of `.metadata`, a pickle, a few known names are let in, and none is called); nothing is
+    downloaded or written. A parameter without moments is an error, or with
+    `missing_state="identity"` has those of a fresh optimizer; one of a full model that the
+    optimizer holds no state of at all is taken as frozen. Of an optimizer that is not Adam, its
+    name and what it trains are taken. With a `device_map` the parts of the model are put where it
+    says, or where accelerate finds room for them (`placement.place`), and `device` is where it
+    runs if no accelerator is named. Raises `CheckpointError`: one line naming the file, what is
+    wrong and what to do.
     """
     usable = _usable_device(device)
     if device_map is None and (max_memory is not None or offload_folder is not None):
         key = "max_memory" if max_memory is not None else "offload_folder"
-        raise ConfigError(key, "is given without a device_map", "set device_map: auto, or leave it out")
-    put = partial(_put, device=usable, device_map=device_map, max_memory=max_memory, offload_folder=offload_folder)
+        remedy = "set device_map: auto, or leave it out"
+        raise ConfigError(key, "is given without a device_map", remedy)
+    put = partial(
+        _put,
+        device=usable,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+    )
     peak = Peak(usable)
     try:
         loaded = _load(path, base_model, put, missing_state)
@@ -70,7 +82,8 @@ def load_checkpoint(
             error.filename or path, f"cannot be read ({error.strerror})", "make it readable"
         ) from error
     except MemoryError as error:
-        raise CheckpointError(path, "does not fit into memory", "load it on a larger machine") from error
+        remedy = "load it on a larger machine"
+        raise CheckpointError(path, "does not fit into memory", remedy) from error
 
 
 def _load(
@@ -105,9 +118,10 @@ def _notes_of_libraries_are_silent() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Built:
-    """The model, and the files that say what it is: `config`, and where an adapter's scaling stands, `settings`.
+    """The model, and the files that say what it is.
 
-    `adapter`: `LoRA` or `DoRA`; `base`: the base model's folder, where it counts.
+    `config`: its own; `settings`: the JSON file with an adapter's scaling. `adapter`: `LoRA` or
+    `DoRA`; `base`: the base model's folder, where it counts.
     """
 
     model: nn.Module
@@ -133,7 +147,7 @@ def _build(layout: Layout, stored: Stored, base: Path | None) -> _Built:
 
 @dataclass(frozen=True)
 class _State:
-    """The optimizer's state by parameter name, and what was found out about it: `frozen` parameters have none."""
+    """The optimizer's state by parameter name; `frozen` parameters have none."""
 
     adam: dict[str, AdamState]
     other: OtherOptimizer | None
@@ -143,7 +157,12 @@ class _State:
     notes: list[str]
 
 
-def _optimizer_state(layout: Layout, stored: Stored, built: _Built, missing_state: MissingState) -> _State:
+def _optimizer_state(
+    layout: Layout,
+    stored: Stored,
+    built: _Built,
+    missing_state: MissingState,
+) -> _State:
     state_dict, path = stored.optimizer(), layout.optimizer
     of_adam: dict[str, AdamState] = {}
     other: OtherOptimizer | None = None
@@ -166,13 +185,15 @@ def _info(
     layout: Layout, stored: Stored, built: _Built, state: _State, device_map: dict[str, str] | None
 ) -> CheckpointInfo:
     of_base = [] if built.base is None else Saved(built.base, "model").files
-    of_adapter = [] if built.settings is None else adapter.without_effect(built.settings, stored.weights)
-    parameters = list(built.model.parameters())
+    of_adapter: list[str] = []
+    if built.settings is not None:
+        of_adapter = adapter.without_effect(built.settings, stored.weights)
+    parameters, config = list(built.model.parameters()), cast("Any", built.model).config
     return CheckpointInfo(
         path=layout.folder,
         base_model=built.base,
         adapter=built.adapter,
-        model_type=str(built.model.config.model_type),  # pyright: ignore[reportAttributeAccessIssue]
+        model_type=str(config.model_type),
         num_parameters=sum(p.numel() for p in parameters),
         num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
         weights_dtype=dtypes_of(stored.weights.headers),
@@ -199,9 +220,10 @@ def _put(
     else:
         device_map = place(model, device_map, device, max_memory, offload_folder).device_map
     for parameter in model.parameters():
-        # What a file is mapped to stands at any address, and a product of one row goes another way there than beside
-        # θ + 0·v, which torch put at a multiple of 64: ΔH was 3e-8 at η = 0.
-        if parameter.device.type == "cpu" and not is_on_disk(parameter) and parameter.data_ptr() % 64:
+        # What a file is mapped to stands at any address, and a product of one row goes another way
+        # there than beside θ + 0·v, which torch put at a multiple of 64: ΔH was 3e-8 at η = 0.
+        in_memory = parameter.device.type == "cpu" and not is_on_disk(parameter)
+        if in_memory and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
     return device_map
 
@@ -214,6 +236,8 @@ def _usable_device(device: str) -> torch.device:
         chosen = torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"device {device!r}", f"cannot be used ({reason(error)})", "choose another --probe-device"
+            f"device {device!r}",
+            f"cannot be used ({reason(error)})",
+            "choose another --probe-device",
         ) from error
     return chosen

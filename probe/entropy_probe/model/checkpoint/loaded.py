@@ -15,11 +15,13 @@ from entropy_probe.model.checkpoint.moments.others import OtherOptimizer
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the folder is: its kind, files and fingerprint (SHA-256 over weights, configuration and optimizer).
+    """What the folder is: its kind, files and fingerprint.
 
-    `saved_states`: how many tensors the optimizer's file holds moments of, by their hyper-parameters. `warnings`: what
-    was found out rather than read, or is hardly meant. `taken_as_frozen`: trainable as far as the files tell, but
-    without optimizer state. `device_map`: where its modules are, if they are not all on one device.
+    `fingerprint`: SHA-256 over weights, configuration and optimizer. `saved_states`: how many
+    tensors the optimizer's file holds moments of, by their hyper-parameters. `warnings`: what was
+    found out rather than read, or is hardly meant. `taken_as_frozen`: trainable as far as the
+    files tell, but without optimizer state. `device_map`: where its modules are, if they are not
+    all on one device.
     """
 
     path: Path
@@ -40,9 +42,10 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """{θ, Adam state}: the model in float32 and eval mode, its tokenizer, Adam's state by parameter name.
+    """{θ, Adam state}: the model in float32 and eval mode, its tokenizer, Adam's state by name.
 
-    `other`: the optimizer, where it is not Adam; `adam` is empty then. `held`: the memory that loading took.
+    `other`: the optimizer, where it is not Adam; `adam` is empty then. `held`: the memory that
+    loading took.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""The reader of each format: it opens what must be opened to know what is stored, and raises `CheckpointError`."""
+"""The reader of each format. It opens what tells names and shapes, and raises `CheckpointError`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Folders of `torch.distributed.checkpoint` (DCP): model and optimizer, put together from their pieces.
 
-torch's own reader unpickles `.metadata`, and every item that is no tensor, with all that they call. Here items are
-opened by `weights_only`, and nothing is allocated before it is known that the files are large enough to hold it.
+torch's own reader unpickles `.metadata`, and every item that is no tensor, with all that they
+call. Here items are opened by `weights_only`, and nothing is allocated before it is known that the
+files are large enough to hold it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from torch import Tensor
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.files import header, load_pickle
-from entropy_probe.model.checkpoint.formats.dcp_metadata import COPY_AGAIN, Item, Piece, damaged, read_items
+from entropy_probe.model.checkpoint.formats.dcp_metadata import (
+    COPY_AGAIN,
+    Item,
+    Piece,
+    damaged,
+    read_items,
+)
 from entropy_probe.model.checkpoint.moments.order import bare_name
 from entropy_probe.model.checkpoint.stored import Gathered, Stored
 
@@ -26,14 +33,16 @@ _OPTIMIZERS = ("optimizer", "optim")  # accelerate, torchtitan; torch's own exam
 
 
 def read(layout: Layout) -> Stored:
-    """A folder with a model and an optimizer by their names in `transformers`; `.metadata` alone is opened.
+    """A model and an optimizer by their names in `transformers`; `.metadata` alone is opened.
 
-    Raises `CheckpointError` where it is damaged, would execute anything, or holds no model or no optimizer.
+    Raises `CheckpointError` where it is damaged, would execute anything, or holds no model or no
+    optimizer.
     """
     folder = layout.folder
     items = read_items(folder)
     roots = {item.path[0] for item in items}
-    if len(roots) == 1 and not roots & {"model", *_OPTIMIZERS}:  # dcp.save({"app": state}), as in torch's own example
+    if len(roots) == 1 and not roots & {"model", *_OPTIMIZERS}:
+        # dcp.save({"app": state}), as in torch's own example
         items = [item.below(*roots) for item in items]
     of_model = [item for item in items if item.path[0] == "model"]
     return Stored(
@@ -48,11 +57,12 @@ def weights(layout: Layout, folder: Path, items: list[Item], files: list[Path]) 
     """The tensors below `model`, by name, in that `folder` of the layout's."""
     if len(items) == 1 and items[0].dtype is None:  # saved as one value
         whole = load(items[0])
-        values = whole.items() if isinstance(whole, dict) else ()
-        tensors = {bare_name(str(name)): value for name, value in values if isinstance(value, Tensor)}
+        named = whole.items() if isinstance(whole, dict) else ()
+        tensors = {bare_name(str(n)): value for n, value in named if isinstance(value, Tensor)}
         found = Gathered.of(tensors, layout.folder, files)
     else:
-        by_name = {bare_name(item.below("model").name): item for item in items if item.dtype is not None}
+        in_pieces = (item for item in items if item.dtype is not None)
+        by_name = {bare_name(item.below("model").name): item for item in in_pieces}
         found = Gathered(
             headers={name: header(outline(item)) for name, item in by_name.items()},
             read=lambda names: {name: load(by_name[name]) for name in names},
@@ -60,13 +70,14 @@ def weights(layout: Layout, folder: Path, items: list[Item], files: list[Path]) 
             files=files,
         )
     if not found.headers:
-        raise CheckpointError(folder, "holds no weights under `model`", 'save {"model": .., "optimizer": ..} with it')
+        remedy = 'save {"model": .., "optimizer": ..} with it'
+        raise CheckpointError(folder, "holds no weights under `model`", remedy)
     require_configuration(layout, found.headers)
     return found
 
 
 def require_configuration(layout: Layout, names: Iterable[str]) -> None:
-    """Raises for an adapter's weights without adapter_config.json, which FSDP's writers leave out."""
+    """Raises for an adapter without adapter_config.json, which FSDP's writers leave out."""
     if not layout.is_adapter and any("lora_" in name for name in names):
         raise CheckpointError(
             layout.folder,
@@ -117,7 +128,9 @@ def optimizer(folder: Path, items: list[Item]) -> dict[str, Any]:
 
 def _no_optimizer(folder: Path) -> CheckpointError:
     return CheckpointError(
-        folder, "holds no optimizer, the model alone", "take an earlier step, or save the optimizer with it"
+        folder,
+        "holds no optimizer, the model alone",
+        "take an earlier step, or save the optimizer with it",
     )
 
 

@@ -1,6 +1,7 @@
 """The `.metadata` of a `torch.distributed.checkpoint` folder: which part of which file holds what of which tensor.
 
-It is a pickle. `Restricted` opens it and makes inert records of what it names; no file but `.metadata` is opened.
+It is a pickle. `Restricted` opens it and makes inert records of what it names; no file but
+`.metadata` is opened.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def _shape(sizes: Any) -> Shape:
 class Restricted(pickle.Unpickler):
     """An unpickler that knows the names in `allowed` and no others: what a pickle calls is looked up there alone.
 
-    `allowed[module, name]` is what the pickle gets for that name. Anything else raises `CheckpointError`.
+    `allowed[module, name]` is what the pickle gets for that name. Anything else raises
+    `CheckpointError`.
     """
 
     def __init__(self, stream: BinaryIO, path: Path, allowed: Mapping[tuple[str, str], Any]) -> None:

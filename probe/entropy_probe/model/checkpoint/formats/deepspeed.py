@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO checkpoints: each rank's file holds its part of flat vectors, of moments and fp32 master weights.
 
-Stages 1 and 2 put a group's parameters end to end, pad the end and give each rank an equal part; stage 3 gives each
-rank a part of every parameter. `param_shapes` among the model's states names the parameters in that order. The weights
-are the masters, which the next update changes. `deepspeed_universal` reads the converted form.
+Stages 1 and 2 put a group's parameters end to end, pad the end and give each rank an equal part;
+stage 3 gives each rank a part of every parameter. `param_shapes` among the model's states names
+the parameters in that order. The weights are the masters, which the next update changes.
+`deepspeed_universal` reads the converted form.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DeepSpeed's universal form, what `ds_to_universal.py` makes of ZeRO's files: a folder a parameter, whole tensors.
 
-`zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt` hold a tensor, flat after stage 3, else as it is and under `param`; the
-step is in `step.pt` or with the hyper-parameters in `zero/optimizer_state.pt`. The model's file has shapes and order.
+`zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt` hold a tensor, flat after stage 3, else as it is and
+under `param`; the step is in `step.pt` or with the hyper-parameters in `zero/optimizer_state.pt`.
+The model's file has shapes and order.
 """
 
 from __future__ import annotations

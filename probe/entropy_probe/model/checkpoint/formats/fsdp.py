@@ -1,7 +1,8 @@
 """What accelerate leaves under FSDP, by `Accelerator.save_state` or by the Trainer.
 
-Sharded: two folders of `torch.distributed.checkpoint`, `pytorch_model_fsdp_0/` and `optimizer_0/`. Full:
-`pytorch_model_fsdp.bin` (or the model's usual files) and an `optimizer.bin` by names. Neither need hold a config.json.
+Sharded: two folders of `torch.distributed.checkpoint`, `pytorch_model_fsdp_0/` and `optimizer_0/`.
+Full: `pytorch_model_fsdp.bin` (or the model's usual files) and an `optimizer.bin` by names.
+Neither need hold a config.json.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def read(layout: Layout) -> Stored:
 
 
 def _full(layout: Layout) -> Gathered:
-    """Weights in one file, or in the model's usual ones; a wrapper may have put prefixes before their names."""
+    """Weights in one file, or in the usual ones; a wrapper may have put prefixes to their names."""
     usual = "adapter_model" if layout.is_adapter else "model"
     is_one = (layout.folder / f"{_ONE_FILE}.bin").is_file()
     saved = Saved(layout.folder, _ONE_FILE if is_one else usual)

@@ -1,7 +1,8 @@
 """torchtitan's `step-N/`: a folder of `torch.distributed.checkpoint` by torchtitan's own names, of Llama and Qwen3.
 
-Its Llama rotates the rows 2i and 2i + 1 of a head of q and k together, that of transformers the rows i and i + d/2: the
-rows of the weights are in another order, and so are those of their moments.
+Its Llama rotates the rows 2i and 2i + 1 of a head of q and k together, that of transformers the
+rows i and i + d/2: the rows of the weights are in another order, and so are those of their
+moments.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _CONVERT = "convert the checkpoint to safetensors with torchtitan"
 def read(layout: Layout) -> Stored:
     """Weights and moments by transformers' names, in its order of rows; of tensors `.metadata` alone is opened.
 
-    Raises `CheckpointError` for a tensor that has no known place, and for any `model_type` but llama and qwen3.
+    Raises `CheckpointError` for a tensor that has no known place, and for any `model_type` but
+    llama and qwen3.
     """
     folder = layout.folder
     items = [item.below("model") for item in read_items(folder)]

@@ -1,4 +1,4 @@
-"""Folders of the Trainer, of TRL and of `save_pretrained`: the model's own files, and an optimizer's beside them."""
+"""The Trainer's folders, and those of `save_pretrained` with an optimizer's file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """verl's FSDP checkpoints: every rank saved its part of the weights and moments, as DTensors or as plain tensors.
 
-`model_world_size_W_rank_R.pt` and `optim_world_size_W_rank_R.pt`; `extra_state_*` may hold anything and stays closed.
-The optimizer numbers its parameters in the order of `parameters()`, frozen ones included. FSDP2 shards each tensor;
-FSDP1 leaves the moments as plain vectors, parts of a parameter with `use_orig_params` and of whole layers without.
+`model_world_size_W_rank_R.pt` and `optim_world_size_W_rank_R.pt`; `extra_state_*` may hold
+anything and stays closed. The optimizer numbers its parameters in the order of `parameters()`,
+frozen ones included. FSDP2 shards each tensor; FSDP1 leaves the moments as plain vectors, parts of
+a parameter with `use_orig_params` and of whole layers without.
 """
 
 from __future__ import annotations

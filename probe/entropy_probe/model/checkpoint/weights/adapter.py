@@ -62,8 +62,9 @@ def check_config(folder: Path) -> str:
 def load_adapter(folder: Path, base: Path, stored: Stored) -> nn.Module:
     """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode.
 
-    peft loads the adapter's own file where there is one, and its values are compared with the file's. Weights out of
-    pieces are by the names of that file or of the model, whose other tensors may be among them.
+    peft loads the adapter's own file where there is one, and its values are compared with the
+    file's. Weights out of pieces are by the names of that file or of the model, whose other
+    tensors may be among them.
     """
     import peft
 
@@ -97,8 +98,9 @@ def load_adapter(folder: Path, base: Path, stored: Stored) -> nn.Module:
 def wrap(folder: Path, stored: Stored, settings: Path, base: Path | None) -> nn.Module:
     """A model of `folder`'s config.json and its adapter, both stored by their names in peft's model.
 
-    Rank and targets are read from the tensors, the scaling from the JSON file `settings`. Where the adapter's tensors
-    alone are stored, the rest is the `base` model's. Everything but the adapter is frozen, and the model in eval mode.
+    Rank and targets are read from the tensors, the scaling from the JSON file `settings`. Where
+    the adapter's tensors alone are stored, the rest is the `base` model's. Everything but the
+    adapter is frozen, and the model in eval mode.
     """
     weights, source = stored.weights.tensors(), stored.weights.source
     stated = read_json(settings)
@@ -234,7 +236,8 @@ def _require_same(
 ) -> None:
     """peft only warns about keys it misses: every adapter tensor must be in the file, and hold the file's values.
 
-    A file may also hold embeddings of the base model (peft saves them where the adapter targets them).
+    A file may also hold embeddings of the base model (peft saves them where the adapter targets
+    them).
     """
     for name in adapter:
         if name not in stored:

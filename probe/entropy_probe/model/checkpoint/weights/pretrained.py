@@ -18,7 +18,7 @@ from entropy_probe.model.checkpoint.stored import Saved, Weights
 from entropy_probe.model.quiet import quiet_transformers
 from entropy_probe.text import read_json
 
-_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _ATTENTION = (None, "eager", "sdpa")
 _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
@@ -103,12 +103,12 @@ def load_full_model(folder: Path, weights: Weights) -> nn.Module:
     try:
         with quiet_transformers():
             auto: Any = transformers.AutoModelForCausalLM
-            config = transformers.AutoConfig.from_pretrained(folder, **_OFFLINE)
+            config = transformers.AutoConfig.from_pretrained(folder, **OFFLINE)
             with torch.device("meta"):
                 empty = auto.from_config(config)
             _require_enough(empty, headers, folder)
             if isinstance(weights, Saved):
-                model, info = auto.from_pretrained(folder, **_OFFLINE, **options)
+                model, info = auto.from_pretrained(folder, **OFFLINE, **options)
             else:
                 model, info = type(empty).from_pretrained(None, config=config, **options)
     except CheckpointError:

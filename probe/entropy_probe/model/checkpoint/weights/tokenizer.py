@@ -20,8 +20,8 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 def load_tokenizer(folder: Path, base: Path | None, num_embeddings: int | None = None) -> Any | None:
     """The tokenizer of `folder`, else of the `base` model, or `None` where neither has one.
 
-    One that cannot be loaded raises, as does one that is code, that came back empty (it encodes to nothing), or that
-    has tokens beyond the `num_embeddings` of the model.
+    One that cannot be loaded raises, as does one that is code, that came back empty (it encodes to
+    nothing), or that has tokens beyond the `num_embeddings` of the model.
     """
     folder = next((place for place in (folder, base) if place is not None and _has_tokenizer(place)), folder)
     if not _has_tokenizer(folder):
