@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
@@ -111,10 +112,10 @@ class Repository:
     python: Path
 
     def run(self, *args: str, cwd: str = ".", checkpoint: str | None = "demo", measure: bool = False) -> Ran:
-        """Run pytest. Unless it is to `measure`, a report of the same measurement in another repository will do."""
+        """Run pytest. Unless it is to `measure`, the report that another run kept of the same measurement will do."""
         kept, shared = self.folder / kept_reports.PLACE, Path(str(MATRIX)) / "kept"
         if measure:
-            args = (*args, "--probe-no-cache")
+            shutil.rmtree(kept, ignore_errors=True)
         else:
             kept_reports.copy(shared, kept)
         given = [f"--probe-checkpoint={checkpoint}", f"--probe-config={self.folder / 'small.yaml'}"]

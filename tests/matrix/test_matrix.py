@@ -156,6 +156,8 @@ def test_checkpoint_is_loaded_once_whatever_the_workers(repository: Repository) 
         "    return original(path, *a, **k)\n"
         "c.load_checkpoint = counted\n"
     )
+    with (repository.folder / "small.yaml").open("a") as small:
+        small.write("invariance: {max_examples: 2}\n")
     reports = {}
     more = ("--probe-checkpoint=b=demo", "--probe-checkpoint=c=demo", "-W", "default")
     for name, args in {"alone": (), "two": ("-n2",), "three": ("-n3", "--dist=worksteal")}.items():
