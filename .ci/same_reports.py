@@ -53,17 +53,18 @@ def run(tree: Path, *arguments: str) -> None:
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """A line for each field that is not the same; `new` where only `after` has it."""
     if isinstance(before, dict) and isinstance(after, dict):
         found = [f"{path}{key}: gone" for key in before.keys() - after.keys()]
+        found += [f"{path}{key}: new" for key in after.keys() - before.keys()]
         for key in before.keys() & after.keys():
             found += differences(before[key], after[key], f"{path}{key}.")
         return found
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [
-            d
-            for i, (a, b) in enumerate(zip(before, after, strict=True))
-            for d in differences(a, b, f"{path}{i}.")
-        ]
+        found = []
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            found += differences(*pair, f"{path}{i}.")
+        return found
     return [] if before == after else [f"{path.rstrip('.')}: {before} before, {after} after"]
 
 
@@ -73,39 +74,37 @@ def leaves(value: Any) -> int:
     return 1
 
 
+def measured(tree: Path, work: Path, checkpoint: str, case: str) -> dict[str, Any]:
+    """The report that a tree makes; `per token` has one batch for both."""
+    config, out = work / "config.yaml", work / "report.json"
+    config.write_text(json.dumps(CASES[case]))
+    given = [f"--config={config}", f"--out={out}"]
+    folder = checkpoint
+    if checkpoint != "demo":
+        folder = str(work / checkpoint)
+        given.append(f"--rollouts={folder}.e.jsonl")
+        if case != "per token":
+            given.append(f"--update-rollouts={folder}.u.jsonl")
+    run(tree, "-m", "entropy_probe", "run", folder, *given)
+    of_anywhere = out.read_text().replace(str(tree), "")  # the bundled checkpoint lies in the tree
+    report = json.loads(of_anywhere)
+    return {key: value for key, value in report.items() if key not in NOT_MEASURED}
+
+
 def main(before: Path, after: Path) -> int:
-    work = Path(tempfile.mkdtemp())
-    run(before, "-c", MAKE, str(work))
+    demo = [("demo", case) for case in ("standard", "top_p")]  # it samples at that top_p
+    files = [(name, case) for name in ("full", "lora", "dora") for case in CASES if case != "top_p"]
     failed = 0
-    demo = [("demo", None, case) for case in ("standard", "top_p")]  # sampled at that top_p
-    others = [
-        (name, name, case) for name in ("full", "lora", "dora") for case in CASES if case != "top_p"
-    ]
-    for checkpoint, files, case in [*demo, *others]:
-        config = work / f"{case}.yaml"
-        config.write_text(json.dumps(CASES[case]))
-        reports = []
-        for tree in (before, after):
-            out = work / f"{checkpoint}.{case}.json"
-            folder = checkpoint if files is None else str(work / checkpoint)
-            given = [f"--config={config}", f"--out={out}"]
-            if files is not None:
-                given.append(f"--rollouts={work}/{files}.e.jsonl")
-                if case != "per token":  # one batch for both
-                    given.append(f"--update-rollouts={work}/{files}.u.jsonl")
-            run(tree, "-m", "entropy_probe", "run", folder, *given)
-            report = json.loads(
-                out.read_text().replace(str(tree), "")
-            )  # of the bundled checkpoint's path
-            reports.append({key: value for key, value in report.items() if key not in NOT_MEASURED})
-        found = differences(*reports)
-        print(
-            f"{checkpoint}, {case}: {leaves(reports[0])} values, {len(found)} differ",
-            *found[:20],
-            sep="\n  ",
-        )
-        failed += bool(found)
-    print(f"{len(demo) + len(others) - failed} passed, {failed} failed")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        run(before, "-c", MAKE, str(work))
+        for checkpoint, case in [*demo, *files]:
+            reports = [measured(tree, work, checkpoint, case) for tree in (before, after)]
+            found = differences(*reports)
+            count = f"{checkpoint}, {case}: {leaves(reports[0])} values, {len(found)} differ"
+            print(count, *found[:20], sep="\n  ", flush=True)
+            failed += bool(found)
+    print(f"{len(demo) + len(files) - failed} passed, {failed} failed")
     return int(failed > 0)
 
 

@@ -348,7 +348,7 @@ def hyper_parameters_of_the_first_group(patch: Patch) -> None:
     _hyper(patch, weight_decay=0.1)
 
 
-@fault("two lrs", "real_step")
+@fault("two lrs", "optimizer_step_cosine optimizer_step_norm preconditioner_witness real_step")
 def one_learning_rate_for_all_groups(patch: Patch) -> None:
     """Every group steps with the largest learning rate."""
     everywhere(patch, update.lr_shares, lambda states: dict.fromkeys(states, 1.0))
