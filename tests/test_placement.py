@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import typecheck
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.__main__ import main as command_line
 from entropy_probe.errors import ConfigError
@@ -73,7 +74,8 @@ class Subjects:
         if key not in self._made:
             path = self.checkpoint(case)
             files = (self.folder / f"{case}-{name}.jsonl" for name in "eu")
-            self._made[key] = run_probe(path, ProbeConfig.from_mapping(FEW | config), *files)
+            with typecheck.unchecked():
+                self._made[key] = run_probe(path, ProbeConfig.from_mapping(FEW | config), *files)
         return self._made[key]
 
 
