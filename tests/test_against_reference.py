@@ -21,6 +21,7 @@ from scipy import stats
 
 import models
 import reference as ref
+import typecheck
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.model.forward import bind
 from entropy_probe.model.precision import TrueFloat64
@@ -786,7 +787,8 @@ def test_losses_and_advantages(both: Both, loss: str, advantage: str, tmp_path: 
         }
     )
     files = [models.random_rollouts(tmp_path / f"{n}.jsonl", prompts=3, responses=2, seed=n) for n in (1, 2)]
-    report = run_probe(both.path, config, *files)
+    with typecheck.unchecked():  # those of `both` are checked
+        report = run_probe(both.path, config, *files)
     u = ref.Reference(both.model, files[1], temperature=0.9)
     total = {name: torch.zeros_like(p) for name, p in u.named.items()}
     for n, line in enumerate(u.lines):
