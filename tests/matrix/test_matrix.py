@@ -159,7 +159,7 @@ def test_checkpoint_is_loaded_once_whatever_the_workers(repository: Repository) 
     with (repository.folder / "small.yaml").open("a") as small:
         small.write("invariance: {max_examples: 2}\n")
     reports = {}
-    more = ("--probe-checkpoint=b=demo", "--probe-checkpoint=c=demo", "-W", "default")
+    more = ("--probe-checkpoint=b=demo", "--probe-checkpoint=c=demo", "--probe-no-cache", "-W", "default")
     for name, args in {"alone": (), "two": ("-n2",), "three": ("-n3", "--dist=worksteal")}.items():
         loads = repository.folder / "loads"
         loads.unlink(missing_ok=True)
