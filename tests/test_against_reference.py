@@ -62,6 +62,8 @@ class Both:
         u = models.random_rollouts(folder / "u.jsonl", prompts=6, responses=2, seed=2)
         self.baseline = BASELINE[kind]
         mapping = {
+            "budget": "smoke",  # the reference knows no witnesses, and the batches are of files
+            "invariance": {"max_examples": 0},
             "precision": models.FLOAT64,
             "true_delta_h": {"etas": ETAS},
             "generation": {"temperature": 0.9, "tf_batch_size": 4},
