@@ -1,8 +1,8 @@
-"""Reports of finished measurements, kept in pytest's cache: other limits measure nothing again.
+"""Reports of finished measurements, with their evidence, in pytest's cache: other limits measure nothing again.
 
 An entry is named by the digest of all that the measurement depends on (`entropy_probe.inputs`) and
-holds its own digest in front: what was cut short or changed, or is no report of this version, is
-dropped and measured again. No torch is imported where a report is kept.
+holds its own digest and that of its evidence in front: what was cut short or changed, or is no
+report of this version, is dropped and measured again. No torch is imported where a report is kept.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from entropy_probe import ProbeError
+from entropy_probe.evidence import Evidence
 from entropy_probe.inputs import digest
 from entropy_probe.processes import torchrun
-from entropy_probe.report import ProbeReport, write_atomically
+from entropy_probe.atomic import write_atomically
+from entropy_probe.report import ProbeReport
 from pytest_entropy_probe.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 FOLDER = "entropy-probe"
 MOST = 100
-"""Entries that are kept; the oldest go first. One takes some 100 kB."""
+"""Entries that are kept; the oldest go first. One takes some 100 kB, and its evidence a few MB."""
+_EVIDENCE = ".safetensors"
 RECALLED = "report from pytest's cache (--probe-no-cache)"
 
 
@@ -44,26 +47,39 @@ class Kept:
             return None, ""
         except (OSError, UnicodeDecodeError):
             stated = text = ""
-        if stated and stated == _digest(text):
-            with suppress(ValueError):
-                return ProbeReport.model_validate_json(text), RECALLED
-        with suppress(OSError):  # what cannot be removed is written over
-            self.file.unlink()
+        with suppress(ValueError, OSError, ProbeError):
+            evidence = self._evidence.read_bytes()
+            if stated and stated == f"{_digest(text.encode())} {_digest(evidence)}":
+                report = ProbeReport.model_validate_json(text)
+                return report.with_evidence(Evidence.from_file(self._evidence)), RECALLED
+        self._drop(self.file)
         what = f"its report in pytest's cache was damaged ({self.file.name})"
         return None, f"measured again: {what}"
 
     def write(self, report: ProbeReport) -> str:
         """Keep the report. What the user should know, if it can't be kept."""
-        text = report.model_dump_json()
+        assert report.evidence is not None
+        text, evidence = report.model_dump_json(), report.evidence.to_bytes()
         try:
-            write_atomically(self.file, f"{_digest(text)}\n{text}")
+            write_atomically(self._evidence, evidence)
+            stated = f"{_digest(text.encode())} {_digest(evidence)}"
+            write_atomically(self.file, f"{stated}\n{text}")
         except ProbeError as error:
             return f"the report is not kept in pytest's cache: {error}"
         with suppress(OSError):  # another process removes them too; what is no file stays
             entries = sorted(self.file.parent.glob("*.json"), key=_changed, reverse=True)
             for old in entries[MOST:]:
-                old.unlink()
+                self._drop(old)
         return ""
+
+    @property
+    def _evidence(self) -> Path:
+        return self.file.with_suffix(_EVIDENCE)
+
+    def _drop(self, entry: Path) -> None:
+        for path in (entry, entry.with_suffix(_EVIDENCE)):
+            with suppress(OSError):  # what cannot be removed is written over
+                path.unlink()
 
 
 def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig) -> Kept | None:
@@ -86,8 +102,8 @@ def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConf
         return None
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _changed(path: Path) -> float:

@@ -136,6 +136,13 @@ def read_report(text: str) -> ProbeReport:
     return ProbeReport.model_validate_json(text)
 
 
+def write_evidence(folder: Path, name: str, report: ProbeReport) -> None:
+    from entropy_probe.evidence import evidence_file
+
+    if report.evidence is not None:
+        report.evidence.to_file(evidence_file(folder, name))
+
+
 def write_reports(path: Path, texts: Sequence[str]) -> str | None:
     """Write one checkpoint's report; `texts` are copies of it that differ in their verdicts.
 

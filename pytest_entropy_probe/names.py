@@ -42,6 +42,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     ),
     "seed": ("N", False, "one seed for all sampling"),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
+    "evidence": (
+        "DIR",
+        True,
+        "write what the numbers are made of here, DIR/NAME.safetensors: `entropy-probe audit` computes them again",
+    ),
     "plot": (
         "PATH",
         True,
@@ -68,6 +73,7 @@ MARKERS = {
     "ustatistic": "the cross-prompt U-statistic, its diagonal and its standard errors agree",
     "importance": "importance weights are fit to measure the change of entropy",
     "sequences": "log-probabilities and entropies of sequences are exact",
+    "audit": "every figure is computed again from the evidence, by code that did not make it",
     "prediction": "the predicted change of entropy against the measured one",
     "golden": "comparison with stored numbers of the same checkpoint",
     "gate": "training-health limits; off unless limits are configured",

@@ -34,6 +34,7 @@ class Settings:
     update_rollouts: Path | None = None
     prompts: Path | None = None
     json_path: Path | None = None
+    evidence: Path | None = None
     plot_path: Path | None = None
     baseline: Path | None = None
     golden_dir: Path | None = None
@@ -84,7 +85,8 @@ def read_settings(config: pytest.Config) -> Settings:
         update_rollouts=existing(config, "update_rollouts", "file"),
         prompts=existing(config, "prompts", "file"),
         baseline=existing(config, "baseline", "file or folder"),
-        golden_dir=_golden_dir(config),
+        evidence=_folder(config, "evidence"),
+        golden_dir=_folder(config, "golden_dir"),
         golden_update=_golden_update(config),
         no_cache=flag(config, "no_cache"),
         xfails_file=existing(config, "xfails", "file"),
@@ -127,10 +129,10 @@ def _budget(config: pytest.Config) -> str | None:
     return one_of(config, "budget", BUDGETS)
 
 
-def _golden_dir(config: pytest.Config) -> Path | None:
-    path = place(config, "golden_dir")
+def _folder(config: pytest.Config, key: str) -> Path | None:
+    path = place(config, key)
     if path is not None and path.exists() and not path.is_dir():
-        raise pytest.UsageError(f"{label(config, 'golden_dir')}: {path} is a file; give a folder")
+        raise pytest.UsageError(f"{label(config, key)}: {path} is a file; give a folder")
     return path
 
 
@@ -173,6 +175,7 @@ def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
     places = {
         "golden_dir": settings.golden_dir,
         "json": settings.json_path,
+        "evidence": settings.evidence,
         "plot": settings.plot_path,
         "offload_folder": settings.offload_folder,
     }

@@ -171,6 +171,7 @@ class Subject:
                 "config": config.model_dump(mode="json"),
             }
             self.report = self._with_baseline(report.model_copy(update=now))
+            self._write_evidence()
 
     def _with_baseline(self, report: ProbeReport) -> ProbeReport:
         return report.model_copy(update={"baseline": baseline(self._config, self.name)})
@@ -199,6 +200,13 @@ class Subject:
         if self._kept:
             not_kept = self._kept.write(report)
             self.note = self.note or not_kept
+        self._write_evidence()
+
+    def _write_evidence(self) -> None:
+        """Where --probe-evidence asks for it: beside the report, and by whoever has it."""
+        folder = self._config.stash[SETTINGS].evidence
+        if folder is not None and self.report is not None:
+            library.write_evidence(folder, self.name, self.report)
 
 
 SUBJECTS = pytest.StashKey[dict[str, Subject]]()

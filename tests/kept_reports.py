@@ -16,9 +16,10 @@ OURS = Path(__file__).parents[1] / PLACE
 
 def copy(source: Path, target: Path) -> None:
     """Copy the files that are not there; another process sees whole files or none."""
-    for file in source.glob("*.json"):
-        if not (target / file.name).exists():
-            target.mkdir(parents=True, exist_ok=True)
-            unfinished = target / f".{file.name}.{os.getpid()}"
-            shutil.copyfile(file, unfinished)
-            unfinished.replace(target / file.name)
+    for report in source.glob("*.json"):
+        for file in (report.with_suffix(".safetensors"), report):  # as they are written
+            if file.exists() and not (target / file.name).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                unfinished = target / f".{file.name}.{os.getpid()}"
+                shutil.copyfile(file, unfinished)
+                unfinished.replace(target / file.name)

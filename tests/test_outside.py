@@ -48,7 +48,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from entropy_probe import ProbeError
-from entropy_probe.report import write_atomically
+from entropy_probe.atomic import write_atomically
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

@@ -1,4 +1,5 @@
-"""`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first."""
+"""`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
+`audit` computes the figures of a report again."""
 
 from __future__ import annotations
 
@@ -29,6 +30,12 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--out", type=Path, metavar="FILE", help="where report.json goes (default: standard output)"
+    )
+    run.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        help="write what the numbers are made of to DIR/NAME.safetensors, for `audit`",
     )
     run.add_argument(
         "--plot",
@@ -72,6 +79,17 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
     inspect.add_argument("--json", action="store_true", help="for machines")
+    audit = commands.add_parser(
+        "audit", help="compute every figure of a report again from its evidence, without torch"
+    )
+    audit.add_argument("report", type=Path, metavar="REPORT", help="report.json")
+    audit.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        required=True,
+        help="the folder that --evidence or --probe-evidence wrote, or a file of it",
+    )
     return main_parser
 
 
@@ -84,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return EXIT_USAGE if stop.code else 0
     try:
-        return _inspect(arguments) if arguments.command == "inspect" else _run(arguments)
+        return {"inspect": _inspect, "run": _run, "audit": _audit}[arguments.command](arguments)
     except ProbeError as error:
         if first:
             print(f"entropy-probe: {error}", file=sys.stderr, flush=True)
@@ -101,6 +119,7 @@ def _silence() -> Iterator[None]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe import ProbeConfig, run_probe
+    from entropy_probe.evidence import evidence_file
     from entropy_probe.layout import find_layout
     from entropy_probe.loading import load_configured
     from entropy_probe.plots import require_drawable, save_figure
@@ -145,6 +164,8 @@ def _run(arguments: argparse.Namespace) -> int:
         report.to_json(arguments.out)
     if arguments.plot is not None:
         save_figure(report, arguments.plot)
+    if arguments.evidence is not None and report.evidence is not None:
+        report.evidence.to_file(evidence_file(arguments.evidence, report.checkpoint.name))
     return 0
 
 
@@ -154,6 +175,23 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect_checkpoint(_folder(arguments.checkpoint), arguments.base_model)
     print(json.dumps(asdict(found), indent=2) if arguments.json else found.text())
     return EXIT_FAILED if found.problems else 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from entropy_probe import ProbeReport
+    from entropy_probe.evidence import Evidence, evidence_file
+    from entropy_probe_checks.audit import LIMIT, audit, text
+
+    report, place = ProbeReport.from_json(arguments.report), arguments.evidence
+    if not place.is_file():
+        place = evidence_file(place, report.checkpoint.name)
+    try:
+        lines = audit(report.model_dump(mode="json"), Evidence.from_file(place))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        problem = f"does not hold what the figures are made of ({type(error).__name__}: {error})"
+        raise ProbeError(place, problem, "give the evidence of this very report") from error
+    print(text(lines))
+    return EXIT_FAILED if any(not line.difference <= LIMIT for line in lines) else 0
 
 
 def _folder(given: str) -> Path:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entropy_probe.atomic import write_atomically
 from entropy_probe.errors import ConfigError
-from entropy_probe.report import EntropyChangeRow, ProbeReport, write_atomically
+from entropy_probe.report import EntropyChangeRow, ProbeReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

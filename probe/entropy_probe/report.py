@@ -8,13 +8,14 @@ infinities are written as the strings "NaN", "Infinity", "-Infinity".
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
+from entropy_probe.atomic import write_atomically
 from entropy_probe.errors import ProbeError
+from entropy_probe.evidence import Evidence
 
 SCHEMA_VERSION = 1
 
@@ -565,6 +566,23 @@ class ProbeReport(_Section):
     memory: MemorySection
     timing: dict[str, float]
 
+    _evidence: Evidence | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal; evidence is no field."""
+        return isinstance(other, ProbeReport) and self.__dict__ == other.__dict__
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What the numbers are made of, where it is at hand: it is kept in a file of its own, if asked for."""
+        return self._evidence
+
+    def with_evidence(self, evidence: Evidence | None) -> ProbeReport:
+        """The same report beside other evidence, or beside none."""
+        copy = self.model_copy()
+        copy._evidence = evidence
+        return copy
+
     @property
     def next_step(self) -> EntropyChangeRow | None:
         """The change by the optimizer's next step, η = lr; `None` where the optimizer is not Adam."""
@@ -603,26 +621,3 @@ class ProbeReport(_Section):
             raise ProbeError(
                 path, f"is not a report: {key}: {first['msg']}", "write it again with this version"
             ) from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content`, text as UTF-8, to a temporary file beside `path`, then move it there.
-
-    A link is followed; what is not a regular file (a pipe, /dev/stdout) is written to directly.
-    """
-    temporary, content = None, content.encode() if isinstance(content, str) else content
-    try:
-        path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            path.write_bytes(content)
-            return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise ProbeError(
-            path, f"cannot be written ({error.strerror})", "choose another path"
-        ) from error

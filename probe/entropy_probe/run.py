@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import printable
 from entropy_probe.loading import load_configured
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.precision import numerics
 from entropy_probe.pipeline.checkpoint import checkpoint_section
 from entropy_probe.pipeline.environment import distributed_section, environment
+from entropy_probe.pipeline.evidence import evidence_of
 from entropy_probe.pipeline.integrity import Watched
 from entropy_probe.pipeline.measured import Models, measured
 from entropy_probe.pipeline.next_step import next_step, without_second_moment
@@ -49,7 +53,7 @@ def run_probe(
     done, total)` is called as the work goes on. The model is not modified, and nothing is judged. Raises `ProbeError`.
 
     With a `world` of several processes all of them call this alike, share the prompts, and get rank 0's report, or the
-    same error.
+    same error. What the numbers are made of is beside the report of rank 0, as `report.evidence`.
     """
     config = config or ProbeConfig()
     with world.together():
@@ -59,7 +63,9 @@ def run_probe(
             checkpoint = load_configured(path_or_checkpoint, base_model, config, world)
     given = {"prompts": prompts, "progress": progress, "world": world}
     prepared = prepare(checkpoint, config, rollouts, update_rollouts, **given)
-    report = world.told(measure(prepared, name=name, progress=progress))
+    own = measure(prepared, name=name, progress=progress)
+    told = world.told(None if own is None else own.with_evidence(None))
+    report = own or told
     assert report is not None
     return report
 
@@ -99,6 +105,8 @@ def _measure(
             step = without_second_moment(of)
         with clock("witnesses"):
             witness = witnessed(of, step.precond, step.v, step.along)
+        with clock("evidence"):
+            evidence = evidence_of(of, step, _facts(prepared, eos))
         with clock("integrity"):
             elsewhere = watched.modified_elsewhere(world)
             clock.most_of_all()
@@ -115,7 +123,7 @@ def _measure(
             integrity = watched.section(elsewhere)
     sections = step.sections
     assert sections is not None  # of rank 0
-    return r.ProbeReport(
+    report = r.ProbeReport(
         probe_version=__version__,
         checkpoint=checkpoint_section(checkpoint, name),
         config=prepared.config.model_dump(mode="json"),
@@ -144,3 +152,16 @@ def _measure(
         memory=memory_section(models.bound.device, clock.held, config, plan),
         timing=clock.seconds,
     )
+    return report.with_evidence(evidence)
+
+
+def _facts(prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
+    """What is known of the batches and the checkpoint before anything is measured."""
+    batches = prepared.rollouts, prepared.update_rollouts
+    return {
+        "eos": list(eos),
+        "fingerprint": prepared.checkpoint.info.fingerprint,
+        "given": [printable(given) for given in prepared.given],
+        "source": [printable(batch.source) for batch in batches],
+        "missing_gold": [batch.missing_gold for batch in batches],
+    }

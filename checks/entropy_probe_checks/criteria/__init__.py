@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from entropy_probe_checks.criteria import (
+    audit,
     gate,
     importance,
     prediction,
@@ -17,9 +18,12 @@ from entropy_probe_checks.criteria import (
 )
 from entropy_probe_checks.criteria.verdicts import Criterion
 
+_FAMILIES = (
+    zero_check, scaling, registry, ustatistic, importance, sequences, prediction, audit
+)  # fmt: skip
 CRITERIA: dict[str, Criterion] = {
     item.name: item
-    for family in (zero_check, scaling, registry, ustatistic, importance, sequences, prediction)
+    for family in _FAMILIES
     for item in vars(family).values()
     if isinstance(item, Criterion)
 }

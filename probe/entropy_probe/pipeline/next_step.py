@@ -41,12 +41,16 @@ class Sections:
 
 @dataclass(frozen=True)
 class NextStep:
-    """P and v by name, the slopes along v, and the sections, which are rank 0's alone."""
+    """P and v by name, the slopes along v, the changes, how they are predicted, and the sections, which are rank 0's
+    alone. Without a second moment there is no `direction`, and v is some way that will do for tests of the model."""
 
     precond: dict[str, Tensor]
     v: dict[str, Tensor]
-    along: slopes.Slopes | None
+    changes: list[entropy_change.EntropyChange]
     sections: Sections | None
+    along: slopes.Slopes | None = None
+    direction: update.UpdateDirection | None = None
+    predicting: slopes.Predictors | None = None
 
 
 def without_second_moment(of: Measured) -> NextStep:
@@ -63,7 +67,7 @@ def without_second_moment(of: Measured) -> NextStep:
     min_ess = of.config.true_delta_h.min_ess_fraction
     rows = [entropy_change.change_row(change, None, 0.0, min_ess) for change in still]
     precond = {name: torch.ones_like(direction) for name, direction in v.items()}
-    return NextStep(precond, v, None, Sections(rows))
+    return NextStep(precond, v, still, Sections(rows))
 
 
 def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
@@ -105,7 +109,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         )
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
-        return NextStep(precond, v, along, None)
+        return NextStep(precond, v, changes, None, along, direction, predicting)
     with clock("real step"):
         taken, missing = _real_step(of, v, lr)
     sections = Sections(
@@ -117,7 +121,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         real_step=taken,
         real_step_missing=missing,
     )
-    return NextStep(precond, v, along, sections)
+    return NextStep(precond, v, changes, sections, along, direction, predicting)
 
 
 def _row(

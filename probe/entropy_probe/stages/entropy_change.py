@@ -30,7 +30,7 @@ class EntropyChange:
     """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, and what its weights are worth.
 
     `naive` and `rb` are per response or per token, as `true_delta_h.normalize` says; the others are per
-    token always.
+    token always. `after` are the scores at θ + ηv, and `fresh` those of fresh responses, where they were drawn.
     """
 
     weights: r.Reweighting
@@ -38,6 +38,8 @@ class EntropyChange:
     rb: importance.Change
     naive_per_token: importance.Change
     per_token: importance.Change
+    after: Scores
+    fresh: Scores | None = None
 
     @property
     def eta(self) -> float:
@@ -102,7 +104,7 @@ def change_at(
         restricted=config.generation.top_p < 1.0,
     )
     changes = _changes(scores, scores_after, at_theta.normalised, normalised, config)
-    return EntropyChange(found, **changes)
+    return EntropyChange(found, **changes, after=scores_after)
 
 
 def _changes(
@@ -167,7 +169,8 @@ def resampled(
     """Mean over fresh responses at θ⁺ minus mean over those at θ, of the same prompts: no importance weights."""
     even = torch.full_like(scores.seq_logp, 1.0 / scores.seq_logp.numel())
     found = change.weights.model_copy(update={"method": "resample", "reliable": True})
-    return EntropyChange(found, **_changes(scores, fresh, even, even, config))
+    changes = _changes(scores, fresh, even, even, config)
+    return EntropyChange(found, **changes, after=change.after, fresh=fresh)
 
 
 def change_row(

@@ -213,11 +213,13 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
 @dataclass(frozen=True)
 class Predictors:
     """The slope and the curvature by which ΔH is predicted, per response or per token as
-    `true_delta_h.normalize` says; and the slope cross-fitted, where one batch serves as both."""
+    `true_delta_h.normalize` says; and the slope cross-fitted, where one batch serves as both, with the
+    gradients that were `crossed` for it."""
 
     slope: PromptMean
     curvature: PromptMean
     cross: PromptMean | None
+    crossed: UnitGradients | None = None
 
     @property
     def reach(self) -> float:
@@ -242,13 +244,15 @@ def predictors(
     """
     cross = cross_fitted_slope(units, direction) if same_batch else None
     if config.true_delta_h.normalize == "per_sequence":
-        return Predictors(cross or along.rb[config.first_order.baseline], along.curvature, cross)
+        slope = cross or along.rb[config.first_order.baseline]
+        return Predictors(slope, along.curvature, cross, units if same_batch else None)
     if cross is None:
         return Predictors(along.per_token, along.per_token_curvature, None)
     payload = per_token_payload(scores).of_prompts(share.prompts)
     of_tokens = unit_gradients(bound, share, config, payload)
-    per_token = cross_fitted_slope(units.with_x_of(of_tokens), direction)
-    return Predictors(per_token, along.per_token_curvature, cross)
+    crossed = units.with_x_of(of_tokens)
+    per_token = cross_fitted_slope(crossed, direction)
+    return Predictors(per_token, along.per_token_curvature, cross, crossed)
 
 
 def update_section(

@@ -1,0 +1,74 @@
+"""The auditor: every derived figure of a report, computed again from the evidence by code that did not make it.
+
+NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each file holds the formulas of a part of
+`MATH.md`, in its order:
+
+batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
+first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
+optimizer    coverage and P;   student, tail  two distributions
+sheet        what is compared, and how;   fields  what is said of every field of the report
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from entropy_probe_checks.audit import batches, change, entropy, first_order, optimizer, slopes
+from entropy_probe_checks.audit.sheet import Line, Sheet
+
+__all__ = ["LIMIT", "Line", "audit", "text", "worst"]
+
+LIMIT = 1e-10
+"""Of a difference: 1e-14 is measured, and the smallest slip that a reader would see is far above."""
+
+
+class Kept(Protocol):
+    """Evidence: `arrays` by name and `facts`."""
+
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+
+def audit(report: Mapping[str, Any], evidence: Kept) -> list[Line]:
+    """A line for every figure, the report as a plain dict (that of report.json)."""
+    sheet = Sheet(report, evidence.arrays, evidence.facts)
+    sheet.write("checkpoint.fingerprint", evidence.facts["fingerprint"])
+    batches.write(sheet)
+    entropy.write(sheet)
+    along = None
+    if sheet.has("u.gram.k") or sheet.has("u.gram.sums"):
+        first_order.write(sheet)
+        along = slopes.write(sheet)
+    else:
+        for name in ("first_order", "two_batch", "update"):
+            sheet.write(name, None)
+    change.write(sheet, along)
+    optimizer.write(sheet)
+    return sheet.lines
+
+
+def worst(lines: list[Line]) -> Line:
+    """The figure that is furthest off; the first of several. NaN is further than anything."""
+    return max(lines, key=lambda line: math.inf if math.isnan(line.difference) else line.difference)
+
+
+def text(lines: list[Line]) -> str:
+    """A line for each section, then one for each figure above the limit, for the eye."""
+    sections: dict[str, list[Line]] = {}
+    for line in lines:
+        sections.setdefault(line.name.partition(".")[0], []).append(line)
+    shown = [
+        f"{name:16} {len(own):5} figures, at most {worst(own).difference:.1e} off"
+        for name, own in sections.items()
+    ]
+    wrong = [line for line in lines if not line.difference <= LIMIT]
+    shown += [f"WRONG {line}" for line in wrong]
+    shown.append(f"{len(lines)} figures computed again, {len(wrong)} wrong (limit {LIMIT:g})")
+    return "\n".join(shown)

@@ -1,0 +1,133 @@
+"""What the batches hold: counts, rewards, ends, fingerprints; and the sampler's own log-probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import numpy as np
+
+from entropy_probe_checks.audit.sheet import Sheet
+
+
+def write(sheet: Sheet) -> None:
+    for section, which, place in (("batch", "e", 0), ("update_batch", update(sheet), 1)):
+        _batch(sheet, section, which, place)
+    if sheet.report["sampler_parity"] is not None or sheet.has("e.sampler_logprobs"):
+        _parity(sheet)
+
+
+def update(sheet: Sheet) -> str:
+    """What the arrays of the U batch begin with: those of E, where one batch serves as both."""
+    return "u" if sheet.has("u.ids") else "e"
+
+
+def responses(sheet: Sheet, which: str) -> list[list[int]]:
+    """The tokens of every response."""
+    starts, lengths = sheet[f"{which}.prompt_lens"], sheet[f"{which}.gen_lens"]
+    rows = sheet[f"{which}.ids"]
+    return [
+        row[start : start + length].tolist()
+        for row, start, length in zip(rows, starts, lengths, strict=True)
+    ]
+
+
+def advantages(sheet: Sheet, which: str) -> np.ndarray:
+    """The file's own, else r − r̄ of the prompt (over its standard deviation + 1e-4 by `grpo`), or r itself."""
+    if sheet.has(f"{which}.given_advantages"):
+        return sheet[f"{which}.given_advantages"]
+    rewards, rule = sheet[f"{which}.rewards"], sheet.report["config"]["first_order"]["advantage"]
+    if rule == "raw":
+        return rewards
+    of_prompts = []
+    for own in rewards:
+        centred = own - math.fsum(own) / len(own)
+        if rule == "grpo":
+            deviation = math.sqrt(math.fsum(centred**2) / (len(own) - 1))
+            centred = centred / (deviation + 1e-4)
+        of_prompts.append(centred)
+    return np.array(of_prompts)
+
+
+def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
+    rewards, config, facts = sheet[f"{which}.rewards"], sheet.report["config"], sheet.facts
+    prompts, group = rewards.shape
+    texts, ends = responses(sheet, which), set(facts["eos"])
+    means = rewards.mean(1)
+    size = float(np.abs(rewards).max())
+    own = advantages(sheet, which)
+    idle = [
+        float(np.abs(a).max()) <= 1e-12 * float(np.abs(r).max())
+        for a, r in zip(own, rewards, strict=True)
+    ]
+    source = facts["source"][place]
+    limit = config["generation"]["max_new_tokens"]
+    unended = None
+    if source == "sampled" and not config["generation"]["stop"]:
+        unended = sum(text[-1] not in ends and len(text) < limit for text in texts)
+
+    def line(name: str, again: object, size: float | None = None) -> None:
+        sheet.write(f"{section}.{name}", again, size)
+
+    line("num_prompts", prompts)
+    line("num_responses", group)
+    line("num_tokens", sum(len(text) for text in texts))
+    line("source", source)
+    line("same_batch", update(sheet) == "e")
+    line("mean_reward", math.fsum(rewards.ravel()) / rewards.size, size)
+    line("mean_reward_se", float(means.std(ddof=1)) / math.sqrt(prompts), size)
+    line("zero_advantage_fraction", sum(idle) / prompts)
+    line("missing_gold", facts["missing_gold"][place])
+    line("given", facts["given"][place])
+    line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
+    line("unended", unended)
+    line("fingerprint", _fingerprint(sheet, which))
+
+
+def _fingerprint(sheet: Sheet, which: str) -> str:
+    """SHA-256 of every row with where its response begins, of the rewards, and of advantages that were given."""
+    rows = []
+    for row, start, length in zip(
+        sheet[f"{which}.ids"].tolist(),
+        sheet[f"{which}.prompt_lens"].tolist(),
+        sheet[f"{which}.gen_lens"].tolist(),
+        strict=True,
+    ):
+        rows.append([start, *row[: start + length]])
+    name = f"{which}.given_advantages"
+    given = sheet[name].tolist() if sheet.has(name) else None
+    content = (rows, sheet[f"{which}.rewards"].tolist(), given)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _parity(sheet: Sheet) -> None:
+    """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
+    logq, lengths = sheet["e.logq"], sheet["e.gen_lens"]
+    scored = np.concatenate(
+        [row[:n] for row, n in zip(logq.reshape(len(lengths), -1), lengths, strict=True)]
+    )
+    reported = np.concatenate(
+        [row[:n] for row, n in zip(sheet["e.sampler_logprobs"], lengths, strict=True)]
+    )
+    delta = reported - scored
+    ratio = np.exp(-delta)
+    p, q = np.exp(reported), np.exp(scored)
+    a, b = q - q.mean(), p - p.mean()
+    norms = math.sqrt(math.fsum(a * a)), math.sqrt(math.fsum(b * b))
+    constant = min(norms) <= 1e-12 * math.sqrt(len(q))
+    size = float(np.abs(reported).mean() + np.abs(scored).mean())
+    again = {
+        "num_tokens": len(delta),
+        "mean_abs_difference": float(np.abs(delta).mean()),
+        "max_abs_difference": float(np.abs(delta).max()),
+        "kl": math.fsum(delta) / len(delta),
+        "k3": math.fsum(np.expm1(-delta) + delta) / len(delta),
+        "pearson": None if constant else math.fsum(a * b) / norms[0] / norms[1],
+        "ratio_min": float(ratio.min()),
+        "ratio_mean": float(ratio.mean()),
+        "ratio_max": float(ratio.max()),
+        "share_outside": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
+    }
+    sizes = dict.fromkeys(again, size) | {"share_outside": None, "num_tokens": None, "pearson": 1.0}
+    sheet.write("sampler_parity", again, sizes)

@@ -1,0 +1,56 @@
+"""What is said of every number in the report that the auditor does not compute again: a path begins with one of these.
+
+The criterion that judges it where it is a witness itself; `evidence`, where it is what other figures are made of; or
+the reason why nothing can be said of it.
+"""
+
+from __future__ import annotations
+
+JUDGED_BY = {
+    "checkpoint.num_parameters": "as_stored",
+    "checkpoint.num_trainable": "as_stored",
+    "checkpoint.optimizer": "as_stored",
+    "sampling": "seeded",
+    "update.cosine_with_optimizer_step": "optimizer_step",
+    "update.norm_ratio_with_optimizer_step": "optimizer_step",
+    "preconditioner.difference_from_torch": "preconditioner_witness",
+    "preconditioner.exchanged": "moments_match",
+    "preconditioner.num_pairs": "moments_match",
+    "preconditioner.num_undecided": "moments_match",
+    "real_step": "real_step",
+    "continuity.zero_check_max_abs": "zero_check",
+    "continuity.param_ratio": "param_scaling",
+    "continuity.logit_ratio": "logit_scaling",
+    "continuity.logit_slope": "logit_slope",
+    "continuity.delta_h_slope": "delta_h_slope",
+    "continuity.taylor_order": "taylor_order",
+    "continuity.taylor_slope": "taylor_order",
+    "continuity.taylor_radius": "taylor_order",
+    "continuity.taylor_eta": "taylor_order",
+    "continuity.identity_error": "change_identity",
+    "continuity.trusted_eta": "step_resolved",
+    "invariance.padding": "padding_invariance",
+    "invariance.batch": "batch_invariance",
+    "invariance.chunk": "chunk_invariance",
+    "invariance.precision": "precision_invariance",
+    "invariance.zero_step": "drawn_zero_check",
+    "invariance.scaling": "drawn_scaling",
+    "integrity.copies_modified": "live_model_unmodified",
+    "witness.x_difference": "gradient_witness",
+    "witness.y_difference": "gradient_witness",
+    "witness": "projections_agree",
+}
+NOT_JUDGED = {
+    "schema_version": "a version",
+    "checkpoint.global_step": "a text of the trainer's, which enters nothing",
+    "config": "as it was given",
+    "continuity.eta_main": "a step that the tests are made with",
+    "continuity.eta_tiny": "a step that the tests are made with",
+    "invariance.num_examples": "how many cases were asked for and drawn",
+    "verdicts": "what is concluded, not what is measured",
+    "baseline": "figures of another report, judged there",
+    "distributed": "of the processes, not of the policy",
+    "environment": "of the machine, not of the policy",
+    "memory": "of the machine, not of the policy",
+    "timing": "of the machine, not of the policy",
+}

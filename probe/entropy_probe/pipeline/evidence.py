@@ -1,0 +1,229 @@
+"""Evidence of a run: what its figures are made of, gathered once all is measured.
+
+The products X_uᵀPY_v are computed here a second time, by other code than `stages/gradients/products.py`; all else is
+handed over as the figures were made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entropy_probe.evidence import Evidence
+from entropy_probe.pipeline.measured import Batch, Measured
+from entropy_probe.pipeline.next_step import NextStep
+from entropy_probe.stages.gradients.payloads import response_advantages
+from entropy_probe.stages.gradients.unit_gradients import OwnUnitGradients, UnitGradients
+from entropy_probe.stages.share import Share
+
+_AT_ONCE = 1 << 21  # numbers of one side of a product that are held in float64
+
+
+def evidence_of(of: Measured, step: NextStep, facts: Mapping[str, Any]) -> Evidence | None:
+    """All processes take part; rank 0 has it."""
+    arrays: dict[str, Tensor] = {}
+    names = list(of.bound.registry.trainable)
+    batches = {"e": of.e} if of.same_batch else {"e": of.e, "u": of.u}
+    for which, batch in batches.items():
+        _add(arrays, which, _batch(batch, of))
+    if step.along is not None:
+        at_theta, share = step.along.at_theta, of.e.share
+        arrays["e.d_logp"] = share.all_tokens(at_theta.d_logp)
+        arrays["e.d_entropy"] = share.all_tokens(at_theta.d_entropy)
+        arrays["e.d2_seq_logp"] = step.along.d2_seq_logp
+        arrays["e.d2_rb_sum"] = step.along.d2_rb_sum
+    for k, change in enumerate(step.changes):
+        for when, scores in (("after", change.after), ("fresh", change.fresh)):
+            if scores is not None:
+                own = {"logp": scores.token_logp, "entropy": scores.rb_entropy}
+                _add(arrays, f"{when}.{k}", own | {"gen_lens": scores.gen_lens})
+    if step.direction is not None:
+        u, direction = of.u.gradients, step.direction
+        of_u = _products(u, u, step.precond, names)
+        _add(arrays, "u.gram", of_u)
+        if not of.same_batch:
+            _add(arrays, "eu.gram", _across(of.e.gradients, u, step.precond, names))
+        moved = list(direction.v)
+        x_bar, v0 = of.e.gradients.mean_x(), direction.v0
+        arrays["e.x_v0"] = torch.stack([_dot(x_bar[n], v0[n]) for n in moved])
+        along = {n: x_bar[n] * direction.diagonal[n].reshape(-1) for n in moved}
+        arrays["u.y_dx"] = u.of_units(sum(_times(u.y[n], along[n]) for n in moved))  # pyright: ignore[reportArgumentType]
+        crossed = None if step.predicting is None else step.predicting.crossed
+        for which, gradients in (("u", u if of.same_batch else None), ("crossed", crossed)):
+            if gradients is not None:
+                x_v0 = sum(_times(gradients.x[n], v0[n].reshape(-1)) for n in moved)
+                arrays[f"{which}.x_v0"] = gradients.of_units(x_v0)  # pyright: ignore[reportArgumentType]
+                _add(arrays, f"{which}.gram_d", _products(gradients, u, direction.diagonal, moved))
+        _add(arrays, "sum", _sums(of, step, names))
+    if not of.e.share.world.first:
+        return None
+    whole = {
+        "names": names,
+        "mode": of.u.gradients.units.mode,
+        "world_size": of.e.share.world.size,
+        "etas": [change.eta for change in step.changes],
+        "moved": [] if step.direction is None else list(step.direction.v),
+        "hyper": _hyper(of),
+        "other": None if of.checkpoint.other is None else of.checkpoint.other.reason,
+    }
+    kept = {name: np.asarray(values.detach().cpu()) for name, values in arrays.items()}
+    return Evidence(kept, {**whole, **facts})
+
+
+def _add(arrays: dict[str, Tensor], prefix: str, more: Mapping[str, Tensor]) -> None:
+    arrays.update({f"{prefix}.{name}": values for name, values in more.items()})
+
+
+def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
+    """Tokens, rewards and scores at θ of a whole batch."""
+    rollouts, tokens, share = batch.rollouts, batch.tokens, batch.share
+    found = {
+        "ids": rollouts.ids,
+        "prompt_lens": rollouts.prompt_lens,
+        "gen_lens": rollouts.gen_lens,
+        "rewards": rollouts.rewards,
+        "advantages": response_advantages(rollouts, of.config.first_order),
+        "unit_of_prompt": batch.gradients.units.of_prompt,
+        "logp": share.all_tokens(tokens.token_logp),
+        "logq": share.all_tokens(tokens.token_logq),
+        "entropy": share.all_tokens(tokens.rb_entropy),
+        "entropy_q": share.all_tokens(tokens.rb_entropy_q),
+    }
+    if tokens.features is not None:
+        found["features"] = _features(share, tokens.features)
+    if rollouts.advantages is not None:
+        found["given_advantages"] = rollouts.advantages
+    if rollouts.logprobs is not None:
+        found["sampler_logprobs"] = rollouts.logprobs
+    found["x_norms"] = _unit_norms(batch.gradients, batch.gradients.x)
+    if batch.gradients.y:
+        found["y_norms"] = _unit_norms(batch.gradients, batch.gradients.y)
+        reached = (batch.gradients.x, batch.gradients.y)
+        counts = torch.tensor([[int((t != 0).sum()) for t in side.values()] for side in reached])
+        found["reached"] = share.world.total(counts)
+    return found
+
+
+def _features(share: Share, features: Tensor) -> Tensor:
+    return torch.stack([share.all_tokens(phi) for phi in features.unbind(-1)], -1)
+
+
+def _unit_norms(gradients: UnitGradients, rows: Mapping[str, Tensor]) -> Tensor:
+    squares = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) ** 2 for t in rows.values()]
+    return gradients.of_units(torch.stack(squares).sum(0)).sqrt()
+
+
+def _products(
+    x: UnitGradients, y: UnitGradients, precond: Mapping[str, Tensor], names: list[str]
+) -> dict[str, Tensor]:
+    """`k` [N, U, U] = X_nᵀPY_m by tensor; of several processes `sums` [N, U, 3], over m, over n, and the diagonal."""
+    if not isinstance(x, OwnUnitGradients):
+        return {"k": torch.stack([_gram(x.x[n], y.y[n], precond[n]) for n in names])}
+    assert isinstance(y, OwnUnitGradients)
+    found = []
+    for n in names:
+        p = precond[n].double().reshape(-1)
+        own = (x.x[n].double() * p * y.y[n].double()).sum(1)
+        sides = (_times(x.x[n], p * y.sums_y[n]), _times(y.y[n], p * x.sums_x[n]), own)
+        found.append(torch.stack(sides, 1))
+    return {"sums": torch.stack([x.of_units(of_tensor) for of_tensor in found])}
+
+
+def _across(
+    e: UnitGradients, u: UnitGradients, precond: Mapping[str, Tensor], names: list[str]
+) -> dict[str, Tensor]:
+    """`k` [N, E, U]; of several processes `s` [N, E] = X_kᵀPȲ and `t` [N, U] = X̄ᵀPY_m."""
+    if not isinstance(e, OwnUnitGradients):
+        return {"k": torch.stack([_gram(e.x[n], u.y[n], precond[n]) for n in names])}
+    weight = {n: precond[n].double().reshape(-1) for n in names}
+    s = [_times(e.x[n], weight[n] * u.mean_y()[n]) for n in names]
+    t = [_times(u.y[n], weight[n] * e.mean_x()[n]) for n in names]
+    of_e, of_u = (torch.stack([b.of_units(row) for row in of]) for b, of in ((e, s), (u, t)))
+    return {"s": of_e, "t": of_u}
+
+
+def _gram(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+    """Σ_d X_nd·P_d·Y_md in float64."""
+    flat, total = p.reshape(-1), torch.zeros(len(x), len(y), dtype=torch.float64)
+    for part in _pieces(x.shape[1], max(len(x), len(y))):
+        total += torch.einsum(
+            "nd,d,md->nm", x[:, part].double(), flat[part].double(), y[:, part].double()
+        )
+    return total
+
+
+def _times(rows: Tensor, vector: Tensor) -> Tensor:
+    """rows · vector in float64."""
+    flat, total = vector.reshape(-1), torch.zeros(len(rows), dtype=torch.float64)
+    for part in _pieces(rows.shape[1], len(rows)):
+        total += torch.einsum("nd,d->n", rows[:, part].double(), flat[part].double())
+    return total
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.double().reshape(-1), b.double().reshape(-1))
+
+
+def _pieces(length: int, rows: int) -> Iterator[slice]:
+    size = max(1, _AT_ONCE // max(rows, 1))
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _sums(of: Measured, step: NextStep, names: list[str]) -> dict[str, Tensor]:
+    """Of each tensor: of X̄, Ȳ, ΣX·ΣY, θ, v, v₀, P and of the moments."""
+    assert step.direction is not None
+    u, direction, adam = of.u.gradients, step.direction, of.checkpoint.adam
+    x_bar, y_bar, units = u.mean_x(), of.ascent, len(u.sizes)
+
+    def square(values: Mapping[str, Tensor], of_names: list[str]) -> Tensor:
+        return torch.stack([_dot(values[n], values[n]) for n in of_names])
+
+    parameters = {n: p.detach() for n, p in of.bound.registry.parameters.items()}
+    x_sum, y_sum = _over_units(u)
+    moved = list(direction.v)
+    found = {
+        "x_bar_squared": square(x_bar, names),
+        "y_bar_squared": square(y_bar, names),
+        "y_bar_squared_moved": square(y_bar, moved),
+        "plain": torch.stack([_dot(x_sum[n], y_sum[n]) for n in names]) / units**2,
+        "v_squared": square(direction.v, moved),
+        "v0_squared": square(direction.v0, moved),
+        "p_min": torch.stack([step.precond[n].double().min() for n in step.precond]),
+        "p_max": torch.stack([step.precond[n].double().max() for n in step.precond]),
+        "p_nonfinite": torch.tensor(
+            [int((~torch.isfinite(p)).sum()) for p in step.precond.values()]
+        ),
+        "numel": torch.tensor([parameters[n].numel() for n in names]),
+    }
+    found["theta"] = _first_two({n: parameters[n] for n in moved})
+    found["exp_avg"] = _first_two({n: adam[n].exp_avg for n in moved})
+    found["exp_avg_sq"] = _first_two({n: adam[n].exp_avg_sq for n in moved})
+    return found
+
+
+def _over_units(u: UnitGradients) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """ΣX and ΣY over units."""
+    if isinstance(u, OwnUnitGradients):
+        return u.sums_x, u.sums_y
+    x, y = ({n: t.sum(0, dtype=torch.float64) for n, t in side.items()} for side in (u.x, u.y))
+    return x, y
+
+
+def _first_two(tensors: Mapping[str, Tensor]) -> Tensor:
+    """[N, 2]: Σ and Σ² of each, in float64."""
+    sums = [(t.double().sum().cpu(), t.double().square().sum().cpu()) for t in tensors.values()]
+    return torch.tensor([[float(a), float(b)] for a, b in sums], dtype=torch.float64).reshape(-1, 2)
+
+
+def _hyper(of: Measured) -> list[dict[str, Any]]:
+    """Of each tensor with a state, as v and P took them."""
+    fields = ("step", "lr", "initial_lr", "betas", "eps", "weight_decay")
+    flags = ("decoupled", "amsgrad", "maximize")
+    return [
+        {"name": name, **{f: getattr(state, f) for f in (*fields, *flags)}}
+        for name, state in of.checkpoint.adam.items()
+    ]
