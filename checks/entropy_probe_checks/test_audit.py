@@ -1,4 +1,4 @@
-"""Figures, computed again."""
+"""Figures computed again, and the folder read and scored again."""
 
 import pytest
 
@@ -9,3 +9,19 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.audit]
 
 def test_figures_recomputed(_probe_judge):
     _probe_judge(audit.figures_recomputed)
+
+
+def test_as_stored(_probe_judge):
+    _probe_judge(audit.as_stored)
+
+
+def test_moments_possible(_probe_judge):
+    _probe_judge(audit.moments_possible)
+
+
+def test_plain_forward(_probe_judge):
+    _probe_judge(audit.plain_forward)
+
+
+def test_plain_step(_probe_judge):
+    _probe_judge(audit.plain_step)

@@ -1,11 +1,27 @@
-"""Every figure of the report, computed again by code that did not make it."""
+"""Every figure computed again from the evidence; and the folder, read and scored again without the code of the probe."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
 from entropy_probe import ProbeReport
 from entropy_probe_checks.audit import audit, worst
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, not_applicable
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_most,
+    inconclusive,
+    not_applicable,
+    second_moment,
+)
 from entropy_probe_checks.thresholds import limit_for
+
+_NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
 
 
 @Criterion
@@ -17,8 +33,208 @@ def figures_recomputed(report: ProbeReport) -> Finding:
     the formulas: a sign, a factor, a standard error, a column or a batch is wrong. Do not believe that figure.
     """
     if report.evidence is None:
-        return not_applicable(
-            "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
-        )
+        return not_applicable(_NOT_AT_HAND)
     line = worst(audit(report.model_dump(mode="json"), report.evidence))
     return at_most(line.difference, limit_for(report, "figures_recomputed"), detail=f"[{line}]")
+
+
+@Criterion
+def as_stored(report: ProbeReport) -> Finding:
+    """How many tensors are not what a second reader finds in the files: weights by shape, Σ and Σ²; moments by these,
+    step and hyper-parameters.
+
+    What was measured with is not what the trainer saved: a moment, a weight, a step or a hyper-parameter was changed
+    between the file and the measurement. P, v and all that follows describe another checkpoint.
+    """
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    facts, stored = report.evidence.facts, report.evidence.facts["stored"]
+    if isinstance(stored, str):
+        return not_applicable(stored)
+    arrays = report.evidence.arrays
+    weights = _differing(
+        [
+            (tuple(shape), tuple(sums))
+            for shape, sums in zip(facts["parameters"], arrays["sum.parameters"], strict=True)
+        ],
+        [(tuple(w["shape"]), tuple(w["sums"])) for w in stored["weights"]],
+    )
+    found = [f"{weights} weights"] if weights else []
+    moments = 0
+    if "sum.exp_avg" in arrays:
+        used = list(zip(facts["hyper"], arrays["sum.exp_avg"], arrays["sum.exp_avg_sq"], strict=True))
+        moments = _states_differing(used, stored["states"])
+        found += [f"{moments} states of the optimizer"] if moments else []
+    dtypes = {w["dtype"] for w in stored["weights"]}
+    named = report.checkpoint.weights_dtype
+    if not any(dtype in named for dtype in dtypes):
+        found.append(f"weights are {named}, stored as {', '.join(sorted(dtypes))}")
+    detail = f"[{'; '.join(found)}]" if found else ""
+    return at_most(float(weights + moments or len(found)), limit_for(report, "as_stored"), detail=detail)
+
+
+_Entry = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+def _differing(used: Sequence[_Entry], stored: Sequence[_Entry]) -> int:
+    """How many of `used` have no partner of their shape and sums. Where a library stacks or splits tensors on the way
+    (experts), neither side finds a partner; all of them together must have the same sums then."""
+    rest, alone = _pairs(used, stored)
+    left = [entry for entry in alone if not any(_same(entry, other) for other in used)]  # tied: twice
+    if not rest:
+        return 0
+    totals = [[math.fsum(sums[k] for _, sums in side) for k in (0, 1)] for side in (rest, left)]
+    size = math.sqrt(max(totals[0][1], 1e-300) * sum(math.prod(shape) for shape, _ in rest))
+    stacked = not {shape for shape, _ in rest} & {shape for shape, _ in left}
+    same = (
+        stacked
+        and abs(totals[0][0] - totals[1][0]) <= 1e-9 * size
+        and abs(totals[0][1] - totals[1][1]) <= 1e-9 * totals[0][1]
+    )
+    return 0 if same else len(rest)
+
+
+def _pairs(used: Sequence[_Entry], stored: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
+    """Those of each side that have no partner on the other."""
+    by_shape: dict[tuple[int, ...], list[_Entry]] = defaultdict(list)
+    for entry in stored:
+        by_shape[entry[0]].append(entry)
+    rest = []
+    for entry in used:
+        own = by_shape[entry[0]]
+        partner = next((k for k, other in enumerate(own) if _same(entry, other)), None)
+        if partner is None:
+            rest.append(entry)
+        else:
+            own.pop(partner)
+    return rest, [entry for own in by_shape.values() for entry in own]
+
+
+def _same(one: _Entry, other: _Entry) -> bool:
+    """Shapes are equal, and sums to the rounding of another order; Σ against √(n·Σ²), which bounds it."""
+    if one[0] != other[0]:
+        return False
+    size = math.sqrt(math.prod(one[0]))
+    return all(
+        abs(a - b) <= 1e-9 * scale
+        for k in range(0, len(one[1]), 2)
+        for a, b, scale in (
+            (one[1][k], other[1][k], size * math.sqrt(max(other[1][k + 1], 0.0)) + 1e-300),
+            (one[1][k + 1], other[1][k + 1], abs(other[1][k + 1]) + 1e-300),
+        )
+    )
+
+
+def _states_differing(used: Sequence[tuple[Mapping[str, Any], Any, Any]], stored: Sequence[Any]) -> int:
+    """How many states of either side have no partner with the same step, hyper-parameters and moments."""
+    keys = {"decoupled_weight_decay": "decoupled"}
+    kinds: dict[str, tuple[list[_Entry], list[_Entry]]] = defaultdict(lambda: ([], []))
+    known = set.intersection(*(set(state["hyper"]) for state in stored)) if stored else set()
+    for hyper, first, second in used:
+        if hyper["step"] == 0:  # none in the file: `preconditioner_complete` judges that
+            continue
+        told = {key: hyper[keys.get(key, key)] for key in known}
+        entry = tuple(hyper["shape"]), (*map(float, first), *map(float, second))
+        kinds[_kind(hyper["step"], told)][0].append(entry)
+    for state in stored:
+        told = {key: state["hyper"][key] for key in known}
+        entry = tuple(state["shape"]), (*state["exp_avg"], *state["exp_avg_sq"])
+        kinds[_kind(state["step"], told)][1].append(entry)
+    alone = [_pairs(one, other) for one, other in kinds.values()]
+    return max(sum(len(rest) for rest, _ in alone), sum(len(left) for _, left in alone))
+
+
+def _kind(step: float, hyper: Mapping[str, Any]) -> str:
+    """What must be equal, as a text."""
+    plain = {k: [float(x) for x in v] if isinstance(v, list | tuple) else v for k, v in hyper.items()}
+    return repr((float(step), sorted((k, float(v) if type(v) is int else v) for k, v in plain.items())))
+
+
+@second_moment
+def moments_possible(report: ProbeReport) -> Finding:
+    """Largest |exp_avg|/√exp_avg_sq of any entry, over the most that Adam can reach in as many steps:
+    (1−β₁)·√(Σ_{k<t}(β₁²/β₂)^k)/√(1−β₂), by Cauchy and Schwarz.
+
+    No run of Adam with these betas leads to such moments: the two belong to different tensors, one of them is a root or
+    a square of itself, or step or betas are others. v has a wrong size or a wrong sign.
+    """
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    shares = []
+    ratios = report.evidence.arrays["sum.moment_ratio"]
+    for hyper, ratio in zip(report.evidence.facts["hyper"], ratios, strict=True):
+        if hyper["step"] > 0 and hyper["betas"][1] < 1:
+            beta1, beta2 = hyper["betas"]
+            q, steps = beta1**2 / beta2, int(hyper["step"])
+            series = float(steps) if q == 1 else (1 - q**steps) / (1 - q)
+            shares.append(float(ratio) / ((1 - beta1) * math.sqrt(series / (1 - beta2))))
+    if not shares:
+        return not_applicable("No tensor has a state of Adam's.")
+    return at_most(max(shares), limit_for(report, "moments_possible"))
+
+
+@Criterion
+def plain_forward(report: ProbeReport) -> Finding:
+    """Largest difference of a token's log p, or of its entropy, from those of the folder loaded by transformers and
+    peft alone, one response at a time without padding, of two prompts of each batch (nats).
+
+    The model that was measured is not the one in the folder, or its scores are not its own: a weight, a scaling, the
+    temperature, a position or a token is another. Nothing that is measured is about this checkpoint.
+    """
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    plain = report.evidence.facts["plain"]
+    if isinstance(plain, str):
+        return _unasked(plain)
+    differences = []
+    for which in ("e", "u"):
+        if which in plain:
+            for place, scored in zip(plain[which], plain[f"at_{which}"], strict=True):
+                own = (_row(report, f"{which}.{name}", place) for name in ("logp", "entropy"))
+                differences += [
+                    float(np.abs(values[: len(again)] - np.array(again)).max())
+                    for values, again in zip(own, scored, strict=True)
+                ]
+    return at_most(max(differences), limit_for(report, "plain_forward"))
+
+
+@second_moment
+def plain_step(report: ProbeReport) -> Finding:
+    """|ΔS − ΔS of the plain model with ηv written into its parameters| at the largest η of the sweep, the worst
+    response over the largest |ΔS|.
+
+    The responses were not scored at θ + ηv: the direction does not reach the parameters, reaches others, or the scores
+    after the step are those of another η. No change of entropy of this report can be believed.
+    """
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    plain = report.evidence.facts["plain"]
+    if isinstance(plain, str):
+        return _unasked(plain)
+    if "step" not in plain:
+        return not_applicable("No step was taken.")
+    before, after = (
+        np.array([math.fsum(logp) for logp, _ in plain[name]]) for name in ("at_e", "after")
+    )
+    places = plain["e"]
+    own = np.array([_row(report, "e.logp", place).sum() for place in places])
+    moved = np.array([_row(report, f"after.{plain['step']}.logp", place).sum() for place in places])
+    largest, rounding = np.abs(after - before).max(), np.abs(own - before).max()
+    if largest <= 30 * rounding:
+        return not_applicable(
+            f"rounding hides what the step does: ΔS is at most {largest:.1e}, and float32 knows S to {rounding:.1e}"
+        )
+    value = float(np.abs((moved - own) - (after - before)).max() / largest)
+    return at_most(value, limit_for(report, "plain_step"))
+
+
+def _unasked(why: str) -> Finding:
+    """A model that does not fit twice leaves the question open; one that transformers alone cannot load has none."""
+    return inconclusive(why) if why.startswith("too large") else not_applicable(why)
+
+
+def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:
+    """[T] of a response, by its place in the batch."""
+    assert report.evidence is not None
+    values = report.evidence.arrays[name]
+    return values.reshape(-1, values.shape[-1])[place].astype(np.float64)

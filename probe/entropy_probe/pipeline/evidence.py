@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from entropy_probe.evidence import Evidence
+from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.pipeline.again import found_again
 from entropy_probe.pipeline.measured import Batch, Measured
 from entropy_probe.pipeline.next_step import NextStep
 from entropy_probe.stages.gradients.payloads import response_advantages
@@ -61,6 +63,8 @@ def evidence_of(of: Measured, step: NextStep, facts: Mapping[str, Any]) -> Evide
         _add(arrays, "sum", _sums(of, step, names))
     if not of.e.share.world.first:
         return None
+    parameters = {n: p.detach() for n, p in of.bound.registry.parameters.items()}
+    arrays["sum.parameters"] = _first_two(parameters)
     whole = {
         "names": names,
         "mode": of.u.gradients.units.mode,
@@ -68,8 +72,10 @@ def evidence_of(of: Measured, step: NextStep, facts: Mapping[str, Any]) -> Evide
         "etas": [change.eta for change in step.changes],
         "moved": [] if step.direction is None else list(step.direction.v),
         "hyper": _hyper(of),
+        "parameters": [list(p.shape) for p in of.bound.registry.parameters.values()],
         "other": None if of.checkpoint.other is None else of.checkpoint.other.reason,
     }
+    whole |= found_again(of, step)
     kept = {name: np.asarray(values.detach().cpu()) for name, values in arrays.items()}
     return Evidence(kept, {**whole, **facts})
 
@@ -200,6 +206,7 @@ def _sums(of: Measured, step: NextStep, names: list[str]) -> dict[str, Tensor]:
         "numel": torch.tensor([parameters[n].numel() for n in names]),
     }
     found["theta"] = _first_two({n: parameters[n] for n in moved})
+    found["moment_ratio"] = torch.tensor([_moment_ratio(adam[n]) for n in moved])
     found["exp_avg"] = _first_two({n: adam[n].exp_avg for n in moved})
     found["exp_avg_sq"] = _first_two({n: adam[n].exp_avg_sq for n in moved})
     return found
@@ -215,8 +222,21 @@ def _over_units(u: UnitGradients) -> tuple[Mapping[str, Tensor], Mapping[str, Te
 
 def _first_two(tensors: Mapping[str, Tensor]) -> Tensor:
     """[N, 2]: Σ and Σ² of each, in float64."""
-    sums = [(t.double().sum().cpu(), t.double().square().sum().cpu()) for t in tensors.values()]
-    return torch.tensor([[float(a), float(b)] for a, b in sums], dtype=torch.float64).reshape(-1, 2)
+    sums = [
+        (
+            float(t.sum(dtype=torch.float64)),
+            float(torch.linalg.vector_norm(t, dtype=torch.float64).square()),
+        )
+        for t in tensors.values()
+    ]
+    return torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
+
+
+def _moment_ratio(state: AdamState) -> float:
+    """max |exp_avg|/√exp_avg_sq over the entries; squares below what float32 holds count as that."""
+    smallest = torch.finfo(torch.float32).tiny
+    ratio = state.exp_avg.abs() / (state.exp_avg_sq.clamp(min=0.0) + smallest).sqrt()
+    return float(ratio.max()) if ratio.numel() else 0.0
 
 
 def _hyper(of: Measured) -> list[dict[str, Any]]:
@@ -224,6 +244,7 @@ def _hyper(of: Measured) -> list[dict[str, Any]]:
     fields = ("step", "lr", "initial_lr", "betas", "eps", "weight_decay")
     flags = ("decoupled", "amsgrad", "maximize")
     return [
-        {"name": name, **{f: getattr(state, f) for f in (*fields, *flags)}}
+        {"name": name, "shape": list(state.exp_avg.shape)}
+        | {field: getattr(state, field) for field in (*fields, *flags)}
         for name, state in of.checkpoint.adam.items()
     ]

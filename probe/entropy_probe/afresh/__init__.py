@@ -1,0 +1,7 @@
+"""A checkpoint's folder, read again by the libraries alone: no reader, no forward and no step of ours.
+
+What is found goes into the evidence, where criteria compare it with what the measurement used.
+
+stored  the optimizer's file and the weights, tensor by tensor
+plain   the model of transformers and peft, scored one response at a time without padding
+"""

@@ -1,0 +1,75 @@
+"""The model as transformers and peft load it, and its scores in the plainest way: one response at a time, unpadded,
+without a cache, `log_softmax` and `Categorical.entropy` on whole logits, parameters written in place."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.distributions import Categorical
+
+Row = tuple[list[int], int]
+"""Token ids of prompt and response, and how many of them are the prompt."""
+Scored = list[tuple[list[float], list[float]]]
+"""(log p, H) of every token of each response."""
+
+
+def plain_model(folder: Path, base: Path | None) -> Any:
+    """In float32 and eval mode."""
+    weights = folder if (folder / "config.json").is_file() else folder / "model"
+    weights = folder if (folder / "adapter_config.json").is_file() else weights
+    is_adapter = (weights / "adapter_config.json").is_file()
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    with _quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base if is_adapter else weights, attn_implementation="eager", **options
+        )
+        if is_adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(weights))
+    return model.float().eval()
+
+
+@torch.no_grad()
+def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
+    found: Scored = []
+    for ids, start in rows:
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+        policy = (logits / temperature)[start - 1 : len(ids) - 1]
+        taken = torch.tensor(ids[start:])
+        logp = torch.log_softmax(policy, -1)[torch.arange(len(taken)), taken]
+        found.append((logp.tolist(), Categorical(logits=policy).entropy().tolist()))
+    return found
+
+
+@torch.no_grad()
+def step(model: Any, v: Mapping[str, Tensor], eta: float) -> None:
+    """θ + ηv, written into the model's own parameters, which must have the names of v."""
+    parameters = dict(model.named_parameters())
+    for name, direction in v.items():
+        moved = parameters[name].double() + eta * direction.double().reshape(parameters[name].shape)
+        parameters[name].copy_(moved)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

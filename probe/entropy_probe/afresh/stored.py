@@ -1,0 +1,81 @@
+"""What the files hold, by `torch.load(weights_only=True)` and safetensors: no name is mapped, no value changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+_NUMBERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+
+
+def read_again(folder: Path, optimizer_file: Path, base: Path | None) -> dict[str, Any] | str:
+    """`states`: of each tensor of the optimizer its shape, step, hyper-parameters, and Σ and Σ² of both moments;
+    `weights`: of each tensor of the model, and of the adapter's base, its shape, dtype, Σ and Σ².
+
+    Where the format has no such files, the reason.
+    """
+    if not optimizer_file.is_file() or optimizer_file.suffix not in (".pt", ".bin"):
+        return f"{optimizer_file.name} is no file of one optimizer"
+    content = torch.load(optimizer_file, map_location="cpu", weights_only=True, mmap=True)
+    for key in ("optimizer", "optimizer_state_dict"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not {"state", "param_groups"} <= set(content):
+        return f"{optimizer_file.name} is no state_dict of torch's"
+    states = [
+        _state(content["state"][key], group)
+        for group in content["param_groups"]
+        for key in group["params"]
+        if "exp_avg" in content["state"].get(key, ())
+    ]
+    folders = [folder, folder / "model", *([] if base is None else [base])]
+    weights = [_weight(tensor) for place in folders for tensor in _tensors(place)]
+    if not weights:
+        return "its weights are in no file of transformers or peft"
+    return {"states": states, "weights": weights}
+
+
+def _state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    hyper = {key: group[key] for key in (*_NUMBERS, *_FLAGS) if key in group}
+    return {
+        "shape": list(state["exp_avg"].shape),
+        "step": float(state["step"]),
+        "hyper": {k: list(v) if isinstance(v, tuple) else _plain(v) for k, v in hyper.items()},
+        "exp_avg": sums(state["exp_avg"]),
+        "exp_avg_sq": sums(state["exp_avg_sq"]),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _weight(tensor: Tensor) -> dict[str, Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "sums": sums(tensor)}
+
+
+def sums(tensor: Tensor) -> list[float]:
+    """[Σ, Σ²] in float64."""
+    square = torch.linalg.vector_norm(tensor.detach().float(), dtype=torch.float64).square()
+    return [float(tensor.detach().sum(dtype=torch.float64)), float(square)]
+
+
+def _tensors(folder: Path) -> Iterator[Tensor]:
+    """Of the weights' files in a folder: safetensors, or where there are none torch's own."""
+    names = ("model*.safetensors", "adapter_model.safetensors")
+    files = [file for name in names for file in sorted(folder.glob(name))]
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield opened.get_tensor(name)
+    if files:
+        return
+    for name in ("pytorch_model*.bin", "adapter_model.bin"):
+        for file in sorted(folder.glob(name)):
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).values()

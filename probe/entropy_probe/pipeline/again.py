@@ -1,0 +1,68 @@
+"""What is asked of the folder itself, beside the measurement: rank 0 alone does so, on a few responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from entropy_probe.afresh.plain import Row, plain_model, plain_scores, step
+from entropy_probe.afresh.stored import read_again
+from entropy_probe.memory import available_bytes
+from entropy_probe.pipeline.measured import Batch, Measured
+from entropy_probe.pipeline.next_step import NextStep
+
+_RESPONSES = 4
+"""Of each of two prompts of a batch, at most."""
+
+
+def found_again(of: Measured, then: NextStep) -> dict[str, Any]:
+    """Facts `stored` and `plain` of the evidence: what was found, or a text that says why nothing was."""
+    info = of.checkpoint.info
+    if not info.path.is_dir() or not info.optimizer_file.exists():
+        why = "the checkpoint was given as objects, without its folder"
+        return {"stored": why, "plain": why}
+    try:
+        stored = read_again(info.path, info.optimizer_file, info.base_model)
+    except Exception as error:  # whatever a library raises: this is a second opinion
+        stored = f"cannot be read by the libraries alone ({type(error).__name__}: {error})"
+    return {"stored": stored, "plain": _plain(of, then)}
+
+
+def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
+    info, config = of.checkpoint.info, of.config
+    needed = 6 * info.num_parameters  # float32, and room to load it
+    free = available_bytes(torch.device("cpu"))
+    if config.memory_limit is not None or info.device_map is not None:
+        return "too large: a limit of memory or a map of devices leaves no room for a second model"
+    if free is not None and needed > free:
+        return f"too large: a second model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    try:
+        model = plain_model(info.path, info.base_model)
+    except Exception as error:
+        return f"transformers alone cannot load it ({type(error).__name__}: {error})"
+    temperature = config.generation.temperature
+    e, rows_e = _rows(of.e)
+    found: dict[str, Any] = {"e": e, "at_e": plain_scores(model, rows_e, temperature)}
+    if not of.same_batch:
+        u, rows_u = _rows(of.u)
+        found |= {"u": u, "at_u": plain_scores(model, rows_u, temperature)}
+    etas = [change.eta for change in then.changes]
+    if then.direction is not None:
+        k = max(range(len(etas)), key=lambda i: etas[i])
+        step(model, then.v, etas[k])
+        found |= {"step": k, "after": plain_scores(model, rows_e, temperature)}
+    return found
+
+
+def _rows(batch: Batch) -> tuple[list[int], list[Row]]:
+    """Places of rows in the batch, and the rows: of its first and its last prompt."""
+    rollouts, group = batch.rollouts, batch.rollouts.num_responses
+    prompts = dict.fromkeys((0, rollouts.num_prompts - 1))
+    places = [n * group + g for n in prompts for g in range(min(group, _RESPONSES))]
+    rows = []
+    for place in places:
+        start = int(rollouts.prompt_lens[place])
+        end = start + int(rollouts.gen_lens[place])
+        rows.append((rollouts.ids[place, :end].tolist(), start))
+    return places, rows
