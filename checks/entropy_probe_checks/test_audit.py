@@ -25,3 +25,15 @@ def test_plain_forward(_probe_judge):
 
 def test_plain_step(_probe_judge):
     _probe_judge(audit.plain_step)
+
+
+def test_prompts_as_given(_probe_judge):
+    _probe_judge(audit.prompts_as_given)
+
+
+def test_rewards_again(_probe_judge):
+    _probe_judge(audit.rewards_again)
+
+
+def test_batches_independent(_probe_judge):
+    _probe_judge(audit.batches_independent)

@@ -43,6 +43,9 @@ LIMITS: dict[str, Limit] = (
                 1.01,
                 "Cauchy-Schwarz gives 1; moments that were stored in bfloat16 are off by 0.6 %",
             ),
+            _limit("prompts_as_given", 0.0, "the same tokens"),
+            _limit("rewards_again", 0.0, "the same numbers"),
+            _limit("batches_independent", 0.0, "drawn without replacement, or each on its own"),
             _limit("plain_forward", 1e-3, "nats; 2e-6 measured: float32 against the run's own"),
             _limit("plain_step", 0.1, "float32 knows the change to a thirtieth where it is asked"),
             _limit(

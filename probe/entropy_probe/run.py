@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import printable
 from entropy_probe.loading import load_configured
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.precision import numerics
@@ -106,7 +103,7 @@ def _measure(
         with clock("witnesses"):
             witness = witnessed(of, step.precond, step.v, step.along)
         with clock("evidence"):
-            evidence = evidence_of(of, step, _facts(prepared, eos))
+            evidence = evidence_of(of, step, prepared, eos)
         with clock("integrity"):
             elsewhere = watched.modified_elsewhere(world)
             clock.most_of_all()
@@ -153,15 +150,3 @@ def _measure(
         timing=clock.seconds,
     )
     return report.with_evidence(evidence)
-
-
-def _facts(prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
-    """What is known of the batches and the checkpoint before anything is measured."""
-    batches = prepared.rollouts, prepared.update_rollouts
-    return {
-        "eos": list(eos),
-        "fingerprint": prepared.checkpoint.info.fingerprint,
-        "given": [printable(given) for given in prepared.given],
-        "source": [printable(batch.source) for batch in batches],
-        "missing_gold": [batch.missing_gold for batch in batches],
-    }

@@ -72,7 +72,10 @@ def change(
 ) -> Change:
     """Ĥ⁺ − Ĥ with Ĥ = Σŵf/ΣŵT (T = 1 without lengths), and φ = N·[ŵ⁺(f⁺ − Ĥ⁺T)/Σŵ⁺T − ŵ(f − ĤT)/ΣŵT]."""
     t, t_after = lengths or (np.ones_like(before), np.ones_like(after))
-    h, h_after = (w * before).sum() / (w * t).sum(), (w_after * after).sum() / (w_after * t_after).sum()
+    h, h_after = (
+        (w * before).sum() / (w * t).sum(),
+        (w_after * after).sum() / (w_after * t_after).sum(),
+    )
     influence = w_after * (after - h_after * t_after) / (w_after * t_after).sum()
     influence = before.size * (influence - w * (before - h * t) / (w * t).sum())
     size = (w * np.abs(before)).sum() / (w * t).sum()
@@ -141,7 +144,9 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
         if name != "delta_h_per_token_naive":
             figures[f"{name}_interval"] = (of.interval, of.size + of.se)
     figures["delta_h_rb_by_prompt"] = ([float(own.mean()) for own in rb.influence], rb.size)
-    figures |= _predicted(sheet, eta, rb, along, reliable, unclipped / log_w.size >= config["min_ess_fraction"])
+    figures |= _predicted(
+        sheet, eta, rb, along, reliable, unclipped / log_w.size >= config["min_ess_fraction"]
+    )
     for name, (again, size) in figures.items():
         sheet.write(f"entropy_change.{k}.{name}", again, size)
 

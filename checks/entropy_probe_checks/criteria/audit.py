@@ -62,7 +62,9 @@ def as_stored(report: ProbeReport) -> Finding:
     found = [f"{weights} weights"] if weights else []
     moments = 0
     if "sum.exp_avg" in arrays:
-        used = list(zip(facts["hyper"], arrays["sum.exp_avg"], arrays["sum.exp_avg_sq"], strict=True))
+        used = list(
+            zip(facts["hyper"], arrays["sum.exp_avg"], arrays["sum.exp_avg_sq"], strict=True)
+        )
         moments = _states_differing(used, stored["states"])
         found += [f"{moments} states of the optimizer"] if moments else []
     dtypes = {w["dtype"] for w in stored["weights"]}
@@ -70,7 +72,9 @@ def as_stored(report: ProbeReport) -> Finding:
     if not any(dtype in named for dtype in dtypes):
         found.append(f"weights are {named}, stored as {', '.join(sorted(dtypes))}")
     detail = f"[{'; '.join(found)}]" if found else ""
-    return at_most(float(weights + moments or len(found)), limit_for(report, "as_stored"), detail=detail)
+    return at_most(
+        float(weights + moments or len(found)), limit_for(report, "as_stored"), detail=detail
+    )
 
 
 _Entry = tuple[tuple[int, ...], tuple[float, ...]]
@@ -80,7 +84,9 @@ def _differing(used: Sequence[_Entry], stored: Sequence[_Entry]) -> int:
     """How many of `used` have no partner of their shape and sums. Where a library stacks or splits tensors on the way
     (experts), neither side finds a partner; all of them together must have the same sums then."""
     rest, alone = _pairs(used, stored)
-    left = [entry for entry in alone if not any(_same(entry, other) for other in used)]  # tied: twice
+    left = [
+        entry for entry in alone if not any(_same(entry, other) for other in used)
+    ]  # tied: twice
     if not rest:
         return 0
     totals = [[math.fsum(sums[k] for _, sums in side) for k in (0, 1)] for side in (rest, left)]
@@ -125,7 +131,9 @@ def _same(one: _Entry, other: _Entry) -> bool:
     )
 
 
-def _states_differing(used: Sequence[tuple[Mapping[str, Any], Any, Any]], stored: Sequence[Any]) -> int:
+def _states_differing(
+    used: Sequence[tuple[Mapping[str, Any], Any, Any]], stored: Sequence[Any]
+) -> int:
     """How many states of either side have no partner with the same step, hyper-parameters and moments."""
     keys = {"decoupled_weight_decay": "decoupled"}
     kinds: dict[str, tuple[list[_Entry], list[_Entry]]] = defaultdict(lambda: ([], []))
@@ -146,8 +154,12 @@ def _states_differing(used: Sequence[tuple[Mapping[str, Any], Any, Any]], stored
 
 def _kind(step: float, hyper: Mapping[str, Any]) -> str:
     """What must be equal, as a text."""
-    plain = {k: [float(x) for x in v] if isinstance(v, list | tuple) else v for k, v in hyper.items()}
-    return repr((float(step), sorted((k, float(v) if type(v) is int else v) for k, v in plain.items())))
+    plain = {
+        k: [float(x) for x in v] if isinstance(v, list | tuple) else v for k, v in hyper.items()
+    }
+    return repr(
+        (float(step), sorted((k, float(v) if type(v) is int else v) for k, v in plain.items()))
+    )
 
 
 @second_moment
@@ -238,3 +250,97 @@ def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:
     assert report.evidence is not None
     values = report.evidence.arrays[name]
     return values.reshape(-1, values.shape[-1])[place].astype(np.float64)
+
+
+@Criterion
+def prompts_as_given(report: ProbeReport) -> Finding:
+    """Number of prompts, in both batches, whose tokens are not those of their line in the file, or of any question of
+    the split.
+
+    Other prompts are measured than were asked for: a token is missing, another split or another file is read, or lines
+    changed places.
+    """
+    return _of_inputs(
+        report,
+        lambda which, found: [f"{which} {n + 1}" for n in found["wrong"]],
+        "prompts_as_given",
+    )
+
+
+@Criterion
+def rewards_again(report: ProbeReport) -> Finding:
+    """Number of responses, of all in a file or of eight prompts of a batch, whose reward is not that of their line, or
+    of the decoded text and the gold answer of their prompt.
+
+    The advantages, and with them the update, come from other rewards than these responses earn: they belong to other
+    responses or prompts, or to the gold answer of another question.
+    """
+
+    def wrong(which: str, found: Mapping[str, Any]) -> list[str]:
+        assert report.evidence is not None
+        own = report.evidence.arrays[f"{which}.rewards"].tolist()
+        again = found.get("rewards", {})
+        rows = again.items() if isinstance(again, Mapping) else enumerate(again)
+        differing = [
+            f"{which} {int(n) + 1}.{g + 1}"
+            for n, rewards in rows
+            for g, reward in enumerate(rewards)
+            if int(n) >= len(own) or own[int(n)][g] != reward
+        ]
+        given = report.evidence.arrays.get(f"{which}.given_advantages")
+        if found.get("advantages") != (None if given is None else given.tolist()):
+            differing.append(f"advantages of {which}")
+        return differing
+
+    return _of_inputs(report, wrong, "rewards_again")
+
+
+def _of_inputs(report: ProbeReport, wrong: Any, name: str) -> Finding:
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    inputs = report.evidence.facts["inputs"]
+    known = {which: found for which, found in inputs.items() if not isinstance(found, str)}
+    if not known:
+        return not_applicable(next(iter(inputs.values())))
+    found = [text for which, of in known.items() for text in wrong(which, of)]
+    detail = f"[{', '.join(found[:5])}{' …' if len(found) > 5 else ''}]" if found else ""
+    return at_most(float(len(found)), limit_for(report, name), detail=detail)
+
+
+@Criterion
+def batches_independent(report: ProbeReport) -> Finding:
+    """Number of prompts that E and U share where they were sampled without replacement, and of whole groups of
+    responses that they share otherwise.
+
+    The update comes from responses on which its effect is measured: the two batches are not independent, and neither
+    δH₁ nor its standard error is that of a step on other data.
+    """
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    if report.batch.same_batch:
+        return not_applicable("One batch serves as both.")
+    sampled = {report.batch.given, report.update_batch.given} == {"sampled"}
+    whole = not sampled or report.config["batch"]["with_replacement"]
+    if whole and report.entropy.rb.value < 1.0:
+        return not_applicable(
+            "The policy is so certain that it says the same again: H is below 1 nat."
+        )
+    one, other = (_groups(report, which, whole=whole) for which in ("e", "u"))
+    shared = float(len(one & other))
+    return at_most(shared, limit_for(report, "batches_independent"))
+
+
+def _groups(report: ProbeReport, which: str, *, whole: bool) -> set[tuple[Any, ...]]:
+    """The prompts of a batch, or each with all its responses."""
+    assert report.evidence is not None
+    arrays = report.evidence.arrays
+    ids, starts, lengths = (
+        arrays[f"{which}.{name}"] for name in ("ids", "prompt_lens", "gen_lens")
+    )
+    size = len(ids) // len(arrays[f"{which}.rewards"])
+    rows = [
+        tuple(row[: start + n]) for row, start, n in zip(ids.tolist(), starts, lengths, strict=True)
+    ]
+    if whole:
+        return {tuple(rows[k : k + size]) for k in range(0, len(rows), size)}
+    return {rows[k][: starts[k]] for k in range(0, len(rows), size)}

@@ -38,6 +38,14 @@ def plain_model(folder: Path, base: Path | None) -> Any:
     return model.float().eval()
 
 
+def plain_tokenizer(folder: Path, base: Path | None) -> Any:
+    """Of the folder, of its `model/`, or of the base model."""
+    places = [folder, folder / "model", *([] if base is None else [base])]
+    own = next(place for place in places if list(place.glob("tokenizer*")))
+    with _quiet():
+        return transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
+
+
 @torch.no_grad()
 def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
     found: Scored = []

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from entropy_probe.afresh.plain import Row, plain_model, plain_scores, step
+from entropy_probe.afresh.inputs import of_dataset, of_file
+from entropy_probe.afresh.plain import Row, plain_model, plain_scores, plain_tokenizer, step
 from entropy_probe.afresh.stored import read_again
 from entropy_probe.memory import available_bytes
 from entropy_probe.pipeline.measured import Batch, Measured
 from entropy_probe.pipeline.next_step import NextStep
+from entropy_probe.pipeline.prepared import Prepared
+from entropy_probe.stages.responses.rollouts import Rollouts
 
 _RESPONSES = 4
 """Of each of two prompts of a batch, at most."""
 
 
-def found_again(of: Measured, then: NextStep) -> dict[str, Any]:
-    """Facts `stored` and `plain` of the evidence: what was found, or a text that says why nothing was."""
+def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, Any]:
+    """Facts `stored`, `plain` and `inputs` of the evidence: what was found, or a text that says why nothing was."""
     info = of.checkpoint.info
+    batches = {"e": of.e} if of.same_batch else {"e": of.e, "u": of.u}
+    inputs = {
+        which: _inputs(batch.rollouts, of, prepared, place)
+        for place, (which, batch) in enumerate(batches.items())
+    }
     if not info.path.is_dir() or not info.optimizer_file.exists():
         why = "the checkpoint was given as objects, without its folder"
-        return {"stored": why, "plain": why}
+        return {"stored": why, "plain": why, "inputs": inputs}
     try:
         stored = read_again(info.path, info.optimizer_file, info.base_model)
     except Exception as error:  # whatever a library raises: this is a second opinion
         stored = f"cannot be read by the libraries alone ({type(error).__name__}: {error})"
-    return {"stored": stored, "plain": _plain(of, then)}
+    return {"stored": stored, "plain": _plain(of, then), "inputs": inputs}
+
+
+def _inputs(
+    rollouts: Rollouts, of: Measured, prepared: Prepared, place: int
+) -> dict[str, Any] | str:
+    """Of one batch, from where it was asked for."""
+    group, given, batch = rollouts.num_responses, prepared.given[place], of.config.batch
+    firsts = zip(
+        rollouts.ids[::group].tolist(), rollouts.prompt_lens[::group].tolist(), strict=True
+    )
+    prompts = [ids[:length] for ids, length in firsts]
+    responses = [rollouts.responses[n * group :][:group] for n in range(len(prompts))]
+    try:
+        if given != "sampled":
+            return of_file(Path(given), prompts, responses)
+        info = of.checkpoint.info
+        file = None if prepared.prompts is None else Path(prepared.prompts)
+        tokenizer = plain_tokenizer(info.path, info.base_model)
+        return of_dataset(
+            batch.dataset, batch.split, file, batch.reward, tokenizer, prompts, responses
+        )
+    except Exception as error:
+        return f"cannot be looked up again ({type(error).__name__}: {error})"
 
 
 def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
@@ -36,7 +68,9 @@ def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
     if config.memory_limit is not None or info.device_map is not None:
         return "too large: a limit of memory or a map of devices leaves no room for a second model"
     if free is not None and needed > free:
-        return f"too large: a second model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        return (
+            f"too large: a second model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        )
     try:
         model = plain_model(info.path, info.base_model)
     except Exception as error:

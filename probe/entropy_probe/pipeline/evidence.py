@@ -6,18 +6,20 @@ handed over as the figures were made of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.errors import printable
 from entropy_probe.evidence import Evidence
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.pipeline.again import found_again
 from entropy_probe.pipeline.measured import Batch, Measured
 from entropy_probe.pipeline.next_step import NextStep
+from entropy_probe.pipeline.prepared import Prepared
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.gradients.unit_gradients import OwnUnitGradients, UnitGradients
 from entropy_probe.stages.share import Share
@@ -25,7 +27,9 @@ from entropy_probe.stages.share import Share
 _AT_ONCE = 1 << 21  # numbers of one side of a product that are held in float64
 
 
-def evidence_of(of: Measured, step: NextStep, facts: Mapping[str, Any]) -> Evidence | None:
+def evidence_of(
+    of: Measured, step: NextStep, prepared: Prepared, eos: Sequence[int]
+) -> Evidence | None:
     """All processes take part; rank 0 has it."""
     arrays: dict[str, Tensor] = {}
     names = list(of.bound.registry.trainable)
@@ -75,9 +79,21 @@ def evidence_of(of: Measured, step: NextStep, facts: Mapping[str, Any]) -> Evide
         "parameters": [list(p.shape) for p in of.bound.registry.parameters.values()],
         "other": None if of.checkpoint.other is None else of.checkpoint.other.reason,
     }
-    whole |= found_again(of, step)
+    whole |= found_again(of, step, prepared)
     kept = {name: np.asarray(values.detach().cpu()) for name, values in arrays.items()}
-    return Evidence(kept, {**whole, **facts})
+    return Evidence(kept, whole | _given(prepared, eos))
+
+
+def _given(prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
+    """What is known of the batches and the checkpoint before anything is measured."""
+    batches = prepared.rollouts, prepared.update_rollouts
+    return {
+        "eos": list(eos),
+        "fingerprint": prepared.checkpoint.info.fingerprint,
+        "given": [printable(given) for given in prepared.given],
+        "source": [printable(batch.source) for batch in batches],
+        "missing_gold": [batch.missing_gold for batch in batches],
+    }
 
 
 def _add(arrays: dict[str, Tensor], prefix: str, more: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,8 @@ from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 
 @dataclass(frozen=True)
 class Prepared:
-    """`given` says where E and U are from: a file that was asked for, or `sampled`. `clock` has what it took."""
+    """`given` says where E and U are from: a file that was asked for, or `sampled`; `prompts` is the file to sample from,
+    where one was given. `clock` has what it took."""
 
     checkpoint: Checkpoint
     config: ProbeConfig
@@ -35,6 +36,7 @@ class Prepared:
     sampling: r.SamplingSection | None
     checksum_before: str
     clock: Clock
+    prompts: str | None = None
 
     @property
     def world(self) -> World:
@@ -106,4 +108,7 @@ def _prepared(
             sampling = sampling_section(bound, e, tokenizer, config)
     of_u = rollouts if e is u else update_rollouts
     given = str(rollouts or "sampled"), str(of_u or "sampled")
-    return Prepared(checkpoint, config, bound, e, u, given, sampling, checksum_before, clock)
+    return Prepared(
+        checkpoint, config, bound, e, u, given, sampling, checksum_before, clock,
+        None if prompts is None else str(prompts),
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""The inputs of a batch, looked up again: a rollouts file line by line, or prompts and gold in the dataset by the tokens
+that its texts have, and rewards from decoded text."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+Question = tuple[str, str | None]
+"""Text and gold."""
+_FEW = 8
+
+
+def of_file(
+    path: Path, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]]
+) -> dict[str, Any]:
+    """`wrong`: the numbers of the prompts that are not those of their line, by the ids where it has ids; `rewards` and
+    `advantages` as the lines have them."""
+    lines = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    wrong = [n for n in range(max(len(lines), len(prompts))) if n >= min(len(lines), len(prompts))]
+    for n, (line, prompt, own) in enumerate(zip(lines, prompts, responses, strict=False)):
+        if "prompt_ids" in line and [line["prompt_ids"], line["response_ids"]] != [
+            prompt,
+            list(own),
+        ]:
+            wrong.append(n)
+    found: dict[str, Any] = {"wrong": wrong, "rewards": [line["rewards"] for line in lines]}
+    if all(line.get("advantages") is not None for line in lines):
+        found["advantages"] = [line["advantages"] for line in lines]
+    return found
+
+
+def of_dataset(
+    name: str,
+    split: str,
+    prompts_file: Path | None,
+    reward: str,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    responses: Sequence[Sequence[list[int]]],
+) -> dict[str, Any] | str:
+    """`wrong`: the numbers of the prompts whose tokens no question of the split has; `rewards` of the first prompts
+    that are there, by their numbers. A text, where the dataset or the reward cannot be had without the probe."""
+    questions = pool(name, split, prompts_file)
+    if questions is None:
+        return f"the dataset {name} is not read a second time"
+    by_length = {len(prompt) for prompt in prompts}
+    by_tokens: dict[tuple[int, ...], Question] = {}
+    for text, gold in questions:
+        tokens = tuple(tokenizer(text).input_ids)
+        if len(tokens) in by_length:
+            by_tokens.setdefault(tokens, (text, gold))
+    known = [by_tokens.get(tuple(prompt)) for prompt in prompts]
+    found: dict[str, Any] = {"wrong": [n for n, question in enumerate(known) if question is None]}
+    judge = tag_pref if reward == "tag_pref" else _function(reward)
+    if judge is None:
+        return found
+    rewards = {}
+    for n, question in enumerate(known):
+        if question is not None and len(rewards) < _FEW:
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses[n]]
+            rewards[str(n)] = [float(judge(text, question[1])) for text in texts]
+    return found | {"rewards": rewards}
+
+
+def pool(name: str, split: str, prompts_file: Path | None) -> list[Question] | None:
+    """All questions; `None` for a dataset of the package `datasets` or behind an entry point."""
+    head, _, path = name.partition(":")
+    if prompts_file is not None or (head == "jsonl" and path):
+        file = prompts_file or Path(path).expanduser()
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        return [(row["prompt"], _text(row.get("gold"))) for row in rows]
+    if name == "arithmetic":
+        return _arithmetic(split)
+    if head != "gsm8k_r1_template" and path:
+        function = _function(name)
+        return None if function is None else [_question(row) for row in function(split)]
+    return None
+
+
+def _arithmetic(split: str) -> list[Question]:
+    """a+b and a−b for a and b below 50, shuffled by `random.Random(0)`; the last fifth is `test`."""
+    of_all = []
+    for number in range(2500):
+        a, b = divmod(number, 50)
+        of_all += [(f"What is {a}+{b}?\n", str(a + b)), (f"What is {a}-{b}?\n", str(a - b))]
+    random.Random(0).shuffle(of_all)
+    return of_all[4000:] if split == "test" else of_all[:4000]
+
+
+def tag_pref(response: str, gold: str | None) -> float:
+    """1 where the only <answer>…</answer> holds the gold answer: the same number, or the same words."""
+    if gold is None:
+        return 0.0
+    pieces = re.split(r"(</?answer>)", response)
+    if pieces[1::2] != ["<answer>", "</answer>"]:
+        return 0.0
+    one, other = _number(pieces[2]), _number(gold)
+    if one is not None and other is not None:
+        return float(one == other)
+    return float(pieces[2].casefold().split() == gold.casefold().split())
+
+
+def _number(text: str) -> Fraction | None:
+    """A plain number, with a dollar sign and commas between groups of three."""
+    text = text.strip()
+    if not re.fullmatch(
+        r"(\$?[+-]?|[+-]\$)(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\$?", text, re.A
+    ):
+        return None
+    whole = re.split(r"[.eE]", text.strip("$+-"))[0]
+    if "," in whole and not re.fullmatch(r"\d{1,3}(,\d{3})+", whole, re.A):
+        return None
+    return Fraction(text.replace("$", "").replace(",", ""))
+
+
+def _function(name: str) -> Any | None:
+    """`module:function`; an entry point is left alone."""
+    module, _, path = name.partition(":")
+    if not path:
+        return None
+    found: Any = import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _question(row: Any) -> Question:
+    if isinstance(row, dict):
+        return row["prompt"], _text(row.get("gold"))
+    text, gold = row if isinstance(row, tuple | list) else (row.text, row.gold)
+    return text, _text(gold)
+
+
+def _text(gold: Any) -> str | None:
+    return None if gold is None else str(gold)
