@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from entropy_probe import ProbeError
+from entropy_probe.atomic import write_atomically
 from entropy_probe.evidence import Evidence
 from entropy_probe.inputs import digest
 from entropy_probe.processes import torchrun
-from entropy_probe.atomic import write_atomically
 from entropy_probe.report import ProbeReport
 from pytest_entropy_probe.settings import SETTINGS
 

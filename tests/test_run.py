@@ -18,10 +18,10 @@ from torch.nn.utils import clip_grad_norm_
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.__main__ import main
+from entropy_probe.atomic import write_atomically
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import bind
 from entropy_probe.model.registry import Registry, checksum
-from entropy_probe.atomic import write_atomically
 from entropy_probe.stages import slopes, update
 from entropy_probe.stages.entropy_change import entropy_change_two_batch_vector
 from entropy_probe.stages.responses.rollouts_file import read_rollouts

@@ -28,8 +28,8 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 
-from entropy_probe.errors import ProbeError
 from entropy_probe.atomic import write_atomically
+from entropy_probe.errors import ProbeError
 
 Mode = Literal["missing", "changed", "all"]
 MODES: tuple[Mode, ...] = ("missing", "changed", "all")

@@ -15,7 +15,11 @@ from entropy_probe.demo import checkpoint_path
 
 INI = "[pytest]\nfilterwarnings = error\npython_functions = check_*\npython_files = check_*.py\n"
 OWN = "def check_own(probe_report, probe_checkpoint): assert str(probe_checkpoint) == probe_report.checkpoint.path"
-SMALL = "budget: smoke\nbatch: {num_prompts: 4, num_update_prompts: 4}\ngeneration: {num_return_sequences: 4, max_new_tokens: 16}\n"
+SMALL = """
+budget: smoke
+batch: {num_prompts: 4, num_update_prompts: 4}
+generation: {num_return_sequences: 4, max_new_tokens: 16}
+"""
 
 
 @dataclass(frozen=True)

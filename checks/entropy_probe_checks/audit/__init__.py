@@ -5,8 +5,7 @@ NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each f
 
 batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
 first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
-optimizer    coverage and P;   student, tail  two distributions
-sheet        what is compared, and how;   fields  what is said of every field of the report
+optimizer    coverage and P;   student, tail  two distributions;   sheet  what is compared, and how
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     w, ess = weights(log_w, clip)
     _, unclipped = weights(log_w)
     clipped = 0 if clip is None else int((np.abs(log_w) > clip).sum())
-    k_hat = smooth = None
+    k_hat, smooth = None, log_w.ravel()
     if log_w.size >= 64 and unclipped / log_w.size < 0.95:
         smooth, k_hat = tail.smoothed(log_w.ravel())
     enough = unclipped / log_w.size >= config["min_ess_fraction"]

@@ -74,12 +74,11 @@ def write(sheet: Sheet) -> Along:
     terms = d2_r + 2 * d_r * d_s + (r - left_out) * w
     size = np.abs(d2_r).mean() + 2 * np.abs(d_r * d_s).mean() + np.abs((r - left_out) * w).mean()
     bent = _slope(terms, size)
-    cross = _cross(sheet, "u") if update(sheet) == "e" else None
+    cross = None
     is_per_token = config["true_delta_h"]["normalize"] == "per_token"
-    if cross is not None:
-        slope = _cross(sheet, "crossed")
-    else:
-        slope = per_token if is_per_token else chosen
+    slope = per_token if is_per_token else chosen
+    if update(sheet) == "e":
+        cross, slope = _cross(sheet, "u"), _cross(sheet, "crossed")
     along = Along(slope, bent_token if is_per_token else bent, d_s)
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]

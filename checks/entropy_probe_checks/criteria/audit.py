@@ -1,4 +1,4 @@
-"""Every figure computed again from the evidence; and the folder, read and scored again without the code of the probe."""
+"""Every figure computed again from the evidence; the folder and the inputs, read and scored again by libraries."""
 
 from __future__ import annotations
 
@@ -135,13 +135,15 @@ def _states_differing(
     used: Sequence[tuple[Mapping[str, Any], Any, Any]], stored: Sequence[Any]
 ) -> int:
     """How many states of either side have no partner with the same step, hyper-parameters and moments."""
-    keys = {"decoupled_weight_decay": "decoupled"}
+    own_name = {"decoupled_weight_decay": "decoupled"}
     kinds: dict[str, tuple[list[_Entry], list[_Entry]]] = defaultdict(lambda: ([], []))
-    known = set.intersection(*(set(state["hyper"]) for state in stored)) if stored else set()
+    known: set[str] = set()
+    if stored:
+        known = set.intersection(*(set(state["hyper"]) for state in stored))
     for hyper, first, second in used:
         if hyper["step"] == 0:  # none in the file: `preconditioner_complete` judges that
             continue
-        told = {key: hyper[keys.get(key, key)] for key in known}
+        told = {key: hyper[own_name.get(key, key)] for key in known}
         entry = tuple(hyper["shape"]), (*map(float, first), *map(float, second))
         kinds[_kind(hyper["step"], told)][0].append(entry)
     for state in stored:

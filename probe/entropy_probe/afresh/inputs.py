@@ -1,5 +1,5 @@
-"""The inputs of a batch, looked up again: a rollouts file line by line, or prompts and gold in the dataset by the tokens
-that its texts have, and rewards from decoded text."""
+"""The inputs of a batch, looked up again: a rollouts file line by line; or prompts and gold in the dataset, by the
+tokens that its texts have, and rewards from decoded text."""
 
 from __future__ import annotations
 

@@ -23,13 +23,16 @@ Scored = list[tuple[list[float], list[float]]]
 
 def plain_model(folder: Path, base: Path | None) -> Any:
     """In float32 and eval mode."""
-    weights = folder if (folder / "config.json").is_file() else folder / "model"
-    weights = folder if (folder / "adapter_config.json").is_file() else weights
+    names = ("config.json", "adapter_config.json")
+    weights = folder if any((folder / name).is_file() for name in names) else folder / "model"
+    of_model = weights
     is_adapter = (weights / "adapter_config.json").is_file()
+    if is_adapter and base is not None:
+        of_model = base
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
     with _quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            base if is_adapter else weights, attn_implementation="eager", **options
+            of_model, attn_implementation="eager", **options
         )
         if is_adapter:
             from peft import PeftModel

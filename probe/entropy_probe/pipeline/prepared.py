@@ -24,8 +24,8 @@ from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 
 @dataclass(frozen=True)
 class Prepared:
-    """`given` says where E and U are from: a file that was asked for, or `sampled`; `prompts` is the file to sample from,
-    where one was given. `clock` has what it took."""
+    """`given` says where E and U are from: a file that was asked for, or `sampled`. `prompts` is the file to sample
+    from, where one was given. `clock` has what it took."""
 
     checkpoint: Checkpoint
     config: ProbeConfig

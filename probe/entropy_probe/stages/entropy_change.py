@@ -39,7 +39,7 @@ class EntropyChange:
     naive_per_token: importance.Change
     per_token: importance.Change
     after: Scores
-    fresh: Scores | None = None
+    fresh: Scores | None
 
     @property
     def eta(self) -> float:
@@ -104,7 +104,7 @@ def change_at(
         restricted=config.generation.top_p < 1.0,
     )
     changes = _changes(scores, scores_after, at_theta.normalised, normalised, config)
-    return EntropyChange(found, **changes, after=scores_after)
+    return EntropyChange(found, **changes, after=scores_after, fresh=None)
 
 
 def _changes(
