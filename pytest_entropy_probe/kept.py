@@ -48,20 +48,23 @@ class Kept:
         except (OSError, UnicodeDecodeError):
             stated = text = ""
         with suppress(ValueError, OSError, ProbeError):
-            evidence = self._evidence.read_bytes()
+            evidence = self._evidence.read_bytes() if self._evidence.is_file() else b""
             if stated and stated == f"{_digest(text.encode())} {_digest(evidence)}":
                 report = ProbeReport.model_validate_json(text)
-                return report.with_evidence(Evidence.from_file(self._evidence)), RECALLED
+                if evidence:
+                    report = report.with_evidence(Evidence.from_file(self._evidence))
+                return report, RECALLED
         self._drop(self.file)
         what = f"its report in pytest's cache was damaged ({self.file.name})"
         return None, f"measured again: {what}"
 
     def write(self, report: ProbeReport) -> str:
         """Keep the report. What the user should know, if it can't be kept."""
-        assert report.evidence is not None
-        text, evidence = report.model_dump_json(), report.evidence.to_bytes()
+        text, evidence = report.model_dump_json(), b""
         try:
-            write_atomically(self._evidence, evidence)
+            if report.evidence is not None:
+                evidence = report.evidence.to_bytes()
+                write_atomically(self._evidence, evidence)
             stated = f"{_digest(text.encode())} {_digest(evidence)}"
             write_atomically(self.file, f"{stated}\n{text}")
         except ProbeError as error:

@@ -122,6 +122,8 @@ def main(folder: Path, cases: list[str]) -> None:
         else:
             if world.first:
                 report.to_json(folder / f"{case}-{world.size}.json")
+                assert report.evidence is not None
+                report.evidence.to_file(folder / f"{case}-{world.size}.safetensors")
         both_batches.score = original
     world.close()
 

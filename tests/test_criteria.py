@@ -15,6 +15,7 @@ import entropy_probe_checks
 import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
 from entropy_probe.budgets import BUDGETS
+from entropy_probe.evidence import Evidence
 from entropy_probe.report import Estimate, Parts, SamplerParitySection, SamplingSection
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
@@ -107,7 +108,102 @@ UNREAD = {
     "curvature_identity",
 }
 LR = 1e-5
+
+
+def with_facts(report: ProbeReport, **changes: Any) -> ProbeReport:
+    """Other facts in the evidence; of a dict, other entries."""
+    assert report.evidence is not None
+    old = dict(report.evidence.facts)
+    new = {k: old[k] | v if isinstance(v, dict) and isinstance(old[k], dict) else v for k, v in changes.items()}
+    return report.with_evidence(Evidence(report.evidence.arrays, old | new))
+
+
+def with_array(report: ProbeReport, name: str, change: Any) -> ProbeReport:
+    """Another array in the evidence."""
+    assert report.evidence is not None
+    arrays = dict(report.evidence.arrays)
+    return report.with_evidence(Evidence(arrays | {name: change(arrays[name].copy())}, report.evidence.facts))
+
+
+def first_state(report: ProbeReport, **changes: Any) -> ProbeReport:
+    """The first of the optimizer's states in the file, with changes."""
+    assert report.evidence is not None
+    states = report.evidence.facts["stored"]["states"]
+    return with_facts(report, stored={"states": [states[0] | changes, *states[1:]]})
+
+
+def scored_again(report: ProbeReport, which: str, by: float) -> ProbeReport:
+    """The first token of the first response, scored by the plain model as something else."""
+    assert report.evidence is not None
+    (logp, entropy), *others = report.evidence.facts["plain"][which]
+    return with_facts(report, plain={which: [[[logp[0] + by, *logp[1:]], entropy], *others]})
+
+
+def inputs_of_e(report: ProbeReport, **changes: Any) -> ProbeReport:
+    assert report.evidence is not None
+    inputs = report.evidence.facts["inputs"]
+    return with_facts(report, inputs={"e": inputs["e"] | changes})
+
+
+def without_evidence(report: ProbeReport) -> ProbeReport:
+    return report.with_evidence(None)
+
+
 POISON: dict[str, list[tuple[Any, str]]] = {
+    "figures_recomputed": [
+        (lambda r: poisoned(r, "first_order", u_cross=r.first_order.u_cross * (1 + 1e-8)), "fail"),
+        (lambda r: poisoned(r, "entropy", rb=Estimate(value=math.nan, se=0.1)), "fail"),
+        (lambda r: poisoned(r, "batch", num_tokens=r.batch.num_tokens + 1), "fail"),
+        (lambda r: with_row(r, LR, method="psis"), "fail"),
+        (lambda r: with_array(r, "e.rewards", lambda a: a[:, ::-1]), "fail"),
+        (without_evidence, "not_applicable"),
+    ],
+    "as_stored": [
+        (lambda r: first_state(r, step=17.0), "fail"),
+        (lambda r: first_state(r, exp_avg=[0.0, 0.0]), "fail"),
+        (lambda r: with_array(r, "sum.parameters", lambda a: a * (1 + 1e-7)), "fail"),
+        (lambda r: poisoned(r, "checkpoint", weights_dtype="bfloat16"), "fail"),
+        (lambda r: with_facts(r, stored="another format"), "not_applicable"),
+        (without_evidence, "not_applicable"),
+    ],
+    "moments_possible": [
+        (lambda r: with_array(r, "sum.moment_ratio", lambda a: a * 10), "fail"),
+        (lambda r: with_array(r, "sum.moment_ratio", lambda a: a * math.nan), "fail"),
+        (without_evidence, "not_applicable"),
+    ],
+    "plain_forward": [
+        (lambda r: scored_again(r, "at_e", 0.01), "fail"),
+        (lambda r: scored_again(r, "at_u", math.nan), "fail"),
+        (lambda r: with_facts(r, plain="too large: no room"), "inconclusive"),
+        (lambda r: with_facts(r, plain="transformers cannot load it"), "not_applicable"),
+        (without_evidence, "not_applicable"),
+    ],
+    "plain_step": [
+        (lambda r: scored_again(r, "after", 0.1), "fail"),
+        (lambda r: scored_again(r, "after", math.nan), "fail"),
+        (lambda r: with_facts(r, plain={"after": r.evidence.facts["plain"]["at_e"]}), "not_applicable"),
+        (lambda r: with_facts(r, plain="too large: no room"), "inconclusive"),
+        (without_evidence, "not_applicable"),
+    ],
+    "prompts_as_given": [
+        (lambda r: inputs_of_e(r, wrong=[0]), "fail"),
+        (lambda r: with_facts(r, inputs={"e": "no", "u": "no"}), "not_applicable"),
+        (without_evidence, "not_applicable"),
+    ],
+    "rewards_again": [
+        (lambda r: with_array(r, "e.rewards", lambda a: a[:, ::-1]), "fail"),
+        (lambda r: with_array(r, "u.rewards", lambda a: a + math.nan), "fail"),
+        (lambda r: inputs_of_e(r, advantages=[[1.0]]), "fail"),
+        (without_evidence, "not_applicable"),
+    ],
+    "batches_independent": [
+        (lambda r: r.with_evidence(Evidence(
+            r.evidence.arrays | {n.replace("e.", "u.", 1): a for n, a in r.evidence.arrays.items() if n[:2] == "e."},
+            r.evidence.facts,
+        )), "fail"),
+        (lambda r: poisoned(r, "batch", same_batch=True), "not_applicable"),
+        (without_evidence, "not_applicable"),
+    ],
     "zero_check": [
         (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=1e-12), "fail"),
         (lambda r: poisoned(r, "continuity", zero_check_bitwise=False, zero_check_max_abs=math.nan), "fail"),

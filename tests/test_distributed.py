@@ -21,7 +21,9 @@ import distributed_worker as worker
 import models
 import typecheck
 from entropy_probe import ProbeReport, load_checkpoint
+from entropy_probe.evidence import Evidence
 from entropy_probe.processes.world import ALONE
+from entropy_probe_checks.audit import LIMIT, audit, worst
 
 SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "limited", "sgd")
 # What is not a number of the measurement, and what needs all pairs of prompts, which processes never multiply.
@@ -154,6 +156,14 @@ def test_the_numbers_of_one_process(folder: Path, size: int, case: str) -> None:
     assert {"load", "scores", "gradients", "witnesses"} < several["memory"]["stages"].keys()
     if case == "limited":
         assert (several["first_order"]["mode"], several["first_order"]["num_units"]) == ("block", 3)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_figures_of_several_are_computed_again(folder: Path, size: int, case: str) -> None:
+    """From evidence in which every process filled in its part."""
+    lines = audit(read(folder, case, size), Evidence.from_file(folder / f"{case}-{size}.safetensors"))
+    assert worst(lines).difference <= LIMIT / 10, worst(lines)
+    assert len(lines) > (80 if case == "sgd" else 200)
 
 
 def test_the_same_responses(folder: Path, size: int) -> None:

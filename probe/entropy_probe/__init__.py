@@ -12,6 +12,7 @@ processes/                 several processes under torchrun
 config/, budgets, options  what can be set, by a file or on the command line
 report, golden, plots      the numbers: their schema, kept ones to compare with, figures
 evidence, atomic           what the numbers are made of;   files that are whole or not there
+afresh/                    the folder and the inputs, read and scored again by libraries alone
 layout, base_model, text   where the files of a checkpoint are;   digests  what they hold, as one number
 loading, inputs            a checkpoint as a configuration asks for it;   what a report depends on
 sequence_processor         sampling and scores on a live model, by teacher_forcing

@@ -104,6 +104,8 @@ def _measure(
             witness = witnessed(of, step.precond, step.v, step.along)
         with clock("evidence"):
             evidence = evidence_of(of, step, prepared, eos)
+        v, sections = step.v, step.sections
+        del step  # two vectors as long as the parameters
         with clock("integrity"):
             elsewhere = watched.modified_elsewhere(world)
             clock.most_of_all()
@@ -112,13 +114,10 @@ def _measure(
         with clock("properties"):
             drawn = drawn_properties(models.bound, models.float64, config, eos)
         with clock("continuity"):
-            continuous = continuity_section(
-                models.bound, models.float64, e, of.e.scores, step.v, config
-            )
+            continuous = continuity_section(models.bound, models.float64, e, of.e.scores, v, config)
             of_rows = invariance(models.bound, models.float64, e, config)
         with clock("integrity"):
             integrity = watched.section(elsewhere)
-    sections = step.sections
     assert sections is not None  # of rank 0
     report = r.ProbeReport(
         probe_version=__version__,

@@ -34,7 +34,7 @@ def run(folder: Path, limits: str, *args: str, forward: bool = True) -> subproce
 
 
 def entries(folder: Path) -> list[Path]:
-    return sorted((folder / ".pytest_cache" / "d" / FOLDER).glob("*"))
+    return sorted((folder / ".pytest_cache" / "d" / FOLDER).glob("*.json"))
 
 
 def test_other_limits_compute_no_forward(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_other_limits_compute_no_forward(tmp_path: Path) -> None:
 SPY = """
 import sys
 def pytest_unconfigure():
-    heavy = {"torch", "transformers", "peft", "safetensors", "jaxtyping", "scipy.stats"}
+    heavy = {"torch", "transformers", "peft", "safetensors.torch", "jaxtyping", "scipy.stats"}
     print("IMPORTED", sorted(heavy & set(sys.modules)))
 """
 

@@ -16,6 +16,7 @@ from entropy_probe_checks.criteria.verdicts import (
     Finding,
     at_most,
     inconclusive,
+    largest,
     not_applicable,
     second_moment,
 )
@@ -184,7 +185,7 @@ def moments_possible(report: ProbeReport) -> Finding:
             shares.append(float(ratio) / ((1 - beta1) * math.sqrt(series / (1 - beta2))))
     if not shares:
         return not_applicable("No tensor has a state of Adam's.")
-    return at_most(max(shares), limit_for(report, "moments_possible"))
+    return at_most(largest(*shares), limit_for(report, "moments_possible"))
 
 
 @Criterion
@@ -209,7 +210,7 @@ def plain_forward(report: ProbeReport) -> Finding:
                     float(np.abs(values[: len(again)] - np.array(again)).max())
                     for values, again in zip(own, scored, strict=True)
                 ]
-    return at_most(max(differences), limit_for(report, "plain_forward"))
+    return at_most(largest(*differences), limit_for(report, "plain_forward"))
 
 
 @second_moment

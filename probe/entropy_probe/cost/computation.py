@@ -22,6 +22,7 @@ _WITNESSED = 2  # units whose gradient is made by the loop; prompts of the secon
 _PROJECTED = _STEPPED = 4  # prompts of the other ways of a projection, and of the real step
 _SOME_ROWS, _LOGIT_ETAS = 8, 8  # of continuity: rows, and η at which their logits are compared
 _RESPONSES, _ETAS, _STENCILS, _STENCIL = 16, 15, 3, 4  # of the Taylor tests
+_PLAIN = 4  # responses of a prompt that are scored by the plain model: pipeline/again.py
 _COLUMNS = 56  # that a drawn row has at most, on a model that takes as many
 _INVARIANT_ROWS, _WHOLE = 6, 64  # of invariance: rows, and positions of one that are read at once
 
@@ -122,12 +123,15 @@ def flops(network: Network, run: Run) -> dict[str, float]:
         "entropy change": run.etas * scored,
         "real step": 0.0 if run.leaves_out("real step") else 4 * of_few,
         "witnesses": _witnesses(network, run),
+        "evidence": _evidence(network, run),
         "properties": _properties(network, run),
         "continuity": _continuity(network, run),
     }
 
 
-GROWING = ("rollouts", "scores", "gradients", "slopes", "first order", "entropy change")
+GROWING = (
+    "rollouts", "scores", "gradients", "slopes", "first order", "entropy change", "evidence"
+)  # fmt: skip
 """The stages that grow with the number of prompts, and are split over processes; the others are on a few."""
 
 
@@ -199,6 +203,26 @@ def _witnesses(network: Network, run: Run) -> float:
         else with_graph(network, SECOND, run, of_two, at_once)
     )
     return looped + ways + along_v + second
+
+
+def _evidence(network: Network, run: Run) -> float:
+    """The products of gradients once more; and by the plain model some responses of two prompts of each batch, those of
+    E twice, one at a time with the logits of every position."""
+    d, own = network.trainable, -(-run.units_u // run.ranks)
+    if run.ranks > 1:
+        products = 3 * own + (0 if run.same_batch else own + -(-run.units_e // run.ranks))
+    else:
+        products = own * (own + 1 + (0 if run.same_batch else run.units_e))
+    if (
+        run.same_batch
+    ):  # with D, and with v₀, for the slope that is cross-fitted and for the one that predicts
+        products += 2 * (own * own + own if run.ranks == 1 else 3 * own)
+    total = 2.0 * d * products
+    for batch in run.batches:
+        rows = min(batch.prompts, 2) * min(batch.group, _PLAIN)
+        scored = of_pass(network, FORWARD, rows, batch.length, batch.length)
+        total += scored * (2 if batch is run.e else 1)
+    return total
 
 
 def _continuity(network: Network, run: Run) -> float:

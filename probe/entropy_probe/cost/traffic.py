@@ -3,19 +3,21 @@
 sums of gradients      8·V·D, with V vectors: ΣX and ΣY of U and ΣX of E; four rows for the witness
 Adam's moments         8 for each entry that is compared, 4096 of a tensor at most
 of a response          8 for each number: sums of its scores, and its derivatives along v
-of a prompt            8 for each number: projections by group of tensors
+of a token             8 for each number of the evidence: its scores, features and derivatives
+of a prompt            8 for each number: projections by group of tensors, and by tensor for the evidence
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entropy_probe.cost.sizes import Network, Run
+from entropy_probe.cost.sizes import Batch, Network, Run
 
 _SUMS, _FEATURES = (
     5,
     7,
 )  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
+_TOKEN = 4  # of a token: log p, log q, H and H of q
 _ALONG = 4  # D_vS, D_vR, D²_vS, D²_vR
 _FOLDS, _OF_FOLD = (
     5,
@@ -42,14 +44,29 @@ def sent(network: Network, run: Run) -> Sent:
     return Sent(ring * (of_gradients + 8 * network.entries), ring * _of_prompts(network, run))
 
 
+def _steps(batch: Batch) -> float:
+    """Tokens of its longest response."""
+    return max(batch.response, batch.longest - batch.prompt)
+
+
 def _of_prompts(network: Network, run: Run) -> float:
     e, u = run.e, run.update
-    of_baselines = 2 * max(e.response, e.longest - e.prompt) + min(_FOLDS, e.prompts) * _OF_FOLD
+    of_baselines = 2 * _steps(e) + min(_FOLDS, e.prompts) * _OF_FOLD
     of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * _SUMS + _ALONG)
     if not run.same_batch:
         of_responses += u.rows * (_SUMS + (_FEATURES if run.rb else 0))
     of_units = run.units_u * (3 * network.groups + (4 if run.same_batch else 0) + 1)
     if not run.same_batch:
         of_units += network.groups * (run.units_e + run.units_u)
+    of_tokens = e.rows * _steps(e) * (_TOKEN + _FEATURES + 2)
+    if not run.same_batch:
+        of_tokens += u.rows * _steps(u) * (_TOKEN + (_FEATURES if run.rb else 0))
+        of_units += network.tensors * (run.units_e + run.units_u) + run.units_e
+    of_units += run.units_u * (3 * network.tensors + 3)
+    if run.same_batch:
+        of_units += run.units_u * 2 * (3 * network.tensors + 1)
     tokens = sum(4 * batch.rows * batch.response for batch in run.batches) if run.sampled else 0.0
-    return 8 * (of_responses + of_baselines + of_units + e.prompts * (_BASELINES + 1)) + tokens
+    return (
+        8 * (of_tokens + of_responses + of_baselines + of_units + e.prompts * (_BASELINES + 1))
+        + tokens
+    )

@@ -4,6 +4,7 @@ prepared   a checkpoint bound to the configured precision, and its two batches
 measured   the models, and scores and gradients of both batches
 next_step  all that needs Adam's second moment: U_cross and δH₁, v, slopes along it, ΔH(η)
 witnessed  gradients, projections and curvature by other ways
+evidence   what the figures are made of;   again  what the folder itself says, read and scored afresh
 clock      seconds and memory of each stage;   integrity  nothing was changed
 checkpoint, environment  what was measured, and on what
 """

@@ -172,9 +172,7 @@ def _gram(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
     """Σ_d X_nd·P_d·Y_md in float64."""
     flat, total = p.reshape(-1), torch.zeros(len(x), len(y), dtype=torch.float64)
     for part in _pieces(x.shape[1], max(len(x), len(y))):
-        total += torch.einsum(
-            "nd,d,md->nm", x[:, part].double(), flat[part].double(), y[:, part].double()
-        )
+        total += (x[:, part].double() * flat[part].double()) @ y[:, part].double().T
     return total
 
 
@@ -182,7 +180,7 @@ def _times(rows: Tensor, vector: Tensor) -> Tensor:
     """rows · vector in float64."""
     flat, total = vector.reshape(-1), torch.zeros(len(rows), dtype=torch.float64)
     for part in _pieces(rows.shape[1], len(rows)):
-        total += torch.einsum("nd,d->n", rows[:, part].double(), flat[part].double())
+        total += (rows[:, part].double() @ flat[part].double()[:, None])[:, 0]
     return total
 
 

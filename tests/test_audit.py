@@ -1,0 +1,221 @@
+"""The auditor: on every kind of checkpoint and run; that it says something of every number; the command; the file."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from scipy import stats
+
+import forked
+from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
+from entropy_probe.evidence import Evidence
+from entropy_probe_checks.audit import LIMIT, audit, student, worst
+from entropy_probe_checks.criteria import CRITERIA
+from faults.subjects import SUBJECTS, Bench, Subject, adapter, full, some_reward
+from fields import JUDGED_BY, NOT_JUDGED
+
+AUDITED = [name for name, criterion in CRITERIA.items() if criterion.family == "audit"]
+SMALL = {"budget": "smoke", "invariance": {"max_examples": 0}}
+BLOCKS = {"first_order": {"mode": "block", "num_blocks": 3}}
+SUBJECTS_TOO = {
+    "mixtral-lora": Subject("experts", lambda folder, seed: adapter("mixtral", folder, seed)),
+    "mixtral": Subject("experts, all trained", lambda folder, seed: full("mixtral", folder, seed)),
+}
+# subject, configuration, whether one batch serves as both
+RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    **{name: (name, {}, False) for name in (*SUBJECTS, *SUBJECTS_TOO)},
+    "float64": ("llama", {"precision": {"dtype": "float64"}}, False),
+    "float64 lora, one batch": ("lora", {"precision": {"dtype": "float64"}}, True),
+    "blocks": ("llama", BLOCKS, False),
+    "one batch": ("dora", {}, True),
+    "one batch, blocks": ("lora", BLOCKS, True),
+    "one batch, per token": ("llama", {"true_delta_h": {"normalize": "per_token"}}, True),
+    "per token": ("lora", {"true_delta_h": {"normalize": "per_token"}}, False),
+    "nucleus, one batch": ("nucleus", {}, True),
+    **{
+        f"rb {baseline}": ("llama", {"first_order": {"estimator": "rb", "baseline": baseline}}, False)
+        for baseline in ("none", "hk", "hk_ema", "hk_ridge")
+    },
+    "clipped, psis": ("llama", {"true_delta_h": {"fallback": "psis", "clip_log_weight": 0.01}}, True),
+    "psis": ("sampled", {"true_delta_h": {"fallback": "psis", "etas": [0.3, -0.2]}}, False),
+    "resample": ("sampled", {"true_delta_h": {"fallback": "resample", "etas": [0.3, -0.2]}}, False),
+    "grpo, clipped gradient": (
+        "gpt2",
+        {"first_order": {"advantage": "grpo", "lr": 1e-3}, "update": {"max_grad_norm": 0.1}},
+        False,
+    ),
+    "limited": ("llama", {"memory_limit": "64GiB"}, False),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("audit"))
+
+
+def run_of(bench: Bench, name: str) -> ProbeReport:
+    subject, config, one = RUNS[name]
+    made = SUBJECTS | SUBJECTS_TOO
+    checkpoint, e, u = bench.files(subject, subject=made[subject])
+    merged: dict[str, Any] = dict(SMALL)
+    for part in (made[subject].config, config):
+        merged = {k: merged.get(k, {}) | v if isinstance(v, dict) else v for k, v in part.items()} | {
+            k: v for k, v in merged.items() if k not in part
+        }
+    return run_probe(checkpoint, ProbeConfig.from_mapping(merged), e, None if one else u)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_is_computed_again(bench: Bench, name: str) -> None:
+    """With a factor of ten to the limit; and the folder says the same, after the report went through JSON too."""
+    report = run_of(bench, name)
+    again = json.loads(report.model_dump_json())
+    assert report.evidence is not None
+    line = worst(audit(again, report.evidence))
+    assert line.difference <= LIMIT / 10, line
+    verdicts = {name: CRITERIA[name](report) for name in AUDITED}
+    assert {v.status for v in verdicts.values()} <= {"pass", "not_applicable", "inconclusive"}, verdicts
+    open_ones = {name for name, verdict in verdicts.items() if verdict.status == "inconclusive"}
+    assert open_ones == ({"plain_forward", "plain_step"} if name == "limited" else set())
+    assert verdicts["figures_recomputed"].status == verdicts["as_stored"].status == "pass"
+    methods = {row.method for row in report.entropy_change}
+    assert methods >= ({"psis"} if "psis" in name else {"resample"} if name == "resample" else {"snis"})
+
+
+def numbers(kind: Any, path: str = "") -> typing.Iterator[str]:
+    """The path of every number that a type may hold; `*` for the entries of lists and dicts."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            yield from numbers(field.annotation, f"{path}.{name}" if path else name)
+    elif typing.get_origin(kind) in (list, tuple, dict):
+        yield from numbers([*typing.get_args(kind)][-1], f"{path}.*")
+    elif typing.get_args(kind):
+        for one in typing.get_args(kind):
+            yield from numbers(one, path)
+    elif kind in (int, float, bool, Any):
+        yield path
+
+
+def named(line: str) -> str:
+    """The path of a line of the sheet, in the form of `numbers`."""
+    path = re.sub(r"\[\d+\]", ".*", line)
+    path = re.sub(r"^entropy_change\.\d+", "entropy_change.*", path)
+    path = re.sub(r"^(update\.estimators)\.\w+", r"\1.*", path)
+    return re.sub(r"(delta_h1_parts\.\w+)\..*\.(value|se)$", r"\1.*.\2", path)
+
+
+def test_something_is_said_of_every_number(bench: Bench) -> None:
+    """It is computed again, judged by a criterion that is named, or on a short list with its reason; one of these."""
+    recomputed: set[str] = set()
+    for name in ("llama", "one batch, per token", "sampled"):
+        report = run_of(bench, name)
+        assert report.evidence is not None
+        recomputed |= {named(line.name) for line in audit(json.loads(report.model_dump_json()), report.evidence)}
+    said = JUDGED_BY | NOT_JUDGED
+    for path in set(numbers(ProbeReport)):
+        listed = any(path == start or path.startswith((f"{start}.", f"{start}_")) for start in said)
+        assert (path in recomputed) != listed, path
+    for start in said:
+        assert any(path.startswith(start) for path in numbers(ProbeReport)), f"{start} is no field"
+    assert set(JUDGED_BY.values()) <= set(CRITERIA)
+    assert len(NOT_JUDGED) <= 12
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 2047])
+def test_quantiles_of_students_t(degrees: int) -> None:
+    assert student.quantile(0.95, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
+
+
+def test_the_command(bench: Bench, tmp_path: Path) -> None:
+    """Exit codes 0 and 1; a line for what is wrong; no torch; and evidence of another run is said to be that."""
+    report, other = run_of(bench, "llama"), run_of(bench, "lora")
+    assert report.evidence is not None
+    assert other.evidence is not None
+    report.to_json(tmp_path / "report.json")
+    report.evidence.to_file(tmp_path / "kept" / f"{report.checkpoint.name}.safetensors")
+    code = "import sys\nfrom entropy_probe.__main__ import main\n"
+    code += "end = main(sys.argv[1:])\nprint('torch' in sys.modules)\nsys.exit(end)"
+    (tmp_path / "command.py").write_text(code)
+
+    def ran(*arguments: str) -> tuple[int, str, str]:
+        done = forked.subprocess.run(
+            [forked.sys.executable, "command.py", "audit", *arguments],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    code_of, out, _ = ran("report.json", "--evidence", "kept")
+    assert (code_of, out.splitlines()[-1]) == (0, "False"), out
+    assert " figures computed again, 0 wrong" in out
+    text = (tmp_path / "report.json").read_text()
+    value = report.entropy.rb.se
+    (tmp_path / "wrong.json").write_text(text.replace(repr(value), repr(1.1 * value)))
+    code_of, out, _ = ran("wrong.json", "--evidence", "kept")
+    assert code_of == 1
+    assert "WRONG entropy.rb.se" in out
+    other.evidence.to_file(tmp_path / "other.safetensors")
+    code_of, out, err = ran("report.json", "--evidence", "other.safetensors")
+    assert code_of == 1
+    assert "WRONG checkpoint.fingerprint" in out
+    for name, content in (("none", None), ("empty", b""), ("text", b"{}")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        code_of, out, err = ran("report.json", "--evidence", name)
+        assert code_of == 1
+        assert err.count("\n") == 1, err
+        assert "holds no evidence" in err
+
+
+def test_evidence_comes_back(bench: Bench, tmp_path: Path) -> None:
+    """Every bit of it, and it is no larger than is said."""
+    report = run_of(bench, "one batch, blocks")
+    evidence = report.evidence
+    assert evidence is not None
+    evidence.to_file(tmp_path / "e.safetensors")
+    read = Evidence.from_file(tmp_path / "e.safetensors")
+    assert dict(read.facts) == json.loads(json.dumps(evidence.facts))
+    assert {name: a.tobytes() for name, a in read.arrays.items()} == {
+        name: a.tobytes() for name, a in evidence.arrays.items()
+    }
+    assert report == report.with_evidence(None)
+    assert ProbeReport.model_validate_json(report.model_dump_json()).evidence is None
+
+
+def test_a_live_checkpoint_has_no_folder(bench: Bench, tmp_path: Path) -> None:
+    """Objects that no folder is behind: what asks the folder is skipped and says so, the figures are judged."""
+    from dataclasses import replace
+
+    path, e, u = bench.files("llama")
+    loaded = load_checkpoint(path)
+    nowhere = replace(loaded, info=replace(loaded.info, path=tmp_path / "gone", optimizer_file=tmp_path / "gone.pt"))
+    report = run_probe(nowhere, ProbeConfig.from_mapping(SMALL), e, u)
+    found = {name: CRITERIA[name](report) for name in AUDITED}
+    for name in ("as_stored", "plain_forward", "plain_step"):
+        assert found[name].status == "not_applicable"
+        assert "without its folder" in found[name].hint
+    assert found["figures_recomputed"].status == "pass"
+
+
+def test_the_rewards_of_the_probe_are_those_that_are_computed_again() -> None:
+    """Both readings of `tag_pref`, on texts at the edges of its rule."""
+    from entropy_probe.afresh.inputs import pool, tag_pref
+    from entropy_probe.stages.responses import rewards, tasks
+
+    golds = ("7", "1,000", "$3.50", "1e3", "x y", "1,00", ".5", "-2", "")
+    answers = ("7", "7.0", " 7", "1000", "1,000.00", "3.5", "1000.", "X  Y", "100", "0.5", "-2.0", "$-2", "", "²")
+    frames = ("<answer>{}</answer>", "{}", "<answer>{}", "</answer>{}<answer>", "a <answer>{}</answer> b",
+              "<answer>{}</answer><answer>{}</answer>", "<answer>\n{}\n</answer>")  # fmt: skip
+    for gold in (None, *golds):
+        for answer in answers:
+            for frame in frames:
+                text = frame.replace("{}", answer)
+                assert tag_pref(text, gold) == rewards.tag_pref(text, gold), (text, gold)
+    for split in ("train", "test"):
+        assert pool("arithmetic", split, None) == [(p.text, p.gold) for p in tasks.arithmetic(split)]
+    assert some_reward("a", None) >= 0
