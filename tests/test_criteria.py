@@ -106,6 +106,8 @@ UNREAD = {
     *("batches_as_given", "buffers_overridden", "ends_at_eos", "gold_complete", "live_model_unmodified"),
     *("optimizer_as_saved", "preconditioner_complete", "preconditioner_finite", "pareto_k", "sampler_parity", "seeded"),
     "curvature_identity",
+    # of the evidence, which a report that is read from a file does not have
+    *(name for name, criterion in CRITERIA.items() if criterion.family == "audit"),
 }
 LR = 1e-5
 
@@ -143,6 +145,15 @@ def inputs_of_e(report: ProbeReport, **changes: Any) -> ProbeReport:
     assert report.evidence is not None
     inputs = report.evidence.facts["inputs"]
     return with_facts(report, inputs={"e": inputs["e"] | changes})
+
+
+def fresh(report: ProbeReport, by: float) -> ProbeReport:
+    """As if the E batch had been drawn at θ + ηv, with every log p off by so much."""
+    assert report.evidence is not None
+    own = report.evidence.arrays
+    arrays = {f"fresh.0.{name}": own[f"e.{name}"] for name in ("ids", "logp", "entropy")}
+    arrays["fresh.0.logp"] = arrays["fresh.0.logp"] + by
+    return report.with_evidence(Evidence(own | arrays, report.evidence.facts))
 
 
 def without_evidence(report: ProbeReport) -> ProbeReport:
@@ -183,6 +194,12 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: scored_again(r, "after", math.nan), "fail"),
         (lambda r: with_facts(r, plain={"after": r.evidence.facts["plain"]["at_e"]}), "not_applicable"),
         (lambda r: with_facts(r, plain="too large: no room"), "inconclusive"),
+        (without_evidence, "not_applicable"),
+    ],
+    "fresh_responses": [
+        (lambda r: fresh(r, 0.0), "pass"),
+        (lambda r: fresh(r, 3.0), "fail"),
+        (lambda r: fresh(r, math.nan), "fail"),
         (without_evidence, "not_applicable"),
     ],
     "prompts_as_given": [
@@ -501,7 +518,7 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     assert verdict.family == CRITERIA[name].family
     # nearly constant weights; no `logprobs` in the rollouts, and not from tag_pref
     # steps so small that second order is lost in rounding
-    unasked = ("pareto_k", "sampler_parity", "gold_complete", "seeded", "curvature_identity")
+    unasked = ("pareto_k", "fresh_responses", "sampler_parity", "gold_complete", "seeded", "curvature_identity")
     assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 
 
@@ -601,7 +618,7 @@ def test_no_number_that_is_missing_passes(report: ProbeReport) -> None:
     """NaN in place of any one number: a criterion that notices it at all does not pass. Every number is noticed that
     the criteria are there for; a key that is not there is an error when the report is read."""
     table = report.model_dump()
-    healthy = {name: criterion(report) for name, criterion in CRITERIA.items()}
+    healthy = {name: criterion(without_evidence(report)) for name, criterion in CRITERIA.items()}
     noticed: dict[str, set[str]] = {name: set() for name in CRITERIA}
     for path in leaves({key: part for key, part in table.items() if key not in ("config", "timing", "verdicts")}):
         poisoned_report = ProbeReport.model_validate(with_leaf(table, path, math.nan))

@@ -37,3 +37,7 @@ def test_rewards_again(_probe_judge):
 
 def test_batches_independent(_probe_judge):
     _probe_judge(audit.batches_independent)
+
+
+def test_fresh_responses(_probe_judge):
+    _probe_judge(audit.fresh_responses)

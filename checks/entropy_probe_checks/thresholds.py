@@ -43,6 +43,7 @@ LIMITS: dict[str, Limit] = (
                 1.01,
                 "Cauchy-Schwarz gives 1; moments that were stored in bfloat16 are off by 0.6 %",
             ),
+            _limit("fresh_responses", 5.0, "standard errors of a normal; noise alone: once in 1e6"),
             _limit("prompts_as_given", 0.0, "the same tokens"),
             _limit("rewards_again", 0.0, "the same numbers"),
             _limit("batches_independent", 0.0, "drawn without replacement, or each on its own"),

@@ -878,7 +878,7 @@ class _ShortMantissa(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@fault("llama", "precision_invariance")
+@fault("llama", "precision_invariance", also="padding_invariance")
 def products_in_tf32(patch: Patch) -> None:
     """Matrix products round their factors to TF32's 10 bits."""
     original = precision.forward_context
@@ -1186,7 +1186,8 @@ def page() -> str:
     """The catalogue as a page of documentation."""
     rows: dict[bool, list[str]] = {True: [], False: []}
     for f in FAULTS.values():
-        settings = [f"{k} {v}" for section in f.config.values() for k, v in section.items() if k != "dtype"]
+        sections = [section for section in f.config.values() if isinstance(section, dict)]
+        settings = [f"{k} {v}" for s in sections for k, v in s.items() if k not in ("dtype", "max_examples")]
         on = "; ".join([SUBJECTS[f.subject].what, *(text for text in settings if "{" not in text)])
         caught = [*map(_code, sorted(f.red)), *(f"{_code(name)} (inconclusive)" for name in sorted(f.inconclusive))]
         caught += [f"an error: “{f.refused}”"] if f.refused else []
@@ -1204,8 +1205,9 @@ def _code(name: str) -> str:
 _PAGE = """# Planted faults
 
 What the acceptance suite is there for: {count} faults, each planted in the code or in the files where such a slip would
-be made. Criteria under *caught by* must turn red, those in the last column may, because they read the
-same damaged numbers, and no other one does. `tests/faults/` plants every fault; this page is written by
+be made. Criteria under *caught by* must turn red; those in the last column may, because they read the same damaged numbers,
+and so may those of the family `audit`, which read all of them; no other one does. `tests/faults/` plants every fault; this
+page is written by
 `PYTHONPATH=tests python -m faults.catalogue > docs/faults.md`.
 
 | fault | what is wrong | revealed on | caught by | may be red too |
@@ -1224,4 +1226,7 @@ _UNSEEN = """
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    from faults import catalogue, more  # the one that faults are entered in
+
+    assert more
+    sys.stdout.write(catalogue.page())

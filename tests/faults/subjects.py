@@ -170,6 +170,11 @@ def some_reward(response: str, gold: str | None) -> float:
     return sum(map(ord, response)) % 17 / 17
 
 
+def reward_by_gold(response: str, gold: str | None) -> float:
+    """A number that differs from response to response and from question to question."""
+    return some_reward(response + str(gold), gold)
+
+
 @dataclass(frozen=True)
 class Subject:
     """How a checkpoint is made, with what its responses are sampled (`None`: by the probe), and its configuration."""
@@ -178,6 +183,7 @@ class Subject:
     make: Callable[..., Path]
     sampling: dict[str, Any] | None = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    one_batch: bool = False
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -202,6 +208,16 @@ SUBJECTS: dict[str, Subject] = {
         None,
         {
             "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": "faults.subjects:some_reward"},
+            "generation": {"max_new_tokens": 12, "num_return_sequences": 6, "temperature": 0.7},
+        },
+    ),
+    "one batch": Subject("one batch serves as both", partial(full, "llama"), one_batch=True),
+    "sampled tag": Subject(
+        "responses sampled by the probe itself, rewarded by what their prompt asks for",
+        with_tokenizer,
+        None,
+        {
+            "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": "faults.subjects:reward_by_gold"},
             "generation": {"max_new_tokens": 12, "num_return_sequences": 6, "temperature": 0.7},
         },
     ),
@@ -238,6 +254,7 @@ class Bench:
     def run(self, name: str, config: dict[str, Any], seed: int = 0, subject: Subject | None = None) -> ProbeReport:
         subject = subject or SUBJECTS[name]
         checkpoint, e, u = self.files(name, seed, subject)
+        u = None if subject.one_batch else u
         return run_probe(checkpoint, ProbeConfig.from_mapping(_merged(subject.config, config)), e, u)
 
     def clean(self, name: str, config: dict[str, Any]) -> dict[str, str]:

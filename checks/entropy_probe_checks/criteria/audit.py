@@ -15,9 +15,11 @@ from entropy_probe_checks.criteria.verdicts import (
     Criterion,
     Finding,
     at_most,
+    in_se,
     inconclusive,
     largest,
     not_applicable,
+    of_a_normal,
     second_moment,
 )
 from entropy_probe_checks.thresholds import limit_for
@@ -191,7 +193,7 @@ def moments_possible(report: ProbeReport) -> Finding:
 @Criterion
 def plain_forward(report: ProbeReport) -> Finding:
     """Largest difference of a token's log p, or of its entropy, from those of the folder loaded by transformers and
-    peft alone, one response at a time without padding, of two prompts of each batch (nats).
+    peft alone, one response at a time without padding, of two prompts of each batch, and of fresh responses (nats).
 
     The model that was measured is not the one in the folder, or its scores are not its own: a weight, a scaling, the
     temperature, a position or a token is another. Nothing that is measured is about this checkpoint.
@@ -202,14 +204,14 @@ def plain_forward(report: ProbeReport) -> Finding:
     if isinstance(plain, str):
         return _unasked(plain)
     differences = []
-    for which in ("e", "u"):
-        if which in plain:
-            for place, scored in zip(plain[which], plain[f"at_{which}"], strict=True):
-                own = (_row(report, f"{which}.{name}", place) for name in ("logp", "entropy"))
-                differences += [
-                    float(np.abs(values[: len(again)] - np.array(again)).max())
-                    for values, again in zip(own, scored, strict=True)
-                ]
+    for at in [key for key in plain if key.startswith("at_")]:
+        which = at.removeprefix("at_")
+        for place, scored in zip(plain[which], plain[at], strict=True):
+            own = (_row(report, f"{which}.{name}", place) for name in ("logp", "entropy"))
+            differences += [
+                float(np.abs(values[: len(again)] - np.array(again)).max())
+                for values, again in zip(own, scored, strict=True)
+            ]
     return at_most(largest(*differences), limit_for(report, "plain_forward"))
 
 
@@ -234,13 +236,35 @@ def plain_step(report: ProbeReport) -> Finding:
     places = plain["e"]
     own = np.array([_row(report, "e.logp", place).sum() for place in places])
     moved = np.array([_row(report, f"after.{plain['step']}.logp", place).sum() for place in places])
-    largest, rounding = np.abs(after - before).max(), np.abs(own - before).max()
-    if largest <= 30 * rounding:
+    tokens = max(len(logp) for logp, _ in plain["at_e"])
+    most, rounding = np.abs(after - before).max(), np.abs(own - before).max()
+    known = limit_for(report, "plain_forward") * tokens  # more is no rounding, and hides nothing
+    if most <= 30 * rounding and rounding <= known:
         return not_applicable(
-            f"rounding hides what the step does: ΔS is at most {largest:.1e}, and float32 knows S to {rounding:.1e}"
+            f"rounding hides what the step does: ΔS is at most {most:.1e}, and float32 knows S to {rounding:.1e}"
         )
-    value = float(np.abs((moved - own) - (after - before)).max() / largest)
+    value = float(np.abs((moved - own) - (after - before)).max() / most)
     return at_most(value, limit_for(report, "plain_step"))
+
+
+@second_moment
+def fresh_responses(report: ProbeReport) -> Finding:
+    """|Mean of Σ_t(−log p_t − H_t)| of the fresh responses of `fallback: resample`, scored at θ + ηv, in its standard
+    errors over responses: 0 if they were drawn there. The worst η.
+
+    The fresh responses were not drawn at θ + ηv: their mean entropy is that of other parameters, and no change.
+    """
+    if report.evidence is None:
+        return not_applicable(_NOT_AT_HAND)
+    arrays, found = report.evidence.arrays, []
+    for name in [name for name in arrays if name.startswith("fresh.") and name.endswith(".ids")]:
+        logp, entropy = (arrays[name.replace(".ids", f".{of}")] for of in ("logp", "entropy"))
+        surprise = (-logp - entropy).sum(-1).ravel()
+        se = float(surprise.std(ddof=1)) / math.sqrt(len(surprise))
+        found.append(of_a_normal(in_se(float(surprise.mean()), se), len(surprise) - 1))
+    if not found:
+        return not_applicable("No fresh responses were drawn.")
+    return at_most(largest(*found), limit_for(report, "fresh_responses"))
 
 
 def _unasked(why: str) -> Finding:

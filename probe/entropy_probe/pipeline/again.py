@@ -11,7 +11,7 @@ from entropy_probe.afresh.inputs import of_dataset, of_file
 from entropy_probe.afresh.plain import Row, plain_model, plain_scores, plain_tokenizer, step
 from entropy_probe.afresh.stored import read_again
 from entropy_probe.memory import available_bytes
-from entropy_probe.pipeline.measured import Batch, Measured
+from entropy_probe.pipeline.measured import Measured
 from entropy_probe.pipeline.next_step import NextStep
 from entropy_probe.pipeline.prepared import Prepared
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -76,22 +76,26 @@ def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
     except Exception as error:
         return f"transformers alone cannot load it ({type(error).__name__}: {error})"
     temperature = config.generation.temperature
-    e, rows_e = _rows(of.e)
+    e, rows_e = _rows(of.e.rollouts)
     found: dict[str, Any] = {"e": e, "at_e": plain_scores(model, rows_e, temperature)}
     if not of.same_batch:
-        u, rows_u = _rows(of.u)
+        u, rows_u = _rows(of.u.rollouts)
         found |= {"u": u, "at_u": plain_scores(model, rows_u, temperature)}
     etas = [change.eta for change in then.changes]
     if then.direction is not None:
         k = max(range(len(etas)), key=lambda i: etas[i])
         step(model, then.v, etas[k])
         found |= {"step": k, "after": plain_scores(model, rows_e, temperature)}
+        drawn = then.changes[k].drawn
+        if drawn is not None and not of.e.share.several:
+            places, rows = _rows(drawn)
+            found |= {f"fresh.{k}": places, f"at_fresh.{k}": plain_scores(model, rows, temperature)}
     return found
 
 
-def _rows(batch: Batch) -> tuple[list[int], list[Row]]:
+def _rows(rollouts: Rollouts) -> tuple[list[int], list[Row]]:
     """Places of rows in the batch, and the rows: of its first and its last prompt."""
-    rollouts, group = batch.rollouts, batch.rollouts.num_responses
+    group = rollouts.num_responses
     prompts = dict.fromkeys((0, rollouts.num_prompts - 1))
     places = [n * group + g for n in prompts for g in range(min(group, _RESPONSES))]
     rows = []

@@ -47,6 +47,9 @@ def evidence_of(
             if scores is not None:
                 own = {"logp": scores.token_logp, "entropy": scores.rb_entropy}
                 _add(arrays, f"{when}.{k}", own | {"gen_lens": scores.gen_lens})
+        if change.drawn is not None and not of.e.share.several:
+            tokens = {"ids": change.drawn.ids, "prompt_lens": change.drawn.prompt_lens}
+            _add(arrays, f"fresh.{k}", tokens)
     if step.direction is not None:
         u, direction = of.u.gradients, step.direction
         of_u = _products(u, u, step.precond, names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class EntropyChange:
     """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, and what its weights are worth.
 
     `naive` and `rb` are per response or per token, as `true_delta_h.normalize` says; the others are per
-    token always. `after` are the scores at θ + ηv, and `fresh` those of fresh responses, where they were drawn.
+    token always. `after` are the scores at θ + ηv; `fresh` those of fresh responses, where they were drawn, and
+    `drawn` these themselves, of the own prompts.
     """
 
     weights: r.Reweighting
@@ -40,6 +41,7 @@ class EntropyChange:
     per_token: importance.Change
     after: Scores
     fresh: Scores | None
+    drawn: Rollouts | None
 
     @property
     def eta(self) -> float:
@@ -104,7 +106,7 @@ def change_at(
         restricted=config.generation.top_p < 1.0,
     )
     changes = _changes(scores, scores_after, at_theta.normalised, normalised, config)
-    return EntropyChange(found, **changes, after=scores_after, fresh=None)
+    return EntropyChange(found, **changes, after=scores_after, fresh=None, drawn=None)
 
 
 def _changes(
@@ -154,8 +156,9 @@ def sweep(
         believed = change.weights.reliable or change.weights.restricted
         to_redraw = redraw is not None and eta != 0 and not believed
         if redraw is not None and share.world.any(to_redraw):
-            fresh = share.scores(score(bound, redraw(override), config, override))
-            change = resampled(change, scores, fresh, config)
+            drawn = redraw(override)
+            fresh = share.scores(score(bound, drawn, config, override))
+            change = replace(resampled(change, scores, fresh, config), drawn=drawn)
         changes.append(change)
         del override
         if progress is not None:
@@ -170,7 +173,7 @@ def resampled(
     even = torch.full_like(scores.seq_logp, 1.0 / scores.seq_logp.numel())
     found = change.weights.model_copy(update={"method": "resample", "reliable": True})
     changes = _changes(scores, fresh, even, even, config)
-    return EntropyChange(found, **changes, after=change.after, fresh=fresh)
+    return EntropyChange(found, **changes, after=change.after, fresh=fresh, drawn=None)
 
 
 def change_row(
