@@ -137,8 +137,8 @@ def first_state(report: ProbeReport, **changes: Any) -> ProbeReport:
 def scored_again(report: ProbeReport, which: str, by: float) -> ProbeReport:
     """The first token of the first response, scored by the plain model as something else."""
     assert report.evidence is not None
-    (logp, entropy), *others = report.evidence.facts["plain"][which]
-    return with_facts(report, plain={which: [[[logp[0] + by, *logp[1:]], entropy], *others]})
+    (logp, *more), *others = report.evidence.facts["plain"][which]
+    return with_facts(report, plain={which: [[[logp[0] + by, *logp[1:]], *more], *others]})
 
 
 def inputs_of_e(report: ProbeReport, **changes: Any) -> ProbeReport:
@@ -185,6 +185,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "plain_forward": [
         (lambda r: scored_again(r, "at_e", 0.01), "fail"),
         (lambda r: scored_again(r, "at_u", math.nan), "fail"),
+        (lambda r: with_array(r, "e.features", lambda a: a * 1.01), "fail"),
         (lambda r: with_facts(r, plain="too large: no room"), "inconclusive"),
         (lambda r: with_facts(r, plain="transformers cannot load it"), "not_applicable"),
         (without_evidence, "not_applicable"),
@@ -530,6 +531,23 @@ def test_poison_is_seen(report: ProbeReport, name: str, poison: Any, status: str
     verdict = CRITERIA[name](poison(report))
     assert verdict.status == status, verdict
     assert verdict.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "poison"),
+    [
+        ("taylor_order", lambda r: poisoned(r, "continuity", taylor_order=None)),
+        ("delta_h_slope", lambda r: poisoned(r, "continuity", delta_h_slope=None)),
+        ("logit_slope", lambda r: poisoned(r, "continuity", logit_slope=None)),
+        ("drawn_scaling", lambda r: poisoned(r, "invariance", scaling=None)),
+        ("curvature_witness", lambda r: r.model_copy(update={"witness": r.witness | {"curvature": None}})),
+    ],
+)
+def test_what_is_hidden_says_so(report: ProbeReport, name: str, poison: Any) -> None:
+    """It is skipped, as what cannot be asked is, and marked as what was not seen."""
+    hidden = CRITERIA[name](poison(report))
+    assert (hidden.status, hidden.unseen) == ("not_applicable", True)
+    assert not CRITERIA[name](report).unseen
 
 
 def test_what_the_budget_leaves_out_is_not_asked(report: ProbeReport) -> None:

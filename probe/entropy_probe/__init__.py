@@ -17,6 +17,7 @@ layout, base_model, text   where the files of a checkpoint are;   digests  what 
 loading, inputs            a checkpoint as a configuration asks for it;   what a report depends on
 sequence_processor         sampling and scores on a live model, by teacher_forcing
 memory, cost/              how much is held, measured;   what a run costs, by formula
+drill                      a dozen faults, planted into a run to see them caught
 workloads                  stages to be timed;   demo/  the bundled checkpoint;   errors  one line each
 """
 

@@ -1,5 +1,5 @@
 """`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
-`audit` computes the figures of a report again."""
+`audit` computes the figures of a report again, `drill` plants faults to see them caught."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import io
 import json
+import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +45,38 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw prediction against realisation (.png or .svg)",
     )
+    _add_what_is_measured(run)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
+    inspect.add_argument(
+        "checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one"
+    )
+    inspect.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
+    inspect.add_argument("--json", action="store_true", help="for machines")
+    audit = commands.add_parser(
+        "audit", help="compute every figure of a report again from its evidence, without torch"
+    )
+    audit.add_argument("report", type=Path, metavar="REPORT", help="report.json")
+    audit.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        required=True,
+        help="the folder that --evidence or --probe-evidence wrote, or a file of it",
+    )
+    drill = commands.add_parser(
+        "drill",
+        help="plant a dozen faults into runs on your checkpoint, and show which criterion sees each",
+    )
+    drill.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one"
+    )
+    _add_what_is_measured(drill)
+    drill.add_argument("--fault", help=argparse.SUPPRESS)  # in a process of its own
+    return main_parser
+
+
+def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
+    """Options that say what is measured, and with what."""
     run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
     run.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
     run.add_argument(
@@ -73,24 +107,6 @@ def parser() -> argparse.ArgumentParser:
         "--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too"
     )
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
-    inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
-    inspect.add_argument(
-        "checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one"
-    )
-    inspect.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
-    inspect.add_argument("--json", action="store_true", help="for machines")
-    audit = commands.add_parser(
-        "audit", help="compute every figure of a report again from its evidence, without torch"
-    )
-    audit.add_argument("report", type=Path, metavar="REPORT", help="report.json")
-    audit.add_argument(
-        "--evidence",
-        type=Path,
-        metavar="DIR",
-        required=True,
-        help="the folder that --evidence or --probe-evidence wrote, or a file of it",
-    )
-    return main_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,10 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.nullcontext() if first else _silence():
             arguments = parser().parse_args(argv)
+            arguments.argv = argv
     except SystemExit as stop:
         return EXIT_USAGE if stop.code else 0
     try:
-        return {"inspect": _inspect, "run": _run, "audit": _audit}[arguments.command](arguments)
+        return {
+            "inspect": _inspect,
+            "run": _run,
+            "audit": _audit,
+            "drill": _drill if getattr(arguments, "fault", None) is None else _with_fault,
+        }[arguments.command](arguments)
     except ProbeError as error:
         if first:
             print(f"entropy-probe: {error}", file=sys.stderr, flush=True)
@@ -192,6 +214,63 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ProbeError(place, problem, "give the evidence of this very report") from error
     print(text(lines))
     return EXIT_FAILED if any(not line.difference <= LIMIT for line in lines) else 0
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    """First without a fault, then with each, every time in a process of its own."""
+    from entropy_probe import drill
+
+    _folder(arguments.checkpoint)
+    given = list(sys.argv[1:] if arguments.argv is None else arguments.argv)
+    healthy = _statuses(given, "")
+    red = _with_status(healthy, "fail")
+    print(f"without a fault: {', '.join(red) or 'nothing is red'}", flush=True)
+    unseen = []
+    for name in drill.FAULTS:
+        found = _statuses(given, name)
+        seen = [one for one in _with_status(found, "fail") if one not in red]
+        if found == healthy and "two_batches" in name:
+            seen = ["not planted: one batch serves as both"]
+        unseen += [] if seen else [name]
+        by = ", ".join(seen) or "NOTHING"
+        print(f"\n{name}\n    {drill.wrong(name)}", flush=True)
+        print(textwrap.fill(f"seen by {by}", 80, initial_indent="    ", subsequent_indent="    "))
+    print(f"\n{len(drill.FAULTS) - len(unseen)} of {len(drill.FAULTS)} faults were seen")
+    return EXIT_FAILED if unseen or red else 0
+
+
+def _statuses(given: Sequence[str], fault: str) -> dict[str, str]:
+    """criterion → status of a run with this fault; an error counts as a criterion that sees it."""
+    command = [sys.executable, "-m", "entropy_probe", *given, f"--fault={fault}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        if not fault:
+            raise ProbeError(
+                "drill", f"the run without a fault fails: {lines[-1]}", "mend that first"
+            )
+        return {f"an error ({lines[-1].removeprefix('entropy-probe: ')})": "fail"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _with_status(found: dict[str, str], status: str) -> list[str]:
+    return [name for name, its in found.items() if its == status]
+
+
+def _with_fault(arguments: argparse.Namespace) -> int:
+    from entropy_probe import ProbeConfig, drill, run_probe
+    from entropy_probe.loading import load_configured
+    from entropy_probe_checks.criteria import CRITERIA
+
+    arguments.budget = arguments.budget or "smoke"
+    config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
+    if arguments.fault:
+        drill.plant(arguments.fault)
+    loaded = load_configured(_folder(arguments.checkpoint), arguments.base_model, config)
+    batches = arguments.rollouts, arguments.update_rollouts
+    report = run_probe(loaded, config, *batches, prompts=arguments.prompts)
+    print(json.dumps({name: criterion(report).status for name, criterion in CRITERIA.items()}))
+    return 0
 
 
 def _folder(given: str) -> Path:

@@ -511,7 +511,8 @@ class MemorySection(_Section):
 
 
 class Verdict(_Section):
-    """What one criterion concluded from the report; `hint` says what it means and what to do."""
+    """What one criterion concluded from the report; `hint` says what it means and what to do. `unseen`: it was not
+    asked, because rounding, kinks or a missing derivative hide what it would see."""
 
     criterion: str
     family: str
@@ -519,6 +520,7 @@ class Verdict(_Section):
     value: float | str | None
     limit: float | str | None
     hint: str
+    unseen: bool = False
 
 
 class BaselineSection(_Section):

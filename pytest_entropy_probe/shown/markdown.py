@@ -10,7 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pytest_entropy_probe.shown.tables import STATUS, STEP_HEADINGS, Row, Step, steps_title
+from pytest_entropy_probe.shown.tables import (
+    STATUS,
+    STEP_HEADINGS,
+    Row,
+    Step,
+    steps_title,
+    unseen,
+)
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
 CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")
@@ -37,7 +44,8 @@ def summary(
         if len(steps) == 1 or failures:
             lines += [f"#### {_escaped(step.name)}: {_escaped(step.verdicts)}", ""]
         shown = [headlines[step.name]] if len(steps) == 1 and step.name in headlines else []
-        for text in shown + failures:
+        blind = [" ".join(unseen(step.name, mine))] if unseen(step.name, mine) else []
+        for text in shown + blind + failures:
             lines += ["```text", text.replace("```", "'''"), "```", ""]
         judged = [_cells(row) for row in mine if row.criterion]
         if judged and len(steps) <= MOST_IN_FULL:

@@ -33,6 +33,7 @@ def record(
         found["headline"] = headline(subject.report)
     if verdict is not None:
         found |= {key: getattr(verdict, key) for key in _OF_A_VERDICT}
+        found["unseen"] = verdict.unseen or None
     for key, value in found.items():
         if value is not None and value != "":
             plain = float(value) if isinstance(value, int | float) else value

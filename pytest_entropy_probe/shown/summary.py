@@ -28,6 +28,7 @@ from pytest_entropy_probe.shown.tables import (
     criteria_table,
     step_of,
     steps_table,
+    unseen,
 )
 from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table
 from pytest_entropy_probe.subject import SUBJECTS, probe_config
@@ -106,6 +107,7 @@ class Summary:
                     found.get("probe_limit"),
                     report.longreprtext if report.failed else "",
                     noisy=found.get("probe_family") == "gate",
+                    unseen=bool(found.get("probe_unseen")),
                 )
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -225,6 +227,8 @@ class Summary:
         if self._states[name]:
             reporter.write_line(f"{name}: {self._states[name]}")
         rows = [row for row in self._rows_of(name) if row.criterion]
+        for line in unseen(name, rows):
+            reporter.write_line(line, yellow=True)
         if not in_full:
             rows = [row for row in rows if row.status not in ("pass", "not_applicable")]
         if not rows:

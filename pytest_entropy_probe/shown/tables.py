@@ -6,6 +6,7 @@ The terminal shows them (rich, 80 columns), and markdown.py.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ STATUS = {
 class Row:
     """One criterion's verdict on one checkpoint; `message` is how a failure ends its test.
 
-    What is `noisy`, as gates are, passes on the wrong side of its limit too.
+    What is `noisy`, as gates are, passes on the wrong side of its limit too. What is `unseen` could
+    not be asked: rounding, kinks or a missing derivative are in the way.
     """
 
     checkpoint: str
@@ -41,6 +43,7 @@ class Row:
     limit: float | str | None
     message: str = ""
     noisy: bool = False
+    unseen: bool = False
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -69,6 +72,16 @@ class Row:
         if factor > 9999:
             return ">9999x"
         return f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+
+
+def unseen(name: str, rows: Sequence[Row]) -> list[str]:
+    """What could not be asked of a checkpoint though it has all that is asked, within 80 columns."""
+    names = [row.criterion for row in rows if row.unseen]
+    if not names:
+        return []
+    what = f"{len(names)} of {len(rows)} criteria saw nothing"
+    why = "for rounding, kinks or a missing derivative"
+    return textwrap.wrap(f"{name}: {what}, {why}: {', '.join(names)}", 80, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)

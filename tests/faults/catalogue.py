@@ -1205,9 +1205,9 @@ def _code(name: str) -> str:
 _PAGE = """# Planted faults
 
 What the acceptance suite is there for: {count} faults, each planted in the code or in the files where such a slip would
-be made. Criteria under *caught by* must turn red; those in the last column may, because they read the same damaged numbers,
-and so may those of the family `audit`, which read all of them; no other one does. `tests/faults/` plants every fault; this
-page is written by
+be made. Criteria under *caught by* must turn red; those in the last column may, because they read the same damaged
+numbers, and so may those of the family `audit`, which read all of them; no other one does. `tests/faults/` plants every
+fault; this page is written by
 `PYTHONPATH=tests python -m faults.catalogue > docs/faults.md`.
 
 | fault | what is wrong | revealed on | caught by | may be red too |

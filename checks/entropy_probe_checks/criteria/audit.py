@@ -21,6 +21,7 @@ from entropy_probe_checks.criteria.verdicts import (
     not_applicable,
     of_a_normal,
     second_moment,
+    unseen,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -192,7 +193,7 @@ def moments_possible(report: ProbeReport) -> Finding:
 
 @Criterion
 def plain_forward(report: ProbeReport) -> Finding:
-    """Largest difference of a token's log p, or of its entropy, from those of the folder loaded by transformers and
+    """Largest difference of a token's log p, entropy or features from those of the folder loaded by transformers and
     peft alone, one response at a time without padding, of two prompts of each batch, and of fresh responses (nats).
 
     The model that was measured is not the one in the folder, or its scores are not its own: a weight, a scaling, the
@@ -210,8 +211,9 @@ def plain_forward(report: ProbeReport) -> Finding:
             own = (_row(report, f"{which}.{name}", place) for name in ("logp", "entropy"))
             differences += [
                 float(np.abs(values[: len(again)] - np.array(again)).max())
-                for values, again in zip(own, scored, strict=True)
+                for values, again in zip(own, scored, strict=False)
             ]
+            differences.append(_of_features(report, which, place, scored[2]))
     return at_most(largest(*differences), limit_for(report, "plain_forward"))
 
 
@@ -231,16 +233,16 @@ def plain_step(report: ProbeReport) -> Finding:
     if "step" not in plain:
         return not_applicable("No step was taken.")
     before, after = (
-        np.array([math.fsum(logp) for logp, _ in plain[name]]) for name in ("at_e", "after")
+        np.array([math.fsum(logp) for logp, *_ in plain[name]]) for name in ("at_e", "after")
     )
     places = plain["e"]
     own = np.array([_row(report, "e.logp", place).sum() for place in places])
     moved = np.array([_row(report, f"after.{plain['step']}.logp", place).sum() for place in places])
-    tokens = max(len(logp) for logp, _ in plain["at_e"])
+    tokens = max(len(logp) for logp, *_ in plain["at_e"])
     most, rounding = np.abs(after - before).max(), np.abs(own - before).max()
     known = limit_for(report, "plain_forward") * tokens  # more is no rounding, and hides nothing
     if most <= 30 * rounding and rounding <= known:
-        return not_applicable(
+        return unseen(
             f"rounding hides what the step does: ΔS is at most {most:.1e}, and float32 knows S to {rounding:.1e}"
         )
     value = float(np.abs((moved - own) - (after - before)).max() / most)
@@ -270,6 +272,20 @@ def fresh_responses(report: ProbeReport) -> Finding:
 def _unasked(why: str) -> Finding:
     """A model that does not fit twice leaves the question open; one that transformers alone cannot load has none."""
     return inconclusive(why) if why.startswith("too large") else not_applicable(why)
+
+
+def _of_features(
+    report: ProbeReport, which: str, place: int, again: Sequence[Sequence[float]]
+) -> float:
+    """The largest difference of a feature of a token, relative to 1 + its size; at top_p = 1, where there are any."""
+    assert report.evidence is not None
+    features = report.evidence.arrays.get(f"{which}.features")
+    if features is None or report.config["generation"]["top_p"] < 1:
+        return 0.0
+    expected = np.array(again)
+    own = features.reshape(-1, *features.shape[2:])[place][: len(again), : expected.shape[1]]
+    expected[:, 2] = np.minimum(expected[:, 2], own[:, 2].max())  # a margin is capped
+    return float((np.abs(own - expected) / (1 + np.abs(expected))).max())
 
 
 def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:

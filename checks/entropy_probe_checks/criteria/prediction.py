@@ -19,6 +19,7 @@ from entropy_probe_checks.criteria.verdicts import (
     part,
     relative,
     second_moment,
+    unseen,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -60,7 +61,7 @@ def curvature_witness(report: ProbeReport) -> Finding:
     """
     value = (report.witness or {}).get("curvature")
     if value is None:
-        return not_applicable("An operation of the model has no second derivative.")
+        return unseen("An operation of the model has no second derivative.")
     return at_most(value, limit_for(report, "curvature_witness"))
 
 
@@ -129,7 +130,7 @@ def sweep_identity(report: ProbeReport) -> Finding:
     if report.config["generation"]["top_p"] < 1.0:
         return not_applicable("top_p < 1: the weights are those of the restricted policy.")
     if not pairs:
-        return not_applicable(
+        return unseen(
             "No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas."
         )
     update = needed(report.update)
@@ -167,7 +168,7 @@ def curvature_identity(report: ProbeReport) -> Finding:
     size = update.curvature_of_change_size
     pairs = {eta: pair for eta, pair in _pairs(report).items() if eta**2 * size * limit > rounding}
     if not pairs:
-        return not_applicable("At every ±η second order is lost in rounding.")
+        return unseen("At every ±η second order is lost in rounding.")
     found = [
         abs((up.delta_h_rb + down.delta_h_rb) / eta**2 - update.curvature_of_change) / size
         for eta, (up, down) in pairs.items()

@@ -15,6 +15,7 @@ from entropy_probe_checks.criteria.verdicts import (
     needed,
     not_applicable,
     part,
+    unseen,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -52,15 +53,15 @@ def drawn_scaling(report: ProbeReport) -> Finding:
     """
     measured = report.invariance.scaling
     if measured is None:
-        return not_applicable(
-            "invariance.max_examples is 0, or no drawn v moves a logit above rounding."
-        )
+        if report.invariance.num_examples == 0:
+            return not_applicable("invariance.max_examples is 0.")
+        return unseen("No drawn v moves a logit above rounding.")
     return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
 
 
 def _off_from(value: float | None, expected: float, limit: float, missing: str) -> Finding:
     """|value − expected|; NaN and infinities never pass."""
-    return not_applicable(missing) if value is None else at_most(abs(value - expected), limit)
+    return unseen(missing) if value is None else at_most(abs(value - expected), limit)
 
 
 @part("taylor")
@@ -115,7 +116,7 @@ def change_identity(report: ProbeReport) -> Finding:
     errors = [found.identity_error_naive, found.identity_error_rb, found.identity_error_per_token]
     found = [error for error in errors if error is not None]
     if not found:
-        return not_applicable(
+        return unseen(
             "ΔH does not move along v, the model has kinks at every step, or there is no forward-mode derivative."
         )
     return at_most(largest(*found), limit_for(report, "change_identity"))

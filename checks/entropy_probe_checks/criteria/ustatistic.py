@@ -21,6 +21,7 @@ from entropy_probe_checks.criteria.verdicts import (
     part,
     relative,
     second_moment,
+    unseen,
     variance,
 )
 from entropy_probe_checks.thresholds import limit_for
@@ -60,7 +61,7 @@ def projections_agree(report: ProbeReport) -> Finding:
     missing = [way for way in names.values() if way not in found]
     detail = f"[no {', no '.join(missing)}: an operation lacks that derivative]" if missing else ""
     if not found:
-        return not_applicable(detail)
+        return unseen(detail)
     return at_most(largest(*found.values()), limit_for(report, "projections_agree"), detail=detail)
 
 

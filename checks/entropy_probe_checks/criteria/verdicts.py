@@ -20,12 +20,14 @@ Section = TypeVar("Section")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one criterion found; `detail` is what this report adds to the general explanation."""
+    """What one criterion found; `detail` is what this report adds to the general explanation. `unseen` is one that was
+    not asked because rounding, kinks or a missing derivative hide what it would see."""
 
     status: Status
     value: float | None
     limit: float | None
     detail: str = ""
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Criterion:
             value=found.value,
             limit=found.limit,
             hint=f"{found.detail} {self.meaning}".strip() if asked else found.detail,
+            unseen=found.unseen,
         )
 
 
@@ -124,6 +127,12 @@ def not_applicable(detail: str, value: float | None = None, limit: float | None 
     return Finding("not_applicable", value, limit, detail)
 
 
+def unseen(detail: str) -> Finding:
+    """The criterion would see nothing here: rounding, kinks or a missing derivative are in the way. A fault that makes
+    it so hides itself; the summary says how often that happened."""
+    return Finding("not_applicable", None, None, detail, unseen=True)
+
+
 def inconclusive(detail: str, value: float | None = None, limit: float | None = None) -> Finding:
     """More data could decide."""
     return Finding("inconclusive", value, limit, detail)
@@ -140,8 +149,9 @@ def largest(*values: float) -> float:
 
 
 def in_se(difference: float | None, se: float | None) -> float:
-    """|difference|/SE; 0 where the difference is 0, infinite where only the SE is, NaN where one is missing."""
-    if difference is None or se is None:
+    """|difference|/SE; 0 where the difference is 0, infinite where the SE is 0, NaN where one is missing or the SE is
+    infinite, which would hide any difference."""
+    if difference is None or se is None or math.isinf(se):
         return math.nan
     return 0.0 if difference == 0 else abs(difference) / se if se > 0 else math.inf
 

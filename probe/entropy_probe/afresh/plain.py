@@ -17,8 +17,8 @@ from torch.distributions import Categorical
 
 Row = tuple[list[int], int]
 """Token ids of prompt and response, and how many of them are the prompt."""
-Scored = list[tuple[list[float], list[float]]]
-"""(log p, H) of every token of each response."""
+Scored = list[tuple[list[float], list[float], list[list[float]]]]
+"""(log p, H, features) of every token of each response: the features of `_features`."""
 
 
 def plain_model(folder: Path, base: Path | None) -> Any:
@@ -57,8 +57,22 @@ def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
         policy = (logits / temperature)[start - 1 : len(ids) - 1]
         taken = torch.tensor(ids[start:])
         logp = torch.log_softmax(policy, -1)[torch.arange(len(taken)), taken]
-        found.append((logp.tolist(), Categorical(logits=policy).entropy().tolist()))
+        entropy = Categorical(logits=policy).entropy()
+        of_step = logits[start - 1 : len(ids) - 1]
+        features = _features(of_step, policy.softmax(-1), entropy)
+        found.append((logp.tolist(), entropy.tolist(), features.tolist()))
     return found
+
+
+def _features(logits: Tensor, p: Tensor, entropy: Tensor) -> Tensor:
+    """[T, 6] at top_p = 1, where the head is the likeliest token: H, its probability, how far its logit is above the
+    next, its probability, the entropy of it against all others, and the variance of the logits under p."""
+    top = p.max(-1).values
+    first, second = logits.topk(2).values.unbind(-1)
+    two = Categorical(probs=torch.stack([top, 1 - top], -1)).entropy()
+    mean = (p * logits).sum(-1, keepdim=True)
+    spread = (p * (logits - mean) ** 2).sum(-1)
+    return torch.stack([entropy, top, first - second, top, two, spread], -1)
 
 
 @torch.no_grad()
