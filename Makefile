@@ -10,7 +10,7 @@ GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 # Some hundred processes read what the first has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: acceptance test lint matrix fuzz bench demo picture clean
+.PHONY: acceptance test lint matrix fuzz mutants bench demo picture clean
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
@@ -33,6 +33,9 @@ matrix: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py $(FUZZ)
+
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 bench: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest benchmarks --device=$(DEVICE) \

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1195,6 +1196,7 @@ def page() -> str:
         cells += [", ".join(caught), ", ".join(map(_code, sorted(f.also)))] if f.seen else []
         rows[f.seen].append(f"| {' | '.join(cells)} |")
     page = _PAGE.format(count=len(FAULTS), seen="\n".join(rows[True]))
+    page += (Path(__file__).parents[1] / "mutants" / "last.md").read_text(encoding="utf-8")
     return page + (_UNSEEN.format(missed=len(rows[False]), unseen="\n".join(rows[False])) if rows[False] else "")
 
 

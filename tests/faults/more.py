@@ -190,6 +190,12 @@ def weights_rounded_to_bfloat16(patch: Patch) -> None:
     weights(patch, pretrained.load_full_model, lambda _, p: p.bfloat16().float())
 
 
+@fault("llama", "as_stored", also="plain_forward plain_step sampler_parity on_policy")
+def weights_moved(patch: Patch) -> None:
+    """Every weight is read a thousandth too large."""
+    weights(patch, pretrained.load_full_model, lambda _, p: 1.001 * p)
+
+
 @fault("llama", "as_stored plain_forward", also="plain_step sampler_parity on_policy")
 def a_norm_left_as_it_was_made(patch: Patch) -> None:
     """The last norm keeps the ones of its construction."""

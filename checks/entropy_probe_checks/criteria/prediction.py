@@ -37,7 +37,9 @@ def optimizer_step_cosine(report: ProbeReport) -> Finding:
     cosine = needed(report.update).cosine_with_optimizer_step
     if cosine is None:
         return not_applicable("No step was compared.")
-    return at_most(1 - cosine, limit_for(report, "optimizer_step_cosine"), detail=_where(report))
+    return at_most(
+        abs(1 - cosine), limit_for(report, "optimizer_step_cosine"), detail=_where(report)
+    )
 
 
 @second_moment

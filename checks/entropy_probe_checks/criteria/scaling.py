@@ -56,7 +56,10 @@ def drawn_scaling(report: ProbeReport) -> Finding:
         if report.invariance.num_examples == 0:
             return not_applicable("invariance.max_examples is 0.")
         return unseen("No drawn v moves a logit above rounding.")
-    return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
+    bound = (
+        measured.bound if measured.bound < 0.5 else math.nan
+    )  # half of the largest value bounds nothing
+    return at_most(measured.worst, bound, detail=f"[{measured.example}]")
 
 
 def _off_from(value: float | None, expected: float, limit: float, missing: str) -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from entropy_probe import ProbeReport
 from entropy_probe.report import WorstCase
 from entropy_probe_checks.criteria.verdicts import (
@@ -49,7 +51,9 @@ def chunk_invariance(report: ProbeReport) -> Finding:
 
 
 def _within_rounding(measured: WorstCase) -> Finding:
-    return at_most(measured.worst, measured.bound, detail=f"[{measured.example}]")
+    """A bound of half a nat is none, and passes nothing: rounding gives 0.05 at 80 layers and 32k tokens in float32."""
+    bound = measured.bound if measured.bound < 0.5 else math.nan
+    return at_most(measured.worst, bound, detail=f"[{measured.example}]")
 
 
 @Criterion
