@@ -136,11 +136,16 @@ def read_report(text: str) -> ProbeReport:
     return ProbeReport.model_validate_json(text)
 
 
-def write_evidence(folder: Path, name: str, report: ProbeReport) -> None:
+def write_evidence(folder: Path, name: str, report: ProbeReport) -> str:
+    """The error line, if any."""
     from entropy_probe.evidence import evidence_file
 
-    if report.evidence is not None:
-        report.evidence.to_file(evidence_file(folder, name))
+    try:
+        if report.evidence is not None:
+            report.evidence.to_file(evidence_file(folder, name))
+    except ProbeError as error:
+        return f"the evidence is not written: {error}"
+    return ""
 
 
 def write_reports(path: Path, texts: Sequence[str]) -> str | None:

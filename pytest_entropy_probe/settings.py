@@ -85,7 +85,7 @@ def read_settings(config: pytest.Config) -> Settings:
         update_rollouts=existing(config, "update_rollouts", "file"),
         prompts=existing(config, "prompts", "file"),
         baseline=existing(config, "baseline", "file or folder"),
-        evidence=_folder(config, "evidence"),
+        evidence=_new_folder(config, "evidence"),
         golden_dir=_folder(config, "golden_dir"),
         golden_update=_golden_update(config),
         no_cache=flag(config, "no_cache"),
@@ -133,6 +133,17 @@ def _folder(config: pytest.Config, key: str) -> Path | None:
     path = place(config, key)
     if path is not None and path.exists() and not path.is_dir():
         raise pytest.UsageError(f"{label(config, key)}: {path} is a file; give a folder")
+    return path
+
+
+def _new_folder(config: pytest.Config, key: str) -> Path | None:
+    """A folder that can be made and written into, before anything is measured."""
+    path = _folder(config, key)
+    if path is not None:
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            problem = f"cannot write into {there}; give another folder"
+            raise pytest.UsageError(f"{label(config, key)}: {problem}")
     return path
 
 

@@ -206,7 +206,8 @@ class Subject:
         """Where --probe-evidence asks for it: beside the report, and by whoever has it."""
         folder = self._config.stash[SETTINGS].evidence
         if folder is not None and self.report is not None:
-            library.write_evidence(folder, self.name, self.report)
+            trouble = library.write_evidence(folder, self.name, self.report)
+            self.note = "; ".join(filter(None, [self.note, trouble]))
 
 
 SUBJECTS = pytest.StashKey[dict[str, Subject]]()

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 Question = tuple[str, str | None]
 """Text and gold."""
-_FEW = 8
+_FEW, _MOST = 8, 50_000
+"""Prompts whose rewards are computed again; questions whose tokens are made again."""
 
 
 def of_file(
@@ -22,9 +24,7 @@ def of_file(
 ) -> dict[str, Any]:
     """`wrong`: the numbers of the prompts that are not those of their line, by the ids where it has ids; `rewards` and
     `advantages` as the lines have them."""
-    lines = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    lines = _lines(path)
     wrong = [n for n in range(max(len(lines), len(prompts))) if n >= min(len(lines), len(prompts))]
     for n, (line, prompt, own) in enumerate(zip(lines, prompts, responses, strict=False)):
         if "prompt_ids" in line and [line["prompt_ids"], line["response_ids"]] != [
@@ -38,26 +38,36 @@ def of_file(
     return found
 
 
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a split by the tokens that their texts have."""
+
+    tokenizer: Any
+    by_tokens: dict[tuple[int, ...], Question]
+
+    @classmethod
+    def of(cls, name: str, split: str, prompts_file: Path | None, tokenizer: Any) -> Questions:
+        """Raises `LookupError` for a dataset that is not read a second time."""
+        found = pool(name, split, prompts_file)
+        if found is None:
+            raise LookupError(f"the dataset {name} is not read a second time")
+        if len(found) > _MOST:
+            raise LookupError(f"{len(found)} questions are too many to read a second time")
+        by_tokens: dict[tuple[int, ...], Question] = {}
+        for text, gold in found:
+            by_tokens.setdefault(tuple(tokenizer(text).input_ids), (text, gold))
+        return cls(tokenizer, by_tokens)
+
+
 def of_dataset(
-    name: str,
-    split: str,
-    prompts_file: Path | None,
+    questions: Questions,
     reward: str,
-    tokenizer: Any,
     prompts: Sequence[list[int]],
     responses: Sequence[Sequence[list[int]]],
-) -> dict[str, Any] | str:
+) -> dict[str, Any]:
     """`wrong`: the numbers of the prompts whose tokens no question of the split has; `rewards` of the first prompts
-    that are there, by their numbers. A text, where the dataset or the reward cannot be had without the probe."""
-    questions = pool(name, split, prompts_file)
-    if questions is None:
-        return f"the dataset {name} is not read a second time"
-    by_length = {len(prompt) for prompt in prompts}
-    by_tokens: dict[tuple[int, ...], Question] = {}
-    for text, gold in questions:
-        tokens = tuple(tokenizer(text).input_ids)
-        if len(tokens) in by_length:
-            by_tokens.setdefault(tokens, (text, gold))
+    that are there, by their numbers, unless the reward is an entry point of a package."""
+    tokenizer, by_tokens = questions.tokenizer, questions.by_tokens
     known = [by_tokens.get(tuple(prompt)) for prompt in prompts]
     found: dict[str, Any] = {"wrong": [n for n, question in enumerate(known) if question is None]}
     judge = tag_pref if reward == "tag_pref" else _function(reward)
@@ -76,14 +86,19 @@ def pool(name: str, split: str, prompts_file: Path | None) -> list[Question] | N
     head, _, path = name.partition(":")
     if prompts_file is not None or (head == "jsonl" and path):
         file = prompts_file or Path(path).expanduser()
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
-        return [(row["prompt"], _text(row.get("gold"))) for row in rows]
+        return [(row["prompt"], _text(row.get("gold"))) for row in _lines(file)]
     if name == "arithmetic":
         return _arithmetic(split)
     if head != "gsm8k_r1_template" and path:
         function = _function(name)
         return None if function is None else [_question(row) for row in function(split)]
     return None
+
+
+def _lines(path: Path) -> list[Any]:
+    """A value of JSON on each line; a text may hold other separators of lines."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _arithmetic(split: str) -> list[Question]:

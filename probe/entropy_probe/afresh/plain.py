@@ -15,30 +15,33 @@ import transformers
 from torch import Tensor
 from torch.distributions import Categorical
 
+# Nothing from the network, and no code of the folder's own: whoever asks for it was refused before.
+_SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 Row = tuple[list[int], int]
 """Token ids of prompt and response, and how many of them are the prompt."""
 Scored = list[tuple[list[float], list[float], list[list[float]]]]
 """(log p, H, features) of every token of each response: the features of `_features`."""
 
 
-def plain_model(folder: Path, base: Path | None) -> Any:
-    """In float32 and eval mode."""
+def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
+    """In float32 and eval mode, on the device."""
     names = ("config.json", "adapter_config.json")
     weights = folder if any((folder / name).is_file() for name in names) else folder / "model"
     of_model = weights
     is_adapter = (weights / "adapter_config.json").is_file()
     if is_adapter and base is not None:
         of_model = base
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": torch.float32} | _SAFE
     with _quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             of_model, attn_implementation="eager", **options
         )
         if is_adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(weights))
-    return model.float().eval()
+    return model.float().eval().to(device)
 
 
 def plain_tokenizer(folder: Path, base: Path | None) -> Any:
@@ -46,14 +49,15 @@ def plain_tokenizer(folder: Path, base: Path | None) -> Any:
     places = [folder, folder / "model", *([] if base is None else [base])]
     own = next(place for place in places if list(place.glob("tokenizer*")))
     with _quiet():
-        return transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(own, **_SAFE)
 
 
 @torch.no_grad()
 def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
     found: Scored = []
     for ids, start in rows:
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+        given = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=given, use_cache=False).logits[0].double().cpu()
         policy = (logits / temperature)[start - 1 : len(ids) - 1]
         taken = torch.tensor(ids[start:])
         logp = torch.log_softmax(policy, -1)[torch.arange(len(taken)), taken]
@@ -80,8 +84,9 @@ def step(model: Any, v: Mapping[str, Tensor], eta: float) -> None:
     """θ + ηv, written into the model's own parameters, which must have the names of v."""
     parameters = dict(model.named_parameters())
     for name, direction in v.items():
-        moved = parameters[name].double() + eta * direction.double().reshape(parameters[name].shape)
-        parameters[name].copy_(moved)
+        parameter = parameters[name]
+        change = eta * direction.to(parameter.device, torch.float64).reshape(parameter.shape)
+        parameter.copy_(parameter.double() + change)
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from entropy_probe.afresh.inputs import of_dataset, of_file
+from entropy_probe.afresh.inputs import Questions, of_dataset, of_file
 from entropy_probe.afresh.plain import Row, plain_model, plain_scores, plain_tokenizer, step
 from entropy_probe.afresh.stored import read_again
 from entropy_probe.memory import available_bytes
@@ -24,8 +24,9 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
     """Facts `stored`, `plain` and `inputs` of the evidence: what was found, or a text that says why nothing was."""
     info = of.checkpoint.info
     batches = {"e": of.e} if of.same_batch else {"e": of.e, "u": of.u}
+    questions = functools.cache(lambda: _questions(of, prepared))
     inputs = {
-        which: _inputs(batch.rollouts, of, prepared, place)
+        which: _inputs(batch.rollouts, of, prepared, place, questions)
         for place, (which, batch) in enumerate(batches.items())
     }
     if not info.path.is_dir() or not info.optimizer_file.exists():
@@ -39,7 +40,11 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
 
 
 def _inputs(
-    rollouts: Rollouts, of: Measured, prepared: Prepared, place: int
+    rollouts: Rollouts,
+    of: Measured,
+    prepared: Prepared,
+    place: int,
+    questions: Callable[[], Questions],
 ) -> dict[str, Any] | str:
     """Of one batch, from where it was asked for."""
     group, given, batch = rollouts.num_responses, prepared.given[place], of.config.batch
@@ -51,20 +56,24 @@ def _inputs(
     try:
         if given != "sampled":
             return of_file(Path(given), prompts, responses)
-        info = of.checkpoint.info
-        file = None if prepared.prompts is None else Path(prepared.prompts)
-        tokenizer = plain_tokenizer(info.path, info.base_model)
-        return of_dataset(
-            batch.dataset, batch.split, file, batch.reward, tokenizer, prompts, responses
-        )
+        return of_dataset(questions(), batch.reward, prompts, responses)
     except Exception as error:
         return f"cannot be looked up again ({type(error).__name__}: {error})"
+
+
+def _questions(of: Measured, prepared: Prepared) -> Questions:
+    """Of the dataset, by a tokenizer of the folder that nobody has touched."""
+    info, batch = of.checkpoint.info, of.config.batch
+    file = None if prepared.prompts is None else Path(prepared.prompts)
+    tokenizer = plain_tokenizer(info.path, info.base_model)
+    return Questions.of(batch.dataset, batch.split, file, tokenizer)
 
 
 def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
     info, config = of.checkpoint.info, of.config
     needed = 6 * info.num_parameters  # float32, and room to load it
-    free = available_bytes(torch.device("cpu"))
+    device = of.bound.device
+    free = available_bytes(device)
     if config.memory_limit is not None or info.device_map is not None:
         return "too large: a limit of memory or a map of devices leaves no room for a second model"
     if free is not None and needed > free:
@@ -72,7 +81,7 @@ def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
             f"too large: a second model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         )
     try:
-        model = plain_model(info.path, info.base_model)
+        model = plain_model(info.path, info.base_model, device)
     except Exception as error:
         return f"transformers alone cannot load it ({type(error).__name__}: {error})"
     temperature = config.generation.temperature
