@@ -25,6 +25,8 @@ torch.set_num_threads(1)
 LONGEST = (
     "faults/test_faults.py",
     "test_against_reference.py",
+    "test_mutants.py",
+    "test_audit.py",
     "hostile/test_hostile.py",
     "test_distributed.py",
     "test_placement.py",
@@ -32,6 +34,7 @@ LONGEST = (
     "test_cost.py",
     "test_run.py",
     "test_memory_limit.py",
+    "test_drill.py",
     "plugin/test_demo_run.py",
     "plugin/test_ci_page.py",
     "plugin/test_readme.py",
