@@ -171,7 +171,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     ],
     "as_stored": [
         (lambda r: first_state(r, step=17.0), "fail"),
-        (lambda r: first_state(r, exp_avg=[0.0, 0.0]), "fail"),
+        (lambda r: first_state(r, sums=[0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), "fail"),
         (lambda r: with_array(r, "sum.parameters", lambda a: a * (1 + 1e-7)), "fail"),
         (lambda r: poisoned(r, "checkpoint", weights_dtype="bfloat16"), "fail"),
         (lambda r: with_facts(r, stored="another format"), "not_applicable"),
@@ -186,7 +186,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: scored_again(r, "at_e", 0.01), "fail"),
         (lambda r: scored_again(r, "at_u", math.nan), "fail"),
         (lambda r: with_array(r, "e.features", lambda a: a * 1.01), "fail"),
-        (lambda r: with_facts(r, plain="too large: no room"), "inconclusive"),
+        (lambda r: with_facts(r, plain="too large: no room"), "not_applicable"),
         (lambda r: with_facts(r, plain="transformers cannot load it"), "not_applicable"),
         (without_evidence, "not_applicable"),
     ],
@@ -194,7 +194,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: scored_again(r, "after", 0.1), "fail"),
         (lambda r: scored_again(r, "after", math.nan), "fail"),
         (lambda r: with_facts(r, plain={"after": r.evidence.facts["plain"]["at_e"]}), "not_applicable"),
-        (lambda r: with_facts(r, plain="too large: no room"), "inconclusive"),
+        (lambda r: with_facts(r, plain="too large: no room"), "not_applicable"),
         (without_evidence, "not_applicable"),
     ],
     "fresh_responses": [
@@ -540,6 +540,7 @@ def test_poison_is_seen(report: ProbeReport, name: str, poison: Any, status: str
         ("delta_h_slope", lambda r: poisoned(r, "continuity", delta_h_slope=None)),
         ("logit_slope", lambda r: poisoned(r, "continuity", logit_slope=None)),
         ("drawn_scaling", lambda r: poisoned(r, "invariance", scaling=None)),
+        ("plain_forward", lambda r: with_facts(r, plain="too large: no room")),
         ("curvature_witness", lambda r: r.model_copy(update={"witness": r.witness | {"curvature": None}})),
     ],
 )

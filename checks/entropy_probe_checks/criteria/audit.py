@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from entropy_probe_checks.criteria.verdicts import (
     Finding,
     at_most,
     in_se,
-    inconclusive,
     largest,
     not_applicable,
     of_a_normal,
@@ -25,6 +25,9 @@ from entropy_probe_checks.criteria.verdicts import (
 )
 from entropy_probe_checks.thresholds import limit_for
 
+_CERTAIN = (
+    5.0  # nats of all responses of a prompt: below it they may well be the same in both batches
+)
 _NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
 
 
@@ -66,14 +69,14 @@ def as_stored(report: ProbeReport) -> Finding:
     found = [f"{weights} weights"] if weights else []
     moments = 0
     if "sum.exp_avg" in arrays:
-        used = list(
-            zip(facts["hyper"], arrays["sum.exp_avg"], arrays["sum.exp_avg_sq"], strict=True)
-        )
+        moments_used = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        sums = np.concatenate([arrays[f"sum.{name}"] for name in moments_used], 1)
+        used = list(zip(facts["hyper"], sums.tolist(), strict=True))
         moments = _states_differing(used, stored["states"])
         found += [f"{moments} states of the optimizer"] if moments else []
     dtypes = {w["dtype"] for w in stored["weights"]}
     named = report.checkpoint.weights_dtype
-    if not any(dtype in named for dtype in dtypes):
+    if dtypes.isdisjoint(re.findall(r"\w+", named)):
         found.append(f"weights are {named}, stored as {', '.join(sorted(dtypes))}")
     detail = f"[{'; '.join(found)}]" if found else ""
     return at_most(
@@ -136,7 +139,7 @@ def _same(one: _Entry, other: _Entry) -> bool:
 
 
 def _states_differing(
-    used: Sequence[tuple[Mapping[str, Any], Any, Any]], stored: Sequence[Any]
+    used: Sequence[tuple[Mapping[str, Any], Sequence[float]]], stored: Sequence[Any]
 ) -> int:
     """How many states of either side have no partner with the same step, hyper-parameters and moments."""
     own_name = {"decoupled_weight_decay": "decoupled"}
@@ -144,15 +147,17 @@ def _states_differing(
     known: set[str] = set()
     if stored:
         known = set.intersection(*(set(state["hyper"]) for state in stored))
-    for hyper, first, second in used:
+    for hyper, sums in used:
         if hyper["step"] == 0:  # none in the file: `preconditioner_complete` judges that
             continue
         told = {key: hyper[own_name.get(key, key)] for key in known}
-        entry = tuple(hyper["shape"]), (*map(float, first), *map(float, second))
+        entry = tuple(hyper["shape"]), tuple(sums)
         kinds[_kind(hyper["step"], told)][0].append(entry)
     for state in stored:
+        if state["step"] == 0:
+            continue
         told = {key: state["hyper"][key] for key in known}
-        entry = tuple(state["shape"]), (*state["exp_avg"], *state["exp_avg_sq"])
+        entry = tuple(state["shape"]), tuple(state["sums"])
         kinds[_kind(state["step"], told)][1].append(entry)
     alone = [_pairs(one, other) for one, other in kinds.values()]
     return max(sum(len(rest) for rest, _ in alone), sum(len(left) for _, left in alone))
@@ -181,7 +186,7 @@ def moments_possible(report: ProbeReport) -> Finding:
     shares = []
     ratios = report.evidence.arrays["sum.moment_ratio"]
     for hyper, ratio in zip(report.evidence.facts["hyper"], ratios, strict=True):
-        if hyper["step"] > 0 and hyper["betas"][1] < 1:
+        if hyper["step"] > 0 and 0 < hyper["betas"][1] < 1:
             beta1, beta2 = hyper["betas"]
             q, steps = beta1**2 / beta2, int(hyper["step"])
             series = float(steps) if q == 1 else (1 - q**steps) / (1 - q)
@@ -262,16 +267,19 @@ def fresh_responses(report: ProbeReport) -> Finding:
     for name in [name for name in arrays if name.startswith("fresh.") and name.endswith(".ids")]:
         logp, entropy = (arrays[name.replace(".ids", f".{of}")] for of in ("logp", "entropy"))
         surprise = (-logp - entropy).sum(-1).ravel()
+        alike = len(np.unique(surprise)) < len(surprise) / 2
+        if bool(np.isfinite(surprise).all()) and (alike or entropy.sum(-1).mean() < 1):
+            continue  # so certain that rare tokens, which the mean lives on, are not among them
         se = float(surprise.std(ddof=1)) / math.sqrt(len(surprise))
         found.append(of_a_normal(in_se(float(surprise.mean()), se), len(surprise) - 1))
     if not found:
-        return not_applicable("No fresh responses were drawn.")
+        return not_applicable("No fresh responses were drawn, or all but the same ones.")
     return at_most(largest(*found), limit_for(report, "fresh_responses"))
 
 
 def _unasked(why: str) -> Finding:
-    """A model that does not fit twice leaves the question open; one that transformers alone cannot load has none."""
-    return inconclusive(why) if why.startswith("too large") else not_applicable(why)
+    """Of a model that does not fit twice nothing is seen; one that transformers alone cannot load has no answer."""
+    return unseen(why) if why.startswith("too large") else not_applicable(why)
 
 
 def _of_features(
@@ -307,6 +315,7 @@ def prompts_as_given(report: ProbeReport) -> Finding:
         report,
         lambda which, found: [f"{which} {n + 1}" for n in found["wrong"]],
         "prompts_as_given",
+        "wrong",
     )
 
 
@@ -335,16 +344,19 @@ def rewards_again(report: ProbeReport) -> Finding:
             differing.append(f"advantages of {which}")
         return differing
 
-    return _of_inputs(report, wrong, "rewards_again")
+    return _of_inputs(report, wrong, "rewards_again", "rewards")
 
 
-def _of_inputs(report: ProbeReport, wrong: Any, name: str) -> Finding:
+def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:
     if report.evidence is None:
         return not_applicable(_NOT_AT_HAND)
     inputs = report.evidence.facts["inputs"]
-    known = {which: found for which, found in inputs.items() if not isinstance(found, str)}
+    known = {which: of for which, of in inputs.items() if not isinstance(of, str) and key in of}
     if not known:
-        return not_applicable(next(iter(inputs.values())))
+        why = next((of for of in inputs.values() if isinstance(of, str)), "")
+        return not_applicable(
+            why or "The lines of the file have texts, which are not read a second time."
+        )
     found = [text for which, of in known.items() for text in wrong(which, of)]
     detail = f"[{', '.join(found[:5])}{' …' if len(found) > 5 else ''}]" if found else ""
     return at_most(float(len(found)), limit_for(report, name), detail=detail)
@@ -353,7 +365,7 @@ def _of_inputs(report: ProbeReport, wrong: Any, name: str) -> Finding:
 @Criterion
 def batches_independent(report: ProbeReport) -> Finding:
     """Number of prompts that E and U share where they were sampled without replacement, and of whole groups of
-    responses that they share otherwise.
+    responses that they share otherwise, where they have more than 5 nats.
 
     The update comes from responses on which its effect is measured: the two batches are not independent, and neither
     δH₁ nor its standard error is that of a step on other data.
@@ -363,11 +375,9 @@ def batches_independent(report: ProbeReport) -> Finding:
     if report.batch.same_batch:
         return not_applicable("One batch serves as both.")
     sampled = {report.batch.given, report.update_batch.given} == {"sampled"}
-    whole = not sampled or report.config["batch"]["with_replacement"]
-    if whole and report.entropy.rb.value < 1.0:
-        return not_applicable(
-            "The policy is so certain that it says the same again: H is below 1 nat."
-        )
+    inputs = report.evidence.facts["inputs"]["e"]
+    distinct = not isinstance(inputs, str) and inputs.get("distinct", False)
+    whole = not sampled or report.config["batch"]["with_replacement"] or not distinct
     one, other = (_groups(report, which, whole=whole) for which in ("e", "u"))
     shared = float(len(one & other))
     return at_most(shared, limit_for(report, "batches_independent"))
@@ -384,6 +394,8 @@ def _groups(report: ProbeReport, which: str, *, whole: bool) -> set[tuple[Any, .
     rows = [
         tuple(row[: start + n]) for row, start, n in zip(ids.tolist(), starts, lengths, strict=True)
     ]
-    if whole:
-        return {tuple(rows[k : k + size]) for k in range(0, len(rows), size)}
+    if whole:  # where all responses are all but certain, they come again by themselves
+        entropy = arrays[f"{which}.entropy"].sum((1, 2))
+        chosen = [k for k in range(0, len(rows), size) if entropy[k // size] > _CERTAIN]
+        return {tuple(rows[k : k + size]) for k in chosen}
     return {rows[k][: starts[k]] for k in range(0, len(rows), size)}

@@ -18,6 +18,7 @@ from torch.distributions import Categorical
 # Nothing from the network, and no code of the folder's own: whoever asks for it was refused before.
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
+_AT_ONCE = 128  # positions whose logits are held in float64
 Row = tuple[list[int], int]
 """Token ids of prompt and response, and how many of them are the prompt."""
 Scored = list[tuple[list[float], list[float], list[list[float]]]]
@@ -34,9 +35,13 @@ def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
         of_model = base
     options: dict[str, Any] = {"dtype": torch.float32} | _SAFE
     with _quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            of_model, attn_implementation="eager", **options
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            of_model, attn_implementation="eager", output_loading_info=True, **options
         )
+        model, loading = loaded
+        missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
+        if missing:
+            raise LookupError(f"{missing[0]} is in no file")
         if is_adapter:
             from peft import PeftModel
 
@@ -57,14 +62,17 @@ def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
     found: Scored = []
     for ids, start in rows:
         given = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=given, use_cache=False).logits[0].double().cpu()
-        policy = (logits / temperature)[start - 1 : len(ids) - 1]
-        taken = torch.tensor(ids[start:])
-        logp = torch.log_softmax(policy, -1)[torch.arange(len(taken)), taken]
-        entropy = Categorical(logits=policy).entropy()
-        of_step = logits[start - 1 : len(ids) - 1]
-        features = _features(of_step, policy.softmax(-1), entropy)
-        found.append((logp.tolist(), entropy.tolist(), features.tolist()))
+        of_all = model(input_ids=given, use_cache=False).logits[0, start - 1 : len(ids) - 1]
+        taken, scored = torch.tensor(ids[start:]), ([], [], [])
+        for first in range(0, len(taken), _AT_ONCE):
+            logits = of_all[first : first + _AT_ONCE].cpu().double()
+            tokens, policy = taken[first : first + _AT_ONCE], logits / temperature
+            logp = torch.log_softmax(policy, -1)[torch.arange(len(tokens)), tokens]
+            entropy = Categorical(logits=policy).entropy()
+            features = _features(logits, policy.softmax(-1), entropy)
+            for known, more in zip(scored, (logp, entropy, features), strict=True):
+                known += more.tolist()
+        found.append(scored)
     return found
 
 

@@ -46,8 +46,11 @@ def _state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         "shape": list(state["exp_avg"].shape),
         "step": float(state["step"]),
         "hyper": {k: list(v) if isinstance(v, tuple) else _plain(v) for k, v in hyper.items()},
-        "exp_avg": sums(state["exp_avg"]),
-        "exp_avg_sq": sums(state["exp_avg_sq"]),
+        "sums": [
+            *sums(state["exp_avg"]),
+            *sums(state["exp_avg_sq"]),
+            *(sums(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else (0.0, 0.0)),
+        ],
     }
 
 
@@ -62,7 +65,7 @@ def _weight(tensor: Tensor) -> dict[str, Any]:
 
 def sums(tensor: Tensor) -> list[float]:
     """[Σ, Σ²] in float64."""
-    square = torch.linalg.vector_norm(tensor.detach().float(), dtype=torch.float64).square()
+    square = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square()
     return [float(tensor.detach().sum(dtype=torch.float64)), float(square)]
 
 

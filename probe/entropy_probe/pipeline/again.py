@@ -36,7 +36,15 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
         stored = read_again(info.path, info.optimizer_file, info.base_model)
     except Exception as error:  # whatever a library raises: this is a second opinion
         stored = f"cannot be read by the libraries alone ({type(error).__name__}: {error})"
-    return {"stored": stored, "plain": _plain(of, then), "inputs": inputs}
+    plain: dict[str, Any] | str = "its weights are not those of a file that transformers reads"
+    if isinstance(stored, dict):
+        try:
+            plain = _plain(of, then)
+        except (
+            Exception
+        ) as error:  # a model that does not fit, or that transformers builds otherwise
+            plain = f"transformers alone cannot score it ({type(error).__name__}: {error})"
+    return {"stored": stored, "plain": plain, "inputs": inputs}
 
 
 def _inputs(
@@ -80,10 +88,7 @@ def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
         return (
             f"too large: a second model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         )
-    try:
-        model = plain_model(info.path, info.base_model, device)
-    except Exception as error:
-        return f"transformers alone cannot load it ({type(error).__name__}: {error})"
+    model = plain_model(info.path, info.base_model, device)
     temperature = config.generation.temperature
     e, rows_e = _rows(of.e.rollouts)
     found: dict[str, Any] = {"e": e, "at_e": plain_scores(model, rows_e, temperature)}

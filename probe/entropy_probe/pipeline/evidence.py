@@ -59,8 +59,8 @@ def evidence_of(
         moved = list(direction.v)
         x_bar, v0 = of.e.gradients.mean_x(), direction.v0
         arrays["e.x_v0"] = torch.stack([_dot(x_bar[n], v0[n]) for n in moved])
-        along = {n: x_bar[n] * direction.diagonal[n].reshape(-1) for n in moved}
-        arrays["u.y_dx"] = u.of_units(sum(_times(u.y[n], along[n]) for n in moved))  # pyright: ignore[reportArgumentType]
+        along = (_times(u.y[n], x_bar[n] * direction.diagonal[n].reshape(-1)) for n in moved)
+        arrays["u.y_dx"] = u.of_units(sum(along))  # pyright: ignore[reportArgumentType]
         crossed = None if step.predicting is None else step.predicting.crossed
         for which, gradients in (("u", u if of.same_batch else None), ("crossed", crossed)):
             if gradients is not None:
@@ -128,7 +128,7 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
     if batch.gradients.y:
         found["y_norms"] = _unit_norms(batch.gradients, batch.gradients.y)
         reached = (batch.gradients.x, batch.gradients.y)
-        counts = torch.tensor([[int((t != 0).sum()) for t in side.values()] for side in reached])
+        counts = torch.tensor([[int(t.count_nonzero()) for t in side.values()] for side in reached])
         found["reached"] = share.world.total(counts)
     return found
 
@@ -138,7 +138,11 @@ def _features(share: Share, features: Tensor) -> Tensor:
 
 
 def _unit_norms(gradients: UnitGradients, rows: Mapping[str, Tensor]) -> Tensor:
-    squares = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) ** 2 for t in rows.values()]
+    squares = [
+        t[:, part].double().square().sum(1)
+        for t in rows.values()
+        for part in _pieces(t.shape[1], len(t))
+    ]
     return gradients.of_units(torch.stack(squares).sum(0)).sqrt()
 
 
@@ -152,7 +156,9 @@ def _products(
     found = []
     for n in names:
         p = precond[n].double().reshape(-1)
-        own = (x.x[n].double() * p * y.y[n].double()).sum(1)
+        own = torch.zeros(len(x.x[n]), dtype=torch.float64)
+        for part in _pieces(len(p), len(own)):
+            own += (x.x[n][:, part].double() * p[part] * y.y[n][:, part].double()).sum(1)
         sides = (_times(x.x[n], p * y.sums_y[n]), _times(y.y[n], p * x.sums_x[n]), own)
         found.append(torch.stack(sides, 1))
     return {"sums": torch.stack([x.of_units(of_tensor) for of_tensor in found])}
@@ -206,13 +212,12 @@ def _sums(of: Measured, step: NextStep, names: list[str]) -> dict[str, Tensor]:
         return torch.stack([_dot(values[n], values[n]) for n in of_names])
 
     parameters = {n: p.detach() for n, p in of.bound.registry.parameters.items()}
-    x_sum, y_sum = _over_units(u)
     moved = list(direction.v)
     found = {
         "x_bar_squared": square(x_bar, names),
         "y_bar_squared": square(y_bar, names),
         "y_bar_squared_moved": square(y_bar, moved),
-        "plain": torch.stack([_dot(x_sum[n], y_sum[n]) for n in names]) / units**2,
+        "plain": torch.stack([_dot(*_over_units(u, n)) for n in names]) / units**2,
         "v_squared": square(direction.v, moved),
         "v0_squared": square(direction.v0, moved),
         "p_min": torch.stack([step.precond[n].double().min() for n in step.precond]),
@@ -226,15 +231,19 @@ def _sums(of: Measured, step: NextStep, names: list[str]) -> dict[str, Tensor]:
     found["moment_ratio"] = torch.tensor([_moment_ratio(adam[n]) for n in moved])
     found["exp_avg"] = _first_two({n: adam[n].exp_avg for n in moved})
     found["exp_avg_sq"] = _first_two({n: adam[n].exp_avg_sq for n in moved})
+    nothing = torch.zeros(1)
+    largest = {n: adam[n].max_exp_avg_sq for n in moved}
+    found["max_exp_avg_sq"] = _first_two(
+        {n: nothing if t is None else t for n, t in largest.items()}
+    )
     return found
 
 
-def _over_units(u: UnitGradients) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """ΣX and ΣY over units."""
+def _over_units(u: UnitGradients, name: str) -> tuple[Tensor, Tensor]:
+    """ΣX and ΣY over units, of a tensor."""
     if isinstance(u, OwnUnitGradients):
-        return u.sums_x, u.sums_y
-    x, y = ({n: t.sum(0, dtype=torch.float64) for n, t in side.items()} for side in (u.x, u.y))
-    return x, y
+        return u.sums_x[name], u.sums_y[name]
+    return u.x[name].sum(0, dtype=torch.float64), u.y[name].sum(0, dtype=torch.float64)
 
 
 def _first_two(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -253,6 +262,7 @@ def _moment_ratio(state: AdamState) -> float:
     """max |exp_avg|/√exp_avg_sq over the entries; squares below what float32 holds count as that."""
     smallest = torch.finfo(torch.float32).tiny
     ratio = state.exp_avg.abs() / (state.exp_avg_sq.clamp(min=0.0) + smallest).sqrt()
+    ratio = ratio.masked_fill(state.exp_avg_sq == 0, 0.0)  # it fell below what its dtype holds
     return float(ratio.max()) if ratio.numel() else 0.0
 
 
