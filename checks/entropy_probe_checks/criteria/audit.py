@@ -267,8 +267,8 @@ def fresh_responses(report: ProbeReport) -> Finding:
     for name in [name for name in arrays if name.startswith("fresh.") and name.endswith(".ids")]:
         logp, entropy = (arrays[name.replace(".ids", f".{of}")] for of in ("logp", "entropy"))
         surprise = (-logp - entropy).sum(-1).ravel()
-        alike = len(np.unique(surprise)) < len(surprise) / 2
-        if bool(np.isfinite(surprise).all()) and (alike or entropy.sum(-1).mean() < 1):
+        certain = entropy.sum(-1).mean() < 1 or len(np.unique(surprise)) < len(surprise) / 2
+        if certain and surprise.mean() < 0:
             continue  # so certain that rare tokens, which the mean lives on, are not among them
         se = float(surprise.std(ddof=1)) / math.sqrt(len(surprise))
         found.append(of_a_normal(in_se(float(surprise.mean()), se), len(surprise) - 1))
