@@ -34,7 +34,7 @@ def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
     if is_adapter and base is not None:
         of_model = base
     options: dict[str, Any] = {"dtype": torch.float32} | _SAFE
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):  # libraries draw what they then read
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             of_model, attn_implementation="eager", output_loading_info=True, **options
         )
