@@ -44,8 +44,8 @@ def summary(
         if len(steps) == 1 or failures:
             lines += [f"#### {_escaped(step.name)}: {_escaped(step.verdicts)}", ""]
         shown = [headlines[step.name]] if len(steps) == 1 and step.name in headlines else []
-        blind = [" ".join(unseen(step.name, mine))] if unseen(step.name, mine) else []
-        for text in shown + blind + failures:
+        blind = " ".join(unseen(step.name, mine))
+        for text in filter(None, [*shown, blind, *failures]):
             lines += ["```text", text.replace("```", "'''"), "```", ""]
         judged = [_cells(row) for row in mine if row.criterion]
         if judged and len(steps) <= MOST_IN_FULL:

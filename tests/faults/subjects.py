@@ -186,6 +186,14 @@ class Subject:
     one_batch: bool = False
 
 
+def _sampled_with(reward: str) -> dict[str, Any]:
+    """The configuration of responses that the probe samples, with a reward of this file."""
+    return {
+        "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": f"faults.subjects:{reward}"},
+        "generation": {"max_new_tokens": 12, "num_return_sequences": 6, "temperature": 0.7},
+    }
+
+
 SUBJECTS: dict[str, Subject] = {
     "llama": Subject("Llama, all parameters, two groups", partial(full, "llama")),
     "gpt2": Subject("GPT-2: learned positions, tied embeddings, dropout 0.1", partial(full, "gpt2")),
@@ -206,20 +214,14 @@ SUBJECTS: dict[str, Subject] = {
         "responses sampled by the probe itself",
         with_tokenizer,
         None,
-        {
-            "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": "faults.subjects:some_reward"},
-            "generation": {"max_new_tokens": 12, "num_return_sequences": 6, "temperature": 0.7},
-        },
+        _sampled_with("some_reward"),
     ),
     "one batch": Subject("one batch serves as both", partial(full, "llama"), one_batch=True),
     "sampled tag": Subject(
         "responses sampled by the probe itself, rewarded by what their prompt asks for",
         with_tokenizer,
         None,
-        {
-            "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": "faults.subjects:reward_by_gold"},
-            "generation": {"max_new_tokens": 12, "num_return_sequences": 6, "temperature": 0.7},
-        },
+        _sampled_with("reward_by_gold"),
     ),
     "top_k": Subject("an engine that sampled with its default top_k 50", partial(full, "llama"), {"top_k": 50}),
 }

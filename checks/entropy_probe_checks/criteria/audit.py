@@ -25,9 +25,8 @@ from entropy_probe_checks.criteria.verdicts import (
 )
 from entropy_probe_checks.thresholds import limit_for
 
-_CERTAIN = (
-    5.0  # nats of all responses of a prompt: below it they may well be the same in both batches
-)
+# Nats of all responses of a prompt: below it they may well be the same in both batches.
+_CERTAIN = 5.0
 _NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
 
 

@@ -40,9 +40,7 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
     if isinstance(stored, dict):
         try:
             plain = _plain(of, then)
-        except (
-            Exception
-        ) as error:  # a model that does not fit, or that transformers builds otherwise
+        except Exception as error:  # it does not fit, or transformers builds another model
             plain = f"transformers alone cannot score it ({type(error).__name__}: {error})"
     return {"stored": stored, "plain": plain, "inputs": inputs}
 
