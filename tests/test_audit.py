@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from pydantic import BaseModel
 from scipy import stats
 
@@ -26,11 +27,25 @@ BLOCKS = {"first_order": {"mode": "block", "num_blocks": 3}}
 SUBJECTS_TOO = {
     "mixtral-lora": Subject("experts", lambda folder, seed: adapter("mixtral", folder, seed)),
     "mixtral": Subject("experts, all trained", lambda folder, seed: full("mixtral", folder, seed)),
+    "bfloat16": Subject("weights stored in bfloat16", lambda folder, seed: in_bfloat16(full("llama", folder, seed))),
 }
+
+
+def in_bfloat16(folder: Path) -> Path:
+    """The same checkpoint as a trainer saves it that computes in bfloat16 and keeps Adam's moments in float32."""
+    file = folder / "model.safetensors"
+    weights = {name: w.bfloat16() for name, w in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    return folder
+
+
 # subject, configuration, whether one batch serves as both
 RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
     **{name: (name, {}, False) for name in (*SUBJECTS, *SUBJECTS_TOO)},
     "float64": ("llama", {"precision": {"dtype": "float64"}}, False),
+    "float64 of bfloat16, one batch": ("bfloat16", {"precision": {"dtype": "float64"}}, True),
     "float64 lora, one batch": ("lora", {"precision": {"dtype": "float64"}}, True),
     "blocks": ("llama", BLOCKS, False),
     "one batch": ("dora", {}, True),

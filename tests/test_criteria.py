@@ -410,8 +410,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "on_policy": [
         (lambda r: surprised(r, 60.0, 1.0), "fail"),
         (lambda r: surprised(r, -60.0, 1.0), "fail"),
-        (lambda r: surprised(r, 4.1, 1.0), "fail"),
-        (lambda r: surprised(r, -3.9, 1.0), "pass"),
+        (lambda r: surprised(r, 5.1, 1.0), "fail"),
+        (lambda r: surprised(r, -4.9, 1.0), "pass"),
         (lambda r: surprised(r, math.nan, 1.0), "fail"),
         (lambda r: surprised(r, 1.0, 0.0), "fail"),
         (lambda r: surprised(r, 0.0, 0.0), "pass"),

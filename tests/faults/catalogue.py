@@ -207,14 +207,18 @@ def ema_holds_the_prompt_itself(patch: Patch) -> None:
 # --- the preconditioner
 
 
-@fault("llama", "projections_agree", also="slope_identity")
+@fault(
+    "llama", "projections_agree", also="slope_identity delta_h1_identity se_formula two_batch_identity u_cross_identity"
+)
 def preconditioner_twice(patch: Patch) -> None:
     """P on both sides of X̄ᵀPȲ."""
     original = products._gram
     patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None if p is None else p.square()))
 
 
-@fault("llama", "projections_agree", also="slope_identity")
+@fault(
+    "llama", "projections_agree", also="slope_identity delta_h1_identity se_formula two_batch_identity u_cross_identity"
+)
 def preconditioner_on_neither_side(patch: Patch) -> None:
     """X̄ᵀȲ in place of X̄ᵀPȲ."""
     original = products._gram
@@ -434,13 +438,13 @@ def _moments(patch: Patch, change: Callable[[Any, Tensor], dict[str, Any]]) -> N
     everywhere(patch, original, changed)
 
 
-@fault("llama", "u_cross_identity", also="delta_h1_identity")
+@fault("llama", "u_cross_identity", also="delta_h1_identity se_formula")
 def factor_of_u_dropped(patch: Patch) -> None:
     """U_cross without U/(U−1): the sum of the off-diagonal entries over U²."""
     _moments(patch, lambda m, k: {"u_cross": m.u_cross * (m.num_units - 1) / m.num_units})
 
 
-@fault("llama", "u_cross_identity", also="delta_h1_identity")
+@fault("llama", "u_cross_identity", also="delta_h1_identity se_formula")
 def diagonal_kept(patch: Patch) -> None:
     """X̄ᵀPȲ, with each prompt's own X_nᵀPY_n, for U_cross."""
     _moments(patch, lambda m, k: {"u_cross": m.bars_dot})
@@ -452,7 +456,7 @@ def diagonal_kept_in_the_row_means(patch: Patch) -> None:
     _moments(patch, lambda m, k: {"row_means": 0.5 * (k.mean(1) + k.mean(0))})
 
 
-@fault("llama", "se_identity se_formula")
+@fault("llama", "se_identity se_formula", also="delta_h1_identity u_cross_identity")
 def row_means_of_one_side(patch: Patch) -> None:
     """r_n from X_nᵀP·Ȳ alone, without Y_nᵀP·X̄: the mean is right, and half the spread is missing."""
     _moments(patch, lambda m, k: {"row_means": (k.sum(1) - k.diagonal()) / (m.num_units - 1)})
@@ -468,7 +472,7 @@ def _statistic(patch: Patch, change: Callable[[Any, int], dict[str, Any]]) -> No
     everywhere(patch, original, changed)
 
 
-@fault("llama", "se_identity se_formula")
+@fault("llama", "se_identity se_formula", also="delta_h1_identity")
 def plugin_with_a_spurious_factor(patch: Patch) -> None:
     """ζ̂₁ with U/(4(U−1)) in place of 1/(U−1): invisible at U = 4, 5.7 times too large at 128."""
     _statistic(
@@ -482,7 +486,7 @@ def jackknife_over_one_unit_too_many(patch: Patch) -> None:
     _statistic(patch, lambda s, u: {"se_jackknife": s.se_jackknife * (u - 2) / (u - 1)})
 
 
-@fault("llama", "se_identity se_agreement se_formula")
+@fault("llama", "se_identity se_agreement se_formula", also="delta_h1_identity")
 def standard_error_of_a_sum(patch: Patch) -> None:
     """√(4ζ̂₁·U), the standard error of a sum, for that of a mean."""
     _statistic(patch, lambda s, u: {"se_plugin": s.se_plugin * u})
@@ -1139,7 +1143,7 @@ def one_noise_for_all_responses(patch: Patch) -> None:
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(seed, prompt, 0))
 
 
-@fault("sampled", "seeded")
+@fault("sampled", "seeded", also="on_policy")
 def seed_ignored(patch: Patch) -> None:
     """The configured seed is not used: every run draws the same responses."""
     original = drawing.noise_of

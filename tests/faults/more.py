@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.estimators import importance, policy, prediction, slope
+from entropy_probe.estimators import importance, placing, policy, prediction, slope
 from entropy_probe.model.checkpoint.moments import adam as optimizer
 from entropy_probe.model.checkpoint.weights import adapter, pretrained
-from entropy_probe.stages import batches, entropy, entropy_change, first_order, moments, slopes, update
+from entropy_probe.stages import batches, entropy, entropy_change, first_order, moments, scores, slopes, update
 from entropy_probe.stages.gradients import coverage, unit_gradients
-from entropy_probe.stages.responses import rollouts, sampled_rollouts, tasks
+from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, tasks
 from faults import catalogue
 from faults.catalogue import Patch, everywhere, then, with_fields
 
 FIGURE = "figures_recomputed"
+MANY_TOKENS = {"num_return_sequences": 6, "max_new_tokens": 16}
 SAMPLED_AGAIN = {"true_delta_h": {"fallback": "resample", "etas": [20.0, 40.0]}}
 
 
@@ -287,13 +288,13 @@ def plain_product_with_the_preconditioner(patch: Patch) -> None:
     of_u(patch, lambda s: {"bars_dot_plain": s.bars_dot})
 
 
-@fault("llama", FIGURE)
+@fault("llama", FIGURE, also="se_formula")
 def unbiased_variance_halved(patch: Patch) -> None:
     """The unbiased variance of U_cross has a factor."""
     of_u(patch, lambda s: {"var_unbiased": s.var_unbiased / 2})
 
 
-@fault("llama", FIGURE)
+@fault("llama", FIGURE, also="delta_h1_identity")
 def parts_of_modules_exchanged(patch: Patch) -> None:
     """The part of the attention and that of the MLP change places; their sum is what it was."""
 
@@ -305,7 +306,7 @@ def parts_of_modules_exchanged(patch: Patch) -> None:
     of_u(patch, change)
 
 
-@fault("llama", FIGURE)
+@fault("llama", FIGURE, also="delta_h1_identity")
 def errors_of_parts_are_that_of_the_whole(patch: Patch) -> None:
     """Every part of δH₁ has the SE of the whole."""
 
@@ -320,7 +321,7 @@ def errors_of_parts_are_that_of_the_whole(patch: Patch) -> None:
     of_u(patch, change)
 
 
-@fault("llama", FIGURE)
+@fault("llama", FIGURE, also="two_batch_identity")
 def two_batches_without_the_preconditioner(patch: Patch) -> None:
     """The two-batch term, its projections and its SEs all lack P, and agree with one another."""
     original = unit_gradients.UnitGradients.products_with
@@ -689,6 +690,55 @@ def gold_of_another_question(patch: Patch) -> None:
         return [tasks.Prompt(p.text, gold) for p, gold in zip(drawn, golds[1:] + golds[:1], strict=True)]
 
     then(patch, tasks.draw_prompts, exchanged)
+
+
+def noise(patch: Patch, change: Callable[[int, int, int], tuple[int, int, int]]) -> None:
+    """Change (seed, prompt, response), of which the noise of a response is a function."""
+    original = drawing.noise_of
+    patch.setattr(sampling, "noise_of", lambda *of: original(*change(*of)))
+
+
+@fault("sampled", "on_policy", generation=MANY_TOKENS)
+def one_noise_for_all_prompts(patch: Patch) -> None:
+    """The g-th responses of all prompts are drawn with the same numbers."""
+    noise(patch, lambda seed, prompt, response: (seed, 0, response))
+
+
+@fault("sampled", "on_policy", generation=MANY_TOKENS)
+def noise_for_pairs_of_responses(patch: Patch) -> None:
+    """Two responses of a prompt are drawn with the same numbers, and are the same."""
+    noise(patch, lambda seed, prompt, response: (seed, prompt, response // 2))
+
+
+@fault("sampled", "on_policy", also="seeded", generation=MANY_TOKENS)
+def noise_of_e_for_u(patch: Patch) -> None:
+    """Both batches are sampled with the seed of E."""
+    original = batches._seed
+    patch.setattr(batches, "_seed", lambda which, seed: original("E", seed))
+
+
+@fault("sampled", "on_policy", generation=MANY_TOKENS)
+def update_drawn_too_cold(patch: Patch) -> None:
+    """U alone is drawn at 0.6 of its temperature."""
+    original = sampled_rollouts.sample
+
+    def colder(*given: Any, temperature: float, seed: int, **more: Any) -> Any:
+        of_u = seed == batches._seed("U", 0)
+        return original(*given, temperature=0.6 * temperature if of_u else temperature, seed=seed, **more)
+
+    patch.setattr(sampled_rollouts, "sample", colder)
+
+
+@fault("llama", "plain_forward", also="on_policy")
+def mass_before_a_token_with_its_own(patch: Patch) -> None:
+    """The mass before a token holds the token's own."""
+
+    def wider(logits: Tensor, tokens: Tensor, temperature: float, top_p: float) -> Tensor:
+        own = (logits / temperature).softmax(-1).gather(-1, tokens[:, None]).double()
+        return placing_before(logits, tokens, temperature, top_p) + own
+
+    placing_before = placing.mass_before
+    patch.setattr(scores, "mass_before", wider)
 
 
 # --- what both sides of a comparison call

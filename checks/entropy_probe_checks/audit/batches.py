@@ -57,6 +57,7 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     means = rewards.mean(1)
     size = float(np.abs(rewards).max())
     own = advantages(sheet, which)
+    sheet.hold(f"{which}.advantages", own, float(np.abs(own).max()))
     idle = [
         float(np.abs(a).max()) <= 1e-12 * float(np.abs(r).max())
         for a, r in zip(own, rewards, strict=True)

@@ -50,6 +50,10 @@ class Sheet:
         entry; without it the figure's own)."""
         self._compare(name, _at(self.report, name), again, size)
 
+    def hold(self, name: str, again: Any, size: Any = None) -> None:
+        """The same of an array of the evidence, which was used as it is."""
+        self._compare(name, self[name].tolist(), again, size)
+
     def _compare(self, name: str, reported: Any, again: Any, size: Any) -> None:
         if isinstance(again, Mapping):
             keys = list(again) if isinstance(reported, Mapping) else []

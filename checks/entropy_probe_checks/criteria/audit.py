@@ -11,26 +11,25 @@ from typing import Any
 import numpy as np
 
 from entropy_probe import ProbeReport
-from entropy_probe_checks.audit import audit, worst
+from entropy_probe_checks.audit import Line, audit, worst
 from entropy_probe_checks.criteria.verdicts import (
-    Criterion,
     Finding,
     at_most,
+    from_evidence,
     in_se,
     largest,
+    needed,
     not_applicable,
     of_a_normal,
-    second_moment,
     unseen,
 )
 from entropy_probe_checks.thresholds import limit_for
 
 # Nats of all responses of a prompt: below it they may well be the same in both batches.
 _CERTAIN = 5.0
-_NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
 
 
-@Criterion
+@from_evidence()
 def figures_recomputed(report: ProbeReport) -> Finding:
     """Largest |reported − computed again| of any figure, over the size of its terms; infinite where a count or a text
     is another.
@@ -38,13 +37,39 @@ def figures_recomputed(report: ProbeReport) -> Finding:
     A figure of the report is not what its own evidence (tokens, scores, derivatives, products of gradients) gives by
     the formulas: a sign, a factor, a standard error, a column or a batch is wrong. Do not believe that figure.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
-    line = worst(audit(report.model_dump(mode="json"), report.evidence))
+    line = worst(_lines(report))
     return at_most(line.difference, limit_for(report, "figures_recomputed"), detail=f"[{line}]")
 
 
-@Criterion
+def _arrays(report: ProbeReport) -> Mapping[str, np.ndarray]:
+    return needed(report.evidence).arrays
+
+
+def _facts(report: ProbeReport) -> Mapping[str, Any]:
+    return needed(report.evidence).facts
+
+
+_last: tuple[ProbeReport, list[Line]] | None = None
+
+
+def _lines(report: ProbeReport) -> list[Line]:
+    """Of the auditor, who is asked once for a report."""
+    global _last
+    if _last is None or _last[0] is not report:
+        _last = report, audit(report.model_dump(mode="json"), needed(report.evidence))
+    return _last[1]
+
+
+def audited(report: ProbeReport, *fields: str) -> float:
+    """How far these figures are from the auditor's, over the size of their terms; 0 where no evidence is at hand."""
+    if report.evidence is None:
+        return 0.0
+    starts = tuple(f"{field}{end}" for field in fields for end in (".", "["))
+    own = [line for line in _lines(report) if line.name in fields or line.name.startswith(starts)]
+    return worst(own).difference
+
+
+@from_evidence()
 def as_stored(report: ProbeReport) -> Finding:
     """How many tensors are not what a second reader finds in the files: weights by shape, Σ and Σ²; moments by these,
     step and hyper-parameters.
@@ -52,12 +77,10 @@ def as_stored(report: ProbeReport) -> Finding:
     What was measured with is not what the trainer saved: a moment, a weight, a step or a hyper-parameter was changed
     between the file and the measurement. P, v and all that follows describe another checkpoint.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
-    facts, stored = report.evidence.facts, report.evidence.facts["stored"]
+    facts, stored = _facts(report), _facts(report)["stored"]
     if isinstance(stored, str):
         return not_applicable(stored)
-    arrays = report.evidence.arrays
+    arrays = _arrays(report)
     weights = _differing(
         [
             (tuple(shape), tuple(sums))
@@ -172,7 +195,7 @@ def _kind(step: float, hyper: Mapping[str, Any]) -> str:
     )
 
 
-@second_moment
+@from_evidence(needs_second_moment=True)
 def moments_possible(report: ProbeReport) -> Finding:
     """Largest |exp_avg|/√exp_avg_sq of any entry, over the most that Adam can reach in as many steps:
     (1−β₁)·√(Σ_{k<t}(β₁²/β₂)^k)/√(1−β₂), by Cauchy and Schwarz.
@@ -180,11 +203,9 @@ def moments_possible(report: ProbeReport) -> Finding:
     No run of Adam with these betas leads to such moments: the two belong to different tensors, one of them is a root or
     a square of itself, or step or betas are others. v has a wrong size or a wrong sign.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
     shares = []
-    ratios = report.evidence.arrays["sum.moment_ratio"]
-    for hyper, ratio in zip(report.evidence.facts["hyper"], ratios, strict=True):
+    ratios = _arrays(report)["sum.moment_ratio"]
+    for hyper, ratio in zip(_facts(report)["hyper"], ratios, strict=True):
         if hyper["step"] > 0 and 0 < hyper["betas"][1] < 1:
             beta1, beta2 = hyper["betas"]
             q, steps = beta1**2 / beta2, int(hyper["step"])
@@ -195,17 +216,16 @@ def moments_possible(report: ProbeReport) -> Finding:
     return at_most(largest(*shares), limit_for(report, "moments_possible"))
 
 
-@Criterion
+@from_evidence()
 def plain_forward(report: ProbeReport) -> Finding:
-    """Largest difference of a token's log p, entropy or features from those of the folder loaded by transformers and
-    peft alone, one response at a time without padding, of two prompts of each batch, and of fresh responses (nats).
+    """Largest difference of a token's log p, entropy, features or place among all tokens from those of the folder
+    loaded by transformers and peft alone, one unpadded response at a time: two prompts of each batch, and fresh ones
+    (nats).
 
     The model that was measured is not the one in the folder, or its scores are not its own: a weight, a scaling, the
     temperature, a position or a token is another. Nothing that is measured is about this checkpoint.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
-    plain = report.evidence.facts["plain"]
+    plain = _facts(report)["plain"]
     if isinstance(plain, str):
         return _unasked(plain)
     differences = []
@@ -218,10 +238,11 @@ def plain_forward(report: ProbeReport) -> Finding:
                 for values, again in zip(own, scored, strict=False)
             ]
             differences.append(_of_features(report, which, place, scored[2]))
+            differences.append(_of_before(report, which, place, scored[3]))
     return at_most(largest(*differences), limit_for(report, "plain_forward"))
 
 
-@second_moment
+@from_evidence(needs_second_moment=True)
 def plain_step(report: ProbeReport) -> Finding:
     """|ΔS − ΔS of the plain model with ηv written into its parameters| at the largest η of the sweep, the worst
     response over the largest |ΔS|.
@@ -229,9 +250,7 @@ def plain_step(report: ProbeReport) -> Finding:
     The responses were not scored at θ + ηv: the direction does not reach the parameters, reaches others, or the scores
     after the step are those of another η. No change of entropy of this report can be believed.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
-    plain = report.evidence.facts["plain"]
+    plain = _facts(report)["plain"]
     if isinstance(plain, str):
         return _unasked(plain)
     if "step" not in plain:
@@ -253,16 +272,14 @@ def plain_step(report: ProbeReport) -> Finding:
     return at_most(value, limit_for(report, "plain_step"))
 
 
-@second_moment
+@from_evidence(needs_second_moment=True)
 def fresh_responses(report: ProbeReport) -> Finding:
     """|Mean of Σ_t(−log p_t − H_t)| of the fresh responses of `fallback: resample`, scored at θ + ηv, in its standard
     errors over responses: 0 if they were drawn there. The worst η.
 
     The fresh responses were not drawn at θ + ηv: their mean entropy is that of other parameters, and no change.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
-    arrays, found = report.evidence.arrays, []
+    arrays, found = _arrays(report), []
     for name in [name for name in arrays if name.startswith("fresh.") and name.endswith(".ids")]:
         logp, entropy = (arrays[name.replace(".ids", f".{of}")] for of in ("logp", "entropy"))
         surprise = (-logp - entropy).sum(-1).ravel()
@@ -285,8 +302,7 @@ def _of_features(
     report: ProbeReport, which: str, place: int, again: Sequence[Sequence[float]]
 ) -> float:
     """The largest difference of a feature of a token, relative to 1 + its size; at top_p = 1, where there are any."""
-    assert report.evidence is not None
-    features = report.evidence.arrays.get(f"{which}.features")
+    features = _arrays(report).get(f"{which}.features")
     if features is None or report.config["generation"]["top_p"] < 1:
         return 0.0
     expected = np.array(again)
@@ -295,14 +311,26 @@ def _of_features(
     return float((np.abs(own - expected) / (1 + np.abs(expected))).max())
 
 
+def _of_before(
+    report: ProbeReport, which: str, place: int, again: Sequence[Sequence[float]]
+) -> float:
+    """The same of the mass before a token, which rounding may move among tokens that are as likely."""
+    before = _arrays(report).get(f"{which}.before")
+    if before is None or report.config["generation"]["top_p"] < 1:
+        return 0.0
+    by_likelihood, halved = before.reshape(-1, *before.shape[2:])[place][: len(again)].T
+    least, most, halved_again = np.array(again).T
+    outside = np.maximum(least - by_likelihood, by_likelihood - most)
+    return float(max(0.0, outside.max(), np.abs(halved - halved_again).max()))
+
+
 def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:
     """[T] of a response, by its place in the batch."""
-    assert report.evidence is not None
-    values = report.evidence.arrays[name]
+    values = _arrays(report)[name]
     return values.reshape(-1, values.shape[-1])[place].astype(np.float64)
 
 
-@Criterion
+@from_evidence()
 def prompts_as_given(report: ProbeReport) -> Finding:
     """Number of prompts, in both batches, whose tokens are not those of their line in the file, or of any question of
     the split.
@@ -318,7 +346,7 @@ def prompts_as_given(report: ProbeReport) -> Finding:
     )
 
 
-@Criterion
+@from_evidence()
 def rewards_again(report: ProbeReport) -> Finding:
     """Number of responses, of all in a file or of eight prompts of a batch, whose reward is not that of their line, or
     of the decoded text and the gold answer of their prompt.
@@ -328,8 +356,7 @@ def rewards_again(report: ProbeReport) -> Finding:
     """
 
     def wrong(which: str, found: Mapping[str, Any]) -> list[str]:
-        assert report.evidence is not None
-        own = report.evidence.arrays[f"{which}.rewards"].tolist()
+        own = _arrays(report)[f"{which}.rewards"].tolist()
         again = found.get("rewards", {})
         rows = again.items() if isinstance(again, Mapping) else enumerate(again)
         differing = [
@@ -338,7 +365,7 @@ def rewards_again(report: ProbeReport) -> Finding:
             for g, reward in enumerate(rewards)
             if int(n) >= len(own) or own[int(n)][g] != reward
         ]
-        given = report.evidence.arrays.get(f"{which}.given_advantages")
+        given = _arrays(report).get(f"{which}.given_advantages")
         if found.get("advantages") != (None if given is None else given.tolist()):
             differing.append(f"advantages of {which}")
         return differing
@@ -347,9 +374,7 @@ def rewards_again(report: ProbeReport) -> Finding:
 
 
 def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
-    inputs = report.evidence.facts["inputs"]
+    inputs = _facts(report)["inputs"]
     known = {which: of for which, of in inputs.items() if not isinstance(of, str) and key in of}
     if not known:
         why = next((of for of in inputs.values() if isinstance(of, str)), "")
@@ -361,7 +386,7 @@ def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:
     return at_most(float(len(found)), limit_for(report, name), detail=detail)
 
 
-@Criterion
+@from_evidence()
 def batches_independent(report: ProbeReport) -> Finding:
     """Number of prompts that E and U share where they were sampled without replacement, and of whole groups of
     responses that they share otherwise, where they have more than 5 nats.
@@ -369,12 +394,10 @@ def batches_independent(report: ProbeReport) -> Finding:
     The update comes from responses on which its effect is measured: the two batches are not independent, and neither
     δH₁ nor its standard error is that of a step on other data.
     """
-    if report.evidence is None:
-        return not_applicable(_NOT_AT_HAND)
     if report.batch.same_batch:
         return not_applicable("One batch serves as both.")
     sampled = {report.batch.given, report.update_batch.given} == {"sampled"}
-    inputs = report.evidence.facts["inputs"]["e"]
+    inputs = _facts(report)["inputs"]["e"]
     distinct = not isinstance(inputs, str) and inputs.get("distinct", False)
     whole = not sampled or report.config["batch"]["with_replacement"] or not distinct
     one, other = (_groups(report, which, whole=whole) for which in ("e", "u"))
@@ -384,8 +407,7 @@ def batches_independent(report: ProbeReport) -> Finding:
 
 def _groups(report: ProbeReport, which: str, *, whole: bool) -> set[tuple[Any, ...]]:
     """The prompts of a batch, or each with all its responses."""
-    assert report.evidence is not None
-    arrays = report.evidence.arrays
+    arrays = _arrays(report)
     ids, starts, lengths = (
         arrays[f"{which}.{name}"] for name in ("ids", "prompt_lens", "gen_lens")
     )

@@ -12,9 +12,11 @@ from entropy_probe_checks.criteria.verdicts import (
     at_least,
     at_most,
     in_se,
+    largest,
     not_applicable,
 )
 from entropy_probe_checks.thresholds import limit_for
+from entropy_probe_checks.uniform import departures
 
 _FEW_NATS = 1.0  # per response: four and more responses of two prompts may well be the same
 
@@ -58,15 +60,22 @@ def _within_rounding(measured: WorstCase) -> Finding:
 
 @Criterion
 def on_policy(report: ProbeReport) -> Finding:
-    """|Mean of Σ_t(−log q_t − H(q_t))| over the responses in its standard errors under q: 0 if they come from q.
+    """Largest departure, in standard errors, of the responses from independent draws from q: |mean of
+    Σ_t(−log q_t − H(q_t))|, and the scale and the dependence of their tokens' probability integral transforms.
 
     The responses are not from this policy: another temperature or top_p, another checkpoint, other prompts than the
-    sampler saw, or tokens scored at the wrong positions. Entropy, slope and importance weights are then of something
-    else. Give the settings and the checkpoint that sampled them.
+    sampler saw, or tokens scored at the wrong positions; or responses share the noise that they were drawn with, as
+    with one seed for all. Entropy, slope, importance weights or standard errors are then of something else. Give the
+    settings and the checkpoint that sampled them, and every response noise of its own.
     """
     surprise = report.entropy.surprise
-    value = in_se(surprise.value, surprise.se)
-    detail = f"[{surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
+    found = {"surprise": in_se(surprise.value, surprise.se)}
+    if report.evidence is not None:
+        batches = ("e",) if report.batch.same_batch else ("e", "u")
+        found |= departures(report.evidence.arrays, batches)
+    value = largest(*found.values())
+    name = next(name for name, of in found.items() if of == value or math.isnan(value))
+    detail = f"[{name}; surprise {surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
     return at_most(value, limit_for(report, "on_policy"), detail=detail)
 
 

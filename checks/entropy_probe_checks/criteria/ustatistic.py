@@ -9,6 +9,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from entropy_probe import ProbeReport
+from entropy_probe_checks.criteria.audit import audited
 from entropy_probe_checks.criteria.verdicts import (
     Criterion,
     Finding,
@@ -67,7 +68,8 @@ def projections_agree(report: ProbeReport) -> Finding:
 
 @second_moment
 def u_cross_identity(report: ProbeReport) -> Finding:
-    """Larger of |mean(r) − U_cross| and |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross|, relative to their terms.
+    """Largest of |mean(r) − U_cross|, |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross| and the difference of all four
+    from those of the auditor, relative to their terms.
 
     U_cross, its row means and its bars and diagonal do not belong together: a factor B/(B−1), the diagonal or a
     preconditioner differs between them.
@@ -80,14 +82,19 @@ def u_cross_identity(report: ProbeReport) -> Finding:
         (abs(math.fsum(f.row_means) / units - f.u_cross), row_terms),
         (abs(whole - diagonal - f.u_cross), abs(whole) + abs(diagonal)),
     ]
-    value = largest(*(relative(*deviation) for deviation in deviations))
+    again = audited(report, *_of_first_order("u_cross row_means bars_dot diag_sum"))
+    value = largest(again, *(relative(*deviation) for deviation in deviations))
     return at_most(value, limit_for(report, "u_cross_identity"))
+
+
+def _of_first_order(fields: str) -> list[str]:
+    return [f"first_order.{field}" for field in fields.split()]
 
 
 @second_moment
 def delta_h1_identity(report: ProbeReport) -> Finding:
-    """Largest relative deviation of δH₁ from −lr·U_cross, of its SE from lr·se_plugin, and of its sums over units,
-    layers, modules and factors from the whole.
+    """Largest relative deviation of δH₁ from −lr·U_cross, of its SE from lr·se_plugin, of its sums over units, layers,
+    modules and factors from the whole, and of each from the auditor's.
 
     δH₁ is not the first-order term of the U_cross beside it: a sign, the learning rate or a part is wrong.
     """
@@ -100,13 +107,16 @@ def delta_h1_identity(report: ProbeReport) -> Finding:
     ]
     if f.se_plugin is not None:
         deviations.append(_relative(f.delta_h1_se, f.lr * f.se_plugin, f.lr * f.se_plugin))
+    parts = "lr delta_h1 delta_h1_se delta_h1_by_unit delta_h1_parts"
+    deviations.append(audited(report, *_of_first_order(parts)))
     return at_most(largest(*deviations), limit_for(report, "delta_h1_identity"))
 
 
 @second_moment
 def two_batch_identity(report: ProbeReport) -> Finding:
     """Largest relative deviation of X̄ᵀPȲ from the mean of its projections on either side, of δH₁ from −lr·X̄ᵀPȲ, of the
-    two SEs from the variances of projections and interaction, and of sums over parts from the whole.
+    two SEs from the variances of projections and interaction, of sums over parts from the whole, and of all of them
+    from the auditor's.
 
     The two-batch term, its projections and its standard error do not belong together: units are weighted wrongly, or a
     sign or the learning rate is.
@@ -127,6 +137,7 @@ def two_batch_identity(report: ProbeReport) -> Finding:
             across.delta_h1_se, lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4)), lr * size
         ),
         *(_relative(total, across.delta_h1, lr * size) for total in _sums(across.delta_h1_parts)),
+        audited(report, "two_batch"),
     ]
     return at_most(largest(*deviations), limit_for(report, "two_batch_identity"))
 
@@ -155,7 +166,8 @@ def _relative(got: float | None, expected: float, scale: float) -> float:
 @second_moment
 def se_formula(report: ProbeReport) -> Finding:
     """Largest relative deviation of both standard errors of U_cross, their ζ̂₁ and the interval from their formulas on
-    the row means: ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife over U_{−u} = (U·U_cross − 2r_u)/(U−2).
+    the row means, and from the auditor's: ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife over
+    U_{−u} = (U·U_cross − 2r_u)/(U−2).
 
     A standard error has a wrong factor, such as U/4 in ζ̂₁: all that is said in units of SE is wrong with it.
     """
@@ -177,10 +189,10 @@ def se_formula(report: ProbeReport) -> Finding:
             (f.zeta1_jackknife, units / 4 * variance),
         ]
     middle = _relative(sum(f.interval) / 2, f.u_cross, half)
-    return at_most(
-        largest(middle, *(_relative(got, x, x) for got, x in expected)),
-        limit_for(report, "se_formula"),
-    )
+    errors = "zeta1_plugin zeta1_jackknife se_plugin se_jackknife var_unbiased interval"
+    again = audited(report, *_of_first_order(errors))
+    value = largest(middle, again, *(_relative(got, x, x) for got, x in expected))
+    return at_most(value, limit_for(report, "se_formula"))
 
 
 def _ratio(report: ProbeReport) -> float | Finding:

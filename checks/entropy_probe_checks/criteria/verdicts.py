@@ -17,6 +17,8 @@ from entropy_probe.budgets import Part
 Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
 Section = TypeVar("Section")
 
+_NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -36,12 +38,14 @@ class Criterion:
 
     The first paragraph of the function's docstring says what is measured (`measures`), the second what a failure
     usually means and what to do (`meaning`); the name of its file is its family. `part` is the part of the measurement
-    without which it is not asked, as some budgets leave it out. What `needs_second_moment` is asked of Adam alone.
+    without which it is not asked, as some budgets leave it out. What `needs_second_moment` is asked of Adam alone, what
+    `needs_evidence` of a report that was just made, or read with its evidence.
     """
 
     judge: Callable[[ProbeReport], Finding]
     part: Part | None = None
     needs_second_moment: bool = False
+    needs_evidence: bool = False
 
     @property
     def name(self) -> str:
@@ -68,6 +72,8 @@ class Criterion:
             found = not_applicable(f"left out by budget {report.config['budget']}")
         elif self.needs_second_moment and report.no_second_moment is not None:
             found = not_applicable(report.no_second_moment)
+        elif self.needs_evidence and report.evidence is None:
+            found = not_applicable(_NOT_AT_HAND)
         else:
             found = self.judge(report)
         asked = found.status in ("pass", "fail") or not found.detail
@@ -94,8 +100,15 @@ def second_moment(judge: Callable[[ProbeReport], Finding]) -> Criterion:
     return Criterion(judge, needs_second_moment=True)
 
 
+def from_evidence(
+    *, needs_second_moment: bool = False
+) -> Callable[[Callable[[ProbeReport], Finding]], Criterion]:
+    """`@from_evidence()` in place of `@Criterion`: a criterion that is not asked where no evidence is at hand."""
+    return partial(Criterion, needs_second_moment=needs_second_moment, needs_evidence=True)
+
+
 def needed(section: Section | None) -> Section:
-    """A section that is there whenever the criterion, which needs a second moment, is asked."""
+    """What is there whenever the criterion, which needs a second moment or evidence, is asked."""
     assert section is not None
     return section
 

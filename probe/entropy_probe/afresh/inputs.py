@@ -62,8 +62,9 @@ class Questions:
         if len(found) > _MOST:
             raise LookupError(f"{len(found)} questions are too many to read a second time")
         by_tokens: dict[tuple[int, ...], Question | None] = {}
-        for question in found:
-            tokens = tuple(tokenizer(question[0]).input_ids)
+        texts = [text for text, _ in found]
+        encoded = tokenizer(texts).input_ids if texts else []
+        for question, tokens in zip(found, map(tuple, encoded), strict=True):
             same = by_tokens.get(tokens, question) == question
             by_tokens[tokens] = question if same else None
         return cls(tokenizer, by_tokens, len(by_tokens) == len(found))

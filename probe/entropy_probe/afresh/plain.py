@@ -3,6 +3,7 @@ without a cache, `log_softmax` and `Categorical.entropy` on whole logits, parame
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,12 @@ from torch.distributions import Categorical
 # Nothing from the network, and no code of the folder's own: whoever asks for it was refused before.
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
+_ALIKE = 1e-3  # nats: rounding may exchange tokens that are so close
 _AT_ONCE = 128  # positions whose logits are held in float64
 Row = tuple[list[int], int]
 """Token ids of prompt and response, and how many of them are the prompt."""
-Scored = list[tuple[list[float], list[float], list[list[float]]]]
-"""(log p, H, features) of every token of each response: the features of `_features`."""
+Scored = list[tuple[list[float], list[float], list[list[float]], list[list[float]]]]
+"""(log p, H, features, mass before it) of every token of each response, as `_features` and `_before` have them."""
 
 
 def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
@@ -63,14 +65,15 @@ def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
     for ids, start in rows:
         given = torch.tensor([ids], device=model.device)
         of_all = model(input_ids=given, use_cache=False).logits[0, start - 1 : len(ids) - 1]
-        taken, scored = torch.tensor(ids[start:]), ([], [], [])
+        taken, scored = torch.tensor(ids[start:]), ([], [], [], [])
         for first in range(0, len(taken), _AT_ONCE):
             logits = of_all[first : first + _AT_ONCE].cpu().double()
             tokens, policy = taken[first : first + _AT_ONCE], logits / temperature
             logp = torch.log_softmax(policy, -1)[torch.arange(len(tokens)), tokens]
             entropy = Categorical(logits=policy).entropy()
             features = _features(logits, policy.softmax(-1), entropy)
-            for known, more in zip(scored, (logp, entropy, features), strict=True):
+            before = _before(policy, tokens)
+            for known, more in zip(scored, (logp, entropy, features, before), strict=True):
                 known += more.tolist()
         found.append(scored)
     return found
@@ -85,6 +88,26 @@ def _features(logits: Tensor, p: Tensor, entropy: Tensor) -> Tensor:
     mean = (p * logits).sum(-1, keepdim=True)
     spread = (p * (logits - mean) ** 2).sum(-1)
     return torch.stack([entropy, top, first - second, top, two, spread], -1)
+
+
+def _before(policy: Tensor, tokens: Tensor) -> Tensor:
+    """[T, 3] at top_p = 1: the probability of what is certainly likelier than the token, the same with what is as
+    likely to rounding, and of what comes before it as `_halved` orders the ids."""
+    p, own = policy.softmax(-1), policy.gather(-1, tokens[:, None])
+    likelier, alike = (p * (policy > own + edge) for edge in (_ALIKE, -_ALIKE))
+    order = torch.tensor(_halved(p.shape[-1]))
+    place = order.argsort()[tokens]
+    until = p[:, order].cumsum(-1).gather(-1, place[:, None]) - p.gather(-1, tokens[:, None])
+    return torch.stack([likelier.sum(-1), alike.sum(-1), until[:, 0]], -1)
+
+
+@functools.cache
+def _halved(size: int) -> list[int]:
+    """Ids as a tree meets them whose root chooses in the fold of all to a half, and a leaf between x and x + half."""
+    if size == 1:
+        return [0]
+    half = (size + 1) // 2
+    return [x for fold in _halved(half) for x in (fold, fold + half) if x < size]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ _SUMS, _FEATURES = (
     5,
     7,
 )  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
-_TOKEN = 4  # of a token: log p, log q, H and H of q
+_TOKEN = 6  # of a token: log p, log q, H and H of q; the mass before it in two orders
 _ALONG = 4  # D_vS, D_vR, D²_vS, D²_vR
 _FOLDS, _OF_FOLD = (
     5,

@@ -2,6 +2,7 @@
 
     policy      logits → log π, log q, entropies of π and of q
     token_stats logits → diagnostics of every step and response, baseline features
+    placing     logits → the mass before a sampled token, for the probability integral transform
     ustat       the matrix X_nᵀPY_m → U_cross, its standard errors
     two_batch   the matrix of two independent batches → bars_dot, its standard errors
     importance  log-weights and payloads → ΔĤ, ESS, cluster-robust standard errors

@@ -119,7 +119,9 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
         "entropy_q": share.all_tokens(tokens.rb_entropy_q),
     }
     if tokens.features is not None:
-        found["features"] = _features(share, tokens.features)
+        found["features"] = _of_columns(share, tokens.features)
+    if tokens.before is not None:
+        found["before"] = _of_columns(share, tokens.before)
     if rollouts.advantages is not None:
         found["given_advantages"] = rollouts.advantages
     if rollouts.logprobs is not None:
@@ -133,8 +135,9 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
     return found
 
 
-def _features(share: Share, features: Tensor) -> Tensor:
-    return torch.stack([share.all_tokens(phi) for phi in features.unbind(-1)], -1)
+def _of_columns(share: Share, values: Tensor) -> Tensor:
+    """[B, G, T, C] from [b, G, t, C] of everybody's own."""
+    return torch.stack([share.all_tokens(column) for column in values.unbind(-1)], -1)
 
 
 def _unit_norms(gradients: UnitGradients, rows: Mapping[str, Tensor]) -> Tensor:
@@ -227,7 +230,6 @@ def _sums(of: Measured, step: NextStep, names: list[str]) -> dict[str, Tensor]:
         ),
         "numel": torch.tensor([parameters[n].numel() for n in names]),
     }
-    found["theta"] = _first_two({n: parameters[n] for n in moved})
     found["moment_ratio"] = torch.tensor([_moment_ratio(adam[n]) for n in moved])
     found["exp_avg"] = _first_two({n: adam[n].exp_avg for n in moved})
     found["exp_avg_sq"] = _first_two({n: adam[n].exp_avg_sq for n in moved})

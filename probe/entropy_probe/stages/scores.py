@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_probe.config import GenerationConfig, PrecisionSection, ProbeConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
+from entropy_probe.estimators.placing import mass_before
 from entropy_probe.estimators.policy import TokenScores, score_tokens
 from entropy_probe.estimators.token_stats import step_diagnostics, step_features, with_position
 from entropy_probe.model.capture import Capture
@@ -32,7 +33,7 @@ class Scores:
     """Per token [B, G, T], zero past the end of a response; sums over a response in float64 [B, G].
 
     `rb_entropy` is of π, `rb_entropy_q` of q; they are one where top_p = 1. `features` are φ [B, G, T, 7] of
-    `token_stats.baseline_features`, where they were asked for.
+    `token_stats.baseline_features`, `before` is `placing.mass_before` [B, G, T, 2], where they were asked for.
     """
 
     token_logp: Float[Tensor, "B G T"]
@@ -41,6 +42,7 @@ class Scores:
     rb_entropy_q: Float[Tensor, "B G T"]
     gen_lens: Int[Tensor, "B G"]
     features: Float[Tensor, "B G T 7"] | None = None
+    before: Float[Tensor, "B G T 2"] | None = None
 
     def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
         """The same for some prompts only."""
@@ -134,14 +136,14 @@ def _scored(
     return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
 
-def scored_with_features(
-    policy: GenerationConfig, read: Read, logits: Tensor, tokens: Tensor
+def scored_at_theta(
+    policy: GenerationConfig, read: Read, with_features: bool, logits: Tensor, tokens: Tensor
 ) -> tuple[Tensor, ...]:
-    """What `read` gives, and the features φ of the step but for its position."""
-    return (
-        *read(logits, tokens),
-        step_features(step_diagnostics(logits, policy.top_p, policy.temperature)),
-    )
+    """What `read` gives, the mass before the token, and the features φ of the step but for its position."""
+    found = *read(logits, tokens), mass_before(logits, tokens, policy.temperature, policy.top_p)
+    if not with_features:
+        return found
+    return *found, step_features(step_diagnostics(logits, policy.top_p, policy.temperature))
 
 
 def score_rows(
@@ -222,15 +224,18 @@ def score(
     *,
     with_features: bool = False,
 ) -> Scores:
-    """Score every response at θ, or with the parameters in `override` replaced."""
+    """Score every response at θ, or with the parameters in `override` replaced.
+
+    At θ it is also known where the tokens stand among all (`before`), and features can be asked for.
+    """
     policy = config.generation
     if rollouts.num_prompts == 0:
         return _of_nothing(rollouts.num_responses, with_features=with_features)
     read = policy_scores(bound, policy, config.precision)
-    if with_features:
-        read = partial(scored_with_features, policy, read)
+    if override is None:
+        read = partial(scored_at_theta, policy, read, with_features)
     scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), read, override)
-    logp, logq, entropy, entropy_q, *features = (values.double().cpu() for values in scores)
+    logp, logq, entropy, entropy_q, *rest = (values.double().cpu() for values in scores)
     if override is None:
         require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")
     else:
@@ -239,15 +244,18 @@ def score(
         )
     if override is None:
         require_inside_nucleus(rollouts, logq, policy.top_p)
-    phi = with_position(features[0], policy.max_new_tokens) if with_features else None
-    return Scores(logp, logq, entropy, entropy_q, rollouts.per_prompt(rollouts.gen_lens), phi)
+    before = rest[0] if override is None else None
+    phi = with_position(rest[1], policy.max_new_tokens) if with_features else None
+    lengths = rollouts.per_prompt(rollouts.gen_lens)
+    return Scores(logp, logq, entropy, entropy_q, lengths, phi, before)
 
 
 def _of_nothing(group: int, *, with_features: bool) -> Scores:
     """The scores of a process that has no prompt."""
     empty = torch.zeros(0, group, 0, dtype=torch.float64)
-    phi = torch.zeros(0, group, 0, 7, dtype=torch.float64) if with_features else None
-    return Scores(empty, empty, empty, empty, torch.zeros(0, group, dtype=torch.long), phi)
+    phi = empty[..., None].expand(0, group, 0, 7) if with_features else None
+    lengths = torch.zeros(0, group, dtype=torch.long)
+    return Scores(empty, empty, empty, empty, lengths, phi, empty[..., None].expand(0, group, 0, 2))
 
 
 def require_finite(

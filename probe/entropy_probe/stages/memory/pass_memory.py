@@ -23,7 +23,7 @@ from entropy_probe.stages.scores import (
     read_rows,
     rows_without_graph,
     score_rows,
-    scored_with_features,
+    scored_at_theta,
 )
 from entropy_probe.stages.witnesses.projections import by_alpha
 from entropy_probe.stages.witnesses.witness import (
@@ -169,9 +169,8 @@ class Passes:
 @torch.no_grad()
 def _score(of: Passes, rows: Tensor) -> None:
     policy = of.config.generation
-    read = partial(
-        scored_with_features, policy, policy_scores(of.bound, policy, of.config.precision)
-    )
+    scored = policy_scores(of.bound, policy, of.config.precision)
+    read = partial(scored_at_theta, policy, scored, True)
     read_rows(of.bound, of.rollouts, rows, read)
 
 

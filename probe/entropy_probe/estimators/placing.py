@@ -1,0 +1,74 @@
+"""Where a sampled token stands among all: what the probability integral transform of a response is made of."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from entropy_probe.estimators.policy import float32_rounding, nucleus
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_CHUNK = 1 << 22  # probabilities that are held at once
+
+
+def mass_before(
+    logits: Float[Tensor, "N V"],
+    tokens: Int[Tensor, " N"],
+    temperature: float,
+    top_p: float,
+) -> Float[Tensor, "N 2"]:
+    """q of all tokens that come before the sampled one y, in two orders:
+
+        Σ_x q(x) [q(x) > q(y), or q(x) = q(y) and x < y]      the likelier first
+        Σ_x q(x) [r(x) < r(y)]                                as the sampler halves the vocabulary (`halving_ranks`)
+
+    If y was drawn from q and u is uniform, mass + u·q(y) is uniform too: that of one token by itself, whatever the
+    tokens before it were (Rosenblatt, 1952; Smith, 1985, for discrete y). What was drawn at another temperature or
+    from another nucleus shows in the first order; noise that two responses share shows in both, and in the second one
+    even where their distributions have nothing in common.
+    """
+    rows = max(1, _CHUNK // logits.shape[-1])
+    parts = zip(logits.detach().split(rows), tokens.split(rows), strict=True)
+    return torch.cat([_of_rows(z, y[:, None], temperature, top_p) for z, y in parts])
+
+
+def _of_rows(z: Tensor, y: Tensor, temperature: float, top_p: float) -> Tensor:
+    scaled = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+    q = torch.softmax(scaled, -1)
+    if top_p < 1.0:
+        rounding = float32_rounding(z.amax(-1), temperature)
+        inside = nucleus(torch.log_softmax(scaled, -1), top_p, rounding=rounding)
+        q = q.masked_fill_(~inside, 0.0)
+        q /= q.sum(-1, keepdim=True)
+    ids = torch.arange(q.shape[-1], device=q.device)
+    own = scaled.gather(-1, y)
+    likelier = (scaled > own) | ((scaled == own) & (ids < y))
+    ranks = halving_ranks(q.shape[-1]).to(q.device)
+    masses = [
+        q.masked_fill(~first, 0.0).sum(-1, dtype=torch.float64)
+        for first in (likelier, ranks < ranks[y])
+    ]
+    return torch.stack(masses, -1)
+
+
+@cache
+def halving_ranks(vocabulary: int) -> Int[Tensor, " V"]:
+    """r(x): ids laid on one another in halves, until one is left; the last fold decides first.
+
+    For a vocabulary of 2^k it is the number with the bits of x in reverse. `drawing.draw` chooses a token by
+    inverting sums in this order, digit by digit.
+    """
+    place, ranks = torch.arange(vocabulary), torch.zeros(vocabulary, dtype=torch.long)
+    size, digit = vocabulary, 1
+    while size > 1:
+        half = (size + 1) // 2
+        upper = place >= half
+        ranks += digit * upper
+        place -= half * upper
+        size, digit = half, 2 * digit
+    return ranks
