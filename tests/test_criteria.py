@@ -229,6 +229,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     ],
     "drawn_zero_check": [
         *((lambda r, w=w: invariance(r, "zero_step", w), "fail") for w in (1e-12, math.nan)),
+        (
+            lambda r: poisoned(r, "invariance", zero_step=r.invariance.zero_step.model_copy(update={"bound": 0.1})),
+            "fail",
+        ),
         (lambda r: poisoned(r, "invariance", zero_step=None), "not_applicable"),
     ],
     "drawn_scaling": [
@@ -266,7 +270,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "integrity", copies_modified=1), "fail"),
     ],
     "gradient_witness": [
-        (lambda r: r.model_copy(update={"witness": {**r.witness, "x_difference": 0.01}}), "fail"),
+        *(
+            (lambda r, x=x: r.model_copy(update={"witness": {**r.witness, "x_difference": x}}), "fail")
+            for x in (0.01, 1e-28)
+        ),
         (lambda r: r.model_copy(update={"witness": {**r.witness, "y_difference": math.nan}}), "fail"),
         (lambda r: r.model_copy(update={"witness": {**r.witness, "y_difference": math.inf}}), "fail"),
         (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
@@ -275,7 +282,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         *(
             (lambda r, k=k, x=x: r.model_copy(update={"witness": {**r.witness, k: x}}), "fail")
             for k in ("projections_jvp", "projections_alpha", "projections_v")
-            for x in (1e-4, math.nan)
+            for x in (1e-4, 1e-28, math.nan)
         ),
         (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
     ],

@@ -106,8 +106,8 @@ def test_independent_draws_pass(seed: int) -> None:
 @pytest.mark.parametrize(
     ("seen", "options"),
     [
-        ("scale of E", {"temperature": 0.8}),
-        ("scale of U", {"temperature": 1.3}),
+        ("scale of E by likelihood", {"temperature": 0.8}),
+        ("scale of U by likelihood", {"temperature": 1.3}),
         ("prompts of E by halves", {"shared": "prompts"}),
         ("responses of U by halves", {"shared": "responses"}),
         ("batches by halves", {"shared": "batches"}),

@@ -37,8 +37,8 @@ def departures(arrays: Arrays, batches: tuple[str, ...]) -> dict[str, float]:
                 np.moveaxis(weight * a, 1, 0)
             )
             found[f"prompts of {which.upper()} by {order}"] = in_common(weight * a)
-        if column == 0:
-            found |= _scales(moved)
+        for which, ratio in _scales(moved).items():
+            found[f"scale of {which} by {order}"] = ratio
         if len(moved) == 2:
             found[f"batches by {order}"] = _across(*(weight * a for weight, a in moved.values()))
     return found
@@ -46,9 +46,9 @@ def departures(arrays: Arrays, batches: tuple[str, ...]) -> dict[str, float]:
 
 def _scales(moved: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Of each batch, and of both together."""
-    sums = {f"scale of {w.upper()}": ((v * a).sum(), (v**2).sum()) for w, (v, a) in moved.items()}
+    sums = {w.upper(): ((v * a).sum(), (v**2).sum()) for w, (v, a) in moved.items()}
     if len(sums) == 2:
-        sums["scale of both"] = tuple(map(sum, zip(*sums.values(), strict=True)))
+        sums["both"] = tuple(map(sum, zip(*sums.values(), strict=True)))
     return {name: abs(_ratio(*of)) for name, of in sums.items()}
 
 

@@ -14,6 +14,7 @@ from entropy_probe_checks.criteria.verdicts import (
     Criterion,
     Finding,
     at_most,
+    by_two_ways,
     factor_from_one,
     inconclusive,
     largest,
@@ -39,9 +40,8 @@ def gradient_witness(report: ProbeReport) -> Finding:
     if measured is None:
         return not_applicable("No prompt was recomputed.")
     differences = (measured["x_difference"], measured["y_difference"])
-    return at_most(
-        largest(*(d for d in differences if d is not None)), limit_for(report, "gradient_witness")
-    )
+    value = largest(*(by_two_ways(d) for d in differences if d is not None))
+    return at_most(value, limit_for(report, "gradient_witness"))
 
 
 @part("projections")
@@ -63,7 +63,8 @@ def projections_agree(report: ProbeReport) -> Finding:
     detail = f"[no {', no '.join(missing)}: an operation lacks that derivative]" if missing else ""
     if not found:
         return unseen(detail)
-    return at_most(largest(*found.values()), limit_for(report, "projections_agree"), detail=detail)
+    value = largest(*map(by_two_ways, found.values()))
+    return at_most(value, limit_for(report, "projections_agree"), detail=detail)
 
 
 @second_moment

@@ -161,6 +161,12 @@ def largest(*values: float) -> float:
     return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
+def by_two_ways(difference: float) -> float:
+    """A relative difference of two sums in floating point; NaN where it is finer than float64 leaves any but 0, so that
+    what it is relative to must be wrong: 1e-24 is eight digits below a rounding of one term."""
+    return math.nan if 0 < difference < 1e-24 else difference
+
+
 def in_se(difference: float | None, se: float | None) -> float:
     """|difference|/SE; 0 where the difference is 0, infinite where the SE is 0, NaN where one is missing or the SE is
     infinite, which would hide any difference."""

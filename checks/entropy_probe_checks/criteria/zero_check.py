@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from entropy_probe import ProbeReport
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding, at_most, not_applicable
+from entropy_probe_checks.criteria.verdicts import (
+    Criterion,
+    Finding,
+    at_most,
+    largest,
+    not_applicable,
+)
 from entropy_probe_checks.thresholds import limit_for
 
 
@@ -33,6 +39,5 @@ def drawn_zero_check(report: ProbeReport) -> Finding:
     measured = report.invariance.zero_step
     if measured is None:
         return not_applicable("invariance.max_examples is 0.")
-    return at_most(
-        measured.worst, limit_for(report, "drawn_zero_check"), detail=f"[{measured.example}]"
-    )
+    value = largest(measured.worst, measured.bound)  # a bound above 0 would allow what must not be
+    return at_most(value, limit_for(report, "drawn_zero_check"), detail=f"[{measured.example}]")
