@@ -87,6 +87,15 @@ def test_without_a_fault_nothing_is_red(bench: Bench, name: str, seed: int) -> N
     assert {n for n, status in found.items() if status == "inconclusive"} <= STATISTICAL | {"prediction"}
 
 
+def test_a_router_near_a_tie_moves_no_derivative(bench: Bench) -> None:
+    """A router's choice is so close that scores a thousandth of a nat apart lie on either side of it: their differences
+    gave a curvature of −37000 for −28. The float64 copy has derivatives of its experts."""
+    experts = Subject("experts", partial(adapter, "mixtral"))
+    found = statuses(bench.run("experts", {"invariance": {"max_examples": 0}}, 4, experts))
+    assert {n for n, status in found.items() if status == "fail"} == set()
+    assert found["curvature_witness"] == "pass"
+
+
 def test_autocast_outside_changes_nothing(bench: Bench) -> None:
     clean = bench.run("llama", {}).model_dump(exclude={"timing", "memory"})
     with torch.autocast("cpu", dtype=torch.bfloat16):

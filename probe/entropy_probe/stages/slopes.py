@@ -152,16 +152,20 @@ def _ways(
 ) -> tuple[Derivatives, Callable[[float], Derivatives], float, tuple[int, ...]]:
     """D_v at θ; how D_v in float64 is found elsewhere; how far, and at which points.
 
-    In forward mode, unless an operation of the model has none for any process."""
+    In forward mode, unless an operation of the model has none for any process. The grouped product of experts has none;
+    the float64 copy, which takes them one by one, then serves at θ too: scores some way apart would lie on either side
+    of a router's choices.
+    """
     rollouts, world = share.own, share.world
-    try:
-        at_theta = directional_derivatives(bound, rollouts, v, config)
-    except NotImplementedError:
-        at_theta = None
-    if not world.any(at_theta is None):
-        assert at_theta is not None
-        derivatives = partial(directional_derivatives, float64, rollouts, v, config)
-        return at_theta, derivatives, _JVP_CHANGE, TWO_POINTS
+    for model in (bound,) if bound is float64 else (bound, float64):
+        try:
+            at_theta = directional_derivatives(model, rollouts, v, config)
+        except NotImplementedError:
+            at_theta = None
+        if not world.any(at_theta is None):
+            assert at_theta is not None
+            derivatives = partial(directional_derivatives, float64, rollouts, v, config)
+            return at_theta, derivatives, _JVP_CHANGE, TWO_POINTS
     trial = 1e-7 / max(norm(v), 1.0)
     override = theta_plus_eta_v(float64.registry, v, trial, float64.dtype)
     moved = score(float64, rollouts, config, override)
