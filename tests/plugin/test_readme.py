@@ -50,19 +50,9 @@ def test_the_readme_has_its_commands() -> None:
     assert {"pytest --probe-checkpoint=demo -m acceptance", "pytest --probe-explain=ess"} <= set(commands())
 
 
-# A drill is thirteen runs, of few responses here.
-SMALL = {
-    "budget": "smoke",
-    "batch": {"num_prompts": 4, "num_update_prompts": 4},
-    "generation": {"num_return_sequences": 3, "max_new_tokens": 12},
-    "invariance": {"max_examples": 0},
-}
-
-
 @pytest.mark.parametrize("command", commands())
 def test_command(place: Path, command: str) -> None:
-    (place / "small.yaml").write_text(json.dumps(SMALL))
-    done = run(place, command + " --config small.yaml" * (" drill " in command))
+    done = run(place, command)
     assert done.returncode == 0, done.stdout + done.stderr
     if "--out" in command:
         written = json.loads((place / command.split()[-1]).read_text())
