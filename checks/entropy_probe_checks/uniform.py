@@ -83,7 +83,7 @@ def in_common(values: np.ndarray) -> float:
     variance = ((p1**2 - p2) / 2).sum()
     third = (p1**3 - 3 * p1 * p2 + 2 * p3).sum()
     x = _ratio(sum_of_products, variance)
-    return _unskewed(x, float(third / variance**1.5)) if variance > 0 else 0.0
+    return 0.0 if variance == 0 else _unskewed(x, float(third / variance**1.5))
 
 
 def _unskewed(x: float, skewness: float) -> float:
@@ -95,4 +95,4 @@ def _unskewed(x: float, skewness: float) -> float:
 
 
 def _ratio(total: float, variance: float) -> float:
-    return float(total / math.sqrt(variance)) if variance > 0 else 0.0
+    return 0.0 if variance == 0 else float(total / math.sqrt(variance))

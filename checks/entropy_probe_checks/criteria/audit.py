@@ -321,7 +321,7 @@ def _of_before(
     by_likelihood, halved = before.reshape(-1, *before.shape[2:])[place][: len(again)].T
     least, most, halved_again = np.array(again).T
     outside = np.maximum(least - by_likelihood, by_likelihood - most)
-    return float(max(0.0, outside.max(), np.abs(halved - halved_again).max()))
+    return largest(0.0, float(outside.max()), float(np.abs(halved - halved_again).max()))
 
 
 def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:
