@@ -302,11 +302,10 @@ def _of_features(
     report: ProbeReport, which: str, place: int, again: Sequence[Sequence[float]]
 ) -> float:
     """The largest difference of a feature of a token, relative to 1 + its size; at top_p = 1, where there are any."""
-    features = _arrays(report).get(f"{which}.features")
-    if features is None or report.config["generation"]["top_p"] < 1:
+    own, expected = _columns(report, f"{which}.features", place), np.array(again)
+    if own is None:
         return 0.0
-    expected = np.array(again)
-    own = features.reshape(-1, *features.shape[2:])[place][: len(again), : expected.shape[1]]
+    own = own[: len(again), : expected.shape[1]]
     expected[:, 2] = np.minimum(expected[:, 2], own[:, 2].max())  # a margin is capped
     return float((np.abs(own - expected) / (1 + np.abs(expected))).max())
 
@@ -315,13 +314,21 @@ def _of_before(
     report: ProbeReport, which: str, place: int, again: Sequence[Sequence[float]]
 ) -> float:
     """The same of the mass before a token, which rounding may move among tokens that are as likely."""
-    before = _arrays(report).get(f"{which}.before")
-    if before is None or report.config["generation"]["top_p"] < 1:
+    before = _columns(report, f"{which}.before", place)
+    if before is None:
         return 0.0
-    by_likelihood, halved = before.reshape(-1, *before.shape[2:])[place][: len(again)].T
+    by_likelihood, halved = before[: len(again)].T
     least, most, halved_again = np.array(again).T
     outside = np.maximum(least - by_likelihood, by_likelihood - most)
     return largest(0.0, float(outside.max()), float(np.abs(halved - halved_again).max()))
+
+
+def _columns(report: ProbeReport, name: str, place: int) -> np.ndarray | None:
+    """[T, C] of a response, by its place in the batch; `None` where there is none, or q is not π."""
+    values = _arrays(report).get(name)
+    if values is None or report.config["generation"]["top_p"] < 1:
+        return None
+    return values.reshape(-1, *values.shape[2:])[place]
 
 
 def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from entropy_probe.estimators.policy import float32_rounding, nucleus
+from entropy_probe.estimators.token_stats import rows_in_chunk
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-_CHUNK = 1 << 22  # probabilities that are held at once
 
 
 def mass_before(
@@ -32,7 +31,7 @@ def mass_before(
     from another nucleus shows in the first order; noise that two responses share shows in both, and in the second one
     even where their distributions have nothing in common.
     """
-    rows = max(1, _CHUNK // logits.shape[-1])
+    rows = rows_in_chunk(logits)
     parts = zip(logits.detach().split(rows), tokens.split(rows), strict=True)
     return torch.cat([_of_rows(z, y[:, None], temperature, top_p) for z, y in parts])
 

@@ -163,7 +163,7 @@ class DistributionDiagnostics:
         step = step_diagnostics(logits, self.top_p, self.temperature, self.eos_token_id)
         surprisal = None if token_logp is None else -token_logp.detach().double()
         if tokens is not None:
-            size = _chunk_rows(logits)
+            size = rows_in_chunk(logits)
             parts = zip(
                 logits.detach().split(size), tokens.to(logits.device).split(size), strict=True
             )
@@ -193,7 +193,8 @@ def step_diagnostics(
         )
     rows = logits.detach().reshape(-1, vocabulary)
     parts = [
-        _of_rows(part.double(), top_p, temperature, eos) for part in rows.split(_chunk_rows(logits))
+        _of_rows(part.double(), top_p, temperature, eos)
+        for part in rows.split(rows_in_chunk(logits))
     ]
     return TokenStepDiagnostics(
         **{name: torch.cat([part[name] for part in parts]).reshape(shape) for name in parts[0]}
@@ -260,7 +261,8 @@ def _entropy(p: Tensor, logp: Tensor) -> Tensor:
     return (p * -logp.masked_fill(p == 0.0, 0.0)).sum(-1)
 
 
-def _chunk_rows(logits: Tensor) -> int:
+def rows_in_chunk(logits: Tensor) -> int:
+    """Rows of logits that are taken at a time."""
     return max(1, _CHUNK // logits.shape[-1])
 
 
