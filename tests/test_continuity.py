@@ -57,7 +57,7 @@ class Subject:
     def taylor(self, **changes: Any) -> TaylorTests:
         given = {"float64": self.float64, "bound": self.bound, "rollouts": self.rollouts, "v": self.v, "config": CONFIG}
         given |= changes
-        return tests_of_order.taylor(scores=score(given["bound"], given["rollouts"], given["config"]), **given)
+        return tests_of_order.taylor(scores=score(given["bound"], given["rollouts"], given["config"]), **given)[0]
 
 
 @functools.cache
@@ -387,7 +387,7 @@ def test_kinks_are_no_fault(tmp_path: Path) -> None:
         name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
         for name, p in bound.registry.trainable.items()
     }
-    found = tests_of_order.taylor(bound, bound, rollouts, score(bound, rollouts, ProbeConfig()), v, ProbeConfig())
+    found, _ = tests_of_order.taylor(bound, bound, rollouts, score(bound, rollouts, ProbeConfig()), v, ProbeConfig())
     assert found.taylor_order is None
     assert found.delta_h_slope is None
     errors = (found.identity_error_naive, found.identity_error_rb)

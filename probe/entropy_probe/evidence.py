@@ -11,12 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from entropy_probe.atomic import write_atomically
 from entropy_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FACTS = "facts"
 
@@ -27,6 +30,11 @@ class Evidence:
 
     arrays: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
+
+    def having(self, prefix: str, more: Mapping[str, Tensor]) -> Evidence:
+        """With more arrays, named `prefix.name`."""
+        arrays = {f"{prefix}.{n}": np.asarray(t.detach().cpu()) for n, t in more.items()}
+        return Evidence({**self.arrays, **arrays}, self.facts)
 
     def to_bytes(self) -> bytes:
         from safetensors.numpy import save

@@ -114,7 +114,9 @@ def _measure(
         with clock("properties"):
             drawn = drawn_properties(models.bound, models.float64, config, eos)
         with clock("continuity"):
-            continuous = continuity_section(models.bound, models.float64, e, of.e.scores, v, config)
+            continuous, of_taylor = continuity_section(
+                models.bound, models.float64, e, of.e.scores, v, config
+            )
             of_rows = invariance(models.bound, models.float64, e, config)
         with clock("integrity"):
             integrity = watched.section(elsewhere)
@@ -148,4 +150,4 @@ def _measure(
         memory=memory_section(models.bound.device, clock.held, config, plan),
         timing=clock.seconds,
     )
-    return report.with_evidence(evidence)
+    return report.with_evidence(None if evidence is None else evidence.having("taylor", of_taylor))

@@ -40,7 +40,7 @@ STANDARD = {"invariance": {"max_examples": 1}}
 TIMEOUT = 180.0
 
 
-def runs(folder: Path) -> dict[str, dict[str, Any]]:
+def runs(folder: Path, standard: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What every mutant is asked: statuses of the criteria, and the report, by checkpoint."""
     import warnings
 
@@ -53,7 +53,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     from entropy_probe_checks.criteria import CRITERIA
 
     found = {}
-    files = (folder / "files" / "ckpt", STANDARD, folder / "files" / "e.jsonl", folder / "files" / "u.jsonl")
+    files = (folder / "files" / "ckpt", standard, folder / "files" / "e.jsonl", folder / "files" / "u.jsonl")
     for name, (path, config, *batches) in {"demo": (checkpoint_path(), SMOKE), "files": files}.items():
         report = run_probe(path, ProbeConfig.from_mapping(config), *batches)
         verdicts = {criterion: judge(report).status for criterion, judge in CRITERIA.items()}
@@ -64,7 +64,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _asked(tree: Path, folder: Path, answer: Path, trace: bool) -> None:
+def _asked(tree: Path, folder: Path, standard: dict[str, Any], answer: Path, trace: bool) -> None:
     """In a process of its own: the library of `tree`."""
     os.setsid()
     sys.path[:0] = [str(tree / "probe"), str(tree / "checks")]
@@ -76,7 +76,7 @@ def _asked(tree: Path, folder: Path, answer: Path, trace: bool) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        found: dict[str, Any] = {"runs": runs(folder)}
+        found: dict[str, Any] = {"runs": runs(folder, standard)}
     except BaseException as error:
         found = {"error": f"{type(error).__name__}: {error}"[:200]}
     sys.settrace(None)
@@ -107,14 +107,15 @@ def _tracer(package: str, executed: dict[str, set[int]]) -> Any:
 class Asked:
     """Copies of the tree, and processes that ask them; the libraries are imported once."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, standard: dict[str, Any]) -> None:
         import peft  # noqa: F401
         import scipy.stats  # noqa: F401
         import transformers.models.auto.modeling_auto
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         assert not any(name.partition(".")[0] == "entropy_probe" for name in sys.modules)
-        self.folder, self._trees = folder, [folder / f"tree-{k}" for k in range(workers)]
+        self.folder, self.standard = folder, standard
+        self._trees = [folder / f"tree-{k}" for k in range(workers)]
         for tree in self._trees:
             for part in ("probe", "checks"):
                 shutil.copytree(ROOT / part, tree / part)
@@ -129,7 +130,7 @@ class Asked:
             answer = tree / "answer.json"
             answer.unlink(missing_ok=True)
             process = multiprocessing.get_context("fork").Process(
-                target=_asked, args=(tree, self.folder, answer, trace)
+                target=_asked, args=(tree, self.folder, self.standard, answer, trace)
             )
             process.start()
             process.join(20 * TIMEOUT if trace else TIMEOUT)
@@ -207,10 +208,12 @@ def _files(folder: Path) -> None:
         shutil.move(path, folder / "files" / name)
 
 
-def judged(count: int, seed: int, workers: int, *, show: bool = True) -> list[tuple[Mutant, str, str]]:
+def judged(
+    count: int, seed: int, workers: int, *, standard: dict[str, Any] = STANDARD, show: bool = True
+) -> list[tuple[Mutant, str, str]]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        asked = Asked(folder, workers)
+        asked = Asked(folder, workers, standard)
         prepare(folder)
         healthy = asked.ask(None, trace=True)
         assert "error" not in healthy, healthy

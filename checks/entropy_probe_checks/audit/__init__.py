@@ -5,7 +5,7 @@ NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each f
 
 batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
 first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
-optimizer    coverage and P;   student, tail  two distributions;   sheet  what is compared, and how
+optimizer    coverage and P;   taylor  small steps;   student, tail  two distributions;   sheet  what is compared, and how
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from entropy_probe_checks.audit import batches, change, entropy, first_order, optimizer, slopes
+from entropy_probe_checks.audit import (
+    batches,
+    change,
+    entropy,
+    first_order,
+    optimizer,
+    slopes,
+    taylor,
+)
 from entropy_probe_checks.audit.sheet import Line, Sheet
 
 __all__ = ["LIMIT", "Line", "audit", "text", "worst"]
@@ -50,6 +58,7 @@ def audit(report: Mapping[str, Any], evidence: Kept) -> list[Line]:
             sheet.write(name, None)
     change.write(sheet, along)
     optimizer.write(sheet)
+    taylor.write(sheet)
     return sheet.lines
 
 

@@ -29,15 +29,15 @@ def continuity_section(
     scores: Scores,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
-) -> ContinuitySection:
-    """Zero check, scaling and, where the budget has them, the Taylor tests."""
+) -> tuple[ContinuitySection, dict[str, Tensor]]:
+    """Zero check, scaling and, where the budget has them, the Taylor tests with their evidence."""
     most_rows = max(2, rows_without_graph(rollouts, config.generation))
     zero = zero_check(bound, rollouts, v, most_rows)
     ratios = scaling(float64, rollouts, v, most_rows)
-    tests = _NO_TAYLOR
+    tests, evidence = _NO_TAYLOR, {}
     if "taylor" not in config.left_out:
-        tests = taylor(float64, bound, rollouts, scores, v, config)
-    return ContinuitySection(
+        tests, evidence = taylor(float64, bound, rollouts, scores, v, config)
+    section = ContinuitySection(
         zero_check_max_abs=zero.max_abs,
         zero_check_bitwise=zero.bitwise,
         eta_main=ETA_MAIN,
@@ -46,6 +46,7 @@ def continuity_section(
         logit_ratio=ratios.logit_ratio,
         **tests.model_dump(),
     )
+    return section, evidence
 
 
 @dataclass(frozen=True)

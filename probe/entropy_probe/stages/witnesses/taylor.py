@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +56,7 @@ _FLOOR = 1e3 * sys.float_info.epsilon  # of Ĥ
 # Of Ĥ, along the stencil: ΔĤ is rounded by some 1e-15·Ĥ, 1e-7 of terms as small as this.
 _ROUNDING = 1e-8
 _DECADES = 1.5
+_KINDS = ("naive", "rb", "per_token")
 _SLOPE_RANGE, _ORDER_RANGE = 0.02, 0.1  # of min(η*, η**)
 _TRUSTED = 0.1
 
@@ -68,8 +69,10 @@ def taylor(
     scores: Scores,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
-) -> TaylorTests:
-    """The Taylor tests on about 16 responses (`scores` are those of all, as measured): the orders, and the identity
+) -> tuple[TaylorTests, dict[str, Tensor]]:
+    """The Taylor tests, and evidence: what they were made of.
+
+    On about 16 responses (`scores` are those of all, as measured): the orders, and the identity
 
         dΔĤ/dη at 0 = Σŵ[(f − Ĥ)·D_vS + D_vf],   f = −S or R,   ŵ = 1/N at top_p = 1
 
@@ -103,16 +106,20 @@ def taylor(
         taylor_order = order(etas, remainder, floor, _ORDER_RANGE * reach, _DECADES)
     smooth = identity.smooth
     delta_h_slope = order(etas, delta_h, floor, _SLOPE_RANGE * reach, _DECADES) if smooth else None
-    logit_slope, logit_monotone = _of_logits(along, rollouts, etas)
+    moved = _moved_logits(along, rollouts, etas)
+    logit_slope, logit_monotone = _of_logits(moved, etas)
     trusted = torch.ones_like(etas, dtype=torch.bool)
+    evidence = _evidence(along, derivatives, stencil, identity)
+    evidence |= {"etas": etas, "delta_h": delta_h, "logits": moved}
     if bound.dtype is not torch.float64:
         there = _Along(bound, some, v, config, scores.of_prompts(prompts)).delta_h(etas)
         # ΔĤ may cross 0, and so few responses may give a slope near 0: a tenth of its terms is as good as any
         first_order = max(abs(slope_by_difference), _TRUSTED * identity.size_of_terms) * etas
         close = (there - delta_h).abs() <= _TRUSTED * torch.maximum(delta_h.abs(), first_order)
         trusted = longest_run(close)
+        evidence["delta_h_there"] = there
     resolved = etas[trusted].tolist()
-    return TaylorTests(
+    tests = TaylorTests(
         taylor_eta_min=float(etas[0]),
         taylor_eta_max=float(etas[-1]),
         logit_slope=logit_slope,
@@ -127,6 +134,7 @@ def taylor(
         trusted_eta_min=resolved[0] if resolved else None,
         trusted_eta_max=resolved[-1] if resolved else None,
     )
+    return tests, evidence
 
 
 def _derivatives_and_unit(along: _Along) -> tuple[Derivatives | None, float]:
@@ -162,6 +170,8 @@ class _Identity:
     rb: float | None = None
     per_token: float | None = None
     smooth: bool = True
+    near: Mapping[int, EntropyChange] = field(default_factory=dict)
+    far: Mapping[int, EntropyChange] = field(default_factory=dict)
 
 
 def _identity(
@@ -178,10 +188,8 @@ def _identity(
         return identity_error(naive, naive_terms, rounding), identity_error(rb, rb_terms, rounding)
 
     naive, rb = errors(stencil, h)
-    near, far = (
-        errors(along.stencil(unit * change), unit * change)
-        for change in (_NEAR_CHANGE, _FAR_CHANGE)
-    )
+    at_near, at_far = (along.stencil(unit * change) for change in (_NEAR_CHANGE, _FAR_CHANGE))
+    near, far = errors(at_near, unit * _NEAR_CHANGE), errors(at_far, unit * _FAR_CHANGE)
     worst, smooth = _worst((naive, rb)), True
     if worst > _SMOOTH and _worst(near) < worst / 10:
         # kinks in the shorter step too leave nothing to compare with; a wrong derivative is further off
@@ -193,7 +201,30 @@ def _identity(
     if smooth and rb is not None and along.config.generation.top_p == 1.0:
         found, *_ = _by_difference(stencil, "per_token", h)
         per_token = _per_token_error(found, scores, derivatives, size)
-    return _Identity(float(rb_terms.sum()), size, naive, rb, per_token, smooth)
+    return _Identity(float(rb_terms.sum()), size, naive, rb, per_token, smooth, at_near, at_far)
+
+
+def _evidence(
+    along: _Along,
+    derivatives: Derivatives | None,
+    stencil: Mapping[int, EntropyChange],
+    identity: _Identity,
+) -> dict[str, Tensor]:
+    """Scores of the responses at θ, their derivatives, and the changes at the points of every stencil."""
+    scores = along.at_theta
+    found = {
+        "weights": along.weights,
+        "seq_logp": scores.seq_logp,
+        "rb_sum": scores.rb_sum,
+        "gen_lens": scores.gen_lens,
+    }
+    if derivatives is not None:
+        found["d_seq_logp"], found["d_rb_sum"] = derivatives.d_seq_logp, derivatives.d_rb_sum
+    for name, at in (("stencil", stencil), ("near", identity.near), ("far", identity.far)):
+        if at:
+            kinds = ([getattr(at[k], kind).value for k in STENCIL] for kind in _KINDS)
+            found[name] = torch.tensor(list(kinds), dtype=torch.float64)
+    return found
 
 
 def _per_token_error(
@@ -211,16 +242,22 @@ def _worst(errors: tuple[float | None, float | None]) -> float:
     return max((error for error in errors if error is not None), default=0.0)
 
 
-def _of_logits(
+def _moved_logits(
     along: _Along, rollouts: Rollouts, etas: Float[Tensor, " K"]
+) -> Float[Tensor, " k"]:
+    """‖Δlogits‖ at every second η."""
+    most_rows = rows_without_graph(rollouts, along.config.generation)
+    return _logit_changes(along.model, rollouts, along.v, etas[::2], most_rows)
+
+
+def _of_logits(
+    moved: Float[Tensor, " k"], etas: Float[Tensor, " K"]
 ) -> tuple[float | None, bool | None]:
     """The log-log slope of ‖Δlogits‖ against η, and whether it grows with η; `None` where no logit moves."""
-    decades, tiny = etas[::2], _LOG_CHANGES[::2] <= _LOGITS_UP_TO
-    most_rows = rows_without_graph(rollouts, along.config.generation)
-    moved = _logit_changes(along.model, rollouts, along.v, decades, most_rows)
     if not bool((moved != 0).any()):
         return None, None
-    slope = loglog_slope(decades[tiny], moved[tiny])
+    tiny = _LOG_CHANGES[::2] <= _LOGITS_UP_TO
+    slope = loglog_slope(etas[::2][tiny], moved[tiny])
     return slope, bool((moved[tiny].diff() > 0).all())
 
 
