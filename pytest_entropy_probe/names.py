@@ -22,6 +22,17 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     ),
     "update_rollouts": ("FILE", True, "responses from which the update is computed (JSON lines)"),
     "prompts": ("FILE", True, "prompts to sample from (JSON lines)"),
+    "recipe": (
+        "NAME",
+        False,
+        "whose update: auto reads the checkpoint's own training settings (default); notes, trl-dapo, verl-grpo, ...; "
+        "or a YAML file of parts",
+    ),
+    "reference_model": (
+        "PATH",
+        True,
+        "the reference of a KL term; an adapter's base where none is given",
+    ),
     "budget": (
         "NAME",
         False,

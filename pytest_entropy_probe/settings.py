@@ -47,6 +47,8 @@ class Settings:
     device_map: str | None = None
     offload_folder: Path | None = None
     seed: int | None = None
+    recipe: str | None = None
+    reference_model: Path | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
@@ -96,6 +98,8 @@ def read_settings(config: pytest.Config) -> Settings:
         device_map=text_of(config, "device_map"),
         offload_folder=existing(config, "offload_folder", "folder"),
         seed=natural_number(config, "seed"),
+        recipe=text_of(config, "recipe"),
+        reference_model=existing(config, "reference_model", "folder"),
     )
     targets = _targets(config)
     several = len(targets) > 1

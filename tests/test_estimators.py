@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
 
-from entropy_probe.estimators import adam, advantages, baselines, importance, slope, two_batch, ustat
+from entropy_probe.config import FirstOrderConfig, Recipe, RecipeConfig, UpdateConfig
+from entropy_probe.estimators import adam, advantages, baselines, importance, slope, two_batch, update_weights, ustat
 
 FAST = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
@@ -207,19 +210,31 @@ def test_interval_of_a_change_is_that_of_t(prompts: int) -> None:
 # advantages, slopes
 
 
+def recipe_of(**first_order: Any) -> Recipe:
+    return RecipeConfig().of(FirstOrderConfig(**first_order), UpdateConfig())
+
+
+def batch_of(rewards: Tensor, lengths: Tensor) -> update_weights.UpdateBatch:
+    nothing = torch.zeros(rewards.shape, dtype=torch.long)
+    return update_weights.UpdateBatch(rewards.double(), lengths, nothing.bool(), nothing, 10)
+
+
+def advantages_of(rewards: Tensor, rule: str) -> Tensor:
+    return update_weights.advantages(recipe_of(advantage=rule), batch_of(rewards, torch.ones_like(rewards).long()))
+
+
 def test_advantages_and_weights() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
-    assert advantages.advantages(rewards, "centered")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert advantages.advantages(rewards, "raw") is rewards
-    grpo = advantages.advantages(rewards, "grpo")
+    assert advantages_of(rewards, "centered")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert advantages_of(rewards, "raw").equal(rewards)
+    grpo = advantages_of(rewards, "grpo")
     assert grpo[0, 0].item() == pytest.approx(0.5 / (math.sqrt(1 / 3) + 1e-4))
     assert grpo[1].tolist() == [0.0] * 4
     for rule, expected in (("centered", [False, True]), ("grpo", [False, True]), ("raw", [False, False])):
-        assert advantages.zero_advantage(advantages.advantages(rewards, rule), rewards).tolist() == expected
+        assert advantages.zero_advantage(advantages_of(rewards, rule), rewards).tolist() == expected
     thirds = torch.full((1, 7), 0.1, dtype=torch.float64)
-    assert advantages.zero_advantage(advantages.advantages(thirds, "centered"), thirds).tolist() == [True]
+    assert advantages.zero_advantage(advantages_of(thirds, "centered"), thirds).tolist() == [True]
     lengths = torch.tensor([[2, 4, 1, 1], [3, 3, 3, 3]])
-    a = torch.ones(2, 4, dtype=torch.float64)
     expected = {
         "lmax": [1 / 16] * 4,
         "sequence_mean": [1 / 8, 1 / 16, 1 / 4, 1 / 4],
@@ -227,7 +242,9 @@ def test_advantages_and_weights() -> None:
         "constant": [1 / 40] * 4,
     }
     for rule, weights in expected.items():
-        assert advantages.y_weights(a, lengths, rule, 10)[0].tolist() == pytest.approx(weights, rel=1e-15), rule
+        recipe = recipe_of(loss=rule)
+        found = 2 * update_weights.normaliser(recipe, batch_of(torch.zeros(2, 4), lengths))
+        assert found[0].tolist() == pytest.approx(weights, rel=1e-15), rule
 
 
 def test_x_weights_leave_one_out_and_carry_no_gradient() -> None:

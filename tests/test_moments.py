@@ -72,14 +72,14 @@ def test_exchanged_states_of_the_demo_are_named() -> None:
     scores = score(prepared.model, u, config)
     alone = models.alone(prepared.model, u, config)
     y = unit_gradients(prepared.model, alone, config, *payloads(u, scores, config)).y
-    found = moments_match(checkpoint.adam, y)
+    found, _ = moments_match(checkpoint.adam, y)
     assert found.exchanged is not None
     assert found.exchanged < 2
     assert found.num_undecided < found.num_pairs / 3
     prefix = "base_model.model.model.layers"
     one, other = (f"{prefix}.{n}.mlp.gate_proj.lora_A.default.weight" for n in (0, 3))
     states: dict[str, AdamState] = {**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}
-    exchanged = moments_match(states, y)
+    exchanged, _ = moments_match(states, y)
     assert exchanged.exchanged is not None
     assert exchanged.exchanged > 5
     assert exchanged.exchanged_pair is not None
@@ -115,13 +115,13 @@ def test_exchanged_matrices_are_seen_and_small_vectors_are_named(tmp_path: Path,
         config,
         *payloads(u, score(prepared.model, u, config), config),
     ).y
-    healthy = moments_match(checkpoint.adam, y)
+    healthy, _ = moments_match(checkpoint.adam, y)
     assert healthy.exchanged is not None
     assert healthy.exchanged < 2.5
     one, other = MATRICES["full" if lora is None else "lora"]
 
     def exchanged(one: str, other: str) -> Any:
-        return moments_match({**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}, y)
+        return moments_match({**checkpoint.adam, one: checkpoint.adam[other], other: checkpoint.adam[one]}, y)[0]
 
     found = exchanged(one, other)
     assert found.exchanged > 5
@@ -137,6 +137,6 @@ def test_exchanged_matrices_are_seen_and_small_vectors_are_named(tmp_path: Path,
 def test_nothing_to_compare() -> None:
     state = AdamState(torch.zeros(4), torch.rand(4), None, 1.0, 1e-3, (0.9, 0.999), 1e-8, 0.0)
     y = {name: torch.rand(2, 4, generator=GENERATOR) for name in "ab"}
-    assert moments_match({"a": state}, y).exchanged is None
-    assert moments_match({"a": state, "b": replace(state, step=0.0)}, y).exchanged is None
-    assert moments_match({"a": state, "b": state}, {**y, "b": torch.zeros(2, 4)}).num_pairs == 0
+    assert moments_match({"a": state}, y)[0].exchanged is None
+    assert moments_match({"a": state, "b": replace(state, step=0.0)}, y)[0].exchanged is None
+    assert moments_match({"a": state, "b": state}, {**y, "b": torch.zeros(2, 4)})[0].num_pairs == 0

@@ -17,12 +17,13 @@ SAMPLE = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from mutants.run import judged
-print(json.dumps([(str(mutant), status, why) for mutant, status, why in judged(12, 4, 1, standard={{"budget": "smoke"}}, show=False)]))
+found = judged(12, 4, 1, standard={{"budget": "smoke"}}, show=False)
+print(json.dumps([(str(mutant), status, why) for mutant, status, why in found]))
 """
 
 
 def test_a_sample_of_mutants() -> None:
-    """Twelve, each by two short runs, in a process that has none of our modules: that most of them are killed is the figure of the page."""
+    """Twelve, each by two short runs, in a process that has none of our modules: most of them are killed."""
     code = SAMPLE.format(tests=str(Path(__file__).parent))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

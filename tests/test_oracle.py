@@ -17,11 +17,13 @@ from torch import Tensor
 
 import oracle
 from entropy_probe import ProbeConfig
+from entropy_probe.config import FirstOrderConfig, RecipeConfig, UpdateConfig
 from entropy_probe.estimators import importance, slope, two_batch, ustat
-from entropy_probe.estimators.advantages import AdvantageRule, LossRule, advantages, x_weights, y_weights
+from entropy_probe.estimators.advantages import x_weights
 from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
 from entropy_probe.estimators.prediction import predict
 from entropy_probe.estimators.token_stats import baseline_features
+from entropy_probe.estimators.update_weights import UpdateBatch, update_weights
 from entropy_probe.stages import entropy_change
 from entropy_probe.stages.gradients.payloads import per_token_payload
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
@@ -58,11 +60,14 @@ def x_of(model: Oracle, draw: Draw) -> Tensor:
     return model.weighted_gradient(draw, weights.reshape(draw.responses.shape))
 
 
-def y_of(
-    model: Oracle, draw: Draw, advantage: AdvantageRule = "centered", loss: LossRule = "lmax", limit: int = LIMIT
-) -> Tensor:
-    given = advantages(per_group(draw.of(model.rewards)), advantage)
-    weights = y_weights(given, per_group(draw.lengths), loss, limit)
+def y_of(model: Oracle, draw: Draw, advantage: str = "centered", loss: str = "lmax", limit: int = LIMIT) -> Tensor:
+    first_order = FirstOrderConfig.model_validate({"advantage": advantage, "loss": loss})
+    rewards = per_group(draw.of(model.rewards))
+    nothing = torch.zeros(rewards.shape, dtype=torch.long)
+    batch = UpdateBatch(rewards, per_group(draw.lengths), nothing.bool(), nothing, limit)
+    found = update_weights(RecipeConfig().of(first_order, UpdateConfig()), batch).of_responses
+    assert found is not None
+    weights = len(rewards) * found
     return model.weighted_gradient(draw, weights.reshape(draw.responses.shape))
 
 
@@ -183,7 +188,7 @@ def test_x_is_minus_the_gradient_of_the_entropy(name: str) -> None:
 
 @pytest.mark.parametrize("advantage", ["centered", "grpo", "raw"])
 @pytest.mark.parametrize("loss", ["lmax", "sequence_mean", "token_mean", "constant"])
-def test_y_has_its_exact_mean(advantage: AdvantageRule, loss: LossRule) -> None:
+def test_y_has_its_exact_mean(advantage: str, loss: str) -> None:
     """E[Y] of every rule, whose divisor may depend on the whole group, in every parameter. Seen to fail: the mean of a
     group of two."""
     model = oracle.strong().oracle

@@ -90,6 +90,18 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to sample from")
     run.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="whose update: auto reads the checkpoint's own training settings (default); notes, trl-dapo, "
+        "verl-grpo, ...; or a YAML file of parts",
+    )
+    run.add_argument(
+        "--reference-model",
+        type=Path,
+        metavar="PATH",
+        help="the reference of a KL term; an adapter's base where none is given",
+    )
+    run.add_argument(
         "--budget", help="how much is computed: smoke, standard or full (default: standard)"
     )
     run.add_argument("--device", help="where it runs (default: cpu)")

@@ -19,6 +19,7 @@ from entropy_probe.digests import file_digest
 from entropy_probe.errors import ConfigError
 from entropy_probe.layout import IN_PIECES, configured, find_layout
 from entropy_probe.stages.responses.rewards import REWARDS
+from entropy_probe.trainers.resolved import resolved
 
 LIBRARIES = (
     "torch",
@@ -55,7 +56,9 @@ def digest(
         raise ConfigError("batch.reward", f"{reward!r} is code of your own", "measure again")
     layout = configured(find_layout(checkpoint), base_model)
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
+    reference = config.reference_model
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
+    config, _ = resolved(config, layout.folder, has_reference=True)
     samples = rollouts is None and prompts is None
     known = {
         "checkpoint": [
@@ -63,6 +66,7 @@ def digest(
             _digests(layout.weights),
         ],
         "base": None if base is None else _digests(base),
+        "reference": None if reference is None else _digests(Path(reference).expanduser()),
         "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
         "dataset": _dataset(config.batch.dataset) if samples else None,
         "config": config.model_dump(mode="json", exclude=set(JUDGES)),

@@ -11,6 +11,8 @@ KEYS = {
     "device_map": "device_map",
     "offload_folder": "offload_folder",
     "seed": "batch.seed",
+    "recipe": "recipe",
+    "reference_model": "reference_model",
 }
 """Name of the option, with underscores → dotted key."""
 

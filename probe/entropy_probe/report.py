@@ -87,6 +87,24 @@ class BatchSection(_Section):
     fingerprint: str
 
 
+class RecipeSetting(_Section):
+    value: float | int | bool | str | None
+    source: str
+
+
+class RecipeSection(_Section):
+    """Whose update this is: the recipe's `name`, the file that says so, and every part with where it is from.
+
+    `not_reproduced`: what the trainer does beside; `unread`: files with settings that could not be read.
+    """
+
+    name: str
+    source: str
+    settings: dict[str, RecipeSetting]
+    not_reproduced: list[str]
+    unread: list[str]
+
+
 class SamplingSection(_Section):
     """The shares of the responses of two prompts that the same seed, and another seed, draw again."""
 
@@ -544,6 +562,7 @@ class ProbeReport(_Section):
     checkpoint: CheckpointSection
     config: dict[str, Any]
     left_out: list[str]
+    recipe: RecipeSection | None = None
     batch: BatchSection
     update_batch: BatchSection
     sampling: SamplingSection | None

@@ -126,6 +126,7 @@ def _measure(
         checkpoint=checkpoint_section(checkpoint, name),
         config=prepared.config.model_dump(mode="json"),
         left_out=list(config.left_out),
+        recipe=prepared.recipe,
         batch=batch_section(e, of.same_batch, config, prepared.given[0], eos),
         update_batch=batch_section(u, of.same_batch, config, prepared.given[1], eos),
         sampling=prepared.sampling,

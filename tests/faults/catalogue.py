@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from entropy_probe import loading
-from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, ustat
+from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, update_weights, ustat
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.checkpoint.moments import adam as optimizer
@@ -143,14 +143,15 @@ def baseline_across_prompts(patch: Patch) -> None:
 @fault("llama", "gradient_witness")
 def advantages_not_centred(patch: Patch) -> None:
     """The raw rewards stand for advantages."""
-    everywhere(patch, advantages.advantages, lambda rewards, rule: rewards)
+    everywhere(patch, update_weights.advantages, lambda recipe, batch: batch.rewards)
 
 
 @fault("llama", "gradient_witness")
 def loss_over_own_length(patch: Patch) -> None:
     """Each response is divided by its own length where the configured loss divides by the prompt's longest."""
-    original = advantages.y_weights
-    everywhere(patch, original, lambda a, lengths, rule, limit: original(a, lengths, "sequence_mean", limit))
+    original = update_weights.normaliser
+    own = {"normaliser": "sequence_mean"}
+    everywhere(patch, original, lambda recipe, batch: original(recipe.model_copy(update=own), batch))
 
 
 @fault("llama", "gradient_witness projections_agree slope_identity")

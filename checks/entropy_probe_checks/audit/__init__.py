@@ -5,7 +5,8 @@ NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each f
 
 batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
 first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
-optimizer    coverage and P;   taylor  small steps;   student, tail  two distributions;   sheet  what is compared, and how
+optimizer    coverage and P;   taylor  small steps;   student, tail  two distributions
+sheet        what is compared, and how
 """
 
 from __future__ import annotations

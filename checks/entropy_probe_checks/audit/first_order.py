@@ -11,7 +11,7 @@ import numpy as np
 
 from entropy_probe_checks.audit import student
 from entropy_probe_checks.audit.batches import update
-from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.sheet import Line, Sheet
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def of_tensors(sheet: Sheet, prefix: str, tensors: list[int]) -> K:
     if sheet.has(f"{prefix}.k"):
         k = sheet[f"{prefix}.k"][tensors].sum(0)
         return K(k.sum(1), k.sum(0), np.diag(k), k)
+    if sheet.facts["world_size"] == 1:
+        sheet.lines.append(Line(prefix, "its sums", "all of it, in one process", math.inf))
     rows, columns, diagonal = sheet[f"{prefix}.sums"][tensors].sum(0).T
     return K(rows, columns, diagonal, None)
 

@@ -79,7 +79,11 @@ def write(sheet: Sheet) -> None:
     }
     figures |= {f"identity_error_{name}": error for name, error in errors.items()}
     # what is left once the slope is taken off may be no more than a thousand roundings
-    sizes = {"taylor_slope": size, "taylor_order": 1e3, **{n: 1.0 for n in figures if n.startswith("identity")}}
+    sizes = {
+        "taylor_slope": size,
+        "taylor_order": 1e3,
+        **{n: 1.0 for n in figures if n.startswith("identity")},
+    }
     for name, again in figures.items():
         sheet.write(f"continuity.{name}", again, sizes.get(name))
     grid = unit * 10 ** (np.arange(len(etas)) / 2 - (len(etas) - 1) / 2 - 1)

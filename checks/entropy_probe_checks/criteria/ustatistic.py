@@ -40,8 +40,11 @@ def gradient_witness(report: ProbeReport) -> Finding:
     if measured is None:
         return not_applicable("No prompt was recomputed.")
     differences = (measured["x_difference"], measured["y_difference"])
-    value = largest(*(by_two_ways(d) for d in differences if d is not None))
-    return at_most(value, limit_for(report, "gradient_witness"))
+    found = [by_two_ways(d) for d in differences if d is not None]
+    limit = limit_for(report, "gradient_witness")
+    if found and not any(found) and report.registry.y_coverage > 0:
+        return inconclusive("Two ways agree to the last bit: the second was not gone.", 0.0, limit)
+    return at_most(largest(*found), limit)
 
 
 @part("projections")

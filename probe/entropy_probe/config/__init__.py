@@ -5,12 +5,14 @@ line that names the key and, for a misspelt key, the nearest valid one.
 
 values     the types of single values: sizes, devices, bounds
 sections   the sections
+recipe     whose update: the parts of a trainer's gradient, and recipes by name
 sources    tables read from files, laid over one another
 complaint  what pydantic found, on one line
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,6 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from entropy_probe.budgets import BUDGETS, Name, Part
 from entropy_probe.config.complaint import one_line
+from entropy_probe.config.recipe import RECIPES, Recipe, RecipeConfig
 from entropy_probe.config.sections import (
     BatchConfig,
     FirstOrderConfig,
@@ -53,6 +56,7 @@ from entropy_probe.config.values import (
 __all__ = [
     "JUDGES",
     "MEANS",
+    "RECIPES",
     "RULES",
     "BatchConfig",
     "FirstOrderConfig",
@@ -61,6 +65,8 @@ __all__ = [
     "InvarianceConfig",
     "PrecisionSection",
     "ProbeConfig",
+    "Recipe",
+    "RecipeConfig",
     "SequenceConfig",
     "TeacherForcingSection",
     "TrueDeltaHConfig",
@@ -126,6 +132,8 @@ class ProbeConfig(SequenceConfig):
     first_order: FirstOrderConfig = FirstOrderConfig()
     true_delta_h: TrueDeltaHConfig = TrueDeltaHConfig()
     update: UpdateConfig = UpdateConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    reference_model: Text | None = None
     invariance: InvarianceConfig = InvarianceConfig()
     limits: dict[str, Limit] = Field(default_factory=dict)
     allow_inconclusive: list[str] = Field(default_factory=list)
@@ -147,6 +155,11 @@ class ProbeConfig(SequenceConfig):
         if alone and self.device_map is None:
             raise ValueError(f"`{alone[0]}` is given without `device_map`, which it belongs to")
         return self
+
+    @cached_property
+    def whose_update(self) -> Recipe:
+        """The recipe by name, older keys and parts; `auto` is the notes' until a checkpoint says more."""
+        return self.recipe.of(self.first_order, self.update)
 
     @property
     def left_out(self) -> tuple[Part, ...]:

@@ -68,6 +68,7 @@ def evidence_of(
                 arrays[f"{which}.x_v0"] = gradients.of_units(x_v0)  # pyright: ignore[reportArgumentType]
                 _add(arrays, f"{which}.gram_d", _products(gradients, u, direction.diagonal, moved))
         _add(arrays, "sum", _sums(of, step, names))
+        _add(arrays, "match", step.of_match)
     if not of.e.share.world.first:
         return None
     parameters = {n: p.detach() for n, p in of.bound.registry.parameters.items()}
@@ -111,7 +112,7 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
         "prompt_lens": rollouts.prompt_lens,
         "gen_lens": rollouts.gen_lens,
         "rewards": rollouts.rewards,
-        "advantages": response_advantages(rollouts, of.config.first_order),
+        "advantages": response_advantages(rollouts, of.config),
         "unit_of_prompt": batch.gradients.units.of_prompt,
         "logp": share.all_tokens(tokens.token_logp),
         "logq": share.all_tokens(tokens.token_logq),

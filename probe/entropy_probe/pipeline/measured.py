@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.update_weights import UpdateBatch
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.pipeline.clock import Clock
-from entropy_probe.stages.gradients.payloads import Payload, payloads
+from entropy_probe.stages.gradients.payloads import (
+    Payload,
+    update_batch,
+    x_payload,
+    y_payload,
+)
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
 from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
-from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.reference import reference_logp
+from entropy_probe.stages.responses.rollouts import Rollouts, eos_ids
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
 
@@ -52,13 +59,14 @@ class Models:
 @dataclass(frozen=True)
 class Batch:
     """One batch: `tokens` are the scores of this process's own prompts, `scores` those of all (`Share.scores`);
-    `of_x` is what X of the own prompts is made of."""
+    `of_x` is what X of the own prompts is made of, and of U `as_update` what Y of all is made of."""
 
     share: Share
     tokens: Scores
     scores: Scores
     of_x: Payload
     gradients: UnitGradients
+    as_update: UpdateBatch | None = None
 
     @property
     def rollouts(self) -> Rollouts:
@@ -118,13 +126,30 @@ def measured(
             tokens_u = score(bound, share_u.own, config, with_features=with_features)
             scores_u = share_u.scores(tokens_u)
     with clock("gradients"):
-        of_x, of_y = payloads(share_u.own, tokens_u, config, share_u.among)
+        as_update = _as_update(checkpoint, bound, share_u, tokens_u, config)
+        of_x = x_payload(share_u.own, tokens_u, config, share_u.among)
+        of_y = y_payload(as_update, config).of_prompts(share_u.prompts)
         shown = {"stage": "gradients of U", "progress": clock.progress}
         gradients = unit_gradients(bound, share_u, config, of_x, of_y, **shown)
-        batch_u = batch_e = Batch(share_u, tokens_u, scores_u, of_x, gradients)
+        batch_u = batch_e = Batch(share_u, tokens_u, scores_u, of_x, gradients, as_update)
         if not same_batch:
-            of_x, _ = payloads(share_e.own, tokens_e, config, share_e.among)
+            of_x = x_payload(share_e.own, tokens_e, config, share_e.among)
             shown["stage"] = "gradients of E"
             gradients = unit_gradients(bound, share_e, config, of_x, **shown)
             batch_e = Batch(share_e, tokens_e, scores_e, of_x, gradients)
     return Measured(checkpoint, config, models, batch_e, batch_u)
+
+
+def _as_update(
+    checkpoint: Checkpoint, bound: BoundModel, share: Share, tokens: Scores, config: ProbeConfig
+) -> UpdateBatch:
+    """The U batch with what its recipe asks for: scores of all tokens, which others have in part, and a reference's."""
+    recipe, needed = config.whose_update, {}
+    if recipe.by_token or recipe.needs_reference or recipe.importance != "none":
+        needed["logp"] = share.all_tokens(tokens.token_logp)
+        needed["entropy"] = share.all_tokens(tokens.rb_entropy)
+    if recipe.needs_reference:
+        reference = reference_logp(checkpoint.model, bound, share.own, config)
+        needed["reference"] = share.all_tokens(reference)
+    ends = set(eos_ids(bound.language_model, checkpoint.tokenizer))
+    return update_batch(share.rollouts, config, ends, needed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class NextStep:
     along: slopes.Slopes | None = None
     direction: update.UpdateDirection | None = None
     predicting: slopes.Predictors | None = None
+    of_match: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def without_second_moment(of: Measured) -> NextStep:
@@ -84,14 +85,14 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         if not of.same_batch:
             across = two_batch_section(e.gradients, u.gradients, precond, lr)
     with clock("update"):
-        clip = config.update.max_grad_norm
+        clip = config.whose_update.max_grad_norm
         direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip)
         v = direction.v
         agreement = of_torch = None
         if first:
             agreement = optimizer_step_agreement(registry, adam, of.ascent, direction)
             of_torch = preconditioner_agreement(adam, precond)
-        match = moments_match(adam, u.gradients.y, clock.world)
+        match, of_match = moments_match(adam, u.gradients.y, clock.world)
     with clock("slopes"):
         along = slopes.slopes_along(
             of.bound, of.float64, e.share, e.tokens, v, config, clock.progress
@@ -109,7 +110,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         )
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
-        return NextStep(precond, v, changes, None, along, direction, predicting)
+        return NextStep(precond, v, changes, None, along, direction, predicting, of_match)
     with clock("real step"):
         taken, missing = _real_step(of, v, lr)
     sections = Sections(
@@ -121,7 +122,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         real_step=taken,
         real_step_missing=missing,
     )
-    return NextStep(precond, v, changes, sections, along, direction, predicting)
+    return NextStep(precond, v, changes, sections, along, direction, predicting, of_match)
 
 
 def _row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from entropy_probe import memory
@@ -19,7 +19,9 @@ from entropy_probe.pipeline.clock import Clock
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import draw_batches, fingerprint, sampling_section
 from entropy_probe.stages.memory.memory_limit import require_loaded_within
+from entropy_probe.stages.reference import has_reference
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
+from entropy_probe.trainers.resolved import resolved
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Prepared:
     checksum_before: str
     clock: Clock
     prompts: str | None = None
+    recipe: r.RecipeSection | None = None
 
     @property
     def world(self) -> World:
@@ -68,7 +71,13 @@ def prepare(
         )
         _require_state(checkpoint)
         with numerics(config.precision, checkpoint.info.num_parameters):
-            return _prepared(checkpoint, config, rollouts, update_rollouts, prompts, clock)
+            config, recipe = resolved(
+                config,
+                checkpoint.info.path or None,
+                has_reference=has_reference(checkpoint.model, config),
+            )
+            files = (rollouts, update_rollouts, prompts)
+            return replace(_prepared(checkpoint, config, *files, clock), recipe=recipe)
 
 
 def allocating(config: ProbeConfig) -> AbstractContextManager[None]:

@@ -19,7 +19,9 @@ def witnessed(
     """The section `witness` of the report. Without slopes `along` v there is no second moment, and what needs one is
     `None`."""
     bound, config, e, u = of.bound, of.config, of.e, of.u
-    by_loop = gradient_witness(bound, u.share, u.scores, config, u.gradients, precond, u.of_x)
+    by_loop = gradient_witness(
+        bound, u.share, u.scores, config, u.gradients, precond, u.of_x, u.as_update
+    )
     witness: dict[str, float | None] = {} if by_loop is None else asdict(by_loop)
     if "projections" not in config.left_out:
         at_theta = None if along is None else along.at_theta

@@ -152,7 +152,7 @@ def batch_section(
     rollouts: Rollouts, same_batch: bool, config: ProbeConfig, given: str, eos: Collection[int]
 ) -> r.BatchSection:
     """A batch in the report; `given` is the file that was asked for, or `sampled`."""
-    advantage = response_advantages(rollouts, config.first_order)
+    advantage = response_advantages(rollouts, config)
     without_advantage = advantages.zero_advantage(advantage, rollouts.rewards)
     cut = [response for response in rollouts.responses if response[-1] not in eos]
     limit = config.generation.max_new_tokens

@@ -25,9 +25,9 @@ _CLEAR = 5.0
 
 def moments_match(
     adam: Mapping[str, AdamState], y: Mapping[str, Float[Tensor, "U D"]], world: World = ALONE
-) -> MomentsMatch:
+) -> tuple[MomentsMatch, dict[str, Tensor]]:
     """mean_u Y_u² against `exp_avg_sq`, entry by entry, of up to 4096 entries of each tensor; of several processes each
-    has some u."""
+    has some u. Beside it what it is made of: that of every pair, and the entries of the pair with the most."""
     num_units = int(world.total(torch.tensor(len(next(iter(y.values()), ())))))
     of_pairs: list[_Pairs] = []
     for names in _of_one_shape(adam, y, world):
@@ -39,8 +39,9 @@ def moments_match(
         moments = torch.stack([of_state[some.to(of_state.device)] for of_state in states])
         evidence = exchange_evidence(squares, moments.double().cpu())
         first, second = torch.triu_indices(len(names), len(names), offset=1)
-        of_pairs.append(_Pairs(names, size, first, second, evidence[first, second]))
-    return _summed_up(of_pairs)
+        pairs = _Pairs(names, size, first, second, evidence[first, second], squares, moments)
+        of_pairs.append(pairs)
+    return _summed_up(of_pairs), _made_of(of_pairs)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class _Pairs:
     first: Tensor
     second: Tensor
     evidence: Tensor
+    squares: Tensor
+    moments: Tensor
 
     def names_of(self, pair: int) -> tuple[str, str]:
         return self.names[int(self.first[pair])], self.names[int(self.second[pair])]
@@ -87,6 +90,19 @@ def _summed_up(found: list[_Pairs]) -> MomentsMatch:
         num_undecided=int((evidence > -_CLEAR).sum()),
         undecided=sorted(undecided, key=lambda name: (undecided[name], name)),
     )
+
+
+def _made_of(found: list[_Pairs]) -> dict[str, Tensor]:
+    if not found:
+        return {}
+    most = max(found, key=lambda pairs: float(pairs.evidence.max()))
+    pair = int(most.evidence.argmax())
+    both = torch.stack([most.first[pair], most.second[pair]])
+    return {
+        "pairs": torch.cat([pairs.evidence for pairs in found]),
+        "squares": most.squares[both],
+        "of_pair": most.moments.double().cpu()[both],
+    }
 
 
 def preconditioner_section(

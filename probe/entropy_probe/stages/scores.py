@@ -88,7 +88,7 @@ def read_rows(
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
     rows_at_once: int | None = None,
-    beside: Float[Tensor, "R Tmax"] | None = None,
+    beside: Float[Tensor, "R Tmax *C"] | None = None,
     capture: Capture | None = None,
 ) -> tuple[Tensor, ...]:
     """`read(logits, tokens)` at every generated token of some rows, [R, T, …]; zero past the end of a response.

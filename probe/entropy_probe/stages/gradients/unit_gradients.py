@@ -222,7 +222,11 @@ def unit_gradients(
         raise MeasurementError(
             "gradients", "no parameter of the model is trainable", "set requires_grad"
         )
-    one_pass = of_x.coefficients is None and bound.autograd_is_derivative_of(share.rollouts.tokens)
+    one_pass = (
+        of_x.coefficients is None
+        and (of_y is None or of_y.coefficients is None)
+        and bound.autograd_is_derivative_of(share.rollouts.tokens)
+    )
     unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
     sizes = torch.bincount(unit_of)
     x = {n: torch.zeros(len(sizes), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}

@@ -136,7 +136,8 @@ class Passes:
 
     def payload(self, rows: int) -> Payload:
         """Of so many of the rows, by the configured estimator."""
-        steps, by_token = self.rollouts.max_gen_len, self.config.first_order.estimator == "rb"
+        steps, first_order = self.rollouts.max_gen_len, self.config.first_order
+        by_token = first_order.estimator == "rb" or self.config.whose_update.by_token
         weights = torch.ones(rows, 1, dtype=torch.float64)
         return Payload(
             weights, torch.zeros(rows, 1, steps, dtype=torch.float64) if by_token else None

@@ -28,7 +28,9 @@ class Rollouts:
 
     `ids` [N, L] are right-padded: prompt, then response, then padding. The generated region of row
     i is `prompt_lens[i] … prompt_lens[i] + gen_lens[i] − 1`; it ends with the first EOS (scored) or
-    at the length limit. `logprobs` are those that the sampler reported, where a file holds them.
+    at the length limit. `logprobs` are those that the sampler reported, where a file holds them;
+    `advantages` [B, G] or [B, G, T] replace the rule, and `micro_batches` say which responses the
+    trainer takes together. `in_step` are those of a rollout that the step takes; all of them.
     Where these are a process's share of a batch, `first_prompt` of it stand before them.
     """
 
@@ -36,11 +38,13 @@ class Rollouts:
     prompt_lens: Int[Tensor, " N"]
     gen_lens: Int[Tensor, " N"]
     rewards: Float[Tensor, "B G"]
-    advantages: Float[Tensor, "B G"] | None
+    advantages: Float[Tensor, "B G *T"] | None
     logprobs: Float[Tensor, "N T"] | None
     source: str
     missing_gold: int
     first_prompt: int = 0
+    micro_batches: Int[Tensor, "B G"] | None = None
+    in_step: Bool[Tensor, "B G"] | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -87,6 +91,8 @@ class Rollouts:
             advantages=None if self.advantages is None else self.advantages[prompts],
             logprobs=None if self.logprobs is None else self.logprobs[rows],
             first_prompt=first_prompt,
+            micro_batches=None if self.micro_batches is None else self.micro_batches[prompts],
+            in_step=None if self.in_step is None else self.in_step[prompts],
         )
 
     def per_prompt(self, values: Tensor) -> Tensor:
@@ -101,8 +107,10 @@ class Group:
     prompt: list[int]
     responses: list[list[int]]
     rewards: list[float]
-    advantages: list[float] | None = None
+    advantages: list[float] | list[list[float]] | None = None
     logprobs: list[list[float]] | None = None
+    micro_batches: list[int] | None = None
+    in_step: list[bool] | None = None
 
 
 def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollouts:
@@ -113,7 +121,12 @@ def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollou
     reported = [entry for group in groups for entry in group.logprobs or ()]
     advantages = None
     if all(group.advantages is not None for group in groups):
-        advantages = _table([group.advantages for group in groups])
+        advantages = _advantages([group.advantages for group in groups])
+    given = {
+        key: torch.tensor([getattr(group, key) for group in groups])
+        for key in ("micro_batches", "in_step")
+        if all(getattr(group, key) is not None for group in groups)
+    }
     return Rollouts(
         ids=pad_sequence(list(map(torch.tensor, rows)), batch_first=True),
         prompt_lens=prompt_lens.repeat_interleave(len(groups[0].responses)),
@@ -123,7 +136,16 @@ def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollou
         logprobs=_padded(reported) if len(reported) == len(rows) else None,
         source=source,
         missing_gold=missing_gold,
+        **given,
     )
+
+
+def _advantages(of_groups: Sequence[Any]) -> Float[Tensor, "B G *T"]:
+    """One for each response, or one for each token, with zeros past the end."""
+    if not isinstance(of_groups[0][0], list):
+        return _table(of_groups)
+    padded = _padded([entry for group in of_groups for entry in group])
+    return padded.reshape(len(of_groups), -1, padded.shape[1])
 
 
 def _table(rows: Sequence[Any]) -> Float[Tensor, "B G"]:

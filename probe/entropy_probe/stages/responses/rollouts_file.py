@@ -4,11 +4,14 @@
     {"prompt": "..", "responses": ["..", ..], "rewards": [..]}
 
 Texts are tokenised here; an EOS is added unless `truncated` says that the response has none.
-Optional: "advantages": [..], "truncated": [bool, ..], "logprobs": [[..], ..], "gold": ".."
+Optional: "advantages": [..] of responses, or [[..], ..] of their tokens; "truncated": [bool, ..]; "gold": "..";
+"logprobs": [[..], ..]; of a trainer's own step "in_step": [bool, ..] and "micro_batches": [int, ..]. Any other key is
+an error: what it holds would be ignored.
 """
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +52,23 @@ def _require_alike(group: Group, first: Group, where: str) -> None:
     if size != expected:
         problem = f"has {size} responses, the first line {expected}"
         raise RolloutsError(where, problem, "give the same number on every line")
-    for key in ("advantages", "logprobs"):
+    for key in _BESIDE:
         if (getattr(group, key) is None) != (getattr(first, key) is None):
             problem = f"`{key}` stand on some lines only"
             raise RolloutsError(where, problem, "give them on every line or on none")
+
+
+_BESIDE = ("advantages", "logprobs", "micro_batches", "in_step")
+_KEYS = (
+    "prompt_ids",
+    "response_ids",
+    "rewards",
+    "prompt",
+    "responses",
+    "truncated",
+    "gold",
+    *_BESIDE,
+)
 
 
 @dataclass(frozen=True)
@@ -75,14 +91,45 @@ class _Line:
         count = len(responses)
         if count < 2:
             raise self._wrong(f"has {count} responses, expected at least 2", "give 2 or more")
-        given = {key for key in ("advantages", "logprobs") if row.get(key) is not None}
+        self._require_known()
+        given = {key for key in _BESIDE if row.get(key) is not None}
         return Group(
             prompt,
             responses,
             rewards=self._numbers("rewards", count),
-            advantages=self._numbers("advantages", count) if "advantages" in given else None,
-            logprobs=self._logprobs(responses) if "logprobs" in given else None,
+            advantages=self._advantages(responses) if "advantages" in given else None,
+            logprobs=self._of_tokens("logprobs", responses) if "logprobs" in given else None,
+            micro_batches=self._counts("micro_batches", count)
+            if "micro_batches" in given
+            else None,
+            in_step=self._flags("in_step", count) if "in_step" in given else None,
         )
+
+    def _require_known(self) -> None:
+        """Raise for a key that is none of ours: what it holds would be ignored."""
+        for key in self.row:
+            if key not in _KEYS:
+                near = difflib.get_close_matches(str(key), _KEYS, n=1)
+                remedy = f"did you mean `{near[0]}`?" if near else f"keys are {', '.join(_KEYS)}"
+                raise self._wrong(f"has an unknown key {shown(key)}", remedy)
+
+    def _advantages(self, responses: list[list[int]]) -> list[float] | list[list[float]]:
+        given = self.row["advantages"]
+        if isinstance(given, list) and any(isinstance(entry, list) for entry in given):
+            return self._of_tokens("advantages", responses)
+        return self._numbers("advantages", len(responses))
+
+    def _counts(self, key: str, count: int) -> list[int]:
+        values = self._list(key)
+        if len(values) != count or any(type(v) is not int or not 0 <= v < 1 << 20 for v in values):
+            raise self._wrong(f"`{key}` is {shown(values)}", "give one number from 0 per response")
+        return values
+
+    def _flags(self, key: str, count: int) -> list[bool]:
+        values = self._list(key)
+        if len(values) != count or any(type(value) is not bool for value in values):
+            raise self._wrong(f"`{key}` is {shown(values)}", "give one true or false per response")
+        return values
 
     def _wrong(self, problem: str, remedy: str) -> RolloutsError:
         return RolloutsError(self.where, problem, remedy)
@@ -155,11 +202,11 @@ class _Line:
                 raise self._wrong(f"`{key}` holds {shown(value)}", "give finite numbers")
         return [float(value) for value in values]
 
-    def _logprobs(self, responses: list[list[int]]) -> list[list[float]]:
+    def _of_tokens(self, key: str, responses: list[list[int]]) -> list[list[float]]:
         """One number per token of every response."""
-        lists = self._list("logprobs")
+        lists = self._list(key)
         lengths = [len(entry) if isinstance(entry, list) else None for entry in lists]
         if lengths != [len(response) for response in responses]:
-            problem = f"`logprobs` has {lengths} numbers"[:120]
+            problem = f"`{key}` has {lengths} numbers"[:120]
             raise self._wrong(problem, "give one per token of each response")
-        return [self._finite("logprobs", entry) for entry in lists]
+        return [self._finite(key, entry) for entry in lists]

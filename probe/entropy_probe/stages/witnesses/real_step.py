@@ -125,7 +125,7 @@ def after_real_step(
     config: ProbeConfig,
 ) -> Scores:
     """Scores after `take_real_step`, which changes `bound` for good: give a copy."""
-    take_real_step(bound.registry, ascent, adam, lr, config.update.max_grad_norm)
+    take_real_step(bound.registry, ascent, adam, lr, config.whose_update.max_grad_norm)
     return score(bound, rollouts, config, {})
 
 

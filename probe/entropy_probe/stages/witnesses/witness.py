@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,9 +15,10 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.baselines import rb_coefficients
+from entropy_probe.estimators.update_weights import UpdateBatch
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients.payloads import Payload
+from entropy_probe.stages.gradients.payloads import Payload, update_batch
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -31,6 +31,7 @@ from entropy_probe.stages.scores import (
 )
 from entropy_probe.stages.share import Share, Units
 from entropy_probe.stages.slopes import Slopes
+from entropy_probe.stages.witnesses.update_by_loop import y_payload_by_loop
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -63,6 +64,7 @@ def gradient_witness(
     units: UnitGradients,
     precond: Mapping[str, Tensor],
     of_x_fast: Payload | None = None,
+    batch: UpdateBatch | None = None,
 ) -> Witness | None:
     """The two units with the largest weights in Y, so that both sides have something to compare: prompts, or blocks.
 
@@ -72,7 +74,9 @@ def gradient_witness(
     where they are: κ is then that of `of_x_fast`.
     """
     rollouts = share.rollouts
-    of_x, of_y = payloads_by_loop(rollouts, scores, config, with_coefficients=not share.several)
+    of_x, of_y = payloads_by_loop(
+        rollouts, scores, config, batch, with_coefficients=not share.several
+    )
     chosen = largest(of_y, units.units, 2)
     fast_x, fast_y = (_rows(share, side, chosen) for side in (units.x, units.y))
     if share.several and of_x_fast is not None and of_x_fast.coefficients is not None:
@@ -83,7 +87,7 @@ def gradient_witness(
     if not share.world.first:
         return None
     own = bound.autograd_is_derivative_of(rollouts.tokens)
-    if of_x.coefficients is None and own:
+    if of_x.coefficients is None and of_y.coefficients is None and own:
         sums = _naive(bound, rollouts, units.units, chosen, [of_x, of_y], config, true=True)
     else:
         sums = _naive(bound, rollouts, units.units, chosen, [of_x], config, true=True)
@@ -98,34 +102,23 @@ def gradient_witness(
 
 
 def payloads_by_loop(
-    rollouts: Rollouts, scores: Scores, config: ProbeConfig, *, with_coefficients: bool = True
+    rollouts: Rollouts,
+    scores: Scores,
+    config: ProbeConfig,
+    batch: UpdateBatch | None = None,
+    *,
+    with_coefficients: bool = True,
 ) -> tuple[Payload, Payload]:
     """`payloads` response by response: nothing of what the fast pass has its weights from, but for `hk_ridge`."""
     first, group, prompts = config.first_order, rollouts.num_responses, range(rollouts.num_prompts)
-    s, lengths, rewards = (
-        scores.seq_logp.tolist(),
-        scores.gen_lens.tolist(),
-        rollouts.rewards.tolist(),
-    )
-    x, y = (torch.zeros(rollouts.num_prompts, group, dtype=torch.float64) for _ in range(2))
+    s = scores.seq_logp.tolist()
+    x = torch.zeros(rollouts.num_prompts, group, dtype=torch.float64)
     for n, g in itertools.product(prompts, range(group)):
         others = math.fsum(s[n][k] for k in range(group) if k != g) / (group - 1)
         x[n, g] = (s[n][g] - others) / group if first.estimator == "naive" else -1.0 / group
-        advantage = rewards[n][g] - (
-            0.0 if first.advantage == "raw" else math.fsum(rewards[n]) / group
-        )
-        if first.advantage == "grpo":
-            advantage /= statistics.stdev(rewards[n]) + 1e-4
-        if rollouts.advantages is not None:
-            advantage = float(rollouts.advantages[n, g])
-        divisors = {
-            "lmax": max(lengths[n]),
-            "sequence_mean": lengths[n][g],
-            "token_mean": sum(lengths[n]) / group,
-        }
-        y[n, g] = advantage / divisors.get(first.loss, config.generation.max_new_tokens) / group
     kappa = first.estimator == "rb" and with_coefficients
-    return Payload(x, _coefficients_by_loop(scores, config) if kappa else None), Payload(y)
+    y = y_payload_by_loop(config.whose_update, batch or update_batch(rollouts, config))
+    return Payload(x, _coefficients_by_loop(scores, config) if kappa else None), y
 
 
 def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
@@ -162,7 +155,7 @@ def _rows(share: Share, side: Mapping[str, Tensor], chosen: Tensor) -> dict[str,
 def largest(payload: Payload, units: Units, count: int) -> Int[Tensor, " u"]:
     """The units with the largest mean of |weight|, in ascending order; all of them if there are fewer."""
     sums = torch.zeros(len(units.sizes), dtype=torch.float64)
-    sums.index_add_(0, units.of_prompt, payload.weights.double().abs().sum(1))
+    sums.index_add_(0, units.of_prompt, payload.size())
     return (sums / units.sizes).topk(min(count, len(sums))).indices.sort().values
 
 

@@ -1,0 +1,57 @@
+"""The reference model of a KL term: log p of the same tokens under another policy."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import MeasurementError
+from entropy_probe.model.checkpoint.stored import Saved
+from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
+from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.scores import score
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def has_reference(model: nn.Module, config: ProbeConfig) -> bool:
+    """Whether one is at hand: the folder that was given, or the base of an adapter."""
+    return config.reference_model is not None or _without_adapter(model) is not None
+
+
+@torch.no_grad()
+def reference_logp(
+    model: nn.Module, bound: BoundModel, rollouts: Rollouts, config: ProbeConfig
+) -> Float[torch.Tensor, "B G T"]:
+    """log p of every token under the reference, in the precision of the measurement: the model in `reference_model`,
+    else the model with its adapter off."""
+    if config.reference_model is not None:
+        folder = Path(config.reference_model).expanduser()
+        other = bind(load_full_model(folder, Saved(folder, "model")).to(bound.device), bound.dtype)
+        if other.vocabulary != bound.vocabulary:
+            problem = f"has {other.vocabulary} tokens, the checkpoint {bound.vocabulary}"
+            raise MeasurementError(folder, problem, "give the model that training began with")
+        return score(other, rollouts, config).token_logp
+    off = _without_adapter(model)
+    if off is None:
+        problem = "has a KL term, and no reference model is known"
+        raise MeasurementError("recipe", problem, "give --probe-reference-model")
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        with off:
+            return score(bound, rollouts, config).token_logp
+    finally:  # peft makes every adapter trainable again
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def _without_adapter(model: nn.Module) -> AbstractContextManager[Any] | None:
+    off = getattr(model, "disable_adapter", None)
+    return off() if callable(off) else None

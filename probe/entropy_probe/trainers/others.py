@@ -1,0 +1,123 @@
+"""Settings that trainers leave as YAML or JSON: verl (`.hydra/config.yaml`), NeMo RL, prime-rl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from entropy_probe.errors import ProbeError
+from entropy_probe.text import read_json
+from entropy_probe.trainers.found import Found
+
+_MOST = 1 << 20
+_VERL_LOSSES = {
+    "token-mean": {"normaliser": "batch_tokens"},
+    "seq-mean-token-sum": {"normaliser": "sum"},
+    "seq-mean-token-mean": {"normaliser": "sequence_mean"},
+    "seq-mean-token-sum-norm": {"normaliser": "constant"},
+}
+_KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+
+
+def verl(path: Path) -> Found | None:
+    """Keys of verl 0.7's `ppo_trainer.yaml`."""
+    config = _yaml(path)
+    actor = _at(config, "actor_rollout_ref", "actor")
+    if not isinstance(actor, Mapping):
+        return None
+    estimator = _at(config, "algorithm", "adv_estimator") or "gae"
+    left: list[str] = []
+    name = "verl-rloo" if estimator == "rloo" else "verl-grpo"
+    if estimator not in ("grpo", "rloo"):
+        left.append(f"advantages by {estimator}")
+    parts: dict[str, Any] = {"max_grad_norm": actor.get("grad_clip") or None}
+    parts |= _VERL_LOSSES.get(actor.get("loss_agg_mode", "token-mean"), {})
+    if parts.get("normaliser") == "constant":
+        parts["constant"] = _at(config, "data", "max_response_length")
+    if estimator == "grpo" and _at(config, "algorithm", "norm_adv_by_std_in_grpo") is False:
+        parts["scale"] = "none"
+    if actor.get("entropy_coeff"):
+        parts["entropy_coef"] = actor["entropy_coeff"]
+    if actor.get("use_kl_loss"):
+        kind = str(actor.get("kl_loss_type", "low_var_kl"))
+        parts |= {"kl_coef": actor.get("kl_loss_coef") or 0.0, "kl": _KL.get(kind, "k3")}
+        if kind not in _KL:
+            left.append(f"KL term {kind}")
+    if _at(config, "algorithm", "use_kl_in_reward"):
+        left.append("KL in the reward")
+    rollout, step = _at(config, "data", "train_batch_size"), actor.get("ppo_mini_batch_size")
+    if type(rollout) is int and type(step) is int and rollout > step > 0:
+        left.append(f"{-(-rollout // step)} steps a rollout: after the first the ratio is not 1")
+    if (actor.get("ppo_epochs") or 1) > 1:
+        left.append("passes after the first over a rollout: ratio 1")
+    temperature = _at(config, "actor_rollout_ref", "rollout", "temperature")
+    return _made(name, ".hydra/config.yaml", parts, temperature, step, left)
+
+
+def nemo_rl(path: Path) -> Found | None:
+    """Keys of NeMo RL's `examples/configs/grpo_math_1B.yaml`."""
+    config = _yaml(path)
+    grpo, loss = _at(config, "grpo"), _at(config, "loss_fn")
+    if not isinstance(grpo, Mapping) or not isinstance(loss, Mapping):
+        return None
+    parts: dict[str, Any] = {"max_grad_norm": _at(config, "policy", "max_grad_norm") or None}
+    parts["kl_coef"] = loss.get("reference_policy_kl_penalty") or 0.0
+    if grpo.get("use_leave_one_out_baseline") is False:
+        parts |= {"baseline": "mean", "scale": "group"}
+    if grpo.get("normalize_rewards") is False:
+        parts["scale"] = "none"
+    if loss.get("token_level_loss") is False:
+        parts["normaliser"] = "sequence_mean"
+    temperature = _at(config, "policy", "generation", "temperature")
+    prompts = grpo.get("num_prompts_per_step")
+    return _made("nemo-rl", path.name, parts, temperature, prompts, [])
+
+
+def prime_rl(path: Path) -> Found | None:
+    """`optim.max_norm` of the trainer's file, `sampling.temperature` of the orchestrator's beside it."""
+    config = read_json(path)
+    if not isinstance(_at(config, "loss"), Mapping) and not isinstance(
+        _at(config, "optim"), Mapping
+    ):
+        return None
+    parts = {"max_grad_norm": _at(config, "optim", "max_norm") or None}
+    beside = path.with_name("orchestrator.json")
+    temperature = None
+    if beside.is_file():
+        temperature = _at(read_json(beside), "sampling", "temperature")
+    return _made("prime-rl", "configs/trainer.json", parts, temperature, None, [])
+
+
+def _made(
+    name: str,
+    source: str,
+    parts: Mapping[str, Any],
+    temperature: Any,
+    prompts: Any,
+    left: list[str],
+) -> Found:
+    generation = {"temperature": float(temperature)} if type(temperature) in (int, float) else {}
+    count = prompts if type(prompts) is int and prompts > 0 else None
+    return Found(name, source, parts, generation, count, tuple(left))
+
+
+def _yaml(path: Path) -> Any:
+    with path.open("rb") as stream:
+        data = stream.read(_MOST + 1)
+    if len(data) > _MOST or b"<<" in data:  # merged tables may be of merged tables
+        problem = "is larger than settings are, or merges tables"
+        raise ProbeError(path, problem, "its settings are left unread")
+    try:
+        return yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = f"is no YAML ({type(error).__name__})"
+        raise ProbeError(path, problem, "its settings are left unread") from error
+
+
+def _at(table: Any, *keys: str) -> Any:
+    for key in keys:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table

@@ -1,0 +1,118 @@
+"""The recipe of a run: what was asked for, over what its trainer left, over the recipe of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from entropy_probe.budgets import BUDGETS
+from entropy_probe.config import RECIPES, BatchConfig, ProbeConfig, Recipe, RecipeConfig
+from entropy_probe.config.recipe import older_keys
+from entropy_probe.errors import ConfigError, ProbeError
+from entropy_probe.report import RecipeSection, RecipeSetting
+from entropy_probe.trainers.found import Found
+from entropy_probe.trainers.settings import Trace, training_settings
+
+_NO_TRACE = "the notes': no trainer's settings were found"
+
+
+def resolved(
+    config: ProbeConfig, folder: str | Path | None, *, has_reference: bool
+) -> tuple[ProbeConfig, RecipeSection]:
+    """The configuration with every part of the recipe set, the policy's temperature and the prompts of a step where
+    they are the trainer's; and what the report says of it.
+
+    With `recipe: auto` the checkpoint's own settings count, and the notes' recipe where there are none.
+    """
+    trace, name = Trace(), config.recipe.name
+    if name == "auto":
+        trace = Trace() if folder is None else training_settings(folder)
+        name = "notes" if trace.found is None else trace.found.name
+    found, troubles = trace.found, list(trace.troubles)
+    if found is not None and (problem := _unusable(found)):
+        troubles.append(problem)
+        found, name = None, "notes"
+    parts, sources = _layered(config, name, found)
+    left = [] if found is None else list(found.not_reproduced)
+    if parts.get("kl_coef") and not has_reference:
+        if "kl_coef" in config.recipe.parts:
+            remedy = "give --probe-reference-model, the model that training began with"
+            raise ConfigError("recipe.kl_coef", "needs a reference model", remedy)
+        left.append(f"KL term (β {parts['kl_coef']:g}): give --probe-reference-model")
+        parts["kl_coef"] = 0.0
+    recipe = Recipe(**parts)
+    changes: dict[str, Any] = {"recipe": RecipeConfig(name=name, **recipe.model_dump())}
+    if found is not None:
+        changes |= _policy(config, found, sources, left)
+    settings = {
+        key: RecipeSetting(value=value, source=sources.get(key, "default"))
+        for key, value in {**recipe.model_dump(), **_beside(changes, sources)}.items()
+    }
+    asked = f"asked for ({config.recipe.name})"
+    source = found.source if found else _NO_TRACE if config.recipe.name == "auto" else asked
+    section = RecipeSection(
+        name=name, source=source, settings=settings, not_reproduced=left, unread=troubles
+    )
+    return config.model_copy(update=changes), section
+
+
+def _layered(
+    config: ProbeConfig, name: str, found: Found | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parts, and where each is from."""
+    layers: list[tuple[str, Mapping[str, Any]]] = [
+        (f"recipe {name}", RECIPES[name]),
+        ("" if found is None else found.source, {} if found is None else found.parts),
+        ("first_order, update", older_keys(config.first_order, config.update)),
+        ("configuration", config.recipe.parts),
+    ]
+    parts: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        parts |= layer
+        sources |= dict.fromkeys(layer, source)
+    return parts, sources
+
+
+def _policy(
+    config: ProbeConfig, found: Found, sources: dict[str, str], left: list[str]
+) -> dict[str, Any]:
+    """Temperature and prompts of a step, unless they were set."""
+    changes: dict[str, Any] = {}
+    temperature = found.generation.get("temperature")
+    if temperature is not None and "temperature" not in config.generation.model_fields_set:
+        policy = config.generation.model_copy(update={"temperature": temperature})
+        changes["generation"] = policy
+        sources["temperature"] = found.source
+    batch, prompts = config.batch, found.prompts
+    usual = BUDGETS[config.budget].values.get("batch", {}).get("num_update_prompts")
+    usual = usual or BatchConfig().num_update_prompts
+    if prompts is None or batch.num_update_prompts != usual:
+        return changes
+    if 2 <= prompts <= usual:
+        changes["batch"] = batch.model_copy(update={"num_update_prompts": prompts})
+        sources["num_update_prompts"] = found.source
+    elif prompts != usual:
+        left.append(f"{prompts} prompt{'s'[: prompts != 1]} a step: U has {usual}")
+    return changes
+
+
+def _beside(changes: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """What of the trainer's settings is no part of the recipe and was taken too."""
+    found = {}
+    if "temperature" in sources:
+        found["temperature"] = changes["generation"].temperature
+    if "num_update_prompts" in sources:
+        found["num_update_prompts"] = changes["batch"].num_update_prompts
+    return found
+
+
+def _unusable(found: Found) -> str:
+    """What is wrong with values that no trainer takes."""
+    try:
+        Recipe(**{**RECIPES[found.name], **found.parts})
+        ProbeConfig.from_mapping({"generation": dict(found.generation)})
+    except (ProbeError, ValueError) as error:
+        return f"{found.source}: has impossible settings ({error})".splitlines()[0][:300]
+    return ""

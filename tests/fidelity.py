@@ -1,0 +1,121 @@
+"""How far the probe's next update is from the one that TRL made: `python tests/fidelity.py` writes the table of
+docs/recipes.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.pipeline.measured import Measured, Models, measured
+from entropy_probe.pipeline.prepared import Prepared, prepare
+from entropy_probe.stages.update import UpdateDirection, compute_update_vector_adamw, learning_rate
+from trl_runs import Run
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    gradient_cosine: float
+    gradient_norm_ratio: float
+    cosine: float
+    norm_ratio: float
+    not_reproduced: list[str]
+
+
+def fidelity(run: Run, step: int, **config: Any) -> Fidelity:
+    """Of the update after checkpoint `step`, with its own batch as U."""
+    prepared, of = _measured(run, step, config)
+    adam = of.checkpoint.adam
+    direction = compute_update_vector_adamw(of.bound.registry, adam, of.ascent, of.config.whose_update.max_grad_norm)
+    given = {_plain(name): -gradient.double() for name, gradient in run.gradients[step].items()}
+    own = {
+        _plain(n): direction.clip_factor * y.double().reshape(of.bound.registry.parameters[n].shape)
+        for n, y in of.ascent.items()
+    }
+    stepped, made = _step(run, step, of, direction)
+    assert prepared.recipe is not None
+    return Fidelity(*compared(own, given), *compared(stepped, made), prepared.recipe.not_reproduced)
+
+
+def _measured(run: Run, step: int, config: dict[str, Any]) -> tuple[Prepared, Measured]:
+    loaded = load_checkpoint(run.checkpoint(step), run.folder / "base" if _is_adapter(run, step) else None)
+    batch = run.batch(step)
+    prepared = prepare(loaded, ProbeConfig.from_mapping(config), batch, batch)
+    models = Models.of(loaded, prepared.model, prepared.config)
+    e, u = prepared.rollouts, prepared.update_rollouts
+    return prepared, measured(loaded, models, e, u, prepared.config, prepared.clock)
+
+
+def _is_adapter(run: Run, step: int) -> bool:
+    return (run.checkpoint(step) / "adapter_config.json").is_file()
+
+
+def _step(run: Run, step: int, of: Measured, direction: UpdateDirection) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    lr, _ = learning_rate(of.checkpoint.adam, None)
+    base = run.folder / "base" if _is_adapter(run, step) else None
+    after = dict(load_checkpoint(run.checkpoint(step + 1), base).model.named_parameters())
+    before = dict(of.checkpoint.model.named_parameters())
+    made = {n: (after[n].detach().double() - before[n].detach().double()) / lr for n in direction.v}
+    return direction.v, made
+
+
+def _plain(name: str) -> str:
+    return name.replace(".default", "")
+
+
+def compared(own: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, float]:
+    """(1 − cosine, ratio of norms − 1)."""
+    assert own.keys() == other.keys(), own.keys() ^ other.keys()
+    a = torch.cat([own[n].double().flatten() for n in own])
+    b = torch.cat([other[n].double().flatten() for n in own])
+    unit = a / a.norm() - b / b.norm()
+    return float(unit.square().sum() / 2), float(a.norm() / b.norm()) - 1
+
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{f"{loss}, {scale}": {"loss_type": loss, "scale_rewards": scale} for loss in LOSSES for scale in ("group", "batch", "none")},
+    "lora": {"lora": True},
+    "lora, beta": {"lora": True, "beta": 0.04},
+    "beta": {"beta": 0.04},
+    "beta, plain k3": {"beta": 0.04, "use_bias_correction_kl": False},
+    "entropy_coef": {"entropy_coef": 0.01},
+    "top_entropy_quantile": {"top_entropy_quantile": 0.2},
+    "both": {"top_entropy_quantile": 0.2, "entropy_coef": 0.01, "loss_type": "bnpo"},
+    "mask_truncated_completions": {"mask_truncated_completions": True},
+    "temperature": {"temperature": 0.7},
+    "no clipping": {"max_grad_norm": 1e9},
+    "clipping": {"max_grad_norm": 0.05},
+    "accumulation 4": {"gradient_accumulation_steps": 4},
+    "accumulation 4, bnpo": {"gradient_accumulation_steps": 4, "loss_type": "bnpo", "entropy_coef": 0.01},
+    "weight decay": {"weight_decay": 0.1},
+    "GSPO": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "GSPO, dapo": {"importance_sampling_level": "sequence"},
+    "two windows": {"steps_per_generation": 2},
+    "two windows, grpo": {"steps_per_generation": 2, "loss_type": "grpo"},
+    "two windows, bnpo": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "loss_type": "bnpo"},
+}
+
+
+def main() -> None:
+    import tempfile
+
+    from trl_runs import train
+
+    with tempfile.TemporaryDirectory() as place:
+        for name, options in SETTINGS.items():
+            run = train(Path(place) / name.replace(" ", "_"), **options)
+            of = {} if "beta" not in options or options.get("lora") else {"reference_model": str(run.folder / "base")}
+            found = fidelity(run, 1, **of)
+            row = [found.gradient_cosine, found.gradient_norm_ratio, found.cosine, found.norm_ratio]
+            print(f"| {name} | " + " | ".join(f"{x:.1e}" for x in row), found.not_reproduced, flush=True)
+            assert not math.isnan(sum(row))
+
+
+if __name__ == "__main__":
+    main()
