@@ -97,6 +97,7 @@ def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConf
             settings.rollouts,
             settings.update_rollouts,
             prompts=settings.prompts,
+            next_checkpoint=settings.next,
             base_model=settings.base_model,
             processes=torchrun.size(),
         )

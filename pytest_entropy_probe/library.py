@@ -118,6 +118,7 @@ def prepare(
         settings.rollouts,
         settings.update_rollouts,
         prompts=settings.prompts,
+        next_checkpoint=settings.next,
         progress=progress,
         world=world,
     )

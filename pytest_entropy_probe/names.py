@@ -28,6 +28,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         "whose update: auto reads the checkpoint's own training settings (default); notes, trl-dapo, verl-grpo, ...; "
         "or a YAML file of parts",
     ),
+    "next": (
+        "PATH",
+        True,
+        "the checkpoint one step later: the step that was really made (checkpoint-N+1 is found by itself)",
+    ),
     "reference_model": (
         "PATH",
         True,

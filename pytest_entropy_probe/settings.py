@@ -49,6 +49,7 @@ class Settings:
     seed: int | None = None
     recipe: str | None = None
     reference_model: Path | None = None
+    next: Path | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
@@ -100,6 +101,7 @@ def read_settings(config: pytest.Config) -> Settings:
         seed=natural_number(config, "seed"),
         recipe=text_of(config, "recipe"),
         reference_model=existing(config, "reference_model", "folder"),
+        next=existing(config, "next", "folder"),
     )
     targets = _targets(config)
     several = len(targets) > 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from entropy_probe import ProbeError
+from entropy_probe.config import JUDGES
 from pytest_entropy_probe import library
 from pytest_entropy_probe.kept import Kept, kept_report
 from pytest_entropy_probe.library import warnings_are_not_errors
@@ -168,7 +169,7 @@ class Subject:
             renamed = {"name": self.name, "path": str(self.path)}
             now = {
                 "checkpoint": report.checkpoint.model_copy(update=renamed),
-                "config": config.model_dump(mode="json"),
+                "config": report.config | config.model_dump(mode="json", include=set(JUDGES)),
             }
             self.report = self._with_baseline(report.model_copy(update=now))
             self._write_evidence()

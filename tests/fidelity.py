@@ -79,7 +79,11 @@ def compared(own: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, f
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{f"{loss}, {scale}": {"loss_type": loss, "scale_rewards": scale} for loss in LOSSES for scale in ("group", "batch", "none")},
+    **{
+        f"{loss}, {scale}": {"loss_type": loss, "scale_rewards": scale}
+        for loss in LOSSES
+        for scale in ("group", "batch", "none")
+    },
     "lora": {"lora": True},
     "lora, beta": {"lora": True, "beta": 0.04},
     "beta": {"beta": 0.04},

@@ -16,6 +16,7 @@ JUDGED_BY = {
     "update.norm_ratio_with_optimizer_step": "optimizer_step_norm",
     "preconditioner.difference_from_torch": "preconditioner_witness",
     "real_step": "real_step",
+    "real_update": "real_update_cosine",
     "continuity.zero_check": "zero_check",
     "continuity.param_ratio": "param_scaling",
     "continuity.logit_ratio": "logit_scaling",
@@ -30,6 +31,7 @@ JUDGED_BY = {
 }
 NOT_JUDGED = {
     "schema_version": "a version",
+    "update.grad_norm_logged": "as the trainer wrote it down",
     "checkpoint.global_step": "a text of the trainer's, which enters nothing",
     "config": "as it was given",
     "continuity.eta_main": "a step that the tests are made with",

@@ -1,4 +1,4 @@
-"""Runs of TRL's own GRPOTrainer on a tiny model: the batch of every step, the gradient that was fed to Adam, the steps."""
+"""Runs of TRL's own GRPOTrainer on a tiny model: batches, the gradients that Adam was given, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def tokenizer() -> Any:
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     plain.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=EOS, pad_token=PAD, padding_side="left")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token=EOS, pad_token=PAD, padding_side="left"
+    )
 
 
 def tiny_model(seed: int = 0) -> Any:
@@ -81,7 +83,9 @@ class Run:
         return self.folder / "batches" / f"after-{step}.jsonl"
 
 
-def train(folder: Path, *, lora: bool = False, steps: int = 3, seed: int = 0, dropout: float = 0.0, **options: Any) -> Run:
+def train(
+    folder: Path, *, lora: bool = False, steps: int = 3, seed: int = 0, dropout: float = 0.0, **options: Any
+) -> Run:
     """A run that saves every step."""
     folder.mkdir(parents=True)
     base, own = folder / "base", tokenizer()

@@ -27,6 +27,14 @@ def test_real_step(_probe_judge):
     _probe_judge(prediction.real_step)
 
 
+def test_real_update_cosine(_probe_judge):
+    _probe_judge(prediction.real_update_cosine)
+
+
+def test_real_update_norm(_probe_judge):
+    _probe_judge(prediction.real_update_norm)
+
+
 def test_prediction(_probe_judge):
     _probe_judge(prediction.prediction)
 

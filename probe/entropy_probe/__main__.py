@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import subprocess
@@ -13,11 +14,15 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from entropy_probe import __version__
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
 from entropy_probe.options import overrides
 from entropy_probe.processes import torchrun
+
+if TYPE_CHECKING:
+    from entropy_probe.model.checkpoint.inspection import Inspection
 
 EXIT_FAILED, EXIT_USAGE = 1, 4
 
@@ -94,6 +99,12 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="whose update: auto reads the checkpoint's own training settings (default); notes, trl-dapo, "
         "verl-grpo, ...; or a YAML file of parts",
+    )
+    run.add_argument(
+        "--next",
+        type=Path,
+        metavar="PATH",
+        help="the checkpoint one step later: the step that was really made (checkpoint-N+1 is found by itself)",
     )
     run.add_argument(
         "--reference-model",
@@ -178,6 +189,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.rollouts,
         arguments.update_rollouts,
         prompts=arguments.prompts,
+        next_checkpoint=arguments.next,
         name="demo" if is_demo else None,
         progress=_print_progress if world.first and sys.stderr.isatty() else None,
         world=world,
@@ -207,8 +219,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(_folder(arguments.checkpoint), arguments.base_model)
-    print(json.dumps(asdict(found), indent=2) if arguments.json else found.text())
+    print(json.dumps(_plain(found), indent=2) if arguments.json else found.text())
     return EXIT_FAILED if found.problems else 0
+
+
+def _plain(found: Inspection) -> dict[str, Any]:
+    recipe = None if found.recipe is None else found.recipe.model_dump(mode="json")
+    return asdict(dataclasses.replace(found, recipe=None)) | {"recipe": recipe}
 
 
 def _audit(arguments: argparse.Namespace) -> int:

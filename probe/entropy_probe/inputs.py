@@ -17,7 +17,7 @@ from entropy_probe.base_model import find_base_model
 from entropy_probe.config import JUDGES, ProbeConfig
 from entropy_probe.digests import file_digest
 from entropy_probe.errors import ConfigError
-from entropy_probe.layout import IN_PIECES, configured, find_layout
+from entropy_probe.layout import IN_PIECES, configured, find_layout, following
 from entropy_probe.stages.responses.rewards import REWARDS
 from entropy_probe.trainers.resolved import resolved
 
@@ -42,6 +42,7 @@ def digest(
     update_rollouts: Path | None = None,
     *,
     prompts: Path | None = None,
+    next_checkpoint: Path | None = None,
     base_model: Path | None = None,
     processes: int = 1,
 ) -> str:
@@ -55,6 +56,7 @@ def digest(
         reward = config.batch.reward
         raise ConfigError("batch.reward", f"{reward!r} is code of your own", "measure again")
     layout = configured(find_layout(checkpoint), base_model)
+    after = next_checkpoint or following(layout.folder)
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
     reference = config.reference_model
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
@@ -66,6 +68,7 @@ def digest(
             _digests(layout.weights),
         ],
         "base": None if base is None else _digests(base),
+        "next": None if after is None else _digests(after),
         "reference": None if reference is None else _digests(Path(reference).expanduser()),
         "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
         "dataset": _dataset(config.batch.dataset) if samples else None,

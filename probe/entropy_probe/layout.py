@@ -228,6 +228,13 @@ def _tagged(folder: Path) -> Path | None:
     return folder / name if beside and (folder / name).is_dir() else None
 
 
+def following(folder: Path) -> Path | None:
+    """checkpoint-(N+1) beside checkpoint-N, where it is there."""
+    named = re.fullmatch(r"checkpoint-(\d{1,12})", folder.name)
+    beside = None if named is None else folder.with_name(f"checkpoint-{int(named[1]) + 1}")
+    return beside if beside is not None and (beside / "trainer_state.json").is_file() else None
+
+
 def _latest(folder: Path) -> str:
     """The name that DeepSpeed's `latest` holds, empty without one."""
     if not (folder / "latest").is_file():

@@ -104,6 +104,20 @@ class RecipeSection(_Section):
     not_reproduced: list[str]
     unread: list[str]
 
+    def lines(self) -> list[str]:
+        """For the eye: the name, what is set otherwise than in the notes and by whom, and what is left out."""
+        by_source: dict[str, list[str]] = {}
+        for key, setting in self.settings.items():
+            if setting.source != "default":
+                value = setting.value
+                shown = f"{value:g}" if isinstance(value, float) else str(value)
+                by_source.setdefault(setting.source, []).append(f"{key} {shown}")
+        lines = [f"{self.name} ({self.source})"]
+        lines += [f"{source}: {', '.join(parts)}" for source, parts in by_source.items()]
+        if self.not_reproduced:
+            lines.append(f"not reproduced: {'; '.join(self.not_reproduced)}")
+        return lines + [f"left unread: {trouble}" for trouble in self.unread]
+
 
 class SamplingSection(_Section):
     """The shares of the responses of two prompts that the same seed, and another seed, draw again."""
@@ -220,11 +234,17 @@ class UpdateSection(StepAgreement):
     `curvature_of_change` is its second derivative, from `curvature`, and the size of its terms.
     `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the prompts), for every
     unit of the U batch, add up to −X̄ᵀv.
+
+    `clip_factor` is what clipping multiplied the gradient of `grad_norm` by; `grad_norm_logged` is the last that the
+    trainer wrote down, of a step before. `momentum_share` = v₀ᵀv/‖v‖²: what of v was decided before this batch.
     """
 
     norm: float
     norm_v0: float
     grad_norm: float
+    clip_factor: float
+    grad_norm_logged: float | None
+    momentum_share: float
     delta_h1_per_lr_naive: float
     delta_h1_per_lr_naive_se: float
     delta_h1_per_lr_rb: float
@@ -245,6 +265,37 @@ class UpdateSection(StepAgreement):
     curvature_per_token: float
     curvature_per_token_se: float
     eta_star: float | None
+
+
+class RealUpdateSection(_Section):
+    """The step that the trainer made from this checkpoint to the one at `path`, beside v: (θ′ − θ)/lr.
+
+    `cosine` and `norm_ratio` (ours over theirs) of v; `gradient_cosine` and `gradient_norm_ratio` of the clipped
+    gradient, which the two momenta tell where one step lies between. `rounding` and `gradient_rounding` are how far
+    the stored dtypes alone can put them off, relative to their size. `own_batch`: U is the batch of that very step.
+    `logged_grad_norm` is the trainer's own, before clipping, and `clip_factor` follows from it. ΔH along the real step:
+    realised by importance sampling, and `predicted` by slope and curvature, as in `entropy_change`.
+    """
+
+    path: str
+    steps_between: int
+    own_batch: bool
+    cosine: float
+    norm_ratio: float
+    rounding: float
+    gradient_cosine: float | None
+    gradient_norm_ratio: float | None
+    gradient_rounding: float
+    clip_factor: float | None
+    logged_grad_norm: float | None
+    delta_h: float
+    delta_h_se: float
+    delta_h_per_token: float
+    delta_h_per_token_se: float
+    predicted: float
+    predicted_se: float
+    predicted_per_token: float
+    predicted_per_token_se: float
 
 
 class Reweighting(_Section):
@@ -577,6 +628,7 @@ class ProbeReport(_Section):
     witness: dict[str, float | None] | None
     real_step: RealStepSection | None
     real_step_missing: str | None
+    real_update: RealUpdateSection | None = None
     registry: RegistrySection
     preconditioner: PreconditionerSection | None
     integrity: IntegritySection

@@ -15,7 +15,7 @@ from entropy_probe.pipeline.environment import distributed_section, environment
 from entropy_probe.pipeline.evidence import evidence_of
 from entropy_probe.pipeline.integrity import Watched
 from entropy_probe.pipeline.measured import Models, measured
-from entropy_probe.pipeline.next_step import next_step, without_second_moment
+from entropy_probe.pipeline.next_step import after_the_real_step, next_step, without_second_moment
 from entropy_probe.pipeline.prepared import Prepared, allocating, prepare
 from entropy_probe.pipeline.witnessed import witnessed
 from entropy_probe.processes.world import ALONE, World
@@ -39,6 +39,7 @@ def run_probe(
     *,
     prompts: str | Path | None = None,
     base_model: str | Path | None = None,
+    next_checkpoint: str | Path | None = None,
     name: str | None = None,
     progress: Progress | None = None,
     world: World = ALONE,
@@ -58,7 +59,12 @@ def run_probe(
             checkpoint = path_or_checkpoint
         else:
             checkpoint = load_configured(path_or_checkpoint, base_model, config, world)
-    given = {"prompts": prompts, "progress": progress, "world": world}
+    given = {
+        "prompts": prompts,
+        "next_checkpoint": next_checkpoint,
+        "progress": progress,
+        "world": world,
+    }
     prepared = prepare(checkpoint, config, rollouts, update_rollouts, **given)
     own = measure(prepared, name=name, progress=progress)
     told = world.told(None if own is None else own.with_evidence(None))
@@ -100,6 +106,9 @@ def _measure(
             step = next_step(of, clock, redraw)
         else:
             step = without_second_moment(of)
+        real_update = None
+        if prepared.next_checkpoint is not None:
+            real_update = after_the_real_step(of, step, prepared.next_checkpoint, clock)
         with clock("witnesses"):
             witness = witnessed(of, step.precond, step.v, step.along)
         with clock("evidence"):
@@ -138,6 +147,7 @@ def _measure(
         preconditioner=sections.preconditioner,
         real_step=sections.real_step,
         real_step_missing=sections.real_step_missing,
+        real_update=real_update,
         continuity=continuous,
         invariance=with_drawn(of_rows, drawn),
         sampler_parity=sampler_parity_section(e, reported),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 
@@ -33,21 +34,44 @@ def responses(sheet: Sheet, which: str) -> list[list[int]]:
     ]
 
 
+def part(sheet: Sheet, name: str) -> Any:
+    """A part of the recipe."""
+    return sheet.report["recipe"]["settings"][name]["value"]
+
+
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
-    """The file's own, else r − r̄ of the prompt (over its standard deviation + 1e-4 by `grpo`), or r itself."""
+    """The file's own, else r less its baseline, over its standard deviation + eps, as the recipe says."""
     if sheet.has(f"{which}.given_advantages"):
-        return sheet[f"{which}.given_advantages"]
-    rewards, rule = sheet[f"{which}.rewards"], sheet.report["config"]["first_order"]["advantage"]
-    if rule == "raw":
-        return rewards
-    of_prompts = []
-    for own in rewards:
-        centred = own - math.fsum(own) / len(own)
-        if rule == "grpo":
-            deviation = math.sqrt(math.fsum(centred**2) / (len(own) - 1))
-            centred = centred / (deviation + 1e-4)
-        of_prompts.append(centred)
-    return np.array(of_prompts)
+        given = sheet[f"{which}.given_advantages"]
+        return given if given.ndim == 2 else given[..., 0]
+    baseline, scale = part(sheet, "baseline"), part(sheet, "scale")
+    rewards = sheet[f"{which}.rewards"]
+    found = np.array([[_centred(own, g, baseline) for g in range(len(own))] for own in rewards])
+    if scale == "none":
+        return found
+    if scale == "advantages":
+        found = found - math.fsum(found.ravel()) / found.size
+    divisors = np.ones_like(found)
+    for n, g in np.ndindex(*found.shape):
+        among = {"group": rewards[n], "leave_one_out": np.delete(rewards[n], g), "batch": rewards}
+        spread = _deviation(among.get(scale, found).ravel(), part(sheet, "ddof"))
+        if spread > 0 or not part(sheet, "undivided_at_zero"):
+            divisors[n, g] = spread + part(sheet, "eps")
+    return found / divisors
+
+
+def _centred(own: np.ndarray, g: int, baseline: str) -> float:
+    if baseline == "none":
+        return float(own[g])
+    among = own if baseline == "mean" else np.delete(own, g)
+    return float(own[g]) - math.fsum(among) / len(among)
+
+
+def _deviation(values: np.ndarray, ddof: int) -> float:
+    if len(values) <= ddof:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((values - mean) ** 2) / (len(values) - ddof))
 
 
 def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:

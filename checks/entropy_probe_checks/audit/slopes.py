@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entropy_probe_checks.audit.batches import update
+from entropy_probe_checks.audit.batches import part, update
 from entropy_probe_checks.audit.first_order import of_tensors
 from entropy_probe_checks.audit.sheet import Sheet
 
@@ -83,10 +83,17 @@ def write(sheet: Sheet) -> Along:
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
     norm = {n: math.sqrt(math.fsum(sheet[f"sum.{n}_squared"])) for n in ("v", "v0")}
+    size, most = (
+        math.sqrt(math.fsum(sheet["sum.y_bar_squared"][moved])),
+        part(sheet, "max_grad_norm"),
+    )
+    shared = math.fsum(sheet["sum.v0_v"]) / norm["v"] ** 2 if norm["v"] else 0.0
     figures = {
         "norm": (norm["v"], None),
         "norm_v0": (norm["v0"], None),
-        "grad_norm": (math.sqrt(math.fsum(sheet["sum.y_bar_squared"][moved])), None),
+        "grad_norm": (size, None),
+        "clip_factor": (1.0 if most is None else min(1.0, most / (size + 1e-6)), None),
+        "momentum_share": (shared, norm["v0"] / norm["v"] if norm["v"] else None),
         "estimators": (
             {n: {"value": of.value, "se": of.se} for n, of in by.items()},
             {n: of.size for n, of in by.items()},

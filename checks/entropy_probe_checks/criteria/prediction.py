@@ -95,6 +95,61 @@ def real_step(report: ProbeReport) -> Finding:
 
 
 @second_moment
+def real_update_cosine(report: ProbeReport) -> Finding:
+    """1 − cosine of v with (θ′ − θ)/lr of the trainer's own next step, or of the gradients where that is larger.
+
+    On the trainer's own batch the probe makes another update than the trainer made: the recipe, a mask, the reference
+    model or a moment is not the run's. `recipe` in the report says which settings were taken, and from where.
+    """
+    real = report.real_update
+    limit = limit_for(report, "real_update_cosine")
+    reason = "There is no next checkpoint." if real is None else _not_the_same(report)
+    if real is None or reason:
+        return not_applicable(reason)
+    cosines = [(real.cosine, real.rounding)]
+    if real.gradient_cosine is not None:
+        cosines.append((real.gradient_cosine, real.gradient_rounding))
+    return _of_real(*((1 - cosine, rounding**2) for cosine, rounding in cosines), limit=limit)
+
+
+@second_moment
+def real_update_norm(report: ProbeReport) -> Finding:
+    """|‖v‖/‖(θ′ − θ)/lr‖ − 1| of the trainer's own next step, or of the gradients where that is larger.
+
+    The direction may be right and its size is not: the normaliser of the loss, clipping, a coefficient or the learning
+    rate differs from the run's.
+    """
+    real = report.real_update
+    limit = limit_for(report, "real_update_norm")
+    reason = "There is no next checkpoint." if real is None else _not_the_same(report)
+    if real is None or reason:
+        return not_applicable(reason)
+    ratios = [(real.norm_ratio, real.rounding)]
+    if real.gradient_norm_ratio is not None:
+        ratios.append((real.gradient_norm_ratio, real.gradient_rounding))
+    return _of_real(*((abs(ratio - 1), rounding) for ratio, rounding in ratios), limit=limit)
+
+
+def _not_the_same(report: ProbeReport) -> str:
+    """Why the two steps need not be the same, or nothing."""
+    real, recipe = needed(report.real_update), report.recipe
+    if not real.own_batch:
+        return "U is another batch than the trainer's: give the captured one to --probe-update-rollouts."
+    if real.steps_between > 1:
+        return f"{real.steps_between} steps lie between the two checkpoints."
+    if recipe is not None and recipe.not_reproduced:
+        return f"The recipe lacks: {'; '.join(recipe.not_reproduced)}."
+    return ""
+
+
+def _of_real(*found: tuple[float, float], limit: float) -> Finding:
+    """The largest of what is off, each with what rounding explains of it, fourfold, taken for granted."""
+    if any(4 * rounding > 0.1 for _, rounding in found):
+        return inconclusive("The checkpoints are stored too coarsely to tell a step.", None, limit)
+    return at_most(largest(*(off / max(1.0, 4 * by / limit) for off, by in found)), limit)
+
+
+@second_moment
 def prediction(report: ProbeReport) -> Finding:
     """Largest |ΔH realised − predicted| in standard errors of that difference, of a normal, over the η in range.
 

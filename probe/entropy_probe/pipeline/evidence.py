@@ -224,6 +224,7 @@ def _sums(of: Measured, step: NextStep, names: list[str]) -> dict[str, Tensor]:
         "plain": torch.stack([_dot(*_over_units(u, n)) for n in names]) / units**2,
         "v_squared": square(direction.v, moved),
         "v0_squared": square(direction.v0, moved),
+        "v0_v": torch.stack([_dot(direction.v0[n], direction.v[n]) for n in moved]),
         "p_min": torch.stack([step.precond[n].double().min() for n in step.precond]),
         "p_max": torch.stack([step.precond[n].double().max() for n in step.precond]),
         "p_nonfinite": torch.tensor(

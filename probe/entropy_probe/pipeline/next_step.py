@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from entropy_probe import report as r
-from entropy_probe.errors import NoCopyError
+from entropy_probe.errors import NoCopyError, ProbeError
 from entropy_probe.estimators import prediction
+from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
+from entropy_probe.model.checkpoint.files import logged_grad_norm
 from entropy_probe.pipeline.clock import Clock
 from entropy_probe.pipeline.measured import Measured
 from entropy_probe.stages import entropy_change, slopes, update
 from entropy_probe.stages.first_order import first_order_section, two_batch_section
 from entropy_probe.stages.moments import moments_match, preconditioner_section
+from entropy_probe.stages.real_update import made_step, real_update_section
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.witnesses.real_step import real_step
 from entropy_probe.stages.witnesses.torch_step import (
@@ -117,12 +121,48 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         entropy_change=rows,
         first_order=of_u,
         two_batch=across,
-        update=slopes.update_section(direction, along, predicting, sources, agreement, baseline),
+        update=slopes.update_section(
+            direction, along, predicting, sources, agreement, baseline, _logged(of.checkpoint)
+        ),
         preconditioner=preconditioner_section(adam, precond, registry, of_torch, match),
         real_step=taken,
         real_step_missing=missing,
     )
     return NextStep(precond, v, changes, sections, along, direction, predicting, of_match)
+
+
+def _logged(checkpoint: Checkpoint) -> float | None:
+    try:
+        return logged_grad_norm(checkpoint.info.path)
+    except (ProbeError, OSError):  # a damaged log is found where the checkpoint is inspected
+        return None
+
+
+def after_the_real_step(
+    of: Measured, step: NextStep, next_checkpoint: Path, clock: Clock
+) -> r.RealUpdateSection | None:
+    """The trainer's own step beside v, and ΔH along it. All processes take part; rank 0 has it."""
+    if step.direction is None:
+        return None
+    config, e, direction = of.config, of.e, step.direction
+    with clock("real update"):
+        after = load_checkpoint(next_checkpoint, of.checkpoint.info.base_model)
+        lr, _ = update.learning_rate(of.checkpoint.adam, config.first_order.lr)
+        made = made_step(of.checkpoint, after, lr)
+        (change,) = entropy_change.sweep(of.bound, e.share, e.scores, made.v, [lr], config)
+        along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, made.v, config)
+    return real_update_section(
+        made,
+        direction,
+        of.ascent,
+        after,
+        change,
+        along,
+        baseline=config.first_order.baseline,
+        own_batch=of.u.rollouts.in_step is not None,
+        logged=_logged(after) if made.steps == 1 else None,
+        max_grad_norm=config.whose_update.max_grad_norm,
+    )
 
 
 def _row(

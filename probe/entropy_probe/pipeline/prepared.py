@@ -6,10 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from entropy_probe import memory
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
+from entropy_probe.layout import following
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel, bind, require_held
 from entropy_probe.model.placement import main_device
@@ -40,6 +43,7 @@ class Prepared:
     clock: Clock
     prompts: str | None = None
     recipe: r.RecipeSection | None = None
+    next_checkpoint: Path | None = None
 
     @property
     def world(self) -> World:
@@ -53,6 +57,7 @@ def prepare(
     update_rollouts: str | Path | None = None,
     *,
     prompts: str | Path | None = None,
+    next_checkpoint: str | Path | None = None,
     progress: Progress | None = None,
     world: World = ALONE,
 ) -> Prepared:
@@ -77,7 +82,20 @@ def prepare(
                 has_reference=has_reference(checkpoint.model, config),
             )
             files = (rollouts, update_rollouts, prompts)
-            return replace(_prepared(checkpoint, config, *files, clock), recipe=recipe)
+            after = _with_room(following(checkpoint.info.path), config)
+            if next_checkpoint is not None:
+                after = Path(next_checkpoint).expanduser()
+            made = _prepared(checkpoint, config, *files, clock)
+            return replace(made, recipe=recipe, next_checkpoint=after)
+
+
+def _with_room(beside: Path | None, config: ProbeConfig) -> Path | None:
+    """The next checkpoint that stands beside this one, where it fits into the memory too."""
+    if beside is None or config.memory_limit is not None or config.device_map is not None:
+        return None
+    size = sum(file.stat().st_size for file in beside.iterdir() if file.is_file())
+    available = memory.available_bytes(torch.device("cpu"))
+    return beside if available is None or 2 * size < available else None
 
 
 def allocating(config: ProbeConfig) -> AbstractContextManager[None]:

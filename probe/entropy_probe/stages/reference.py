@@ -53,5 +53,5 @@ def reference_logp(
 
 
 def _without_adapter(model: nn.Module) -> AbstractContextManager[Any] | None:
-    off = getattr(model, "disable_adapter", None)
-    return off() if callable(off) else None
+    off: Any = getattr(model, "disable_adapter", None)
+    return None if off is None else off()

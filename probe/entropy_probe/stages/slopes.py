@@ -266,14 +266,19 @@ def update_section(
     sources: SlopeSources,
     agreement: r.StepAgreement,
     baseline: Baseline,
+    logged: float | None = None,
 ) -> r.UpdateSection:
-    """v, and the slope and curvature along it; `baseline` is that of the slope that is reported."""
+    """v, and the slope and curvature along it; `baseline` is that of the slope that is reported,
+    `logged` the last norm of a gradient that the trainer wrote down."""
     rb, cross = along.rb[baseline], predicting.cross
     estimators = {"naive": along.naive} | {f"rb_{name}": of for name, of in along.rb.items()}
     return r.UpdateSection(
         norm=direction.norm,
         norm_v0=norm(direction.v0),
         grad_norm=direction.grad_norm,
+        clip_factor=direction.clip_factor,
+        grad_norm_logged=logged,
+        momentum_share=direction.momentum_share,
         delta_h1_per_lr_naive=along.naive.value,
         delta_h1_per_lr_naive_se=along.naive.se,
         delta_h1_per_lr_rb=rb.value,

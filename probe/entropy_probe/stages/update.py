@@ -30,6 +30,13 @@ class UpdateDirection:
     def norm(self) -> float:
         return norm(self.v)
 
+    @property
+    def momentum_share(self) -> float:
+        """v₀ᵀv/‖v‖²; 0 where v is 0."""
+        size = self.norm
+        along = sum(float(torch.dot(self.v0[n].flatten(), v.flatten())) for n, v in self.v.items())
+        return along / size**2 if size > 0 else 0.0
+
 
 def learning_rate(adam: Mapping[str, AdamState], configured: float | None) -> tuple[float, str]:
     """(lr, where it came from): `first_order.lr` if set, else the optimizer's, else `initial_lr` (a scheduler that has

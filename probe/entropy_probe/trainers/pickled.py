@@ -130,11 +130,11 @@ def _followed(data: bytes) -> Any:
         "BINGET": lambda arg: memo[arg],
         "LONG_BINGET": lambda arg: memo[arg],
     }
-    done: dict[str, Callable[[Any], None]] = {
+    done: dict[str, Callable[[Any], Any]] = {
         "PROTO": lambda _: None,
         "FRAME": lambda _: None,
-        "POP": lambda _: popped(1) and None,
-        "POP_MARK": lambda _: after_mark() and None,
+        "POP": lambda _: popped(1),
+        "POP_MARK": lambda _: after_mark(),
         "PUT": lambda arg: memo.__setitem__(arg, stack[-1]),
         "BINPUT": lambda arg: memo.__setitem__(arg, stack[-1]),
         "LONG_BINPUT": lambda arg: memo.__setitem__(arg, stack[-1]),

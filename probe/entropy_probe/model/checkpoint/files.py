@@ -219,6 +219,20 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def logged_grad_norm(folder: Path) -> float | None:
+    """The last norm of a gradient, before clipping, in the trainer's own log, where it is that of the last step."""
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        return None
+    state = read_json(path)
+    history = state.get("log_history")
+    for entry in reversed(history) if isinstance(history, list) else ():
+        if isinstance(entry, dict) and type(entry.get("grad_norm")) in (int, float):
+            of_last = entry.get("step") == state.get("global_step")
+            return float(entry["grad_norm"]) if of_last else None
+    return None
+
+
 def global_step(folder: Path) -> int | None:
     """The trainer's own count of its steps, where it left one."""
     for name, key in (("trainer_state.json", "global_step"), ("training_info.json", "step")):

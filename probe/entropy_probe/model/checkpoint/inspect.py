@@ -13,6 +13,7 @@ from pathlib import Path
 import transformers
 
 from entropy_probe.base_model import find_base_model
+from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import CheckpointError, printable
 from entropy_probe.layout import TORCHTITAN, Layout, configured, file_sizes, find_layout
 from entropy_probe.model.checkpoint import readers
@@ -30,9 +31,9 @@ from entropy_probe.model.checkpoint.weights import adapter, pretrained
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.quiet import quiet_transformers
 from entropy_probe.text import read_json
+from entropy_probe.trainers.resolved import resolved
 
 _NEVER_OPENED = (
-    "training_args.bin",
     "rng_state*.pth",
     "random_states_*.pkl",
     "scheduler.pt",
@@ -80,6 +81,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     files = file_sizes(layout)
     if skipped := [name for name in files if any(map(Path(name).match, _NEVER_OPENED))]:
         found.warnings.append(f"never opened: {', '.join(skipped)}")
+    _, recipe = resolved(ProbeConfig(), layout.folder, has_reference=layout.is_adapter)
     return Inspection(
         path=printable(layout.folder),
         note=layout.note,
@@ -91,6 +93,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
         files=files,
         warnings=found.warnings,
         problems=found.problems,
+        recipe=recipe,
     )
 
 

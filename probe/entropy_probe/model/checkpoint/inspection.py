@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ByteSize
 
 from entropy_probe.errors import CheckpointError
+from entropy_probe.report import RecipeSection
 
 _WIDTH = 80
 Shapes = dict[str, tuple[int, ...]]
@@ -86,6 +87,7 @@ class Inspection:
     files: dict[str, int | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    recipe: RecipeSection | None = None
 
     def text(self) -> str:
         """The same for the eye: 80 columns, but one line for each problem."""
@@ -98,6 +100,8 @@ class Inspection:
             ("global step", "" if self.global_step is None else str(self.global_step)),
             ("tokenizer", "none" if self.tokenizer is None else f"{self.tokenizer:,} tokens"),
         ]
+        of_recipe = [] if self.recipe is None else self.recipe.lines()
+        rows += [("" if k else "recipe", line) for k, line in enumerate(of_recipe)]
         sizes = [f"{_size(size):>9}  {name}" for name, size in self.files.items()]
         rows += [("" if k else "files", line) for k, line in enumerate(sizes)]
         lines = [_wrapped(f"{label:<12}", value) for label, value in rows if value]

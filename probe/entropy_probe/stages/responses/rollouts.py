@@ -122,7 +122,7 @@ def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollou
     advantages = None
     if all(group.advantages is not None for group in groups):
         advantages = _advantages([group.advantages for group in groups])
-    given = {
+    given: dict[str, Any] = {
         key: torch.tensor([getattr(group, key) for group in groups])
         for key in ("micro_batches", "in_step")
         if all(getattr(group, key) is not None for group in groups)

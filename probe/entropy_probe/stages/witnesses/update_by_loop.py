@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def y_payload_by_loop(recipe: Recipe, batch: UpdateBatch) -> Payload:
     kappa = torch.zeros(prompts, group, found.shape[-1], dtype=torch.float64)
     of_entropy = torch.zeros_like(kappa)
     for n, g, t in loop.tokens():
-        one = a[n][g]
+        one: Any = a[n][g]
         kappa[n, g, t] = one if isinstance(one, float) else one[t]
         of_entropy[n, g, t] = loop.of_entropy(n, g, t)
     weights = torch.full((prompts, group), float(prompts), dtype=torch.float64)
@@ -89,7 +90,8 @@ class _Loop:
         return centred * self._rho(n, g, t) * self.kept[n, g]
 
     def _a(self, n: int, g: int, t: int) -> float:
-        recipe, own = self.recipe, self.a[n, g]
+        recipe = self.recipe
+        own: Any = self.a[n, g]
         value = recipe.factor * (own if isinstance(own, float) else own[t])
         if recipe.kl_coef > 0 and recipe.kl_in == "return":
             later = range(t, self.lengths[n][g])
