@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +83,17 @@ class Run:
 
 
 def train(
-    folder: Path, *, lora: bool = False, steps: int = 3, seed: int = 0, dropout: float = 0.0, **options: Any
+    folder: Path,
+    *,
+    lora: bool = False,
+    steps: int = 3,
+    seed: int = 0,
+    dropout: float = 0.0,
+    rates: tuple[float, float] | None = None,
+    capture: bool = True,
+    **options: Any,
 ) -> Run:
-    """A run that saves every step."""
+    """A run that saves every step. `rates`: learning rates of matrices and of vectors."""
     folder.mkdir(parents=True)
     base, own = folder / "base", tokenizer()
     model = tiny_model(seed)
@@ -122,13 +129,17 @@ def train(
         train_dataset=Dataset.from_list(prompts),
         processing_class=copy.deepcopy(own),
         peft_config=adapter,
+        optimizers=(None if rates is None else _two_rates(model, *rates), None),
     )
     watch = _Watch()
     trainer.add_callback(watch)
-    trainer.add_callback(CaptureBatch(trainer, folder / "batches"))
+    if capture:
+        trainer.add_callback(CaptureBatch(trainer, folder / "batches"))
     trainer.train()
     return Run(folder, watch.gradients, trainer.state.log_history)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _two_rates(model: Any, of_matrices: float, of_vectors: float) -> torch.optim.AdamW:
+    groups = [[p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)]
+    rates = zip(groups, (of_matrices, of_vectors), strict=True)
+    return torch.optim.AdamW([{"params": group, "lr": lr} for group, lr in rates], lr=of_matrices)

@@ -56,7 +56,8 @@ def update_weights(recipe: Recipe, batch: UpdateBatch) -> Weights:
     a = batch.advantages if batch.advantages is not None else advantages(recipe, batch)
     a = a * recipe.factor
     if a.dim() == 2 and not recipe.by_token:
-        return Weights(of_responses=w * a * _of_responses(recipe, batch))
+        ratio = _ratio(recipe, batch)[..., 0]  # of responses, if of anything
+        return Weights(of_responses=w * a * ratio * _of_responses(recipe, batch))
     of_tokens = _first(batch.logp, batch.entropy, a)
     inside = batch.inside(of_tokens)
     a = (a if a.dim() == 3 else a[..., None]).expand_as(of_tokens).double()

@@ -49,7 +49,10 @@ class _Loop:
             for of in (batch.logp, batch.reference, batch.entropy, batch.sampler)
         )
         self.a = {row: self._advantage(*row) for row in self.rows}
-        self.kept = {row: self._counts(*row) for row in self.rows}
+        taken = batch.taken
+        self.kept = {
+            row: self._counts(*row) if taken is None or bool(taken[row]) else 0 for row in self.rows
+        }
         self.count = {row: self.lengths[row[0]][row[1]] * self.kept[row] for row in self.rows}
         self.least = {k: self._threshold(k) for k in {k for of in self.micro for k in of}}
         self.spread = self._over_tokens() if self.recipe.whiten else (0.0, 1.0)
@@ -68,10 +71,12 @@ class _Loop:
         if recipe.entropy_coef == 0 or not self._acts(n, g, t):
             return 0.0
         if recipe.entropy_normaliser == "same":
-            return recipe.entropy_coef * self._w(n, g)
+            return recipe.entropy_coef * self._w(n, g) * self.kept[n, g]
         mine = self.micro[n][g]
         acting = [
-            1 for m, h, s in self.tokens() if self.micro[m][h] == mine and self._acts(m, h, s)
+            1
+            for m, h, s in self.tokens()
+            if self.micro[m][h] == mine and self.kept[m, h] and self._acts(m, h, s)
         ]
         own = recipe.entropy_coef * self.kept[n, g]
         return own / max(len(acting), 1) / self._micro_batches()
@@ -145,10 +150,8 @@ class _Loop:
         return reward
 
     def _counts(self, n: int, g: int) -> int:
-        """1 where a response takes part."""
+        """1 where a response takes part, if the step takes it."""
         recipe, own = self.recipe, self.rewards[n]
-        if self.batch.taken is not None and not bool(self.batch.taken[n, g]):
-            return 0
         if recipe.mask_truncated and bool(self.batch.truncated[n, g]):
             return 0
         if recipe.drop == "zero_std" and max(own) == min(own):
@@ -172,14 +175,8 @@ class _Loop:
         if kind == "batch_tokens":
             return 1 / max(sum(self.count.values()), 1)
         if kind == "rollout_tokens":
-            masked = self.recipe.mask_truncated
-            whole = [
-                length
-                for row, cut in zip(self.lengths, self.batch.truncated.tolist(), strict=True)
-                for length, is_cut in zip(row, cut, strict=True)
-                if not (masked and is_cut)
-            ]
-            return len(self.rows) / rows / max(sum(whole), 1)
+            whole = sum(self.lengths[m][h] for m, h in self.rows if self._counts(m, h))
+            return len(self.rows) / rows / max(whole, 1)
         if kind == "micro_batch_tokens":
             mine = [row for row in self.rows if self.micro[row[0]][row[1]] == self.micro[n][g]]
             return 1 / max(sum(self.count[row] for row in mine), 1) / self._micro_batches()

@@ -1,0 +1,134 @@
+"""The update that TRL's own trainer makes: from its checkpoint and the batch that was captured of its next step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fidelity
+import forked
+from entropy_probe import ProbeConfig, load_checkpoint, run_probe
+from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
+from entropy_probe_checks.criteria import CRITERIA
+from trl_runs import Run, train
+
+CHOSEN = (
+    "grpo, group", "bnpo, batch", "dr_grpo, none", "dapo, group", "cispo, batch", "sapo, none", "luspo, group",
+    "vespo, group", "lora, beta", "beta", "beta, plain k3", "both, bnpo", "mask_truncated_completions, bnpo",
+    "temperature 0.7", "max_grad_norm 0.05", "accumulation 4, bnpo", "weight decay 0.1", "two learning rates", "GSPO",
+    "first of two windows, bnpo",
+)  # fmt: skip
+"""Of `fidelity.SETTINGS`, whose table is in docs/recipes.md: at least one for each part of a recipe."""
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_gradient_and_the_step_are_trls(tmp_path: Path, name: str) -> None:
+    """With `recipe: auto` and nothing else. Float32 leaves 1e-13 and 1e-9; a wrong part, 1e-4 at the least."""
+    found = fidelity.of_setting(tmp_path / "run", name)
+    assert found.gradient_cosine <= 1e-6
+    assert abs(found.gradient_norm_ratio) <= 1e-5
+    assert found.cosine <= 1e-8
+    assert abs(found.norm_ratio) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("num_iterations 2, second pass", "num_iterations 2"),
+        ("lora_dropout 0.1", "dropout in training (0.1)"),
+        ("bf16 autocast", "rounding of autocast (bf16)"),
+        ("second of two windows", "2 steps a rollout"),
+    ],
+)
+def test_what_is_not_reproduced_is_said(tmp_path: Path, name: str, said: str) -> None:
+    found = fidelity.of_setting(tmp_path / "run", name)
+    assert any(said in line for line in found.not_reproduced)
+    assert found.gradient_cosine > 1e-6  # else it need not be said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(tmp_path_factory.mktemp("trl") / "run", steps=4, gradient_accumulation_steps=2)
+
+
+SMALL: dict[str, Any] = {"budget": "smoke", "invariance": {"max_examples": 0}}
+
+
+def test_the_next_checkpoint_is_asked(run: Run) -> None:
+    """It is found by itself; on the batch of that very step both criteria judge, and the numbers are the trainer's."""
+    own, other = run.batch(2), run.batch(0)
+    report = run_probe(run.checkpoint(2), ProbeConfig.from_mapping(SMALL), other, own)
+    real, update = report.real_update, report.update
+    assert real is not None
+    assert update is not None
+    assert (real.steps_between, real.own_batch) == (1, True)
+    assert CRITERIA["real_update_cosine"](report).status == CRITERIA["real_update_norm"](report).status == "pass"
+    logs = {entry["step"]: entry for entry in run.logs if "grad_norm" in entry}
+    assert real.logged_grad_norm == pytest.approx(logs[3]["grad_norm"], rel=1e-6)
+    assert update.grad_norm == pytest.approx(logs[3]["grad_norm"], rel=1e-5)
+    assert update.grad_norm_logged == pytest.approx(logs[2]["grad_norm"], rel=1e-6)
+    assert update.clip_factor == pytest.approx(real.clip_factor, rel=1e-5)
+    change = report.next_step
+    assert change is not None
+    assert real.delta_h == pytest.approx(change.delta_h_rb, rel=1e-3)
+    assert real.delta_h_per_token == pytest.approx(change.delta_h_per_token, rel=1e-3)
+    assert real.predicted == pytest.approx(change.predicted, rel=1e-3)
+    assert {name for name, judge in CRITERIA.items() if judge(report).status == "fail"} == set()
+
+
+def test_another_batch_or_a_later_checkpoint(run: Run) -> None:
+    """The numbers stand in the report, and the criteria say why they do not judge."""
+    config = ProbeConfig.from_mapping(SMALL)
+    report = run_probe(run.checkpoint(2), config, run.batch(0), run.batch(1), next_checkpoint=run.checkpoint(4))
+    real = report.real_update
+    assert real is not None
+    assert (real.steps_between, real.gradient_cosine, real.logged_grad_norm) == (2, None, None)
+    verdict = CRITERIA["real_update_cosine"](report)
+    assert verdict.status == "not_applicable"
+    assert "2 steps lie between" in verdict.hint
+    unlike = run.batch(1).with_name("plain.jsonl")
+    lines = [json.loads(line) for line in run.batch(1).read_text().splitlines()]
+    for line in lines:
+        del line["in_step"], line["micro_batches"]
+    unlike.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = run_probe(run.checkpoint(2), config, run.batch(0), unlike)
+    assert report.real_update is not None
+    assert report.real_update.cosine < 1 - 1e-4
+    verdict = CRITERIA["real_update_norm"](report)
+    assert (verdict.status, "another batch" in verdict.hint) == ("not_applicable", True)
+
+
+def test_an_earlier_checkpoint_is_no_next_one(run: Run) -> None:
+    done = forked.python(
+        "-m", "entropy_probe", "run", run.checkpoint(2), "--budget=smoke", f"--rollouts={run.batch(0)}",
+        f"--next={run.checkpoint(1)}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "give a later one of the same run" in done.stderr.splitlines()[-1]
+
+
+def test_capturing_changes_nothing(tmp_path: Path) -> None:
+    """The same weights, bit for bit, with and without it."""
+    with_it, without = (train(tmp_path / str(on), steps=2, capture=on) for on in (True, False))
+    weights = [dict(load_checkpoint(r.checkpoint(2)).model.named_parameters()) for r in (with_it, without)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_inspect_prints_the_recipe_in_six_lines(run: Run) -> None:
+    lines = inspect_checkpoint(run.checkpoint(1)).text().splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith("recipe"))
+    end = next(k for k, line in enumerate(lines) if line.startswith("files"))
+    assert lines[start] == "recipe      trl-dapo (training_args.bin)"
+    assert end - start <= 6
+    assert all(len(line) <= 80 for line in lines[start:end])
+
+
+def test_rewards_alone_give_the_trainers_advantages(run: Run) -> None:
+    """The file holds rewards, and what is captured of a step says which responses it took."""
+    lines = [json.loads(line) for line in run.batch(1).read_text().splitlines()]
+    assert all({"rewards", "in_step", "micro_batches"} <= set(line) and "advantages" not in line for line in lines)
+    assert sorted(m for line in lines for m in line["micro_batches"]) == [0] * 8 + [1] * 8
