@@ -86,6 +86,18 @@ def read_config(settings: Settings) -> ProbeConfig:
     return config
 
 
+def recipe_lines(path: Path, settings: Settings, config: ProbeConfig) -> list[str]:
+    """Whose update the checkpoint's is, as far as its files tell without loading it."""
+    from entropy_probe.trainers.resolved import resolved
+
+    samples = settings.rollouts is None and settings.update_rollouts is None
+    try:
+        _, recipe = resolved(config, path, has_reference=True, samples_update=samples)
+    except (ProbeError, OSError):  # found again, and said, where it is measured
+        return []
+    return recipe.lines()
+
+
 def read_baseline(path: Path) -> BaselineSection:
     """What gates compare with."""
     from entropy_probe import ProbeReport

@@ -43,7 +43,7 @@ def fidelity(run: Run, step: int, **config: Any) -> Fidelity:
 
 
 def _measured(run: Run, step: int, config: dict[str, Any]) -> tuple[Prepared, Measured]:
-    loaded = load_checkpoint(run.checkpoint(step), run.folder / "base" if _is_adapter(run, step) else None)
+    loaded = load_checkpoint(run.checkpoint(step), run.base(step))
     batch = run.batch(step)
     prepared = prepare(loaded, ProbeConfig.from_mapping(config), batch, batch)
     models = Models.of(loaded, prepared.model, prepared.config)
@@ -51,13 +51,9 @@ def _measured(run: Run, step: int, config: dict[str, Any]) -> tuple[Prepared, Me
     return prepared, measured(loaded, models, e, u, prepared.config, prepared.clock)
 
 
-def _is_adapter(run: Run, step: int) -> bool:
-    return (run.checkpoint(step) / "adapter_config.json").is_file()
-
-
 def _step(run: Run, step: int, of: Measured, direction: UpdateDirection) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     lr, _ = learning_rate(of.checkpoint.adam, None)
-    base = run.folder / "base" if _is_adapter(run, step) else None
+    base = run.base(step)
     after = dict(load_checkpoint(run.checkpoint(step + 1), base).model.named_parameters())
     before = dict(of.checkpoint.model.named_parameters())
     made = {n: (after[n].detach().double() - before[n].detach().double()) / lr for n in direction.v}

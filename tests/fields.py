@@ -11,6 +11,7 @@ JUDGED_BY = {
     "checkpoint.num_trainable": "as_stored",
     "checkpoint.optimizer": "as_stored",
     "recipe": "gradient_witness",
+    "update.grad_norm_logged": "real_update_norm",
     "sampling": "seeded",
     "update.cosine_with_optimizer_step": "optimizer_step_cosine",
     "update.norm_ratio_with_optimizer_step": "optimizer_step_norm",
@@ -31,7 +32,6 @@ JUDGED_BY = {
 }
 NOT_JUDGED = {
     "schema_version": "a version",
-    "update.grad_norm_logged": "as the trainer wrote it down",
     "checkpoint.global_step": "a text of the trainer's, which enters nothing",
     "config": "as it was given",
     "continuity.eta_main": "a step that the tests are made with",

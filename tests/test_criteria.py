@@ -16,7 +16,7 @@ import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
 from entropy_probe.budgets import BUDGETS
 from entropy_probe.evidence import Evidence
-from entropy_probe.report import Estimate, Parts, SamplerParitySection, SamplingSection
+from entropy_probe.report import Estimate, Parts, RealUpdateSection, SamplerParitySection, SamplingSection
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
@@ -106,6 +106,7 @@ UNREAD = {
     *("batches_as_given", "buffers_overridden", "ends_at_eos", "gold_complete", "live_model_unmodified"),
     *("optimizer_as_saved", "preconditioner_complete", "preconditioner_finite", "pareto_k", "sampler_parity", "seeded"),
     "curvature_identity",
+    *("real_update_cosine", "real_update_norm"),
     # of the evidence, which a report that is read from a file does not have
     *(name for name, criterion in CRITERIA.items() if criterion.family == "audit"),
 }
@@ -156,6 +157,15 @@ def fresh(report: ProbeReport, by: float) -> ProbeReport:
     return report.with_evidence(Evidence(own | arrays, report.evidence.facts))
 
 
+def with_next(report: ProbeReport, **changes: Any) -> ProbeReport:
+    """As if the step that the trainer made were known, on its own batch."""
+    numbers = dict.fromkeys(RealUpdateSection.model_fields, 0.0) | {
+        "path": "checkpoint-6", "steps_between": 1, "own_batch": True, "cosine": 1.0, "norm_ratio": 1.0,
+        "gradient_cosine": 1.0, "gradient_norm_ratio": 1.0,
+    }  # fmt: skip
+    return report.model_copy(update={"real_update": RealUpdateSection(**numbers | changes)})
+
+
 def without_evidence(report: ProbeReport) -> ProbeReport:
     return report.with_evidence(None)
 
@@ -168,6 +178,25 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: with_row(r, LR, method="psis"), "fail"),
         (lambda r: with_array(r, "e.rewards", lambda a: a[:, ::-1]), "fail"),
         (without_evidence, "not_applicable"),
+    ],
+    "real_update_cosine": [
+        (lambda r: with_next(r, cosine=1 - 1e-7), "fail"),
+        (lambda r: with_next(r, gradient_cosine=1 - 1e-7), "fail"),
+        (lambda r: with_next(r, cosine=math.nan), "fail"),
+        (lambda r: with_next(r, cosine=-1.0), "fail"),
+        (lambda r: with_next(r, cosine=1 - 1e-7, rounding=1e-3), "pass"),
+        (lambda r: with_next(r, cosine=0.0, rounding=1e-3), "fail"),
+        (lambda r: with_next(r, cosine=0.0, rounding=1.0), "inconclusive"),
+        (lambda r: with_next(r, cosine=0.0, own_batch=False), "not_applicable"),
+        (lambda r: with_next(r, cosine=0.0, steps_between=2), "not_applicable"),
+        (lambda r: with_next(r, gradient_cosine=None), "pass"),
+    ],
+    "real_update_norm": [
+        (lambda r: with_next(r, norm_ratio=1.001), "fail"),
+        (lambda r: with_next(r, gradient_norm_ratio=0.999), "fail"),
+        (lambda r: with_next(r, norm_ratio=math.nan), "fail"),
+        (lambda r: with_next(r, norm_ratio=1.001, rounding=1e-3), "pass"),
+        (lambda r: with_next(r, own_batch=False), "not_applicable"),
     ],
     "as_stored": [
         (lambda r: first_state(r, step=17.0), "fail"),
@@ -527,6 +556,7 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     # nearly constant weights; no `logprobs` in the rollouts, and not from tag_pref
     # steps so small that second order is lost in rounding
     unasked = ("pareto_k", "fresh_responses", "sampler_parity", "gold_complete", "seeded", "curvature_identity")
+    unasked += ("real_update_cosine", "real_update_norm")  # there is no next checkpoint
     assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 
 

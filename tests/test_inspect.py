@@ -115,8 +115,8 @@ WARNINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "steps differ: 99 to 100",
     ),
     "never opened": (
-        lambda f: (f / "training_args.bin").write_bytes(pickle.dumps(Payload(f / "executed"))),
-        "never opened: scheduler.pt, training_args.bin",
+        lambda f: (f / "rng_state.pth").write_bytes(pickle.dumps(Payload(f / "executed"))),
+        "never opened: rng_state.pth, scheduler.pt",
     ),
     "tied": (lambda _: None, "tied head: lm_head is the embedding, and has no moments of its own"),
 }

@@ -522,3 +522,12 @@ def test_hostile_yaml_is_left_unread(tmp_path: Path, text: str) -> None:
 def test_the_errors_are_ours(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="its settings are left unread"):
         read_arguments(tmp_path / "nothing.bin")
+
+
+def test_the_page_has_every_recipe_and_every_part() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    for name, parts in RECIPES.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        shown = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in parts.items()}
+        assert all(f"`{key}` {value}" in row for key, value in shown.items()), name
+    assert [key for key in Recipe.model_fields if f"`{key}`" not in page] == []

@@ -57,6 +57,11 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [sum(c < "m" for c in text) / (len(text) + 1) - 0.01 * len(text) for text in completions]
 
 
+def probe_reward(response: str, gold: str | None) -> float:
+    """The same, for responses that the probe samples."""
+    return reward([response])[0]
+
+
 class _Watch(transformers.TrainerCallback):
     """The gradient after clipping, at every step."""
 
@@ -77,6 +82,11 @@ class Run:
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
+
+    def base(self, step: int) -> Path | None:
+        """The base model of an adapter."""
+        is_adapter = (self.checkpoint(step) / "adapter_config.json").is_file()
+        return self.folder / "base" if is_adapter else None
 
     def batch(self, step: int) -> Path:
         return self.folder / "batches" / f"after-{step}.jsonl"

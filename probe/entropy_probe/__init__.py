@@ -14,6 +14,7 @@ report, golden, plots      the numbers: their schema, kept ones to compare with,
 evidence, atomic           what the numbers are made of;   files that are whole or not there
 afresh/                    the folder and the inputs, read and scored again by libraries alone
 layout, base_model, text   where the files of a checkpoint are;   digests  what they hold, as one number
+trainers/                  what a training run says of its own settings;   trl  the batch of every step of TRL
 loading, inputs            a checkpoint as a configuration asks for it;   what a report depends on
 sequence_processor         sampling and scores on a live model, by teacher_forcing
 memory, cost/              how much is held, measured;   what a run costs, by formula

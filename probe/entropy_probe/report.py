@@ -613,7 +613,7 @@ class ProbeReport(_Section):
     checkpoint: CheckpointSection
     config: dict[str, Any]
     left_out: list[str]
-    recipe: RecipeSection | None = None
+    recipe: RecipeSection
     batch: BatchSection
     update_batch: BatchSection
     sampling: SamplingSection | None
@@ -628,7 +628,7 @@ class ProbeReport(_Section):
     witness: dict[str, float | None] | None
     real_step: RealStepSection | None
     real_step_missing: str | None
-    real_update: RealUpdateSection | None = None
+    real_update: RealUpdateSection | None
     registry: RegistrySection
     preconditioner: PreconditionerSection | None
     integrity: IntegritySection

@@ -8,6 +8,7 @@ given.
 from __future__ import annotations
 
 import os
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,27 @@ class Summary:
         targets = self._config.stash[SETTINGS].targets
         chosen = [f"  {target.note}" for target in targets if target.note]
         verbose = self._config.get_verbosity() > 0
-        return [self._what(), *chosen, *self._in_force(everything=verbose)]
+        return [self._what(), *chosen, *self._recipes(), *self._in_force(everything=verbose)]
+
+    def _recipes(self) -> list[str]:
+        """Whose update it is, for up to five checkpoints; under -v every setting with where it is from."""
+        settings, config = self._config.stash[SETTINGS], probe_config(self._config)
+        lines = []
+        for target in settings.targets[:5]:
+            first, *rest = library.recipe_lines(target.path, settings, config) or [""]
+            if self._config.get_verbosity() <= 0:
+                rest = [line for line in rest if line.startswith(("not reproduced", "left unread"))]
+            name = f" of {target.name}" if len(settings.targets) > 1 else ""
+            shown = [f"recipe{name}: {first}", *(f"  {line}" for line in rest)] if first else []
+            for line in shown:
+                lines += textwrap.wrap(
+                    line,
+                    80,
+                    initial_indent="  ",
+                    subsequent_indent="      ",
+                    break_long_words=False,
+                )
+        return lines
 
     def _in_force(self, *, everything: bool) -> list[str]:
         """Budget and limits with where they come from; or what of them is not the default."""

@@ -1233,7 +1233,8 @@ _UNSEEN = """
 
 
 if __name__ == "__main__":
-    from faults import catalogue, more  # the one that faults are entered in
+    from faults import catalogue, more, recipes  # the one that faults are entered in
 
     assert more
+    assert recipes
     sys.stdout.write(catalogue.page())

@@ -184,6 +184,15 @@ class Subject:
     sampling: dict[str, Any] | None = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     one_batch: bool = False
+    captured: bool = False
+
+
+def by_trl(folder: Path, seed: int = 0) -> Path:
+    """A run of TRL's own trainer, with the batch of every step; gradients are clipped to half."""
+    from trl_runs import train
+
+    options = {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 12}
+    return train(folder, steps=3, seed=seed, num_generations=3, **options).checkpoint(2)
 
 
 def _sampled_with(reward: str) -> dict[str, Any]:
@@ -223,6 +232,7 @@ SUBJECTS: dict[str, Subject] = {
         None,
         _sampled_with("reward_by_gold"),
     ),
+    "trl": Subject("a step of TRL's own trainer, with its own batch", by_trl, captured=True),
     "top_k": Subject("an engine that sampled with its default top_k 50", partial(full, "llama"), {"top_k": 50}),
 }
 
@@ -243,6 +253,10 @@ class Bench:
             folder.mkdir()
             checkpoint = subject.make(folder / "ckpt", seed=seed)
             self._made[name, seed] = checkpoint, None, None
+            if subject.captured:
+                e, u = (checkpoint.parent / "batches" / f"after-{step}.jsonl" for step in (0, 2))
+                self._made[name, seed] = checkpoint, e, u
+                return self._made[name, seed]
             if subject.sampling is None:
                 return self._made[name, seed]
             model = load_checkpoint(checkpoint).model

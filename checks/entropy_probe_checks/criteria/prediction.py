@@ -137,7 +137,7 @@ def _not_the_same(report: ProbeReport) -> str:
         return "U is another batch than the trainer's: give the captured one to --probe-update-rollouts."
     if real.steps_between > 1:
         return f"{real.steps_between} steps lie between the two checkpoints."
-    if recipe is not None and recipe.not_reproduced:
+    if recipe.not_reproduced:
         return f"The recipe lacks: {'; '.join(recipe.not_reproduced)}."
     return ""
 

@@ -1,4 +1,5 @@
-"""Pure mathematics: tensors in, numbers out. Nothing here knows a network, a file or a configuration.
+"""Pure mathematics: tensors in, numbers out. Nothing here knows a network or a file, and of the configuration the
+parts of a recipe alone.
 
     policy      logits → log π, log q, entropies of π and of q
     token_stats logits → diagnostics of every step and response, baseline features
@@ -11,7 +12,8 @@
     prediction  slope and curvature → the predicted change, η*;   taylor  orders and identities of ΔH(η)
     parity      the sampler's log-probabilities against teacher forcing;   moments  moments against gradients
     adam        moments and hyper-parameters → P, and the update direction v
-    advantages  rewards → A, and the weight of each response in Y
+    advantages  log p of responses → their weights in X
+    update_weights  rewards, scores and a recipe → A, and the weights of tokens in Y
 
 Every quantity is in nats. Shapes: B prompts, G responses of each, T tokens, U units (prompts or blocks of prompts).
 """

@@ -40,9 +40,9 @@ class Prepared:
     given: tuple[str, str]
     sampling: r.SamplingSection | None
     checksum_before: str
+    recipe: r.RecipeSection
     clock: Clock
     prompts: str | None = None
-    recipe: r.RecipeSection | None = None
     next_checkpoint: Path | None = None
 
     @property
@@ -80,13 +80,14 @@ def prepare(
                 config,
                 checkpoint.info.path or None,
                 has_reference=has_reference(checkpoint.model, config),
+                samples_update=rollouts is None and update_rollouts is None,
             )
             files = (rollouts, update_rollouts, prompts)
             after = _with_room(following(checkpoint.info.path), config)
             if next_checkpoint is not None:
                 after = Path(next_checkpoint).expanduser()
-            made = _prepared(checkpoint, config, *files, clock)
-            return replace(made, recipe=recipe, next_checkpoint=after)
+            made = _prepared(checkpoint, config, recipe, *files, clock)
+            return replace(made, next_checkpoint=after)
 
 
 def _with_room(beside: Path | None, config: ProbeConfig) -> Path | None:
@@ -117,6 +118,7 @@ def _require_state(checkpoint: Checkpoint) -> None:
 def _prepared(
     checkpoint: Checkpoint,
     config: ProbeConfig,
+    recipe: r.RecipeSection,
     rollouts: str | Path | None,
     update_rollouts: str | Path | None,
     prompts: str | Path | None,
@@ -136,6 +138,6 @@ def _prepared(
     of_u = rollouts if e is u else update_rollouts
     given = str(rollouts or "sampled"), str(of_u or "sampled")
     return Prepared(
-        checkpoint, config, bound, e, u, given, sampling, checksum_before, clock,
+        checkpoint, config, bound, e, u, given, sampling, checksum_before, recipe, clock,
         None if prompts is None else str(prompts),
     )  # fmt: skip

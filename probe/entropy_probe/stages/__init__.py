@@ -5,6 +5,7 @@ scores       log p, log q and entropies of every token;   entropy  the entropy a
 share        the part of a batch that a process works on
 gradients/   X and Y of every unit
 first_order  U_cross and δH₁;   update  P and the direction v;   moments  P beside the gradients
+reference    log p of the reference of a KL term;   real_update  the step that the trainer made
 derivatives  D_v at every token;   slopes  slope and curvature along v;   entropy_change  ΔH(η)
 witnesses/   the same numbers by another way;   memory/  a limit of memory
 """

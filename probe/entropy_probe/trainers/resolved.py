@@ -18,12 +18,17 @@ _NO_TRACE = "the notes': no trainer's settings were found"
 
 
 def resolved(
-    config: ProbeConfig, folder: str | Path | None, *, has_reference: bool
+    config: ProbeConfig,
+    folder: str | Path | None,
+    *,
+    has_reference: bool,
+    samples_update: bool = True,
 ) -> tuple[ProbeConfig, RecipeSection]:
     """The configuration with every part of the recipe set, the policy's temperature and the prompts of a step where
     they are the trainer's; and what the report says of it.
 
-    With `recipe: auto` the checkpoint's own settings count, and the notes' recipe where there are none.
+    With `recipe: auto` the checkpoint's own settings count, and the notes' recipe where there are none. `samples_update`:
+    the U batch is sampled, and not read from a file.
     """
     trace, name = Trace(), config.recipe.name
     if name == "auto":
@@ -44,7 +49,7 @@ def resolved(
     recipe = Recipe(**parts)
     changes: dict[str, Any] = {"recipe": RecipeConfig(name=name, **recipe.model_dump())}
     if found is not None:
-        changes |= _policy(config, found, sources, left)
+        changes |= _policy(config, found, sources, left if samples_update else [])
     settings = {
         key: RecipeSetting(value=value, source=sources.get(key, "default"))
         for key, value in {**recipe.model_dump(), **_beside(changes, sources)}.items()

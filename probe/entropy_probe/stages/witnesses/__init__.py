@@ -1,6 +1,7 @@
 """The same number by another way, and properties that a right number must have.
 
 witness      gradients by a plain loop, curvature by a second derivative
+update_by_loop  the weights of Y, token by token
 projections  X_kᵀPȲ in three ways
 torch_step   v and P beside a step of torch's own optimizer
 real_step    ΔH after a step that is taken
