@@ -27,8 +27,8 @@ def resolved(
     """The configuration with every part of the recipe set, the policy's temperature and the prompts of a step where
     they are the trainer's; and what the report says of it.
 
-    With `recipe: auto` the checkpoint's own settings count, and the notes' recipe where there are none. `samples_update`:
-    the U batch is sampled, and not read from a file.
+    With `recipe: auto` the checkpoint's own settings count, and the notes' recipe where there are none.
+    `samples_update`: the U batch is sampled, and not read from a file.
     """
     trace, name = Trace(), config.recipe.name
     if name == "auto":
