@@ -27,13 +27,23 @@ from entropy_probe.stages.memory.memory_limit import Plan, planned
 FLOAT64 = {"precision": {"dtype": "float64"}}
 SMOKE = {"budget": "smoke", **FLOAT64}
 ETAS = {"true_delta_h": {"etas": [-1e-3, 1e-2]}}
+# tokens of a response differ in weight, and what decides it is about tokens of all processes
+BY_TOKEN = {
+    "name": "trl-bnpo",
+    "micro_batch_size": 4,
+    "entropy_coef": 0.05,
+    "top_entropy_quantile": 0.6,
+    "kl_coef": 0.1,
+}
 # configuration, E batch, U batch; without files the demo samples
 CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "two_batches": (SMOKE | ETAS, "e7", "u5"),
     "twice_as_many": (SMOKE | ETAS, "e14", "u10"),
     "two_prompts": (FLOAT64, "e2", None),
     "ema_blocks": (
-        SMOKE | {"first_order": {"estimator": "rb", "baseline": "hk_ema", "mode": "block", "num_blocks": 3}},
+        SMOKE
+        | {"first_order": {"estimator": "rb", "baseline": "hk_ema", "mode": "block", "num_blocks": 3}}
+        | {"recipe": BY_TOKEN},
         "e7",
         "u5",
     ),

@@ -20,10 +20,12 @@ from trl_runs import Run, train
 
 @dataclass(frozen=True)
 class Fidelity:
-    gradient_cosine: float
-    gradient_norm_ratio: float
-    cosine: float
-    norm_ratio: float
+    """1 − cosine, and ratio of norms − 1, of the clipped gradient and of the step."""
+
+    gradient_turned: float
+    gradient_longer: float
+    step_turned: float
+    step_longer: float
     not_reproduced: list[str]
 
 
@@ -108,6 +110,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8 generations": {"num_generations": 8, "per_device_train_batch_size": 16},
     "other betas, eps": {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6},
     "delta": {"delta": 1.5},
+    "RLOO": {"rloo": True, "max_grad_norm": 1e9},
+    "RLOO, lora": {"rloo": True, "lora": True},
+    "RLOO, normalised": {"rloo": True, "normalize_advantages": True, "beta": 0.0, "max_grad_norm": 1e9},
     # what the recipe says that it does not reproduce
     "second of two windows": {"steps_per_generation": 2},
     "num_iterations 2, second pass": {"num_iterations": 2},
@@ -121,7 +126,8 @@ def of_setting(place: Path, name: str) -> Fidelity:
     options = dict(SETTINGS[name])
     step = options.pop("step", 1)
     run = train(place, steps=step + 2, **options)
-    with_reference = options.get("beta") and not options.get("lora")
+    has_kl = options.get("beta", 0.05 if options.get("rloo") else 0.0) > 0
+    with_reference = has_kl and not options.get("lora")
     return fidelity(run, step, **({"reference_model": str(run.folder / "base")} if with_reference else {}))
 
 
@@ -132,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for number, name in enumerate(SETTINGS):
             found = of_setting(Path(place) / str(number), name)
-            row = (found.gradient_cosine, found.gradient_norm_ratio, found.cosine, found.norm_ratio)
+            row = (found.gradient_turned, found.gradient_longer, found.step_turned, found.step_longer)
             shown = " | ".join(f"{x:.1e}" if k % 2 == 0 else f"{x:+.1e}" for k, x in enumerate(row))
             print(f"| {name} | {shown} | {'; '.join(found.not_reproduced)} |", flush=True)
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from entropy_probe.trl import CaptureBatch
 
@@ -101,6 +101,7 @@ def train(
     dropout: float = 0.0,
     rates: tuple[float, float] | None = None,
     capture: bool = True,
+    rloo: bool = False,
     **options: Any,
 ) -> Run:
     """A run that saves every step. `rates`: learning rates of matrices and of vectors."""
@@ -132,10 +133,10 @@ def train(
     if lora:
         targets = ["q_proj", "v_proj", "down_proj"]
         adapter = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    trainer = GRPOTrainer(
+    trainer = (RLOOTrainer if rloo else GRPOTrainer)(
         model=model,
         reward_funcs=reward,
-        args=GRPOConfig(**settings),
+        args=(RLOOConfig if rloo else GRPOConfig)(**settings),
         train_dataset=Dataset.from_list(prompts),
         processing_class=copy.deepcopy(own),
         peft_config=adapter,

@@ -70,7 +70,8 @@ class BatchSection(_Section):
     """One batch of responses; `num_tokens` counts the scored tokens. `given` is the file that was asked for, or
     `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end neither
     with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
-    `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file."""
+    `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file. `advantages`: `given` in
+    the file, or by the `recipe`."""
 
     num_prompts: int
     num_responses: int
@@ -85,6 +86,7 @@ class BatchSection(_Section):
     early_eos: int
     unended: int | None
     fingerprint: str
+    advantages: str
 
 
 class RecipeSetting(_Section):

@@ -108,6 +108,7 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
     line("unended", unended)
     line("fingerprint", _fingerprint(sheet, which))
+    line("advantages", "given" if sheet.has(f"{which}.given_advantages") else "recipe")
 
 
 def _fingerprint(sheet: Sheet, which: str) -> str:

@@ -171,6 +171,7 @@ def batch_section(
         early_eos=sum(early_eos(response, eos) is not None for response in rollouts.responses),
         unended=sum(len(response) < limit for response in cut) if limit_is_known else None,
         fingerprint=fingerprint(rollouts),
+        advantages="recipe" if rollouts.advantages is None else "given",
     )
 
 

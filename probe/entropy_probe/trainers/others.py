@@ -46,6 +46,9 @@ def verl(path: Path) -> Found | None:
         parts |= {"kl_coef": actor.get("kl_loss_coef") or 0.0, "kl": _KL.get(kind, "k3")}
         if kind not in _KL:
             left.append(f"KL term {kind}")
+    mode = _at(actor, "policy_loss", "loss_mode")
+    if mode not in (None, "vanilla", "gspo", "kl_cov", "geo_mean"):  # at ratio 1 these are one
+        left.append(f"policy loss {mode}")
     if _at(config, "algorithm", "use_kl_in_reward"):
         left.append("KL in the reward")
     rollout, step = _at(config, "data", "train_batch_size"), actor.get("ppo_mini_batch_size")

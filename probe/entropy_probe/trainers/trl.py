@@ -97,7 +97,8 @@ def _common(of: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[str
             left.append(f"rounding of autocast ({key})")
     if not of.get("disable_dropout") and (rate := _dropout(path.parent)):
         left.append(f"dropout in training ({rate:g})")
-    if of.get("router_aux_loss_coef"):
+    coefficient = of.get("router_aux_loss_coef")
+    if coefficient or (coefficient is None and _has_experts(path.parent)):
         left.append("auxiliary loss of experts")
     if of.get("sync_ref_model"):
         left.append("reference model that follows the policy")
@@ -105,17 +106,37 @@ def _common(of: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[str
 
 
 def _dropout(folder: Path) -> float:
-    """The largest rate in adapter_config.json and config.json."""
-    rates = [0.0]
-    for name in ("adapter_config.json", "config.json"):
-        try:
-            config = json.loads((folder / name).read_bytes()[: 1 << 20])
-        except (OSError, ValueError):
-            continue
-        if isinstance(config, dict):
-            found = [value for key, value in config.items() if "drop" in key]
-            rates += [float(rate) for rate in found if type(rate) in (int, float)]
-    return max(rates)
+    """The largest rate in the configurations of adapter and model."""
+    rates = [
+        value
+        for config in _configurations(folder)
+        for key, value in config.items()
+        if ("dropout" in key or key.endswith("_pdrop")) and type(value) in (int, float)
+    ]
+    return max(rates, default=0.0)
+
+
+def _has_experts(folder: Path) -> bool:
+    """Whether the model is a mixture of experts, whose own coefficient of an auxiliary loss then counts."""
+    return any("num_local_experts" in c or "num_experts" in c for c in _configurations(folder))
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    """adapter_config.json, and the config.json here or of the base that it names, as far as they can be read."""
+    found = [_table(folder / "adapter_config.json"), _table(folder / "config.json")]
+    base = found[0].get("base_model_name_or_path")
+    if isinstance(base, str) and base and "\0" not in base:
+        found += [_table(place / base / "config.json") for place in (Path(), folder, folder.parent)]
+    return found
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            config = json.loads(stream.read(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _made(
