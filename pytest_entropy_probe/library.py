@@ -92,7 +92,9 @@ def recipe_lines(path: Path, settings: Settings, config: ProbeConfig) -> list[st
 
     samples = settings.rollouts is None and settings.update_rollouts is None
     try:
-        _, recipe = resolved(config, path, has_reference=True, samples_update=samples)
+        is_adapter = (path / "adapter_config.json").is_file()
+        known = is_adapter or config.reference_model is not None
+        _, recipe = resolved(config, path, has_reference=known, samples_update=samples)
     except (ProbeError, OSError):  # found again, and said, where it is measured
         return []
     return recipe.lines()

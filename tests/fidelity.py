@@ -112,6 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "delta": {"delta": 1.5},
     "RLOO": {"rloo": True, "max_grad_norm": 1e9},
     "RLOO, lora": {"rloo": True, "lora": True},
+    "RLOO, mask_truncated": {"rloo": True, "mask_truncated_completions": True, "beta": 0.3, "max_grad_norm": 1e9},
     "RLOO, normalised": {"rloo": True, "normalize_advantages": True, "beta": 0.0, "max_grad_norm": 1e9},
     # what the recipe says that it does not reproduce
     "second of two windows": {"steps_per_generation": 2},

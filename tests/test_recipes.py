@@ -377,11 +377,22 @@ HOSTILE: dict[str, Any] = {
     "two pickles": lambda p: (bundle(p, b"N."), zipfile.ZipFile(p, "a").writestr("other/data.pkl", b"N.")),
     "deep": lambda p: bundle(p, b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
     "a number of a million digits": lambda p: arguments(p, loss_type="grpo", num_generations=10**4000),
+    "texts for counts": lambda p: arguments(p, loss_type="dapo", num_generations=4, num_iterations="x"),
+    "texts for numbers": lambda p: arguments(p, loss_type="cispo", num_generations=4, epsilon="x"),
+    "many marks": lambda p: bundle(p, b"\x80\x02" + b"N" * 300_000 + b"(t" * 150_000 + b"."),
+    "a method of its own": lambda p: p.write_bytes(with_method(bundle(p, b"N.").read_bytes())),
+    "settings of another trainer": lambda p: bundle(p, b"\x80\x02ctrl\nSFTConfig\n)\x81}X\x01\x00\x00\x00aK\x01sb."),
     "values of other kinds": lambda p: arguments(p, loss_type="dapo", num_generations=4, max_grad_norm="many"),
     "not finite": lambda p: arguments(p, loss_type="dapo", num_generations=4, beta=float("nan")),
     "a temperature of nothing": lambda p: arguments(p, loss_type="dapo", num_generations=4, temperature=0.0),
     "a loss of its own": lambda p: arguments(p, loss_type="mine", num_generations=4),
 }
+
+
+def with_method(data: bytes) -> bytes:
+    """Of compression, that no reader has."""
+    at = data.index(b"PK\x01\x02")
+    return data[:8] + b"\x63\x00" + data[10 : at + 10] + b"\x63\x00" + data[at + 12 :]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -392,8 +403,8 @@ def test_hostile_settings_are_left_unread(tmp_path: Path, name: str, monkeypatch
     HOSTILE[name](tmp_path / "c" / "training_args.bin")
     _, recipe = resolved(ProbeConfig(), tmp_path / "c", has_reference=False)
     assert not (tmp_path / "executed").exists()
-    harmless = name in ("a number of a million digits", "a loss of its own")
-    assert recipe.name == ("trl-grpo" if name == "a number of a million digits" else "notes")
+    harmless = name == "a number of a million digits"
+    assert recipe.name == ("trl-grpo" if harmless else "notes")
     assert len(recipe.unread) == (not harmless)
     assert all("\n" not in line and len(line) < 400 for line in recipe.lines())
 
@@ -458,6 +469,53 @@ def test_a_kl_term_needs_a_reference(tmp_path: Path) -> None:
     assert (config.whose_update.kl_coef, recipe.not_reproduced) == (0.01, [])
 
 
+def test_the_prompts_of_a_step_are_those_of_all_processes(tmp_path: Path) -> None:
+    """A rollout of the file has the responses of every process; what of it is by process, is said."""
+    of_one: dict[str, Any] = {"loss_type": "dapo", "num_generations": 8, "per_device_train_batch_size": 8}
+    of_one |= {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "top_entropy_quantile": 0.5}
+    arguments(tmp_path / "training_args.bin", **of_one, generation_batch_size=64)
+    config, recipe = resolved(ProbeConfig(), tmp_path, has_reference=False)
+    assert config.batch.num_update_prompts == 8
+    assert any("all processes" in line for line in recipe.not_reproduced)
+    arguments(tmp_path / "training_args.bin", **of_one, generation_batch_size=16)
+    config, recipe = resolved(ProbeConfig(), tmp_path, has_reference=False)
+    assert (config.batch.num_update_prompts, recipe.not_reproduced) == (2, [])
+    given = ProbeConfig.from_mapping({"batch": {"num_update_prompts": 16}})  # as many as by default
+    assert resolved(given, tmp_path, has_reference=False)[0].batch.num_update_prompts == 16
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "several rollouts a step"),
+        ({"use_vllm": True, "vllm_importance_sampling_clip_min": 0.5}, "lower bound"),
+        ({"neftune_noise_alpha": 5.0}, "neftune"),
+        (
+            {"importance_sampling_level": "sequence", "use_vllm": True, "vllm_importance_sampling_mode": "token_mask"},
+            "vLLM",
+        ),
+        ({"top_k": 20}, "top_k 20"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "normalize_then_sum"),
+        ({"use_adaptive_entropy": True}, "adaptive"),
+        ({"router_aux_loss_coef": 0.01}, "auxiliary loss"),
+    ],
+)
+def test_what_no_recipe_has_is_said(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    arguments(tmp_path / "training_args.bin", loss_type="dapo", num_generations=4, **values)
+    _, recipe = resolved(ProbeConfig(), tmp_path, has_reference=False)
+    assert any(said in line for line in recipe.not_reproduced), recipe.not_reproduced
+
+
+def test_files_of_older_versions(tmp_path: Path) -> None:
+    """Keys that they lack mean what they meant there: no weight on the KL term, one cap of the ratio, clipping at 1."""
+    of_vllm = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_cap": 2.0, "use_vllm": True}
+    arguments(tmp_path / "training_args.bin", loss_type="bnpo", num_generations=4, beta=0.1, temperature=2, **of_vllm)
+    config, _ = resolved(ProbeConfig(), tmp_path, has_reference=True)
+    whose = config.whose_update
+    assert (whose.kl, whose.importance, whose.importance_cap, whose.max_grad_norm) == ("k3", "token_truncate", 2.0, 1.0)
+    assert config.generation.temperature == 2.0
+
+
 VERL = """
 algorithm: {adv_estimator: grpo, norm_adv_by_std_in_grpo: false}
 data: {train_batch_size: 8, max_response_length: 77}
@@ -511,8 +569,20 @@ def test_other_trainers_settings(tmp_path: Path) -> None:
     assert (recipe.name, config.whose_update.max_grad_norm, config.generation.temperature) == ("prime-rl", 0.4, 0.6)
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: &a 1\nb: {<<: *a}", "[]", "grpo: 1\nloss_fn: 2", "\x00"])
+DOUBLING = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 30)
+)
+YAML = [
+    "a: [", "a: &a {b: 1}\nb: {<<: *a}", "[]", "grpo: 1\nloss_fn: 2", "\x00", DOUBLING,
+    DOUBLING.replace("<<", '!!merge "m"'),
+    "a: !!bool abc", 'a: !!int ""', "a: !!timestamp abc", "a: !!python/object/apply:os.system [true]", "[" * 20_000,
+    f"grpo: {{}}\nloss_fn: {{}}\npolicy: {{generation: {{temperature: {'9' * 400}}}}}", "x: " + "y" * 70_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))
 def test_hostile_yaml_is_left_unread(tmp_path: Path, text: str) -> None:
+    """In no time, whatever it holds."""
     (tmp_path / "config.yaml").write_text(text)
     assert training_settings(tmp_path).found is None
     _, recipe = resolved(ProbeConfig(), tmp_path, has_reference=False)

@@ -60,7 +60,8 @@ def digest(
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
     reference = config.reference_model
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
-    config, _ = resolved(config, layout.folder, has_reference=True)
+    samples = rollouts is None and update_rollouts is None
+    config, recipe = resolved(config, layout.folder, has_reference=True, samples_update=samples)
     samples = rollouts is None and prompts is None
     known = {
         "checkpoint": [
@@ -68,7 +69,8 @@ def digest(
             _digests(layout.weights),
         ],
         "base": None if base is None else _digests(base),
-        "next": None if after is None else _digests(after),
+        "next": None if after is None else _digests(after, "**/*"),
+        "recipe": recipe.model_dump(mode="json"),
         "reference": None if reference is None else _digests(Path(reference).expanduser()),
         "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
         "dataset": _dataset(config.batch.dataset) if samples else None,

@@ -631,6 +631,7 @@ class ProbeReport(_Section):
     real_step: RealStepSection | None
     real_step_missing: str | None
     real_update: RealUpdateSection | None
+    real_update_missing: str | None
     registry: RegistrySection
     preconditioner: PreconditionerSection | None
     integrity: IntegritySection

@@ -7,6 +7,7 @@ from pathlib import Path
 from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import ProbeError
 from entropy_probe.loading import load_configured
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.precision import numerics
@@ -106,9 +107,14 @@ def _measure(
             step = next_step(of, clock, redraw)
         else:
             step = without_second_moment(of)
-        real_update = None
+        real_update = real_update_missing = None
         if prepared.next_checkpoint is not None:
-            real_update = after_the_real_step(of, step, prepared.next_checkpoint, clock)
+            try:
+                real_update = after_the_real_step(of, step, prepared.next_checkpoint, clock)
+            except ProbeError as error:
+                if not prepared.next_was_found:
+                    raise
+                real_update_missing = str(error)
         with clock("witnesses"):
             witness = witnessed(of, step.precond, step.v, step.along)
         with clock("evidence"):
@@ -148,6 +154,7 @@ def _measure(
         real_step=sections.real_step,
         real_step_missing=sections.real_step_missing,
         real_update=real_update,
+        real_update_missing=real_update_missing,
         continuity=continuous,
         invariance=with_drawn(of_rows, drawn),
         sampler_parity=sampler_parity_section(e, reported),

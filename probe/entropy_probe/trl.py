@@ -10,6 +10,7 @@ pytest --probe-checkpoint=run/checkpoint-500 --probe-update-rollouts=batches/aft
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class CaptureBatch(TrainerCallback):
     which responses the step took, and `micro_batches` which of them together. Rewards are the weighted sums.
 
     It needs the trainer, whose batches no callback is given: a `GRPOTrainer` or `RLOOTrainer` in one process. What the
-    trainer computes is not changed. With `every=N` it writes those after steps 0, N, 2N, … alone.
+    trainer computes is not changed. With `every=N` it writes those after steps 0, N, 2N, … alone. A batch that such
+    a file cannot hold (several rollouts in a step, tokens of tools, a reward that is None) is not written, and a
+    warning says so.
     """
 
     def __init__(self, trainer: Any, folder: str | Path, *, every: int = 1) -> None:
@@ -40,6 +43,7 @@ class CaptureBatch(TrainerCallback):
         self._lengths: list[int] = []
         self._rollout: list[dict[str, Any]] = []
         self._taken: list[tuple[int, int]] = []
+        self._untold = ""
         self._of_trainer = {
             name: getattr(trainer, name)
             for name in ("_generate_and_score_completions", "_calculate_rewards", "compute_loss")
@@ -50,6 +54,9 @@ class CaptureBatch(TrainerCallback):
 
     def _rewarded(self, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Any:
         found = self._of_trainer["_calculate_rewards"](inputs, prompts, completions, ids)
+        self._untold = "a step takes several rollouts" if self._taken else ""
+        if bool(found.isnan().all(1).any()):
+            self._untold = "a reward is None"
         weights = self._trainer.reward_weights.to(found.device)
         self._rewards = (found * weights[None, :]).nansum(1)
         self._lengths = [len(one) for one in ids]
@@ -60,6 +67,8 @@ class CaptureBatch(TrainerCallback):
         found = self._of_trainer["_generate_and_score_completions"](inputs)
         if not self._trainer.model.training:
             return found
+        if "tool_mask" in found:
+            self._untold = "responses hold tokens of tools"
         count, device = len(found["completion_ids"]), found["completion_ids"].device
         assert self._rewards is not None
         found["probe_rewards"] = self._rewards.clone()
@@ -88,12 +97,16 @@ class CaptureBatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         before = state.global_step - 1
-        if self._taken and before % self._every == 0:
-            lines = "".join(json.dumps(line) + "\n" for line in self._lines())
+        if self._untold:
+            warnings.warn(
+                f"the batch after step {before} is not written: {self._untold}", stacklevel=2
+            )
+        elif self._taken and before % self._every == 0:
+            lines = "".join(json.dumps(line) + "\n" for line in self._lines(before))
             write_atomically(self._folder / f"after-{before}.jsonl", lines.encode())
         self._taken = []
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self, step: int) -> list[dict[str, Any]]:
         group = self._trainer.num_generations
         micro, rows = dict(self._taken), self._rollout
         lines = []
@@ -104,6 +117,7 @@ class CaptureBatch(TrainerCallback):
                     "prompt_ids": rows[start]["prompt"],
                     "response_ids": [rows[i]["response"] for i in own],
                     "rewards": [rows[i]["reward"] for i in own],
+                    "after_step": step,
                     "in_step": [i in micro for i in own],
                     "micro_batches": [micro.get(i, 0) for i in own],
                 }

@@ -90,7 +90,7 @@ SAMPLING = ProbeConfig.from_mapping(
         }
     }
 )
-# Pickles and a model card that the probe never opens; training_args.bin and rng_state.pth need unrestricted unpickling.
+# Pickles that need unrestricted unpickling, and a model card.
 NOT_BUNDLED = ("training_args.bin", "rng_state.pth", "README.md")
 
 

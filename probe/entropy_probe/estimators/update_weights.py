@@ -84,7 +84,10 @@ def advantages(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
     r = batch.rewards
     if recipe.kl_coef > 0 and recipe.kl_in == "reward":
         slope = _penalty(recipe, batch)
-        r = r - recipe.kl_coef * torch.where(batch.inside(slope), slope, 0.0).sum(-1)
+        counts = batch.inside(slope)
+        if recipe.mask_truncated:
+            counts = counts & ~batch.truncated[..., None]
+        r = r - recipe.kl_coef * torch.where(counts, slope, 0.0).sum(-1)
     group = r.shape[1]
     others = (r.sum(1, keepdim=True) - r) / max(group - 1, 1)
     centre = {"mean": r.mean(1, keepdim=True), "leave_one_out": others, "none": 0.0}

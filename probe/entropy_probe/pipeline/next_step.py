@@ -146,8 +146,12 @@ def after_the_real_step(
         return None
     config, e, direction = of.config, of.e, step.direction
     with clock("real update"):
-        after = load_checkpoint(next_checkpoint, of.checkpoint.info.base_model)
-        lr, _ = update.learning_rate(of.checkpoint.adam, config.first_order.lr)
+        missing = config.first_order.missing_state
+        base = of.checkpoint.info.base_model
+        after = load_checkpoint(next_checkpoint, base, missing_state=missing)
+        lr, _ = update.learning_rate(
+            of.checkpoint.adam, None
+        )  # that the trainer's step was made with
         made = made_step(of.checkpoint, after, lr)
         (change,) = entropy_change.sweep(of.bound, e.share, e.scores, made.v, [lr], config)
         along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, made.v, config)
@@ -159,7 +163,7 @@ def after_the_real_step(
         change,
         along,
         baseline=config.first_order.baseline,
-        own_batch=of.u.rollouts.in_step is not None,
+        own_batch=of.u.rollouts.after_step == of.checkpoint.info.global_step is not None,
         logged=_logged(after) if made.steps == 1 else None,
         max_grad_norm=config.whose_update.max_grad_norm,
     )

@@ -44,6 +44,7 @@ class Prepared:
     clock: Clock
     prompts: str | None = None
     next_checkpoint: Path | None = None
+    next_was_found: bool = False
 
     @property
     def world(self) -> World:
@@ -78,23 +79,27 @@ def prepare(
         with numerics(config.precision, checkpoint.info.num_parameters):
             config, recipe = resolved(
                 config,
-                checkpoint.info.path or None,
+                checkpoint.info.path if checkpoint.info.path.name else None,
                 has_reference=has_reference(checkpoint.model, config),
                 samples_update=rollouts is None and update_rollouts is None,
             )
             files = (rollouts, update_rollouts, prompts)
-            after = _with_room(following(checkpoint.info.path), config)
+            world.same({"recipe": config.model_dump_json()})
+            after = world.told(_with_room(following(checkpoint.info.path), checkpoint, config))
             if next_checkpoint is not None:
                 after = Path(next_checkpoint).expanduser()
             made = _prepared(checkpoint, config, recipe, *files, clock)
-            return replace(made, next_checkpoint=after)
+            was_found = next_checkpoint is None
+            return replace(made, next_checkpoint=after, next_was_found=was_found)
 
 
-def _with_room(beside: Path | None, config: ProbeConfig) -> Path | None:
-    """The next checkpoint that stands beside this one, where it fits into the memory too."""
+def _with_room(beside: Path | None, checkpoint: Checkpoint, config: ProbeConfig) -> Path | None:
+    """The next checkpoint that stands beside this one, where it fits into the memory too: its files twice, and the
+    model, which may be an adapter's base."""
     if beside is None or config.memory_limit is not None or config.device_map is not None:
         return None
     size = sum(file.stat().st_size for file in beside.iterdir() if file.is_file())
+    size += 4 * checkpoint.info.num_parameters
     available = memory.available_bytes(torch.device("cpu"))
     return beside if available is None or 2 * size < available else None
 

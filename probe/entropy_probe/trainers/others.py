@@ -12,7 +12,7 @@ from entropy_probe.errors import ProbeError
 from entropy_probe.text import read_json
 from entropy_probe.trainers.found import Found
 
-_MOST = 1 << 20
+_MOST = 1 << 16  # bytes; the largest of these trainers write some 30 KB
 _VERL_LOSSES = {
     "token-mean": {"normaliser": "batch_tokens"},
     "seq-mean-token-sum": {"normaliser": "sum"},
@@ -34,7 +34,12 @@ def verl(path: Path) -> Found | None:
     if estimator not in ("grpo", "rloo"):
         left.append(f"advantages by {estimator}")
     parts: dict[str, Any] = {"max_grad_norm": actor.get("grad_clip") or None}
-    parts |= _VERL_LOSSES.get(actor.get("loss_agg_mode", "token-mean"), {})
+    aggregated = str(actor.get("loss_agg_mode", "token-mean"))
+    parts |= _VERL_LOSSES.get(aggregated, {})
+    if aggregated not in _VERL_LOSSES:
+        left.append(f"loss_agg_mode {aggregated[:40]}")
+    if _at(config, "algorithm", "filter_groups", "enable") is True:
+        left.append("groups that are sampled until their rewards differ")
     if parts.get("normaliser") == "constant":
         parts["constant"] = _at(config, "data", "max_response_length")
     if estimator == "grpo" and _at(config, "algorithm", "norm_adv_by_std_in_grpo") is False:
@@ -54,7 +59,7 @@ def verl(path: Path) -> Found | None:
     rollout, step = _at(config, "data", "train_batch_size"), actor.get("ppo_mini_batch_size")
     if type(rollout) is int and type(step) is int and rollout > step > 0:
         left.append(f"{-(-rollout // step)} steps a rollout: after the first the ratio is not 1")
-    if (actor.get("ppo_epochs") or 1) > 1:
+    if actor.get("ppo_epochs") not in (None, 1):
         left.append("passes after the first over a rollout: ratio 1")
     temperature = _at(config, "actor_rollout_ref", "rollout", "temperature")
     return _made(name, ".hydra/config.yaml", parts, temperature, step, left)
@@ -76,21 +81,33 @@ def nemo_rl(path: Path) -> Found | None:
         parts["normaliser"] = "sequence_mean"
     temperature = _at(config, "policy", "generation", "temperature")
     prompts = grpo.get("num_prompts_per_step")
-    return _made("nemo-rl", path.name, parts, temperature, prompts, [])
+    kind = loss.get("reference_policy_kl_type", "k3")
+    if kind in ("k1", "k2"):
+        parts["kl"] = kind
+    left = []
+    if grpo.get("use_dynamic_sampling") is True:
+        left.append("groups that are sampled until their rewards differ")
+    if grpo.get("overlong_filtering") is True:
+        parts["mask_truncated"] = True
+    if loss.get("use_importance_sampling_correction") is True:
+        left.append("importance correction of the sampler")
+    rows = [
+        prompts,
+        grpo.get("num_generations_per_prompt"),
+        _at(config, "policy", "train_global_batch_size"),
+    ]
+    if all(type(count) is int for count in rows) and rows[0] * rows[1] > rows[2] > 0:
+        left.append("several steps a rollout: after the first the ratio is not 1")
+    return _made("nemo-rl", path.name, parts, temperature, prompts, left)
 
 
 def prime_rl(path: Path) -> Found | None:
     """`optim.max_norm` of the trainer's file, `sampling.temperature` of the orchestrator's beside it."""
-    config = read_json(path)
-    if not isinstance(_at(config, "loss"), Mapping) and not isinstance(
-        _at(config, "optim"), Mapping
-    ):
+    config, beside = read_json(path), path.with_name("orchestrator.json")
+    if not isinstance(_at(config, "optim"), Mapping) or not beside.is_file():
         return None
     parts = {"max_grad_norm": _at(config, "optim", "max_norm") or None}
-    beside = path.with_name("orchestrator.json")
-    temperature = None
-    if beside.is_file():
-        temperature = _at(read_json(beside), "sampling", "temperature")
+    temperature = _at(read_json(beside), "sampling", "temperature")
     return _made("prime-rl", "configs/trainer.json", parts, temperature, None, [])
 
 
@@ -110,14 +127,21 @@ def _made(
 def _yaml(path: Path) -> Any:
     with path.open("rb") as stream:
         data = stream.read(_MOST + 1)
-    if len(data) > _MOST or b"<<" in data:  # merged tables may be of merged tables
-        problem = "is larger than settings are, or merges tables"
-        raise ProbeError(path, problem, "its settings are left unread")
+    if len(data) > _MOST:
+        raise ProbeError(path, "is larger than settings are", "its settings are left unread")
     try:
-        return yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml.load(data.decode("utf-8"), _Unmerged)  # noqa: S506 (a SafeLoader)
+    except Exception as error:  # of tags, numbers and dates too
         problem = f"is no YAML ({type(error).__name__})"
         raise ProbeError(path, problem, "its settings are left unread") from error
+
+
+class _Unmerged(yaml.SafeLoader):
+    """Merged tables may be of merged tables, and take a time that doubles with each."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("tables are merged")
 
 
 def _at(table: Any, *keys: str) -> Any:

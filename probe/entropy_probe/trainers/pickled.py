@@ -17,7 +17,6 @@ from typing import Any
 from entropy_probe.errors import ProbeError
 
 _MOST = 1 << 20  # bytes; what transformers and TRL write has some 6 KB
-_MARK = object()
 _VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTES")
 """Ends of the names of operations that put a number or a text on the stack, but for a length in bytes."""
 
@@ -35,7 +34,7 @@ def read_arguments(path: Path) -> Note:
     """The note of what the file holds. Raises `ProbeError` where it is no such file."""
     try:
         note = _followed(_pickle_in(path))
-    except (OSError, zipfile.BadZipFile, ValueError, IndexError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a damaged archive or pickle makes their readers raise
         problem = f"is not what transformers writes ({type(error).__name__}: {error})"[:200]
         raise ProbeError(path, problem, "its settings are left unread") from error
     if not isinstance(note, Note) or not note.state:
@@ -66,16 +65,17 @@ def _pickle_in(path: Path) -> bytes:
 
 def _followed(data: bytes) -> Any:
     stack: list[Any] = []
+    marks: list[int] = []  # how long the stack was at each
     memo: dict[int, Any] = {}
 
     def after_mark() -> list[Any]:
-        at = len(stack) - 1 - stack[::-1].index(_MARK)
-        items = stack[at + 1 :]
+        at = marks.pop()
+        items = stack[at:]
         del stack[at:]
         return items
 
     def popped(count: int) -> list[Any]:
-        if len(stack) < count:
+        if len(stack) - (marks[-1] if marks else 0) < count:
             raise IndexError("the stack is too short")
         items = stack[len(stack) - count :]
         del stack[len(stack) - count :]
@@ -105,7 +105,6 @@ def _followed(data: bytes) -> Any:
             stack[-1].extend(items)
 
     made: dict[str, Callable[[Any], Any]] = {
-        "MARK": lambda _: _MARK,
         "NONE": lambda _: None,
         "NEWTRUE": lambda _: True,
         "NEWFALSE": lambda _: False,
@@ -131,6 +130,7 @@ def _followed(data: bytes) -> Any:
         "LONG_BINGET": lambda arg: memo[arg],
     }
     done: dict[str, Callable[[Any], Any]] = {
+        "MARK": lambda _: marks.append(len(stack)),
         "PROTO": lambda _: None,
         "FRAME": lambda _: None,
         "POP": lambda _: popped(1),

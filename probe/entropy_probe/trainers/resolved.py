@@ -92,8 +92,9 @@ def _policy(
         sources["temperature"] = found.source
     batch, prompts = config.batch, found.prompts
     usual = BUDGETS[config.budget].values.get("batch", {}).get("num_update_prompts")
+    given = "num_update_prompts" in batch.model_fields_set and batch.num_update_prompts != usual
     usual = usual or BatchConfig().num_update_prompts
-    if prompts is None or batch.num_update_prompts != usual:
+    if prompts is None or given:
         return changes
     if 2 <= prompts <= usual:
         changes["batch"] = batch.model_copy(update={"num_update_prompts": prompts})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from entropy_probe.errors import ProbeError
+from entropy_probe.errors import ProbeError, printable
 from entropy_probe.trainers import others, trl
 from entropy_probe.trainers.found import Found
 
@@ -34,15 +33,14 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Trace:
-    """What was found, if anything; and what was there and could not be read."""
+    """What was found, if anything; and what was there and could not be used."""
 
     found: Found | None = None
     troubles: list[str] = field(default_factory=list)
 
 
 def training_settings(folder: str | Path) -> Trace:
-    """Of the checkpoint in `folder`: the first of the files that says something of an update."""
-    troubles: list[str] = []
+    """Of the checkpoint in `folder`: the first of the files that says something of an update, or that should."""
     start = Path(folder)
     for source in SOURCES:
         for place in (start, *start.resolve().parents[:_ABOVE]) if source.above else (start,):
@@ -50,14 +48,10 @@ def training_settings(folder: str | Path) -> Trace:
             try:
                 found = source.read(path) if path.is_file() else None
             except (ProbeError, OSError) as error:
-                troubles.append(str(error))
-                continue
+                return Trace(None, [str(error)])
+            except Exception as error:  # a file from anywhere, in readers of several libraries
+                what = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+                return Trace(None, [f"{printable(path)}: its settings are left unread ({what})"])
             if found is not None:
-                return Trace(found, troubles)
-    return Trace(None, troubles)
-
-
-def fingerprinted(folder: str | Path) -> Mapping[str, Any]:
-    """What of the settings a kept report has to be of."""
-    found = training_settings(folder).found
-    return {} if found is None else {"recipe": found.name, "parts": found.parts, **found.generation}
+                return Trace(found)
+    return Trace()

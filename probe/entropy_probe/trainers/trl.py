@@ -8,101 +8,176 @@ from pathlib import Path
 from typing import Any
 
 from entropy_probe.config import RECIPES
+from entropy_probe.errors import ProbeError
 from entropy_probe.trainers.found import Found
 from entropy_probe.trainers.pickled import plain, read_arguments
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
-_IMPORTANCE = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+_MOST = 1 << 20
 
 
-def found(path: Path) -> Found | None:
-    """`None` where the arguments are those of another trainer than GRPO and RLOO."""
+def found(path: Path) -> Found:
+    """Raises `ProbeError` where the arguments are those of another trainer, or of a loss that is not known."""
     note = read_arguments(path)
-    arguments = {str(key): plain(value) for key, value in note.state.items()}
-    kind = str(note.args[0].name if isinstance(note.args, tuple) and note.args else note.name)
-    kind = kind.rpartition(".")[2] or note.name.rpartition(".")[2]
-    if "RLOO" in kind or "normalize_advantages" in arguments:
-        return _rloo(arguments, path)
-    if "GRPO" in kind or ("loss_type" in arguments and "num_generations" in arguments):
-        return _grpo(arguments, path)
-    return None
+    of = _Arguments({str(key): plain(value) for key, value in note.state.items()}, path)
+    if "RLOO" in note.name or "normalize_advantages" in of.values:
+        return _rloo(of)
+    if "GRPO" in note.name or {"loss_type", "num_generations"} <= of.values.keys():
+        return _grpo(of)
+    kind = note.name.rpartition(".")[2][:60]
+    raise ProbeError(path, f"holds settings of {kind}, which no recipe is for", "name a recipe")
 
 
-def _grpo(of: Mapping[str, Any], path: Path) -> Found | None:
-    loss = of.get("loss_type") or "grpo"
+class _Arguments:
+    """Plain values by name; one of another type than is asked for is an error."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        self.values, self.path = values, path
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+    def number(self, key: str, default: float = 0.0) -> float:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float):
+            raise ProbeError(self.path, f"{key} is {value!r:.40}, no number", "name a recipe")
+        return float(value)
+
+    def count(self, key: str, default: int = 0) -> int:
+        return int(self.number(key, default)) if abs(self.number(key, default)) < 1 << 40 else 0
+
+    def text(self, key: str, default: str = "") -> str:
+        value = self.values.get(key)
+        return default if value is None else str(value)[:60]
+
+
+def _grpo(of: _Arguments) -> Found:
+    loss = of.text("loss_type", "grpo")
     name = f"trl-{loss}"
     if name not in RECIPES:
-        return None
-    parts, left = _common(of, path)
-    scale = of.get("scale_rewards", "group")
+        raise ProbeError(of.path, f"has the loss {loss!r}, which no recipe is for", "name a recipe")
+    parts, left = _common(of)
+    scale = of.values.get("scale_rewards", "group")
     parts["scale"] = _SCALES.get(scale, scale)
-    if loss == "bnpo" or of.get("entropy_coef") or (of.get("top_entropy_quantile") or 1.0) < 1:
-        parts["micro_batch_size"] = of.get("per_device_train_batch_size")
+    quantile = of.number("top_entropy_quantile", 1.0)
+    by_micro_batch = loss == "bnpo" or of.number("entropy_coef") != 0 or quantile < 1
+    if by_micro_batch:
+        parts["micro_batch_size"] = of.count("per_device_train_batch_size", 8)
     if loss == "dr_grpo":
-        parts["constant"] = of.get("max_completion_length")
+        parts["constant"] = of.count("max_completion_length") or None
     if loss == "cispo":
-        upper = of.get("epsilon_high")
-        parts["factor"] = min(1.0, of.get("epsilon", 0.2) if upper is None else upper)
-    for key in ("mask_truncated_completions", "top_entropy_quantile", "entropy_coef"):
-        if of.get(key):
-            parts[key.removesuffix("_completions")] = of[key]
-    if of.get("beta"):
-        parts |= {"kl_coef": of["beta"]}
-        parts["kl"] = "k3_ratio" if of.get("use_bias_correction_kl", True) else "k3"
-    by_sequence = of.get("importance_sampling_level") == "sequence"
-    if by_sequence and of.get("beta") and parts.get("kl") == "k3_ratio":
+        parts["factor"] = min(1.0, of.number("epsilon_high", of.number("epsilon", 0.2)))
+    if of.flag("mask_truncated_completions"):
+        parts["mask_truncated"] = True
+    if quantile < 1:
+        parts["top_entropy_quantile"] = quantile
+        if _processes(of) > 1:
+            left.append("top_entropy_quantile over all processes: here of each micro-batch")
+    if of.number("entropy_coef") != 0:
+        parts["entropy_coef"] = of.number("entropy_coef")
+    if of.number("beta") != 0:
+        parts["kl_coef"] = of.number("beta")
+        parts["kl"] = "k3_ratio" if of.flag("use_bias_correction_kl") else "k3"
+        if (of.path.parent / "ref").is_dir():
+            left.append("reference adapter (ref/): the base stands for it")
+    by_sequence = of.text("importance_sampling_level") == "sequence"
+    if by_sequence and parts.get("kl") == "k3_ratio":
         left.append("KL weighted by a response's ratio: the gradient of the weight")
-    if by_sequence and parts.get("top_entropy_quantile", 1.0) < 1:
+    if by_sequence and quantile < 1:
         left.append("top_entropy_quantile with the ratio of a response")
-    if of.get("use_adaptive_entropy"):
+    if of.flag("use_adaptive_entropy"):
         left.append("adaptive entropy coefficient: its value at this step")
-    if of.get("multi_objective_aggregation") == "normalize_then_sum":
+    if of.text("multi_objective_aggregation") == "normalize_then_sum":
         left.append("rewards normalised one by one (normalize_then_sum)")
-    if of.get("use_vllm") and of.get("vllm_importance_sampling_correction"):
-        mode = of.get("vllm_importance_sampling_mode")
-        if mode in _IMPORTANCE and loss != "vespo":
-            parts["importance"] = mode
-            parts["importance_cap"] = of.get("vllm_importance_sampling_clip_max") or 1e9
+    if of.flag("use_vllm"):
+        _of_vllm(of, loss, parts, left, by_sequence=by_sequence)
+    return _made(name, parts, of, left)
+
+
+def _of_vllm(
+    of: _Arguments, loss: str, parts: dict[str, Any], left: list[str], *, by_sequence: bool
+) -> None:
+    """The ratio of the policy to what vLLM sampled from."""
+    mode = of.text("vllm_importance_sampling_mode", "sequence_mask")
+    level, _, cut = mode.partition("_")
+    known = level in ("token", "sequence") and cut in ("truncate", "mask")
+    if of.flag("vllm_importance_sampling_correction", default=True):
+        cap = of.number("vllm_importance_sampling_cap")
+        cap = of.number("vllm_importance_sampling_clip_max", cap)
+        if known and loss != "vespo" and not (by_sequence and level == "token"):
+            parts |= {"importance": mode, "importance_cap": cap or 1e9}
         else:
             left.append("importance correction of vLLM's sampler")
-    if of.get("use_vllm") and of.get("off_policy_mask_threshold") is not None:
+        if of.number("vllm_importance_sampling_clip_min") > 0:
+            left.append("lower bound of the ratio to vLLM's sampler")
+    if of.values.get("off_policy_mask_threshold") is not None:
         left.append("off-policy mask of responses that vLLM sampled")
-    return _made(name, parts, of, path, left)
 
 
-def _rloo(of: Mapping[str, Any], path: Path) -> Found:
-    parts, left = _common(of, path)
-    parts["kl_coef"] = of.get("beta") or 0.0
-    if of.get("normalize_advantages"):
+def _rloo(of: _Arguments) -> Found:
+    parts, left = _common(of)
+    parts["kl_coef"] = of.number("beta", 0.05)
+    if of.flag("normalize_advantages"):
         parts |= {"scale": "advantages", "ddof": 1, "eps": 1e-4}
-    if of.get("mask_truncated_completions"):
+    if of.flag("mask_truncated_completions"):
         parts["mask_truncated"] = True
-    if of.get("reward_clip_range") is not None:
+    if of.values.get("reward_clip_range") is not None:
         left.append("rewards are clipped")
-    return _made("trl-rloo", parts, of, path, left)
+    return _made("trl-rloo", parts, of, left)
 
 
-def _common(of: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
-    parts: dict[str, Any] = {"max_grad_norm": of.get("max_grad_norm") or None}
+def _common(of: _Arguments) -> tuple[dict[str, Any], list[str]]:
+    parts: dict[str, Any] = {"max_grad_norm": of.number("max_grad_norm", 1.0) or None}
     left: list[str] = []
-    iterations = of.get("num_iterations") or 1
+    iterations = of.count("num_iterations", 1)
     if iterations > 1:
         left.append(f"passes after the first over a rollout (num_iterations {iterations}): ratio 1")
-    per_step, accumulated = of.get("steps_per_generation"), of.get("gradient_accumulation_steps")
-    if per_step and accumulated and per_step > accumulated:
-        count = -(-per_step // accumulated)
+    accumulated = of.count("gradient_accumulation_steps", 1)
+    per_rollout = of.count("steps_per_generation", accumulated)
+    if per_rollout > accumulated:
+        count = -(-per_rollout // accumulated)
         left.append(f"{count} steps a rollout: after the first the ratio is not 1")
+    elif per_rollout < accumulated:
+        left.append("several rollouts a step, each with a normaliser of its own")
     for key in ("bf16", "fp16"):
-        if of.get(key):
+        if of.flag(key):
             left.append(f"rounding of autocast ({key})")
-    if not of.get("disable_dropout") and (rate := _dropout(path.parent)):
+    if of.number("neftune_noise_alpha") > 0:
+        left.append("noise on embeddings (neftune)")
+    if not of.flag("disable_dropout") and (rate := _dropout(of.path.parent)):
         left.append(f"dropout in training ({rate:g})")
-    coefficient = of.get("router_aux_loss_coef")
-    if coefficient or (coefficient is None and _has_experts(path.parent)):
+    coefficient = of.values.get("router_aux_loss_coef")
+    if coefficient or (coefficient is None and _has_experts(of.path.parent)):
         left.append("auxiliary loss of experts")
-    if of.get("sync_ref_model"):
+    if of.flag("sync_ref_model"):
         left.append("reference model that follows the policy")
     return parts, left
+
+
+def _processes(of: _Arguments) -> int:
+    """The processes of the run: a rollout has as many responses over those of one process."""
+    accumulated = of.count("gradient_accumulation_steps", 1)
+    of_one = of.count("per_device_train_batch_size", 8) * of.count(
+        "steps_per_generation", accumulated
+    )
+    return max(1, of.count("generation_batch_size", of_one) // of_one) if of_one > 0 else 1
+
+
+def _made(name: str, parts: dict[str, Any], of: _Arguments, left: list[str]) -> Found:
+    """With the policy's temperature and the prompts of a step."""
+    generation = {} if "temperature" not in of.values else {"temperature": of.number("temperature")}
+    for key, harmless in (("top_k", (0, -1)), ("min_p", (0.0,)), ("top_p", (1.0,))):
+        if of.values.get(key) is not None and of.values[key] not in harmless:
+            left.append(f"{key} {of.number(key):g} in sampling")
+    if of.number("repetition_penalty", 1.0) != 1:
+        left.append("repetition penalty in sampling")
+    rows = of.count("per_device_train_batch_size") * of.count("gradient_accumulation_steps")
+    group = of.count("num_generations")
+    prompts = max(1, rows * _processes(of) // group) if rows > 0 and group > 0 else None
+    return Found(name, of.path.name, parts, generation, prompts, tuple(left))
 
 
 def _dropout(folder: Path) -> float:
@@ -127,38 +202,16 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     base = found[0].get("base_model_name_or_path")
     if isinstance(base, str) and base and "\0" not in base:
         found += [_table(place / base / "config.json") for place in (Path(), folder, folder.parent)]
-    return found
+    inner = [config.get("text_config") for config in found]
+    return found + [config for config in inner if isinstance(config, dict)]
 
 
 def _table(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            return {}
         with path.open("rb") as stream:
-            config = json.loads(stream.read(1 << 20))
+            config = json.loads(stream.read(_MOST))
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _made(
-    name: str, parts: dict[str, Any], of: Mapping[str, Any], path: Path, left: list[str]
-) -> Found:
-    """With the policy's temperature and the prompts of a step, of one process."""
-    generation = {key: of[key] for key in ("temperature",) if isinstance(of.get(key), float)}
-    for key, harmless in (("top_k", (None, 0, -1)), ("min_p", (None, 0.0)), ("top_p", (None, 1.0))):
-        if of.get(key) not in harmless:
-            left.append(f"{key} {of[key]} in sampling")
-    if of.get("repetition_penalty") not in (None, 1.0):
-        left.append("repetition penalty in sampling")
-    sizes = [
-        of.get(key)
-        for key in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_generations",
-        )
-    ]
-    prompts = None
-    if all(type(size) is int and size > 0 for size in sizes):
-        rows, accumulated, group = sizes
-        prompts = max(1, rows * accumulated // group)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-    return Found(name, path.name, parts, generation, prompts, tuple(left))

@@ -1,7 +1,7 @@
 """Reading the files of a checkpoint: safetensors, and pickles that can hold nothing but tensors.
 
-Only safetensors and `torch.load(weights_only=True)` open a file; `training_args.bin` and
-`rng_state.pth` stay closed.
+Only safetensors and `torch.load(weights_only=True)` open a file; `rng_state.pth` stays closed, and
+`training_args.bin` is followed without running it (`trainers/pickled.py`).
 """
 
 from __future__ import annotations

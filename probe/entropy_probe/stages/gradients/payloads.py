@@ -92,6 +92,10 @@ def update_batch(
         rows, size = len(rollouts.gen_lens), config.whose_update.micro_batch_size
         dealt = torch.arange(rows) % (1 if size is None else -(-rows // size))
         micro_batch = rollouts.per_prompt(dealt)
+    elif rollouts.in_step is not None:  # those of responses that the step does not take say nothing
+        some = micro_batch[rollouts.in_step][0]
+        micro_batch = torch.where(rollouts.in_step, micro_batch, some)
+    micro_batch = micro_batch.unique(return_inverse=True)[1]
     last = [response[-1] if response else None for response in rollouts.responses]
     sampler = rollouts.logprobs
     return UpdateBatch(

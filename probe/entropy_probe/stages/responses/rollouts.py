@@ -30,7 +30,8 @@ class Rollouts:
     i is `prompt_lens[i] … prompt_lens[i] + gen_lens[i] − 1`; it ends with the first EOS (scored) or
     at the length limit. `logprobs` are those that the sampler reported, where a file holds them;
     `advantages` [B, G] or [B, G, T] replace the rule, and `micro_batches` say which responses the
-    trainer takes together. `in_step` are those of a rollout that the step takes; all of them.
+    trainer takes together. `in_step` are those of a rollout that the step takes, the one
+    that follows `after_step`; all of them.
     Where these are a process's share of a batch, `first_prompt` of it stand before them.
     """
 
@@ -45,6 +46,7 @@ class Rollouts:
     first_prompt: int = 0
     micro_batches: Int[Tensor, "B G"] | None = None
     in_step: Bool[Tensor, "B G"] | None = None
+    after_step: int | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -111,6 +113,7 @@ class Group:
     logprobs: list[list[float]] | None = None
     micro_batches: list[int] | None = None
     in_step: list[bool] | None = None
+    after_step: int | None = None
 
 
 def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollouts:
@@ -136,6 +139,7 @@ def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollou
         logprobs=_padded(reported) if len(reported) == len(rows) else None,
         source=source,
         missing_gold=missing_gold,
+        after_step=groups[0].after_step,
         **given,
     )
 

@@ -5,8 +5,8 @@
 
 Texts are tokenised here; an EOS is added unless `truncated` says that the response has none.
 Optional: "advantages": [..] of responses, or [[..], ..] of their tokens; "truncated": [bool, ..]; "gold": "..";
-"logprobs": [[..], ..]; of a trainer's own step "in_step": [bool, ..] and "micro_batches": [int, ..]. Any other key is
-an error: what it holds would be ignored.
+"logprobs": [[..], ..]; of the trainer's own next step "after_step": int, "in_step": [bool, ..] and "micro_batches":
+[int, ..]. Any other key is an error: what it holds would be ignored.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) ->
         if groups:
             _require_alike(group, groups[0], where)
         groups.append(group)
+    if groups and groups[0].in_step is not None and not any(any(g.in_step or ()) for g in groups):
+        raise RolloutsError(path, "has no response with `in_step` true", "give those of the step")
     if len(groups) < 2:
         raise RolloutsError(path, f"has {len(groups)} prompts, expected at least 2", "add lines")
     return assembled(groups, str(path), 0)
@@ -52,6 +54,9 @@ def _require_alike(group: Group, first: Group, where: str) -> None:
     if size != expected:
         problem = f"has {size} responses, the first line {expected}"
         raise RolloutsError(where, problem, "give the same number on every line")
+    if group.after_step != first.after_step:
+        problem = f"`after_step` is {group.after_step}, on the first line {first.after_step}"
+        raise RolloutsError(where, problem, "give the batch of one step")
     for key in _BESIDE:
         if (getattr(group, key) is None) != (getattr(first, key) is None):
             problem = f"`{key}` stand on some lines only"
@@ -67,6 +72,7 @@ _KEYS = (
     "responses",
     "truncated",
     "gold",
+    "after_step",
     *_BESIDE,
 )
 
@@ -103,7 +109,14 @@ class _Line:
             if "micro_batches" in given
             else None,
             in_step=self._flags("in_step", count) if "in_step" in given else None,
+            after_step=self._after_step(),
         )
+
+    def _after_step(self) -> int | None:
+        step = self.row.get("after_step")
+        if step is not None and (type(step) is not int or not 0 <= step < 1 << 62):
+            raise self._wrong(f"`after_step` is {shown(step)}", "give the step of the checkpoint")
+        return step
 
     def _require_known(self) -> None:
         """Raise for a key that is none of ours: what it holds would be ignored."""

@@ -144,7 +144,8 @@ class _Loop:
 
     def _reward(self, n: int, g: int) -> float:
         recipe, reward = self.recipe, self.rewards[n][g]
-        if recipe.kl_coef > 0 and recipe.kl_in == "reward":
+        masked = recipe.mask_truncated and bool(self.batch.truncated[n, g])
+        if recipe.kl_coef > 0 and recipe.kl_in == "reward" and not masked:
             each = range(self.lengths[n][g])
             reward -= recipe.kl_coef * math.fsum(self._estimate(self._delta(n, g, t)) for t in each)
         return reward
