@@ -83,7 +83,7 @@ def test_the_next_checkpoint_is_asked(run: Run) -> None:
 def test_another_batch_or_a_later_checkpoint(run: Run) -> None:
     """The numbers stand in the report, and the criteria say why they do not judge."""
     config = ProbeConfig.from_mapping(SMALL)
-    report = run_probe(run.checkpoint(2), config, run.batch(0), run.batch(1), next_checkpoint=run.checkpoint(4))
+    report = run_probe(run.checkpoint(2), config, run.batch(0), run.batch(2), next_checkpoint=run.checkpoint(4))
     real = report.real_update
     assert real is not None
     assert (real.steps_between, real.gradient_cosine, real.logged_grad_norm) == (2, None, None)
