@@ -16,6 +16,7 @@ from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import batch_section, draw_batches
+from entropy_probe.stages.gradients.payloads import update_batch
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
@@ -44,6 +45,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "logprobs too few": ({**GOOD, "logprobs": [[-1.0], [-1.0]]}, "`logprobs` has [1, 1] numbers"),
     "logprobs text": ({**GOOD, "logprobs": "x"}, "has no list under `logprobs`"),
     "logprobs NaN": ({**GOOD, "logprobs": [[-1.0, float("nan")], [-1.0]]}, "`logprobs` holds nan"),
+    "advantage for advantages": ({**GOOD, "advantage": [1, 2]}, "unknown key 'advantage'; did you mean `advantages`?"),
+    "a key of nobody's": ({**GOOD, "zzz": 1}, "unknown key 'zzz'; keys are prompt_ids"),
+    "advantages of too few tokens": ({**GOOD, "advantages": [[1], [1]]}, "`advantages` has [1, 1] numbers"),
+    "in_step of numbers": ({**GOOD, "in_step": [1, 0]}, "`in_step` is [1, 0]; give one true or false"),
+    "in_step on some": ({**GOOD, "in_step": [True, False]}, "`in_step` stand on some lines only"),
+    "micro-batches below 0": ({**GOOD, "micro_batches": [0, -1]}, "`micro_batches` is [0, -1]"),
+    "another step": ({**GOOD, "after_step": 3}, "`after_step` is 3, on the first line None"),
+    "a step of text": ({**GOOD, "after_step": "3"}, "`after_step` is '3'"),
     "text without tokenizer": ({"prompt": "a", "responses": ["b"], "rewards": [1]}, "no tokenizer"),
 }
 
@@ -73,6 +82,23 @@ def test_files_that_cannot_be_used(tmp_path: Path, tiny: Any) -> None:
         read_rollouts(file, tiny, None)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(RolloutsError, match="cannot be read"):
+        read_rollouts(file, tiny, None)
+
+
+def test_the_batch_of_a_step(tmp_path: Path, tiny: Any) -> None:
+    """Which responses it took, and together; advantages of tokens; a step that took none is an error."""
+    file = tmp_path / "r.jsonl"
+    of_step = {"after_step": 7, "in_step": [True, False], "micro_batches": [4, 9], "advantages": [[1, 2], [3]]}
+    file.write_text((json.dumps(GOOD | of_step) + "\n") * 2)
+    rollouts = read_rollouts(file, tiny, None)
+    assert rollouts.in_step is not None
+    assert rollouts.advantages is not None
+    assert (rollouts.after_step, rollouts.in_step.tolist()) == (7, [[True, False]] * 2)
+    assert rollouts.advantages.tolist() == [[[1, 2], [3, 0]]] * 2
+    batch = update_batch(rollouts, ProbeConfig())  # the index of what is not taken makes no micro-batch
+    assert batch.micro_batch.tolist() == [[0, 0], [0, 0]]
+    file.write_text((json.dumps(GOOD | {"in_step": [False, False]}) + "\n") * 2)
+    with pytest.raises(RolloutsError, match="has no response with `in_step` true"):
         read_rollouts(file, tiny, None)
 
 

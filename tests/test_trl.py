@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import fidelity
 import forked
-from entropy_probe import ProbeConfig, load_checkpoint, run_probe
+from entropy_probe import ProbeConfig, ProbeError, load_checkpoint, run_probe
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 from entropy_probe_checks.criteria import CRITERIA
 from trl_runs import Run, train
@@ -100,6 +101,24 @@ def test_another_batch_or_a_later_checkpoint(run: Run) -> None:
     assert report.real_update.cosine < 1 - 1e-4
     verdict = CRITERIA["real_update_norm"](report)
     assert (verdict.status, "another batch" in verdict.hint) == ("not_applicable", True)
+
+
+def test_a_next_one_that_cannot_be_read_ends_nothing(run: Run, tmp_path: Path) -> None:
+    """Where it was found by itself: why stands in the report, and the rest is measured. One that was asked for is an
+    error."""
+    for step in (2, 3):
+        shutil.copytree(run.checkpoint(step), tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    config = ProbeConfig.from_mapping(SMALL)
+    report = run_probe(tmp_path / "checkpoint-2", config, run.batch(0), run.batch(2))
+    assert report.real_update is None
+    assert report.real_update_missing is not None
+    assert "optimizer" in report.real_update_missing
+    assert report.next_step is not None
+    with pytest.raises(ProbeError, match="optimizer"):
+        run_probe(
+            tmp_path / "checkpoint-2", config, run.batch(0), run.batch(2), next_checkpoint=tmp_path / "checkpoint-3"
+        )
 
 
 def test_an_earlier_checkpoint_is_no_next_one(run: Run) -> None:

@@ -103,7 +103,7 @@ def real_update_cosine(report: ProbeReport) -> Finding:
     """
     real = report.real_update
     limit = limit_for(report, "real_update_cosine")
-    reason = "There is no next checkpoint." if real is None else _not_the_same(report)
+    reason = _no_next(report) if real is None else _not_the_same(report)
     if real is None or reason:
         return not_applicable(reason)
     cosines = [(real.cosine, real.rounding)]
@@ -121,13 +121,17 @@ def real_update_norm(report: ProbeReport) -> Finding:
     """
     real = report.real_update
     limit = limit_for(report, "real_update_norm")
-    reason = "There is no next checkpoint." if real is None else _not_the_same(report)
+    reason = _no_next(report) if real is None else _not_the_same(report)
     if real is None or reason:
         return not_applicable(reason)
     ratios = [(real.norm_ratio, real.rounding)]
     if real.gradient_norm_ratio is not None:
         ratios.append((real.gradient_norm_ratio, real.gradient_rounding))
     return _of_real(*((abs(ratio - 1), rounding) for ratio, rounding in ratios), limit=limit)
+
+
+def _no_next(report: ProbeReport) -> str:
+    return report.real_update_missing or "There is no next checkpoint."
 
 
 def _not_the_same(report: ProbeReport) -> str:
