@@ -106,6 +106,11 @@ class RecipeSection(_Section):
     not_reproduced: list[str]
     unread: list[str]
 
+    @property
+    def changed(self) -> bool:
+        """Whether a part was set by the key `recipe`, beside the name."""
+        return any(setting.source == "configuration" for setting in self.settings.values())
+
     def lines(self) -> list[str]:
         """For the eye: the name, what is set otherwise than in the notes and by whom, and what is left out."""
         by_source: dict[str, list[str]] = {}
