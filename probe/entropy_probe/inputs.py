@@ -60,8 +60,9 @@ def digest(
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
     reference = config.reference_model
     given = {"rollouts": rollouts, "update_rollouts": update_rollouts, "prompts": prompts}
-    samples = rollouts is None and update_rollouts is None
-    config, recipe = resolved(config, layout.folder, has_reference=True, samples_update=samples)
+    of_files = rollouts is not None or update_rollouts is not None
+    given_reference = {"has_reference": True, "samples_update": not of_files}
+    config, recipe = resolved(config, layout.folder, **given_reference)
     samples = rollouts is None and prompts is None
     known = {
         "checkpoint": [

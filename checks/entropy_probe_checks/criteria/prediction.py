@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from entropy_probe import ProbeReport
+from entropy_probe.report import RealUpdateSection
 from entropy_probe_checks.criteria.verdicts import (
     Finding,
     at_most,
@@ -101,15 +102,12 @@ def real_update_cosine(report: ProbeReport) -> Finding:
     On the trainer's own batch the probe makes another update than the trainer made: the recipe, a mask, the reference
     model or a moment is not the run's. `recipe` in the report says which settings were taken, and from where.
     """
-    real = report.real_update
-    limit = limit_for(report, "real_update_cosine")
-    reason = _no_next(report) if real is None else _not_the_same(report)
-    if real is None or reason:
-        return not_applicable(reason)
-    cosines = [(real.cosine, real.rounding)]
-    if real.gradient_cosine is not None:
-        cosines.append((real.gradient_cosine, real.gradient_rounding))
-    return _of_real(*((1 - cosine, rounding**2) for cosine, rounding in cosines), limit=limit)
+    return _of_real(
+        report,
+        limit_for(report, "real_update_cosine"),
+        lambda real: (real.cosine, real.gradient_cosine),
+        lambda cosine, rounding: (1 - cosine, rounding**2),
+    )
 
 
 @second_moment
@@ -119,24 +117,19 @@ def real_update_norm(report: ProbeReport) -> Finding:
     The direction may be right and its size is not: the normaliser of the loss, clipping, a coefficient or the learning
     rate differs from the run's.
     """
-    real = report.real_update
-    limit = limit_for(report, "real_update_norm")
-    reason = _no_next(report) if real is None else _not_the_same(report)
-    if real is None or reason:
-        return not_applicable(reason)
-    ratios = [(real.norm_ratio, real.rounding)]
-    if real.gradient_norm_ratio is not None:
-        ratios.append((real.gradient_norm_ratio, real.gradient_rounding))
-    return _of_real(*((abs(ratio - 1), rounding) for ratio, rounding in ratios), limit=limit)
-
-
-def _no_next(report: ProbeReport) -> str:
-    return report.real_update_missing or "There is no next checkpoint."
+    return _of_real(
+        report,
+        limit_for(report, "real_update_norm"),
+        lambda real: (real.norm_ratio, real.gradient_norm_ratio),
+        lambda ratio, rounding: (abs(ratio - 1), rounding),
+    )
 
 
 def _not_the_same(report: ProbeReport) -> str:
-    """Why the two steps need not be the same, or nothing."""
-    real, recipe = needed(report.real_update), report.recipe
+    """Why there is nothing to compare, or the two steps need not be the same; or nothing."""
+    real, recipe = report.real_update, report.recipe
+    if real is None:
+        return report.real_update_missing or "There is no next checkpoint."
     if not real.own_batch:
         return "U is another batch than the trainer's: give the captured one to --probe-update-rollouts."
     if real.steps_between > 1:
@@ -146,8 +139,18 @@ def _not_the_same(report: ProbeReport) -> str:
     return ""
 
 
-def _of_real(*found: tuple[float, float], limit: float) -> Finding:
+def _of_real(
+    report: ProbeReport,
+    limit: float,
+    of_v_and_gradient: Callable[[RealUpdateSection], tuple[float, float | None]],
+    off_and_rounding: Callable[[float, float], tuple[float, float]],
+) -> Finding:
     """The largest of what is off, each with what rounding explains of it, fourfold, taken for granted."""
+    if reason := _not_the_same(report):
+        return not_applicable(reason)
+    real = needed(report.real_update)
+    pairs = zip(of_v_and_gradient(real), (real.rounding, real.gradient_rounding), strict=True)
+    found = [off_and_rounding(value, by) for value, by in pairs if value is not None]
     if any(4 * rounding > 0.1 for _, rounding in found):
         return inconclusive("The checkpoints are stored too coarsely to tell a step.", None, limit)
     return at_most(largest(*(off / max(1.0, 4 * by / limit) for off, by in found)), limit)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.config import Recipe
+from entropy_probe.estimators.advantages import leave_one_out_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -89,9 +90,11 @@ def advantages(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
             counts = counts & ~batch.truncated[..., None]
         r = r - recipe.kl_coef * torch.where(counts, slope, 0.0).sum(-1)
     group = r.shape[1]
-    others = (r.sum(1, keepdim=True) - r) / max(group - 1, 1)
-    centre = {"mean": r.mean(1, keepdim=True), "leave_one_out": others, "none": 0.0}
-    a = r - centre[recipe.baseline]
+    centre = 0.0
+    if recipe.baseline != "none":
+        by_mean = recipe.baseline == "mean"
+        centre = r.mean(1, keepdim=True) if by_mean else leave_one_out_mean(r)
+    a = r - centre
     if recipe.scale == "none":
         return a
     if recipe.scale == "group":

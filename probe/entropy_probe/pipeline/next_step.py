@@ -149,9 +149,7 @@ def after_the_real_step(
         missing = config.first_order.missing_state
         base = of.checkpoint.info.base_model
         after = load_checkpoint(next_checkpoint, base, missing_state=missing)
-        lr, _ = update.learning_rate(
-            of.checkpoint.adam, None
-        )  # that the trainer's step was made with
+        lr, _ = update.learning_rate(of.checkpoint.adam, None)  # the trainer's, whatever is set
         made = made_step(of.checkpoint, after, lr)
         (change,) = entropy_change.sweep(of.bound, e.share, e.scores, made.v, [lr], config)
         along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, made.v, config)

@@ -17,7 +17,7 @@ from entropy_probe.model.checkpoint import AdamState, Checkpoint
 from entropy_probe.stages.entropy_change import EntropyChange
 from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.slopes import Slopes
-from entropy_probe.stages.update import UpdateDirection
+from entropy_probe.stages.update import UpdateDirection, clip_factor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,9 +86,6 @@ def real_update_section(
     clipped = {n: direction.clip_factor * ascent[n].double() for n in made.v}
     cosine, ratio = compared(direction.v, made.v)
     of_gradient = (None, None) if made.ascent is None else compared(clipped, made.ascent)
-    clip_factor = None
-    if logged is not None:
-        clip_factor = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (logged + 1e-6))
     eta = change.eta
     slope, bent = along.rb[baseline], along.curvature
     per_token, bent_token = along.per_token, along.per_token_curvature
@@ -102,7 +99,7 @@ def real_update_section(
         gradient_cosine=of_gradient[0],
         gradient_norm_ratio=of_gradient[1],
         gradient_rounding=made.of_gradient,
-        clip_factor=clip_factor,
+        clip_factor=None if logged is None else clip_factor(logged, max_grad_norm),
         logged_grad_norm=logged,
         delta_h=change.rb.value,
         delta_h_se=change.rb.se,

@@ -85,6 +85,11 @@ def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
     return precond
 
 
+def clip_factor(grad_norm: float, max_grad_norm: float | None) -> float:
+    """min(1, max_grad_norm/(‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does; 1 without clipping."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))
+
+
 def compute_update_vector_adamw(
     registry: Registry,
     adam: Mapping[str, AdamState],
@@ -94,12 +99,11 @@ def compute_update_vector_adamw(
     """v = (θ' − θ)/lr of one step of the checkpoint's Adam on the gradient g = −Ȳ, for the optimizer's parameters.
 
     `ascent` is Ȳ by name, in any shape. Where groups have different learning rates, v of a group is scaled by its lr
-    over the largest, so that θ + lr·v is the optimizer's step. Clipping, where asked for, acts on g first:
-    g·min(1, max_grad_norm/(‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
+    over the largest, so that θ + lr·v is the optimizer's step. Clipping, where asked for, acts on g first.
     """
     registry.require_trainable(adam)
     grad_norm = norm({name: ascent[name] for name in adam})
-    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))
+    clip = clip_factor(grad_norm, max_grad_norm)
     v, v0, diagonal = {}, {}, {}
     shares = lr_shares(adam)
     for name, state in adam.items():

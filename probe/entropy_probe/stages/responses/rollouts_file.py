@@ -139,8 +139,9 @@ class _Line:
         return values
 
     def _flags(self, key: str, count: int) -> list[bool]:
-        values = self._list(key)
-        if len(values) != count or any(type(value) is not bool for value in values):
+        values = self.row[key]
+        of_responses = isinstance(values, list) and len(values) == count
+        if not of_responses or any(type(value) is not bool for value in values):
             raise self._wrong(f"`{key}` is {shown(values)}", "give one true or false per response")
         return values
 
@@ -156,17 +157,12 @@ class _Line:
             problem = "is text, and the checkpoint has no tokenizer"
             raise self._wrong(problem, "give prompt_ids and response_ids")
         texts = self._list("responses")
-        ended = [not truncated for truncated in self._truncated(len(texts))]
+        cut = [False] * len(texts)
+        if "truncated" in self.row:
+            cut = self._flags("truncated", len(texts))
+        ended = [not truncated for truncated in cut]
         responses = [self._encoded(*one, tokenizer) for one in zip(texts, ended, strict=True)]
         return self._ids(list(tokenizer(prompt).input_ids), "prompt"), responses
-
-    def _truncated(self, count: int) -> list[bool]:
-        truncated = self.row.get("truncated", [False] * count)
-        of_responses = isinstance(truncated, list) and len(truncated) == count
-        if not of_responses or any(type(entry) is not bool for entry in truncated):
-            problem = f"`truncated` is {shown(truncated)}"
-            raise self._wrong(problem, "give one true or false per response")
-        return truncated
 
     def _encoded(self, text: object, ended: bool, tokenizer: Any) -> list[int]:
         """The tokens of a response; an EOS is added to one that has ended."""
