@@ -589,6 +589,15 @@ def test_hostile_yaml_is_left_unread(tmp_path: Path, text: str) -> None:
     assert recipe.name == "notes"
 
 
+@pytest.mark.parametrize("merge", ["<<", '!!merge "m"'])
+def test_merged_tables_are_refused(tmp_path: Path, merge: str) -> None:
+    """They are not read as if they were not there: what they say would be missing from the recipe."""
+    text = f"base: &b {{max_grad_norm: 0.5}}\ngrpo: {{}}\nloss_fn: {{}}\npolicy: {{{merge}: *b}}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    _, recipe = resolved(ProbeConfig(), tmp_path, has_reference=False)
+    assert (recipe.name, len(recipe.unread)) == ("notes", 1)
+
+
 def test_the_errors_are_ours(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="its settings are left unread"):
         read_arguments(tmp_path / "nothing.bin")
