@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 import pickle
 import random
@@ -50,8 +50,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def drawn_batch(seed: int, *, prompts: int = 3, group: int = 4, steps: int = 6, **given: Any) -> UpdateBatch:
-    """Unequal lengths, one prompt whose rewards are all equal, some truncated responses, three micro-batches."""
+def drawn_batch(
+    seed: int, *, prompts: int = 3, group: int = 4, steps: int = 6, uneven: bool = False, **given: Any
+) -> UpdateBatch:
+    """Unequal lengths, one prompt whose rewards are all equal, some truncated responses, three micro-batches; `uneven`:
+    the second prompt has three responses, the third one."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -60,6 +63,9 @@ def drawn_batch(seed: int, *, prompts: int = 3, group: int = 4, steps: int = 6, 
     rewards = (4 * uniform(prompts, group)).round() / 2
     rewards[0] = rewards[0, 0]
     lengths = torch.randint(1, steps + 1, (prompts, group), generator=generator)
+    if uneven:
+        lengths[1, 3:], lengths[2, 1:] = 0, 0
+        rewards = rewards * (lengths > 0)
     inside = torch.arange(steps) < lengths[..., None]
     logp = -3 * uniform(prompts, group, steps) * inside
     values: dict[str, Any] = {
@@ -88,11 +94,15 @@ def test_weights_by_two_ways(seed: int) -> None:
         more["advantages"] = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
     if seed % 10 == 0:
         more["advantages"] = torch.linspace(-1, 1, 72, dtype=torch.float64).reshape(3, 4, 6)
-    batch = drawn_batch(seed, **more)
+    if seed % 11 == 0:
+        more = {"weights": torch.linspace(-1, 1, 72, dtype=torch.float64).reshape(3, 4, 6)}
+    batch = drawn_batch(seed, uneven=seed % 4 == 1, **more)
     config = ProbeConfig(recipe=RecipeConfig(**recipe.model_dump()))
     fast, slow = y_payload(batch, config), y_payload_by_loop(recipe, batch)
     torch.testing.assert_close(of_logp(fast, batch), of_logp(slow, batch), rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(of_entropy(fast, batch), of_entropy(slow, batch), rtol=1e-11, atol=1e-13)
+    if "weights" in more:
+        assert torch.equal(of_logp(fast, batch), 3.0 * more["weights"] * batch.inside(batch.logp))
 
 
 def of_logp(payload: Any, batch: UpdateBatch) -> Tensor:
@@ -115,6 +125,10 @@ class Tokens:
     def __init__(self, seed: int, *, vocabulary: int = 5, **given: Any) -> None:
         generator = torch.Generator().manual_seed(1000 + seed)
         batch = drawn_batch(seed, **given)
+        if seed == 2:  # groups of 4, 3 and 3
+            lengths = batch.lengths.clone()
+            lengths[1:, 3] = 0
+            batch = dataclasses.replace(batch, lengths=lengths, rewards=batch.rewards * (lengths > 0))
         shape = (*batch.lengths.shape, 6, vocabulary)
         self.logits = torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
         chosen = torch.randint(0, vocabulary, shape[:-1], generator=generator)
@@ -126,8 +140,9 @@ class Tokens:
         fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
         scores = {"logp": self.logp.detach(), "entropy": self.entropy.detach(), "reference": self.reference}
         self.batch = UpdateBatch(**fields | scores | {"sampler": None})
-        self.rewards, self.lengths = batch.rewards.tolist(), batch.lengths.tolist()
-        self.rows = list(itertools.product(range(len(self.rewards)), range(len(self.rewards[0]))))
+        self.rewards = [own[is_there].tolist() for own, is_there in zip(batch.rewards, batch.present, strict=True)]
+        self.lengths = batch.lengths.tolist()
+        self.rows = [(n, g) for n, own in enumerate(self.rewards) for g in range(len(own))]
 
     def gradient(self, loss: Any) -> Tensor:
         return -torch.autograd.grad(loss, self.logits, retain_graph=True)[0]
@@ -318,7 +333,7 @@ LOSSES = {
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_of_the_published_loss(name: str, seed: int) -> None:
-    """To 1e-12 in float64, on unequal lengths and a prompt whose rewards are all equal."""
+    """To 1e-12 in float64, on unequal lengths, a prompt whose rewards are all equal, and groups of unequal size."""
     tokens = Tokens(seed)
     expected = tokens.gradient(LOSSES[name](tokens))
     found = tokens.by_recipe(Recipe(**RECIPES[name]))

@@ -12,6 +12,7 @@ from scipy import stats
 
 import models
 from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.afresh.inputs import of_file
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
@@ -35,11 +36,17 @@ BAD: dict[str, tuple[Any, str]] = {
     "token negative": ({**GOOD, "response_ids": [[7], [-1]]}, "holds -1"),
     "token a bool": ({**GOOD, "response_ids": [[7], [True]]}, "holds True"),
     "goes on after EOS": ({**GOOD, "response_ids": [[2, 7], [8]]}, "goes on after the EOS at 0"),
-    "one response": ({**GOOD, "response_ids": [[7]], "rewards": [1]}, "has 1 responses, expected at least 2"),
+    "one response": (
+        {**GOOD, "response_ids": [[7]], "rewards": [1]},
+        "has 1 responses, expected at least 2; give 2 or more, or",
+    ),
     "rewards too few": ({**GOOD, "rewards": [1]}, "`rewards` has 1 entries for 2 responses"),
     "reward NaN": ({**GOOD, "rewards": [1, float("nan")]}, "`rewards` holds nan"),
     "reward text": ({**GOOD, "rewards": [1, "a"]}, "`rewards` holds 'a'"),
-    "unequal G": ({**GOOD, "response_ids": [[7]] * 3, "rewards": [1] * 3}, "has 3 responses, the first line 2"),
+    "unequal G": (
+        {**GOOD, "response_ids": [[7]] * 3, "rewards": [1] * 3},
+        "has 3 responses, the first line 2; give the same number on every line, or give it",
+    ),
     "advantages on some": ({**GOOD, "advantages": [1, 2]}, "`advantages` stand on some lines only"),
     "reward enormous": ({**GOOD, "rewards": [1, 10**400]}, "`rewards` holds 1000"),
     "logprobs too few": ({**GOOD, "logprobs": [[-1.0], [-1.0]]}, "`logprobs` has [1, 1] numbers"),
@@ -53,6 +60,20 @@ BAD: dict[str, tuple[Any, str]] = {
     "micro-batches below 0": ({**GOOD, "micro_batches": [0, -1]}, "`micro_batches` is [0, -1]"),
     "another step": ({**GOOD, "after_step": 3}, "`after_step` is 3, on the first line None"),
     "a step of text": ({**GOOD, "after_step": "3"}, "`after_step` is '3'"),
+    "weights and advantages": (
+        {**GOOD, "weights": [[1, 2], [3]], "advantages": [1, 2]},
+        "has `advantages` and `weights`; give one",
+    ),
+    "weights of responses": ({**GOOD, "weights": [1, 2]}, "`weights` has [None, None] numbers"),
+    "a mask with a hole": (
+        {**GOOD, "response_ids": [[7, 7, 2], [8]], "response_mask": [[1, 0, 1], [1]]},
+        "`response_mask` is not 0s and one run of 1s",
+    ),
+    "a mask too short": ({**GOOD, "response_mask": [[1], [1]]}, "as long as its ids"),
+    "a mask of texts": ({**GOOD, "prompt_mask": ["1", "1"]}, "`prompt_mask` is not 0s and one run of 1s"),
+    "a mask of numbers": ({**GOOD, "response_mask": 3}, "one of them is not a list"),
+    "a mask of nothing": ({**GOOD, "response_mask": [[0, 0], [1]]}, "has an empty entry"),
+    "two names": ({**GOOD, "completion_ids": [[7], [8]]}, "has `response_ids` twice, once as `completion_ids`"),
     "text without tokenizer": ({"prompt": "a", "responses": ["b"], "rewards": [1]}, "no tokenizer"),
 }
 
@@ -100,6 +121,51 @@ def test_the_batch_of_a_step(tmp_path: Path, tiny: Any) -> None:
     file.write_text((json.dumps(GOOD | {"in_step": [False, False]}) + "\n") * 2)
     with pytest.raises(RolloutsError, match="has no response with `in_step` true"):
         read_rollouts(file, tiny, None)
+
+
+def test_padding_that_masks_name(tmp_path: Path, tiny: Any) -> None:
+    """Under TRL's names, prompts padded on the left, responses on the right, and numbers of tokens with them."""
+    plain, padded = tmp_path / "plain.jsonl", tmp_path / "padded.jsonl"
+    of_tokens = {"weights": [[0.5, 2], [3]], "logprobs": [[-1, -2], [-3]]}
+    plain.write_text((json.dumps(GOOD | of_tokens) + "\n") * 2)
+    line = {
+        "prompt_ids": [0, *GOOD["prompt_ids"]],
+        "prompt_mask": [0, 1, 1],
+        "completion_ids": [[7, 2, 0], [8, 0, 0]],
+        "completion_mask": [[1, 1, 0], [1, 0, 0]],
+        "rewards": GOOD["rewards"],
+        "weights": [[0.5, 2, 9], [3, 9, 9]],
+        "logprobs": [[-1, -2, 0], [-3, 0, 0]],
+    }
+    padded.write_text((json.dumps(line) + "\n") * 2)
+    one, other = (read_rollouts(file, tiny, None) for file in (plain, padded))
+    for name in ("ids", "prompt_lens", "gen_lens", "rewards", "advantages", "logprobs"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert one.weighed
+    assert other.weighed
+    seen = of_file(padded, [GOOD["prompt_ids"]] * 2, [GOOD["response_ids"]] * 2)
+    assert (seen["wrong"], seen["advantages"]) == ([], [of_tokens["weights"]] * 2)
+
+
+def test_an_update_of_few_responses(tmp_path: Path, tiny: Any) -> None:
+    """One prompt, and groups of unequal size, are a batch of which only the update is made."""
+    file = tmp_path / "r.jsonl"
+    file.write_text(json.dumps(GOOD | {"advantages": [[1, 2], [3]], "in_step": [True, True]}))
+    assert read_rollouts(file, tiny, None, only_update=True).num_prompts == 1
+    more = {"prompt_ids": [9], "response_ids": [[7, 7, 7]], "rewards": [2], "advantages": [[1, 2, 3]]}
+    with file.open("a") as out:
+        out.write("\n" + json.dumps(more | {"in_step": [False]}))
+    uneven = read_rollouts(file, tiny, None, only_update=True)
+    assert uneven.gen_lens.tolist() == [2, 1, 3, 0]
+    assert uneven.responses == [[7, 2], [8], [7, 7, 7], []]
+    assert uneven.rewards.tolist() == [[1, 0], [2, 0]]
+    assert uneven.advantages.tolist() == [[[1, 2, 0], [3, 0, 0]], [[1, 2, 3], [0, 0, 0]]]
+    assert uneven.in_step.tolist() == [[True, True], [False, False]]
+    with pytest.raises(RolloutsError, match="has 1 responses, expected at least 2"):
+        read_rollouts(file, tiny, None)
+    file.write_text("\n")
+    with pytest.raises(RolloutsError, match="has 0 prompts, expected at least 1; add lines$"):
+        read_rollouts(file, tiny, None, only_update=True)
 
 
 def test_ids_are_kept(tmp_path: Path, tiny: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from entropy_probe import ProbeReport
 from entropy_probe.golden import Field, Tolerance, Value
-from entropy_probe.report import BatchSection, Estimate, FirstOrderSection, Parts
+from entropy_probe.report import BatchSection, Estimate, FirstOrderSection, Part, Parts
 
 EXACT = 0.0
 Scaled: TypeAlias = dict[str, tuple[Value, float]]
@@ -63,7 +63,7 @@ def _tolerance(name: str, scale: float, dtype: str) -> Tolerance:
     return Tolerance(0.0, float(f"{rtol * scale:.2g}"), source)
 
 
-def _estimates(prefix: str, estimates: Mapping[str, Estimate], scale: float) -> Scaled:
+def _estimates(prefix: str, estimates: Mapping[str, Estimate | Part], scale: float) -> Scaled:
     """[value, standard error] of each."""
     return {f"{prefix}{key}": ([of.value, of.se], scale) for key, of in estimates.items()}
 
@@ -146,7 +146,7 @@ def first_order(report: ProbeReport) -> Scaled | str:
     """Scale: an entry of the matrix X_iᵀPY_j, its square for variances, times lr for δH₁."""
     of = report.first_order
     if of is None:
-        return str(report.no_second_moment)
+        return report.no_second_moment or "the update batch has one prompt; give more"
     size = _gram(of)
     linear = ("u_cross", "bars_dot", "row_means", "se_plugin", "se_jackknife")
     return {
@@ -178,12 +178,12 @@ def first_order(report: ProbeReport) -> Scaled | str:
 @GoldenSection
 def two_batch(report: ProbeReport) -> Scaled | str:
     """Scale: the largest projection; its square for the variance; times lr for δH₁."""
-    of, first = report.two_batch, report.first_order
-    if first is None:
+    of, next_step = report.two_batch, report.update
+    if next_step is None:
         return str(report.no_second_moment)
     if of is None:
         return "one batch serves as both; give --probe-update-rollouts too"
-    size, lr = _largest([*of.projections, *of.update_projections]), first.lr
+    size, lr = _largest([*of.projections, *of.update_projections]), next_step.lr
     return {
         "bars_dot": (of.bars_dot, size),
         "projections": (of.projections, size),
@@ -238,7 +238,7 @@ def update(report: ProbeReport) -> Scaled | str:
 def entropy_change(report: ProbeReport) -> Scaled:
     """One value a step η. Scale: the entropies that are subtracted; 1 for shares and k̂."""
     rows, nats = report.entropy_change, _nats(report)
-    num_responses = report.batch.num_prompts * report.batch.num_responses
+    num_responses = report.batch.total_responses
     per_token = abs(report.entropy.per_token.value)
 
     def column(name: str) -> list[Any]:

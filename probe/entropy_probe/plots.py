@@ -296,9 +296,9 @@ def _marks(axes: Axes, report: ProbeReport, rows: Sequence[EntropyChangeRow], po
     if len(compared) > 1:
         axes.axvspan(min(compared), max(compared), color="0.95", zorder=0, label="in range")
     axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
-    if report.first_order is None or report.update is None:
+    if report.update is None:
         return
-    lr, star = report.first_order.lr, report.update.eta_star
+    lr, star = report.update.lr, report.update.eta_star
     axes.axvline(lr, color="0.3", linewidth=1, linestyle=":", label=f"lr = {lr:.3g}")
     reach = max((abs(row.eta) for row in rows), default=lr)
     if star is not None and math.isfinite(star) and (power or star <= 2 * reach):

@@ -67,19 +67,21 @@ class CheckpointSection(_Section):
 
 
 class BatchSection(_Section):
-    """One batch of responses; `num_tokens` counts the scored tokens. `given` is the file that was asked for, or
-    `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end neither
-    with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
+    """One batch of responses: `num_responses` of each prompt, or of the one that has most of them, `total_responses` in
+    all. `num_tokens` counts the scored tokens, `mean_reward_se` needs two prompts. `given` is the file that was asked
+    for, or `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end
+    neither with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
     `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file. `advantages`: `given` in
-    the file, or by the `recipe`."""
+    the file, `weights` where it has those of tokens, or by the `recipe`."""
 
     num_prompts: int
     num_responses: int
+    total_responses: int
     num_tokens: int
     source: str
     same_batch: bool
     mean_reward: float
-    mean_reward_se: float
+    mean_reward_se: float | None
     zero_advantage_fraction: float
     missing_gold: int
     given: str
@@ -138,6 +140,13 @@ class Estimate(_Section):
     se: float
 
 
+class Part(_Section):
+    """What a group of tensors adds to δH₁. `se` is `None` where a single unit does not tell it."""
+
+    value: float
+    se: float | None
+
+
 class EntropySection(_Section):
     """Ĥ per sequence (naive −S, and Rao-Blackwell R) and per token (ΣR/ΣT), in nats.
 
@@ -158,9 +167,9 @@ class Parts(_Section):
     """δH₁ as a sum over groups of tensors, by layer, by kind of module, and by what of a module is trained (LoRA's
     factors, the whole weight): each of the three adds up to δH₁. The SE of a part is by the formula of the whole."""
 
-    layer: dict[str, Estimate]
-    module: dict[str, Estimate]
-    factor: dict[str, Estimate]
+    layer: dict[str, Part]
+    module: dict[str, Part]
+    factor: dict[str, Part]
 
 
 class UStatistic(_Section):
@@ -207,7 +216,8 @@ class TwoBatchSection(_Section):
     Each table of `delta_h1_parts` adds up to `delta_h1`.
 
     Several processes never multiply all pairs: `interaction` is `None` there, and every SE but the conditional one
-    counts it twice, which makes it too large by up to √2."""
+    counts it twice, which makes it too large by up to √2. Where U is a single unit, `interaction` and every SE but the
+    conditional one are `None`: nothing is known of other batches."""
 
     bars_dot: float
     delta_h1: float
@@ -244,8 +254,11 @@ class UpdateSection(StepAgreement):
 
     `clip_factor` is what clipping multiplied the gradient of `grad_norm` by; `grad_norm_logged` is the last that the
     trainer wrote down, of a step before. `momentum_share` = v₀ᵀv/‖v‖²: what of v was decided before this batch.
+    `spread_over_batches` is the standard deviation, over U batches of this size, of the entropy's first-order change by
+    the step, lr·slope, from that over the units of this one: −lr·X̄ᵀD·Y_u.
     """
 
+    lr: float
     norm: float
     norm_v0: float
     grad_norm: float
@@ -261,6 +274,7 @@ class UpdateSection(StepAgreement):
     estimators: dict[str, Estimate]
     slope_of_v0: float
     slope_by_unit: list[float]
+    spread_over_batches: float | None
     delta_h1_per_lr_per_token: float
     delta_h1_per_lr_per_token_se: float
     slope_of_change: float

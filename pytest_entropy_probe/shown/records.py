@@ -56,29 +56,29 @@ def headline(report: ProbeReport) -> str:
 
     Within 80 columns.
     """
-    batch, entropy, first = report.batch, report.entropy, report.first_order
+    batch, entropy, update = report.batch, report.entropy, report.update
     of_entropy = (
         f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
         f"{entropy.per_token.value:.3g} nats/token "
         f"({batch.num_prompts}×{batch.num_responses} responses)"
     )
-    if first is None:
+    delta = report.two_batch or report.first_order
+    if update is None or delta is None:
         return f"{of_entropy}\nnothing about the next step: {report.no_second_moment}"
-    delta = report.two_batch or first
     batches = "two batches" if report.two_batch else "one batch"
-    if first.mode == "block":
-        batches = f"{batches}, {first.num_units} blocks"
+    if report.first_order is not None and report.first_order.mode == "block":
+        batches = f"{batches}, {report.first_order.num_units} blocks"
     step, unit = report.next_step, report.unit_of_change.removesuffix("/response")
     assert step is not None
-    se = 0.0 if delta.delta_h1_se is None else delta.delta_h1_se
     predicted = "not predicted (top_p < 1)"
     if step.predicted is not None and step.predicted_se is not None:
         predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
     realised = f"realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}"
-    slope = f"{delta.delta_h1 + 0.0:+.3g} ± {se:.2g} nats"
+    se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
+    slope = f"{delta.delta_h1 + 0.0:+.3g}{se} nats"
     lines = [
         of_entropy,
-        f"δH₁  {slope}, fresh gradient step, lr {first.lr:.3g} ({batches})",
+        f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})",
         f"ΔH   {realised}, {predicted} {unit}",
     ]
     if batch.same_batch:

@@ -40,35 +40,48 @@ def part(sheet: Sheet, name: str) -> Any:
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
-    """The file's own, else r less its baseline, over its standard deviation + eps, as the recipe says."""
+    """The file's own (of tokens the largest in size), else r less its baseline, over its standard deviation + eps, as
+    the recipe says; 0 of a response that a smaller group lacks."""
     if sheet.has(f"{which}.given_advantages"):
         given = sheet[f"{which}.given_advantages"]
-        return given if given.ndim == 2 else given[..., 0]
+        return given if given.ndim == 2 else np.take_along_axis(given, _largest(given), 2)[..., 0]
     baseline, scale = part(sheet, "baseline"), part(sheet, "scale")
-    rewards = sheet[f"{which}.rewards"]
-    found = np.array([[_centred(own, g, baseline) for g in range(len(own))] for own in rewards])
-    if scale == "none":
-        return found
+    rewards, there = sheet[f"{which}.rewards"], present(sheet, which)
+    groups = [own[is_there] for own, is_there in zip(rewards, there, strict=True)]
+    found = [[_centred(own, g, baseline) for g in range(len(own))] for own in groups]
+    every, of_all = np.concatenate(groups), [a for own in found for a in own]
     if scale == "advantages":
-        found = found - math.fsum(found.ravel()) / found.size
-    divisors = np.ones_like(found)
-    for n, g in np.ndindex(*found.shape):
-        among = {"group": rewards[n], "leave_one_out": np.delete(rewards[n], g), "batch": rewards}
-        spread = _deviation(among.get(scale, found).ravel(), part(sheet, "ddof"))
-        if spread > 0 or not part(sheet, "undivided_at_zero"):
-            divisors[n, g] = spread + part(sheet, "eps")
-    return found / divisors
+        mean = math.fsum(of_all) / len(of_all)
+        found = [[a - mean for a in own] for own in found]
+        every = np.array(of_all) - mean
+    scaled = np.zeros(rewards.shape)
+    for n, own in enumerate(found):
+        for g, a in enumerate(own):
+            among = {"group": groups[n], "leave_one_out": np.delete(groups[n], g)}
+            spread = _deviation(among.get(scale, every), part(sheet, "ddof"))
+            whole = scale == "none" or (spread == 0 and part(sheet, "undivided_at_zero"))
+            scaled[n, g] = a if whole else a / (spread + part(sheet, "eps"))
+    return scaled
+
+
+def _largest(given: np.ndarray) -> np.ndarray:
+    return np.abs(given).argmax(2)[..., None]
+
+
+def present(sheet: Sheet, which: str) -> np.ndarray:
+    """Whether prompt n has a response g: a smaller group lacks some."""
+    return sheet[f"{which}.gen_lens"].reshape(sheet[f"{which}.rewards"].shape) > 0
 
 
 def _centred(own: np.ndarray, g: int, baseline: str) -> float:
     if baseline == "none":
         return float(own[g])
     among = own if baseline == "mean" else np.delete(own, g)
-    return float(own[g]) - math.fsum(among) / len(among)
+    return float(own[g]) - math.fsum(among) / max(len(among), 1)
 
 
 def _deviation(values: np.ndarray, ddof: int) -> float:
-    if len(values) <= ddof:
+    if len(values) <= ddof or values.max() == values.min():
         return 0.0
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((values - mean) ** 2) / (len(values) - ddof))
@@ -77,8 +90,12 @@ def _deviation(values: np.ndarray, ddof: int) -> float:
 def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     rewards, config, facts = sheet[f"{which}.rewards"], sheet.report["config"], sheet.facts
     prompts, group = rewards.shape
-    texts, ends = responses(sheet, which), set(facts["eos"])
-    means = rewards.mean(1)
+    texts, ends = [text for text in responses(sheet, which) if text], set(facts["eos"])
+    mean = math.fsum(rewards.ravel()) / len(texts)
+    off = np.where(present(sheet, which), rewards - mean, 0.0).sum(1)
+    se = (
+        math.sqrt(prompts / (prompts - 1) * math.fsum(off**2)) / len(texts) if prompts > 1 else None
+    )
     size = float(np.abs(rewards).max())
     own = advantages(sheet, which)
     sheet.hold(f"{which}.advantages", own, float(np.abs(own).max()))
@@ -97,18 +114,20 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
 
     line("num_prompts", prompts)
     line("num_responses", group)
+    line("total_responses", len(texts))
     line("num_tokens", sum(len(text) for text in texts))
     line("source", source)
     line("same_batch", update(sheet) == "e")
-    line("mean_reward", math.fsum(rewards.ravel()) / rewards.size, size)
-    line("mean_reward_se", float(means.std(ddof=1)) / math.sqrt(prompts), size)
+    line("mean_reward", mean, size)
+    line("mean_reward_se", se, size)
     line("zero_advantage_fraction", sum(idle) / prompts)
     line("missing_gold", facts["missing_gold"][place])
     line("given", facts["given"][place])
     line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
     line("unended", unended)
     line("fingerprint", _fingerprint(sheet, which))
-    line("advantages", "given" if sheet.has(f"{which}.given_advantages") else "recipe")
+    given = "weights" if facts["weighed"][place] else "given"
+    line("advantages", given if sheet.has(f"{which}.given_advantages") else "recipe")
 
 
 def _fingerprint(sheet: Sheet, which: str) -> str:

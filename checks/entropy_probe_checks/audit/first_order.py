@@ -106,7 +106,12 @@ def unbiased(k: K) -> float | None:
 def write(sheet: Sheet) -> None:
     names, u = list(range(len(sheet.facts["names"]))), update(sheet)
     k = of_tensors(sheet, "u.gram", names)
-    units, (lr, source) = len(k.r), learning_rate(sheet)
+    units, (lr, source) = len(k.rows), learning_rate(sheet)
+    sheet.write("update.lr", float(lr))
+    if units == 1:
+        sheet.write("first_order", None)
+        _two_batches(sheet, names, lr)
+        return
     zeta, se = plug_in(k)
     zeta_jackknife, se_jackknife = jackknife(k)
     half = student.quantile(0.95, units - 1) * se
@@ -138,7 +143,7 @@ def write(sheet: Sheet) -> None:
     for name, (again, terms) in lines.items():
         sheet.write(f"first_order.{name}", again, terms)
 
-    def of_part(tensors: list[int]) -> dict[str, float]:
+    def of_part(tensors: list[int]) -> dict[str, float | None]:
         part = of_tensors(sheet, "u.gram", tensors)
         return {"value": -lr * part.u_cross, "se": lr * plug_in(part)[1]}
 
@@ -149,7 +154,7 @@ def write(sheet: Sheet) -> None:
         sheet.write("two_batch", None)
 
 
-def parts(sheet: Sheet, of: Callable[[list[int]], dict[str, float]]) -> dict[str, dict]:
+def parts(sheet: Sheet, of: Callable[[list[int]], dict[str, float | None]]) -> dict[str, dict]:
     """{table: {label: figure of the tensors with that label}}."""
     tables: dict[str, dict[str, list[int]]] = {"layer": {}, "module": {}, "factor": {}}
     for place, name in enumerate(sheet.facts["names"]):
@@ -191,16 +196,17 @@ def _two_batches(sheet: Sheet, names: list[int], lr: float) -> None:
             k = None
             s, t = (sheet[f"eu.gram.{side}"][tensors].sum(0) for side in ("s", "t"))
         mean = math.fsum(weights[0] * s)
-        var_s, var_t = (float(of.var(ddof=1)) / len(of) for of in (s, t))
+        var_s, var_t = (float(of.var(ddof=1)) / len(of) if len(of) > 1 else 0.0 for of in (s, t))
         interaction, total = None, var_s + var_t
-        if k is not None:
+        if k is not None and len(t) > 1:
             left = [
                 (k[i, j] - s[i] - t[j] + mean) ** 2 for i in range(len(s)) for j in range(len(t))
             ]
             interaction = math.fsum(left) / (len(s) - 1) / (len(t) - 1)
             once = interaction / len(s) / len(t)
             total = max(total - once, once / 4)
-        return mean, s, t, interaction, math.sqrt(var_s), math.sqrt(total)
+        se = math.sqrt(total) if len(t) > 1 else None  # one unit does not say how others differ
+        return mean, s, t, interaction, math.sqrt(var_s), se
 
     mean, s, t, interaction, given, total = moments(names)
     size = float(np.abs(s).mean() + np.abs(t).mean())
@@ -209,7 +215,7 @@ def _two_batches(sheet: Sheet, names: list[int], lr: float) -> None:
     lines = {
         "bars_dot": (mean, size),
         "delta_h1": (-lr * mean, lr * size),
-        "delta_h1_se": (lr * total, lr * size),
+        "delta_h1_se": (None if total is None else lr * total, lr * size),
         "conditional_se": (lr * given, lr * size),
         "projections": (list(s), size),
         "update_projections": (list(t), size),
@@ -218,8 +224,8 @@ def _two_batches(sheet: Sheet, names: list[int], lr: float) -> None:
     for name, (again, terms) in lines.items():
         sheet.write(f"two_batch.{name}", again, terms)
 
-    def of_part(tensors: list[int]) -> dict[str, float]:
+    def of_part(tensors: list[int]) -> dict[str, float | None]:
         value, *_, se = moments(tensors)
-        return {"value": -lr * value, "se": lr * se}
+        return {"value": -lr * value, "se": None if se is None else lr * se}
 
     sheet.write("two_batch.delta_h1_parts", parts(sheet, of_part), lr * size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entropy_probe_checks.audit.batches import part, update
-from entropy_probe_checks.audit.first_order import of_tensors
+from entropy_probe_checks.audit.first_order import learning_rate, of_tensors
 from entropy_probe_checks.audit.sheet import Sheet
 
 FOLDS, RIDGE, DEVIATIONS = 5, 1e-2, 10.0
@@ -122,6 +122,9 @@ def write(sheet: Sheet) -> Along:
     weights = np.bincount(sheet[f"{update(sheet)}.unit_of_prompt"])
     by_unit = -(weights / weights.sum()) * sheet["u.y_dx"]
     figures["slope_by_unit"] = (list(by_unit), float(np.abs(by_unit).sum()))
+    lr, units = learning_rate(sheet)[0], len(by_unit)
+    spread = lr * math.sqrt(units * by_unit.var(ddof=1)) if units > 1 else None
+    figures["spread_over_batches"] = (spread, lr * float(np.abs(by_unit).sum()))
     # d/dη of Σŵ⁺R⁺ at 0: mean[D_vR + (R − R̄)·D_vS], and its second derivative
     centred = r - r.mean()
     first = (d_r.sum() + (centred * d_s).sum()) / r.size

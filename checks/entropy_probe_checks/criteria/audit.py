@@ -372,12 +372,24 @@ def rewards_again(report: ProbeReport) -> Finding:
             for g, reward in enumerate(rewards)
             if int(n) >= len(own) or own[int(n)][g] != reward
         ]
-        given = _arrays(report).get(f"{which}.given_advantages")
-        if found.get("advantages") != (None if given is None else given.tolist()):
+        if found.get("advantages") != _given_advantages(report, which):
             differing.append(f"advantages of {which}")
         return differing
 
     return _of_inputs(report, wrong, "rewards_again", "rewards")
+
+
+def _given_advantages(report: ProbeReport, which: str) -> list[Any] | None:
+    """Of every response, or of its tokens, as a file has them: without what fills a table up."""
+    arrays = _arrays(report)
+    given = arrays.get(f"{which}.given_advantages")
+    if given is None:
+        return None
+    lengths = arrays[f"{which}.gen_lens"].reshape(given.shape[:2]).tolist()
+    return [
+        [(a if given.ndim == 2 else a[:end]).tolist() for a, end in zip(own, ends, strict=True) if end]
+        for own, ends in zip(given, lengths, strict=True)
+    ]
 
 
 def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:

@@ -13,6 +13,7 @@ from entropy_probe_checks.criteria.verdicts import (
     Criterion,
     Finding,
     inconclusive,
+    needed,
     not_applicable,
     second_moment,
 )
@@ -92,9 +93,9 @@ def _entropy(report: ProbeReport) -> Estimate:
 
 def _predicted_change(report: ProbeReport) -> Estimate | Finding:
     """SE(a/h) ≤ (SE(a) + |a/h|·SE(h))/h, whatever their correlation."""
-    if report.update is None or report.first_order is None:
+    if report.update is None:
         return not_applicable(str(report.no_second_moment))
-    update, size, lr = report.update, report.entropy.rb, report.first_order.lr
+    update, size, lr = report.update, report.entropy.rb, report.update.lr
     slope, se = update.delta_h1_per_lr_rb, update.delta_h1_per_lr_rb_se
     if update.delta_h1_per_lr_cross is not None and update.delta_h1_per_lr_cross_se is not None:
         slope, se = update.delta_h1_per_lr_cross, update.delta_h1_per_lr_cross_se
@@ -150,7 +151,7 @@ def _finite_moments(report: ProbeReport) -> Estimate | Finding:
 
 
 def _reward(report: ProbeReport) -> Estimate:
-    return Estimate(value=report.batch.mean_reward, se=report.batch.mean_reward_se)
+    return Estimate(value=report.batch.mean_reward, se=needed(report.batch.mean_reward_se))
 
 
 _QUANTITIES: dict[str, Callable[[ProbeReport], Estimate | Finding]] = {

@@ -51,7 +51,7 @@ def zero_step_ess(report: ProbeReport) -> Finding:
     row = _row(report, 0.0)
     if row.restricted:
         return not_applicable(_RESTRICTED)
-    size = report.batch.num_prompts * report.batch.num_responses
+    size = report.batch.total_responses
     return at_most(abs(size - row.ess), limit_for(report, "zero_step_ess"))
 
 
@@ -77,7 +77,7 @@ def ess(report: ProbeReport) -> Finding:
     Few responses carry the weight: θ+ηv is too far for these samples, and ΔH there is not measured. Sample more
     responses, or look at smaller steps (first_order.lr, true_delta_h.etas).
     """
-    row = _row(report, needed(report.first_order).lr)
+    row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
     if row.method != "snis":
         return not_applicable(
@@ -94,12 +94,12 @@ def pareto_k(report: ProbeReport) -> Finding:
     The tail is so heavy that the weights' mean may not exist: ΔH at η = lr is not to be believed. Sample more
     responses, or look at smaller steps.
     """
-    row = _row(report, needed(report.first_order).lr)
+    row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
     if row.method == "resample":
         return not_applicable("ΔH there comes from fresh responses.", row.pareto_k, limit)
     if row.pareto_k is None:
-        size = report.batch.num_prompts * report.batch.num_responses
+        size = report.batch.total_responses
         reason = (
             f"k-hat means something only for N ≥ 64 and ESS/N < 0.95, and where the largest weights differ: N is {size}"
             f", ESS/N is {row.unclipped_ess_fraction:.3f}."

@@ -198,7 +198,7 @@ def sweep_identity(report: ProbeReport) -> Finding:
             "No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas."
         )
     update = needed(report.update)
-    mean_length = report.batch.num_tokens / (report.batch.num_prompts * report.batch.num_responses)
+    mean_length = report.batch.num_tokens / report.batch.total_responses
     size = update.slope_of_change_size / mean_length
     found = []
     for eta, (up, down) in pairs.items():

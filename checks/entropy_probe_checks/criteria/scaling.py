@@ -131,7 +131,7 @@ def step_resolved(report: ProbeReport) -> Finding:
 
     The optimizer's step is lost in rounding: ΔH at η = lr is noise in this precision. Measure in float64 (precision).
     """
-    seen, lr = report.continuity, needed(report.first_order).lr
+    seen, lr = report.continuity, needed(report.update).lr
     if report.config["precision"]["func_override"]["dtype"] == "float64":
         return not_applicable("The run is in float64 itself.")
     limit = limit_for(report, "step_resolved")

@@ -78,7 +78,9 @@ def u_cross_identity(report: ProbeReport) -> Finding:
     U_cross, its row means and its bars and diagonal do not belong together: a factor B/(B−1), the diagonal or a
     preconditioner differs between them.
     """
-    f = needed(report.first_order)
+    f = report.first_order
+    if f is None:
+        return _of_one_unit()
     units = f.num_units
     row_terms = math.fsum(abs(r) for r in f.row_means) / units
     whole, diagonal = units / (units - 1) * f.bars_dot, f.diag_sum / (units * (units - 1))
@@ -89,6 +91,10 @@ def u_cross_identity(report: ProbeReport) -> Finding:
     again = audited(report, *_of_first_order("u_cross row_means bars_dot diag_sum"))
     value = largest(again, *(relative(*deviation) for deviation in deviations))
     return at_most(value, limit_for(report, "u_cross_identity"))
+
+
+def _of_one_unit() -> Finding:
+    return not_applicable("The update batch has one prompt: U_cross multiplies those of two.")
 
 
 def _of_first_order(fields: str) -> list[str]:
@@ -102,7 +108,9 @@ def delta_h1_identity(report: ProbeReport) -> Finding:
 
     δH₁ is not the first-order term of the U_cross beside it: a sign, the learning rate or a part is wrong.
     """
-    f = needed(report.first_order)
+    f = report.first_order
+    if f is None:
+        return _of_one_unit()
     scale = f.lr * math.fsum(abs(x) for x in f.row_means) / f.num_units
     sums = [math.fsum(f.delta_h1_by_unit), *_sums(f.delta_h1_parts)]
     deviations = [
@@ -128,21 +136,21 @@ def two_batch_identity(report: ProbeReport) -> Finding:
     across = report.two_batch
     if across is None:
         return not_applicable("One batch serves as both.")
-    s, t, lr = across.projections, across.update_projections, needed(report.first_order).lr
+    s, t, lr = across.projections, across.update_projections, needed(report.update).lr
     size = math.fsum(map(abs, s)) / len(s)
-    var_s, var_t = (variance(x) / len(x) for x in (s, t))
+    var_s, var_t = (variance(x) / len(x) if len(x) > 1 else 0.0 for x in (s, t))
     of_both = (across.interaction or 0.0) / (len(s) * len(t))  # several processes do not know it
+    total = lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4))
     deviations = [
         _relative(across.bars_dot, _weighted_mean(s, report.batch.num_prompts), size),
         _relative(across.bars_dot, _weighted_mean(t, report.update_batch.num_prompts), size),
         _relative(across.delta_h1, -lr * across.bars_dot, lr * size),
         _relative(across.conditional_se, lr * math.sqrt(var_s), lr * size),
-        _relative(
-            across.delta_h1_se, lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4)), lr * size
-        ),
-        *(_relative(total, across.delta_h1, lr * size) for total in _sums(across.delta_h1_parts)),
+        *(_relative(whole, across.delta_h1, lr * size) for whole in _sums(across.delta_h1_parts)),
         audited(report, "two_batch"),
     ]
+    if len(t) > 1:  # one unit does not say how another would differ
+        deviations.append(_relative(across.delta_h1_se, total, lr * size))
     return at_most(largest(*deviations), limit_for(report, "two_batch_identity"))
 
 
@@ -175,7 +183,9 @@ def se_formula(report: ProbeReport) -> Finding:
 
     A standard error has a wrong factor, such as U/4 in ζ̂₁: all that is said in units of SE is wrong with it.
     """
-    f = needed(report.first_order)
+    f = report.first_order
+    if f is None:
+        return _of_one_unit()
     units, mean = f.num_units, math.fsum(f.row_means) / f.num_units
     spread = math.fsum((r - mean) ** 2 for r in f.row_means)
     if spread <= 1e-24 * math.fsum(r * r for r in f.row_means):  # rounding
@@ -201,7 +211,9 @@ def se_formula(report: ProbeReport) -> Finding:
 
 def _ratio(report: ProbeReport) -> float | Finding:
     """se_jackknife/se_plugin, or why there is none."""
-    f = needed(report.first_order)
+    f = report.first_order
+    if f is None:
+        return _of_one_unit()
     if f.num_units < 3 or f.se_jackknife is None or f.se_plugin is None:
         return not_applicable(f"The jackknife needs 3 units, the batch has {f.num_units}.")
     if f.se_plugin <= 1e-12 * max(map(abs, f.row_means)):  # rounding
@@ -219,9 +231,10 @@ def se_identity(report: ProbeReport) -> Finding:
     Plug-in and jackknife differ by more than their exact ratio (U−1)/(U−2): one of them has a wrong factor, such as U/4
     in the plug-in or U−1 for U−2 in the jackknife.
     """
-    ratio, units = _ratio(report), needed(report.first_order).num_units
+    ratio = _ratio(report)
     if isinstance(ratio, Finding):
         return ratio
+    units = needed(report.first_order).num_units
     return at_most(abs(ratio * (units - 2) / (units - 1) - 1), limit_for(report, "se_identity"))
 
 

@@ -29,9 +29,31 @@ def of_file(
     found: dict[str, Any] = {"rewards": [line["rewards"] for line in lines]}
     if all("prompt_ids" in line for line in lines):
         found["wrong"] = _wrong(lines, prompts, responses)
-    if all(line.get("advantages") is not None for line in lines):
-        found["advantages"] = [line["advantages"] for line in lines]
+    for key in ("advantages", "weights"):
+        if all(line.get(key) is not None for line in lines):
+            found["advantages"] = [
+                [_own(*one) for one in zip(line[key], _masks(line), strict=True)] for line in lines
+            ]
     return found
+
+
+def _tokens(line: Any) -> list[Any]:
+    """The prompt and the responses of a line, without padding."""
+    responses = line.get("response_ids", line.get("completion_ids"))
+    own = [_own(*one) for one in zip(responses, _masks(line), strict=True)]
+    return [_own(line["prompt_ids"], line.get("prompt_mask")), own]
+
+
+def _masks(line: Any) -> list[Any]:
+    masks = line.get("response_mask", line.get("completion_mask"))
+    return [None] * len(line["rewards"]) if masks is None else masks
+
+
+def _own(values: Any, mask: list[int] | None) -> Any:
+    """Those of a list at which its mask has 1; one number, and a list without padding, as it is."""
+    if mask is None or not isinstance(values, list) or len(values) != len(mask):
+        return values
+    return [value for value, is_own in zip(values, mask, strict=True) if is_own]
 
 
 def _wrong(
@@ -39,7 +61,7 @@ def _wrong(
 ) -> list[int]:
     wrong = [n for n in range(max(len(lines), len(prompts))) if n >= min(len(lines), len(prompts))]
     for n, (line, prompt, own) in enumerate(zip(lines, prompts, responses, strict=False)):
-        if [line["prompt_ids"], line["response_ids"]] != [prompt, list(own)]:
+        if _tokens(line) != [prompt, list(own)]:
             wrong.append(n)
     return wrong
 

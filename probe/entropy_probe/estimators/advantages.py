@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
-def leave_one_out_mean(values: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    """Mean over the other G−1 responses of the same prompt. Needs G ≥ 2."""
-    return (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
+def leave_one_out_mean(
+    values: Float[Tensor, "B G"], present: Bool[Tensor, "B G"] | None = None
+) -> Float[Tensor, "B G"]:
+    """Mean over the other responses of the same prompt, of those that are `present` (all are); 0 where there is none."""
+    present = torch.ones_like(values, dtype=torch.bool) if present is None else present
+    values = torch.where(present, values, 0.0)
+    others = present.sum(1, keepdim=True) - 1
+    return (values.sum(1, keepdim=True) - values) / others.clamp(min=1)
 
 
-def x_weights(seq_logp: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    """Weights c with X_n = Σ_g c_ng ∇S_ng:  c = (S − mean of the other responses)/G, a constant of the derivative."""
-    return (seq_logp - leave_one_out_mean(seq_logp)).detach() / seq_logp.shape[1]
+def x_weights(
+    seq_logp: Float[Tensor, "B G"], present: Bool[Tensor, "B G"] | None = None
+) -> Float[Tensor, "B G"]:
+    """Weights c with X_n = Σ_g c_ng ∇S_ng:  c = (S − mean of the other responses)/G, a constant of the derivative;
+    0 of what is not `present` (all are). Needs two responses of each prompt."""
+    present = torch.ones_like(seq_logp, dtype=torch.bool) if present is None else present
+    centred = (seq_logp - leave_one_out_mean(seq_logp, present)).detach()
+    return torch.where(present, centred, 0.0) / present.sum(1, keepdim=True)
 
 
 def zero_advantage(

@@ -21,7 +21,7 @@ class TwoBatchMoments:
     update_projections: Float[Tensor, " U"]
     interaction: float | None
     conditional_se: float
-    total_se: float
+    total_se: float | None
 
 
 def two_batch_moments_of_sums(
@@ -31,16 +31,17 @@ def two_batch_moments_of_sums(
 
     s²_int needs every X_kᵀPY_m. Without it the interaction is counted twice: `total_se` is too large, by up to √2.
     """
-    mean = (sizes_e.double() / sizes_e.sum()) @ s
-    var_s, var_t = float(s.var()) / len(s), float(t.var()) / len(t)
-    return TwoBatchMoments(float(mean), s, t, None, math.sqrt(var_s), math.sqrt(var_s + var_t))
+    mean = float((sizes_e.double() / sizes_e.sum()) @ s)
+    var_s = float(s.var()) / len(s)
+    total = math.sqrt(var_s + float(t.var()) / len(t)) if len(t) > 1 else None
+    return TwoBatchMoments(mean, s, t, None, math.sqrt(var_s), total)
 
 
 def two_batch_moments(
     gram: Float[Tensor, "E U"], sizes_e: Int[Tensor, " E"], sizes_u: Int[Tensor, " U"]
 ) -> TwoBatchMoments:
     """Moments of K_km = X_kᵀPY_m with k in E, m in U; a unit is a prompt, or a block weighted by its `sizes`. Needs two
-    of each.
+    of E; what a single unit of U does not tell is `None`.
 
         bars_dot = mean(K),  s_k = mean_m K_km,  t_m = mean_k K_km        (no diagonal to remove)
         Var(· | U) = s²(s_k)/B_E
@@ -59,6 +60,8 @@ def two_batch_moments(
     s, t = gram @ weights_u, weights_e @ gram
     mean = weights_e @ s
     var_s = float(s.var()) / size_e
+    if size_u == 1:
+        return TwoBatchMoments(float(mean), s, t, None, math.sqrt(var_s), None)
     var_t = float(t.var()) / size_u
     residual = gram - s[:, None] - t[None, :] + mean
     interaction = float(residual.square().sum()) / ((size_e - 1) * (size_u - 1))

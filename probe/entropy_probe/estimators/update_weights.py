@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class UpdateBatch:
     """The batch of one step of the optimizer. Scores are those of its tokens, where the recipe asks for them.
 
-    `advantages` replace the rule, where they are given. `taken`: the responses of a rollout that the step takes; all.
+    G is the largest of the groups: what a smaller one lacks has no tokens. `advantages` replace the rule, where they
+    are given, and `weights` all of a. `taken`: the responses of a rollout that the step takes; all.
     """
 
     rewards: Float[Tensor, "B G"]
@@ -32,10 +33,16 @@ class UpdateBatch:
     max_new_tokens: int
     taken: Bool[Tensor, "B G"] | None = None
     advantages: Tensor | None = None
+    weights: Float[Tensor, "B G T"] | None = None
     logp: Float[Tensor, "B G T"] | None = None
     entropy: Float[Tensor, "B G T"] | None = None
     reference: Float[Tensor, "B G T"] | None = None
     sampler: Float[Tensor, "B G T"] | None = None
+
+    @property
+    def present(self) -> Bool[Tensor, "B G"]:
+        """Whether there is such a response."""
+        return self.lengths > 0
 
     def inside(self, like: Tensor) -> Bool[Tensor, "B G T"]:
         """Whether a token is one of a response, and not padding."""
@@ -54,6 +61,8 @@ class Weights:
 def update_weights(recipe: Recipe, batch: UpdateBatch) -> Weights:
     """a and c, so that Y is the sum over the batch: the negated gradient of the trainer's loss, before clipping."""
     w = normaliser(recipe, batch)
+    if batch.weights is not None:
+        return Weights(of_logp=batch.weights, of_entropy=_entropy_weights(recipe, batch))
     a = batch.advantages if batch.advantages is not None else advantages(recipe, batch)
     a = a * recipe.factor
     if a.dim() == 2 and not recipe.by_token:
@@ -74,10 +83,7 @@ def update_weights(recipe: Recipe, batch: UpdateBatch) -> Weights:
     if slope is not None:
         a = a - recipe.kl_coef * slope
     a = torch.where(counts, w[..., None] * a, 0.0)
-    c = None
-    if recipe.entropy_coef != 0:
-        c = recipe.entropy_coef * torch.where(counts, acts * _of_entropy(recipe, batch, acts), 0.0)
-    return Weights(of_logp=a, of_entropy=c)
+    return Weights(of_logp=a, of_entropy=_entropy_weights(recipe, batch))
 
 
 def advantages(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
@@ -89,34 +95,57 @@ def advantages(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
         if recipe.mask_truncated:
             counts = counts & ~batch.truncated[..., None]
         r = r - recipe.kl_coef * torch.where(counts, slope, 0.0).sum(-1)
-    group = r.shape[1]
-    centre = 0.0
-    if recipe.baseline != "none":
-        by_mean = recipe.baseline == "mean"
-        centre = r.mean(1, keepdim=True) if by_mean else leave_one_out_mean(r)
-    a = r - centre
+    group, present = r.shape[1], batch.present
+    centre = torch.zeros_like(r)
+    if recipe.baseline == "mean":
+        centre = _means(r, present)
+    elif recipe.baseline == "leave_one_out":
+        centre = leave_one_out_mean(r, present)
+    a = torch.where(present, r - centre, 0.0)
     if recipe.scale == "none":
         return a
     if recipe.scale == "group":
-        deviation = deviations(r, recipe.ddof)
+        deviation = deviations(r, present, recipe.ddof)
     elif recipe.scale == "leave_one_out":
-        rest = ~torch.eye(group, dtype=torch.bool)
-        of_others = r[:, None, :].expand(-1, group, -1)[:, rest].reshape(len(r), group, group - 1)
-        deviation = deviations(of_others, recipe.ddof)[..., 0]
+        others = present[:, None, :] & ~torch.eye(group, dtype=torch.bool)
+        of_others = r[:, None, :].expand(-1, group, -1)
+        deviation = deviations(of_others, others, recipe.ddof)[..., 0]
     else:
         if recipe.scale == "advantages":
-            a = a - a.mean()
+            a = torch.where(present, a - a[present].mean(), 0.0)
         over = r if recipe.scale == "batch" else a
-        deviation = deviations(over.flatten(), recipe.ddof).expand_as(r)
+        deviation = deviations(over.flatten(), present.flatten(), recipe.ddof).expand_as(r)
     scaled = a / (deviation + recipe.eps)
     return torch.where(deviation > 0, scaled, a) if recipe.undivided_at_zero else scaled
 
 
-def deviations(values: Float[Tensor, "... K"], ddof: int) -> Float[Tensor, "... 1"]:
-    """Standard deviation over the last axis; 0 of a single value."""
-    if values.shape[-1] <= ddof:
-        return torch.zeros_like(values[..., :1])
-    return values.std(-1, correction=ddof, keepdim=True)
+def deviations(
+    values: Float[Tensor, "... K"], present: Bool[Tensor, "... K"], ddof: int
+) -> Float[Tensor, "... 1"]:
+    """Standard deviation over the last axis, of those that are present; 0 of equal values, and of a single one."""
+    squares = torch.where(present, values - _means(values, present), 0.0).square()
+    count = present.sum(-1, keepdim=True) - ddof
+    variance = squares.sum(-1, keepdim=True) / count.clamp(min=1)
+    # the mean of equal values is not always one of them, in floating point
+    return torch.where((count > 0) & (_spread(values, present) > 0), variance, 0.0).sqrt()
+
+
+def _spread(
+    values: Float[Tensor, "... K"], present: Bool[Tensor, "... K"]
+) -> Float[Tensor, "... 1"]:
+    """Largest less smallest over the last axis, of those that are present."""
+    largest, least = (
+        torch.where(present, sign * values, -torch.inf).amax(-1, keepdim=True) for sign in (1, -1)
+    )
+    return largest + least
+
+
+def _means(
+    values: Float[Tensor, "... K"], present: Bool[Tensor, "... K"]
+) -> Float[Tensor, "... 1"]:
+    """Mean over the last axis, of those that are present."""
+    total = torch.where(present, values, 0.0).sum(-1, keepdim=True)
+    return total / present.sum(-1, keepdim=True)
 
 
 def counted(recipe: Recipe, batch: UpdateBatch) -> Int[Tensor, "B G"]:
@@ -127,12 +156,13 @@ def counted(recipe: Recipe, batch: UpdateBatch) -> Int[Tensor, "B G"]:
 def normaliser(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
     """w of a response's tokens."""
     tokens = counted(recipe, batch).double()
-    rows = tokens.numel() if batch.taken is None else int(batch.taken.sum())
+    of_all = int(batch.present.sum())
+    rows = of_all if batch.taken is None else int(batch.taken.sum())
     kind = recipe.normaliser
     if kind == "longest":
         return 1 / tokens.amax(1, keepdim=True).clamp(min=1).expand_as(tokens) / rows
     if kind == "prompt_tokens":
-        mean = tokens.mean(1, keepdim=True)
+        mean = _means(tokens, batch.present)
         return torch.where(mean > 0, 1 / mean, 0.0).expand_as(tokens) / rows
     if kind == "sequence_mean":
         return 1 / tokens.clamp(min=1) / rows
@@ -140,7 +170,7 @@ def normaliser(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
         return torch.ones_like(tokens) / tokens.sum().clamp(min=1)
     if kind == "rollout_tokens":
         whole = counted(recipe, replace(batch, taken=None)).double()
-        return torch.ones_like(tokens) / whole.sum().clamp(min=1) * (tokens.numel() / rows)
+        return torch.ones_like(tokens) / whole.sum().clamp(min=1) * (of_all / rows)
     if kind == "micro_batch_tokens":
         return of_micro_batches(tokens, batch.micro_batch)
     constant = 1 if kind == "sum" else recipe.constant or batch.max_new_tokens
@@ -179,6 +209,15 @@ def high_entropy(recipe: Recipe, batch: UpdateBatch) -> Tensor:
     return chosen
 
 
+def _entropy_weights(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G T"] | None:
+    """c, where the recipe has an entropy term."""
+    if recipe.entropy_coef == 0:
+        return None
+    acts = high_entropy(recipe, batch)
+    counts = batch.inside(_needed(batch.entropy)) & (counted(recipe, batch) > 0)[..., None]
+    return recipe.entropy_coef * torch.where(counts, acts * _of_entropy(recipe, batch, acts), 0.0)
+
+
 def _of_entropy(recipe: Recipe, batch: UpdateBatch, acts: Tensor) -> Float[Tensor, "B G T"]:
     """w′ of the entropy of a token: the same as that of log p, or 1/(tokens of the micro-batch that count)/M."""
     entropy = _needed(batch.entropy)
@@ -191,14 +230,13 @@ def _of_entropy(recipe: Recipe, batch: UpdateBatch, acts: Tensor) -> Float[Tenso
 
 def _of_responses(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
     """1 for what takes part: not truncated, where that is masked, and not of a prompt that says nothing."""
-    takes_part = torch.ones_like(batch.rewards)
+    takes_part = batch.present.to(batch.rewards.dtype)
     if batch.taken is not None:
         takes_part = takes_part * batch.taken
     if recipe.mask_truncated:
         takes_part = takes_part * ~batch.truncated
     if recipe.drop == "zero_std":
-        spread = batch.rewards.amax(1, keepdim=True) - batch.rewards.amin(1, keepdim=True)
-        takes_part = takes_part * (spread > 0)
+        takes_part = takes_part * (_spread(batch.rewards, batch.present) > 0)
     elif recipe.drop == "zero_advantage":
         a = batch.advantages if batch.advantages is not None else advantages(recipe, batch)
         a = a if a.dim() == 2 else a.abs().amax(-1)

@@ -58,7 +58,8 @@ def _inputs(
         rollouts.ids[::group].tolist(), rollouts.prompt_lens[::group].tolist(), strict=True
     )
     prompts = [ids[:length] for ids, length in firsts]
-    responses = [rollouts.responses[n * group :][:group] for n in range(len(prompts))]
+    rows = [rollouts.responses[n * group :][:group] for n in range(len(prompts))]
+    responses = [[response for response in of_prompt if response] for of_prompt in rows]
     try:
         if given != "sampled":
             return of_file(Path(given), prompts, responses)
@@ -110,6 +111,7 @@ def _rows(rollouts: Rollouts) -> tuple[list[int], list[Row]]:
     group = rollouts.num_responses
     prompts = dict.fromkeys((0, rollouts.num_prompts - 1))
     places = [n * group + g for n in prompts for g in range(min(group, _RESPONSES))]
+    places = [place for place in places if rollouts.gen_lens[place]]
     rows = []
     for place in places:
         start = int(rollouts.prompt_lens[place])

@@ -122,7 +122,14 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         first_order=of_u,
         two_batch=across,
         update=slopes.update_section(
-            direction, along, predicting, sources, agreement, baseline, _logged(of.checkpoint)
+            direction,
+            along,
+            predicting,
+            sources,
+            agreement,
+            baseline,
+            lr,
+            _logged(of.checkpoint),
         ),
         preconditioner=preconditioner_section(adam, precond, registry, of_torch, match),
         real_step=taken,

@@ -113,7 +113,9 @@ def draw_batches(
         and Path(rollouts).resolve() == Path(update_rollouts).resolve()
     ):
         update_rollouts = None  # one file for both is one batch, whichever way it is said
-    file_u = None if update_rollouts is None else read_rollouts(update_rollouts, bound, tokenizer)
+    file_u = None
+    if update_rollouts is not None:
+        file_u = read_rollouts(update_rollouts, bound, tokenizer, only_update=True)
     if file_e is not None:
         return file_e, file_u if file_u is not None else file_e
     reward = find_reward(batch.reward)
@@ -154,25 +156,36 @@ def batch_section(
     """A batch in the report; `given` is the file that was asked for, or `sampled`."""
     advantage = response_advantages(rollouts, config)
     without_advantage = advantages.zero_advantage(advantage, rollouts.rewards)
-    cut = [response for response in rollouts.responses if response[-1] not in eos]
+    se = None
+    if rollouts.num_prompts > 1:
+        _, se = importance.ratio_and_se(rollouts.rewards, rollouts.present.long())
+    responses = [response for response in rollouts.responses if response]
+    cut = [response for response in responses if response[-1] not in eos]
     limit = config.generation.max_new_tokens
     limit_is_known = rollouts.source == "sampled" and not config.generation.stop
     return r.BatchSection(
         num_prompts=rollouts.num_prompts,
         num_responses=rollouts.num_responses,
+        total_responses=len(responses),
         num_tokens=int(rollouts.gen_lens.sum()),
         source=printable(rollouts.source),
         same_batch=same_batch,
-        mean_reward=float(rollouts.rewards.mean()),
-        mean_reward_se=importance.mean_and_se(rollouts.rewards)[1],
+        mean_reward=float(rollouts.rewards.sum()) / len(responses),
+        mean_reward_se=se,
         zero_advantage_fraction=float(without_advantage.double().mean()),
         missing_gold=rollouts.missing_gold,
         given=printable(given),
-        early_eos=sum(early_eos(response, eos) is not None for response in rollouts.responses),
+        early_eos=sum(early_eos(response, eos) is not None for response in responses),
         unended=sum(len(response) < limit for response in cut) if limit_is_known else None,
         fingerprint=fingerprint(rollouts),
-        advantages="recipe" if rollouts.advantages is None else "given",
+        advantages=_whence(rollouts),
     )
+
+
+def _whence(rollouts: Rollouts) -> str:
+    if rollouts.advantages is None:
+        return "recipe"
+    return "weights" if rollouts.weighed else "given"
 
 
 def fingerprint(rollouts: Rollouts) -> str:

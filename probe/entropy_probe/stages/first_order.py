@@ -19,12 +19,15 @@ _WHOLE: _Key = ("", "")
 
 def first_order_section(
     units: UnitGradients, precond: Mapping[str, Tensor], lr: float, lr_source: str, estimator: str
-) -> r.FirstOrderSection:
-    """U_cross, its standard errors, and δH₁ = −lr·U_cross, of one batch on both sides."""
+) -> r.FirstOrderSection | None:
+    """U_cross, its standard errors, and δH₁ = −lr·U_cross, of one batch on both sides; `None` of a single unit, which
+    has no other to be multiplied with."""
+    if len(units.sizes) < 2:
+        return None
 
-    def delta_h1(products: Tensor) -> r.Estimate:
+    def delta_h1(products: Tensor) -> r.Part:
         statistic = units.statistic(products)
-        return r.Estimate(value=-lr * statistic.u_cross, se=lr * statistic.se_plugin)
+        return r.Part(value=-lr * statistic.u_cross, se=lr * statistic.se_plugin)
 
     parts = units.gathered(_with_parts(units.products(precond)))
     whole = parts.pop(_WHOLE)
@@ -56,22 +59,26 @@ def two_batch_section(
 ) -> r.TwoBatchSection:
     """X̄_EᵀPȲ_U and δH₁ = −lr·X̄_EᵀPȲ_U, of two batches."""
 
-    def delta_h1(products: Tensor) -> r.Estimate:
+    def delta_h1(products: Tensor) -> r.Part:
         moments = e.moments_with(u, products)
-        return r.Estimate(value=-lr * moments.bars_dot, se=lr * moments.total_se)
+        return r.Part(value=-lr * moments.bars_dot, se=_times(lr, moments.total_se))
 
     parts = e.gathered_with(u, _with_parts(e.products_with(u, precond)))
     moments = e.moments_with(u, parts.pop(_WHOLE))
     return r.TwoBatchSection(
         bars_dot=moments.bars_dot,
         delta_h1=-lr * moments.bars_dot,
-        delta_h1_se=lr * moments.total_se,
+        delta_h1_se=_times(lr, moments.total_se),
         conditional_se=lr * moments.conditional_se,
         projections=moments.projections.tolist(),
         update_projections=moments.update_projections.tolist(),
         interaction=moments.interaction,
         delta_h1_parts=_parts(parts, delta_h1),
     )
+
+
+def _times(lr: float, se: float | None) -> float | None:
+    return None if se is None else lr * se
 
 
 def _with_parts(products: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
@@ -84,9 +91,9 @@ def _with_parts(products: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
     return groups
 
 
-def _parts(groups: Mapping[_Key, Tensor], delta_h1: Callable[[Tensor], r.Estimate]) -> r.Parts:
+def _parts(groups: Mapping[_Key, Tensor], delta_h1: Callable[[Tensor], r.Part]) -> r.Parts:
     """δH₁ of each group of tensors."""
-    tables: dict[str, dict[str, r.Estimate]] = {table: {} for table in r.Parts.model_fields}
+    tables: dict[str, dict[str, r.Part]] = {table: {} for table in r.Parts.model_fields}
     for (table, label), product in groups.items():
         tables[table][label] = delta_h1(product)
     return r.Parts(**tables)

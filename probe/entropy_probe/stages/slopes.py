@@ -266,13 +266,17 @@ def update_section(
     sources: SlopeSources,
     agreement: r.StepAgreement,
     baseline: Baseline,
+    lr: float,
     logged: float | None = None,
 ) -> r.UpdateSection:
     """v, and the slope and curvature along it; `baseline` is that of the slope that is reported,
     `logged` the last norm of a gradient that the trainer wrote down."""
     rb, cross = along.rb[baseline], predicting.cross
     estimators = {"naive": along.naive} | {f"rb_{name}": of for name, of in along.rb.items()}
+    units = len(sources.by_unit)
+    spread = lr * (units * float(sources.by_unit.var())) ** 0.5 if units > 1 else None
     return r.UpdateSection(
+        lr=lr,
         norm=direction.norm,
         norm_v0=norm(direction.v0),
         grad_norm=direction.grad_norm,
@@ -288,6 +292,7 @@ def update_section(
         estimators={n: r.Estimate(value=of.value, se=of.se) for n, of in estimators.items()},
         slope_of_v0=sources.of_v0,
         slope_by_unit=sources.by_unit.tolist(),
+        spread_over_batches=spread,
         delta_h1_per_lr_per_token=along.per_token.value,
         delta_h1_per_lr_per_token_se=along.per_token.se,
         slope_of_change=float(along.of_change.sum()),

@@ -89,9 +89,9 @@ def update_batch(
     """The batch as its trainer weighs it; `tokens` are log p, entropies and what else the recipe asks for, of each."""
     micro_batch = rollouts.micro_batches
     if micro_batch is None:
-        rows, size = len(rollouts.gen_lens), config.whose_update.micro_batch_size
-        dealt = torch.arange(rows) % (1 if size is None else -(-rows // size))
-        micro_batch = rollouts.per_prompt(dealt)
+        rows, size = int(rollouts.present.sum()), config.whose_update.micro_batch_size
+        order = rollouts.present.flatten().long().cumsum(0).clamp(min=1) - 1
+        micro_batch = rollouts.per_prompt(order % (1 if size is None else -(-rows // size)))
     elif rollouts.in_step is not None:  # those of responses that the step does not take say nothing
         some = micro_batch[rollouts.in_step][0]
         micro_batch = torch.where(rollouts.in_step, micro_batch, some)
@@ -105,18 +105,21 @@ def update_batch(
         micro_batch=micro_batch,
         max_new_tokens=config.generation.max_new_tokens,
         taken=rollouts.in_step,
-        advantages=rollouts.advantages,
+        advantages=None if rollouts.weighed else rollouts.advantages,
+        weights=rollouts.advantages if rollouts.weighed else None,
         sampler=None if sampler is None else rollouts.per_prompt(sampler),
         **(tokens or {}),
     )
 
 
 def response_advantages(rollouts: Rollouts, config: ProbeConfig) -> Float[Tensor, "B G"]:
-    """A of every response: the file's own `advantages`, where it has them (the first token's, where tokens have their
-    own), else by the recipe from the rewards, before anything that tokens differ in."""
+    """A of every response: the file's own `advantages`, where it has them (the largest in size, where tokens have their
+    own, or weights), else by the recipe from the rewards, before anything that tokens differ in."""
     if rollouts.advantages is not None:
         given = rollouts.advantages
-        return given if given.dim() == 2 else given[..., 0]
+        if given.dim() == 2:
+            return given
+        return given.gather(-1, given.abs().argmax(-1, keepdim=True))[..., 0]
     recipe = config.whose_update
     if recipe.kl_in == "reward":
         recipe = recipe.model_copy(update={"kl_coef": 0.0})
@@ -140,13 +143,13 @@ def x_payload(
     naive   X_n = Σ_g c_ng ∇S_ng
     rb      X_n = −(1/G) Σ_g Σ_t (∇H_t + (R_{≥t} − b_t) ∇log p_t)
     """
-    first_order, weights = config.first_order, x_weights(scores.seq_logp)
+    first_order, weights = config.first_order, x_weights(scores.seq_logp, rollouts.present)
     if first_order.estimator == "naive":
         return Payload(weights)
     kappa = rb_coefficients(
         scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among
     )
-    return Payload(torch.full_like(weights, -1.0 / rollouts.num_responses), kappa)
+    return Payload(-1.0 / rollouts.present.sum(1, keepdim=True) * rollouts.present, kappa)
 
 
 def y_payload(batch: UpdateBatch, config: ProbeConfig) -> Payload:

@@ -1,4 +1,4 @@
-"""The responses on which everything is measured, as tensors: B prompts with G responses each.
+"""The responses on which everything is measured, as tensors: B prompts with up to G responses each.
 
 They are read from a file (`rollouts_file.py`) or sampled from the policy (`sampled_rollouts.py`).
 """
@@ -24,14 +24,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B prompts with G responses each; row n·G + g is response g of prompt n.
+    """B prompts with G responses each; row n·G + g is response g of prompt n. In a U batch from a file a prompt
+    may have fewer: then the row is the prompt alone, no token of it is generated, and its reward and
+    advantage are 0.
 
     `ids` [N, L] are right-padded: prompt, then response, then padding. The generated region of row
     i is `prompt_lens[i] … prompt_lens[i] + gen_lens[i] − 1`; it ends with the first EOS (scored) or
     at the length limit. `logprobs` are those that the sampler reported, where a file holds them;
-    `advantages` [B, G] or [B, G, T] replace the rule, and `micro_batches` say which responses the
-    trainer takes together. `in_step` are those of a rollout that the step takes, the one
-    that follows `after_step`; all of them.
+    `advantages` [B, G] or [B, G, T] replace the rule, and where they are `weighed` all else that ∇log p
+    is multiplied by; `micro_batches` say which responses the trainer takes together. `in_step` are those
+    of a rollout that the step takes, the one that follows `after_step`; all of them.
     Where these are a process's share of a batch, `first_prompt` of it stand before them.
     """
 
@@ -47,6 +49,7 @@ class Rollouts:
     micro_batches: Int[Tensor, "B G"] | None = None
     in_step: Bool[Tensor, "B G"] | None = None
     after_step: int | None = None
+    weighed: bool = False
 
     @property
     def num_prompts(self) -> int:
@@ -55,6 +58,11 @@ class Rollouts:
     @property
     def num_responses(self) -> int:
         return self.rewards.shape[1]
+
+    @cached_property
+    def present(self) -> Bool[Tensor, "B G"]:
+        """Whether there is such a response."""
+        return self.per_prompt(self.gen_lens > 0)
 
     @property
     def max_gen_len(self) -> int:
@@ -104,7 +112,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and its G responses, as lists: a line of a rollouts file."""
+    """One prompt and its responses, as lists: a line of a rollouts file."""
 
     prompt: list[int]
     responses: list[list[int]]
@@ -114,10 +122,13 @@ class Group:
     micro_batches: list[int] | None = None
     in_step: list[bool] | None = None
     after_step: int | None = None
+    weighed: bool = False
 
 
 def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollouts:
-    """The groups, all of the same size, as tensors."""
+    """The groups as tensors, as wide as the largest of them."""
+    widest = max(len(group.responses) for group in groups)
+    groups = [_widened(group, widest) for group in groups]
     rows = [group.prompt + response for group in groups for response in group.responses]
     prompt_lens = torch.tensor([len(group.prompt) for group in groups])
     gen_lens = [len(response) for group in groups for response in group.responses]
@@ -132,7 +143,7 @@ def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollou
     }
     return Rollouts(
         ids=pad_sequence(list(map(torch.tensor, rows)), batch_first=True),
-        prompt_lens=prompt_lens.repeat_interleave(len(groups[0].responses)),
+        prompt_lens=prompt_lens.repeat_interleave(widest),
         gen_lens=torch.tensor(gen_lens),
         rewards=_table([group.rewards for group in groups]),
         advantages=advantages,
@@ -140,7 +151,31 @@ def assembled(groups: Sequence[Group], source: str, missing_gold: int) -> Rollou
         source=source,
         missing_gold=missing_gold,
         after_step=groups[0].after_step,
+        weighed=groups[0].weighed,
         **given,
+    )
+
+
+def _widened(group: Group, size: int) -> Group:
+    """With responses of no token, so that there are so many."""
+    lacking = size - len(group.responses)
+    if not lacking:
+        return group
+    nothing = {
+        "responses": [],
+        "rewards": 0.0,
+        "logprobs": [],
+        "micro_batches": 0,
+        "in_step": False,
+    }
+    of_tokens = group.advantages is not None and isinstance(group.advantages[0], list)
+    nothing["advantages"] = [] if of_tokens else 0.0
+    if group.micro_batches is not None:
+        nothing["micro_batches"] = group.micro_batches[0]
+    given = {key: getattr(group, key) for key in nothing}
+    return replace(
+        group,
+        **{key: of + [nothing[key]] * lacking for key, of in given.items() if of is not None},
     )
 
 

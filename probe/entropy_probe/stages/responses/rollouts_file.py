@@ -1,18 +1,22 @@
-"""Rollouts read from JSON lines: one prompt a line, the same number G of responses on every line.
+"""Rollouts read from JSON lines, one prompt a line: in an E batch with the same number of responses on every line.
 
     {"prompt_ids": [..], "response_ids": [[..], ..], "rewards": [..]}
     {"prompt": "..", "responses": ["..", ..], "rewards": [..]}
 
-Texts are tokenised here; an EOS is added unless `truncated` says that the response has none.
-Optional: "advantages": [..] of responses, or [[..], ..] of their tokens; "truncated": [bool, ..]; "gold": "..";
-"logprobs": [[..], ..]; of the trainer's own next step "after_step": int, "in_step": [bool, ..] and "micro_batches":
-[int, ..]. Any other key is an error: what it holds would be ignored.
+Texts are tokenised here; an EOS is added unless `truncated` says that the response has none. Ids may be padded, where
+"prompt_mask": [0|1, ..] and "response_mask": [[0|1, ..], ..] say which are not; TRL's "completion_ids" and
+"completion_mask" are "response_ids" and "response_mask".
+Optional: "advantages": [..] of responses, or [[..], ..] of their tokens; or "weights": [[..], ..], with which the
+gradients of tokens are added up; "truncated": [bool, ..]; "gold": ".."; "logprobs": [[..], ..]; of the trainer's own
+next step "after_step": int, "in_step": [bool, ..] and "micro_batches": [int, ..]. Any other key is an error: what it
+holds would be ignored.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,10 @@ from entropy_probe.stages.responses.rollouts import (
 from entropy_probe.text import has_lone_surrogate, json_lines
 
 
-def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) -> Rollouts:
-    """Read a rollouts file.
+def read_rollouts(
+    path: str | Path, bound: BoundModel, tokenizer: Any | None, *, only_update: bool = False
+) -> Rollouts:
+    """Read a rollouts file. One of which only the update is made may have a single prompt, and groups of any size.
 
     Raises `RolloutsError` naming the line: unequal G, an empty response, a token outside the
     vocabulary, lists of different length, a reward that is not finite, G < 2.
@@ -39,21 +45,34 @@ def read_rollouts(path: str | Path, bound: BoundModel, tokenizer: Any | None) ->
     groups: list[Group] = []
     for where, row in json_lines(Path(path), "write one object per line"):
         group = _Line(row, where, bound.vocabulary, eos, tokenizer).read()
+        if not only_update:
+            _require_alike_in_size(group, (groups or [group])[0], where)
         if groups:
             _require_alike(group, groups[0], where)
         groups.append(group)
     if groups and groups[0].in_step is not None and not any(any(g.in_step or ()) for g in groups):
         raise RolloutsError(path, "has no response with `in_step` true", "give those of the step")
-    if len(groups) < 2:
-        raise RolloutsError(path, f"has {len(groups)} prompts, expected at least 2", "add lines")
+    fewest = 1 if only_update else 2
+    if len(groups) < fewest:
+        problem = f"has {len(groups)} prompts, expected at least {fewest}"
+        raise RolloutsError(path, problem, f"add lines{_ONLY_UPDATE if groups else ''}")
     return assembled(groups, str(path), 0)
 
 
-def _require_alike(group: Group, first: Group, where: str) -> None:
+_ONLY_UPDATE = ", or give it as the update rollouts"
+
+
+def _require_alike_in_size(group: Group, first: Group, where: str) -> None:
     size, expected = len(group.responses), len(first.responses)
+    if size < 2:
+        problem = f"has {size} responses, expected at least 2"
+        raise RolloutsError(where, problem, f"give 2 or more{_ONLY_UPDATE}")
     if size != expected:
         problem = f"has {size} responses, the first line {expected}"
-        raise RolloutsError(where, problem, "give the same number on every line")
+        raise RolloutsError(where, problem, f"give the same number on every line{_ONLY_UPDATE}")
+
+
+def _require_alike(group: Group, first: Group, where: str) -> None:
     if group.after_step != first.after_step:
         problem = f"`after_step` is {group.after_step}, on the first line {first.after_step}"
         raise RolloutsError(where, problem, "give the batch of one step")
@@ -61,20 +80,76 @@ def _require_alike(group: Group, first: Group, where: str) -> None:
         if (getattr(group, key) is None) != (getattr(first, key) is None):
             problem = f"`{key}` stand on some lines only"
             raise RolloutsError(where, problem, "give them on every line or on none")
+    if (group.weighed, _of_tokens(group)) != (first.weighed, _of_tokens(first)):
+        problem = "advantages of responses, of tokens, and weights are mixed"
+        raise RolloutsError(where, problem, "give the same on every line")
+
+
+def _of_tokens(group: Group) -> bool:
+    return group.advantages is not None and isinstance(group.advantages[0], list)
 
 
 _BESIDE = ("advantages", "logprobs", "micro_batches", "in_step")
 _KEYS = (
     "prompt_ids",
+    "prompt_mask",
     "response_ids",
+    "response_mask",
     "rewards",
     "prompt",
     "responses",
     "truncated",
     "gold",
     "after_step",
+    "weights",
     *_BESIDE,
 )
+_OF_TRL = {"completion_ids": "response_ids", "completion_mask": "response_mask"}
+
+
+def unpadded(row: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The line under our names, with the tokens alone where masks say what is padding; or what is wrong with it."""
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        name = _OF_TRL.get(key, key)
+        if name in found or (name != key and name in row):
+            return f"has `{name}` twice, once as `{key}`"
+        found[name] = value
+    masks = {"prompt_ids": found.pop("prompt_mask", None)}
+    masks |= {"response_ids": found.pop("response_mask", None)}
+    if masks["prompt_ids"] is not None:
+        span = _span(masks["prompt_ids"], found.get("prompt_ids"))
+        if span is None:
+            return "`prompt_mask` is not 0s and one run of 1s, as long as the ids"
+        found["prompt_ids"] = found["prompt_ids"][span]
+    of_responses, ids = masks["response_ids"], found.get("response_ids")
+    if of_responses is None:
+        return found
+    if not isinstance(of_responses, list) or not isinstance(ids, list):
+        return "`response_mask` belongs to `response_ids`, and one of them is not a list"
+    spans = [_span(mask, own) for mask, own in zip(of_responses, ids, strict=False)]
+    if len(of_responses) != len(ids) or None in spans:
+        return "`response_mask` is not 0s and one run of 1s for each response, as long as its ids"
+    lengths = [len(own) for own in ids]
+    for key in ("response_ids", "advantages", "weights", "logprobs"):
+        of_tokens = found.get(key)
+        if isinstance(of_tokens, list) and [_length(own) for own in of_tokens] == lengths:
+            found[key] = [own[span] for own, span in zip(of_tokens, spans, strict=True)]
+    return found
+
+
+def _span(mask: Any, ids: Any) -> slice | None:
+    """Where the 1s of a mask are, which stand side by side; `None` for anything else."""
+    if not isinstance(mask, list) or _length(ids) != len(mask):
+        return None
+    if any(type(value) not in (int, bool) or value not in (0, 1) for value in mask):
+        return None
+    first, count = mask.index(1) if 1 in mask else 0, sum(mask)
+    return slice(first, first + count) if all(mask[first : first + count]) else None
+
+
+def _length(entry: Any) -> int | None:
+    return len(entry) if isinstance(entry, list) else None
 
 
 @dataclass(frozen=True)
@@ -88,6 +163,13 @@ class _Line:
     tokenizer: Any | None
 
     def read(self) -> Group:
+        self._require_known()
+        row = unpadded(self.row)
+        if isinstance(row, str):
+            raise self._wrong(row, "give 1 for the tokens of a response and 0 for padding")
+        return replace(self, row=row)._read()
+
+    def _read(self) -> Group:
         row = self.row
         if "prompt_ids" in row:
             prompt = self._ids(row["prompt_ids"], "prompt_ids")
@@ -95,15 +177,20 @@ class _Line:
         else:
             prompt, responses = self._tokenised()
         count = len(responses)
-        if count < 2:
-            raise self._wrong(f"has {count} responses, expected at least 2", "give 2 or more")
-        self._require_known()
+        if count < 1:
+            raise self._wrong(f"has {count} responses, expected at least 1", "give 2 or more")
         given = {key for key in _BESIDE if row.get(key) is not None}
+        weighed = row.get("weights") is not None
+        if weighed and "advantages" in given:
+            problem = "has `advantages` and `weights`"
+            raise self._wrong(problem, "give one of them: weights are all that a gradient is times")
+        advantages = self._of_tokens("weights", responses) if weighed else None
         return Group(
             prompt,
             responses,
             rewards=self._numbers("rewards", count),
-            advantages=self._advantages(responses) if "advantages" in given else None,
+            advantages=self._advantages(responses) if "advantages" in given else advantages,
+            weighed=weighed,
             logprobs=self._of_tokens("logprobs", responses) if "logprobs" in given else None,
             micro_batches=self._counts("micro_batches", count)
             if "micro_batches" in given
@@ -121,7 +208,7 @@ class _Line:
     def _require_known(self) -> None:
         """Raise for a key that is none of ours: what it holds would be ignored."""
         for key in self.row:
-            if key not in _KEYS:
+            if key not in _KEYS and key not in _OF_TRL:
                 near = difflib.get_close_matches(str(key), _KEYS, n=1)
                 remedy = f"did you mean `{near[0]}`?" if near else f"keys are {', '.join(_KEYS)}"
                 raise self._wrong(f"has an unknown key {shown(key)}", remedy)
@@ -214,7 +301,7 @@ class _Line:
     def _of_tokens(self, key: str, responses: list[list[int]]) -> list[list[float]]:
         """One number per token of every response."""
         lists = self._list(key)
-        lengths = [len(entry) if isinstance(entry, list) else None for entry in lists]
+        lengths = [_length(entry) for entry in lists]
         if lengths != [len(response) for response in responses]:
             problem = f"`{key}` has {lengths} numbers"[:120]
             raise self._wrong(problem, "give one per token of each response")

@@ -19,15 +19,18 @@ def y_payload_by_loop(recipe: Recipe, batch: UpdateBatch) -> Payload:
     """`payloads.y_payload` of the whole batch."""
     prompts, group = batch.rewards.shape
     loop = _Loop(recipe, batch)
-    a = [[loop.of_response(n, g) for g in range(group)] for n in range(prompts)]
-    if all(isinstance(one, float) for row in a for one in row):
-        return Payload(prompts * torch.tensor(a, dtype=torch.float64))
-    found = batch.logp if batch.logp is not None else batch.advantages
+    a = {row: loop.of_response(*row) for row in loop.rows}
+    if all(isinstance(one, float) for one in a.values()):
+        weights = torch.zeros(prompts, group, dtype=torch.float64)
+        for (n, g), one in a.items():
+            weights[n, g] = prompts * one
+        return Payload(weights)
+    found = next((t for t in (batch.logp, batch.weights, batch.advantages) if t is not None), None)
     assert found is not None
     kappa = torch.zeros(prompts, group, found.shape[-1], dtype=torch.float64)
     of_entropy = torch.zeros_like(kappa)
     for n, g, t in loop.tokens():
-        one: Any = a[n][g]
+        one: Any = a[n, g]
         kappa[n, g, t] = one if isinstance(one, float) else one[t]
         of_entropy[n, g, t] = loop.of_entropy(n, g, t)
     weights = torch.full((prompts, group), float(prompts), dtype=torch.float64)
@@ -43,7 +46,8 @@ class _Loop:
         batch = self.batch
         self.rewards, self.lengths = batch.rewards.tolist(), batch.lengths.tolist()
         self.micro = batch.micro_batch.tolist()
-        self.rows = [(n, g) for n, of in enumerate(self.rewards) for g in range(len(of))]
+        self.own = [[g for g, length in enumerate(of) if length] for of in self.lengths]
+        self.rows = [(n, g) for n, own in enumerate(self.own) for g in own]
         self.logp, self.reference, self.entropy, self.sampler = (
             None if of is None else of.tolist()
             for of in (batch.logp, batch.reference, batch.entropy, batch.sampler)
@@ -62,6 +66,8 @@ class _Loop:
 
     def of_response(self, n: int, g: int) -> float | list[float]:
         """a of the response's tokens: one number where they cannot differ."""
+        if self.batch.weights is not None:
+            return self.batch.weights[n, g].tolist()
         if not self.recipe.by_token and isinstance(self.a[n, g], float):
             return self._w(n, g) * self._policy(n, g, 0)
         return [self._token(n, g, t) for t in range(self.lengths[n][g])]
@@ -118,7 +124,7 @@ class _Loop:
                 over = [self._centred(*row) for row in self.rows]
                 middle = statistics.fmean(over)
             return (self._centred(n, g) - middle) / (self._deviation(over) + recipe.eps)
-        own = [self._reward(n, k) for k in range(len(self.rewards[n])) if self._is_scale(k, g)]
+        own = [self._reward(n, k) for k in self.own[n] if self._is_scale(k, g)]
         if recipe.scale == "none":
             return self._centred(n, g)
         deviation = self._deviation(own)
@@ -135,12 +141,12 @@ class _Loop:
         return statistics.stdev(values) if self.recipe.ddof else statistics.pstdev(values)
 
     def _centred(self, n: int, g: int) -> float:
-        own = [self._reward(n, k) for k in range(len(self.rewards[n]))]
+        reward, others = self._reward(n, g), [self._reward(n, k) for k in self.own[n] if k != g]
         if self.recipe.baseline == "none":
-            return own[g]
+            return reward
         if self.recipe.baseline == "mean":
-            return own[g] - math.fsum(own) / len(own)
-        return own[g] - math.fsum(own[:g] + own[g + 1 :]) / max(len(own) - 1, 1)
+            return reward - math.fsum([reward, *others]) / (1 + len(others))
+        return reward - math.fsum(others) / max(len(others), 1)
 
     def _reward(self, n: int, g: int) -> float:
         recipe, reward = self.recipe, self.rewards[n][g]
@@ -152,7 +158,7 @@ class _Loop:
 
     def _counts(self, n: int, g: int) -> int:
         """1 where a response takes part, if the step takes it."""
-        recipe, own = self.recipe, self.rewards[n]
+        recipe, own = self.recipe, [self.rewards[n][k] for k in self.own[n]]
         if recipe.mask_truncated and bool(self.batch.truncated[n, g]):
             return 0
         if recipe.drop == "zero_std" and max(own) == min(own):
@@ -166,7 +172,7 @@ class _Loop:
     def _w(self, n: int, g: int) -> float:
         kind, taken = self.recipe.normaliser, self.batch.taken
         rows = len(self.rows) if taken is None else int(taken.sum())
-        group = [self.count[n, k] for k in range(len(self.rewards[n]))]
+        group = [self.count[n, k] for k in self.own[n]]
         if kind == "longest":
             return 1 / max(*group, 1) / rows
         if kind == "prompt_tokens":

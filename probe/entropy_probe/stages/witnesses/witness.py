@@ -48,10 +48,11 @@ _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|once_differentiable|d
 @dataclass(frozen=True)
 class Witness:
     """U_cross of two units by the naive loop and by the fast path, and the larger of their ‖X_fast − X_naive‖, relative
-    to the sum of the norms of the terms, Σ_i ‖w_i ∇f_i‖; the same of Y. Norms over all trainable parameters."""
+    to the sum of the norms of the terms, Σ_i ‖w_i ∇f_i‖; the same of Y. Norms over all trainable parameters. A single
+    unit has no U_cross."""
 
-    u_cross: float
-    u_cross_fast: float
+    u_cross: float | None
+    u_cross_fast: float | None
     x_difference: float
     y_difference: float
 
@@ -93,9 +94,13 @@ def gradient_witness(
         sums = _naive(bound, rollouts, units.units, chosen, [of_x], config, true=True)
         sums += _naive(bound, rollouts, units.units, chosen, [of_y], config, true=own)
     (naive_x, scale_x), (naive_y, scale_y) = sums
+    sides = ((naive_x, naive_y), (fast_x, fast_y))
+    slow, fast = (
+        cross_moments(gram(x, y, precond)).u_cross if len(chosen) > 1 else None for x, y in sides
+    )
     return Witness(
-        u_cross=cross_moments(gram(naive_x, naive_y, precond)).u_cross,
-        u_cross_fast=cross_moments(gram(fast_x, fast_y, precond)).u_cross,
+        u_cross=slow,
+        u_cross_fast=fast,
         x_difference=_difference(fast_x, naive_x, scale_x),
         y_difference=_difference(fast_y, naive_y, scale_y),
     )
@@ -110,12 +115,14 @@ def payloads_by_loop(
     with_coefficients: bool = True,
 ) -> tuple[Payload, Payload]:
     """`payloads` response by response: nothing of what the fast pass has its weights from, but for `hk_ridge`."""
-    first, group, prompts = config.first_order, rollouts.num_responses, range(rollouts.num_prompts)
-    s = scores.seq_logp.tolist()
-    x = torch.zeros(rollouts.num_prompts, group, dtype=torch.float64)
-    for n, g in itertools.product(prompts, range(group)):
-        others = math.fsum(s[n][k] for k in range(group) if k != g) / (group - 1)
-        x[n, g] = (s[n][g] - others) / group if first.estimator == "naive" else -1.0 / group
+    first, s = config.first_order, scores.seq_logp.tolist()
+    x = torch.zeros(rollouts.num_prompts, rollouts.num_responses, dtype=torch.float64)
+    for n, lengths in enumerate(scores.gen_lens.tolist()):
+        own = [k for k, length in enumerate(lengths) if length]
+        for g in own:
+            others = math.fsum(s[n][k] for k in own if k != g) / max(len(own) - 1, 1)
+            naive = first.estimator == "naive"
+            x[n, g] = (s[n][g] - others) / len(own) if naive else -1.0 / len(own)
     kappa = first.estimator == "rb" and with_coefficients
     y = y_payload_by_loop(config.whose_update, batch or update_batch(rollouts, config))
     return Payload(x, _coefficients_by_loop(scores, config) if kappa else None), y
@@ -172,6 +179,7 @@ def _naive(
     """For each payload (of the same f) [u, numel] by name, and Σ_i ‖w_i ∇f_i‖ of each unit; one backward pass for each
     response."""
     parameters, group = bound.registry.trainable, rollouts.num_responses
+    present = rollouts.present.sum(1).tolist()
     sums = [
         {n: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
         for _ in payloads
@@ -181,6 +189,8 @@ def _naive(
         prompts = (units.of_prompt == unit).nonzero()[:, 0]
         for n, g in itertools.product(prompts.tolist(), range(group)):
             row = torch.tensor([n * group + g])
+            if not rollouts.gen_lens[row]:
+                continue
             loss = terms(bound, rollouts, row, payloads[0], config, true=true).sum()
             if not loss.requires_grad:
                 raise MeasurementError(
@@ -196,7 +206,7 @@ def _naive(
             }
             size, rounding = (
                 norm(found),
-                _ROUNDED * abs(float(loss.detach())) / (len(prompts) * group),
+                _ROUNDED * abs(float(loss.detach())) / (len(prompts) * present[n]),
             )
             for payload, total, scale in zip(payloads, sums, scales, strict=True):
                 weight = float(payload.weights[n, g]) / len(prompts)
