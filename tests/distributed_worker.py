@@ -64,6 +64,8 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
         None,
         None,
     ),
+    "uneven": (SMOKE | {"recipe": "slime"}, "e7", "uneven"),
+    "one_update": (SMOKE, "e7", "u1"),
     "limited": (SMOKE | {"memory_limit": "64GiB"}, "e7", "u5"),
     "sgd": (FLOAT64, "e7", "u5"),
     "fails": (SMOKE, "e7", "u5"),

@@ -3,6 +3,7 @@ docs/recipes.md."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,20 @@ def fidelity(run: Run, step: int, **config: Any) -> Fidelity:
 def _measured(run: Run, step: int, config: dict[str, Any]) -> tuple[Prepared, Measured]:
     loaded = load_checkpoint(run.checkpoint(step), run.base(step))
     batch = run.batch(step)
-    prepared = prepare(loaded, ProbeConfig.from_mapping(config), batch, batch)
+    e = batch if len(batch.read_text().splitlines()) > 1 else _of_all_steps(run)
+    prepared = prepare(loaded, ProbeConfig.from_mapping(config), e, batch)
     models = Models.of(loaded, prepared.model, prepared.config)
     e, u = prepared.rollouts, prepared.update_rollouts
     return prepared, measured(loaded, models, e, u, prepared.config, prepared.clock)
+
+
+def _of_all_steps(run: Run) -> Path:
+    """An E batch: what an update of one prompt does not need, and the rest does."""
+    keys = ("prompt_ids", "response_ids", "rewards")
+    lines = [json.loads(file.read_text().splitlines()[0]) for file in sorted(run.batch(0).parent.glob("after-*.jsonl"))]
+    found = run.folder / "e.jsonl"
+    found.write_text("".join(json.dumps({key: line[key] for key in keys}) + "\n" for line in lines))
+    return found
 
 
 def _step(run: Run, step: int, of: Measured, direction: UpdateDirection) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -107,6 +118,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "cispo, epsilon_high 5": {"loss_type": "cispo", "epsilon_high": 5.0},
     "luspo, beta": {"loss_type": "luspo", "beta": 0.04},
+    "one prompt": {"per_device_train_batch_size": 4, "max_grad_norm": 1e9},
     "8 generations": {"num_generations": 8, "per_device_train_batch_size": 16},
     "other betas, eps": {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6},
     "delta": {"delta": 1.5},

@@ -25,7 +25,7 @@ from entropy_probe.evidence import Evidence
 from entropy_probe.processes.world import ALONE
 from entropy_probe_checks.audit import LIMIT, audit, worst
 
-SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "limited", "sgd")
+SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "uneven", "one_update", "limited", "sgd")
 # What is not a number of the measurement, and what needs all pairs of prompts, which processes never multiply.
 NOT_COMPARED = r"\.(timing|memory|environment|distributed)\b|\.checkpoint\.(name|path)|worst_parameter|\.example$"
 ALL_PAIRS = r"first_order\.var_unbiased|two_batch\.(interaction|delta_h1_se|delta_h1_parts\..*\.se)$"
@@ -42,11 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     models.adapter_checkpoint(folder / "checkpoint", "llama")
     without_second_moment(models.adapter_checkpoint(folder / "sgd", "llama"))
-    for name, seed in (("e7", 1), ("u5", 2), ("e2", 3)):
+    for name, seed in (("e7", 1), ("u5", 2), ("e2", 3), ("u1", 4)):
         models.random_rollouts(folder / f"{name}.jsonl", prompts=int(name[1:]), responses=3, seed=seed)
     for name in ("e7", "u5"):  # the same prompts again, so that no length differs
         text = (folder / f"{name}.jsonl").read_text()
         (folder / f"{name[0]}{2 * int(name[1:])}.jsonl").write_text(text + text)
+    lines = map(json.loads, (folder / "u5.jsonl").read_text().splitlines())
+    uneven = [
+        {key: value if key == "prompt_ids" else value[: 1 + n % 3] for key, value in line.items()}
+        for n, line in enumerate(lines)
+    ]
+    (folder / "uneven.jsonl").write_text("".join(json.dumps(line) + "\n" for line in uneven))
     with typecheck.unchecked():  # as in the other processes
         for case in SAME:
             worker.measured(folder, case, ALONE).to_json(folder / f"{case}-1.json")
@@ -146,12 +152,13 @@ def test_the_numbers_of_one_process(folder: Path, size: int, case: str) -> None:
     alone, several = read(folder, case, 1), read(folder, case, size)
     wrong = list(differences(alone, several))
     assert [line for line in wrong if not re.search(ALL_PAIRS, line.partition(":")[0])] == []
-    assert (several["first_order"] is None) == (case == "sgd")
+    assert (several["first_order"] is None) == (case in ("sgd", "one_update"))
     if several["first_order"] is not None:
         assert several["first_order"]["var_unbiased"] is None
     if several["two_batch"] is not None:
         assert several["two_batch"]["interaction"] is None
-        assert several["two_batch"]["delta_h1_se"] >= several["two_batch"]["conditional_se"]
+        se = several["two_batch"]["delta_h1_se"]
+        assert se is None if case == "one_update" else se >= several["two_batch"]["conditional_se"]
     assert several["distributed"]["world_size"] == size
     assert {"load", "scores", "gradients", "witnesses"} < several["memory"]["stages"].keys()
     if case == "limited":

@@ -164,7 +164,7 @@ def test_an_update_of_few_responses(tmp_path: Path, tiny: Any) -> None:
     with pytest.raises(RolloutsError, match="has 1 responses, expected at least 2"):
         read_rollouts(file, tiny, None)
     file.write_text("\n")
-    with pytest.raises(RolloutsError, match="has 0 prompts, expected at least 1; add lines$"):
+    with pytest.raises(RolloutsError, match=r"has 0 prompts, expected at least 1; add lines$"):
         read_rollouts(file, tiny, None, only_update=True)
 
 

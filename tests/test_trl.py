@@ -21,7 +21,7 @@ CHOSEN = (
     "grpo, group", "bnpo, batch", "dr_grpo, none", "dapo, group", "cispo, batch", "sapo, none", "luspo, group",
     "vespo, group", "lora, beta", "beta", "beta, plain k3", "both, bnpo", "mask_truncated_completions, bnpo",
     "temperature 0.7", "max_grad_norm 0.05", "accumulation 4, bnpo", "weight decay 0.1", "two learning rates", "GSPO",
-    "first of two windows, bnpo", "RLOO, mask_truncated", "RLOO, normalised",
+    "first of two windows, bnpo", "one prompt", "RLOO, mask_truncated", "RLOO, normalised",
 )  # fmt: skip
 """Of `fidelity.SETTINGS`, whose table is in docs/recipes.md: at least one for each part of a recipe."""
 

@@ -14,6 +14,7 @@ from pytest_entropy_probe.subject import Subject
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeReport, Verdict
+    from entropy_probe.report import UpdateSection
 
 _OF_A_VERDICT = ("criterion", "family", "status", "value", "limit")
 
@@ -51,6 +52,15 @@ def records_of(report: pytest.TestReport) -> list[dict[str, Any]]:
     return records
 
 
+def _made_of(update: UpdateSection) -> str:
+    """How much of the step its own batch decides."""
+    shared = f"{update.momentum_share:.0%} momentum and decay"
+    if update.spread_over_batches is None:
+        return f"{shared}, the rest from one prompt"
+    spread = f"{update.spread_over_batches:.2g}"
+    return f"{shared}; another update batch moves ΔH by ±{spread} nats"
+
+
 def headline(report: ProbeReport) -> str:
     """What was found: the entropy, the first-order term, and what the optimizer's next step does.
 
@@ -80,6 +90,7 @@ def headline(report: ProbeReport) -> str:
         of_entropy,
         f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})",
         f"ΔH   {realised}, {predicted} {unit}",
+        f"v    {_made_of(update)}",
     ]
     if batch.same_batch:
         lines.append("     one batch: what is realised holds the noise that the update fitted")

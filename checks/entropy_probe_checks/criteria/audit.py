@@ -387,7 +387,11 @@ def _given_advantages(report: ProbeReport, which: str) -> list[Any] | None:
         return None
     lengths = arrays[f"{which}.gen_lens"].reshape(given.shape[:2]).tolist()
     return [
-        [(a if given.ndim == 2 else a[:end]).tolist() for a, end in zip(own, ends, strict=True) if end]
+        [
+            (a if given.ndim == 2 else a[:end]).tolist()
+            for a, end in zip(own, ends, strict=True)
+            if end
+        ]
         for own, ends in zip(given, lengths, strict=True)
     ]
 

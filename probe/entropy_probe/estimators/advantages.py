@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def leave_one_out_mean(
     values: Float[Tensor, "B G"], present: Bool[Tensor, "B G"] | None = None
 ) -> Float[Tensor, "B G"]:
-    """Mean over the other responses of the same prompt, of those that are `present` (all are); 0 where there is none."""
+    """Mean over the other responses of the same prompt, of those that are `present` (all are); 0 where none is."""
     present = torch.ones_like(values, dtype=torch.bool) if present is None else present
     values = torch.where(present, values, 0.0)
     others = present.sum(1, keepdim=True) - 1
