@@ -21,7 +21,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         "responses on which the entropy is measured, in place of sampling (JSON lines)",
     ),
     "update_rollouts": ("FILE", True, "responses from which the update is computed (JSON lines)"),
-    "prompts": ("FILE", True, "prompts to sample from (JSON lines)"),
+    "prompts": (
+        "PATH",
+        True,
+        "prompts to sample from (JSON lines, JSON, CSV, Parquet, a datasets folder)",
+    ),
     "recipe": (
         "NAME",
         False,

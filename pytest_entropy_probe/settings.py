@@ -86,7 +86,7 @@ def read_settings(config: pytest.Config) -> Settings:
         pyproject=next((path for path in above if path.is_file()), None),
         rollouts=existing(config, "rollouts", "file"),
         update_rollouts=existing(config, "update_rollouts", "file"),
-        prompts=existing(config, "prompts", "file"),
+        prompts=existing(config, "prompts", "file or folder"),
         baseline=existing(config, "baseline", "file or folder"),
         evidence=_new_folder(config, "evidence"),
         golden_dir=_folder(config, "golden_dir"),

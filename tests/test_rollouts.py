@@ -29,7 +29,7 @@ GOOD = {"prompt_ids": [5, 6], "response_ids": [[7, 2], [8]], "rewards": [1.0, 0.
 BAD: dict[str, tuple[Any, str]] = {
     "not json": ("{", "is not JSON"),
     "not an object": ([1], "is a list"),
-    "no prompt": ({"rewards": [1]}, "has neither `prompt_ids` nor a text"),
+    "no prompt": ({"rewards": [1]}, "has no `prompt_ids`, and has neither a text nor messages"),
     "empty prompt": ({**GOOD, "prompt_ids": []}, "`prompt_ids` has an empty entry"),
     "empty response": ({**GOOD, "response_ids": [[7], []]}, "`response_ids` has an empty entry"),
     "token outside": ({**GOOD, "response_ids": [[7], [67]]}, "holds 67; give token ids from 0 to 66"),

@@ -831,7 +831,7 @@ def test_what_cannot_be_sampled() -> None:
     scored = processor(models.tiny_model("gpt2"))
     cases: list[tuple[Callable[[], Any], type[ProbeError], str]] = [
         (lambda: scored.generate_batched([]), ConfigError, "prompts: are []; give a list of at least one"),
-        (lambda: scored.generate_batched(["a", ""]), ConfigError, "prompts: entry 1 has no text"),
+        (lambda: scored.generate_batched(["a", ""]), ConfigError, "prompts: entry 1 has neither a text nor messages"),
         (lambda: scored.generate_batched(["a" * 65]), MeasurementError, "cannot hold rows of 65 tokens"),
         (lambda: scored.generate_batched(["a"], G=0), ConfigError, "G: is 0; give a whole number"),
         (lambda: scored.generate_batched(["a"], gen_batch_size=0), ConfigError, "gen_batch_size: is 0"),

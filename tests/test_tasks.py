@@ -21,14 +21,16 @@ from entropy_probe.model.forward import bind
 from entropy_probe.stages.batches import draw_batches
 from entropy_probe.stages.responses import rewards, tasks
 from entropy_probe.stages.responses.gsm8k import R1_TEMPLATE
-from entropy_probe.stages.responses.prompts import Prompt, read_prompts
+from entropy_probe.stages.responses.prompt_files import read_prompts
+from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import find_reward, same_answer, tag_pref
 from entropy_probe.stages.responses.tasks import DATASETS, dataset_prompts, draw_prompts
 
 QUESTION = {"question": "How many {eggs}?", "answer": "She sells 16 - 3.\n#### 1,072"}
 ASKED = Prompt(R1_TEMPLATE.replace("{question}", "How many {eggs}?"), "1,072")
 MODULE = """
-from entropy_probe.stages.responses.prompts import Prompt, read_prompts
+from entropy_probe.stages.responses.prompt_files import read_prompts
+from entropy_probe.stages.responses.prompts import Prompt
 
 def prompts(split):
     yield Prompt(f"{split} 1", "1")
@@ -105,12 +107,12 @@ def test_arithmetic_is_what_the_demo_was_trained_on() -> None:
 def test_prompt_files(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a", "gold": 3}\n\n{"prompt": "b"}\n')
-    assert read_prompts(file) == [Prompt("a", "3"), Prompt("b")]
-    assert dataset_prompts(f"jsonl:{file}", "test") == [Prompt("a", "3"), Prompt("b")]
+    assert list(read_prompts(file)) == [Prompt("a", "3"), Prompt("b")]
+    assert list(dataset_prompts(f"jsonl:{file}", "test")) == [Prompt("a", "3"), Prompt("b")]
     for content, message in (
         ("{", "p.jsonl:1: is not JSON"),
         ("[1]", "p.jsonl:1: is a list"),
-        ('{"prompt": ""}', "p.jsonl:1: has no text"),
+        ('{"prompt": ""}', "p.jsonl:1: has neither a text"),
         ('{"prompt": "\\ud800"}', "p.jsonl:1: has a lone surrogate"),
         ('{"prompt": "a", "gold": []}', "p.jsonl:1: `gold`"),
         ('{"prompt": "a", "gold": NaN}', "p.jsonl:1: `gold` is nan"),
@@ -124,7 +126,7 @@ def test_prompt_files(tmp_path: Path) -> None:
 def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}')
-    assert dataset_prompts("jsonl:~/p.jsonl", "train") == [Prompt("a")]
+    assert list(dataset_prompts("jsonl:~/p.jsonl", "train")) == [Prompt("a")]
 
 
 def test_gsm8k_from_its_own_files(tmp_path: Path) -> None:
@@ -269,8 +271,8 @@ UNFIT_NAMES = {
     "own_probe.data:nothing": "yields no prompts for split train",
     "own_probe.data:endless": "yields more than 1000 prompts",
     "own_probe.data:text": "entry 0 is 'a'; give Prompt(text, gold)",
-    "own_probe.data:no_text": "entry 1 has no text",
-    "own_probe.data:no_prompt": "entry 0 has no text under `prompt`",
+    "own_probe.data:no_text": "entry 1 has neither a text nor messages",
+    "own_probe.data:no_prompt": "entry 0 has neither a text nor messages",
     "own_probe.data:bad_gold": "entry 0 `gold` is [1]",
     "own_probe.data:nan_gold": "entry 0 `gold` is nan",
     "own_probe.data:long_gold": "entry 0 `gold` is a int",
@@ -293,7 +295,10 @@ def test_datasets_that_cannot_be_used(own: Path, name: str, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tag_perf", "'tag_perf' is not known; did you mean `tag_pref`? known are tag_pref, or module:function"),
+        (
+            "tag_perf",
+            "'tag_perf' is not known; did you mean `tag_pref`? known are tag_pref, stand_in, or module:function",
+        ),
         ("own_probe.data:f", "own_probe.data has no f"),
         ("own_probe.data:raising", "raised KeyError"),
         ("own_probe.data:none", "returned None for 'abc'; return a finite number"),

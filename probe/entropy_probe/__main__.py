@@ -93,7 +93,7 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from"
     )
-    run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to sample from")
+    run.add_argument("--prompts", type=Path, metavar="PATH", help="prompts to sample from")
     run.add_argument(
         "--recipe",
         metavar="NAME",
@@ -197,6 +197,8 @@ def _run(arguments: argparse.Namespace) -> int:
     world.close()
     if not world.first:
         return 0
+    for doubt in report.doubts:
+        print(f"entropy-probe: {doubt}", file=sys.stderr)
     if report.no_second_moment is not None:
         print(
             f"entropy-probe: nothing about the next step: {report.no_second_moment}",

@@ -52,8 +52,9 @@ def digest(
     Nothing is loaded. Raises `ProbeError` where the report depends on what has no digest: a dataset or a
     reward that is code of the user's own.
     """
-    if rollouts is None and config.batch.reward not in REWARDS:
-        reward = config.batch.reward
+    reward = config.batch.reward
+    names = [reward] if isinstance(reward, str) else reward
+    if rollouts is None and not set(names) <= set(REWARDS):
         raise ConfigError("batch.reward", f"{reward!r} is code of your own", "measure again")
     layout = configured(find_layout(checkpoint), base_model)
     after = next_checkpoint or following(layout.folder)
@@ -64,6 +65,10 @@ def digest(
     given_reference = {"has_reference": True, "samples_update": not of_files}
     config, recipe = resolved(config, layout.folder, **given_reference)
     samples = rollouts is None and prompts is None
+    asked = {
+        "batch": config.batch.model_fields_set,
+        "generation": config.generation.model_fields_set,
+    }
     known = {
         "checkpoint": [
             _digests(layout.folder, "**/*" if layout.format in IN_PIECES else "*"),
@@ -73,8 +78,9 @@ def digest(
         "next": None if after is None else _digests(after, "**/*"),
         "recipe": recipe.model_dump(mode="json"),
         "reference": None if reference is None else _digests(Path(reference).expanduser()),
-        "files": {key: path and [str(path), file_digest(path)] for key, path in given.items()},
+        "files": {key: path and [str(path), _digest_of(path)] for key, path in given.items()},
         "dataset": _dataset(config.batch.dataset) if samples else None,
+        "asked": {section: sorted(keys) for section, keys in asked.items()},
         "config": config.model_dump(mode="json", exclude=set(JUDGES)),
         "code": _digests(Path(__file__).parent, "**/*.py"),
         "versions": {name: version(name) for name in LIBRARIES},
@@ -94,6 +100,10 @@ def _digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
+def _digest_of(path: Path) -> Any:
+    return _digests(path, "**/*") if path.is_dir() else file_digest(path)
+
+
 def _dataset(name: str) -> Any:
     kind, _, place = name.partition(":")
     path = Path(place).expanduser()
@@ -101,7 +111,7 @@ def _dataset(name: str) -> Any:
         return None
     if kind not in ("jsonl", "gsm8k_r1_template") or not place:
         raise ConfigError("batch.dataset", f"{name!r} is no file", "measure again")
-    return _digests(path) if path.is_dir() else file_digest(path)
+    return _digest_of(path)
 
 
 def _devices(config: ProbeConfig) -> list[str]:

@@ -97,12 +97,16 @@ def text_table(report: ProbeReport, *, plain: bool = False) -> str:
     notes = [] if star is None else [f"{eta}* = {star:.3g}"]
     return "\n".join(
         [
-            f"prediction against realisation ({report.unit_of_change})",
+            f"prediction against realisation ({report.unit_of_change}){_mark(report)}",
             *lines,
             *notes,
             *_warnings(report),
         ]
     )
+
+
+def _mark(report: ProbeReport) -> str:
+    return f", {report.not_chosen}" if report.not_chosen else ""
 
 
 def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
@@ -133,7 +137,8 @@ def _restricted(report: ProbeReport) -> bool:
 def _warnings(report: ProbeReport) -> list[str]:
     """What must be known before the numbers are read."""
     said = {_RESTRICTED: _restricted(report), _SAME_BATCH: report.batch.same_batch}
-    return [warning for warning, holds in said.items() if holds]
+    found = [warning for warning, holds in said.items() if holds]
+    return [*([report.not_chosen] if report.not_chosen else []), *found]
 
 
 def _figure(report: ProbeReport) -> Figure:
@@ -176,8 +181,10 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
     figure.suptitle("entropy over steps, and its change by the next step", parse_math=False)
     entropy, change = figure.subplots(2, 1, sharex=True)
     units = {report.unit_of_change for _, _, report in checkpoints}
-    entropy.set(ylabel="H (nats/token)")
-    change.set(xlabel="step", ylabel=f"ΔH by the next step ({', '.join(sorted(units))})")
+    not_chosen = {report.not_chosen for _, _, report in checkpoints} - {""}
+    beside = "".join(f"\n{mark}" for mark in sorted(not_chosen))
+    entropy.set(ylabel=f"H (nats/token){beside}")
+    change.set(xlabel="step", ylabel=f"ΔH by the next step ({', '.join(sorted(units))}){beside}")
     change.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
     runs = list(dict.fromkeys(run for run, _, _ in checkpoints))
     ends = [0.0]

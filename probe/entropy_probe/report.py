@@ -22,6 +22,10 @@ SCHEMA_VERSION = 1
 Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
 
 
+MOST_WITHOUT_ADVANTAGE = 0.8
+"""From this share of prompts on, an update batch says next to nothing about the update."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=()
@@ -72,7 +76,10 @@ class BatchSection(_Section):
     for, or `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end
     neither with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
     `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file. `advantages`: `given` in
-    the file, `weights` where it has those of tokens, or by the `recipe`."""
+    the file, `weights` where it has those of tokens, or by the `recipe`. `reward` names what gave the rewards, or is
+    `file`; `stand_in` says nothing of the policy. Where `prompts_are_builtin` nobody chose them, and the entropy is
+    that on other questions than the policy's. `found` says what was odd about prompts and ids, and what was done.
+    """
 
     num_prompts: int
     num_responses: int
@@ -89,6 +96,9 @@ class BatchSection(_Section):
     unended: int | None
     fingerprint: str
     advantages: str
+    reward: str
+    prompts_are_builtin: bool
+    found: list[str]
 
 
 class RecipeSetting(_Section):
@@ -681,13 +691,44 @@ class ProbeReport(_Section):
     @property
     def next_step(self) -> EntropyChangeRow | None:
         """The change by the optimizer's next step, η = lr; `None` where the optimizer is not Adam."""
-        lr = None if self.first_order is None else self.first_order.lr
+        lr = None if self.update is None else self.update.lr
         return next((row for row in self.entropy_change if row.eta == lr), None)
 
     @property
     def no_second_moment(self) -> str | None:
         """Why nothing was measured that needs Adam's second moment; `None` where it was."""
         return self.checkpoint.optimizer.no_second_moment
+
+    @property
+    def not_chosen(self) -> str:
+        """What nobody chose, in the words that stand beside every figure that depends on it; empty where all is the
+        user's."""
+        builtin = self.batch.prompts_are_builtin or self.update_batch.prompts_are_builtin
+        stand_in = self.update_batch.reward == "stand_in"
+        return {
+            (True, True): "not your prompts, nor reward",
+            (True, False): "not your prompts",
+            (False, True): "not your reward",
+        }.get((builtin, stand_in), "")
+
+    @property
+    def doubts(self) -> list[str]:
+        """What must be known before a figure is read: prompts and rewards that nobody chose, an update batch that says
+        nothing, and what was odd about prompts and ids."""
+        said, u = [], self.update_batch
+        if self.batch.prompts_are_builtin or u.prompts_are_builtin:
+            said.append("built-in prompts: give yours, --probe-prompts=FILE (or rollouts)")
+        if u.reward == "stand_in":
+            said.append("stand-in reward, which says nothing of the policy: set batch.reward")
+        if u.zero_advantage_fraction >= MOST_WITHOUT_ADVANTAGE:
+            share = f"{u.zero_advantage_fraction:.0%} of the update's prompts have no advantage"
+            said.append(f"{share}: v is momentum and decay alone")
+        found = {"E": self.batch.found} | ({} if u.same_batch else {"U": u.found})
+        lines = dict.fromkeys(line for of in found.values() for line in of)
+        for line in lines:
+            where = [which for which, of in found.items() if line in of]
+            said.append(f"{' and '.join(where)}: {line}")
+        return said
 
     @property
     def unit_of_change(self) -> str:

@@ -24,7 +24,8 @@ from entropy_probe.stages.batches import batch_section, redraw_for
 from entropy_probe.stages.entropy import entropy_section, sampler_parity_section
 from entropy_probe.stages.gradients.coverage import gradient_coverage
 from entropy_probe.stages.memory.memory_limit import memory_section
-from entropy_probe.stages.responses.rollouts import Progress, eos_ids
+from entropy_probe.stages.responses.ids import eos_ids
+from entropy_probe.stages.responses.rollouts import Progress
 from entropy_probe.stages.witnesses.continuity import continuity_section
 from entropy_probe.stages.witnesses.invariance import invariance
 from entropy_probe.stages.witnesses.properties import drawn_properties, with_drawn

@@ -39,9 +39,9 @@ from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import build_functional_params_named, theta_plus_eta_v
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry
+from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import Reward, find_reward
-from entropy_probe.stages.responses.rollouts import eos_ids
 from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.sequences import (
     BatchedSequences,
@@ -400,7 +400,7 @@ def _sections(config: object) -> SequenceConfig:
     raise ConfigError("config", f"is {shown(config)}", remedy)
 
 
-def _pool(dataset_name: str, split: str) -> list[Prompt]:
+def _pool(dataset_name: str, split: str) -> Sequence[Prompt]:
     if split not in ("train", "test"):
         raise ConfigError("split", f"is {split!r}", "give train or test")
     return dataset_prompts(dataset_name, split)

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from entropy_probe.errors import CheckpointError, RolloutsError
 
@@ -16,44 +16,58 @@ LARGEST = 1 << 30
 """Bytes; a gigabyte of JSON takes ten of memory."""
 
 
-def read_text(path: Path) -> str:
-    """The text of a regular UTF-8 file.
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading.
 
     Raises `OSError` for anything else: a pipe would wait, a device never end.
     """
     at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer opens at once
     stream = os.open(path, os.O_RDONLY | at_once)
-    with os.fdopen(stream, "rb") as file:
-        status = os.fstat(stream)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
-        if status.st_size > LARGEST:
+    file = os.fdopen(stream, "rb")
+    mode = os.fstat(stream).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    raise OSError(errno.EINVAL, "is no regular file", str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular UTF-8 file. Raises `OSError` for anything else, and for one that is too large."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST:
             raise OSError(errno.EFBIG, f"is larger than {LARGEST >> 30} GiB", str(path))
         return file.read().decode("utf-8")
 
 
 def json_lines(path: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) for every line that is not blank.
+    """(`file:line`, object) for every line that is not blank, one after the other: the file is never held whole.
 
     Raises `RolloutsError`; `form` says what to write.
     """
+    number = 0
     try:
-        lines = read_text(path).split("\n")  # JSON may hold other line separators
+        with open_regular(path) as file:
+            while line := file.readline(LARGEST + 1):  # JSON may hold other line separators
+                number += 1
+                if len(line) > LARGEST:
+                    raise OSError(errno.EFBIG, f"line {number} is larger than {LARGEST >> 30} GiB")
+                text = line.decode("utf-8")
+                if text.strip():
+                    yield f"{path}:{number}", _object(text, f"{path}:{number}", form)
     except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise RolloutsError(path, f"cannot be read ({error})", "give a JSON-lines file") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RolloutsError(where, f"is not JSON ({error})", form) from error
-        if not isinstance(row, dict):
-            raise RolloutsError(where, f"is a {type(row).__name__}", form)
-        yield where, row
+
+
+def _object(line: str, where: str, form: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RolloutsError(where, f"is not JSON ({error})", form) from error
+    if not isinstance(row, dict):
+        raise RolloutsError(where, f"is a {type(row).__name__}", form)
+    return row
 
 
 def has_lone_surrogate(text: str) -> bool:

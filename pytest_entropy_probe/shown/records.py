@@ -6,6 +6,7 @@ controller.
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -62,36 +63,42 @@ def _made_of(update: UpdateSection) -> str:
 
 
 def headline(report: ProbeReport) -> str:
-    """What was found: the entropy, the first-order term, and what the optimizer's next step does.
-
-    Within 80 columns.
+    """What must be known first, then what was found: the entropy, the first-order term, and what the optimizer's next
+    step does. Within 80 columns; what depends on prompts or rewards that nobody chose says so on its own line.
     """
     batch, entropy, update = report.batch, report.entropy, report.update
-    of_entropy = (
+    lines = [line for doubt in report.doubts for line in _wrapped("!    ", doubt)]
+    mark = f" ({report.not_chosen})" if report.not_chosen else ""
+    responses = f"({batch.num_prompts}×{batch.num_responses} responses)"
+    lines.append(
         f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
-        f"{entropy.per_token.value:.3g} nats/token "
-        f"({batch.num_prompts}×{batch.num_responses} responses)"
+        f"{entropy.per_token.value:.3g} nats/token{mark or f' {responses}'}"
     )
     delta = report.two_batch or report.first_order
     if update is None or delta is None:
-        return f"{of_entropy}\nnothing about the next step: {report.no_second_moment}"
+        return "\n".join([*lines, f"nothing about the next step: {report.no_second_moment}"])
     batches = "two batches" if report.two_batch else "one batch"
     if report.first_order is not None and report.first_order.mode == "block":
         batches = f"{batches}, {report.first_order.num_units} blocks"
     step, unit = report.next_step, report.unit_of_change.removesuffix("/response")
     assert step is not None
+    se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
     predicted = "not predicted (top_p < 1)"
     if step.predicted is not None and step.predicted_se is not None:
         predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
     realised = f"realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}"
-    se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
-    slope = f"{delta.delta_h1 + 0.0:+.3g}{se} nats"
-    lines = [
-        of_entropy,
-        f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})",
-        f"ΔH   {realised}, {predicted} {unit}",
-        f"v    {_made_of(update)}",
-    ]
+    slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
+    if mark:  # each figure on a line of its own
+        lines += [f"δH₁  {slope}, fresh gradient step{mark}", f"ΔH   {realised} {unit}{mark}"]
+        lines += [f"     {predicted} {unit}{mark}"]
+        lines += _wrapped("v    ", f"{made_of}{mark}")
+    else:
+        lines += [f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})"]
+        lines += [f"ΔH   {realised}, {predicted} {unit}", f"v    {made_of}"]
     if batch.same_batch:
         lines.append("     one batch: what is realised holds the noise that the update fitted")
     return "\n".join(lines)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=head, subsequent_indent=" " * 5)

@@ -97,6 +97,7 @@ class Step:
     ess: str
     verdicts: str
     unit: str = ""
+    not_chosen: str = ""
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -122,18 +123,19 @@ def step_of(
     if step is not None:
         predicted = _with_se(step.predicted, step.predicted_se)
         cells = (
-            predicted if step.in_range else f"({predicted})",
-            _with_se(step.delta_h_rb, step.delta_h_rb_se),
+            (predicted if step.in_range else f"({predicted})") + ("*" if report.not_chosen else ""),
+            _with_se(step.delta_h_rb, step.delta_h_rb_se) + ("*" if report.not_chosen else ""),
             f"{step.unclipped_ess_fraction:.2f}",
         )
     return Step(
         name,
         run,
         checkpoint.optimizer.step if checkpoint.global_step is None else checkpoint.global_step,
-        _with_se(per_token.value, per_token.se, signed=False),
+        _with_se(per_token.value, per_token.se, signed=False) + ("*" if report.not_chosen else ""),
         *cells,
         verdicts(rows),
         report.unit_of_change,
+        report.not_chosen,
     )
 
 
@@ -172,7 +174,8 @@ def steps_title(steps: Sequence[Step], *, plain: bool = False) -> str:
     """What the table shows, and in which units."""
     units = ", ".join(sorted({step.unit for step in steps if step.unit})) or "nats"
     of = f" of {len(steps)} checkpoints" if len(steps) > 1 else ""
-    return f"next step{of}: {'dH' if plain else 'ΔH'} in {units}, (out of range)"
+    marks = "".join(f", *: {mark}" for mark in sorted({s.not_chosen for s in steps} - {""}))
+    return f"next step{of}: {'dH' if plain else 'ΔH'} in {units}, (out of range){marks}"
 
 
 def steps_table(steps: Sequence[Step], *, plain: bool) -> Table:

@@ -125,19 +125,19 @@ def bracket_not_detached_in_the_weights(patch: Patch) -> None:
 @fault("llama", "gradient_witness slope_identity")
 def no_leave_one_out_baseline(patch: Patch) -> None:
     """X_n = mean S∇S without a baseline: unbiased, with a larger variance."""
-    everywhere(patch, advantages.x_weights, lambda seq_logp: seq_logp / seq_logp.shape[1])
+    everywhere(patch, advantages.x_weights, lambda seq_logp, present=None: seq_logp / seq_logp.shape[1])
 
 
 @fault("llama", "gradient_witness slope_identity")
 def baseline_holds_the_response_itself(patch: Patch) -> None:
     """S̄ over all G responses, its own included: X shrinks by (G−1)/G."""
-    everywhere(patch, advantages.x_weights, lambda s: (s - s.mean(1, keepdim=True)) / s.shape[1])
+    everywhere(patch, advantages.x_weights, lambda s, present=None: (s - s.mean(1, keepdim=True)) / s.shape[1])
 
 
 @fault("llama", "gradient_witness slope_identity")
 def baseline_across_prompts(patch: Patch) -> None:
     """S̄ over the responses of all prompts: unbiased but for the own response, and prompts are no longer independent."""
-    everywhere(patch, advantages.x_weights, lambda s: (s - (s.sum() - s) / (s.numel() - 1)) / s.shape[1])
+    everywhere(patch, advantages.x_weights, lambda s, present=None: (s - (s.sum() - s) / (s.numel() - 1)) / s.shape[1])
 
 
 @fault("llama", "gradient_witness")

@@ -21,7 +21,7 @@ from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 from entropy_probe.model.checkpoint.moments.adam import inventory, map_adam_state, read_state
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.responses.prompts import read_prompts
+from entropy_probe.stages.responses.prompt_files import read_prompts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from fuzz.mutations import JSON_VALUES, TENSORS, VALUES, YAML_TEXTS, as_json, cut_up, trees
 

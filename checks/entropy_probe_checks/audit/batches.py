@@ -126,6 +126,9 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
     line("unended", unended)
     line("fingerprint", _fingerprint(sheet, which))
+    line("reward", facts["reward"][place])
+    line("prompts_are_builtin", facts["builtin"][place])
+    line("found", facts["found"][place])
     given = "weights" if facts["weighed"][place] else "given"
     line("advantages", given if sheet.has(f"{which}.given_advantages") else "recipe")
 

@@ -190,6 +190,8 @@ def _held(report: ProbeReport, name: str) -> Finding:
     bounds = bounds_of(report.config["limits"]).get(name)
     if bounds is None:
         return not_applicable(f"Off: no bound under limits.{name}.")
+    if (why := _not_the_users(report, name)) is not None:
+        return inconclusive(why)
     found = _QUANTITIES[name](report)
     if isinstance(found, Finding):
         return found
@@ -207,6 +209,17 @@ def _held(report: ProbeReport, name: str) -> Finding:
     beside = "" if before is None else f", baseline {before.value:.3g} ± {before.se:.2g}"
     detail = f"[limits.{name}.{worst.key}; {name} {found.value:.3g} ± {found.se:.2g}{beside}]"
     return Finding("pass" if worst.beyond <= 0 else "fail", worst.value, worst.limit, detail)
+
+
+def _not_the_users(report: ProbeReport, name: str) -> str | None:
+    """Why a bound cannot be held, where prompts or rewards that nobody chose decide the quantity."""
+    if name in COUNTS:
+        return None
+    if report.batch.prompts_are_builtin or report.update_batch.prompts_are_builtin:
+        return "The prompts are built in, not yours: give --probe-prompts=FILE, or --probe-rollouts=FILE."
+    if name != "entropy" and report.update_batch.reward == "stand_in":
+        return "The reward is a stand-in, not yours: name it under batch.reward, or give rollouts."
+    return None
 
 
 def _each(found: Estimate, before: Estimate | None, bounds: Mapping[str, float]) -> Iterator[_Held]:

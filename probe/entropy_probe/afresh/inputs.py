@@ -6,33 +6,53 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from hashlib import sha256
 from importlib import import_module
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-Question = tuple[str, str | None]
-"""Text and gold."""
+
+@dataclass(frozen=True)
+class Question:
+    """A text or messages, the answer, and the row that they stand in."""
+
+    prompt: Any
+    gold: str | None
+    row: dict[str, Any] = field(default_factory=dict)
+
+
 _FEW, _MOST = 8, 50_000
 """Prompts whose rewards are computed again; questions whose tokens are made again."""
 
 
 def of_file(
-    path: Path, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]]
+    path: Path,
+    prompts: Sequence[list[int]],
+    responses: Sequence[Sequence[list[int]]],
+    pad: Callable[[], int | None] = lambda: None,
 ) -> dict[str, Any]:
     """`wrong`: the numbers of the prompts that are not those of their line, by the ids where it has ids; `rewards` and
-    `advantages` as the lines have them."""
+    `advantages` as the lines have them. `pad` is asked where a line has more tokens than were taken."""
     lines = _lines(path)
     found: dict[str, Any] = {"rewards": [line["rewards"] for line in lines]}
     if all("prompt_ids" in line for line in lines):
-        found["wrong"] = _wrong(lines, prompts, responses)
+        found["wrong"] = _wrong(lines, prompts, responses, pad)
     for key in ("advantages", "weights"):
         if all(line.get(key) is not None for line in lines):
-            found["advantages"] = [
+            masked = [
                 [_own(*one) for one in zip(line[key], _masks(line), strict=True)] for line in lines
+            ]
+            found["advantages"] = [
+                [
+                    a[: len(ids)] if isinstance(a, list) else a
+                    for a, ids in zip(of_prompt, own, strict=True)
+                ]
+                for of_prompt, own in zip(masked, responses, strict=True)
             ]
     return found
 
@@ -57,75 +77,182 @@ def _own(values: Any, mask: list[int] | None) -> Any:
 
 
 def _wrong(
-    lines: Sequence[Any], prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]]
+    lines: Sequence[Any],
+    prompts: Sequence[list[int]],
+    responses: Sequence[Sequence[list[int]]],
+    pad: Callable[[], int | None],
 ) -> list[int]:
     wrong = [n for n in range(max(len(lines), len(prompts))) if n >= min(len(lines), len(prompts))]
     for n, (line, prompt, own) in enumerate(zip(lines, prompts, responses, strict=False)):
-        if _tokens(line) != [prompt, list(own)]:
+        if _tokens(line) != [prompt, list(own)] and not _padded(_tokens(line), prompt, own, pad()):
             wrong.append(n)
     return wrong
 
 
+def _padded(line: list[Any], prompt: list[int], own: Sequence[list[int]], pad: int | None) -> bool:
+    """Whether the line has the same tokens, with padding before the prompt and padding or EOS after a response."""
+    ids, responses = line
+    start = len(ids) - len(prompt)
+    if ids[start:] != prompt or any(token != pad for token in ids[: max(start, 0)]):
+        return False
+    return len(responses) == len(own) and all(
+        given[: len(ids)] == ids and set(given[len(ids) :]) <= {pad, ids[-1]}
+        for given, ids in zip(responses, own, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a split by the tokens that their texts have; `None` where the same text has several answers.
-    `distinct`: no text comes twice."""
+    """The questions of a split by the tokens that they have; `None` where the same tokens have several answers.
+    `distinct`: none comes twice."""
 
     tokenizer: Any
     by_tokens: dict[tuple[int, ...], Question | None]
     distinct: bool
 
     @classmethod
-    def of(cls, name: str, split: str, prompts_file: Path | None, tokenizer: Any) -> Questions:
-        """Raises `LookupError` for a dataset that is not read a second time."""
-        found = pool(name, split, prompts_file)
+    def of(cls, batch: Any, prompts_file: Path | None, tokenizer: Any) -> Questions:
+        """By the section `batch` of the configuration. Raises `LookupError` for what is not read a second time."""
+        found = pool(batch.dataset, batch.split, prompts_file)
         if found is None:
-            raise LookupError(f"the dataset {name} is not read a second time")
+            raise LookupError(f"the dataset {batch.dataset} is not read a second time")
         if len(found) > _MOST:
-            raise LookupError(f"{len(found)} questions are too many to read a second time")
+            raise LookupError(f"{_MOST} questions are the most that are read a second time")
         by_tokens: dict[tuple[int, ...], Question | None] = {}
-        texts = [text for text, _ in found]
-        encoded = tokenizer(texts).input_ids if texts else []
-        for question, tokens in zip(found, map(tuple, encoded), strict=True):
-            same = by_tokens.get(tokens, question) == question
+        for question in found:
+            tokens = tuple(_encoded(question, tokenizer, batch))
+            known = by_tokens.get(tokens, question)
+            same = known is not None and known.gold == question.gold
             by_tokens[tokens] = question if same else None
         return cls(tokenizer, by_tokens, len(by_tokens) == len(found))
 
 
+def _encoded(question: Question, tokenizer: Any, batch: Any) -> list[int]:
+    """Messages by the chat template in one go; of a text neither a second BOS nor an EOS of the tokenizer's."""
+    turns = question.prompt
+    if isinstance(turns, str) and batch.system_prompt is None:
+        ids = list(tokenizer(turns).input_ids)
+        plain = list(tokenizer(turns, add_special_tokens=False).input_ids)
+        if ids == [tokenizer.bos_token_id, *plain] and plain[:1] == ids[:1]:
+            return plain
+        if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:] and len(ids) > 1:
+            return ids[:-1]
+        return ids
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if batch.system_prompt is not None and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": batch.system_prompt}, *turns]
+    begun = turns[-1]["role"] == "assistant"
+    more = {**batch.chat_template_kwargs, **(question.row.get("chat_template_kwargs") or {})}
+    return tokenizer.apply_chat_template(
+        turns,
+        tools=question.row.get("tools") or None,
+        add_generation_prompt=not begun,
+        continue_final_message=begun,
+        tokenize=True,
+        return_dict=False,
+        **more,
+    )
+
+
 def of_dataset(
     questions: Questions,
+    batch: Any,
     reward: str,
     prompts: Sequence[list[int]],
     responses: Sequence[Sequence[list[int]]],
 ) -> dict[str, Any]:
     """`wrong`: the numbers of the prompts whose tokens no question of the split has; `rewards` of the first prompts
-    that are there, by their numbers, unless the reward is an entry point of a package."""
-    tokenizer, by_tokens = questions.tokenizer, questions.by_tokens
+    that are there, by their numbers, unless a reward is an entry point of a package. `reward` is `stand_in` where that
+    took the place of what the configuration says."""
+    by_tokens = questions.by_tokens
     known = [by_tokens.get(tuple(prompt)) for prompt in prompts]
     found: dict[str, Any] = {
         "wrong": [n for n, prompt in enumerate(prompts) if tuple(prompt) not in by_tokens],
         "distinct": questions.distinct,
     }
-    rewards = {}
+    names = [batch.reward] if isinstance(batch.reward, str) else batch.reward
+    names = ["stand_in"] if reward == "stand_in" else names
+    weights = batch.reward_weights or [1.0] * len(names)
+    rewards: dict[str, list[float]] = {}
     try:
-        judge = tag_pref if reward == "tag_pref" else _function(reward)
+        judges = [_judge(name) for name in names]
         for n, question in enumerate(known):
-            if judge is not None and question is not None and len(rewards) < _FEW:
-                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses[n]]
-                rewards[str(n)] = [float(judge(text, question[1])) for text in texts]
+            if None in judges or question is None or len(rewards) >= _FEW:
+                continue
+            decode = questions.tokenizer.decode
+            texts = [decode(ids, skip_special_tokens=True) for ids in responses[n]]
+            given = [judge(question, texts, responses[n]) for judge in judges if judge is not None]
+            rewards[str(n)] = [
+                sum(
+                    w * float(value)
+                    for w, value in zip(weights, own, strict=True)
+                    if value is not None
+                )
+                for own in zip(*given, strict=True)
+            ]
     except Exception:  # of the user's function, which was asked before and gave numbers
         return found
-    return found | ({} if judge is None else {"rewards": rewards})
+    return found | ({} if None in judges else {"rewards": rewards})
+
+
+def _judge(name: str) -> Any | None:
+    """(question, texts, ids) → rewards of a prompt's responses; `None` for an entry point."""
+    own = {"tag_pref": tag_pref, "stand_in": lambda text, _: _stand_in(text)}.get(name)
+    function = own or _function(name)
+    if function is None:
+        return None
+    takes = () if own else signature(function).parameters
+
+    def pair(question: Question, texts: list[str], _: Any) -> list[Any]:
+        return [function(text, question.gold) for text in texts]
+
+    def trl(question: Question, texts: list[str], ids: Any) -> list[Any]:
+        count, chats = len(texts), not isinstance(question.prompt, str)
+        said = [[{"role": "assistant", "content": text}] if chats else text for text in texts]
+        columns = {key: [value] * count for key, value in question.row.items() if key != "prompt"}
+        own = {
+            "prompts": [question.prompt] * count,
+            "completions": said,
+            "completion_ids": list(ids),
+        }
+        given = columns | own
+        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):  # pyright: ignore[reportAttributeAccessIssue]
+            given = {key: value for key, value in given.items() if key in takes}
+        return list(function(**given))
+
+    def verl(question: Question, texts: list[str], _: Any) -> list[Any]:
+        gold = (question.row.get("reward_model") or {}).get("ground_truth", question.gold)
+        given = {"data_source": question.row.get("data_source"), "ground_truth": gold}
+        given["extra_info"] = question.row.get("extra_info")
+        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):  # pyright: ignore[reportAttributeAccessIssue]
+            given = {key: value for key, value in given.items() if key in takes}
+        scores = [function(solution_str=text, **given) for text in texts]
+        return [score["score"] if isinstance(score, dict) else score for score in scores]
+
+    return trl if "completions" in takes else verl if "solution_str" in takes else pair
+
+
+def _stand_in(text: str) -> float:
+    """The first 48 bits of a digest, as a fraction of 2⁴⁸."""
+    return (
+        int(sha256(b"stand-in " + text.encode(errors="surrogatepass")).hexdigest()[:12], 16)
+        / 16**12
+    )
 
 
 def pool(name: str, split: str, prompts_file: Path | None) -> list[Question] | None:
-    """All questions; `None` for a dataset of the package `datasets` or behind an entry point."""
+    """All questions; `None` for a dataset of the package `datasets`, behind an entry point, or in a table."""
     head, _, path = name.partition(":")
     if prompts_file is not None or (head == "jsonl" and path):
         file = prompts_file or Path(path).expanduser()
-        return [(row["prompt"], _text(row.get("gold"))) for row in _lines(file)]
+        if file.suffix.lower() not in (".jsonl", ".ndjson", ".txt", ""):
+            raise LookupError(f"{file.suffix} is not read a second time")
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            rows = islice((json.loads(line) for line in lines if line.strip()), _MOST + 1)
+            return [Question(row["prompt"], _gold(row), row) for row in rows]
     if name == "arithmetic":
-        return _arithmetic(split)
+        return [Question(text, gold) for text, gold in _arithmetic(split)]
     if head != "gsm8k_r1_template" and path:
         function = _function(name)
         if function is None:
@@ -137,13 +264,24 @@ def pool(name: str, split: str, prompts_file: Path | None) -> list[Question] | N
     return None
 
 
+def _gold(row: dict[str, Any]) -> str | None:
+    """The first of the columns that hold an answer, a text or a number."""
+    model = row.get("reward_model")
+    last = model.get("ground_truth") if isinstance(model, dict) else None
+    columns = [row.get(key) for key in ("gold", "answer", "solution", "ground_truth")]
+    for value in (*columns, last):
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+    return None
+
+
 def _lines(path: Path) -> list[Any]:
     """A value of JSON on each line; a text may hold other separators of lines."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _arithmetic(split: str) -> list[Question]:
+def _arithmetic(split: str) -> list[tuple[str, str]]:
     """a+b and a−b for a and b below 50, shuffled by `random.Random(0)`; the last fifth is `test`."""
     of_all = []
     for number in range(2500):
@@ -192,9 +330,13 @@ def _function(name: str) -> Any | None:
 
 def _question(row: Any) -> Question:
     if isinstance(row, dict):
-        return row["prompt"], _text(row.get("gold"))
-    text, gold = row if isinstance(row, tuple | list) else (row.text, row.gold)
-    return text, _text(gold)
+        return Question(row["prompt"], _gold(row), row)
+    if isinstance(row, tuple | list):
+        text, gold = row
+        return Question(text, _text(gold))
+    return Question(
+        row.text if row.messages is None else list(row.messages), row.gold, dict(row.columns)
+    )
 
 
 def _text(gold: Any) -> str | None:

@@ -137,13 +137,18 @@ class BatchConfig(Section):
 
     Both are drawn from one dataset with one seed. `dataset`: arithmetic, jsonl:PATH,
     gsm8k_r1_template[:PATH], an entry point's name or module:function.
-    `reward`: tag_pref, an entry point's name or module:function.
+    `reward`: tag_pref, stand_in, an entry point's name or module:function; or a list of them, whose
+    sum with `reward_weights` counts. `system_prompt` goes before every prompt; `chat_template_kwargs`
+    are more arguments of the tokenizer's chat template.
     """
 
     num_prompts: AtLeastTwo = 16
     num_update_prompts: AtLeastTwo = 16
     dataset: str = "arithmetic"
-    reward: str = "tag_pref"
+    reward: str | list[str] = "tag_pref"
+    reward_weights: list[float] | None = None
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     split: Literal["train", "test"] = "train"
     with_replacement: bool = False
     seed: Count = 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from entropy_probe.errors import CheckpointError
 
@@ -21,3 +24,17 @@ def checkpoint_path() -> Path:
             "install the package again, or run demo.train",
         )
     return found[0]
+
+
+def is_of_the_demo(tokenizer: Any | None) -> bool:
+    """Whether these are the demo's own tokens: then its questions and its reward are the checkpoint's."""
+    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    return vocabulary == _vocabulary()
+
+
+@cache
+def _vocabulary() -> dict[str, int]:
+    found = json.loads((Path(__file__).parent / "base" / "tokenizer.json").read_text("utf-8"))
+    return found["model"]["vocab"] | {
+        token["content"]: token["id"] for token in found["added_tokens"]
+    }

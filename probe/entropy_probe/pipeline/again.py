@@ -62,8 +62,8 @@ def _inputs(
     responses = [[response for response in of_prompt if response] for of_prompt in rows]
     try:
         if given != "sampled":
-            return of_file(Path(given), prompts, responses)
-        return of_dataset(questions(), batch.reward, prompts, responses)
+            return of_file(Path(given), prompts, responses, lambda: _pad(of))
+        return of_dataset(questions(), batch, rollouts.reward, prompts, responses)
     except Exception as error:
         return f"cannot be looked up again ({type(error).__name__}: {error})"
 
@@ -73,7 +73,11 @@ def _questions(of: Measured, prepared: Prepared) -> Questions:
     info, batch = of.checkpoint.info, of.config.batch
     file = None if prepared.prompts is None else Path(prepared.prompts)
     tokenizer = plain_tokenizer(info.path, info.base_model)
-    return Questions.of(batch.dataset, batch.split, file, tokenizer)
+    return Questions.of(batch, file, tokenizer)
+
+
+def _pad(of: Measured) -> int | None:
+    return plain_tokenizer(of.checkpoint.info.path, of.checkpoint.info.base_model).pad_token_id
 
 
 def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:

@@ -96,6 +96,9 @@ def _given(prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
         "fingerprint": prepared.checkpoint.info.fingerprint,
         "given": [printable(given) for given in prepared.given],
         "source": [printable(batch.source) for batch in batches],
+        "reward": [printable(batch.reward) for batch in batches],
+        "builtin": [batch.builtin for batch in batches],
+        "found": [[printable(line) for line in batch.found] for batch in batches],
         "weighed": [batch.weighed for batch in batches],
         "missing_gold": [batch.missing_gold for batch in batches],
     }

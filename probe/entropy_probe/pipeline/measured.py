@@ -23,7 +23,8 @@ from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gr
 from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
 from entropy_probe.stages.reference import reference_logp
-from entropy_probe.stages.responses.rollouts import Rollouts, eos_ids
+from entropy_probe.stages.responses.ids import eos_ids
+from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
 

@@ -11,6 +11,7 @@ import torch
 from entropy_probe import memory
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
+from entropy_probe.demo import is_of_the_demo
 from entropy_probe.errors import MeasurementError
 from entropy_probe.layout import following
 from entropy_probe.model.checkpoint import Checkpoint
@@ -20,7 +21,13 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.pipeline.clock import Clock
 from entropy_probe.processes.world import ALONE, World
-from entropy_probe.stages.batches import draw_batches, fingerprint, sampling_section
+from entropy_probe.stages.batches import (
+    Unasked,
+    draw_batches,
+    fingerprint,
+    sampling_section,
+    with_limit,
+)
 from entropy_probe.stages.memory.memory_limit import require_loaded_within
 from entropy_probe.stages.reference import has_reference
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
@@ -64,6 +71,7 @@ def prepare(
 ) -> Prepared:
     """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
     world.count_anew()
+    asked = config
     with world.together(), allocating(config):
         held = {} if checkpoint.held is None else {"load": checkpoint.held}
         require_loaded_within(config, checkpoint.held)
@@ -84,13 +92,25 @@ def prepare(
                 samples_update=rollouts is None and update_rollouts is None,
             )
             files = (rollouts, update_rollouts, prompts)
+            unasked = _unasked(asked, checkpoint, prompts)
             world.same({"recipe": config.model_dump_json()})
             after = world.told(_with_room(following(checkpoint.info.path), checkpoint, config))
             if next_checkpoint is not None:
                 after = Path(next_checkpoint).expanduser()
-            made = _prepared(checkpoint, config, recipe, *files, clock)
+            made = _prepared(checkpoint, config, recipe, *files, clock, unasked)
             was_found = next_checkpoint is None
             return replace(made, next_checkpoint=after, next_was_found=was_found)
+
+
+def _unasked(config: ProbeConfig, checkpoint: Checkpoint, prompts: str | Path | None) -> Unasked:
+    """What was left to chance; the demo was trained on the built-in prompts and for the built-in reward."""
+    batch = config.batch.model_fields_set
+    mine = not is_of_the_demo(checkpoint.tokenizer)
+    return Unasked(
+        prompts=mine and prompts is None and "dataset" not in batch,
+        reward=mine and "reward" not in batch,
+        length="max_new_tokens" not in config.generation.model_fields_set,
+    )
 
 
 def _with_room(beside: Path | None, checkpoint: Checkpoint, config: ProbeConfig) -> Path | None:
@@ -128,6 +148,7 @@ def _prepared(
     update_rollouts: str | Path | None,
     prompts: str | Path | None,
     clock: Clock,
+    unasked: Unasked,
 ) -> Prepared:
     world, tokenizer = clock.world, checkpoint.tokenizer
     with clock("integrity"):
@@ -135,7 +156,10 @@ def _prepared(
         bound = bind(checkpoint.model, str_to_dtype(config.precision.dtype))
     with clock("rollouts"):
         files = (rollouts, update_rollouts, prompts)
-        e, u = draw_batches(bound, tokenizer, config, *files, clock.progress, world)
+        options = {"unasked": unasked}
+        e, u = draw_batches(bound, tokenizer, config, *files, clock.progress, world, **options)
+        if e.limit is not None:
+            config = with_limit(config, e.limit)
         world.same({"E batch": fingerprint(e), "U batch": fingerprint(u)})
         sampling = None
         if rollouts is None and world.first:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import for_sampling
 from entropy_probe.stages.responses import tasks
-from entropy_probe.stages.responses.rewards import find_reward
-from entropy_probe.stages.responses.rollouts import Progress, Rollouts, early_eos, eos_ids
+from entropy_probe.stages.responses.ids import Door, early_eos, eos_ids
+from entropy_probe.stages.responses.prompt_files import PromptFile
+from entropy_probe.stages.responses.rewards import find_rewards
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampled_rollouts import redrawn, sample_rollouts
 from entropy_probe.stages.share import Share
@@ -40,9 +43,7 @@ def redraw_for(
         return None
     rollouts = share.rollouts
     limit = _length_limit(rollouts, set(eos_ids(bound.language_model, tokenizer)), config)
-    longer = config.model_copy(
-        update={"generation": config.generation.model_copy(update={"max_new_tokens": limit})}
-    )
+    longer = with_limit(config, limit)
     generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer, later=True).generation
     seed = _seed("E", config.batch.seed)
     return lambda override: redrawn(
@@ -91,6 +92,21 @@ def _seed(which: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{which} {seed}".encode()).digest()[:6])
 
 
+@dataclass(frozen=True)
+class Unasked:
+    """What nobody asked for, so that the built-in prompts, a stand-in reward and a shorter length may serve."""
+
+    prompts: bool = False
+    reward: bool = False
+    length: bool = False
+
+
+def with_limit(config: ProbeConfig, limit: int) -> ProbeConfig:
+    """The configuration with responses of so many tokens at most."""
+    generation = config.generation.model_copy(update={"max_new_tokens": limit})
+    return config.model_copy(update={"generation": generation})
+
+
 def draw_batches(
     bound: BoundModel,
     tokenizer: Any | None,
@@ -100,13 +116,18 @@ def draw_batches(
     prompts: str | Path | None,
     progress: Progress | None,
     world: World = ALONE,
+    *,
+    unasked: Unasked | None = None,
 ) -> tuple[Rollouts, Rollouts]:
     """E and U. Sampled batches have disjoint prompts and seeds of their own; one file alone serves as both.
 
     Of several processes each samples its share of the prompts, and all have both batches.
     """
-    batch = config.batch
-    file_e = None if rollouts is None else read_rollouts(rollouts, bound, tokenizer)
+    unasked = unasked or Unasked()
+    batch, template = config.batch, config.batch.chat_template_kwargs
+    file_e = None
+    if rollouts is not None:
+        file_e = read_rollouts(rollouts, bound, tokenizer, template=template)
     if (
         rollouts is not None
         and update_rollouts is not None
@@ -115,12 +136,12 @@ def draw_batches(
         update_rollouts = None  # one file for both is one batch, whichever way it is said
     file_u = None
     if update_rollouts is not None:
-        file_u = read_rollouts(update_rollouts, bound, tokenizer, only_update=True)
+        options = {"only_update": True, "template": template}
+        file_u = read_rollouts(update_rollouts, bound, tokenizer, **options)
     if file_e is not None:
         return file_e, file_u if file_u is not None else file_e
-    reward = find_reward(batch.reward)
     pool = (
-        tasks.read_prompts(prompts)
+        tasks.read_prompts(prompts, batch.split)
         if prompts is not None
         else tasks.dataset_prompts(batch.dataset, batch.split)
     )
@@ -128,26 +149,49 @@ def draw_batches(
     drawn = tasks.draw_prompts(
         pool, count, seed=batch.seed, with_replacement=batch.with_replacement
     )
-    longest = (
-        0 if tokenizer is None else max(len(tokenizer(prompt.text).input_ids) for prompt in drawn)
-    )
+    no_gold = unasked.prompts or all(prompt.gold is None for prompt in drawn)
+    reward = "stand_in" if unasked.reward and no_gold else batch.reward
+    rewards = find_rewards(reward, batch.reward_weights)
+    ends = eos_ids(bound.language_model, tokenizer)
+
+    def door() -> Door:
+        return Door(tokenizer, ends, batch.system_prompt, template)
+
+    longest = 0 if tokenizer is None else max(len(door().of_prompt(prompt)) for prompt in drawn)
+    limit, said = None, _about(pool)
+    asked, room = config.generation.max_new_tokens, (bound.longest_row or 0) - longest
+    if unasked.length and 0 < room < asked:
+        limit = room
+        held = f"the model holds {bound.longest_row}"
+        said += (f"responses end after {room} tokens, not {asked}: {held}",)
+        config = with_limit(config, room)
     generation = for_sampling(bound, longest, config).generation if longest else config.generation
 
     def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:
-        return sample_rollouts(
+        made = sample_rollouts(
             bound,
             tokenizer,
             own,
             generation,
             seed=_seed(which, batch.seed),
-            reward=reward,
+            rewards=rewards,
+            door=door(),
             stage=f"sampling {which}",
             progress=progress,
             world=world,
         )
+        name = reward if isinstance(reward, str) else ", ".join(reward)
+        found = (*made.found, *said)
+        return replace(made, reward=name, found=found, builtin=unasked.prompts, limit=limit)
 
     batch_e = sampled("E", drawn[: batch.num_prompts])
     return batch_e, file_u if file_u is not None else sampled("U", drawn[batch.num_prompts :])
+
+
+def _about(pool: Sequence[tasks.Prompt]) -> tuple[str, ...]:
+    """From which column of a file the gold answers are, where it is none of that name."""
+    column = pool.gold if isinstance(pool, PromptFile) else None
+    return () if column in (None, "gold") else (f"gold answers are those of `{column}`",)
 
 
 def batch_section(
@@ -179,6 +223,9 @@ def batch_section(
         unended=sum(len(response) < limit for response in cut) if limit_is_known else None,
         fingerprint=fingerprint(rollouts),
         advantages=_whence(rollouts),
+        reward=printable(rollouts.reward),
+        prompts_are_builtin=rollouts.builtin,
+        found=[printable(line) for line in rollouts.found],
     )
 
 

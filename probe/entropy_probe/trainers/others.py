@@ -121,7 +121,7 @@ def _made(
 ) -> Found:
     generation = {"temperature": float(temperature)} if type(temperature) in (int, float) else {}
     count = prompts if type(prompts) is int and prompts > 0 else None
-    return Found(name, source, parts, generation, count, tuple(left))
+    return Found(name, source, parts, generation, prompts=count, not_reproduced=tuple(left))
 
 
 def _yaml(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,24 @@ def _layered(
 def _policy(
     config: ProbeConfig, found: Found, sources: dict[str, str], left: list[str]
 ) -> dict[str, Any]:
-    """Temperature and prompts of a step, unless they were set."""
+    """Temperature and length of responses, arguments of the chat template, and prompts of a step, unless they were
+    set."""
     changes: dict[str, Any] = {}
-    temperature = found.generation.get("temperature")
-    if temperature is not None and "temperature" not in config.generation.model_fields_set:
-        policy = config.generation.model_copy(update={"temperature": temperature})
-        changes["generation"] = policy
-        sources["temperature"] = found.source
+    policy, own = config.generation, {}
+    for key in ("temperature", "max_new_tokens"):
+        value = found.generation.get(key)
+        if value is None or key in policy.model_fields_set:
+            continue
+        if key == "max_new_tokens" and value > policy.max_new_tokens:
+            left.append(f"responses of up to {value} tokens: here {policy.max_new_tokens}")
+            continue
+        own[key], sources[key] = value, found.source
+    if own:
+        changes["generation"] = policy.model_copy(update=own)
     batch, prompts = config.batch, found.prompts
+    if found.template and "chat_template_kwargs" not in batch.model_fields_set:
+        batch = batch.model_copy(update={"chat_template_kwargs": dict(found.template)})
+        changes["batch"], sources["chat_template_kwargs"] = batch, found.source
     usual = BUDGETS[config.budget].values.get("batch", {}).get("num_update_prompts")
     given = "num_update_prompts" in batch.model_fields_set and batch.num_update_prompts != usual
     usual = usual or BatchConfig().num_update_prompts
@@ -106,9 +117,13 @@ def _policy(
 
 def _beside(changes: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """What of the trainer's settings is no part of the recipe and was taken too."""
-    found = {}
-    if "temperature" in sources:
-        found["temperature"] = changes["generation"].temperature
+    found = {
+        key: getattr(changes["generation"], key)
+        for key in ("temperature", "max_new_tokens")
+        if key in sources
+    }
+    if "chat_template_kwargs" in sources:
+        found["chat_template_kwargs"] = json.dumps(changes["batch"].chat_template_kwargs)
     if "num_update_prompts" in sources:
         found["num_update_prompts"] = changes["batch"].num_update_prompts
     return found

@@ -20,6 +20,8 @@ def found(path: Path) -> Found:
     """Raises `ProbeError` where the arguments are those of another trainer, or of a loss that is not known."""
     note = read_arguments(path)
     of = _Arguments({str(key): plain(value) for key, value in note.state.items()}, path)
+    given = note.state.get("chat_template_kwargs")
+    of.template = {str(k): plain(v) for k, v in given.items()} if isinstance(given, dict) else {}
     if "RLOO" in note.name or "normalize_advantages" in of.values:
         return _rloo(of)
     if "GRPO" in note.name or {"loss_type", "num_generations"} <= of.values.keys():
@@ -33,6 +35,7 @@ class _Arguments:
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
         self.values, self.path = values, path
+        self.template: dict[str, Any] = {}
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key)
@@ -169,6 +172,8 @@ def _processes(of: _Arguments) -> int:
 def _made(name: str, parts: dict[str, Any], of: _Arguments, left: list[str]) -> Found:
     """With the policy's temperature and the prompts of a step."""
     generation = {} if "temperature" not in of.values else {"temperature": of.number("temperature")}
+    if of.count("max_completion_length") > 0:
+        generation["max_new_tokens"] = of.count("max_completion_length")
     for key, harmless in (("top_k", (0, -1)), ("min_p", (0.0,)), ("top_p", (1.0,))):
         if of.values.get(key) is not None and of.values[key] not in harmless:
             left.append(f"{key} {of.number(key):g} in sampling")
@@ -177,7 +182,7 @@ def _made(name: str, parts: dict[str, Any], of: _Arguments, left: list[str]) -> 
     rows = of.count("per_device_train_batch_size") * of.count("gradient_accumulation_steps")
     group = of.count("num_generations")
     prompts = max(1, rows * _processes(of) // group) if rows > 0 and group > 0 else None
-    return Found(name, of.path.name, parts, generation, prompts, tuple(left))
+    return Found(name, of.path.name, parts, generation, of.template, prompts, tuple(left))
 
 
 def _dropout(folder: Path) -> float:

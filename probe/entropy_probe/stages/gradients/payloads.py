@@ -149,7 +149,8 @@ def x_payload(
     kappa = rb_coefficients(
         scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among
     )
-    return Payload(-1.0 / rollouts.present.sum(1, keepdim=True) * rollouts.present, kappa)
+    present = rollouts.present.double()
+    return Payload(-present / present.sum(1, keepdim=True), kappa)
 
 
 def y_payload(batch: UpdateBatch, config: ProbeConfig) -> Payload:

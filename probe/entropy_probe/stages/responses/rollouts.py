@@ -5,7 +5,7 @@ They are read from a file (`rollouts_file.py`) or sampled from the policy (`samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-from entropy_probe.errors import MeasurementError, shown
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -34,6 +32,9 @@ class Rollouts:
     `advantages` [B, G] or [B, G, T] replace the rule, and where they are `weighed` all else that ∇log p
     is multiplied by; `micro_batches` say which responses the trainer takes together. `in_step` are those
     of a rollout that the step takes, the one that follows `after_step`; all of them.
+    `reward` names what gave the rewards, `found` says what was found among ids and prompts, and the
+    prompts are `builtin` where nobody chose them. `limit` is the length at which sampled ones end,
+    where the model cannot hold what is configured.
     Where these are a process's share of a batch, `first_prompt` of it stand before them.
     """
 
@@ -50,6 +51,10 @@ class Rollouts:
     in_step: Bool[Tensor, "B G"] | None = None
     after_step: int | None = None
     weighed: bool = False
+    reward: str = "file"
+    found: tuple[str, ...] = ()
+    builtin: bool = False
+    limit: int | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -195,23 +200,3 @@ def _padded(entries: Sequence[Sequence[float]]) -> Float[Tensor, "N T"]:
     """Zeros stand past the end of an entry."""
     tensors = [torch.tensor(entry, dtype=torch.float64) for entry in entries]
     return pad_sequence(tensors, batch_first=True)
-
-
-def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
-    """EOS ids of generation_config, else of the model's config, else of the tokenizer."""
-    of_model = [getattr(model, name, None) for name in ("generation_config", "config")]
-    for holder in (*of_model, tokenizer):
-        eos = getattr(holder, "eos_token_id", None)
-        if eos is None:
-            continue
-        ids = list(eos) if isinstance(eos, list | tuple) else [eos]
-        if not ids or any(type(e) is not int or e < 0 for e in ids):
-            remedy = "give token ids in generation_config.json"
-            raise MeasurementError("eos_token_id", f"is {shown(eos)}", remedy)
-        return ids
-    return []
-
-
-def early_eos(response: Sequence[int], eos: Collection[int]) -> int | None:
-    """Where a response has an EOS before its last token."""
-    return next((i for i, token in enumerate(response[:-1]) if token in eos), None)

@@ -22,29 +22,31 @@ from typing import Any
 
 from entropy_probe.errors import RolloutsError, shown
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.stages.responses.ids import Door, early_eos, eos_ids
+from entropy_probe.stages.responses.prompts import checked_prompt
 from entropy_probe.stages.responses.rewards import LARGEST_REWARD
-from entropy_probe.stages.responses.rollouts import (
-    Group,
-    Rollouts,
-    assembled,
-    early_eos,
-    eos_ids,
-)
+from entropy_probe.stages.responses.rollouts import Group, Rollouts, assembled
 from entropy_probe.text import has_lone_surrogate, json_lines
 
 
 def read_rollouts(
-    path: str | Path, bound: BoundModel, tokenizer: Any | None, *, only_update: bool = False
+    path: str | Path,
+    bound: BoundModel,
+    tokenizer: Any | None,
+    *,
+    only_update: bool = False,
+    template: Mapping[str, Any] | None = None,
 ) -> Rollouts:
     """Read a rollouts file. One of which only the update is made may have a single prompt, and groups of any size.
+    `template` are more arguments of the chat template, for prompts that are messages.
 
     Raises `RolloutsError` naming the line: unequal G, an empty response, a token outside the
     vocabulary, lists of different length, a reward that is not finite, G < 2.
     """
-    eos = eos_ids(bound.language_model, tokenizer)
+    door = Door(tokenizer, eos_ids(bound.language_model, tokenizer), template=template or {})
     groups: list[Group] = []
     for where, row in json_lines(Path(path), "write one object per line"):
-        group = _Line(row, where, bound.vocabulary, eos, tokenizer).read()
+        group = _Line(row, where, bound.vocabulary, door).read()
         if not only_update:
             _require_alike_in_size(group, (groups or [group])[0], where)
         if groups:
@@ -56,7 +58,7 @@ def read_rollouts(
     if len(groups) < fewest:
         problem = f"has {len(groups)} prompts, expected at least {fewest}"
         raise RolloutsError(path, problem, f"add lines{_ONLY_UPDATE if groups else ''}")
-    return assembled(groups, str(path), 0)
+    return replace(assembled(groups, str(path), 0), found=door.lines())
 
 
 _ONLY_UPDATE = ", or give it as the update rollouts"
@@ -130,12 +132,18 @@ def unpadded(row: Mapping[str, Any]) -> dict[str, Any] | str:
     spans = [_span(mask, own) for mask, own in zip(of_responses, ids, strict=False)]
     if len(of_responses) != len(ids) or None in spans:
         return "`response_mask` is not 0s and one run of 1s for each response, as long as its ids"
-    lengths = [len(own) for own in ids]
+    return _cut(found, [span for span in spans if span is not None])
+
+
+def _cut(row: dict[str, Any], spans: list[slice]) -> dict[str, Any]:
+    """The line with a part of every response, and of the numbers that stand beside all of its tokens."""
+    lengths = [len(own) for own in row["response_ids"]]
+    parts = {}
     for key in ("response_ids", "advantages", "weights", "logprobs"):
-        of_tokens = found.get(key)
+        of_tokens = row.get(key)
         if isinstance(of_tokens, list) and [_length(own) for own in of_tokens] == lengths:
-            found[key] = [own[span] for own, span in zip(of_tokens, spans, strict=True)]
-    return found
+            parts[key] = [own[span] for own, span in zip(of_tokens, spans, strict=True)]
+    return row | parts
 
 
 def _span(mask: Any, ids: Any) -> slice | None:
@@ -159,8 +167,7 @@ class _Line:
     row: dict[str, Any]
     where: str
     vocabulary: int
-    eos: list[int]
-    tokenizer: Any | None
+    door: Door
 
     def read(self) -> Group:
         self._require_known()
@@ -173,12 +180,19 @@ class _Line:
         row = self.row
         if "prompt_ids" in row:
             prompt = self._ids(row["prompt_ids"], "prompt_ids")
-            responses = [self._response(ids, "response_ids") for ids in self._list("response_ids")]
+            responses = [self._ids(ids, "response_ids") for ids in self._list("response_ids")]
+            prompt = prompt[self.door.inside_prompt(prompt)]
+            row = self._without_padding(responses)
+            responses = row["response_ids"]
         else:
             prompt, responses = self._tokenised()
         count = len(responses)
         if count < 1:
             raise self._wrong(f"has {count} responses, expected at least 1", "give 2 or more")
+        return replace(self, row=row)._group(prompt, responses)
+
+    def _group(self, prompt: list[int], responses: list[list[int]]) -> Group:
+        row, count = self.row, len(responses)
         given = {key for key in _BESIDE if row.get(key) is not None}
         weighed = row.get("weights") is not None
         if weighed and "advantages" in given:
@@ -198,6 +212,17 @@ class _Line:
             in_step=self._flags("in_step", count) if "in_step" in given else None,
             after_step=self._after_step(),
         )
+
+    def _without_padding(self, responses: list[list[int]]) -> dict[str, Any]:
+        """The line with what no mask names as padding, and is; numbers of tokens with it."""
+        spans = [self.door.inside_response(ids) for ids in responses]
+        row = _cut(self.row | {"response_ids": responses}, spans)
+        for ids in row["response_ids"]:
+            early = early_eos(ids, self.door.eos)
+            if early is not None:
+                problem = f"`response_ids` goes on after the EOS at {early}"
+                raise self._wrong(problem, "end each response at its EOS")
+        return row
 
     def _after_step(self) -> int | None:
         step = self.row.get("after_step")
@@ -236,11 +261,12 @@ class _Line:
         return RolloutsError(self.where, problem, remedy)
 
     def _tokenised(self) -> tuple[list[int], list[list[int]]]:
-        prompt, tokenizer = self.row.get("prompt"), self.tokenizer
-        if not isinstance(prompt, str) or has_lone_surrogate(prompt):
-            problem = "has neither `prompt_ids` nor a text under `prompt`"
-            raise self._wrong(problem, "give one of them")
-        if tokenizer is None:
+        try:
+            prompt = checked_prompt(self.row.get("prompt"), None)
+        except ValueError as error:
+            problem = f"has no `prompt_ids`, and {error}"
+            raise self._wrong(problem, "give one of them") from error
+        if self.door.tokenizer is None:
             problem = "is text, and the checkpoint has no tokenizer"
             raise self._wrong(problem, "give prompt_ids and response_ids")
         texts = self._list("responses")
@@ -248,18 +274,22 @@ class _Line:
         if "truncated" in self.row:
             cut = self._flags("truncated", len(texts))
         ended = [not truncated for truncated in cut]
-        responses = [self._encoded(*one, tokenizer) for one in zip(texts, ended, strict=True)]
-        return self._ids(list(tokenizer(prompt).input_ids), "prompt"), responses
+        responses = [self._encoded(*one) for one in zip(texts, ended, strict=True)]
+        return self._ids(self.door.of_prompt(prompt), "prompt"), responses
 
-    def _encoded(self, text: object, ended: bool, tokenizer: Any) -> list[int]:
-        """The tokens of a response; an EOS is added to one that has ended."""
+    def _encoded(self, response: object, ended: bool) -> list[int]:
+        """The tokens of a response, a text or a list of one message; an EOS is added to one that has ended."""
+        text = response
+        if isinstance(text, list) and len(text) == 1 and isinstance(text[0], dict):
+            text = text[0].get("content")
         if not isinstance(text, str) or has_lone_surrogate(text):
-            raise self._wrong(f"a response is {text!a}"[:120], "give texts")
-        ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-        if ended and self.eos and (not ids or ids[-1] not in self.eos):
-            own = tokenizer.eos_token_id
-            ids.append(own if own in self.eos else self.eos[0])
-        return self._response(ids, "responses")
+            raise self._wrong(f"a response is {response!a}"[:120], "give texts")
+        ids = self._ids(self.door.of_response(text, ended=ended), "responses")
+        early = early_eos(ids, self.door.eos)
+        if early is not None:
+            problem = f"`responses` goes on after the EOS at {early}"
+            raise self._wrong(problem, "end each response at its EOS")
+        return ids
 
     def _ids(self, value: Any, key: str) -> list[int]:
         if not isinstance(value, list) or not value:
@@ -270,14 +300,6 @@ class _Line:
                 remedy = f"give token ids from 0 to {self.vocabulary - 1}"
                 raise self._wrong(f"`{key}` holds {shown(token)}", remedy)
         return value
-
-    def _response(self, value: Any, key: str) -> list[int]:
-        ids = self._ids(value, key)
-        early = early_eos(ids, self.eos)
-        if early is not None:
-            problem = f"`{key}` goes on after the EOS at {early}"
-            raise self._wrong(problem, "end each response at its EOS")
-        return ids
 
     def _list(self, key: str) -> list[Any]:
         value = self.row.get(key)

@@ -15,15 +15,10 @@ from entropy_probe.config import GenerationConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.responses.ids import Door, eos_ids
 from entropy_probe.stages.responses.prompts import Prompt
-from entropy_probe.stages.responses.rewards import Reward, tag_pref
-from entropy_probe.stages.responses.rollouts import (
-    Group,
-    Progress,
-    Rollouts,
-    assembled,
-    eos_ids,
-)
+from entropy_probe.stages.responses.rewards import Asked, Reward, Rewards, of_each, tag_pref
+from entropy_probe.stages.responses.rollouts import Group, Progress, Rollouts, assembled
 from entropy_probe.stages.responses.sampling import StopStrings, sample
 
 
@@ -34,7 +29,9 @@ def sample_rollouts(
     generation: GenerationConfig,
     *,
     seed: int,
-    reward: Reward = tag_pref,
+    reward: Reward | None = None,
+    rewards: Rewards | None = None,
+    door: Door | None = None,
     stage: str = "sampling",
     progress: Progress | None = None,
     world: World = ALONE,
@@ -43,16 +40,15 @@ def sample_rollouts(
 
     A response ends with its first EOS, with the token that completes a stop string, or at the
     length limit. The same seed gives the same responses whatever `gen_batch_size` is, and however
-    many processes share the prompts; no global generator is used.
+    many processes share the prompts; no global generator is used. `reward` is that of one response,
+    `rewards` those of many; `door` is what makes ids of the prompts.
     """
     if tokenizer is None:
         problem = "the checkpoint has none, so nothing can be sampled"
         raise MeasurementError("tokenizer", problem, "give --probe-rollouts")
-    encoded = [list(tokenizer(prompt.text).input_ids) for prompt in prompts]
-    empty = next((i for i, ids in enumerate(encoded) if not ids), None)
-    if empty is not None:
-        where = f"prompt {prompts[empty].text!r}"
-        raise MeasurementError(where, "encodes to no token", "leave it out")
+    door = door or Door(tokenizer, eos_ids(bound.language_model, tokenizer))
+    encoded = [door.of_prompt(prompt) for prompt in prompts]
+    rewards = rewards or of_each(reward or tag_pref)
     group = generation.num_return_sequences
     share = world.share(len(prompts))
     drawn = _sampled(
@@ -64,13 +60,19 @@ def sample_rollouts(
         first_prompt=share.start,
         progress=None if progress is None else partial(progress, stage),
     )
-    own = []
-    for prompt, responses in zip(prompts[share], drawn, strict=True):
-        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-        own.append([reward(text, prompt.gold) for text in texts])
-    drawn, rewards = _of_all(drawn, own, share, len(prompts), group, world)
-    groups = [Group(*one) for one in zip(encoded, drawn, rewards, strict=True)]
-    return assembled(groups, "sampled", sum(prompt.gold is None for prompt in prompts))
+    asked = [
+        Asked(prompt, door.text_of(response), response)
+        for prompt, responses in zip(prompts[share], drawn, strict=True)
+        for response in responses
+    ]
+    given = rewards(asked)
+    own = [given[start : start + group] for start in range(0, len(given), group)]
+    drawn, of_all = _of_all(drawn, own, share, len(prompts), group, world)
+    for response in (response for responses in drawn for response in responses):
+        door.look_at(response)
+    groups = [Group(*one) for one in zip(encoded, drawn, of_all, strict=True)]
+    missing = sum(prompt.gold is None for prompt in prompts)
+    return replace(assembled(groups, "sampled", missing), found=door.lines())
 
 
 def _of_all(

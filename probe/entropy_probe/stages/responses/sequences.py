@@ -21,8 +21,9 @@ from entropy_probe.estimators.token_stats import (
     TokenStepDiagnostics,
 )
 from entropy_probe.model.forward import BoundModel, form
+from entropy_probe.stages.responses.ids import early_eos
 from entropy_probe.stages.responses.prompts import Prompt
-from entropy_probe.stages.responses.rollouts import Rollouts, early_eos
+from entropy_probe.stages.responses.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

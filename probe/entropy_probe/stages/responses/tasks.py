@@ -3,7 +3,7 @@
 A dataset is a list of `Prompt(text, gold)` for a split. The names:
 
     arithmetic                  sums and differences, generated here
-    jsonl:PATH                  lines of {"prompt": "…", "gold": "…"}; the split has no meaning
+    jsonl:PATH                  a file or folder of prompts (prompt_files.py)
     gsm8k_r1_template[:PATH]    GSM8K (gsm8k.py)
     NAME                        an entry point of the group `entropy_probe.datasets`
     module:function             split → iterable of Prompt, (text, gold) or {"prompt": …, "gold": …}
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import os.path
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from entropy_probe.errors import ConfigError, shown
 from entropy_probe.stages.responses.gsm8k import gsm8k_r1_template
-from entropy_probe.stages.responses.prompts import Prompt, checked_prompt, read_prompts
+from entropy_probe.stages.responses.prompt_files import PromptFile, read_prompts
+from entropy_probe.stages.responses.prompts import Prompt, checked_prompt, prompt_of_row
 from entropy_probe.stages.responses.rewards import same_answer, tag_pref
 from entropy_probe.stages.responses.user_functions import call, find_function
 
@@ -67,13 +68,13 @@ DATASETS: dict[str, Callable[[str], list[Prompt]]] = {
     "arithmetic": arithmetic,
     "gsm8k_r1_template": gsm8k_r1_template,
 }
-DATASETS_OF_FILES: dict[str, Callable[[str, str], list[Prompt]]] = {
-    "jsonl": lambda split, path: read_prompts(path),
+DATASETS_OF_FILES: dict[str, Callable[[str, str], Sequence[Prompt]]] = {
+    "jsonl": lambda split, path: read_prompts(path, split),
     "gsm8k_r1_template": gsm8k_r1_template,
 }
 
 
-def dataset_prompts(name: str, split: str) -> list[Prompt]:
+def dataset_prompts(name: str, split: str) -> Sequence[Prompt]:
     """All prompts of the split of the dataset that `name` means. Built-in names come first.
 
     Raises `ConfigError` for a name that is not known, and for a user's function that raises or
@@ -105,27 +106,26 @@ def dataset_prompts(name: str, split: str) -> list[Prompt]:
 
 
 def as_prompt(row: object, which: str, key: str = _KEY) -> Prompt:
-    """A `Prompt`, a (text, gold) or {"prompt": text, "gold": gold} as a prompt.
+    """A `Prompt`, a (text, gold) or {"prompt": text or messages, "gold": gold, …} as a prompt.
 
     Raises `ConfigError` naming `which`.
     """
     remedy = 'give Prompt(text, gold), (text, gold) or {"prompt": text, "gold": gold}'
-    if isinstance(row, Prompt):
-        text, gold = row.text, row.gold
-    elif isinstance(row, Mapping):
-        text, gold = row.get("prompt"), row.get("gold")
-    elif isinstance(row, tuple | list) and len(row) == 2:
-        text, gold = row
-    else:
-        raise ConfigError(key, f"{which} is {shown(row)}", remedy)
     try:
-        return checked_prompt(text, gold)
+        if isinstance(row, Prompt):
+            checked_prompt(row.text, row.gold)
+            return row
+        if isinstance(row, Mapping):
+            return prompt_of_row(row)[0]
+        if isinstance(row, tuple | list) and len(row) == 2:
+            return checked_prompt(*row)
+        raise ConfigError(key, f"{which} is {shown(row)}", remedy)
     except ValueError as error:
         raise ConfigError(key, f"{which} {error}", remedy) from error
 
 
 def draw_prompts(
-    pool: list[Prompt],
+    pool: Sequence[Prompt],
     count: int,
     *,
     seed: int,
@@ -135,13 +135,12 @@ def draw_prompts(
 
     Raises `ConfigError` where the pool is smaller than `count` and `with_replacement` is false.
     """
-    rng = random.Random(seed)
-    if with_replacement:
-        return rng.choices(pool, k=count)
-    if count > len(pool):
+    rng, every = random.Random(seed), range(len(pool))
+    if not with_replacement and count > len(pool):
         raise ConfigError(
             "batch.num_prompts",
             f"{count} prompts asked for (E and U together), {len(pool)} in the dataset",
             "give more prompts, ask for fewer, or set batch.with_replacement: true",
         )
-    return rng.sample(pool, count)
+    places = rng.choices(every, k=count) if with_replacement else rng.sample(every, count)
+    return pool.at(places) if isinstance(pool, PromptFile) else [pool[place] for place in places]

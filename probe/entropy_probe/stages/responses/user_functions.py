@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 from entropy_probe.errors import ConfigError, ProbeError, shown
@@ -56,10 +58,19 @@ def find_function(
 
 
 def _import(module: str) -> Any | None:
-    """The module, or None where it or a package above it does not exist.
+    """The module, which may stand in the current folder; None where it or a package above it does not exist.
 
     What its own code raises goes on.
     """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+    name, here = module.partition(".")[0], Path.cwd()
+    if str(here) in sys.path or not ((here / f"{name}.py").is_file() or (here / name).is_dir()):
+        return None
+    sys.path.append(str(here))  # where `python -m` looks too, and pytest and console scripts do not
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
