@@ -84,10 +84,10 @@ QUESTIONS = [
 ]
 
 
-def run_of_trl(folder: Path, *, steps: int = 2) -> tuple[list[dict[str, Any]], list[list[int]]]:
+def run_of_trl(folder: Path, *, steps: int = 2, seed: int = 0) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """A run that saves every step, each of all questions; what it logged, and the prompts' ids as it had them."""
     own = tokenizer()
-    model = tiny_model(own)
+    model = tiny_model(own, seed)
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 16 * 4,

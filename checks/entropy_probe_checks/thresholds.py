@@ -224,7 +224,11 @@ LIMITS: dict[str, Limit] = (
         ),
     }
     | {
-        name: Limit(None, "rounding: 4·√(depth·length)·eps·max|log p|, in the report", None)
+        name: Limit(
+            None,
+            "rounding: 4·√(depth·length)·eps·max(|log p|, |largest logit|), in the report",
+            None,
+        )
         for name in (
             "padding_invariance",
             "batch_invariance",

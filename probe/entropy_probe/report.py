@@ -163,6 +163,8 @@ class EntropySection(_Section):
     `rb_q` is the Rao-Blackwell entropy of what was sampled from, π cut to its nucleus; equal to `rb` at top_p = 1.
     `surprise` is Σ_t(−log q_t − H(q_t)), with its standard error under q: a martingale, so that it is 0 in expectation,
     whatever ends a response, if the responses come from q. `rb_by_prompt`: mean of R over the responses of each prompt.
+    `surprises` counts the tokens that were less likely than not: where a policy has next to none, the responses are all
+    but one, and no standard error that comes from their spread holds.
     """
 
     naive: Estimate
@@ -171,6 +173,7 @@ class EntropySection(_Section):
     surprise: Estimate
     per_token: Estimate
     rb_by_prompt: list[float]
+    surprises: int
 
 
 class Parts(_Section):

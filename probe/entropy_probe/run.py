@@ -21,7 +21,7 @@ from entropy_probe.pipeline.prepared import Prepared, allocating, prepare
 from entropy_probe.pipeline.witnessed import witnessed
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import batch_section, redraw_for
-from entropy_probe.stages.entropy import entropy_section, sampler_parity_section
+from entropy_probe.stages.entropy import entropy_section, sampler_parity_section, surprises
 from entropy_probe.stages.gradients.coverage import gradient_coverage
 from entropy_probe.stages.memory.memory_limit import memory_section
 from entropy_probe.stages.responses.ids import eos_ids
@@ -101,6 +101,7 @@ def _measure(
         models, config, plan = models.planned((e, u), config, clock)
         of = measured(checkpoint, models, e, u, config, clock)
         reported = None if e.logprobs is None else of.e.share.all_tokens(of.e.tokens.token_logq)
+        unlikely = surprises(of.e.share, of.e.tokens)
         frozen = checkpoint.info.taken_as_frozen
         covered = gradient_coverage(models.bound.registry, of.u.gradients, frozen, world)
         if checkpoint.other is None:
@@ -146,7 +147,7 @@ def _measure(
         batch=batch_section(e, of.same_batch, config, prepared.given[0], eos),
         update_batch=batch_section(u, of.same_batch, config, prepared.given[1], eos),
         sampling=prepared.sampling,
-        entropy=entropy_section(of.e.scores, config.generation.temperature),
+        entropy=entropy_section(of.e.scores, config.generation.temperature, unlikely),
         first_order=sections.first_order,
         two_batch=sections.two_batch,
         update=sections.update,

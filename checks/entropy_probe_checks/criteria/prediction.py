@@ -180,7 +180,15 @@ def prediction(report: ProbeReport) -> Finding:
             f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit
         )
     worst = largest(*(in_se(row.difference, row.difference_se) for row in judged))
-    return at_most(of_a_normal(worst, report.batch.num_prompts - 1), limit)
+    found, seen = of_a_normal(worst, report.batch.num_prompts - 1), report.entropy.surprises
+    if found > limit and seen < _ENOUGH_SURPRISES:
+        why = f"{seen} of {report.batch.num_tokens} tokens were less likely than not: with responses that are all but one"
+        return inconclusive(f"{why}, no standard error holds. Give more of them.", found, limit)
+    return at_most(found, limit)
+
+
+_ENOUGH_SURPRISES = 20
+"""Of as many rare events a standard error is known to a sixth, 1/√(2·20)."""
 
 
 @second_moment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from entropy_probe import report as r
@@ -9,9 +11,15 @@ from entropy_probe.estimators import importance, parity
 from entropy_probe.estimators.token_stats import LOGIT_VAR
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores
+from entropy_probe.stages.share import Share
 
 
-def entropy_section(scores: Scores, temperature: float) -> r.EntropySection:
+def surprises(share: Share, tokens: Scores) -> int:
+    """How many tokens of the whole batch were less likely than not; `tokens` are the scores of the own prompts."""
+    return int(share.world.total((tokens.token_logp < math.log(0.5)).sum()))
+
+
+def entropy_section(scores: Scores, temperature: float, surprises: int) -> r.EntropySection:
     """Ĥ per response and per token, with standard errors over prompts. `scores` have features."""
     assert scores.features is not None
     logit_var = scores.features[..., LOGIT_VAR]
@@ -23,6 +31,7 @@ def entropy_section(scores: Scores, temperature: float) -> r.EntropySection:
         surprise=_estimate(*surprise),
         per_token=_estimate(*importance.ratio_and_se(scores.rb_sum, scores.gen_lens)),
         rb_by_prompt=scores.rb_sum.mean(1).tolist(),
+        surprises=surprises,
     )
 
 

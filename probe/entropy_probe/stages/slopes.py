@@ -134,7 +134,9 @@ def _along(
 ) -> tuple[Derivatives, float, dict[int, Derivatives]]:
     """D_v at θ, the step h of the stencil, and D_v in float64 at its points, of the own prompts."""
     at_theta, derivatives, change, points = _ways(bound, float64, share, v, config)
-    h = step_of(share.world.largest(_largest(at_theta.d_seq_logp)), v, change)
+    # where all responses are certain the entropy moves faster than their log p
+    fastest = max(_largest(at_theta.d_seq_logp), _largest(at_theta.d_rb_sum))
+    h = step_of(share.world.largest(fastest), v, change)
     at: dict[int, Derivatives] = {}
     for k in points:
         if progress is not None:

@@ -16,7 +16,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.report import InvarianceSection, WorstCase
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.sampling import left_padded
-from entropy_probe.stages.scores import rows_without_graph, score_rows
+from entropy_probe.stages.scores import policy_scores, read_rows, rows_without_graph
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -151,22 +151,33 @@ def generated(
     rows: Tensor,
     config: ProbeConfig,
     rows_at_once: int | None = None,
-) -> Float[Tensor, "R T 2"]:
-    """(log p, entropy) of every generated token of some rows, by `score_rows`."""
-    scored = score_rows(model, rollouts, rows, config, rows_at_once=rows_at_once)
-    return torch.stack([scored.logp, scored.entropy], -1).double()
+) -> Float[Tensor, "R T 3"]:
+    """(log p, entropy, largest logit) of every generated token of some rows, as `score_rows` reads them."""
+    policy = policy_scores(model, config.generation, config.precision)
+
+    def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        logp, _, entropy, _ = policy(logits, tokens)
+        return logp, entropy, top_logit(logits, config.generation.temperature)
+
+    found = read_rows(model, rollouts, rows, read, rows_at_once=rows_at_once)
+    return torch.stack([values.double() for values in found], -1)
+
+
+def top_logit(logits: Float[Tensor, "... V"], temperature: float) -> Tensor:
+    """The largest logit over the temperature: log p is what is left of it, and has its rounding."""
+    return logits.detach().amax(-1).double() / temperature
 
 
 def scored_whole(
     logits: Float[Tensor, "N L V"], tokens: Int[Tensor, "N L"], temperature: float
-) -> Float[Tensor, "N L 2"]:
-    """(log p, entropy) of tokens from whole logits."""
+) -> Float[Tensor, "N L 3"]:
+    """(log p, entropy, largest logit) of tokens from whole logits."""
     scored = score_tokens(logits, tokens, temperature, 1.0, torch.float64)
-    return torch.stack([scored.logp, scored.entropy], -1)
+    return torch.stack([scored.logp, scored.entropy, top_logit(logits, temperature)], -1)
 
 
-def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Tensor, "N L 2"]:
-    """(log p, entropy) of every token but the first, given those before it."""
+def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Tensor, "N L 3"]:
+    """(log p, entropy, largest logit) of every token but the first, given those before it."""
     ids = ids.to(model.device)
     of_row, column = (
         i.flatten() for i in torch.meshgrid(*map(torch.arange, ids[:, 1:].shape), indexing="ij")
@@ -175,24 +186,24 @@ def every_token(model: BoundModel, ids: Tensor, mask: Tensor | None) -> Float[Te
 
     def read(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
         scored = score_tokens(logits, tokens[part], 1.0, 1.0, torch.float64)
-        return scored.logp, scored.entropy
+        return scored.logp, scored.entropy, top_logit(logits, 1.0)
 
     mask = None if mask is None else mask.to(model.device)
     scores = model.read_logits(
         ids, of_row.to(model.device), column.to(model.device), read, mask=mask
     )
-    return torch.stack(scores, -1).reshape(*ids[:, 1:].shape, 2)
+    return torch.stack(scores, -1).reshape(*ids[:, 1:].shape, 3)
 
 
 def worst_difference(
     model: BoundModel, width: int, differences: Iterable[tuple[str, Tensor, Tensor]]
 ) -> WorstCase:
-    """The largest |difference| of (where, reference, other), and its bound for rows of `width` columns."""
+    """The largest |difference| of log p or entropy of (where, reference, other), and its bound for rows of `width`
+    columns."""
     worst, scale, example = 0.0, 1.0, "none"
     for where, reference, other in differences:
-        difference = float(
-            (other - reference).masked_fill(other == reference, 0.0).abs().max()
-        )  # −∞ equals −∞
+        one, two = reference[..., :2], other[..., :2]
+        difference = float((two - one).masked_fill(two == one, 0.0).abs().max())  # −∞ equals −∞
         scale = max(scale, float(reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
         if difference > worst or (math.isnan(difference) and not math.isnan(worst)):
             worst, example = difference, f"{where}, {model.dtype}".replace("torch.", "")
