@@ -98,6 +98,7 @@ def run_of_trl(folder: Path, *, steps: int = 2, seed: int = 0) -> tuple[list[dic
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "report_to": [],
+        "log_completions": True,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,

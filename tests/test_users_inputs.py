@@ -9,21 +9,30 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from tokenizers import processors
 
 import chat
 from entropy_probe import ProbeConfig, run_probe
+from entropy_probe.__main__ import main
+from entropy_probe.afresh.inputs import of_file
 from entropy_probe.errors import ConfigError, MeasurementError, RolloutsError
-from entropy_probe.stages.responses.ids import Door
+from entropy_probe.model.forward import bind
+from entropy_probe.stages.responses.ids import Door, eos_ids
 from entropy_probe.stages.responses.prompt_files import read_prompts
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import Asked, find_rewards, stand_in
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.tasks import draw_prompts
+from entropy_probe.stages.responses.trainers_rollouts import understood
 from entropy_probe_checks.criteria import CRITERIA
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}]
@@ -198,7 +207,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 MILLION = """
 import resource, sys
 from entropy_probe.stages.responses.prompt_files import read_prompts
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.tasks import draw_prompts
+from entropy_probe.stages.responses.trainers_rollouts import understood
 if sys.argv[2] == "parquet":
     import pyarrow.parquet
 idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -354,3 +366,226 @@ def test_entropy_and_prompts_are_those_of_trl(trained: Any) -> None:
     assert verdicts["prompts_as_given"].status == verdicts["rewards_again"].status == "pass"
     assert not report.not_chosen
     assert "E and U: gold answers are those of `answer`" in report.doubts
+
+
+# Rollouts that trainers wrote
+
+
+def verl_rows() -> list[dict[str, Any]]:
+    """As `_dump_generations` of verl's trainer writes them: responses of a prompt need not stand side by side."""
+    return [
+        {"input": f"q{n}", "output": text, "gts": str(n), "score": float(len(text)), "step": 7, "acc": True}
+        for text in ("a", "bb", "ccc")
+        for n in range(2)
+    ]
+
+
+def prime_rows(*, ids: bool) -> list[dict[str, Any]]:
+    rows = []
+    for n in range(2):
+        for text in ("a", "bb"):
+            tokens = {
+                "prompt_ids": [5, n + 3],
+                "completion_ids": [7] * len(text),
+                "completion_logprobs": [-1.0] * len(text),
+            }
+            rows.append(
+                {
+                    "example_id": n,
+                    "prompt": [{"role": "user", "content": f"q{n}"}],
+                    "completion": [{"role": "assistant", "content": text}],
+                    "reward": len(text),
+                    "advantage": len(text) - 1.5,
+                    "is_truncated": text == "bb",
+                    "trajectory": [{"tokens": tokens}] if ids else [],
+                }
+            )
+    return rows
+
+
+def dumped(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_rollouts_of_verl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = dumped(tmp_path / "7.jsonl", verl_rows())
+    found = understood(file)
+    assert found is not None
+    assert [line for _, line in found.lines] == [
+        {"prompt": f"q{n}", "gold": str(n), "responses": ["a", "bb", "ccc"], "rewards": [1.0, 2.0, 3.0]}
+        for n in range(2)
+    ]
+    assert main(["rollouts", str(file), "--out", str(tmp_path / "e.jsonl")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "rollouts as verl writes them: 2 prompts, 6 responses (3 of each)"
+    assert said[1] == "keys: prompt, gold, responses, rewards"
+    assert "without special tokens" in said[2]
+    own = chat.tokenizer(None)
+    bound = bind(chat.tiny_model(own))
+    direct, by_file = (read_rollouts(path, bound, own) for path in (file, tmp_path / "e.jsonl"))
+    assert torch.equal(direct.ids, by_file.ids)
+    assert direct.found[0] == "rollouts as verl writes them"
+    assert own.decode(direct.responses[2]) == "ccc" + own.eos_token
+    two = dumped(tmp_path / "both.jsonl", [*verl_rows(), *({**row, "step": 9} for row in verl_rows()[:4])])
+    assert len(understood(two).lines[0][1]["rewards"]) == 2
+    assert len(understood(two, 7).lines[0][1]["rewards"]) == 3
+    assert main(["rollouts", str(two), "--step", "8"]) == 4
+    assert "has the steps [7, 9], not 8; give one of them" in capsys.readouterr().err
+    dumped(file, [{**verl_rows()[0], "score": "high"}])
+    assert main(["rollouts", str(file)]) == 4
+    assert "7.jsonl:1: is no row of verl's (TypeError: 'high' is no number)" in capsys.readouterr().err
+
+
+def test_rollouts_of_prime_rl(tmp_path: Path) -> None:
+    """By the ids that were sampled, where they are there; else by text, with what was cut."""
+    found = understood(dumped(tmp_path / "a.jsonl", prime_rows(ids=True)))
+    assert found.lines[1][1] == {
+        "prompt_ids": [5, 4],
+        "response_ids": [[7], [7, 7]],
+        "rewards": [1.0, 2.0],
+        "advantages": [-0.5, 0.5],
+        "logprobs": [[-1.0], [-1.0, -1.0]],
+    }
+    found = understood(dumped(tmp_path / "b.jsonl", prime_rows(ids=False)))
+    assert found.lines[0][1] == {
+        "prompt": [{"role": "user", "content": "q0"}],
+        "responses": ["a", "bb"],
+        "rewards": [1.0, 2.0],
+        "advantages": [-0.5, 0.5],
+        "truncated": [False, True],
+    }
+
+
+def test_rollouts_of_trl(trained: Any) -> None:
+    """The table that the run itself wrote: prompts are TRL's own id for id, rewards and advantages as it had them."""
+    folder, logs, seen = trained
+    file = folder / "run" / "completions" / "completions_00002.parquet"
+    found = understood(file)
+    assert found is not None
+    assert found.trainer == "TRL"
+    own = chat.tokenizer()
+    rollouts = read_rollouts(file, bind(chat.tiny_model(own)), own)
+    assert (rollouts.num_prompts, rollouts.num_responses) == (16, 4)
+    prompts = {
+        tuple(ids[:start]) for ids, start in zip(rollouts.ids.tolist(), rollouts.prompt_lens.tolist(), strict=True)
+    }
+    assert prompts == {tuple(ids) for ids in seen}
+    logged = next(line["reward"] for line in logs if line.get("step") == 2)
+    assert float(rollouts.rewards.mean()) == pytest.approx(logged, rel=1e-6)
+    assert rollouts.advantages is not None
+    torch.testing.assert_close(rollouts.advantages.mean(1), torch.zeros(16, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert any("other ids were sampled" in line for line in rollouts.found)  # bytes that are no character
+
+
+# Ids that are not what they seem
+
+
+def bytes_tokenizer(**more: Any) -> Any:
+    return chat.tokenizer(None, **more)
+
+
+def test_a_second_bos_is_left_out() -> None:
+    """Text that was rendered by a template begins with BOS, and the tokenizer adds another."""
+    own = chat.tokenizer("llama3")
+    door, text = Door(own), "<|begin_of_text|>What is 2+3?"
+    assert own(text).input_ids[:2] == [own.bos_token_id] * 2
+    assert door.of_text(text) == own("What is 2+3?").input_ids == door.of_text("What is 2+3?")
+    assert door.lines() == ("1 prompts began with BOS, and the tokenizer added another, which was left out",)
+
+
+def test_an_appended_eos_is_left_out() -> None:
+    own = bytes_tokenizer()
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {own.eos_token}", pair=None, special_tokens=[(own.eos_token, own.eos_token_id)]
+    )
+    door = Door(own)
+    assert own("ab").input_ids[-1] == own.eos_token_id
+    assert door.of_text("ab") == own("ab", add_special_tokens=False).input_ids
+    assert door.of_text(f"ab{own.eos_token}")[-1] == own.eos_token_id  # the text has it itself
+    assert door.lines() == ("1 prompts had an EOS that the tokenizer appended, which was left out",)
+
+
+def test_padding_of_ids_is_left_out(tmp_path: Path) -> None:
+    """Prompts padded on the left and responses on the right, with no mask; with padding that is EOS too."""
+    own = bytes_tokenizer()
+    pad, eos = own.pad_token_id, own.eos_token_id
+    bound = bind(chat.tiny_model(own))
+    clean = {"prompt_ids": [20, 21], "response_ids": [[30, eos], [31, 32]], "rewards": [1, 0]}
+    padded = clean | {"prompt_ids": [pad, pad, 20, 21], "response_ids": [[30, eos, pad], [31, 32, pad]]}
+    with_numbers = padded | {"logprobs": [[-1, -2, 0], [-3, -4, 0]]}
+    one, other = (
+        read_rollouts(dumped(tmp_path / f"{k}.jsonl", [line, line]), bound, own)
+        for k, line in enumerate((clean, with_numbers))
+    )
+    assert torch.equal(one.ids, other.ids)
+    assert torch.equal(one.gen_lens, other.gen_lens)
+    assert other.logprobs.tolist() == [[-1, -2], [-3, -4]] * 2
+    assert other.found == (
+        "2 prompts began with padding, which was left out",
+        "4 responses ended with padding, which was left out",
+    )
+    own.pad_token = own.eos_token
+    line = clean | {"response_ids": [[30, eos, eos, eos], [31, 32]]}
+    again = read_rollouts(dumped(tmp_path / "eos.jsonl", [line, line]), bound, own)
+    assert torch.equal(again.ids[:, :4], one.ids[:, :4])
+    seen = of_file(tmp_path / "1.jsonl", [[20, 21]] * 2, [[[30, eos], [31, 32]]] * 2, lambda: pad)
+    assert seen["wrong"] == []
+    dropped = of_file(tmp_path / "1.jsonl", [[21]] * 2, [[[30, eos], [31, 32]]] * 2, lambda: pad)
+    assert dropped["wrong"] == [0, 1]  # a token of the prompt is no padding
+
+
+@pytest.mark.parametrize(
+    ("configured", "own", "ends"),
+    [
+        ("<|endoftext|>", "<|im_end|>", ["<|endoftext|>", "<|im_end|>"]),  # the tokenizer's is not among the model's
+        (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", ["<|im_end|>", "<|endoftext|>"]),  # a list, as Qwen has it
+        ("a", "<|im_end|>", ["<|im_end|>"]),  # an ordinary token of the text: a default that nobody set
+        (None, "<|im_end|>", ["<|im_end|>"]),
+    ],
+)
+def test_where_a_response_ends(configured: Any, own: str, ends: list[str]) -> None:
+    made = bytes_tokenizer(eos_token=own)
+    ids = made.convert_tokens_to_ids
+    given = ids(configured) if configured is not None else None
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given), config=None)
+    assert eos_ids(model, made) == [ids(end) for end in ends]
+    assert eos_ids(model, None) == ([] if given is None else given if isinstance(given, list) else [given])
+
+
+def test_responses_end_at_the_tokenizers_eos(tmp_path: Path) -> None:
+    """Where generation_config names another: none goes on after it."""
+    own = bytes_tokenizer()
+    model = chat.tiny_model(own)
+    model.generation_config.eos_token_id = own.convert_tokens_to_ids("<|endoftext|>")
+    rollouts = sample_rollouts(bind(model), own, [Prompt(f"q{n}") for n in range(8)], ProbeConfig().generation, seed=0)
+    ends = {own.eos_token_id, own.convert_tokens_to_ids("<|endoftext|>")}
+    assert sum(own.eos_token_id in response for response in rollouts.responses) > 5
+    assert all(not ends & set(response[:-1]) for response in rollouts.responses)
+
+
+def test_ids_beyond_the_tokenizer_and_characters_that_are_cut() -> None:
+    """A padded embedding has more rows than the tokenizer has tokens; a response may end inside a character."""
+    own = bytes_tokenizer()
+    door = Door(own, [own.eos_token_id])
+    door.look_at([len(own) + 3, 20])
+    door.look_at(own("é").input_ids[:1])
+    door.inside_response([20, len(own)])
+    assert door.lines() == (
+        "2 responses hold ids that the tokenizer does not have",
+        "1 responses end inside a character: text that rewards see ends with �",
+    )
+    told = Door(own)
+    told.of_response("a�", ended=False)
+    assert told.lines() == ("1 responses of text hold � or do not come back from their ids: other ids were sampled",)
+    clean = Door(own)
+    assert clean.of_response("plain é", ended=False) == own("plain é").input_ids
+    assert not clean.lines()
+
+
+def test_bare_text_for_a_model_that_chats_is_said() -> None:
+    own = chat.tokenizer()
+    door = Door(own)
+    door.of_prompt(Prompt("What is 2+3?"))
+    assert door.lines()[0].startswith("1 prompts are bare text, and the tokenizer has a chat template")
+    assert not Door(chat.tokenizer(None)).lines()

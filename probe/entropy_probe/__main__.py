@@ -1,5 +1,6 @@
 """`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
-`audit` computes the figures of a report again, `drill` plants faults to see them caught."""
+`audit` computes the figures of a report again, `drill` plants faults to see them caught, `rollouts` reads those of a
+trainer."""
 
 from __future__ import annotations
 
@@ -67,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         required=True,
         help="the folder that --evidence or --probe-evidence wrote, or a file of it",
+    )
+    rollouts = commands.add_parser(
+        "rollouts",
+        help="read rollouts that a trainer wrote (verl, TRL, prime-rl), and write them as JSON lines",
+    )
+    rollouts.add_argument("rollouts", type=Path, metavar="PATH", help="the trainer's file")
+    rollouts.add_argument("--out", type=Path, metavar="FILE", help="where the lines go")
+    rollouts.add_argument(
+        "--step", type=int, help="of several steps in the file (default: the last)"
     )
     drill = commands.add_parser(
         "drill",
@@ -146,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "inspect": _inspect,
             "run": _run,
             "audit": _audit,
+            "rollouts": _rollouts,
             "drill": _drill if getattr(arguments, "fault", None) is None else _with_fault,
         }[arguments.command](arguments)
     except ProbeError as error:
@@ -245,6 +256,35 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ProbeError(place, problem, "give the evidence of this very report") from error
     print(text(lines))
     return EXIT_FAILED if any(not line.difference <= LIMIT for line in lines) else 0
+
+
+def _rollouts(arguments: argparse.Namespace) -> int:
+    """What was understood goes to standard error, or to standard output where the lines go to a file."""
+    from entropy_probe.atomic import write_atomically
+    from entropy_probe.stages.responses.trainers_rollouts import FORM, Understood, understood
+    from entropy_probe.text import json_lines
+
+    path = arguments.rollouts
+    found = understood(path, arguments.step)
+    if found is None:
+        found = Understood("this library", list(json_lines(path, FORM)))
+    lines = [line for _, line in found.lines]
+    sizes = sorted({len(line.get("rewards") or ()) for line in lines})
+    responses = sum(len(line.get("rewards") or ()) for line in lines)
+    keys = ", ".join(dict.fromkeys(key for line in lines for key in line))
+    groups = " to ".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
+    said = [
+        f"rollouts as {found.trainer} writes them: {len(lines)} prompts, {responses} responses ({groups} of each)",
+        f"keys: {keys}",
+        *found.assumed,
+    ]
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if arguments.out is not None:
+        write_atomically(arguments.out, written.encode("utf-8", "surrogatepass"))
+    else:
+        print(written, end="")
+    print("\n".join(said), file=sys.stderr if arguments.out is None else sys.stdout)
+    return 0
 
 
 def _drill(arguments: argparse.Namespace) -> int:

@@ -182,7 +182,7 @@ def prediction(report: ProbeReport) -> Finding:
     worst = largest(*(in_se(row.difference, row.difference_se) for row in judged))
     found, seen = of_a_normal(worst, report.batch.num_prompts - 1), report.entropy.surprises
     if found > limit and seen < _ENOUGH_SURPRISES:
-        why = f"{seen} of {report.batch.num_tokens} tokens were less likely than not: with responses that are all but one"
+        why = f"{seen} of {report.batch.num_tokens} tokens were less likely than not: of all but one response"
         return inconclusive(f"{why}, no standard error holds. Give more of them.", found, limit)
     return at_most(found, limit)
 

@@ -22,7 +22,7 @@ _PADDED_PROMPT = "prompts began with padding, which was left out"
 _PADDED_RESPONSE = "responses ended with padding, which was left out"
 _BEYOND = "responses hold ids that the tokenizer does not have"
 _CUT = "responses end inside a character: text that rewards see ends with �"
-_CHANGED = "responses of text do not come back from their ids as they were"
+_CHANGED = "responses of text hold � or do not come back from their ids: other ids were sampled"
 _BARE = "prompts are bare text, and the tokenizer has a chat template: give messages, if the policy chats"
 
 
@@ -111,7 +111,7 @@ class Door:
     def of_response(self, text: str, *, ended: bool) -> list[int]:
         """A response; an EOS is added to one that has ended."""
         ids = self._encoded(text, special=False)
-        if self._decoded(ids) != text:
+        if "�" in text or self._decoded(ids) != text:
             self.found[_CHANGED] += 1
         if ended and self.eos and (not ids or ids[-1] not in self.eos):
             own = self._id("eos")

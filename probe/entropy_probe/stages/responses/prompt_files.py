@@ -146,14 +146,18 @@ def _of_csv(path: Path) -> Rows:
 
 
 def _of_parquet(path: Path) -> Rows:
+    for where, row in rows_of_table(path):
+        if "prompt" not in row:
+            raise RolloutsError(path, f"has the columns {shown(list(row))}", "name one `prompt`")
+        yield where, row
+
+
+def rows_of_table(path: Path) -> Rows:
+    """Of a Parquet file, a few at a time."""
     parquet: Any = _library("pyarrow.parquet", path)
     try:
         with open_regular(path) as stream:
-            table = parquet.ParquetFile(stream, pre_buffer=False)
-            names = table.schema_arrow.names
-            if "prompt" not in names:
-                raise RolloutsError(path, f"has the columns {shown(names)}", "name one `prompt`")
-            number = 0
+            table, number = parquet.ParquetFile(stream, pre_buffer=False), 0
             for batch in table.iter_batches(batch_size=_AT_ONCE, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1

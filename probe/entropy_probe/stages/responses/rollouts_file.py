@@ -26,7 +26,8 @@ from entropy_probe.stages.responses.ids import Door, early_eos, eos_ids
 from entropy_probe.stages.responses.prompts import checked_prompt
 from entropy_probe.stages.responses.rewards import LARGEST_REWARD
 from entropy_probe.stages.responses.rollouts import Group, Rollouts, assembled
-from entropy_probe.text import has_lone_surrogate, json_lines
+from entropy_probe.stages.responses.trainers_rollouts import lines_of
+from entropy_probe.text import has_lone_surrogate
 
 
 def read_rollouts(
@@ -45,7 +46,8 @@ def read_rollouts(
     """
     door = Door(tokenizer, eos_ids(bound.language_model, tokenizer), template=template or {})
     groups: list[Group] = []
-    for where, row in json_lines(Path(path), "write one object per line"):
+    lines, of_trainer = lines_of(Path(path))
+    for where, row in lines:
         group = _Line(row, where, bound.vocabulary, door).read()
         if not only_update:
             _require_alike_in_size(group, (groups or [group])[0], where)
@@ -58,7 +60,7 @@ def read_rollouts(
     if len(groups) < fewest:
         problem = f"has {len(groups)} prompts, expected at least {fewest}"
         raise RolloutsError(path, problem, f"add lines{_ONLY_UPDATE if groups else ''}")
-    return replace(assembled(groups, str(path), 0), found=door.lines())
+    return replace(assembled(groups, str(path), 0), found=(*of_trainer, *door.lines()))
 
 
 _ONLY_UPDATE = ", or give it as the update rollouts"
