@@ -573,11 +573,13 @@ def test_ids_beyond_the_tokenizer_and_characters_that_are_cut() -> None:
     door.inside_response([20, len(own)])
     assert door.lines() == (
         "2 responses hold ids that the tokenizer does not have",
-        "1 responses end inside a character: text that rewards see ends with �",
+        "1 responses end inside a character: rewards see U+FFFD at the end",
     )
     told = Door(own)
     told.of_response("a�", ended=False)
-    assert told.lines() == ("1 responses of text hold � or do not come back from their ids: other ids were sampled",)
+    assert told.lines() == (
+        "1 responses of text hold U+FFFD or do not come back from their ids: other ids were sampled",
+    )
     clean = Door(own)
     assert clean.of_response("plain é", ended=False) == own("plain é").input_ids
     assert not clean.lines()

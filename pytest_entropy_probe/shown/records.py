@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from entropy_probe import ProbeReport, Verdict
     from entropy_probe.report import UpdateSection
 
+FIRST = "!    "
+"""A line that begins so is read before any figure."""
 _OF_A_VERDICT = ("criterion", "family", "status", "value", "limit")
 
 
@@ -64,10 +66,11 @@ def _made_of(update: UpdateSection) -> str:
 
 def headline(report: ProbeReport) -> str:
     """What must be known first, then what was found: the entropy, the first-order term, and what the optimizer's next
-    step does. Within 80 columns; what depends on prompts or rewards that nobody chose says so on its own line.
+    step does. Within 80 columns, but for the first; what depends on prompts or rewards that nobody chose says so on
+    its own line.
     """
     batch, entropy, update = report.batch, report.entropy, report.update
-    lines = [line for doubt in report.doubts for line in _wrapped("!    ", doubt)]
+    lines = [FIRST + doubt for doubt in report.doubts]
     mark = f" ({report.not_chosen})" if report.not_chosen else ""
     responses = f"({batch.num_prompts}×{batch.num_responses} responses)"
     lines.append(
@@ -89,7 +92,7 @@ def headline(report: ProbeReport) -> str:
     realised = f"realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}"
     slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
     if mark:  # each figure on a line of its own
-        lines += [f"δH₁  {slope}, fresh gradient step{mark}", f"ΔH   {realised} {unit}{mark}"]
+        lines += [f"δH₁  {slope}, fresh step{mark}", f"ΔH   {realised} {unit}{mark}"]
         lines += [f"     {predicted} {unit}{mark}"]
         lines += _wrapped("v    ", f"{made_of}{mark}")
     else:

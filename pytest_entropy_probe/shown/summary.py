@@ -7,6 +7,7 @@ given.
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from pytest_entropy_probe.collection.shipped import withheld
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.shown.markdown import VARIABLE, append, summary
-from pytest_entropy_probe.shown.records import records_of
+from pytest_entropy_probe.shown.records import FIRST, records_of
 from pytest_entropy_probe.shown.tables import (
     Row,
     Step,
@@ -248,13 +249,18 @@ class Summary:
         if self._states[name]:
             reporter.write_line(f"{name}: {self._states[name]}")
         rows = [row for row in self._rows_of(name) if row.criterion]
-        for line in unseen(name, rows):
+        said = self._headlines.get(name, "").splitlines()
+        first = [line for line in said if line.startswith(FIRST)]
+        doubts = (f"{name}: {line.removeprefix(FIRST)}" for line in first)
+        wrapped = (textwrap.wrap(doubt, 80, break_on_hyphens=False) for doubt in doubts)
+        for line in (*unseen(name, rows), *itertools.chain(*wrapped)):
             reporter.write_line(line, yellow=True)
         if not in_full:
             rows = [row for row in rows if row.status not in ("pass", "not_applicable")]
         if not rows:
             return
-        below = (self._headlines.get(name, ""), self._predictions.get(name, ""))
+        rest = "\n".join(line for line in said if line not in first)
+        below = (rest, self._predictions.get(name, ""))
         table = criteria_table(name, rows, plain=plain())
         write_table(reporter, table, below if in_full else ())
 

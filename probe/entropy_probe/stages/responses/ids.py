@@ -21,8 +21,10 @@ _ENDS_WITH_EOS = "prompts of ids end with EOS, and are taken as they are"
 _PADDED_PROMPT = "prompts began with padding, which was left out"
 _PADDED_RESPONSE = "responses ended with padding, which was left out"
 _BEYOND = "responses hold ids that the tokenizer does not have"
-_CUT = "responses end inside a character: text that rewards see ends with �"
-_CHANGED = "responses of text hold � or do not come back from their ids: other ids were sampled"
+_CUT = "responses end inside a character: rewards see U+FFFD at the end"
+_CHANGED = (
+    "responses of text hold U+FFFD or do not come back from their ids: other ids were sampled"
+)
 _BARE = "prompts are bare text, and the tokenizer has a chat template: give messages, if the policy chats"
 
 

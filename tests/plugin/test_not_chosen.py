@@ -1,0 +1,104 @@
+"""Without prompts, on a checkpoint that is not the demo: every place with a figure says so, and gates hold back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import forked
+import healthy
+
+MARK = "not your prompts, nor reward"
+FIRST = [
+    "ckpt: built-in prompts: give yours, --probe-prompts=FILE (or rollouts)",
+    "ckpt: stand-in reward, which says nothing of the policy: set batch.reward",
+]
+GATES = "limits: {entropy: {min: 0.05}, reward: {min: 0.1}, finite_moments: {max: 0}}\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and one run on it whose report is kept."""
+    folder = tmp_path_factory.mktemp("not-chosen")
+    healthy.supervised("llama", folder / "ckpt", 0)
+    (folder / "probe.yaml").write_text(GATES + "generation: {num_return_sequences: 4, max_new_tokens: 12}\n")
+    return folder
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> Any:
+    options = ("--probe-checkpoint=ckpt", "--probe-budget=smoke", "--probe-config=probe.yaml", *arguments)
+    return forked.python(
+        "-m", "pytest", *options, cwd=folder, environment={**os.environ, "COLUMNS": "80", **environment}
+    )
+
+
+def test_every_place_says_so(folder: Path) -> None:
+    summary = folder / "summary.md"
+    done = run(
+        folder,
+        "-m", "acceptance", "-v", "--probe-json=r.json", "--junitxml=j.xml", "--probe-plot=p.svg",
+        GITHUB_STEP_SUMMARY=str(summary),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    shown = done.stdout.partition("= entropy probe =")[2].splitlines()
+    assert shown[1:3] == FIRST
+    assert max(map(len, shown)) <= 80
+    figures = [line for line in shown if re.match(r"(H   |δH₁ |ΔH  |     predicted|prediction against)", line)]
+    assert len(figures) == 5
+    assert all(MARK in line for line in figures), figures
+    assert MARK in "".join(shown[shown.index(next(line for line in shown if line.startswith("v    "))) :])
+    markdown = summary.read_text()
+    assert f"\\*: {MARK}; H in nats/token" in markdown
+    (row,) = (line for line in markdown.splitlines() if line.startswith("| ckpt"))
+    assert [cell.strip().endswith("\\*") for cell in row.split("|")[2:5]] == [True] * 3
+    assert sum(MARK in line for line in markdown.splitlines()) >= 5
+    assert sum(MARK in line for line in (folder / "j.xml").read_text().replace("&#10;", "\n").splitlines()) >= 4
+    assert MARK in (folder / "p.svg").read_text()
+    report = json.loads((folder / "r.json").read_text())
+    for section in ("batch", "update_batch"):
+        assert report[section]["prompts_are_builtin"] is True
+        assert report[section]["reward"] == "stand_in"
+
+
+def test_gates_are_inconclusive_and_can_be_let_through(folder: Path) -> None:
+    """But for those that no prompt decides."""
+    done = run(folder, "-m", "gate")
+    assert done.returncode == 1
+    assert "The prompts are built in, not yours: give --probe-prompts=FILE, or --probe-rollouts=FILE." in done.stdout
+    outcomes = dict(re.findall(r"│ (entropy|reward|finite_moments) .* (\S+) +│", done.stdout))
+    assert outcomes == {"entropy": "INCONCLUSIVE", "reward": "INCONCLUSIVE", "finite_moments": "PASS"}
+    (folder / "lenient.yaml").write_text(
+        (folder / "probe.yaml").read_text() + "allow_inconclusive: [entropy, reward]\n"
+    )
+    done = run(folder, "--probe-config=lenient.yaml", "-m", "gate")
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_what_is_asked_for_is_not_marked(folder: Path) -> None:
+    """The same questions and the same reward, but chosen; a stand-in that is asked for by name is one all the same."""
+    extra = {
+        "dataset: arithmetic, reward: tag_pref": "",
+        "reward: tag_pref": "not your prompts",
+        "dataset: arithmetic, reward: stand_in": "not your reward",
+    }
+    config = (folder / "probe.yaml").read_text()
+    for batch, mark in extra.items():
+        (folder / "chosen.yaml").write_text(config + f"batch: {{{batch}}}\n")
+        options = ("--config", "chosen.yaml", "--budget", "smoke", "--out", "r.json")
+        done = forked.python("-m", "entropy_probe", "run", "ckpt", *options, cwd=folder)
+        assert done.returncode == 0
+        report = json.loads((folder / "r.json").read_text())
+        builtin, reward = report["batch"]["prompts_are_builtin"], report["batch"]["reward"]
+        expected = {
+            "": (False, "tag_pref"),
+            "not your prompts": (True, "tag_pref"),
+            "not your reward": (False, "stand_in"),
+        }
+        assert (builtin, reward) == expected[mark]
+        told = "100% of the update's prompts have no advantage: v is momentum and decay alone" in done.stderr
+        assert told == (reward == "tag_pref")  # nobody answers in tags
