@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -312,16 +311,17 @@ def _drill(arguments: argparse.Namespace) -> int:
 
 def _statuses(given: Sequence[str], fault: str) -> dict[str, str]:
     """criterion → status of a run with this fault; an error counts as a criterion that sees it."""
-    command = [sys.executable, "-m", "entropy_probe", *given, f"--fault={fault}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    from entropy_probe.processes.apart import ended
+
+    code, out, err = ended("entropy_probe.__main__:main", [*given, f"--fault={fault}"])
+    if code != 0:
+        lines = err.strip().splitlines() or [f"exit code {code}"]
         if not fault:
             raise ProbeError(
                 "drill", f"the run without a fault fails: {lines[-1]}", "mend that first"
             )
         return {f"an error ({lines[-1].removeprefix('entropy-probe: ')})": "fail"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
 
 
 def _with_status(found: dict[str, str], status: str) -> list[str]:
