@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which are forked from one that has imported the libraries and done nothing else."""
+"""Commands in processes of their own, forked from one that has imported the libraries and done nothing else."""
 
 from __future__ import annotations
 

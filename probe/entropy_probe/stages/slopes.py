@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 # (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses the kinks of a
 # ReLU. Of scores, twice in a row: a longer step, as 1e-16·|S| is divided by it twice.
 _JVP_CHANGE, _SCORE_CHANGE = 1e-5, 1e-3
+_PARAMETER_CHANGE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,20 @@ def _along(
     at_theta, derivatives, change, points = _ways(bound, float64, share, v, config)
     # where all responses are certain the entropy moves faster than their log p
     fastest = max(_largest(at_theta.d_seq_logp), _largest(at_theta.d_rb_sum))
-    h = step_of(share.world.largest(fastest), v, change)
+    h = min(step_of(share.world.largest(fastest), v, change), _longest(float64, v))
     at: dict[int, Derivatives] = {}
     for k in points:
         if progress is not None:
             progress("slopes", 1 + len(at), 1 + len(points))
         at[k] = derivatives(k * h)
     return at_theta, h, at
+
+
+def _longest(float64: BoundModel, v: Mapping[str, Tensor]) -> float:
+    """The step that moves the parameters by a ten-thousandth: where log p hardly moves along v, a step that is measured
+    by it alone leaves the range in which the curvature is one number."""
+    size = norm({name: float64.registry.parameters[name].detach() for name in v})
+    return _PARAMETER_CHANGE * size / norm(v) if size > 0 and norm(v) > 0 else math.inf
 
 
 def _ways(
