@@ -84,6 +84,10 @@ QUESTIONS = [
 ]
 
 
+def questions(split: str) -> list[dict[str, Any]]:
+    return QUESTIONS
+
+
 def run_of_trl(folder: Path, *, steps: int = 2, seed: int = 0) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """A run that saves every step, each of all questions; what it logged, and the prompts' ids as it had them."""
     own = tokenizer()

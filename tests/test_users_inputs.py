@@ -25,7 +25,7 @@ from entropy_probe.__main__ import main
 from entropy_probe.afresh.inputs import of_file
 from entropy_probe.errors import ConfigError, MeasurementError, RolloutsError
 from entropy_probe.model.forward import bind
-from entropy_probe.stages.responses.ids import Door, eos_ids
+from entropy_probe.stages.responses.ids import Door, about_eos, eos_ids
 from entropy_probe.stages.responses.prompt_files import read_prompts
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import Asked, find_rewards, stand_in
@@ -540,7 +540,7 @@ def test_padding_of_ids_is_left_out(tmp_path: Path) -> None:
     [
         ("<|endoftext|>", "<|im_end|>", ["<|endoftext|>", "<|im_end|>"]),  # the tokenizer's is not among the model's
         (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", ["<|im_end|>", "<|endoftext|>"]),  # a list, as Qwen has it
-        ("a", "<|im_end|>", ["<|im_end|>"]),  # an ordinary token of the text: a default that nobody set
+        ("a", "<|im_end|>", ["a", "<|im_end|>"]),  # an ordinary token of the text: a default that nobody set?
         (None, "<|im_end|>", ["<|im_end|>"]),
     ],
 )
@@ -550,6 +550,11 @@ def test_where_a_response_ends(configured: Any, own: str, ends: list[str]) -> No
     given = ids(configured) if configured is not None else None
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given), config=None)
     assert eos_ids(model, made) == [ids(end) for end in ends]
+    said = {"<|endoftext|>": ["responses end at the tokenizer's"], "a": ["responses end at", "generation_config ends"]}
+    lines = about_eos(model, made)
+    expected = said.get(str(configured), [])
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
     assert eos_ids(model, None) == ([] if given is None else given if isinstance(given, list) else [given])
 
 

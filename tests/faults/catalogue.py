@@ -1233,8 +1233,9 @@ _UNSEEN = """
 
 
 if __name__ == "__main__":
-    from faults import catalogue, more, recipes  # the one that faults are entered in
+    from faults import catalogue, inputs, more, recipes  # the one that faults are entered in
 
     assert more
     assert recipes
+    assert inputs
     sys.stdout.write(catalogue.page())

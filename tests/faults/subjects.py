@@ -184,6 +184,7 @@ class Subject:
     sampling: dict[str, Any] | None = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     one_batch: bool = False
+    uneven: bool = False
     captured: bool = False
 
 
@@ -193,6 +194,26 @@ def by_trl(folder: Path, seed: int = 0) -> Path:
 
     options = {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 12}
     return train(folder, steps=3, seed=seed, num_generations=3, **options).checkpoint(2)
+
+
+def chatting(folder: Path, seed: int = 0) -> Path:
+    from chat import run_of_trl
+
+    run_of_trl(folder, seed=seed)
+    return folder / "checkpoint-1"
+
+
+def cut(file: Path) -> None:
+    """Groups of 1, 2, 3, 1, … responses."""
+    lines = map(json.loads, file.read_text().splitlines())
+    own = [
+        {
+            key: value[: 1 + n % 3] if isinstance(value, list) and key != "prompt_ids" else value
+            for key, value in of.items()
+        }
+        for n, of in enumerate(lines)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in own))
 
 
 def _sampled_with(reward: str) -> dict[str, Any]:
@@ -233,6 +254,16 @@ SUBJECTS: dict[str, Subject] = {
         _sampled_with("reward_by_gold"),
     ),
     "trl": Subject("a step of TRL's own trainer, with its own batch", by_trl, captured=True),
+    "uneven": Subject("groups of 1 to 3 responses in the update batch", partial(full, "llama"), uneven=True),
+    "chat": Subject(
+        "a chat model that TRL trained, with its own questions and reward",
+        chatting,
+        None,
+        {
+            "batch": {"num_prompts": 6, "num_update_prompts": 6, "dataset": "chat:questions", "reward": "chat:reward"},
+            "generation": {"num_return_sequences": 4},
+        },
+    ),
     "top_k": Subject("an engine that sampled with its default top_k 50", partial(full, "llama"), {"top_k": 50}),
 }
 
@@ -264,6 +295,8 @@ class Bench:
                 folder / "e.jsonl", model, prompts=5, responses=3, seed=10 * seed + 1, reported=True, **subject.sampling
             )
             u = sampled_from(folder / "u.jsonl", model, prompts=6, responses=3, seed=10 * seed + 2, **subject.sampling)
+            if subject.uneven:
+                cut(u)
             self._made[name, seed] = checkpoint, e, u
         return self._made[name, seed]
 

@@ -21,7 +21,7 @@ from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import for_sampling
 from entropy_probe.stages.responses import tasks
-from entropy_probe.stages.responses.ids import Door, early_eos, eos_ids
+from entropy_probe.stages.responses.ids import Door, about_eos, early_eos, eos_ids
 from entropy_probe.stages.responses.prompt_files import PromptFile
 from entropy_probe.stages.responses.rewards import find_rewards
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
@@ -158,7 +158,7 @@ def draw_batches(
         return Door(tokenizer, ends, batch.system_prompt, template)
 
     longest = 0 if tokenizer is None else max(len(door().of_prompt(prompt)) for prompt in drawn)
-    limit, said = None, _about(pool)
+    limit, said = None, (*_about(pool), *about_eos(bound.language_model, tokenizer))
     asked, room = config.generation.max_new_tokens, (bound.longest_row or 0) - longest
     if unasked.length and 0 < room < asked:
         limit = room

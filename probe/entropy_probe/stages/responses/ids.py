@@ -189,14 +189,29 @@ class Door:
 
 
 def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:
-    """Ids at which a response ends: those of generation_config, else of the model's config, that the tokenizer does not
-    take for an ordinary token; and the tokenizer's own."""
-    of_model = [getattr(model, name, None) for name in ("generation_config", "config")]
-    found = next((ids for holder in of_model if (ids := _eos_of(holder))), [])
-    own = _eos_of(tokenizer)
-    if not own:
-        return found
-    return list(dict.fromkeys([*(e for e in found if not _is_ordinary(e, tokenizer)), *own]))
+    """Ids at which a response ends: those of generation_config, else of the model's config, and the tokenizer's own, at
+    which trainers end them."""
+    return list(dict.fromkeys([*_of_model(model), *_eos_of(tokenizer)]))
+
+
+def about_eos(model: Any, tokenizer: Any | None) -> tuple[str, ...]:
+    """What is odd about where responses end."""
+    found, own = _of_model(model), _eos_of(tokenizer)
+    said = []
+    if found and not set(own) <= set(found):
+        said.append(
+            "responses end at the tokenizer's EOS too, which generation_config does not have"
+        )
+    ordinary = [token for token in found if _is_ordinary(token, tokenizer)]
+    if ordinary:
+        count = f"{len(ordinary)} ordinary token{'s'[: len(ordinary) > 1]}"
+        said.append(f"generation_config ends responses at {count}, such as {ordinary[0]}")
+    return tuple(said)
+
+
+def _of_model(model: Any) -> list[int]:
+    holders = [getattr(model, name, None) for name in ("generation_config", "config")]
+    return next((ids for holder in holders if (ids := _eos_of(holder))), [])
 
 
 def _eos_of(holder: Any) -> list[int]:
