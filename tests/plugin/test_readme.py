@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 import forked
 import kept_reports
@@ -73,6 +74,34 @@ def test_live_model_snippet(place: Path) -> None:
     done = run(place, "python snippet.py")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"torch.Size\(\[1, 4\]\) [\d.]+\n", done.stdout), done.stdout
+
+
+def test_prompts_and_reward(tmp_path: Path) -> None:
+    """The five lines that come first under *Your own checkpoint*, on a chat model that TRL has trained."""
+    import chat
+
+    chat.run_of_trl(tmp_path / "runs")
+    (tmp_path / "rewards.py").write_text(snippet("def accuracy("))
+    dataset, (to_file, write, run_it) = (
+        Dataset.from_list(chat.QUESTIONS),
+        re.findall(
+            r"^ {6}(dataset\.to_parquet\([^)]*\)|echo .*|pytest .*prompts\.parquet.*?)(?: {2,}#.*)?$",
+            README,
+            re.MULTILINE,
+        ),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        eval(to_file, {"dataset": dataset})  # noqa: S307
+    subprocess.run(write, shell=True, check=True, cwd=tmp_path)  # noqa: S602
+    done = run(tmp_path, f"{run_it} --probe-budget=smoke --probe-json=r.json")
+    assert done.returncode == 1, done.stdout  # nobody has learned an answer: a reward of 0 is no update, and it is said
+    shown = done.stdout.partition("= entropy probe =")[2]
+    assert "gold answers are those of `answer`" in shown
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["batch"]["reward"], report["batch"]["prompts_are_builtin"]) == ("rewards:accuracy", False)
+    red = set(re.findall(r"^│ (\w+) .* (?:FAIL|INCONCLUSIVE) +│$", shown, re.MULTILINE))
+    assert red <= {"y_coverage", "se_identity", "se_agreement"}
 
 
 def test_test_snippet(place: Path) -> None:
