@@ -159,6 +159,8 @@ class SequenceProcessor:
                 seed=_seed(seed),
                 progress=_Reports(self.logger),
             )
+        for line in rollouts.found:
+            self.logger.warning("%s", line)
         return batched(rollouts, self.tokenizer, prompts)
 
     def generate_with_logprobs(

@@ -33,17 +33,28 @@ class Door:
     """Ids of prompts and responses, and what was found among them.
 
     `system` goes before every prompt, as a message of that role; `template` are more arguments of the chat template.
+    `at` is where what comes next stands, for what is said of it.
     """
 
     tokenizer: Any | None
     eos: Collection[int] = ()
     system: str | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
+    at: str = ""
     found: Counter[str] = field(default_factory=Counter)
+    firsts: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> tuple[str, ...]:
-        """What was found, each kind with its count."""
-        return tuple(f"{count} {text}" for text, count in self.found.items())
+        """What was found, each kind with its count and where it was found first."""
+        of = {text: self.firsts[text] for text in self.found}
+        return tuple(
+            f"{count} {text}{of[text] and f' ({of[text]} is the first)'}"
+            for text, count in self.found.items()
+        )
+
+    def _say(self, text: str) -> None:
+        self.found[text] += 1
+        self.firsts.setdefault(text, self.at)
 
     # Texts
 
@@ -58,7 +69,7 @@ class Door:
             messages = ({"role": "user", "content": prompt.text},)
         if messages is None:
             if getattr(self.tokenizer, "chat_template", None):
-                self.found[_BARE] += 1
+                self._say(_BARE)
             ids = self.of_text(prompt.text)
         else:
             ids = self._encoded(self.rendered(messages, prompt.columns), special=False)
@@ -102,11 +113,11 @@ class Door:
         bos, eos = self._id("bos"), self._id("eos")
         begins = bos is not None and self._encoded(text, special=False)[:1] == [bos]
         if begins and ids[:2] == [bos, bos]:
-            self.found[_SECOND_BOS] += 1
+            self._say(_SECOND_BOS)
             del ids[0]
         ends = eos is not None and len(ids) > 1 and ids[-1] == eos
         if ends and self._encoded(text, special=False)[-1:] != [eos]:
-            self.found[_APPENDED_EOS] += 1
+            self._say(_APPENDED_EOS)
             del ids[-1]
         return ids
 
@@ -114,7 +125,7 @@ class Door:
         """A response; an EOS is added to one that has ended."""
         ids = self._encoded(text, special=False)
         if "�" in text or self._decoded(ids) != text:
-            self.found[_CHANGED] += 1
+            self._say(_CHANGED)
         if ended and self.eos and (not ids or ids[-1] not in self.eos):
             own = self._id("eos")
             ids.append(own if own is not None and own in self.eos else next(iter(self.eos)))
@@ -128,7 +139,7 @@ class Door:
     def look_at(self, ids: Sequence[int]) -> None:
         """Count what is odd about a sampled response."""
         if self.text_of(ids).endswith("�"):
-            self.found[_CUT] += 1
+            self._say(_CUT)
         self._count_beyond(ids)
 
     # Ids
@@ -141,11 +152,11 @@ class Door:
                 start += 1
         own = ids[start:]
         if start:
-            self.found[_PADDED_PROMPT] += 1
+            self._say(_PADDED_PROMPT)
         if len(own) > 1 and own[0] == own[1] == self._id("bos"):
-            self.found[_TWO_BOS] += 1
+            self._say(_TWO_BOS)
         if len(own) > 1 and own[-1] == self._id("eos"):
-            self.found[_ENDS_WITH_EOS] += 1
+            self._say(_ENDS_WITH_EOS)
         return slice(start, len(ids))
 
     def inside_response(self, ids: Sequence[int]) -> slice:
@@ -160,7 +171,7 @@ class Door:
             while end > 1 and ids[end - 1] == pad:
                 end -= 1
         if end < len(ids):
-            self.found[_PADDED_RESPONSE] += 1
+            self._say(_PADDED_RESPONSE)
         self._count_beyond(ids[:end])
         return slice(0, end)
 
@@ -170,7 +181,7 @@ class Door:
         except TypeError:  # none, or one that does not say
             return
         if any(token >= size for token in ids):
-            self.found[_BEYOND] += 1
+            self._say(_BEYOND)
 
     def _encoded(self, text: str, *, special: bool) -> list[int]:
         assert self.tokenizer is not None

@@ -48,6 +48,7 @@ def read_rollouts(
     groups: list[Group] = []
     lines, of_trainer = lines_of(Path(path))
     for where, row in lines:
+        door.at = where.rpartition("/")[2]
         group = _Line(row, where, bound.vocabulary, door).read()
         if not only_update:
             _require_alike_in_size(group, (groups or [group])[0], where)

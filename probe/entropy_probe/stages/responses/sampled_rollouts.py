@@ -47,7 +47,10 @@ def sample_rollouts(
         problem = "the checkpoint has none, so nothing can be sampled"
         raise MeasurementError("tokenizer", problem, "give --probe-rollouts")
     door = door or Door(tokenizer, eos_ids(bound.language_model, tokenizer))
-    encoded = [door.of_prompt(prompt) for prompt in prompts]
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        door.at = f"prompt {number}"
+        encoded.append(door.of_prompt(prompt))
     rewards = rewards or of_each(reward or tag_pref)
     group = generation.num_return_sequences
     share = world.share(len(prompts))
@@ -68,8 +71,10 @@ def sample_rollouts(
     given = rewards(asked)
     own = [given[start : start + group] for start in range(0, len(given), group)]
     drawn, of_all = _of_all(drawn, own, share, len(prompts), group, world)
-    for response in (response for responses in drawn for response in responses):
-        door.look_at(response)
+    for number, responses in enumerate(drawn, start=1):
+        door.at = f"of prompt {number}"
+        for response in responses:
+            door.look_at(response)
     groups = [Group(*one) for one in zip(encoded, drawn, of_all, strict=True)]
     missing = sum(prompt.gold is None for prompt in prompts)
     return replace(assembled(groups, "sampled", missing), found=door.lines())
