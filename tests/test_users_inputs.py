@@ -84,14 +84,20 @@ def test_an_answer_that_has_begun_stays_open_and_tools_are_rendered() -> None:
     begun = (*MESSAGES, {"role": "assistant", "content": "It is "})
     text = own.decode(Door(own).of_prompt(Prompt("", None, begun)))
     assert text.endswith("<|im_start|>assistant\nIt is ")
+    said = Door(own)
+    said.of_prompt(Prompt("", None, begun))
+    assert said.lines()[0].startswith("1 prompts end with an assistant's message, which is left open")
     tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
     with_tools = Door(own).of_prompt(Prompt("", None, tuple(MESSAGES), {"tools": [tool]}))
     assert '"name": "add"' in own.decode(with_tools)
     own.chat_template = "{{ flavour }}{% for m in messages %}{{ m.content }}{% endfor %}"
     door = Door(own, template={"flavour": "plain "})
     assert own.decode(door.of_prompt(Prompt("", None, tuple(MESSAGES)))).startswith("plain Be brief.")
-    own_flavour = {"chat_template_kwargs": {"flavour": "own "}}
-    assert own.decode(door.of_prompt(Prompt("", None, tuple(MESSAGES), own_flavour))).startswith("own Be brief.")
+    for own_flavour in ({"flavour": "own "}, '{"flavour": "own "}'):  # a cell of CSV holds it as JSON
+        columns = {"chat_template_kwargs": own_flavour}
+        assert own.decode(door.of_prompt(Prompt("", None, tuple(MESSAGES), columns))).startswith("own Be brief.")
+    with pytest.raises(MeasurementError, match="`tools` is 'x', no JSON"):
+        door.of_prompt(Prompt("", None, tuple(MESSAGES), {"tools": "x"}))
 
 
 # The same questions in every kind of file
@@ -131,13 +137,27 @@ def test_each_kind_of_file_has_the_same_prompts(tmp_path: Path, kind: str) -> No
     assert len(other) == (3 if kind == "splits" else 40)
 
 
+def test_a_format_for_training_hides_nothing(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS).map(lambda row: {"answer": int(row["answer"])})
+    for name, formatted in (
+        ("numpy", table.with_format("numpy")),
+        ("some", table.with_format(columns=["prompt"])),
+        ("pandas", table.with_format("pandas")),
+    ):
+        formatted.save_to_disk(tmp_path / name)
+        pool = read_prompts(tmp_path / name)
+        assert (pool[7].gold, pool[7].columns["level"], pool.gold) == ("7", 1, "answer")
+
+
 def test_csv(tmp_path: Path) -> None:
     file = tmp_path / "p.csv"
     with file.open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerows([("prompt", "gold", "level"), ("two\nlines, and a comma", "3", "hard"), ("b", "", "easy")])
-    assert list(read_prompts(file)) == [Prompt("two\nlines, and a comma", "3"), Prompt("b", "")]
+    assert list(read_prompts(file)) == [Prompt("two\nlines, and a comma", "3"), Prompt("b")]  # an empty cell is nothing
     assert read_prompts(file)[0].columns["level"] == "hard"
+    file.write_text('\ufeffprompt, gold,answer\n"[{""role"": ""user"", ""content"": ""q""}]",,5\n')
+    assert list(read_prompts(file)) == [Prompt("q", "5", ({"role": "user", "content": "q"},))]
     file.write_text("question,gold\na,3\n")
     with pytest.raises(RolloutsError, match=r"p\.csv: has the columns \['question', 'gold'\]; name one `prompt`"):
         read_prompts(file)
@@ -302,6 +322,22 @@ def test_rewards_in_the_forms_of_trainers() -> None:
     assert of_some(asked("abc", level=9)) == [3.0]
 
 
+def changes(completions: list[str], targets: list[list[str]], **_: Any) -> list[float]:
+    for own in targets:
+        own.append("more")
+    return [float(len(own)) for own in targets]
+
+
+def test_each_response_has_columns_of_its_own_and_a_loop_may_be_running() -> None:
+    together = asked("a", "b", "c", targets=["x"])
+    assert find_rewards(f"{__name__}:changes")(together) == [2.0] * 3
+
+    async def in_a_notebook() -> list[float]:
+        return find_rewards(f"{__name__}:awaited")(asked("ab"))
+
+    assert asyncio.run(in_a_notebook()) == [1.0]
+
+
 BAD_REWARDS = {
     "raises": ("raised KeyError: 'spoilt' for 'bad' to 'q'", ["good", "bad"]),
     "nothing": ("returned None for 'bad' to 'q'", ["good", "bad"]),
@@ -432,6 +468,11 @@ def test_rollouts_of_verl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(understood(two, 7).lines[0][1]["rewards"]) == 3
     assert main(["rollouts", str(two), "--step", "8"]) == 4
     assert "has the steps [7, 9], not 8; give one of them" in capsys.readouterr().err
+    as_text = dumped(tmp_path / "text.jsonl", [{**row, "step": "7"} for row in verl_rows()])
+    assert [line for _, line in understood(as_text).lines] == [line for _, line in found.lines]
+    ours = dumped(tmp_path / "ours.jsonl", [{"prompt_ids": [3], "response_ids": [[4]], "rewards": 3}])
+    assert main(["rollouts", str(ours)]) == 4
+    assert "is no file of verl's, TRL's or prime-rl's rollouts" in capsys.readouterr().err
     dumped(file, [{**verl_rows()[0], "score": "high"}])
     assert main(["rollouts", str(file)]) == 4
     assert "7.jsonl:1: is no row of verl's (TypeError: 'high' is no number)" in capsys.readouterr().err
@@ -455,6 +496,35 @@ def test_rollouts_of_prime_rl(tmp_path: Path) -> None:
         "advantages": [-0.5, 0.5],
         "truncated": [False, True],
     }
+
+
+def test_columns_that_trl_logged_beside_rewards(tmp_path: Path) -> None:
+    """A table does not say which of its numbers are rewards: where there are several it is asked."""
+    rows = [
+        {"step": 1, "prompt": "q", "completion": "a", "acc": 1.0, "length": 100, "ok": True, "advantage": 0.5},
+        {"step": 1, "prompt": "q", "completion": "b", "acc": None, "length": 101, "ok": True, "advantage": -0.5},
+    ]
+    file = tmp_path / "completions_00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    with pytest.raises(RolloutsError, match=r"has the columns \['acc', 'length', 'ok'\] before the advantage"):
+        understood(file)
+    found = understood(file, rewards=["acc"])
+    assert found.lines[0][1]["rewards"] == [1.0, 0.0]
+    assert "rewards are the column acc" in found.assumed
+    with pytest.raises(RolloutsError, match="has no column 'accuracy' of rewards; there are"):
+        understood(file, rewards=["accuracy"])
+
+
+def test_tokens_that_the_policy_did_not_choose_are_refused(tmp_path: Path) -> None:
+    rows = prime_rows(ids=True)
+    rows[1]["trajectory"][0]["tokens"]["completion_mask"] = [1, 0]
+    with pytest.raises(RolloutsError, match=r"a\.jsonl:2: is no row of prime-rl's .*completion_mask has a 0"):
+        understood(dumped(tmp_path / "a.jsonl", rows))
+    rows = prime_rows(ids=False)
+    rows[2]["advantage"] = None
+    found = understood(dumped(tmp_path / "b.jsonl", rows))
+    assert "`advantages` are left out: some responses have none" in found.assumed
+    assert all("advantages" not in line for _, line in found.lines)
 
 
 def test_rollouts_of_trl(trained: Any) -> None:
@@ -531,6 +601,13 @@ def test_padding_of_ids_is_left_out(tmp_path: Path) -> None:
     assert torch.equal(again.ids[:, :4], one.ids[:, :4])
     seen = of_file(tmp_path / "1.jsonl", [[20, 21]] * 2, [[[30, eos], [31, 32]]] * 2, lambda: pad)
     assert seen["wrong"] == []
+    masked = padded | {"prompt_mask": [1] * 4, "response_mask": [[1, 1, 0], [1, 1, 1]]}
+    kept = read_rollouts(dumped(tmp_path / "masked.jsonl", [masked, masked]), bound, own)
+    assert kept.prompt_lens.tolist() == [4] * 4  # what a mask calls a token is one
+    assert kept.responses[:2] == [[30, eos], [31, 32, pad]]
+    nothing = clean | {"response_ids": [[30, eos], [pad, pad]]}
+    with pytest.raises(RolloutsError, match="`response_ids` has an empty entry"):
+        read_rollouts(dumped(tmp_path / "none.jsonl", [nothing, nothing]), bound, bytes_tokenizer())
     dropped = of_file(tmp_path / "1.jsonl", [[21]] * 2, [[[30, eos], [31, 32]]] * 2, lambda: pad)
     assert dropped["wrong"] == [0, 1]  # a token of the prompt is no padding
 

@@ -77,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
     rollouts.add_argument(
         "--step", type=int, help="of several steps in the file (default: the last)"
     )
+    rollouts.add_argument(
+        "--rewards",
+        metavar="NAMES",
+        help="the columns of TRL's table that are rewards, with commas",
+    )
     drill = commands.add_parser(
         "drill",
         help="plant a dozen faults into runs on your checkpoint, and show which criterion sees each",
@@ -260,26 +265,28 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _rollouts(arguments: argparse.Namespace) -> int:
     """What was understood goes to standard error, or to standard output where the lines go to a file."""
     from entropy_probe.atomic import write_atomically
-    from entropy_probe.stages.responses.trainers_rollouts import FORM, Understood, understood
-    from entropy_probe.text import json_lines
+    from entropy_probe.stages.responses.trainers_rollouts import understood
 
     path = arguments.rollouts
-    found = understood(path, arguments.step)
+    rewards = [name.strip() for name in (arguments.rewards or "").split(",") if name.strip()]
+    found = understood(path, arguments.step, rewards)
     if found is None:
-        found = Understood("this library", list(json_lines(path, FORM)))
+        problem = "is no file of verl's, TRL's or prime-rl's rollouts"
+        raise RolloutsError(
+            path, problem, "JSON lines of our own are given as they are, --rollouts"
+        )
     lines = [line for _, line in found.lines]
-    sizes = sorted({len(line.get("rewards") or ()) for line in lines})
-    responses = sum(len(line.get("rewards") or ()) for line in lines)
+    sizes = [len(line["rewards"]) for line in lines]
     keys = ", ".join(dict.fromkeys(key for line in lines for key in line))
-    groups = " to ".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
+    of_each = " to ".join(str(size) for size in sorted({min(sizes), max(sizes)}))
     said = [
-        f"rollouts as {found.trainer} writes them: {len(lines)} prompts, {responses} responses ({groups} of each)",
+        f"rollouts as {found.trainer} writes them: {len(lines)} prompts, {sum(sizes)} responses ({of_each} of each)",
         f"keys: {keys}",
         *found.assumed,
     ]
-    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    written = "".join(json.dumps(line) + "\n" for line in lines)
     if arguments.out is not None:
-        write_atomically(arguments.out, written.encode("utf-8", "surrogatepass"))
+        write_atomically(arguments.out, written.encode())
     else:
         print(written, end="")
     print("\n".join(said), file=sys.stderr if arguments.out is None else sys.stdout)

@@ -627,10 +627,12 @@ class Verdict(_Section):
 
 
 class BaselineSection(_Section):
-    """What gates compare with: the quantities of another report, with their standard errors."""
+    """What gates compare with: the quantities of another report, with their standard errors; and what of its prompts
+    and rewards nobody chose."""
 
     name: str
     fingerprint: str
+    not_chosen: str
     quantities: dict[str, Estimate]
 
 
@@ -707,7 +709,7 @@ class ProbeReport(_Section):
         """What nobody chose, in the words that stand beside every figure that depends on it; empty where all is the
         user's."""
         builtin = self.batch.prompts_are_builtin or self.update_batch.prompts_are_builtin
-        stand_in = self.update_batch.reward == "stand_in"
+        stand_in = "stand_in" in (self.batch.reward, self.update_batch.reward)
         return {
             (True, True): "not your prompts, nor reward",
             (True, False): "not your prompts",
@@ -721,7 +723,7 @@ class ProbeReport(_Section):
         said, u = [], self.update_batch
         if self.batch.prompts_are_builtin or u.prompts_are_builtin:
             said.append("built-in prompts: give yours, --probe-prompts=FILE (or rollouts)")
-        if u.reward == "stand_in":
+        if "stand_in" in (self.batch.reward, u.reward):
             said.append("stand-in reward, which says nothing of the policy: set batch.reward")
         if u.zero_advantage_fraction >= MOST_WITHOUT_ADVANTAGE:
             share = f"{u.zero_advantage_fraction:.0%} of the update's prompts have no advantage"

@@ -41,7 +41,7 @@ from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.prompts import Prompt
-from entropy_probe.stages.responses.rewards import Reward, find_reward
+from entropy_probe.stages.responses.rewards import Asked, Reward, find_rewards, of_each
 from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.responses.sequences import (
     BatchedSequences,
@@ -108,7 +108,7 @@ class SequenceProcessor:
         self.logger = logger or logging.getLogger("entropy_probe")
         self.config = sections.generation
         self.precision = sections.precision
-        self._reward = find_reward(reward) if isinstance(reward, str) else reward
+        self._reward_of = find_rewards(reward) if isinstance(reward, str) else of_each(reward)
 
     # Prompts and responses
 
@@ -361,11 +361,13 @@ class SequenceProcessor:
 
     def _rewards(self, sequences: BatchedSequences) -> Float[Tensor, "B G"]:
         prompts = sequences.prompts or [Prompt("")] * len(sequences.responses_text)
-        rewards = [
-            [self._reward(text, prompt.gold) for text in texts]
-            for prompt, texts in zip(prompts, sequences.responses_text, strict=True)
+        asked = [
+            Asked(prompt, text, sequences.response_ids(b, g).tolist())
+            for b, (prompt, texts) in enumerate(zip(prompts, sequences.responses_text, strict=True))
+            for g, text in enumerate(texts)
         ]
-        return torch.tensor(rewards, dtype=torch.float64)
+        rewards = torch.tensor(self._reward_of(asked), dtype=torch.float64)
+        return rewards.reshape(len(prompts), -1)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -53,7 +53,7 @@ def json_lines(path: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
                 if len(line) > LARGEST:
                     raise OSError(errno.EFBIG, f"line {number} is larger than {LARGEST >> 30} GiB")
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     yield f"{path}:{number}", _object(text, f"{path}:{number}", form)
     except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path

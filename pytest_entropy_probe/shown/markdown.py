@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pytest_entropy_probe.shown.records import FIRST
 from pytest_entropy_probe.shown.tables import (
     STATUS,
     STEP_HEADINGS,
@@ -41,9 +42,11 @@ def summary(
     for step in steps:
         mine = rows.get(step.name, ())
         failures = [row.message for row in mine if row.message]
-        if len(steps) == 1 or failures:
+        if len(steps) == 1 or failures or FIRST in headlines.get(step.name, ""):
             lines += [f"#### {_escaped(step.name)}: {_escaped(step.verdicts)}", ""]
-        shown = [headlines[step.name]] if len(steps) == 1 and step.name in headlines else []
+        headline = headlines.get(step.name, "")
+        first = "\n".join(line for line in headline.splitlines() if line.startswith(FIRST))
+        shown = [headline if len(steps) == 1 else first]
         blind = " ".join(unseen(step.name, mine))
         for text in filter(None, [*shown, blind, *failures]):
             lines += ["```text", text.replace("```", "'''"), "```", ""]

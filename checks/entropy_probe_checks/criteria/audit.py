@@ -402,7 +402,7 @@ def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:
     if not known:
         why = next((of for of in inputs.values() if isinstance(of, str)), "")
         return not_applicable(
-            why or "The lines of the file have texts, which are not read a second time."
+            why or "Texts of a file, and rewards behind an entry point, are not read a second time."
         )
     found = [text for which, of in known.items() for text in wrong(which, of)]
     detail = f"[{', '.join(found[:5])}{' …' if len(found) > 5 else ''}]" if found else ""

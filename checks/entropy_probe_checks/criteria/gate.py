@@ -171,6 +171,7 @@ def baseline_of(report: ProbeReport) -> BaselineSection:
     return BaselineSection(
         name=report.checkpoint.name,
         fingerprint=report.checkpoint.fingerprint,
+        not_chosen=report.not_chosen,
         quantities={name: value for name, value in found.items() if isinstance(value, Estimate)},
     )
 
@@ -196,6 +197,9 @@ def _held(report: ProbeReport, name: str) -> Finding:
     if isinstance(found, Finding):
         return found
     before = report.baseline.quantities.get(name) if report.baseline is not None else None
+    of_before = "" if report.baseline is None else report.baseline.not_chosen
+    if before is not None and of_before and set(bounds) & set(OF_A_BASELINE):
+        return inconclusive(f"The baseline is {of_before}: take a report on your own as baseline.")
     if before is None and set(bounds) & set(OF_A_BASELINE):
         return inconclusive(
             f"The baseline has no {name}: take a report of a longer batch as baseline."
@@ -217,7 +221,7 @@ def _not_the_users(report: ProbeReport, name: str) -> str | None:
         return None
     if report.batch.prompts_are_builtin or report.update_batch.prompts_are_builtin:
         return "The prompts are built in, not yours: give --probe-prompts=FILE, or --probe-rollouts=FILE."
-    if name != "entropy" and report.update_batch.reward == "stand_in":
+    if name != "entropy" and "stand_in" in (report.batch.reward, report.update_batch.reward):
         return "The reward is a stand-in, not yours: name it under batch.reward, or give rollouts."
     return None
 

@@ -131,8 +131,9 @@ def gold_complete(report: ProbeReport) -> Finding:
     Without gold the reward is 0 and all advantages of the prompt are 0: it adds nothing to the update. Give `gold`, or
     a reward that needs none (batch.reward).
     """
-    sampled = [b for b in (report.batch, report.update_batch) if b.source == "sampled"]
-    if not sampled or report.config["batch"]["reward"] != "tag_pref":
+    batches = (report.batch, report.update_batch)
+    sampled = [b for b in batches if b.source == "sampled" and "tag_pref" in b.reward]
+    if not sampled:
         return not_applicable("The rewards are not from tag_pref.")
     missing = float(sum(b.missing_gold for b in sampled))
     return at_most(missing, limit_for(report, "gold_complete"), otherwise="inconclusive")

@@ -3,16 +3,20 @@ tokens that its texts have, and rewards from decoded text."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import sha256
 from importlib import import_module
-from inspect import signature
+from inspect import isawaitable, signature
 from itertools import islice
+from math import fsum, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +126,7 @@ class Questions:
         for question in found:
             tokens = tuple(_encoded(question, tokenizer, batch))
             known = by_tokens.get(tokens, question)
-            same = known is not None and known.gold == question.gold
-            by_tokens[tokens] = question if same else None
+            by_tokens[tokens] = question if known == question else None
         return cls(tokenizer, by_tokens, len(by_tokens) == len(found))
 
 
@@ -133,20 +136,23 @@ def _encoded(question: Question, tokenizer: Any, batch: Any) -> list[int]:
     if isinstance(turns, str) and batch.system_prompt is None:
         ids = list(tokenizer(turns).input_ids)
         plain = list(tokenizer(turns, add_special_tokens=False).input_ids)
-        if ids == [tokenizer.bos_token_id, *plain] and plain[:1] == ids[:1]:
-            return plain
-        if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:] and len(ids) > 1:
-            return ids[:-1]
-        return ids
+        begins, ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+        if plain[:1] == begins and ids[: 1 + len(plain)] == [*begins, *plain]:
+            ids = ids[1:]
+        return ids[:-1] if ids[-1:] == ends != plain[-1:] and len(ids) > 1 else ids
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
     if batch.system_prompt is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": batch.system_prompt}, *turns]
     begun = turns[-1]["role"] == "assistant"
-    more = {**batch.chat_template_kwargs, **(question.row.get("chat_template_kwargs") or {})}
+    own, tools = (
+        json.loads(value) if isinstance(value, str) else value
+        for value in (question.row.get("chat_template_kwargs"), question.row.get("tools"))
+    )
+    more = {**batch.chat_template_kwargs, **(own or {})}
     return tokenizer.apply_chat_template(
         turns,
-        tools=question.row.get("tools") or None,
+        tools=tools or None,
         add_generation_prompt=not begun,
         continue_final_message=begun,
         tokenize=True,
@@ -161,10 +167,11 @@ def of_dataset(
     reward: str,
     prompts: Sequence[list[int]],
     responses: Sequence[Sequence[list[int]]],
+    recorded: Sequence[list[float]],
 ) -> dict[str, Any]:
     """`wrong`: the numbers of the prompts whose tokens no question of the split has; `rewards` of the first prompts
-    that are there, by their numbers, unless a reward is an entry point of a package. `reward` is `stand_in` where that
-    took the place of what the configuration says."""
+    that are there, by their numbers, unless a reward is an entry point of a package; of all where those are not as
+    `recorded`. `reward` is `stand_in` where that took the place of what the configuration says."""
     by_tokens = questions.by_tokens
     known = [by_tokens.get(tuple(prompt)) for prompt in prompts]
     found: dict[str, Any] = {
@@ -174,63 +181,112 @@ def of_dataset(
     names = [batch.reward] if isinstance(batch.reward, str) else batch.reward
     names = ["stand_in"] if reward == "stand_in" else names
     weights = batch.reward_weights or [1.0] * len(names)
-    rewards: dict[str, list[float]] = {}
     try:
         judges = [_judge(name) for name in names]
-        for n, question in enumerate(known):
-            if None in judges or question is None or len(rewards) >= _FEW:
-                continue
-            decode = questions.tokenizer.decode
-            texts = [decode(ids, skip_special_tokens=True) for ids in responses[n]]
-            given = [judge(question, texts, responses[n]) for judge in judges if judge is not None]
-            rewards[str(n)] = [
-                sum(
-                    w * float(value)
-                    for w, value in zip(weights, own, strict=True)
-                    if value is not None
-                )
-                for own in zip(*given, strict=True)
-            ]
+        if None in judges:
+            return found
+        places = [n for n, question in enumerate(known) if question is not None]
+        some = _rewards(questions, known, responses, places[:_FEW], judges, weights)
+        differs = any(recorded[int(n)] != own for n, own in some.items())
+        if differs and len(places) == len(known):  # a reward may compare the responses of a batch
+            some = _rewards(questions, known, responses, places, judges, weights)
     except Exception:  # of the user's function, which was asked before and gave numbers
         return found
-    return found | ({} if None in judges else {"rewards": rewards})
+    return found | {"rewards": some}
 
 
-def _judge(name: str) -> Any | None:
-    """(question, texts, ids) → rewards of a prompt's responses; `None` for an entry point."""
+def _rewards(
+    questions: Questions,
+    known: Sequence[Question | None],
+    responses: Sequence[Sequence[list[int]]],
+    places: Sequence[int],
+    judges: Sequence[Any],
+    weights: Sequence[float],
+) -> dict[str, list[float]]:
+    """Of the prompts at some places, by their numbers."""
+    decode = questions.tokenizer.decode
+    asked = [
+        _Asked(question, decode(ids, skip_special_tokens=True), ids)
+        for n in places
+        if (question := known[n]) is not None
+        for ids in responses[n]
+    ]
+    given = iter(zip(*(judge(asked) for judge in judges), strict=True))
+    return {
+        str(n): [
+            fsum(
+                w * float(value)
+                for w, value in zip(weights, next(given), strict=True)
+                if value is not None
+            )
+            for _ in responses[n]
+        ]
+        for n in places
+    }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    question: Question
+    text: str
+    ids: list[int]
+
+
+def _judge(name: str) -> Callable[[list[_Asked]], list[Any]] | None:
+    """Responses → their rewards, all at once as they were asked for; `None` for an entry point."""
     own = {"tag_pref": tag_pref, "stand_in": lambda text, _: _stand_in(text)}.get(name)
     function = own or _function(name)
     if function is None:
         return None
-    takes = () if own else signature(function).parameters
+    takes: Any = {} if own else signature(function).parameters
+    all_taken = any(p.kind is p.VAR_KEYWORD for p in takes.values())
 
-    def pair(question: Question, texts: list[str], _: Any) -> list[Any]:
-        return [function(text, question.gold) for text in texts]
+    def fitting(given: dict[str, Any]) -> dict[str, Any]:
+        return given if all_taken else {key: v for key, v in given.items() if key in takes}
 
-    def trl(question: Question, texts: list[str], ids: Any) -> list[Any]:
-        count, chats = len(texts), not isinstance(question.prompt, str)
-        said = [[{"role": "assistant", "content": text}] if chats else text for text in texts]
-        columns = {key: [value] * count for key, value in question.row.items() if key != "prompt"}
-        own = {
-            "prompts": [question.prompt] * count,
-            "completions": said,
-            "completion_ids": list(ids),
+    def pair(asked: list[_Asked]) -> list[Any]:
+        return [function(one.text, one.question.gold) for one in asked]
+
+    def trl(asked: list[_Asked]) -> list[Any]:
+        keys = dict.fromkeys(key for one in asked for key in one.question.row if key != "prompt")
+        given: dict[str, Any] = {
+            key: [deepcopy(one.question.row.get(key)) for one in asked] for key in keys
         }
-        given = columns | own
-        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):  # pyright: ignore[reportAttributeAccessIssue]
-            given = {key: value for key, value in given.items() if key in takes}
-        return list(function(**given))
+        given["prompts"] = [one.question.prompt for one in asked]
+        given["completions"] = [
+            one.text
+            if isinstance(one.question.prompt, str)
+            else [{"role": "assistant", "content": one.text}]
+            for one in asked
+        ]
+        given["completion_ids"] = [list(one.ids) for one in asked]
+        given |= {"trainer_state": None, "log_extra": _nothing, "log_metric": _nothing}
+        values = function(**fitting(given))
+        if isawaitable(values):
+            with ThreadPoolExecutor(1) as thread:  # there may be a loop in this one
+                values = thread.submit(asyncio.run, _awaited(values)).result()
+        return list(values)
 
-    def verl(question: Question, texts: list[str], _: Any) -> list[Any]:
-        gold = (question.row.get("reward_model") or {}).get("ground_truth", question.gold)
-        given = {"data_source": question.row.get("data_source"), "ground_truth": gold}
-        given["extra_info"] = question.row.get("extra_info")
-        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):  # pyright: ignore[reportAttributeAccessIssue]
-            given = {key: value for key, value in given.items() if key in takes}
-        scores = [function(solution_str=text, **given) for text in texts]
-        return [score["score"] if isinstance(score, dict) else score for score in scores]
+    def verl(asked: list[_Asked]) -> list[Any]:
+        values = []
+        for one in asked:
+            row = one.question.row
+            gold = (row.get("reward_model") or {}).get("ground_truth", one.question.gold)
+            given = {"data_source": row.get("data_source"), "ground_truth": gold}
+            given |= {"extra_info": row.get("extra_info"), "solution_str": one.text}
+            value = function(**fitting(given))
+            values.append(value["score"] if isinstance(value, dict) else value)
+        return values
 
     return trl if "completions" in takes else verl if "solution_str" in takes else pair
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
+
+
+def _nothing(*_: Any) -> None:
+    """What a function may log with."""
 
 
 def _stand_in(text: str) -> float:
@@ -248,7 +304,7 @@ def pool(name: str, split: str, prompts_file: Path | None) -> list[Question] | N
         file = prompts_file or Path(path).expanduser()
         if file.suffix.lower() not in (".jsonl", ".ndjson", ".txt", ""):
             raise LookupError(f"{file.suffix} is not read a second time")
-        with file.open(encoding="utf-8", newline="\n") as lines:
+        with file.open(encoding="utf-8-sig", newline="\n") as lines:
             rows = islice((json.loads(line) for line in lines if line.strip()), _MOST + 1)
             return [Question(row["prompt"], _gold(row), row) for row in rows]
     if name == "arithmetic":
@@ -270,7 +326,9 @@ def _gold(row: dict[str, Any]) -> str | None:
     last = model.get("ground_truth") if isinstance(model, dict) else None
     columns = [row.get(key) for key in ("gold", "answer", "solution", "ground_truth")]
     for value in (*columns, last):
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
             return str(value)
     return None
 

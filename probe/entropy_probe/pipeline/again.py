@@ -63,7 +63,8 @@ def _inputs(
     try:
         if given != "sampled":
             return of_file(Path(given), prompts, responses, lambda: _pad(of))
-        return of_dataset(questions(), batch, rollouts.reward, prompts, responses)
+        recorded = rollouts.rewards.tolist()
+        return of_dataset(questions(), batch, rollouts.reward, prompts, responses, recorded)
     except Exception as error:
         return f"cannot be looked up again ({type(error).__name__}: {error})"
 

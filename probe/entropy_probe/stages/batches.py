@@ -165,6 +165,8 @@ def draw_batches(
         held = f"the model holds {bound.longest_row}"
         said += (f"responses end after {room} tokens, not {asked}: {held}",)
         config = with_limit(config, room)
+    elif bound.longest_row is not None and room <= 0:
+        said += (f"prompts have up to {longest} tokens, and the model holds {bound.longest_row}",)
     generation = for_sampling(bound, longest, config).generation if longest else config.generation
 
     def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:

@@ -6,6 +6,7 @@ report shows it.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ _CUT = "responses end inside a character: rewards see U+FFFD at the end"
 _CHANGED = (
     "responses of text hold U+FFFD or do not come back from their ids: other ids were sampled"
 )
+_BEGUN = "prompts end with an assistant's message, which is left open: TRL's GRPOTrainer and verl begin another"
 _BARE = "prompts are bare text, and the tokenizer has a chat template: give messages, if the policy chats"
 
 
@@ -86,16 +88,18 @@ class Door:
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
         begun = turns[-1]["role"] == "assistant"
-        own = columns.get("chat_template_kwargs")
-        arguments = {**self.template, **(own if isinstance(own, Mapping) else {})}
-        where = f"prompt {shown(turns[-1].get('content'))}"
+        if begun:
+            self._say(_BEGUN)
+        where = self.at or f"prompt {shown(turns[-1].get('content'))}"
+        own, tools = (_table(columns, key, where) for key in ("chat_template_kwargs", "tools"))
+        arguments = {**self.template, **(own or {})}
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             problem = "is a list of messages, and the tokenizer has no chat template"
             raise MeasurementError(where, problem, "give prompts as text")
         try:
             return self.tokenizer.apply_chat_template(
                 turns,
-                tools=columns.get("tools") or None,
+                tools=tools or None,
                 add_generation_prompt=not begun,
                 continue_final_message=begun,
                 tokenize=False,
@@ -111,12 +115,13 @@ class Door:
         """A bare text, as the tokenizer encodes it: without a second BOS, and without an EOS that it appends."""
         ids = self._encoded(text, special=True)
         bos, eos = self._id("bos"), self._id("eos")
-        begins = bos is not None and self._encoded(text, special=False)[:1] == [bos]
-        if begins and ids[:2] == [bos, bos]:
+        if not ids or (ids[0] != bos and ids[-1] != eos):
+            return ids
+        plain = self._encoded(text, special=False)
+        if ids[0] == bos and plain[:1] == [bos] and ids[1 : 1 + len(plain)] == plain:
             self._say(_SECOND_BOS)
             del ids[0]
-        ends = eos is not None and len(ids) > 1 and ids[-1] == eos
-        if ends and self._encoded(text, special=False)[-1:] != [eos]:
+        if len(ids) > 1 and ids[-1] == eos and plain[-1:] != [eos]:
             self._say(_APPENDED_EOS)
             del ids[-1]
         return ids
@@ -148,7 +153,7 @@ class Door:
         """Where a prompt of ids is not padding."""
         pad, start = self._id("pad"), 0
         if pad is not None and pad != self._id("bos"):
-            while start < len(ids) - 1 and ids[start] == pad:
+            while start < len(ids) and ids[start] == pad:
                 start += 1
         own = ids[start:]
         if start:
@@ -168,7 +173,7 @@ class Door:
             if all(token == pad or token == ids[first] for token in ids[first + 1 :]):
                 end = first + 1
         elif pad is not None:
-            while end > 1 and ids[end - 1] == pad:
+            while end and ids[end - 1] == pad:
                 end -= 1
         if end < len(ids):
             self._say(_PADDED_RESPONSE)
@@ -197,6 +202,19 @@ class Door:
         """Of the tokenizer's BOS, EOS or padding."""
         found = getattr(self.tokenizer, f"{name}_token_id", None)
         return found if type(found) is int else None
+
+
+def _table(columns: Mapping[str, Any], key: str, where: str) -> Any:
+    """A column that holds a table or a list, or one written as JSON."""
+    value = columns.get(key)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise MeasurementError(
+            where, f"`{key}` is {shown(value)}, no JSON", "write it as JSON"
+        ) from error
 
 
 def eos_ids(model: Any, tokenizer: Any | None) -> list[int]:

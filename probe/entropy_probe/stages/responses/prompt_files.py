@@ -11,6 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -106,6 +107,7 @@ def _of_json(path: Path) -> Rows:
         text = read_text(path)
     except (OSError, ValueError) as error:
         raise RolloutsError(path, f"cannot be read ({error})", "give a JSON file") from error
+    text = text.removeprefix("\ufeff")
     if not text.lstrip().startswith("["):
         yield from json_lines(path, FORM)
         return
@@ -129,20 +131,33 @@ def _of_csv(path: Path) -> Rows:
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, delimiter=separator, strict=True)
-            if "prompt" not in (table.fieldnames or ()):
-                problem = f"has the columns {shown(table.fieldnames or [])}"
+            table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+            if "prompt" not in table.fieldnames:
+                problem = f"has the columns {shown(table.fieldnames)}"
                 raise RolloutsError(path, problem, "name one `prompt`")
             for row in table:
                 if None in row:
-                    problem = f"has more than {len(table.fieldnames or ())} columns"
+                    problem = f"has more than {len(table.fieldnames)} columns"
                     raise RolloutsError(
                         f"{path}:{table.line_num}", problem, "quote what has commas"
                     )
-                yield f"{path}:{table.line_num}", row
+                yield f"{path}:{table.line_num}", _of_cells(row)
     except (OSError, ValueError, csv.Error) as error:
         raise RolloutsError(path, f"cannot be read ({error})", "give a CSV file") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _of_cells(row: Mapping[str, str | None]) -> dict[str, Any]:
+    """An empty cell is nothing, and a prompt may be messages, written as JSON."""
+    found: dict[str, Any] = {key: value or None for key, value in row.items()}
+    prompt = found["prompt"]
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
+        with suppress(ValueError):
+            messages = json.loads(prompt)
+            if all(isinstance(m, dict) and "role" in m for m in messages):
+                found["prompt"] = messages
+    return found
 
 
 def _of_parquet(path: Path) -> Rows:
@@ -179,6 +194,7 @@ def _of_folder(path: Path, split: str) -> Rows:
                 problem = f"has the splits {', '.join(table)}"
                 raise RolloutsError(path, problem, "set batch.split, or give the folder of one")
             table = table[split] if split in table else next(iter(table.values()))
+        table = table.with_format(None)  # one for training may hide columns, or make arrays of them
         if "prompt" not in table.column_names:
             problem = f"has the columns {shown(table.column_names)}"
             raise RolloutsError(path, problem, "name one `prompt`")

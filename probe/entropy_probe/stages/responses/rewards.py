@@ -8,11 +8,13 @@ that is not finite spoils every average it enters.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -201,7 +203,7 @@ def _by_trl(function: Callable[..., Any], name: str, asked: Sequence[Asked]) -> 
         return []
     keys = dict.fromkeys(key for one in asked for key in one.prompt.columns)
     columns = {
-        key: [one.prompt.columns.get(key) for one in asked]
+        key: [copy.deepcopy(one.prompt.columns.get(key)) for one in asked]
         for key in keys
         if key not in ("prompt", "completion", "completion_ids")
     }
@@ -220,7 +222,7 @@ def _by_trl(function: Callable[..., Any], name: str, asked: Sequence[Asked]) -> 
     try:
         found = function(**(columns | arguments))
         if inspect.isawaitable(found):
-            found = asyncio.run(_awaited(found))
+            found = in_a_loop(found)
         values = list(found)
     except ProbeError:
         raise
@@ -242,8 +244,14 @@ def _by_trl(function: Callable[..., Any], name: str, asked: Sequence[Asked]) -> 
     ]
 
 
-async def _awaited(found: Any) -> Any:
-    return await found
+def in_a_loop(found: Any) -> Any:
+    """What an asynchronous function gives, also where a loop is running already, as in a notebook."""
+
+    async def awaited() -> Any:
+        return await found
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, awaited()).result()
 
 
 def _by_verl(

@@ -177,15 +177,18 @@ class _Line:
         row = unpadded(self.row)
         if isinstance(row, str):
             raise self._wrong(row, "give 1 for the tokens of a response and 0 for padding")
-        return replace(self, row=row)._read()
+        masked = {_OF_TRL.get(key, key) for key, value in self.row.items() if value is not None}
+        return replace(self, row=row)._read(masked)
 
-    def _read(self) -> Group:
+    def _read(self, masked: set[str]) -> Group:
+        """`masked` are the keys that the line has: what a mask has named is not looked at again."""
         row = self.row
         if "prompt_ids" in row:
             prompt = self._ids(row["prompt_ids"], "prompt_ids")
             responses = [self._ids(ids, "response_ids") for ids in self._list("response_ids")]
-            prompt = prompt[self.door.inside_prompt(prompt)]
-            row = self._without_padding(responses)
+            if "prompt_mask" not in masked:
+                prompt = self._ids(prompt[self.door.inside_prompt(prompt)], "prompt_ids")
+            row = self._without_padding(responses, look="response_mask" not in masked)
             responses = row["response_ids"]
         else:
             prompt, responses = self._tokenised()
@@ -216,11 +219,13 @@ class _Line:
             after_step=self._after_step(),
         )
 
-    def _without_padding(self, responses: list[list[int]]) -> dict[str, Any]:
-        """The line with what no mask names as padding, and is; numbers of tokens with it."""
-        spans = [self.door.inside_response(ids) for ids in responses]
-        row = _cut(self.row | {"response_ids": responses}, spans)
+    def _without_padding(self, responses: list[list[int]], *, look: bool) -> dict[str, Any]:
+        """The line without padding, and numbers of tokens with it, where there is no mask and so it is looked for."""
+        row = self.row | {"response_ids": responses}
+        if look:
+            row = _cut(row, [self.door.inside_response(ids) for ids in responses])
         for ids in row["response_ids"]:
+            self._ids(ids, "response_ids")
             early = early_eos(ids, self.door.eos)
             if early is not None:
                 problem = f"`response_ids` goes on after the EOS at {early}"

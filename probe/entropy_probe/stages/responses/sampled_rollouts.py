@@ -63,14 +63,15 @@ def sample_rollouts(
         first_prompt=share.start,
         progress=None if progress is None else partial(progress, stage),
     )
+    drawn = _of_all(drawn, share, len(prompts), group, world)
     asked = [
         Asked(prompt, door.text_of(response), response)
-        for prompt, responses in zip(prompts[share], drawn, strict=True)
+        for prompt, responses in zip(prompts, drawn, strict=True)
         for response in responses
     ]
-    given = rewards(asked)
-    own = [given[start : start + group] for start in range(0, len(given), group)]
-    drawn, of_all = _of_all(drawn, own, share, len(prompts), group, world)
+    # one process asks for all of them: a reward may compare the responses of a batch
+    given = world.told(rewards(asked) if world.first else None) or []
+    of_all = [given[start : start + group] for start in range(0, len(given), group)]
     for number, responses in enumerate(drawn, start=1):
         door.at = f"of prompt {number}"
         for response in responses:
@@ -82,15 +83,14 @@ def sample_rollouts(
 
 def _of_all(
     responses: list[list[list[int]]],
-    rewards: list[list[float]],
     share: slice,
     count: int,
     group: int,
     world: World,
-) -> tuple[list[list[list[int]]], list[list[float]]]:
-    """The responses and rewards of all prompts, from everybody's own."""
+) -> list[list[list[int]]]:
+    """The responses of all prompts, from everybody's own."""
     if world.size == 1:
-        return responses, rewards
+        return responses
     own = share.stop - share.start
     sizes = [[len(response) for response in of_prompt] for of_prompt in responses]
     sizes = torch.tensor(sizes, dtype=torch.int32).reshape(own, group)
@@ -100,13 +100,10 @@ def _of_all(
         for g, response in enumerate(of_prompt):
             ids[n, g, : len(response)] = torch.tensor(response)
     rows = world.placed(ids, share, count).tolist()
-    table = torch.tensor(rewards, dtype=torch.float64).reshape(own, group)
-    of_all = world.placed(table, share, count)
-    cut = [
+    return [
         [row[:length] for row, length in zip(*of_prompt, strict=True)]
         for of_prompt in zip(rows, lengths.tolist(), strict=True)
     ]
-    return cut, of_all.tolist()
 
 
 def redrawn(

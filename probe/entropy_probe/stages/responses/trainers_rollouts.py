@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,52 +45,104 @@ class _Response:
     of_response: dict[str, Any]
 
 
-def understood(path: Path, step: int | None = None) -> Understood | None:
+def understood(
+    path: Path, step: int | None = None, rewards: Sequence[str] = ()
+) -> Understood | None:
     """The rollouts of a trainer; `None` for a file whose first line is one of ours, or nobody's.
 
-    Of several steps in a file one has to be chosen, `step`, or the last counts. Raises `RolloutsError` naming the row.
+    Of several steps in a file `step` counts, or the last. `rewards` names the columns that are, where TRL's table has
+    several numbers. Raises `RolloutsError` naming the row.
     """
     is_table = path.suffix.lower() == ".parquet"
-    rows = rows_of_table(path) if is_table else json_lines(path, FORM)
-    first = next(iter(rows), None)
-    if first is None or (reader := _reader(first[1])) is None:
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        return rows_of_table(path) if is_table else json_lines(path, FORM)
+
+    first = next(rows(), None)
+    if first is None or (trainer := _whose(first[1])) is None:
         if is_table:
             columns = shown(list(first[1]) if first else [])
             remedy = "give completions of TRL, or JSON lines"
             raise RolloutsError(path, f"has the columns {columns}", remedy)
         return None
-    trainer, read = reader
+    if trainer == "TRL":
+        rewards = _reward_columns(path, first[1], rewards)
+    read = {"verl": _verl, "TRL": partial(_trl, rewards), "prime-rl": _prime_rl}[trainer]
     steps: dict[Any, dict[str, tuple[str, list[_Response]]]] = {}
-    for where, row in rows_of_table(path) if is_table else json_lines(path, FORM):
+    last, again = (None, ""), False
+    for where, row in rows():
         try:
             one = read(row)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             problem = f"is no row of {trainer}'s ({type(error).__name__}: {error})"
             raise RolloutsError(where, problem[:300], "give the file as it was written") from error
-        groups = steps.setdefault(row.get("step"), {})
+        groups = steps.setdefault(_step(row.get("step")), {})
+        again = again or (last != (id(groups), one.key) and one.key in groups)
+        last = id(groups), one.key
         groups.setdefault(one.key, (where, []))[1].append(one)
-    known = [number for number in steps if type(number) is int]
-    chosen = step if step is not None else max(known, default=None)
+    known = sorted(number for number in steps if isinstance(number, int))
+    chosen = step
+    if step is None:
+        chosen = known[-1] if known else next(iter(steps))
     if chosen not in steps:
-        problem = f"has the steps {shown(sorted(known))}, not {chosen}"
+        problem = f"has the steps {shown(known)}, not {chosen}"
         raise RolloutsError(path, problem, "give one of them")
-    assumed = (
-        []
-        if len(steps) == 1
-        else [f"of {len(steps)} steps the rollouts of step {chosen} were taken"]
-    )
-    lines = [(where, _line(own)) for where, own in steps[chosen].values()]
-    return Understood(trainer, lines, [*assumed, *_ASSUMED[trainer]])
+    assumed = list(_ASSUMED[trainer])
+    if len(steps) > 1:
+        assumed.append(f"of {len(steps)} steps the rollouts of step {chosen} were taken")
+    if again and trainer != "verl":
+        assumed.append("a prompt that comes again further down is one with the first")
+    if trainer == "TRL":
+        assumed.append(f"rewards are the column{'s'[: len(rewards) > 1]} {', '.join(rewards)}")
+    own = [(where, group) for where, group in steps[chosen].values()]
+    missing = {
+        key for _, group in own for one in group for key in _all_keys(group) - set(one.of_response)
+    }
+    assumed += [f"`{key}` are left out: some responses have none" for key in sorted(missing)]
+    return Understood(trainer, [(where, _line(group, missing)) for where, group in own], assumed)
 
 
-def _reader(row: Row) -> tuple[str, Callable[[Row], _Response]] | None:
+def _step(value: Any) -> Any:
+    """The number of a step, however it is written."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _all_keys(group: list[_Response]) -> set[str]:
+    return set().union(*(one.of_response for one in group))
+
+
+def _whose(row: Row) -> str | None:
     if {"input", "output", "score"} <= row.keys():
-        return "verl", _verl
+        return "verl"
     if {"step", "prompt", "completion", "advantage"} <= row.keys():
-        return "TRL", _trl
+        return "TRL"
     if {"prompt", "completion", "reward"} <= row.keys():
-        return "prime-rl", _prime_rl
+        return "prime-rl"
     return None
+
+
+def _reward_columns(path: Path, row: Row, named: Sequence[str]) -> list[str]:
+    """Of the columns of numbers between the completion and the advantage, where others may stand that were logged."""
+    names = list(row)
+    between = names[names.index("completion") + 1 : names.index("advantage")]
+    if named:
+        unknown = next((name for name in named if name not in between), None)
+        if unknown is not None:
+            raise RolloutsError(
+                path, f"has no column {unknown!r} of rewards", f"there are {shown(between)}"
+            )
+        return list(named)
+    numbers = [name for name in between if isinstance(row[name], int | float | None)]
+    if len(numbers) != 1:
+        problem = (
+            f"has the columns {shown(numbers)} before the advantage, which need not all be rewards"
+        )
+        remedy = f"say which: entropy-probe rollouts {path.name} --rewards NAME,NAME --out e.jsonl"
+        raise RolloutsError(path, problem, remedy)
+    return numbers
 
 
 _ASSUMED = {
@@ -115,17 +168,12 @@ def _verl(row: Row) -> _Response:
     return _Response(json.dumps([row["input"], gold], default=str), of_prompt, of_response)
 
 
-def _trl(row: Row) -> _Response:
-    """Rewards are the columns of numbers between the completion and the advantage."""
-    names = list(row)
-    between = names[names.index("completion") + 1 : names.index("advantage")]
-    rewards = [row[name] for name in between if isinstance(row[name], int | float | None)]
-    known = [float(r) for r in rewards if r is not None and not math.isnan(r)]
-    if not known:
-        raise ValueError("no column between `completion` and `advantage` is a reward")
+def _trl(rewards: Sequence[str], row: Row) -> _Response:
+    """The sum of the rewards; of none, as TRL takes it, 0."""
+    values = [float(row[name]) for name in rewards if row[name] is not None]
     of_response = {
         "responses": _text(row["completion"]),
-        "rewards": math.fsum(known),
+        "rewards": math.fsum(value for value in values if not math.isnan(value)),
         "advantages": _number(row["advantage"]),
     }
     return _Response(json.dumps(row["prompt"], default=str), {"prompt": row["prompt"]}, of_response)
@@ -140,6 +188,8 @@ def _prime_rl(row: Row) -> _Response:
     turns = row.get("trajectory")
     tokens = turns[0].get("tokens") if isinstance(turns, list) and len(turns) == 1 else None
     if isinstance(tokens, Mapping) and tokens.get("completion_ids"):
+        if not all(tokens.get("completion_mask") or [1]):
+            raise ValueError("completion_mask has a 0: tokens that the policy did not choose")
         of_response["response_ids"] = tokens["completion_ids"]
         if tokens.get("completion_logprobs"):
             of_response["logprobs"] = tokens["completion_logprobs"]
@@ -149,10 +199,10 @@ def _prime_rl(row: Row) -> _Response:
     return _Response(key, {"prompt": row["prompt"]}, of_response)
 
 
-def _line(group: list[_Response]) -> dict[str, Any]:
-    """What all responses of a prompt have, under our names."""
-    shared = set.intersection(*(set(one.of_response) for one in group))
-    of_responses = {key: [one.of_response[key] for one in group] for key in sorted(shared)}
+def _line(group: list[_Response], missing: set[str]) -> dict[str, Any]:
+    """What all responses of the file have, under our names."""
+    shared = sorted(_all_keys(group) - missing)
+    of_responses = {key: [one.of_response[key] for one in group] for key in shared}
     return group[0].of_prompt | of_responses
 
 
