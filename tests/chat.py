@@ -72,6 +72,12 @@ def reward(prompts: list[Any], completions: list[Any], answer: list[str], **_: A
     return [sum(c in own for c in text) / (len(text) + 1) for text, own in zip(texts, answer, strict=True)]
 
 
+def longer_than_the_mean(completions: list[str], **_: Any) -> list[float]:
+    """What a reward says that compares the responses of a batch, in the demo's arithmetic."""
+    mean = sum(map(len, completions)) / len(completions)
+    return [float(len(text) > mean) + len(text) / 100 for text in completions]
+
+
 QUESTIONS = [
     {
         "prompt": [

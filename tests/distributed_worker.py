@@ -64,6 +64,13 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
         None,
         None,
     ),
+    "relative": (
+        SMOKE
+        | {"batch": {"num_prompts": 3, "num_update_prompts": 4, "reward": "chat:longer_than_the_mean"}}
+        | {"generation": {"num_return_sequences": 3, "max_new_tokens": 8}},
+        None,
+        None,
+    ),
     "uneven": (SMOKE | {"recipe": "slime"}, "e7", "uneven"),
     "one_update": (SMOKE, "e7", "u1"),
     "limited": (SMOKE | {"memory_limit": "64GiB"}, "e7", "u5"),

@@ -25,7 +25,18 @@ from entropy_probe.evidence import Evidence
 from entropy_probe.processes.world import ALONE
 from entropy_probe_checks.audit import LIMIT, audit, worst
 
-SAME = ("two_batches", "two_prompts", "ema_blocks", "ridge", "sampled", "uneven", "one_update", "limited", "sgd")
+SAME = (
+    "two_batches",
+    "two_prompts",
+    "ema_blocks",
+    "ridge",
+    "sampled",
+    "relative",
+    "uneven",
+    "one_update",
+    "limited",
+    "sgd",
+)
 # What is not a number of the measurement, and what needs all pairs of prompts, which processes never multiply.
 NOT_COMPARED = r"\.(timing|memory|environment|distributed)\b|\.checkpoint\.(name|path)|worst_parameter|\.example$"
 ALL_PAIRS = r"first_order\.var_unbiased|two_batch\.(interaction|delta_h1_se|delta_h1_parts\..*\.se)$"

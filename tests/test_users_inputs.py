@@ -20,6 +20,7 @@ import torch
 from tokenizers import processors
 
 import chat
+import healthy
 from entropy_probe import ProbeConfig, run_probe
 from entropy_probe.__main__ import main
 from entropy_probe.afresh.inputs import of_file
@@ -673,3 +674,56 @@ def test_bare_text_for_a_model_that_chats_is_said() -> None:
     door.of_prompt(Prompt("What is 2+3?"))
     assert door.lines()[0].startswith("1 prompts are bare text, and the tokenizer has a chat template")
     assert not Door(chat.tokenizer(None)).lines()
+
+
+# The second reader asks for the same
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return healthy.supervised("llama", tmp_path_factory.mktemp("plain") / "ckpt", 0)
+
+
+def one(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def with_state(completions: list[str], trainer_state: Any, log_metric: Any) -> list[float]:
+    log_metric("length", 3.0)
+    return [float(len(text)) for text in completions]
+
+
+def by_target(completions: list[str], target: list[int]) -> list[float]:
+    return [float(own) for own in target]
+
+
+async def later(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+AGAIN: dict[str, tuple[Any, str]] = {
+    "relative to the batch": ({"reward": "chat:longer_than_the_mean"}, "pass"),
+    "three weights": ({"reward": [f"{__name__}:one"] * 3, "reward_weights": [0.1, 0.2, 0.3]}, "pass"),
+    "asynchronous": ({"reward": f"{__name__}:later"}, "pass"),
+    "what a trainer hands over beside": ({"reward": f"{__name__}:with_state"}, "pass"),
+    "the same text with other columns": ({"reward": f"{__name__}:by_target"}, "not_applicable"),  # which of them?
+}
+
+
+@pytest.mark.parametrize("kind", AGAIN)
+def test_rewards_are_asked_for_again(tmp_path: Path, plain: Path, kind: str) -> None:
+    batch, status = AGAIN[kind]
+    same = kind == "the same text with other columns"
+    rows = [{"prompt": "Write a poem." if same else f"Question {n}", "target": n, "answer": "x"} for n in range(12)]
+    config = ProbeConfig.from_mapping(
+        {
+            "budget": "smoke",
+            "invariance": {"max_examples": 0},
+            "generation": {"num_return_sequences": 3, "max_new_tokens": 6},
+            "batch": {"num_prompts": 4, "num_update_prompts": 4, **batch},
+        }
+    )
+    report = run_probe(plain, config, prompts=dumped(tmp_path / "p.jsonl", rows))
+    verdict = CRITERIA["rewards_again"](report)
+    assert (verdict.status, verdict.value) == (status, 0.0 if status == "pass" else None)
+    assert CRITERIA["prompts_as_given"](report).status == "pass"

@@ -12,6 +12,9 @@ import pytest
 
 import forked
 import healthy
+from entropy_probe import ProbeConfig, load_checkpoint, run_probe
+from entropy_probe_checks.criteria import CRITERIA
+from entropy_probe_checks.criteria.gate import baseline_of
 
 MARK = "not your prompts, nor reward"
 FIRST = [
@@ -102,3 +105,28 @@ def test_what_is_asked_for_is_not_marked(folder: Path) -> None:
         assert (builtin, reward) == expected[mark]
         told = "100% of the update's prompts have no advantage: v is momentum and decay alone" in done.stderr
         assert told == (reward == "tag_pref")  # nobody answers in tags
+
+
+def test_a_baseline_on_other_questions_is_none(folder: Path) -> None:
+    """And a stand-in reward of the E batch alone is one, where the update comes from a file."""
+    loaded = load_checkpoint(folder / "ckpt")
+    few = {"budget": "smoke", "generation": {"num_return_sequences": 4, "max_new_tokens": 12}}
+    chosen = few | {"batch": {"dataset": "arithmetic", "reward": "stand_in"}, "invariance": {"max_examples": 0}}
+    before, after = (run_probe(loaded, ProbeConfig.from_mapping(config)) for config in (few, chosen))
+    limits = {"limits": {"entropy": {"fall": 0.5}, "finite_moments": {"max": 0}}}
+    judged = after.model_copy(update={"baseline": baseline_of(before), "config": after.config | limits})
+    assert CRITERIA["entropy"](judged).status == "inconclusive"
+    assert f"The baseline is {MARK}" in CRITERIA["entropy"](judged).hint
+    assert CRITERIA["finite_moments"](judged).status == "pass"
+
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Q{n}"}) + "\n" for n in range(20)))
+    line = {"prompt_ids": [60, 61], "response_ids": [[70, 71], [72, 73]], "rewards": [1.0, 0.0]}
+    (folder / "u.jsonl").write_text((json.dumps(line) + "\n") * 3)
+    report = run_probe(
+        loaded, ProbeConfig.from_mapping(few), None, folder / "u.jsonl", prompts=folder / "prompts.jsonl"
+    )
+    assert (report.batch.reward, report.update_batch.reward) == ("stand_in", "file")
+    assert report.not_chosen == "not your reward"
+    assert CRITERIA["gold_complete"](report).status == "not_applicable"
+    gate = report.model_copy(update={"config": report.config | {"limits": {"reward": {"min": 0.1}}}})
+    assert CRITERIA["reward"](gate).status == "inconclusive"
