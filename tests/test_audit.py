@@ -240,5 +240,6 @@ def test_the_rewards_of_the_probe_are_those_that_are_computed_again() -> None:
                 text = frame.replace("{}", answer)
                 assert tag_pref(text, gold) == rewards.tag_pref(text, gold), (text, gold)
     for split in ("train", "test"):
-        assert pool("arithmetic", split, None) == [(p.text, p.gold) for p in tasks.arithmetic(split)]
+        again = [(question.prompt, question.gold) for question in pool("arithmetic", split, None)]
+        assert again == [(p.text, p.gold) for p in tasks.arithmetic(split)]
     assert some_reward("a", None) >= 0

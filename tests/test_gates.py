@@ -71,7 +71,7 @@ def judged(report: ProbeReport, gate: str, bounds: dict[str, float], before: Est
         report.model_copy(
             update={
                 "config": {**report.config, "limits": {gate: bounds}},
-                "baseline": BaselineSection(name="before", fingerprint="0", quantities=quantities),
+                "baseline": BaselineSection(name="before", fingerprint="0", not_chosen="", quantities=quantities),
             }
         )
     )
@@ -189,7 +189,7 @@ def test_infinite_noise_never_passes(report: ProbeReport, se: float, se_b: float
 
 
 def test_a_baseline_without_the_step_of_the_optimizer_lacks_the_ratio(report: ProbeReport) -> None:
-    for other in (report.model_copy(update={"entropy_change": []}), changed(report, "first_order", lr=math.nan)):
+    for other in (report.model_copy(update={"entropy_change": []}), changed(report, "update", lr=math.nan)):
         assert "realised_ratio" not in baseline_of(other).quantities
 
 

@@ -34,7 +34,7 @@ from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages import batches, derivatives, entropy_change, first_order, scores, slopes, update
 from entropy_probe.stages.gradients import products, unit_gradients
-from entropy_probe.stages.responses import drawing, rollouts, rollouts_file, sampled_rollouts, sampling
+from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, trainers_rollouts
 from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
 
@@ -1050,14 +1050,14 @@ def padding_scored(patch: Patch) -> None:
 @fault("llama", refused="goes on after the EOS")
 def tokens_after_eos(patch: Patch) -> None:
     """The engine did not stop at an EOS, and its file holds what came after."""
-    original = rollouts_file.json_lines
+    original = trainers_rollouts.json_lines
 
     def lines(*a: Any) -> Any:
         for where, row in original(*a):
             first, *rest = row["response_ids"]
             yield where, {**row, "response_ids": [[2, *first], *rest]}
 
-    patch.setattr(rollouts_file, "json_lines", lines)
+    patch.setattr(trainers_rollouts, "json_lines", lines)
 
 
 @fault(

@@ -20,6 +20,7 @@ from entropy_probe.model.checkpoint.weights import adapter, pretrained
 from entropy_probe.stages import batches, entropy, entropy_change, first_order, moments, scores, slopes, update
 from entropy_probe.stages.gradients import coverage, unit_gradients
 from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, tasks
+from entropy_probe.stages.responses.ids import Door
 from faults import catalogue
 from faults.catalogue import Patch, everywhere, then, with_fields
 
@@ -651,27 +652,8 @@ def lines_in_reverse(patch: Patch) -> None:
 @fault("sampled", "prompts_as_given", also="seeded rewards_again")
 def last_token_of_the_prompt_dropped(patch: Patch) -> None:
     """Prompts are encoded without their last token."""
-    original = sampled_rollouts.sample_rollouts
-
-    def shorter(bound: Any, tokenizer: Any, *more: Any, **options: Any) -> Any:
-        return original(bound, _Shorter(tokenizer), *more, **options)
-
-    everywhere(patch, original, shorter)
-
-
-class _Shorter:
-    """A tokenizer whose texts lack their last token."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        encoded = self._tokenizer(text, **options)
-        encoded["input_ids"] = encoded["input_ids"][:-1]
-        return encoded
+    original = Door.of_prompt
+    patch.setattr(Door, "of_prompt", lambda door, prompt: original(door, prompt)[:-1])
 
 
 @fault("sampled", "prompts_as_given")

@@ -13,7 +13,7 @@ import pytest
 import forked
 import healthy
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe
-from entropy_probe_checks.criteria import CRITERIA
+from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.criteria.gate import baseline_of
 
 MARK = "not your prompts, nor reward"
@@ -115,9 +115,9 @@ def test_a_baseline_on_other_questions_is_none(folder: Path) -> None:
     before, after = (run_probe(loaded, ProbeConfig.from_mapping(config)) for config in (few, chosen))
     limits = {"limits": {"entropy": {"fall": 0.5}, "finite_moments": {"max": 0}}}
     judged = after.model_copy(update={"baseline": baseline_of(before), "config": after.config | limits})
-    assert CRITERIA["entropy"](judged).status == "inconclusive"
-    assert f"The baseline is {MARK}" in CRITERIA["entropy"](judged).hint
-    assert CRITERIA["finite_moments"](judged).status == "pass"
+    assert GATES["entropy"](judged).status == "inconclusive"
+    assert f"The baseline is {MARK}" in GATES["entropy"](judged).hint
+    assert GATES["finite_moments"](judged).status == "pass"
 
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Q{n}"}) + "\n" for n in range(20)))
     line = {"prompt_ids": [60, 61], "response_ids": [[70, 71], [72, 73]], "rewards": [1.0, 0.0]}
@@ -129,4 +129,4 @@ def test_a_baseline_on_other_questions_is_none(folder: Path) -> None:
     assert report.not_chosen == "not your reward"
     assert CRITERIA["gold_complete"](report).status == "not_applicable"
     gate = report.model_copy(update={"config": report.config | {"limits": {"reward": {"min": 0.1}}}})
-    assert CRITERIA["reward"](gate).status == "inconclusive"
+    assert GATES["reward"](gate).status == "inconclusive"

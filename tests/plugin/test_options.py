@@ -34,7 +34,7 @@ def _folders(*names: str) -> None:
         (["--probe-checkpoint=a", "--probe-config=no.yaml"], "--probe-config: no such file: *no.yaml; give*"),
         (["--probe-checkpoint=a", "--probe-rollouts=a"], "--probe-rollouts: no such file: */a; give*"),
         (["--probe-checkpoint=a", "--probe-update-rollouts=x"], "--probe-update-rollouts: no such file: */x; give*"),
-        (["--probe-checkpoint=a", "--probe-prompts=x"], "--probe-prompts: no such file: */x; give*"),
+        (["--probe-checkpoint=a", "--probe-prompts=x"], "--probe-prompts: no such file or folder: */x; give*"),
         (["--probe-checkpoint=a", "--probe-base-model=x"], "--probe-base-model: no such folder: */x; give*"),
         (["--probe-checkpoint=a", "--probe-offload-folder=x"], "--probe-offload-folder: no such folder: */x; give*"),
         (

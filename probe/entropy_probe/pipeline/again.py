@@ -78,7 +78,10 @@ def _questions(of: Measured, prepared: Prepared) -> Questions:
 
 
 def _pad(of: Measured) -> int | None:
-    return plain_tokenizer(of.checkpoint.info.path, of.checkpoint.info.base_model).pad_token_id
+    info = of.checkpoint.info
+    if of.checkpoint.tokenizer is None:
+        return None
+    return plain_tokenizer(info.path, info.base_model).pad_token_id
 
 
 def _plain(of: Measured, then: NextStep) -> dict[str, Any] | str:
