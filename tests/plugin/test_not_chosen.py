@@ -21,7 +21,7 @@ FIRST = [
     "ckpt: built-in prompts: give yours, --probe-prompts=FILE (or rollouts)",
     "ckpt: stand-in reward, which says nothing of the policy: set batch.reward",
 ]
-GATES = "limits: {entropy: {min: 0.05}, reward: {min: 0.1}, finite_moments: {max: 0}}\n"
+LIMITS = "limits: {entropy: {min: 0.05}, reward: {min: 0.1}, finite_moments: {max: 0}}\n"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and one run on it whose report is kept."""
     folder = tmp_path_factory.mktemp("not-chosen")
     healthy.supervised("llama", folder / "ckpt", 0)
-    (folder / "probe.yaml").write_text(GATES + "generation: {num_return_sequences: 4, max_new_tokens: 12}\n")
+    (folder / "probe.yaml").write_text(LIMITS + "generation: {num_return_sequences: 4, max_new_tokens: 12}\n")
     return folder
 
 
