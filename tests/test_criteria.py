@@ -111,6 +111,7 @@ UNREAD = {
     *(name for name, criterion in CRITERIA.items() if criterion.family == "audit"),
 }
 LR = 1e-5
+BY_TAGS = {"source": "sampled", "reward": "tag_pref"}
 
 
 def with_facts(report: ProbeReport, **changes: Any) -> ProbeReport:
@@ -487,9 +488,9 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: drawn_again(poisoned(r, "entropy", rb=Estimate(value=0.1, se=0.1)), 1.0, 1.0), "inconclusive"),
     ],
     "gold_complete": [
-        (lambda r: poisoned(poisoned(r, "batch", source="sampled"), "update_batch", missing_gold=1), "pass"),
-        (lambda r: poisoned(r, "batch", source="sampled", missing_gold=1), "inconclusive"),
-        (lambda r: poisoned(r, "update_batch", source="sampled"), "pass"),
+        (lambda r: poisoned(poisoned(r, "batch", **BY_TAGS), "update_batch", missing_gold=1), "pass"),
+        (lambda r: poisoned(r, "batch", **BY_TAGS, missing_gold=1), "inconclusive"),
+        (lambda r: poisoned(r, "update_batch", **BY_TAGS), "pass"),
     ],
     "step_resolved": [
         (lambda r: poisoned(r, "continuity", trusted_eta_min=2e-5, trusted_eta_max=1e-3), "inconclusive"),
