@@ -29,29 +29,12 @@ from entropy_probe.stages.responses.tasks import dataset_prompts
 from entropy_probe_checks.criteria import CRITERIA
 from test_dcp import save as save_dcp
 
-ROPE = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 512,
-}
-ARCHITECTURES: dict[str, Callable[..., Any]] = {
-    "gpt2": lambda **c: transformers.GPT2Config(n_embd=24, n_layer=2, n_head=4, n_positions=128, **c),
-    "llama": lambda **c: transformers.LlamaConfig(**ROPE, **c),
-    "qwen2": lambda **c: transformers.Qwen2Config(**ROPE, tie_word_embeddings=True, **c),
-    "qwen3": lambda **c: transformers.Qwen3Config(**ROPE, **c),
-    "mistral": lambda **c: transformers.MistralConfig(**ROPE, sliding_window=32, **c),
-    "gemma2": lambda **c: transformers.Gemma2Config(**ROPE, query_pre_attn_scalar=6, sliding_window=32, **c),
-}
-
 
 def model_of(architecture: str, own: Any, seed: int) -> Any:
     torch.manual_seed(seed)
+    config, positions = tiny.CONFIGS[architecture](), 128 if architecture == "gpt2" else 512
     ids = {f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("bos", "eos")}
-    config = ARCHITECTURES[architecture](vocab_size=len(own), pad_token_id=None, **ids)
+    config.update({"vocab_size": len(own), "pad_token_id": None, "max_position_embeddings": positions, **ids})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -651,8 +651,8 @@ def test_ids_beyond_the_tokenizer_and_characters_that_are_cut() -> None:
     """A padded embedding has more rows than the tokenizer has tokens; a response may end inside a character."""
     own = bytes_tokenizer()
     door = Door(own, [own.eos_token_id])
-    door.look_at([len(own) + 3, 20])
-    door.look_at(own("é").input_ids[:1])
+    door.text_of([len(own) + 3, 20])
+    door.text_of(own("é").input_ids[:1])
     door.inside_response([20, len(own)])
     assert door.lines() == (
         "2 responses hold ids that the tokenizer does not have",

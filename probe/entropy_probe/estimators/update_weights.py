@@ -60,9 +60,10 @@ class Weights:
 
 def update_weights(recipe: Recipe, batch: UpdateBatch) -> Weights:
     """a and c, so that Y is the sum over the batch: the negated gradient of the trainer's loss, before clipping."""
-    w = normaliser(recipe, batch)
     if batch.weights is not None:
-        return Weights(of_logp=batch.weights, of_entropy=_entropy_weights(recipe, batch))
+        acts = high_entropy(recipe, batch)
+        return Weights(of_logp=batch.weights, of_entropy=_entropy_weights(recipe, batch, acts))
+    w = normaliser(recipe, batch)
     a = batch.advantages if batch.advantages is not None else advantages(recipe, batch)
     a = a * recipe.factor
     if a.dim() == 2 and not recipe.by_token:
@@ -83,7 +84,7 @@ def update_weights(recipe: Recipe, batch: UpdateBatch) -> Weights:
     if slope is not None:
         a = a - recipe.kl_coef * slope
     a = torch.where(counts, w[..., None] * a, 0.0)
-    return Weights(of_logp=a, of_entropy=_entropy_weights(recipe, batch))
+    return Weights(of_logp=a, of_entropy=_entropy_weights(recipe, batch, acts))
 
 
 def advantages(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G"]:
@@ -209,11 +210,12 @@ def high_entropy(recipe: Recipe, batch: UpdateBatch) -> Tensor:
     return chosen
 
 
-def _entropy_weights(recipe: Recipe, batch: UpdateBatch) -> Float[Tensor, "B G T"] | None:
+def _entropy_weights(
+    recipe: Recipe, batch: UpdateBatch, acts: Tensor
+) -> Float[Tensor, "B G T"] | None:
     """c, where the recipe has an entropy term."""
     if recipe.entropy_coef == 0:
         return None
-    acts = high_entropy(recipe, batch)
     counts = batch.inside(_needed(batch.entropy)) & (counted(recipe, batch) > 0)[..., None]
     return recipe.entropy_coef * torch.where(counts, acts * _of_entropy(recipe, batch, acts), 0.0)
 

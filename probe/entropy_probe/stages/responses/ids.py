@@ -139,13 +139,11 @@ class Door:
     def text_of(self, ids: Sequence[int]) -> str:
         """A sampled response as a reward sees it."""
         assert self.tokenizer is not None
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def look_at(self, ids: Sequence[int]) -> None:
-        """Count what is odd about a sampled response."""
-        if self.text_of(ids).endswith("�"):
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if text.endswith("�"):
             self._say(_CUT)
         self._count_beyond(ids)
+        return text
 
     # Ids
 

@@ -64,18 +64,13 @@ def sample_rollouts(
         progress=None if progress is None else partial(progress, stage),
     )
     drawn = _of_all(drawn, share, len(prompts), group, world)
-    asked = [
-        Asked(prompt, door.text_of(response), response)
-        for prompt, responses in zip(prompts, drawn, strict=True)
-        for response in responses
-    ]
+    asked = []
+    for number, (prompt, responses) in enumerate(zip(prompts, drawn, strict=True), start=1):
+        door.at = f"of prompt {number}"
+        asked += [Asked(prompt, door.text_of(response), response) for response in responses]
     # one process asks for all of them: a reward may compare the responses of a batch
     given = world.told(rewards(asked) if world.first else None) or []
     of_all = [given[start : start + group] for start in range(0, len(given), group)]
-    for number, responses in enumerate(drawn, start=1):
-        door.at = f"of prompt {number}"
-        for response in responses:
-            door.look_at(response)
     groups = [Group(*one) for one in zip(encoded, drawn, of_all, strict=True)]
     missing = sum(prompt.gold is None for prompt in prompts)
     return replace(assembled(groups, "sampled", missing), found=door.lines())
