@@ -76,9 +76,16 @@ class Reference:
         entropy = -math.fsum(a * math.log(a) for a in p)
         return [entropy, top, largest - second, top, two_point, variance, t / self.max_new_tokens]
 
-    def coefficients(self, n: int, g: int, baseline: str) -> list[float]:
+    @functools.cached_property
+    def length_steps(self) -> dict[tuple[int, int, int], tuple[float, list[float]]]:
+        """The same with 1 in place of every entropy."""
+        last = {(n, g): t for n, g, t in self.steps}
+        return {(n, g, t): (float(last[n, g] - t), [1.0, *phi[1:]]) for (n, g, t), (_, phi) in self.steps.items()}
+
+    def coefficients(self, n: int, g: int, baseline: str, *, of_length: bool = False) -> list[float]:
         """R_{≥t} − b_t of every step of a response."""
-        own = {t: value for (m, h, t), value in self.steps.items() if (m, h) == (n, g)}
+        steps = self.length_steps if of_length else self.steps
+        own = {t: value for (m, h, t), value in steps.items() if (m, h) == (n, g)}
         result = []
         for t, (later, phi) in own.items():
             if baseline == "none":
@@ -86,8 +93,10 @@ class Reference:
             elif baseline == "hk":
                 result.append(later)
             elif baseline == "hk_ema":
-                others = [r for (m, _, k), (r, _) in self.steps.items() if m != n and k == t]
+                others = [r for (m, _, k), (r, _) in steps.items() if m != n and k == t]
                 result.append(later - (mean(others) if others else 0.0))
+            elif baseline == "hk_group":
+                result.append(later - _shrunk({key: r for key, (r, _) in steps.items()}, n, g, t))
             else:
                 result.append(later - self._ridge(n % min(5, len(self.lines)), phi))
         return result
@@ -144,8 +153,24 @@ class Reference:
         return self.gradient(loss)
 
     def directional(self, v: dict[str, Tensor]) -> list[list[dict[str, Tensor]]]:
-        """Per response: s, R, H, D_vS, D_vR, D_v log p, D_v H and the second derivatives of S and R along v."""
+        """Per response: s, R, H, D_vS, D_vR, D_v log p, D_v H, and first and second derivative along v of both
+        `change_terms`, by autograd through them."""
         return [[self._along(n, g, v) for g in range(len(line["rewards"]))] for n, line in enumerate(self.lines)]
+
+    def change_terms(
+        self, n: int, g: int, logp_after: Tensor, entropy_after: Tensor, logp: Tensor, entropy: Tensor
+    ) -> list[Tensor]:
+        """Σ_t w_{<t}[(H_t⁺ − H_t) + (ρ_t − 1)c_t] of the entropy and of the length, with the baseline `hk_group`."""
+        found = []
+        for of_length in (False, True):
+            weight, total = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            for t, c in enumerate(self.coefficients(n, g, "hk_group", of_length=of_length)):
+                rho = torch.exp(logp_after[t] - logp[t])
+                moved = torch.zeros(()) if of_length else entropy_after[t] - entropy[t]
+                total = total + weight * (moved + (rho - 1) * c)
+                weight = weight * rho
+            found.append(total)
+        return found
 
     def _along(self, n: int, g: int, v: dict[str, Tensor]) -> dict[str, Tensor]:
         def dot(grads: dict[str, Tensor]) -> Tensor:
@@ -153,17 +178,46 @@ class Reference:
 
         with self.true_derivative():
             logp, entropy = self.tokens(n, g)
-            first_s = dot(self.gradient(logp.sum(), create_graph=True))
-            second_s = dot(self.gradient(first_s, retain_graph=True))
-            first_r = dot(self.gradient(entropy.sum(), create_graph=True))
-            second_r = dot(self.gradient(first_r, retain_graph=True))
+            first_s = dot(self.gradient(logp.sum(), retain_graph=True))
+            first_r = dot(self.gradient(entropy.sum(), retain_graph=True))
             d_logp = torch.stack([dot(self.gradient(x, retain_graph=True)) for x in logp])
             d_entropy = torch.stack([dot(self.gradient(x, retain_graph=True)) for x in entropy])
+            of_change = []
+            for term in self.change_terms(n, g, logp, entropy, logp.data, entropy.data):
+                first = dot(self.gradient(term, create_graph=True, retain_graph=True))
+                of_change += [first, dot(self.gradient(first, retain_graph=True))]
         values = {
             "s": logp.sum(), "r": entropy.sum(), "entropy": entropy, "d_logp": d_logp, "d_entropy": d_entropy,
-            "d_s": first_s, "d_r": first_r, "d2_s": second_s, "d2_r": second_r,
+            "d_s": first_s, "d_r": first_r, "of_change": torch.stack(of_change),
         }  # fmt: skip
         return {key: value.data for key, value in values.items()}
+
+
+def _shrunk(later: dict[tuple[int, int, int], float], n: int, g: int, t: int) -> float:
+    """The mean of R_{>t} over the own prompt's other responses, drawn towards that over other prompts by the variances
+    within and between the latter: nτ²/(nτ² + σ²) of it stays."""
+    groups: dict[int, dict[int, list[float]]] = {}  # step → prompt → values, of the other prompts
+    for (m, _, k), r in later.items():
+        if m != n:
+            groups.setdefault(k, {}).setdefault(m, []).append(r)
+    own = [r for (m, h, k), r in later.items() if m == n and h != g and k == t]
+    if not groups:
+        return mean(own) if own else 0.0
+    flat = [values for of_step in groups.values() for values in of_step.values()]
+    freedom = sum(len(values) - 1 for values in flat)
+    sigma2 = math.fsum((x - mean(values)) ** 2 for values in flat for x in values) / max(freedom, 1)
+    excess, spread = 0.0, 0.0
+    for of_step in groups.values():
+        counts, everyone = [len(values) for values in of_step.values()], [x for v in of_step.values() for x in v]
+        excess += math.fsum(len(v) * (mean(v) - mean(everyone)) ** 2 for v in of_step.values())
+        excess -= (len(counts) - 1) * sigma2
+        spread += sum(counts) - sum(k * k for k in counts) / sum(counts)
+    tau2 = max(0.0, excess / max(spread, 1.0))
+    at_step = [x for v in groups.get(t, {}).values() for x in v]
+    if not at_step:
+        return mean(own) if own else 0.0
+    share = len(own) * tau2 / (len(own) * tau2 + sigma2) if len(own) * tau2 + sigma2 > 0 else 0.0
+    return share * (mean(own) if own else 0.0) + (1 - share) * mean(at_step)
 
 
 def dot(a: dict[str, Tensor], b: dict[str, Tensor], p: dict[str, Tensor] | None = None) -> tuple[float, float]:

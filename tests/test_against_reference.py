@@ -23,6 +23,7 @@ import models
 import reference as ref
 import typecheck
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
+from entropy_probe.estimators.baselines import BASELINES
 from entropy_probe.model.forward import bind
 from entropy_probe.model.precision import TrueFloat64
 from entropy_probe.stages.responses.prompts import Prompt
@@ -338,33 +339,19 @@ def test_entropy(both: Both) -> None:
 
 def _terms(both: Both) -> tuple[list[float], list[float], list[float], float, float]:
     """Per prompt: naive slope, RB slope, curvature; and the mean size of a slope's and a curvature's terms."""
-    along = both.along
-    flat = [item for row in along for item in row]
-    size = len(flat)
-    naive, rb, curvature, slope_scale, curvature_scale = [], [], [], 0.0, 0.0
-    for row in along:
-        n_terms, r_terms, c_terms = [], [], []
+    naive, curvature = [], []
+    for row in both.along:
+        terms = []
         for g, item in enumerate(row):
             others = ref.mean([float(other["s"]) for k, other in enumerate(row) if k != g])
-            n_terms.append(-(float(item["s"]) - others) * float(item["d_s"]))
-            value = 0.0
-            for t in range(len(item["entropy"])):
-                later = float(item["entropy"][t + 1 :].sum())
-                value += float(item["d_entropy"][t]) + later * float(item["d_logp"][t])
-                slope_scale += (abs(float(item["d_entropy"][t])) + abs(later * float(item["d_logp"][t]))) / size
-            r_terms.append(value)
-            r_bar = (sum(float(x["r"]) for x in flat) - float(item["r"])) / (size - 1)
-            parts = [
-                float(item["d2_r"]),
-                2 * float(item["d_r"] * item["d_s"]),
-                (float(item["r"]) - r_bar) * float(item["d2_s"] + item["d_s"] ** 2),
-            ]
-            c_terms.append(sum(parts))
-            curvature_scale += sum(map(abs, parts)) / size
-        naive.append(ref.mean(n_terms))
-        rb.append(ref.mean(r_terms))
-        curvature.append(ref.mean(c_terms))
-    return naive, rb, curvature, slope_scale + ref.mean([abs(x) for x in naive]), curvature_scale
+            terms.append(-(float(item["s"]) - others) * float(item["d_s"]))
+        naive.append(ref.mean(terms))
+        curvature.append(ref.mean([float(item["of_change"][1]) for item in row]))
+    rb, scale = _rb_slopes(both, "hk_group")
+    of_change = [ref.mean([float(item["of_change"][0]) for item in row]) for row in both.along]
+    assert rb == pytest.approx(of_change, rel=1e-9, abs=1e-9 * scale)
+    curvature_scale = ref.mean([abs(float(item["of_change"][1])) for row in both.along for item in row])
+    return naive, rb, curvature, scale + ref.mean([abs(x) for x in naive]), curvature_scale
 
 
 def _rb_slopes(both: Both, baseline: str) -> tuple[list[float], float]:
@@ -383,16 +370,15 @@ def _rb_slopes(both: Both, baseline: str) -> tuple[list[float], float]:
 
 def test_slope_by_every_estimator(both: Both) -> None:
     section = both.report.update
-    assert set(section.estimators) == {"naive", "rb_none", "rb_hk", "rb_hk_ema", "rb_hk_ridge"}
+    assert set(section.estimators) == {"naive", *(f"rb_{baseline}" for baseline in BASELINES)}
     naive, _, _, scale, _ = _terms(both)
-    values = {"naive": (naive, scale)} | {
-        f"rb_{baseline}": _rb_slopes(both, baseline) for baseline in ("none", "hk", "hk_ema", "hk_ridge")
-    }
+    values = {"naive": (naive, scale)} | {f"rb_{baseline}": _rb_slopes(both, baseline) for baseline in BASELINES}
     for name, (slopes, size) in values.items():
         agree(section.estimators[name].value, ref.mean(slopes), size)
         agree(section.estimators[name].se, ref.sd(slopes) / math.sqrt(len(slopes)), size)
-    assert section.estimators["rb_hk"].value == section.delta_h1_per_lr_rb
-    assert len({estimate.value for estimate in section.estimators.values()}) == 5
+    assert section.baseline == "hk_group"
+    agree(section.estimators["rb_hk_group"].value, section.delta_h1_per_lr_rb, values["rb_hk_group"][1])
+    assert len({estimate.value for estimate in section.estimators.values()}) >= 5  # τ² = 0: hk_group is hk_ema
     for name, (_, size) in values.items():  # the same U batch, and v but for the rounding of Y
         agree(both.rb.update.estimators[name].value, section.estimators[name].value, size)
 
@@ -488,69 +474,55 @@ def test_cross_fitted_slope_on_one_batch(both: Both) -> None:
     agree(section.delta_h1_per_lr_cross, -(whole[0] - all_pairs) - off, scale)
 
 
-def per_token_slopes(both: Both) -> tuple[float, list[float], float]:
-    """(slope of ΣR/ΣT along v, the influence of every prompt on it, the size of its terms): with A = Σ(R − h̄T)D_vS +
-    ΣD_vR and C = ΣT·D_vS, the influence of a response is N[(R − h̄T)(D_vS − C/ΣT) + D_vR − A/ΣT·T]/ΣT."""
-    rows = [[(float(x["r"]), len(x["entropy"]), float(x["d_s"]), float(x["d_r"])) for x in row] for row in both.along]
+def per_token_derivatives(both: Both) -> tuple[list[tuple[float, float]], list[float]]:
+    """(first, second) derivative of Δh = (ΔM − hΔL)/(L + ΔL) along v with the SE of each, and the sizes of their terms.
+
+    Of M, L and their derivatives as means over prompts with weights; the SE from those with a prompt left in once more.
+    """
+    rows = [[(float(x["r"]), len(x["entropy"]), *x["of_change"].tolist()) for x in row] for row in both.along]
+
+    def values(weights: list[float]) -> tuple[float, float]:
+        flat = [(w / math.fsum(weights) / 3, *x) for w, row in zip(weights, rows, strict=True) for x in row]
+        m, length, m1, m2, l1, l2 = (math.fsum(w * x[k] for w, *x in flat) for k in range(6))
+        h = m / length
+        first = (m1 - h * l1) / length
+        return first, (m2 - h * l2 - 2 * first * l1) / length
+
+    def se(which: int, step: float = 1e-4) -> float:
+        influence = []
+        for n in range(5):
+            up, down = ([1 + sign * step * (m == n) for m in range(5)] for sign in (1, -1))
+            influence.append(5 * (values(up)[which] - values(down)[which]) / (2 * step))
+        return ref.sd(influence) / math.sqrt(5)
+
     flat = [x for row in rows for x in row]
+    mean_t = ref.mean([t for _, t, *_ in flat])
+    h = ref.mean([r for r, *_ in flat]) / mean_t
+    sizes = [ref.mean([abs(x[k]) + h * abs(x[k + 2]) for x in flat]) / mean_t for k in (2, 3)]
+    sizes[1] += 2 * abs(values([1.0] * 5)[0]) * ref.mean([abs(x[4]) for x in flat]) / mean_t
+    return [(value, se(k)) for k, value in enumerate(values([1.0] * 5))], sizes
+
+
+def test_per_token_slope_and_curvature(both: Both) -> None:
+    section = both.report.update
+    found, sizes = per_token_derivatives(both)
+    got = (
+        (section.delta_h1_per_lr_per_token, section.delta_h1_per_lr_per_token_se),
+        (section.curvature_per_token, section.curvature_per_token_se),
+    )
+    for (value, se), (expected, expected_se), size in zip(got, found, sizes, strict=True):
+        agree(value, expected, size)
+        assert se == pytest.approx(expected_se, rel=1e-6)  # a difference of step 1e-4
+
+
+def test_derivative_of_the_change_per_token(both: Both) -> None:
+    """(1/ΣT)·[Σ(R − h̄T)·D_vS + ΣD_vR]: that of the change by normalised weights."""
+    flat = [(float(x["r"]), len(x["entropy"]), float(x["d_s"]), float(x["d_r"])) for row in both.along for x in row]
     count = math.fsum(t for _, t, _, _ in flat)
     h = math.fsum(r for r, *_ in flat) / count
     value = math.fsum((r - h * t) * s + d for r, t, s, d in flat) / count
-    c = math.fsum(t * s for _, t, s, _ in flat) / count
-    influence = [
-        ref.mean([len(flat) * ((r - h * t) * (s - c) + d - value * t) / count for r, t, s, d in row]) for row in rows
-    ]
-    return value, influence, math.fsum(abs(r * s) + abs(h * t * s) + abs(d) for r, t, s, d in flat) / count
-
-
-def per_token_curvature(both: Both) -> tuple[float, float, float]:
-    """(second derivative of ΣwR/ΣwT along v, its SE, the size of its terms). With W = D²_vS + (D_vS)² it is the mean of
-    D²_vR + 2D_vR·D_vS + (R − hT)W − 2s(T − T̄)D_vS over T̄; the SE from the same mean with a prompt left in once more."""
-    keys = ("r", "d_s", "d_r", "d2_s", "d2_r")
-    rows = [[(len(x["entropy"]), *(float(x[key]) for key in keys)) for x in row] for row in both.along]
-
-    def value(weights: list[float]) -> float:
-        flat = [(w / math.fsum(weights) / 3, *x) for w, row in zip(weights, rows, strict=True) for x in row]
-        mean_t = math.fsum(w * t for w, t, *_ in flat)
-        h = math.fsum(w * r for w, _, r, *_ in flat) / mean_t
-        s = math.fsum(w * ((r - h * t) * d_s + d_r) for w, t, r, d_s, d_r, *_ in flat) / mean_t
-        terms = [
-            w * (d2_r + 2 * d_r * d_s + (r - h * t) * (d2_s + d_s**2) - 2 * s * (t - mean_t) * d_s) / mean_t
-            for w, t, r, d_s, d_r, d2_s, d2_r in flat
-        ]
-        return math.fsum(terms)
-
-    def influence(n: int, step: float = 1e-4) -> float:
-        up, down = ([1 + sign * step * (m == n) for m in range(5)] for sign in (1, -1))
-        return 5 * (value(up) - value(down)) / (2 * step)
-
-    scale = ref.mean(
-        [
-            abs(d2_r) + 2 * abs(d_r * d_s) + r * (abs(d2_s) + d_s**2)
-            for row in rows
-            for _, r, d_s, d_r, d2_s, d2_r in row
-        ]
-    )
-    se = ref.sd([influence(n) for n in range(5)]) / math.sqrt(5)
-    return value([1.0] * 5), se, scale / ref.mean([t for row in rows for t, *_ in row])
-
-
-def test_per_token_curvature(both: Both) -> None:
-    section = both.report.update
-    value, se, scale = per_token_curvature(both)
-    agree(section.curvature_per_token, value, scale)
-    assert section.curvature_per_token_se == pytest.approx(se, rel=1e-6)  # a difference of step 1e-4
-
-
-def test_per_token_slope(both: Both) -> None:
-    value, _, scale = per_token_slopes(both)
-    agree(both.report.update.delta_h1_per_lr_per_token, value, scale)
-
-
-def test_per_token_slope_has_the_spread_of_its_influence(both: Both) -> None:
-    _, influence, scale = per_token_slopes(both)
-    se = ref.sd(influence) / math.sqrt(len(influence))
-    agree(both.report.update.delta_h1_per_lr_per_token_se, se, scale)
+    scale = math.fsum(abs(r * s) + abs(h * t * s) + abs(d) for r, t, s, d in flat) / count
+    agree(both.report.update.slope_of_change_per_token, value, scale)
 
 
 def agree_with_interval(got: tuple[float, float], value: float, se: float, scale: float) -> None:
@@ -614,17 +586,60 @@ def test_entropy_change(both: Both) -> None:
         value, se, scale = _change_per_token(before, after, w)
         agree(row.delta_h_per_token, value, scale)
         agree(row.delta_h_per_token_se, se, scale)
+        terms = _change_by_tokens(both, before, after)
+        of_tokens, of_token = (
+            _change_per_token_by_tokens(before, terms),
+            abs(h) / ref.mean([len(x[0]) for y in before for x in y]),
+        )
+        phi = [math.fsum(d for d, _ in line) - 3 * ref.mean([d for line in terms for d, _ in line]) for line in terms]
+        h_pd = ref.mean([d for line in terms for d, _ in line])
+        agree(row.delta_h_pd, h_pd, abs(h))
+        pd_se = math.sqrt(5 / 4 * math.fsum(x * x for x in phi)) / 15
+        agree(row.delta_h_pd_se, pd_se, abs(h))
+        agree_with_interval(row.delta_h_pd_interval, h_pd, pd_se, abs(h))
+        agree(row.delta_h_per_token_pd, of_tokens[0], of_token)
+        assert row.delta_h_per_token_pd_se == pytest.approx(of_tokens[1], rel=1e-6)  # a difference of step 1e-4
         predicted = [eta * s + 0.5 * eta**2 * c for s, c in zip(rb, curvature, strict=True)]
         scale = abs(eta) * slope_scale + 0.5 * eta**2 * curvature_scale
         agree(row.predicted, ref.mean(predicted), scale)
         agree(row.predicted_se, ref.sd(predicted) / math.sqrt(5), scale)
         left = [x / 3 - y for x, y in zip(phi, predicted, strict=True)]
-        agree(row.difference, row.delta_h_rb - ref.mean(predicted), abs(h) + abs(h_after) + scale)
+        agree(row.difference, h_pd - ref.mean(predicted), abs(h) + abs(h_after) + scale)
         agree(row.difference_se, ref.sd(left) / math.sqrt(5), abs(h) + abs(h_after) + scale)
     assert (rows[0.0].delta_h, rows[0.0].delta_h_rb, rows[0.0].ess) == (0.0, 0.0, 15.0)
 
 
 Lines = list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def _change_by_tokens(both: Both, before: Lines, after: Lines) -> list[list[tuple[float, float]]]:
+    """What every response says of ΔH and of ΔL."""
+    return [
+        [
+            tuple(float(x) for x in both.e.change_terms(n, g, *after[n][g], *now))  # pyright: ignore[reportReturnType]
+            for g, now in enumerate(line)
+        ]
+        for n, line in enumerate(before)
+    ]
+
+
+def _change_per_token_by_tokens(before: Lines, terms: list[list[tuple[float, float]]]) -> tuple[float, float]:
+    """(Δh = (ΔM − hΔL)/(L + ΔL), its SE from a prompt counted a little more and less often)."""
+    rows = [
+        [(float(now[1].sum()), len(now[1]), *own) for now, own in zip(*pair, strict=True)]
+        for pair in zip(before, terms, strict=True)
+    ]
+
+    def value(weights: list[float]) -> float:
+        flat = [(w, *x) for w, row in zip(weights, rows, strict=True) for x in row]
+        m, length, dm, dl = (math.fsum(w * x[k] for w, *x in flat) for k in range(4))
+        return (dm - m / length * dl) / (length + dl)
+
+    def influence(n: int, step: float = 1e-4) -> float:
+        up, down = ([1 + sign * step * (m == n) for m in range(5)] for sign in (1, -1))
+        return 5 * (value(up) - value(down)) / (2 * step)
+
+    return value([1.0] * 5), ref.sd([influence(n) for n in range(5)]) / math.sqrt(5)
 
 
 def _change_per_token(before: Lines, after: Lines, w: list[list[float]], part: int = 1) -> tuple[float, float, float]:
@@ -663,8 +678,7 @@ def test_normalised_per_token(both: Both, tmp_path: Path) -> None:
         "generation": {"temperature": 0.9, "tf_batch_size": 4},
     }
     report = run_probe(both.path, ProbeConfig.from_mapping(mapping), e, u)
-    slope, _, slope_scale = per_token_slopes(both)
-    curvature, _, curvature_scale = per_token_curvature(both)
+    ((slope, _), (curvature, _)), (slope_scale, curvature_scale) = per_token_derivatives(both)
     with torch.no_grad():
         before = [[both.e.tokens(n, g) for g in range(3)] for n in range(5)]
     for row in report.entropy_change:
@@ -691,7 +705,10 @@ def test_normalised_per_token(both: Both, tmp_path: Path) -> None:
         predicted = row.eta * slope + 0.5 * row.eta**2 * curvature
         predicted_scale = abs(row.eta) * slope_scale + 0.5 * row.eta**2 * curvature_scale
         agree(row.predicted, predicted, predicted_scale)
-        agree(row.difference, rb - predicted, scale + predicted_scale)
+        of_tokens = _change_per_token_by_tokens(before, _change_by_tokens(both, before, after))[0]
+        agree(row.delta_h_pd, of_tokens, scale)
+        agree(row.difference, of_tokens - predicted, scale + predicted_scale)
+        assert (row.predicted_per_token, row.difference_per_token) == (row.predicted, row.difference)
         agree(row.delta_h_per_token_naive, naive, naive_scale)
         agree(row.delta_h_per_token_naive_se, naive_se, naive_scale)
         agree_with_interval(row.delta_h_per_token_interval, rb, rb_se, scale)

@@ -26,6 +26,7 @@ def batch(prompts: int, group: int, steps: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, steps + 1, (prompts, group), generator=generator)
     entropy = torch.rand(prompts, group, steps, generator=generator, dtype=torch.float64)
+    entropy += 2 * torch.rand(prompts, 1, 1, generator=generator, dtype=torch.float64)
     phi = torch.randn(prompts, group, steps, FEATURES, generator=generator, dtype=torch.float64)
     phi = phi * 10.0 ** torch.arange(-3, 4) + torch.arange(FEATURES)
     phi[..., 3] = 0.1
@@ -49,6 +50,34 @@ def augmented_fit(phi: np.ndarray, target: np.ndarray, phi_new: np.ndarray) -> f
     return float(solution[0] + standardised(phi_new) @ solution[1:])
 
 
+def shrunk(later: dict[tuple[int, int, int], float], n: int, g: int, t: int) -> float:
+    """By least squares where it can be said so: the best linear predictor of a new value of prompt n at step t from its
+    other responses, under value = mean of the step + prompt (variance τ²) + response (σ²), variances by moments."""
+    others = {key: value for key, value in later.items() if key[0] != n}
+    cells: dict[tuple[int, int], list[float]] = {}
+    for (m, _, k), value in others.items():
+        cells.setdefault((k, m), []).append(value)
+    own = [value for (m, h, k), value in later.items() if m == n and h != g and k == t]
+    at_t = [value for (_, _, k), value in others.items() if k == t]
+    if not at_t:
+        return float(np.mean(own)) if own else 0.0
+    degrees = sum(len(values) - 1 for values in cells.values())
+    sigma2 = sum(len(values) * np.var(values) for values in cells.values()) / max(degrees, 1)
+    between = spread = 0.0
+    for step in {k for k, _ in cells}:
+        groups = [values for (k, _), values in cells.items() if k == step]
+        sizes = np.array([len(values) for values in groups], float)
+        means = np.array([np.mean(values) for values in groups])
+        between += (sizes * (means - np.average(means, weights=sizes)) ** 2).sum() - (len(groups) - 1) * sigma2
+        spread += sizes.sum() - (sizes**2).sum() / sizes.sum()
+    tau2 = max(0.0, between / max(spread, 1.0))
+    level = float(np.mean(at_t))
+    if not own or tau2 == 0.0:
+        return level
+    covariance = tau2 + sigma2 * np.eye(len(own))
+    return level + float(tau2 * np.ones(len(own)) @ np.linalg.pinv(covariance) @ (np.array(own) - level))
+
+
 def naive(entropy: Tensor, lengths: Tensor, baseline: Baseline, features: Tensor) -> list[list[list[float]]]:
     prompts, group, steps = entropy.shape
     folds = min(5, prompts)
@@ -61,6 +90,8 @@ def naive(entropy: Tensor, lengths: Tensor, baseline: Baseline, features: Tensor
         if baseline == "hk_ema":
             at_t = [later(m, h, k) for m, h, k in others if m != n and k == t]
             return sum(at_t) / len(at_t) if at_t else 0.0
+        if baseline == "hk_group":
+            return shrunk({row: later(*row) for row in others}, n, g, t)
         fit = [row for row in others if row[0] % folds != n % folds]
         if baseline == "hk" or not fit:
             return 0.0
@@ -126,15 +157,16 @@ def test_past_the_end_there_is_nothing(baseline: Baseline, prompts: int, group: 
 @given(st.sampled_from(BASELINES), st.integers(1, 7), st.integers(1, 4), st.integers(0, 10_000))
 def test_a_baseline_knows_the_prefix_and_other_prompts(baseline: Baseline, prompts: int, group: int, seed: int) -> None:
     """Another future of a response (entropies, φ, length after step t) leaves its b_k, k ≤ t, as they were, and so do
-    other responses of the prompt. To 1e-12: b is recovered as a difference."""
+    other responses of the prompt, but for `hk_group`. To 1e-12: b is recovered as a difference."""
     steps, t = 5, seed % 5
     entropy, lengths, features = batch(prompts, group, steps, seed)
     lengths[-1, 0] = steps
     entropy, features = entropy.nan_to_num(0.5), features.nan_to_num(0.5)
     other_entropy, other_lengths, other_features = batch(prompts, group, steps, seed + 1)
     changed = [values.clone() for values in (entropy, lengths, features)]
+    rows = 0 if baseline == "hk_group" else slice(None)
     for values, others in zip(changed, (other_entropy, other_lengths, other_features), strict=True):
-        values[-1] = others[-1].nan_to_num(0.25) if others.is_floating_point() else others[-1]
+        values[-1, rows] = others[-1, rows].nan_to_num(0.25) if others.is_floating_point() else others[-1, rows]
     changed[0][-1, 0, : t + 1], changed[2][-1, 0, : t + 1] = entropy[-1, 0, : t + 1], features[-1, 0, : t + 1]
     changed[1][-1, 0] = t + 1
     before = b_of(entropy, lengths, baseline, features)[-1, 0, : t + 1]
@@ -151,7 +183,7 @@ def test_a_baseline_uses_other_prompts() -> None:
     more[1] += 1.0
     lengths = lengths.clamp(min=2)
     entropy, more, features = (x.nan_to_num(0.5) for x in (entropy, more, features))
-    for baseline in ("hk_ema", "hk_ridge"):
+    for baseline in ("hk_ema", "hk_ridge", "hk_group"):
         moved = b_of(more, lengths, baseline, features) - b_of(entropy, lengths, baseline, features)
         assert float(moved[0, :, 0].abs().min()) > 1e-3
 
@@ -161,6 +193,19 @@ def test_with_one_prompt_there_are_no_others() -> None:
     own = rb_coefficients(entropy, lengths, "hk")
     for baseline in ("hk_ema", "hk_ridge"):
         assert torch.equal(rb_coefficients(entropy, lengths, baseline, features), own)
+
+
+def test_the_group_counts_as_much_as_prompts_differ() -> None:
+    """R_{>0} of 400 prompts with 4 responses, prompt effects of sd 3 and noise of sd 1: what remains is the noise and
+    what three others leave open, 1 + τ²σ²/(3τ² + σ²) = 1.32; without prompt effects, or with ones that are all, the
+    mean of the others, or of the own group: 1 + 1/1600 and 4/3."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.full((400, 4), 2)
+    for tau, expected in ((3.0, 1.0 + 9 / 28), (0.0, 1.0), (1e6, 4 / 3)):
+        entropy = torch.randn(400, 4, 2, generator=generator, dtype=torch.float64)
+        entropy[..., 1] += tau * torch.randn(400, 1, generator=generator, dtype=torch.float64)
+        left = rb_coefficients(entropy, lengths, "hk_group")[..., 0]
+        assert float(left.square().mean()) == pytest.approx(expected, rel=0.1)  # 1600 squares: 3.5 % each
 
 
 def test_the_ridge_finds_a_line() -> None:

@@ -88,7 +88,8 @@ def surprised(report: ProbeReport, value: float, se: float) -> ProbeReport:
 
 def bent(report: ProbeReport, curvature: float) -> ProbeReport:
     """Changes that second order can be seen in: ½·η²·1e12·… beside a second derivative of `curvature`."""
-    rows = [row.model_copy(update={"delta_h_rb": row.eta**2 * 1e10}) for row in report.entropy_change]
+    names = ("delta_h_rb", "delta_h_pd", "delta_h_per_token_pd")
+    rows = [row.model_copy(update=dict.fromkeys(names, row.eta**2 * 1e10)) for row in report.entropy_change]
     report = report.model_copy(update={"entropy_change": rows})
     return poisoned(report, "update", curvature_of_change=curvature * 2e10, curvature_of_change_size=2e10)
 
@@ -453,7 +454,18 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: surprised(r, 1.0, 0.0), "fail"),
         (lambda r: surprised(r, 0.0, 0.0), "pass"),
     ],
+    "change_estimators_agree": [
+        (lambda r: with_row(r, LR, delta_h_pd=20.0), "fail"),
+        (lambda r: with_row(r, LR, delta_h_pd=math.nan), "fail"),
+        (lambda r: with_row(r, LR, delta_h_pd=20.0, delta_h_rb_by_prompt=[math.nan] * 5), "fail"),
+        (lambda r: with_row(r, LR, delta_h_pd=20.0, clip_fraction=0.1), "pass"),
+        (lambda r: every_row(r, reliable=False), "inconclusive"),
+        (lambda r: every_row(r, delta_h_pd=None), "not_applicable"),
+    ],
     "sweep_identity": [
+        (lambda r: poisoned(r, "update", slope_of_change_per_token=math.nan), "fail"),
+        (lambda r: poisoned(r, "update", delta_h1_per_lr_per_token=1e9), "fail"),
+        (lambda r: every_row(r, delta_h_pd=math.nan), "fail"),
         (lambda r: poisoned(r, "update", slope_of_change=-9 * r.update.slope_of_change_size), "fail"),
         (lambda r: poisoned(r, "update", slope_of_change=math.nan), "fail"),
         (lambda r: every_row(r, delta_h_per_token=0.0), "fail"),
@@ -503,6 +515,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: with_row(r, 0.0, delta_h_per_token=1e-17), "fail"),
         (lambda r: with_row(r, 0.0, delta_h=1e-17), "fail"),
         (lambda r: with_row(r, 0.0, delta_h_rb=math.nan), "fail"),
+        (lambda r: with_row(r, 0.0, delta_h_pd=1e-17), "fail"),
+        (lambda r: with_row(r, 0.0, delta_h_per_token_pd=math.nan), "fail"),
     ],
     "zero_step_ess": [
         (lambda r: with_row(r, 0.0, ess=14.999), "fail"),
@@ -510,6 +524,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     ],
     "se_by_prompt": [
         (lambda r: with_row(r, LR, delta_h_rb_se=1e3), "fail"),
+        (lambda r: with_row(r, LR, delta_h_pd_se=1e3), "fail"),
         (lambda r: poisoned(r, "entropy", rb=Estimate(value=1.0, se=math.nan)), "fail"),
     ],
     "ess": [

@@ -17,7 +17,8 @@ import models
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators import prediction
-from entropy_probe.estimators.slope import PromptMean, per_token_curvature, per_token_slope
+from entropy_probe.estimators.performance_difference import Expansion, slopes_per_token
+from entropy_probe.estimators.slope import PromptMean, per_token_slope
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import entropy_change
@@ -445,8 +446,8 @@ def test_one_batch_is_predicted_by_the_cross_fitted_slope(files: Files, mode: st
         assert slope != pytest.approx(report.update.delta_h1_per_lr_per_token, rel=1e-3)
     assert row.difference_se is not None
     assert row.predicted_se is not None
-    assert row.difference == pytest.approx(row.delta_h_rb - row.predicted)
-    assert row.ratio == pytest.approx(row.delta_h_rb / row.predicted)
+    assert row.difference == pytest.approx(row.delta_h_pd - row.predicted)
+    assert row.ratio == pytest.approx(row.delta_h_pd / row.predicted)
     assert row.in_range
 
 
@@ -461,7 +462,8 @@ def test_per_token_derivatives_have_their_influence() -> None:
         rows = torch.arange(5) if counts is None else torch.arange(5).repeat_interleave(counts)
         r, *derivatives = (table[rows] for table in tables)
         t = lengths[rows]
-        return [per_token_slope(r, t, *derivatives[:2]), per_token_curvature(r, t, *derivatives)]
+        of_change = Expansion(torch.stack(derivatives[:2]), torch.stack(derivatives[2:]))
+        return [per_token_slope(r, t, *derivatives[:2]), *slopes_per_token(of_change, r, t)]
 
     for k, estimate in enumerate(both()):
         for n in range(5):

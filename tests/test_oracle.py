@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 import oracle
 from entropy_probe import ProbeConfig
 from entropy_probe.config import FirstOrderConfig, RecipeConfig, UpdateConfig
-from entropy_probe.estimators import importance, slope, two_batch, ustat
+from entropy_probe.estimators import importance, performance_difference, slope, two_batch, ustat
 from entropy_probe.estimators.advantages import x_weights
 from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
 from entropy_probe.estimators.prediction import predict
@@ -401,9 +401,9 @@ def rb_terms(draw: Draw, first: PerToken, coefficients: Tensor) -> SlopeTerms:
 @pytest.mark.parametrize("name", ["strong", "weak"])
 def test_slopes_are_unbiased(name: str) -> None:
     """Naive, and RB with each baseline, have mean ∇Hᵀv, and RB has mean ∇H in every parameter; √E[SE²] = sd/√B is
-    within 5 % of the true SE; `hk_ema` and `hk_ridge` have at most 0.7 of the SE of `hk`, which has at most 0.7 of that
-    of `none`. Seen to fail: the mean over the whole group for a baseline (its factor is 1 − 1/G), R_{≥t} of the next
-    step, no D_vH_t."""
+    within 5 % of the true SE; `hk_ema`, `hk_ridge` and `hk_group` have at most 0.7 of the SE of `hk`, which has at most
+    0.7 of that of `none`. Seen to fail: the mean over the whole group for a baseline (its factor is 1 − 1/G), R_{≥t} of
+    the next step, no D_vH_t."""
     regime = REGIMES[name]()
     model, v = regime.oracle, fixed_direction(regime)
     exact = float(model.entropy_gradient @ v)
@@ -421,8 +421,8 @@ def test_slopes_are_unbiased(name: str) -> None:
     for terms in (naive, *rb.values()):
         assert unbiased(terms.values, exact)
         assert terms.se_ratio == pytest.approx(1, abs=0.05)
-    none, hk, ema, ridge = (float(terms.values.std()) for terms in rb.values())
-    assert max(hk / none, ema / hk, ridge / hk) < 0.7
+    none, hk, ema, ridge, group = (float(terms.values.std()) for terms in rb.values())
+    assert max(hk / none, ema / hk, ridge / hk, group / hk) < 0.7
     whole_group = of_replication(-((seq_logp - seq_logp.mean(1, keepdim=True)) * d_seq_logp).mean(1))
     entropy = draw.of(model.tokens.entropy)
     later = entropy.flip(-1).cumsum(-1).flip(-1) - entropy
@@ -433,10 +433,10 @@ def test_slopes_are_unbiased(name: str) -> None:
 
 
 def test_baselines_from_three_other_prompts() -> None:
-    """Few others weigh most: E = ∇H in every parameter, and its product with v is the slope along v. `hk_ema` and
-    `hk_ridge` couple the prompts, and sd/√B leaves their covariance out: along this steep v it is 0.82 to 0.94 of the
-    true SE (0.90 and 0.86 over 10⁴ replications; 0.95 and 0.92 with eight prompts), for `none` and `hk` within 5 % of
-    it. 0.04: three Monte Carlo errors of the ratio."""
+    """Few others weigh most: E = ∇H in every parameter, and its product with v is the slope along v. `hk_ema`,
+    `hk_ridge` and `hk_group` couple the prompts, and sd/√B leaves their covariance out: along this steep v it is 0.82
+    to 0.94 of the true SE (0.90 and 0.86 over 10⁴ replications; 0.95 and 0.92 with eight prompts), for `none` and `hk`
+    within 5 % of it. 0.04: three Monte Carlo errors of the ratio."""
     regime = oracle.sharpening()
     model, v = regime.oracle, fixed_direction(regime)
     first, _ = model.along(v)
@@ -471,25 +471,134 @@ def test_a_baseline_that_sees_the_response_is_biased(baseline: Baseline, fault: 
     assert not unbiased(gradient @ v, model.entropy_gradient @ v)
 
 
+@dataclass(frozen=True)
+class ByTokens:
+    """A policy, a direction, and 4000 batches of 16 × 6 responses with the coefficients of `hk_group`."""
+
+    model: Oracle
+    v: Tensor
+    draw: Draw
+    coefficients: Tensor
+
+    @classmethod
+    @cache
+    def of(cls, name: str) -> ByTokens:
+        regime = REGIMES[name]()
+        model, v = regime.oracle, fixed_direction(regime)
+        draw = model.draw(REPLICATIONS, 16, 6, seed=8)
+        batches = zip(draw.of(model.tokens.entropy), draw.lengths, strict=True)
+        return cls(
+            model, v, draw, torch.stack([performance_difference.coefficients(*b, "hk_group") for b in batches], 1)
+        )
+
+    def expansions(self, coefficients: Tensor | None = None) -> list[performance_difference.Expansion]:
+        first, second = self.model.along(self.v)
+        tables = [self.draw.of(of) for of in (first.logp, first.entropy, second.logp, second.entropy)]
+        c = self.coefficients if coefficients is None else coefficients
+        return [
+            performance_difference.expansion(*of_one, c[:, i]) for i, of_one in enumerate(zip(*tables, strict=True))
+        ]
+
+    def terms(self, eta: float, coefficients: Tensor | None = None) -> Tensor:
+        """[2, R, B, G]"""
+        moved = Oracle(self.model.theta + eta * self.v, self.model.rewards).tokens
+        tables = [self.model.tokens.logp, self.model.tokens.entropy, moved.logp, moved.entropy]
+        c = self.coefficients if coefficients is None else coefficients
+        of_all = performance_difference.change_terms(*(per_group(self.draw.of(t)) for t in tables), c.flatten(1, 2))
+        return of_all.reshape(2, *self.draw.responses.shape)
+
+    @cached_property
+    def sums(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.draw.of(self.model.rb_sum), self.draw.lengths.double(), strict=True))
+
+
+def covered(found: list[importance.Change] | list[slope.PromptMean], exact: float, prompts: int = 16) -> float:
+    """Share of value ± t·SE that hold the exact value. Its own standard error is 0.0034 at 0.95."""
+    half = float(stats.t.ppf(0.975, prompts - 1))
+    return sum(abs(one.value - exact) <= half * one.se for one in found) / len(found)
+
+
+def values_of(found: list[importance.Change] | list[slope.PromptMean]) -> Tensor:
+    return torch.tensor([one.value for one in found], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("name", ["strong", "weak"])
-def test_curvature_is_unbiased(name: str) -> None:
-    """E[curvature] = vᵀ∇²Hv. Seen to fail: D_vR·D_vS once, no (D_vS)²."""
-    regime = REGIMES[name]()
-    model, v = regime.oracle, fixed_direction(regime)
-    first, second = model.along(v)
-    tables = [t.sum(-1) for t in (first.logp, first.entropy, second.logp, second.entropy)]
-    draw = model.draw(REPLICATIONS, 16, GROUP, seed=8)
-    rb_sum, d_s, d_r, d2_s, d2_r = (draw.of(table) for table in (model.rb_sum, *tables))
-    exact = model.curvature(v)
-    values = torch.tensor(
-        [slope.curvature(*of_one).value for of_one in zip(rb_sum, d_s, d_r, d2_s, d2_r, strict=True)],
-        dtype=torch.float64,
+@pytest.mark.parametrize("spread", [0.055, 0.17, 0.5])
+def test_the_change_by_tokens(name: str, spread: float) -> None:
+    """At ESS/N of 0.997, 0.97 and 0.78: ΔH is unbiased, and per token to within a fifth of its SE (a ratio); the 95 %
+    interval holds in 93 to 97 % of the batches; per token in `weak` in 91 %, as the terms of prompts are skewed there
+    and the interval is symmetric (√E[SE²] is right, below). In `strong` four slips are seen: weights that include the
+    own token, the coefficient of the next step, no weight of the prefix, and a mean over the own response too."""
+    of = ByTokens.of(name)
+    model, draw = of.model, of.draw
+    eta = step_size(model, of.v, spread)
+    theta = model.theta + eta * of.v
+    exact = float(model.entropy(theta) - model.entropy(model.theta))
+    of_token = float(model.entropy_per_token(theta) - model.entropy_per_token(model.theta))
+    terms = of.terms(eta)
+    changes = [performance_difference.change_per_response(terms[:, i], r) for i, (r, _) in enumerate(of.sums)]
+    tokens = [performance_difference.change_per_token(terms[:, i], *sums) for i, sums in enumerate(of.sums)]
+    log_w = draw.of(Oracle(theta, model.rewards).seq_logp - model.seq_logp)
+    ess = torch.stack([torch.tensor(importance.snis_weights(w).ess) for w in log_w[:200]]).mean() / log_w[0].numel()
+    assert float(ess) == pytest.approx(math.exp(-(spread**2)), abs=0.08)
+    assert unbiased(values_of(changes), exact)
+    of_tokens = values_of(tokens)
+    assert abs(float(of_tokens.mean()) - of_token) < float(of_tokens.std()) / 5
+    assert 0.93 <= covered(changes, exact) <= 0.97
+    assert (0.93 if name == "strong" else 0.9) <= covered(tokens, of_token) <= 0.97
+    if name == "strong" and spread == 0.5:
+        moved = Oracle(theta, model.rewards).tokens
+        d = draw.of(moved.logp - model.tokens.logp)
+        change = draw.of(moved.entropy - model.tokens.entropy)
+        c, so_far = of.coefficients[0], d.cumsum(-1)
+        entropy = draw.of(model.tokens.entropy)
+        own_mean = (entropy.flip(-1).cumsum(-1).flip(-1) - entropy).mean(2, keepdim=True)
+        present = torch.arange(LIMIT) < draw.lengths[..., None]
+        later = (entropy.flip(-1).cumsum(-1).flip(-1) - entropy) * present
+        wrong = {
+            "own token": so_far.exp() * (change + torch.expm1(d) * c),
+            "no prefix": change + torch.expm1(d) * c,
+            "next step": (so_far - d).exp() * (change + torch.expm1(d) * c.roll(-1, -1)),
+            "own response": (so_far - d).exp() * (change + torch.expm1(d) * (later - own_mean * present)),
+        }
+        for slip, terms_of in wrong.items():
+            assert not unbiased(terms_of.sum(-1).mean((1, 2)), exact), slip
+
+
+@pytest.mark.parametrize("name", ["strong", "weak"])
+def test_slope_and_curvature_of_the_change(name: str) -> None:
+    """Slope and curvature are unbiased, and per token their bias, of order 1/N, is below a fifth of the SE; √E[SE²] is
+    within 6 % of the true SE, and the slope's 95 % interval holds in 93 to 97 %, but for `weak` per token. They are the
+    derivatives of the very terms of the change, by differences, to 1e-6 of their size. Seen to fail: 2s·D_vH_t once, no
+    d²."""
+    of = ByTokens.of(name)
+    model, v = of.model, of.v
+    expansions = of.expansions()
+    pairs = [performance_difference.slopes_per_response(one) for one in expansions]
+    tokens = [performance_difference.slopes_per_token(one, *of.sums[i]) for i, one in enumerate(expansions)]
+    step = 1e-3 / float(v.norm())
+    up, still, down = (float(model.entropy_per_token(model.theta + k * step * v)) for k in (1, 0, -1))
+    exact = (
+        (float(model.entropy_gradient @ v), model.curvature(v)),
+        ((up - down) / 2 / step, (up - 2 * still + down) / step**2),
     )
-    assert unbiased(values, exact)
-    if name == "strong":
-        assert not unbiased(values - (d_r * d_s).mean((1, 2)), exact)
-        centered = rb_sum - rb_sum.mean((1, 2), keepdim=True)
-        assert not unbiased(values - (centered * d_s.square()).mean((1, 2)), exact)
+    for found, truth, ratio in ((pairs, exact[0], False), (tokens, exact[1], True)):
+        for k in range(2):
+            each = [one[k] for one in found]
+            values, se = values_of(each), torch.tensor([one.se for one in each], dtype=torch.float64)
+            if ratio:
+                assert abs(float(values.mean()) - truth[k]) < float(values.std()) / 5
+            else:
+                assert unbiased(values, truth[k])
+            assert float(se.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.06)
+        low = 0.9 if ratio and name == "weak" else 0.93
+        assert low <= covered([one[0] for one in found], truth[0]) <= 0.97
+    h = step_size(model, v, 1e-3)
+    above, below = of.terms(h)[:, :50], of.terms(-h)[:, :50]
+    first = torch.stack([one.first for one in expansions[:50]], 1)
+    second = torch.stack([one.second for one in expansions[:50]], 1)
+    assert torch.allclose((above - below) / (2 * h), first, rtol=0, atol=1e-5 * float(first.abs().max()))
+    assert torch.allclose((above + below) / h**2, second, rtol=0, atol=1e-4 * float(second.abs().max()))
 
 
 def per_token_slopes(model: Oracle, draw: Draw, first: PerToken) -> list[slope.PromptMean]:
@@ -530,31 +639,6 @@ def test_per_token_slope_has_the_right_standard_error(name: str) -> None:
     found = per_token_slopes(model, model.draw(REPLICATIONS, 32, GROUP, seed=18), model.along(v)[0])
     values, se = torch.tensor([(s.value, s.se) for s in found], dtype=torch.float64).T
     assert float(se.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("name", ["strong", "weak"])
-def test_per_token_curvature(name: str) -> None:
-    """Over replications of 32 prompts the second derivative of H/E[T] along v: its bias, of order 1/N, is below a
-    fifth of the SE, and √E[SE²] is within 5 % of the true SE. Seen to fail: in `strong`, where the direction changes
-    lengths, without the product of the two first derivatives."""
-    model, v = REGIMES[name]().oracle, fixed_direction(REGIMES[name]())
-    step = 1e-3 / float(v.norm())
-    up, still, down = (float(model.entropy_per_token(model.theta + k * step * v)) for k in (1, 0, -1))
-    exact = (up - 2 * still + down) / step**2
-    first, second = model.along(v)
-    draw = model.draw(REPLICATIONS, 32, GROUP, seed=23)
-    tables = [draw.of(t.sum(-1)) for t in (first.logp, first.entropy, second.logp, second.entropy)]
-    given = list(zip(draw.of(model.rb_sum), draw.lengths.double(), *tables, strict=True))
-    found = [slope.per_token_curvature(*of_one) for of_one in given]
-    values, se = torch.tensor([(c.value, c.se) for c in found], dtype=torch.float64).T
-    assert abs(float(values.mean()) - exact) < float(values.std()) / 5
-    assert float(se.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.05)
-    products = [
-        2 * slope.per_token_slope(r, t, d_s, d_r).value * float(((t - t.mean()) * d_s).mean() / t.mean())
-        for r, t, d_s, d_r, *_ in given
-    ]
-    without = float(values.mean()) + sum(products) / len(products)
-    assert name == "weak" or abs(without - exact) > 5 * abs(float(values.mean()) - exact)
 
 
 @dataclass(frozen=True)
@@ -826,15 +910,15 @@ def test_realised_minus_predicted_has_its_own_standard_error(name: str) -> None:
     first, second = model.along(v)
     draw = model.draw(REPLICATIONS, 16, GROUP, seed=22)
     (s, r), (s_after, r_after) = model.scores(draw, model.theta), model.scores(draw, model.theta + eta * v)
-    slopes = rb_terms(draw, first, coefficients_of(model, draw, "hk")).per_prompt
-    derivatives = [draw.of(t.sum(-1)) for t in (first.logp, first.entropy, second.logp, second.entropy)]
+    c = coefficients_of(model, draw, "hk")
+    derivatives = [draw.of(t) for t in (first.logp, first.entropy, second.logp, second.entropy)]
     even, own = torch.full_like(r[0], 1 / r[0].numel()), torch.arange(16)
     found = []
     for i in range(REPLICATIONS):
         weights = importance.snis_weights(s_after[i] - s[i])
         rb = importance.entropy_change(r[i], r_after[i], even, weights.normalised)
-        curvature = slope.curvature(r[i], *(d[i] for d in derivatives))
-        p = predict(eta, rb, slope.PromptMean(slopes[i]), curvature, own)
+        along = performance_difference.expansion(*(d[i] for d in derivatives), torch.stack([c[i], c[i]]))
+        p = predict(eta, rb, *performance_difference.slopes_per_response(along), own)
         found.append((p.difference, p.difference_se, math.hypot(p.se, rb.se), weights.ess / r[i].numel()))
     difference, se, independent, ess = torch.tensor(found, dtype=torch.float64).T
     assert float(ess.mean()) >= 0.99

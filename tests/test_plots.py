@@ -17,7 +17,7 @@ from entropy_probe.__main__ import main
 from entropy_probe.plots import _figure, save_figure, save_steps, text_table
 
 UNPREDICTED = dict.fromkeys(("predicted", "predicted_se", "difference", "difference_se", "ratio", "in_range"))
-NAN = {"delta_h_rb_se": math.nan, "predicted": math.nan, "predicted_se": math.inf, "difference_se": math.nan}
+NAN = {"delta_h_pd_se": math.nan, "predicted": math.nan, "predicted_se": math.inf, "difference_se": math.nan}
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,11 @@ def test_points_and_line_are_the_numbers_of_the_report(report: ProbeReport) -> N
     for axes, power in ((change, 0), (slope, 1)):
         (points,) = axes.containers
         bars = [(high - low) / 2 for (_, low), (_, high) in points[2][0].get_segments()]
-        expected = [row.difference_se if power else row.delta_h_rb_se for row in rows]
+        expected = [row.difference_se if power else row.delta_h_pd_se for row in rows]
         sizes = [se / abs(row.eta) ** power for se, row in zip(expected, rows, strict=True)]
         assert bars == pytest.approx(sizes)
         assert points[0].get_xdata() == pytest.approx([row.eta for row in rows])
-        assert points[0].get_ydata() == pytest.approx([row.delta_h_rb / row.eta**power for row in rows])
+        assert points[0].get_ydata() == pytest.approx([row.delta_h_pd / row.eta**power for row in rows])
         line = next(line for line in axes.lines if line.get_label() == "predicted ± SE")
         drawn = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
         for row in rows:
@@ -117,7 +117,7 @@ def test_points_and_line_are_the_numbers_of_the_report(report: ProbeReport) -> N
         lambda r: with_rows(r, restricted=True, **UNPREDICTED),
         lambda r: with_rows(r, in_range=False, unclipped_ess_fraction=math.nan),
         lambda r: with_rows(r, **NAN),
-        lambda r: with_rows(r, delta_h_rb=math.nan),
+        lambda r: with_rows(r, delta_h_pd=math.nan),
         lambda r: with_rows(r, eta=0.0),
         lambda r: with_rows(r, eta=math.inf),
         lambda r: r.model_copy(update={"entropy_change": []}),
@@ -192,10 +192,10 @@ def test_the_table_has_one_line_per_eta(report: ProbeReport) -> None:
         cells = line.split()
         numbers = [float(cell) for cell in cells[:-1]]
         assert numbers[:5] == pytest.approx(
-            [row.eta, row.predicted, row.predicted_se, row.delta_h_rb, row.delta_h_rb_se], rel=0.05
+            [row.eta, row.predicted, row.predicted_se, row.delta_h_pd, row.delta_h_pd_se], rel=0.05
         )
         assert numbers[5] == pytest.approx(row.difference / row.difference_se, rel=0.01, abs=0.006)
-        assert numbers[6] == pytest.approx(row.delta_h_rb / row.predicted, rel=0.01, abs=0.006)
+        assert numbers[6] == pytest.approx(row.delta_h_pd / row.predicted, rel=0.01, abs=0.006)
         assert numbers[7] == pytest.approx(row.unclipped_ess_fraction, abs=0.006)
         assert cells[-1] == ("yes" if row.in_range else "no")
     assert text_table(with_eta_star(report, 3e-5), plain=True).endswith("\neta* = 3e-05")
@@ -207,6 +207,6 @@ def test_the_table_has_one_line_per_eta(report: ProbeReport) -> None:
 
 
 def test_numbers_of_any_size_fit(report: ProbeReport) -> None:
-    wide = {"delta_h_rb": -1.234e8, "difference": -9e9, "difference_se": 1.2e-15, "predicted": 1.111e-17}
+    wide = {"delta_h_pd": -1.234e8, "difference": -9e9, "difference_se": 1.2e-15, "predicted": 1.111e-17}
     for eta in (-1.23e-15, 9.87e12):
         assert max(map(len, text_table(with_rows(report, **wide, eta=eta)).splitlines())) <= 80

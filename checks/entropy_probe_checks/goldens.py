@@ -250,6 +250,8 @@ def entropy_change(report: ProbeReport) -> Scaled:
         "delta_h_rb",
         "delta_h_rb_se",
         "delta_h_rb_by_prompt",
+        "delta_h_pd",
+        "delta_h_pd_se",
         "predicted",
     )
     logs = (
@@ -260,7 +262,7 @@ def entropy_change(report: ProbeReport) -> Scaled:
         "difference_se",
     )
     shares = ("ess_fraction", "unclipped_ess_fraction", "clip_fraction", "pareto_k")
-    tokens = ("delta_h_per_token", "delta_h_per_token_naive")
+    tokens = ("delta_h_per_token", "delta_h_per_token_naive", "delta_h_per_token_pd")
     return {
         "eta": (column("eta"), _largest(column("eta"))),
         "ess": (column("ess"), float(num_responses)),

@@ -39,6 +39,10 @@ def test_prediction(_probe_judge):
     _probe_judge(prediction.prediction)
 
 
+def test_change_estimators_agree(_probe_judge):
+    _probe_judge(prediction.change_estimators_agree)
+
+
 def test_slope_identity(_probe_judge):
     _probe_judge(prediction.slope_identity)
 

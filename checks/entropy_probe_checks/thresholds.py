@@ -208,6 +208,11 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "prediction", 4.0, "standard errors of a normal; noise alone passes it once in 1e4"
             ),
+            _limit(
+                "change_estimators_agree",
+                4.0,
+                "standard errors of a normal; noise alone passes it once in 1e4",
+            ),
             _limit("slope_identity", 1e-4, "float32: 1e-6 measured"),
             _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
             _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),

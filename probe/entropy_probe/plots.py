@@ -116,8 +116,8 @@ def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
         (row.eta, ".2g"),
         (row.predicted, "+.3g"),
         (row.predicted_se, ".2g"),
-        (row.delta_h_rb, "+.3g"),
-        (row.delta_h_rb_se, ".2g"),
+        (row.realised[0], "+.3g"),
+        (row.realised[1], ".2g"),
         (off, "+.2f" if off is None or abs(off) < 100 else "+.1e"),
         (ratio, ".2f" if ratio is None or abs(ratio) < 100 else ".0e"),
         (row.unclipped_ess_fraction, ".2f"),
@@ -145,7 +145,7 @@ def _figure(report: ProbeReport) -> Figure:
     from matplotlib.figure import Figure
 
     rows = [
-        row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.delta_h_rb)
+        row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.realised[0])
     ]
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")
     figure.suptitle(_title(report, rows), parse_math=False)
@@ -194,7 +194,7 @@ def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) ->
         tokens = [report.entropy.per_token for _, report in mine]
         rows = [report.next_step for _, report in mine]
         of = f", {Path(run).name}".replace("$", r"\$") if len(runs) > 1 else ""  # no formula
-        realised = [(r.delta_h_rb, r.delta_h_rb_se) if r else (None, None) for r in rows]
+        realised = [r.realised if r else (None, None) for r in rows]
         inside = [(r.predicted, r.predicted_se) if r and r.in_range else (None, None) for r in rows]
         outside = [
             (r.predicted, r.predicted_se) if r and not r.in_range else (None, None) for r in rows
@@ -275,12 +275,12 @@ def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
             continue
         eta = _array(row.eta for row in shown)
         se = _array(
-            row.difference_se if power and row.predicted is not None else row.delta_h_rb_se
+            row.difference_se if power and row.predicted is not None else row.realised[1]
             for row in shown
         )
         axes.errorbar(
             eta,
-            _array(row.delta_h_rb for row in shown) / eta**power,
+            _array(row.realised[0] for row in shown) / eta**power,
             se / np.abs(eta) ** power,
             fmt="o",
             markersize=5,

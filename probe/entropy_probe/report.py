@@ -257,11 +257,12 @@ class StepAgreement(_Section):
 class UpdateSection(StepAgreement):
     """The update direction v = v₀ + D·Ȳ per unit learning rate, and the slope of the entropy along it on the E batch.
 
-    `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with the
-    configured baseline. `eta_star` belongs to what is predicted: the slope cross-fitted where one batch serves as both,
-    per token where `true_delta_h.normalize` says so. `slope_of_change` is the derivative at η = 0 of the estimator
+    `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with
+    `baseline`, which is also that of the curvature and of `delta_h_pd`. `eta_star` belongs to what is predicted: the
+    slope cross-fitted where one batch serves as both, per token where `true_delta_h.normalize` says so. `slope_of_change` is the derivative at η = 0 of the estimator
     behind `delta_h_rb` itself, at top_p = 1, and `slope_of_change_size` the sum of the absolute values of its terms;
-    `curvature_of_change` is its second derivative, from `curvature`, and the size of its terms.
+    `slope_of_change_per_token` that of `delta_h_per_token`; `curvature_of_change` is the second derivative of the
+    former, and the size of its terms.
     `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the prompts), for every
     unit of the U batch, add up to −X̄ᵀv.
 
@@ -285,6 +286,7 @@ class UpdateSection(StepAgreement):
     delta_h1_per_lr_cross: float | None
     delta_h1_per_lr_cross_se: float | None
     estimators: dict[str, Estimate]
+    baseline: str
     slope_of_v0: float
     slope_by_unit: list[float]
     spread_over_batches: float | None
@@ -292,6 +294,7 @@ class UpdateSection(StepAgreement):
     delta_h1_per_lr_per_token_se: float
     slope_of_change: float
     slope_of_change_size: float
+    slope_of_change_per_token: float
     curvature_of_change: float
     curvature_of_change_size: float
     curvature: float | None
@@ -357,13 +360,21 @@ class Reweighting(_Section):
     reliable: bool
     restricted: bool
 
+    @property
+    def plain(self) -> bool:
+        """Whether the responses count as they were sampled: neither clipped, smoothed nor drawn afresh."""
+        return self.method == "snis" and self.clip_fraction == 0.0
+
 
 class EntropyChangeRow(Reweighting):
-    """The realised change at one η, by self-normalised importance sampling on the E batch.
+    """The realised change at one η on the E batch.
 
-    `delta_h` (naive) and `delta_h_rb` are per response or per token, as `true_delta_h.normalize` says, with
-    95 % intervals; `delta_h_per_token` is Rao-Blackwell, `delta_h_per_token_naive` is not. `difference` is
-    `delta_h_rb` − `predicted`, `ratio` the one over the other; `in_range` says whether the two are to be
+    `delta_h` (naive) and `delta_h_rb` are by self-normalised importance sampling, `delta_h_pd` by the performance
+    difference (null at top_p < 1), per response or per token, as `true_delta_h.normalize` says, with 95 % intervals;
+    `delta_h_per_token` is Rao-Blackwell, `delta_h_per_token_naive` is not, and `delta_h_per_token_pd` is by the
+    performance difference. The change that is reported, `realised`, is the last kind where it can be. `difference` is
+    `realised` − `predicted`, `ratio` the one over the other; the same per token (null where one batch serves as both
+    and nothing is asked per token). `in_range` says whether the two are to be
     compared at this η: reliable, and near enough for second order, which needs ESS/N within its limit even
     where fresh responses were drawn.
     """
@@ -380,12 +391,38 @@ class EntropyChangeRow(Reweighting):
     delta_h_per_token_interval: tuple[float, float]
     delta_h_per_token_naive: float
     delta_h_per_token_naive_se: float
+    delta_h_pd: float | None
+    delta_h_pd_se: float | None
+    delta_h_pd_interval: tuple[float, float] | None
+    delta_h_pd_by_prompt: list[float] | None
+    delta_h_per_token_pd: float | None
+    delta_h_per_token_pd_se: float | None
+    delta_h_per_token_pd_interval: tuple[float, float] | None
     predicted: float | None
     predicted_se: float | None
     difference: float | None
     difference_se: float | None
     ratio: float | None
     in_range: bool | None
+    predicted_per_token: float | None
+    predicted_per_token_se: float | None
+    difference_per_token: float | None
+    difference_per_token_se: float | None
+
+    @property
+    def realised(self) -> tuple[float, float]:
+        """The change that is reported, and its standard error."""
+        if self.plain and self.delta_h_pd is not None and self.delta_h_pd_se is not None:
+            return self.delta_h_pd, self.delta_h_pd_se
+        return self.delta_h_rb, self.delta_h_rb_se
+
+    @property
+    def realised_per_token(self) -> tuple[float, float]:
+        """The same per token."""
+        value, se = self.delta_h_per_token_pd, self.delta_h_per_token_pd_se
+        if self.plain and value is not None and se is not None:
+            return value, se
+        return self.delta_h_per_token, self.delta_h_per_token_se
 
 
 class RealStepSection(_Section):

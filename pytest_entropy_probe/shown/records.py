@@ -74,8 +74,8 @@ def headline(report: ProbeReport) -> str:
     mark = f" ({report.not_chosen})" if report.not_chosen else ""
     responses = f"({batch.num_prompts}×{batch.num_responses} responses)"
     lines.append(
-        f"H    {entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response, "
-        f"{entropy.per_token.value:.3g} nats/token{mark or f' {responses}'}"
+        f"H    {entropy.per_token.value:.3g} ± {entropy.per_token.se:.2g} nats/token, "
+        f"{entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response{mark or f' {responses}'}"
     )
     delta = report.two_batch or report.first_order
     if update is None or delta is None:
@@ -83,24 +83,43 @@ def headline(report: ProbeReport) -> str:
     batches = "two batches" if report.two_batch else "one batch"
     if report.first_order is not None and report.first_order.mode == "block":
         batches = f"{batches}, {report.first_order.num_units} blocks"
-    step, unit = report.next_step, report.unit_of_change.removesuffix("/response")
-    assert step is not None
     se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
-    predicted = "not predicted (top_p < 1)"
-    if step.predicted is not None and step.predicted_se is not None:
-        predicted = f"predicted {step.predicted + 0.0:+.3g} ± {step.predicted_se:.2g}"
-    realised = f"realised {step.delta_h_rb + 0.0:+.3g} ± {step.delta_h_rb_se:.2g}"
+    changes = _changes(report)
     slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
     if mark:  # each figure on a line of its own
-        lines += [f"δH₁  {slope}, fresh step{mark}", f"ΔH   {realised} {unit}{mark}"]
-        lines += [f"     {predicted} {unit}{mark}"]
+        lines += [f"ΔH   {changes[0][0]}{mark}", f"     {changes[0][1]}{mark}"]
+        lines += [f"     {figure}{mark}" for pair in changes[1:] for figure in pair]
+        lines += [f"δH₁  {slope}, fresh step{mark}"]
         lines += _wrapped("v    ", f"{made_of}{mark}")
     else:
+        heads = ("ΔH   ", "     ")
+        lines += [
+            f"{head}{realised.rpartition(' ')[0]}, {predicted}"
+            for head, (realised, predicted) in zip(heads, changes, strict=False)
+        ]
         lines += [f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})"]
-        lines += [f"ΔH   {realised}, {predicted} {unit}", f"v    {made_of}"]
+        lines += [f"v    {made_of}"]
     if batch.same_batch:
         lines.append("     one batch: what is realised holds the noise that the update fitted")
     return "\n".join(lines)
+
+
+def _changes(report: ProbeReport) -> list[tuple[str, str]]:
+    """(realised, predicted) with their unit, per token and, where the run was asked for it, per response."""
+    step = report.next_step
+    assert step is not None
+    tokens = (*step.realised_per_token, step.predicted_per_token, step.predicted_per_token_se)
+    pairs = [(*tokens, "nats/token")]
+    if report.config["true_delta_h"]["normalize"] == "per_sequence":
+        pairs.append((*step.realised, step.predicted, step.predicted_se, "nats/response"))
+    said = []
+    for value, se, predicted, predicted_se, unit in pairs:
+        missing = "top_p < 1" if step.restricted else "one batch"
+        told = f"not predicted ({missing})"
+        if predicted is not None and predicted_se is not None:
+            told = f"predicted {predicted + 0.0:+.3g} ± {predicted_se:.2g} {unit}"
+        said.append((f"realised {value + 0.0:+.3g} ± {se:.2g} {unit}", told))
+    return said
 
 
 def _wrapped(head: str, text: str) -> list[str]:

@@ -124,7 +124,7 @@ def step_of(
         predicted = _with_se(step.predicted, step.predicted_se)
         cells = (
             (predicted if step.in_range else f"({predicted})") + ("*" if report.not_chosen else ""),
-            _with_se(step.delta_h_rb, step.delta_h_rb_se) + ("*" if report.not_chosen else ""),
+            _with_se(*step.realised) + ("*" if report.not_chosen else ""),
             f"{step.unclipped_ess_fraction:.2f}",
         )
     return Step(

@@ -24,7 +24,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from entropy_probe import loading
-from entropy_probe.estimators import adam, advantages, baselines, importance, policy, slope, update_weights, ustat
+from entropy_probe.estimators import (
+    adam,
+    advantages,
+    baselines,
+    importance,
+    performance_difference,
+    policy,
+    slope,
+    update_weights,
+    ustat,
+)
 from entropy_probe.model import forward, overrides, precision
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.checkpoint.moments import adam as optimizer
@@ -562,13 +572,74 @@ def nested_jvp(patch: Patch) -> None:
 
 @fault("sampled", "curvature_identity", first_order={"lr": 3e-3})
 def curvature_without_the_cross_term(patch: Patch) -> None:
-    """vᵀ∇²Hv without 2·D_vR·D_vS."""
-    original = slope.curvature
+    """vᵀ∇²Hv without 2·D_vH_t·D_v of what stands before."""
+    original = performance_difference.expansion
 
-    def without(rb_sum: Tensor, d_s: Tensor, d_r: Tensor, d2_s: Tensor, d2_r: Tensor) -> Any:
-        return slope.PromptMean(original(rb_sum, d_s, d_r, d2_s, d2_r).per_prompt - 2 * (d_s * d_r).mean(1))
+    def without(d_logp: Tensor, d_entropy: Tensor, *rest: Tensor) -> Any:
+        found = original(d_logp, d_entropy, *rest)
+        found.second[0] -= (2 * (d_logp.cumsum(-1) - d_logp) * d_entropy).sum(-1)
+        return found
 
     everywhere(patch, original, without)
+
+
+def _with_terms(patch: Patch, of_terms: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Change terms made of log ρ_t, H_t⁺ − H_t and c [2, …]."""
+
+    def terms(logp: Tensor, entropy: Tensor, logp_after: Tensor, entropy_after: Tensor, c: Tensor) -> Tensor:
+        moved, change = logp_after.double() - logp.double(), entropy_after.double() - entropy.double()
+        return of_terms(moved, torch.stack([change, torch.zeros_like(change)]), c).sum(-1)
+
+    everywhere(patch, performance_difference.change_terms, terms)
+
+
+@fault("sampled", "figures_recomputed", first_order={"lr": 3e-3})
+def change_by_tokens_weighs_with_the_own_token(patch: Patch) -> None:
+    """The weight of a step holds its own token: w_{≤t} for w_{<t}."""
+    _with_terms(patch, lambda d, h, c: d.cumsum(-1).exp() * (h + torch.expm1(d) * c))
+
+
+@fault("sampled", "figures_recomputed", first_order={"lr": 3e-3})
+def change_by_tokens_with_the_prefix_of_the_step_before(patch: Patch) -> None:
+    """The weight of a step misses the token before it."""
+    _with_terms(patch, lambda d, h, c: (d.cumsum(-1) - d - d.roll(1, -1)).exp() * (h + torch.expm1(d) * c))
+
+
+@fault("sampled", "sweep_identity prediction")
+def change_by_tokens_counts_its_own_step(patch: Patch) -> None:
+    """R_{≥t} for R_{>t}, in the change alone: the entropy of the step is counted twice."""
+
+    def with_own(logp: Tensor, entropy: Tensor, logp_after: Tensor, entropy_after: Tensor, c: Tensor) -> Tensor:
+        return original(logp, entropy, logp_after, entropy_after, c + torch.stack([entropy, torch.zeros_like(entropy)]))
+
+    original = performance_difference.change_terms
+    everywhere(patch, original, with_own)
+
+
+@fault("sampled", "figures_recomputed")
+def group_baseline_holds_the_response_itself(patch: Patch) -> None:
+    """The mean of the prompt's responses that serves as a baseline holds the own one, unshrunk."""
+    original = baselines.rb_coefficients
+
+    def with_own(entropy: Tensor, lengths: Tensor, baseline: Any, *rest: Any) -> Tensor:
+        if baseline != "hk_group":
+            return original(entropy, lengths, baseline, *rest)
+        later = original(entropy, lengths, "hk")
+        present = (torch.arange(later.shape[-1]) < lengths[..., None]).double()
+        return later - present * later.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)
+
+    everywhere(patch, original, with_own)
+
+
+@fault("sampled", "change_estimators_agree figures_recomputed")
+def change_by_tokens_of_another_response(patch: Patch) -> None:
+    """What the responses say of the change stands for their neighbours' entropies at θ+ηv."""
+
+    def shifted(logp: Tensor, entropy: Tensor, logp_after: Tensor, entropy_after: Tensor, c: Tensor) -> Tensor:
+        return original(logp, entropy, logp_after, entropy_after.roll(1, 0), c)
+
+    original = performance_difference.change_terms
+    everywhere(patch, original, shifted)
 
 
 @fault("llama", "slope_identity", first_order={"estimator": "rb"})

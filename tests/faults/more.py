@@ -471,7 +471,7 @@ def ratio_upside_down(patch: Patch) -> None:
 @fault("llama", FIGURE, also="prediction")
 def errors_of_differences_as_if_independent(patch: Patch) -> None:
     """The SE of realised minus predicted as if they were measured on different prompts."""
-    of_rows(patch, lambda row: {"difference_se": math.hypot(row.delta_h_rb_se, row.predicted_se)})
+    of_rows(patch, lambda row: {"difference_se": math.hypot(row.delta_h_pd_se, row.predicted_se)})
 
 
 @fault("llama", FIGURE, also="prediction")

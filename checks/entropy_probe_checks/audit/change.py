@@ -11,7 +11,7 @@ from entropy_probe_checks.audit import student, tail
 from entropy_probe_checks.audit.entropy import cluster_se
 from entropy_probe_checks.audit.first_order import learning_rate
 from entropy_probe_checks.audit.sheet import Sheet
-from entropy_probe_checks.audit.slopes import Along
+from entropy_probe_checks.audit.slopes import Along, Slope, both_coefficients
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,34 @@ def change(
     return Change(float(h_after - h), influence, float(size))
 
 
+def by_tokens(sheet: Sheet, k: int) -> tuple[Change, Change]:
+    """ΔH per response and per token by the performance difference, at the k-th η:
+
+    D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t],  E the same of the length (H = H⁺ = 1),  w_{<t} = Π_{s<t} ρ_s
+
+    ΔH = mean D;  Δh = (ΔH − h·mean E)/(L + mean E), with the influence of `slopes._per_token`.
+    """
+    logp, entropy = sheet["e.logp"], sheet["e.entropy"]
+    rho = np.exp(sheet[f"after.{k}.logp"] - logp)
+    before = np.ones_like(rho)
+    np.cumprod(rho[..., :-1], -1, out=before[..., 1:])
+    step = np.expm1(sheet[f"after.{k}.logp"] - logp)
+    of_entropy, of_length = both_coefficients(sheet)
+    own = before * (sheet[f"after.{k}.entropy"] - entropy), before * step * of_entropy
+    d, e = (own[0] + own[1]).sum(-1), (before * step * of_length).sum(-1)
+    size = sum(float(np.abs(part).sum(-1).mean()) for part in own)
+    r = entropy.sum(-1)
+    lengths = sheet["e.gen_lens"].reshape(r.shape).astype(np.float64)
+    h, mean, longer = r.mean() / lengths.mean(), lengths.mean(), e.mean()
+    change = (d - h * e).mean() / (mean + longer)
+    influence = d - h * e - change * (lengths + e) - longer * (r - h * lengths) / mean
+    influence = (influence - influence.mean()) / (mean + longer)
+    return (
+        Change(float(d.mean()), d - d.mean(), size + float(r.mean())),
+        Change(float(change), influence, (size + float(r.mean())) / mean),
+    )
+
+
 def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     config = sheet.report["config"]["true_delta_h"]
     restricted = sheet.report["config"]["generation"]["top_p"] < 1
@@ -144,9 +172,22 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
         if name != "delta_h_per_token_naive":
             figures[f"{name}_interval"] = (of.interval, of.size + of.se)
     figures["delta_h_rb_by_prompt"] = ([float(own.mean()) for own in rb.influence], rb.size)
-    figures |= _predicted(
-        sheet, eta, rb, along, reliable, unclipped / log_w.size >= config["min_ess_fraction"]
-    )
+    pair: tuple[Change | None, Change | None] = (None, None)
+    if along is not None and not restricted:
+        whole, token = by_tokens(sheet, k)
+        pair = (token if is_per_token else whole), token
+    for name, of in zip(("delta_h_pd", "delta_h_per_token_pd"), pair, strict=True):
+        figures[name] = (of and of.value, of and of.size)
+        figures[f"{name}_se"] = (of and of.se, of and of.size)
+        figures[f"{name}_interval"] = (of and of.interval, of and of.size + of.se)
+    own = pair[0] and [float(row.mean()) for row in pair[0].influence]
+    figures["delta_h_pd_by_prompt"] = (own, pair[0] and pair[0].size)
+    plain = method == "snis" and not clipped
+    realised = pair[0] if plain and pair[0] else rb
+    realised_token = pair[1] if plain and pair[1] else rb_token
+    near = unclipped / log_w.size >= config["min_ess_fraction"]
+    figures |= _predicted(sheet, eta, realised, along, reliable, near)
+    figures |= _predicted_per_token(sheet, eta, realised_token, along)
     for name, (again, size) in figures.items():
         sheet.write(f"entropy_change.{k}.{name}", again, size)
 
@@ -159,27 +200,45 @@ def _predicted(
     names = ("predicted", "predicted_se", "difference", "difference_se", "ratio", "in_range")
     if along is None or sheet.report["config"]["generation"]["top_p"] < 1:
         return dict.fromkeys(names, (None, None))
-    slope, bent, own = along.slope, along.curvature.terms, rb.influence.mean(1)
-    if len(slope.terms) != len(own):
-        unit_of = sheet["e.unit_of_prompt"]
-        sizes = np.bincount(unit_of)
-        bent, own = (np.bincount(unit_of, weights=of) / sizes for of in (bent, own))
-    terms = eta * slope.terms + eta**2 / 2 * bent
-    value = eta * slope.value + eta**2 / 2 * along.curvature.value
-
-    def se(of: np.ndarray) -> float:
-        return float(of.std(ddof=1)) / math.sqrt(len(of))
-
-    size = abs(eta) * slope.size + eta**2 / 2 * along.curvature.size
+    value, size, se, of_difference = _expansion(sheet, eta, rb, along.slope, along.curvature)
     ratio = ratio_size = None
     if value != 0:
         ratio = rb.value / value
         ratio_size = rb.size / abs(value) + abs(ratio) * size / abs(value)
     return {
         "predicted": (value, size),
-        "predicted_se": (se(terms), size),
+        "predicted_se": (se, size),
         "difference": (rb.value - value, size + rb.size),
-        "difference_se": (se(own - terms), size + rb.size),
+        "difference_se": (of_difference, size + rb.size),
         "ratio": (ratio, ratio_size),
         "in_range": (bool(reliable and near and abs(eta) <= along.reach), None),
     }
+
+
+def _predicted_per_token(
+    sheet: Sheet, eta: float, realised: Change, along: Along | None
+) -> dict[str, tuple]:
+    names = [f"{n}_per_token{se}" for n in ("predicted", "difference") for se in ("", "_se")]
+    restricted = sheet.report["config"]["generation"]["top_p"] < 1
+    if along is None or along.of_tokens is None or restricted:
+        return dict.fromkeys(names, (None, None))
+    value, size, se, of_difference = _expansion(sheet, eta, realised, *along.of_tokens)
+    found = (value, se, realised.value - value, of_difference)
+    sizes = (size, size, size + realised.size, size + realised.size)
+    return dict(zip(names, zip(found, sizes, strict=True), strict=True))
+
+
+def _expansion(
+    sheet: Sheet, eta: float, realised: Change, slope: Slope, curvature: Slope
+) -> tuple[float, float, float, float]:
+    """(η·slope + ½η²·curvature, the size of its terms, its SE, the SE of realised minus that)."""
+    bent, own = curvature.terms, realised.influence.mean(1)
+    if len(slope.terms) != len(own):
+        unit_of = sheet["e.unit_of_prompt"]
+        sizes = np.bincount(unit_of)
+        bent, own = (np.bincount(unit_of, weights=of) / sizes for of in (bent, own))
+    terms = eta * slope.terms + eta**2 / 2 * bent
+    value = eta * slope.value + eta**2 / 2 * curvature.value
+    size = abs(eta) * slope.size + eta**2 / 2 * curvature.size
+    errors = (float(of.std(ddof=1)) / math.sqrt(len(of)) for of in (terms, own - terms))
+    return value, size, *errors

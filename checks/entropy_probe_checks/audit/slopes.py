@@ -34,10 +34,11 @@ class Slope:
 
 @dataclass(frozen=True)
 class Along:
-    """By what ΔH is predicted, and the change of log p of every response, D_vS."""
+    """By what ΔH is predicted, and per token, where that is known; the change of log p of every response, D_vS."""
 
     slope: Slope
     curvature: Slope
+    of_tokens: tuple[Slope, Slope] | None
     d_s: np.ndarray
 
     @property
@@ -58,28 +59,33 @@ def write(sheet: Sheet) -> Along:
         sheet[f"e.{name}"] for name in ("logp", "entropy", "d_logp", "d_entropy")
     )
     s, r, d_s, d_r = (of.sum(-1) for of in (logp, entropy, d_logp, d_entropy))
-    d2_s, d2_r = sheet["e.d2_seq_logp"], sheet["e.d2_rb_sum"]
+    d2_s, d2_r = sheet["e.d2_logp"].sum(-1), sheet["e.d2_entropy"].sum(-1)
     lengths = sheet["e.gen_lens"].reshape(s.shape).astype(np.float64)
     others = (s.sum(1, keepdims=True) - s) / (s.shape[1] - 1)
     by = {"naive": _slope(-(s - others) * d_s)}
-    for baseline in ("none", "hk", "hk_ema", "hk_ridge"):
-        c = coefficients(sheet, baseline)
+    for baseline in ("none", "hk", "hk_ema", "hk_ridge", "hk_group"):
+        c = coefficients(sheet, entropy, baseline)
         terms = d_entropy + c * d_logp
         size = np.abs(d_entropy).sum(-1).mean() + np.abs(c * d_logp).sum(-1).mean()
         by[f"rb_{baseline}"] = _slope(terms.sum(-1), size)
-    chosen = by[f"rb_{config['first_order']['baseline']}"]
-    per_token, bent_token = _per_token(r, lengths, d_s, d_r, d2_s, d2_r)
+    baseline = in_use(sheet)
+    chosen = by[f"rb_{baseline}"]
+    over = r - r.sum() / lengths.sum() * lengths
+    slope_token = (
+        (over * d_s + d_r).sum() / lengths.sum(),
+        (np.abs(over * d_s) + np.abs(d_r)).sum(),
+    )
     w = d2_s + d_s**2
-    left_out = (r.sum() - r) / (r.size - 1)
-    terms = d2_r + 2 * d_r * d_s + (r - left_out) * w
-    size = np.abs(d2_r).mean() + 2 * np.abs(d_r * d_s).mean() + np.abs((r - left_out) * w).mean()
-    bent = _slope(terms, size)
+    terms = _terms(sheet)
+    bent = _slope(terms.second[0], terms.size_second)
+    per_token, bent_token = _per_token(r, lengths, terms)
     cross = None
     is_per_token = config["true_delta_h"]["normalize"] == "per_token"
-    slope = per_token if is_per_token else chosen
+    slope, of_tokens = per_token if is_per_token else chosen, (per_token, bent_token)
     if update(sheet) == "e":
         cross, slope = _cross(sheet, "u"), _cross(sheet, "crossed")
-    along = Along(slope, bent_token if is_per_token else bent, d_s)
+        of_tokens = (slope, bent_token) if is_per_token else None
+    along = Along(slope, bent_token if is_per_token else bent, of_tokens, d_s)
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
     norm = {n: math.sqrt(math.fsum(sheet[f"sum.{n}_squared"])) for n in ("v", "v0")}
@@ -94,6 +100,7 @@ def write(sheet: Sheet) -> Along:
         "grad_norm": (size, None),
         "clip_factor": (1.0 if most is None else min(1.0, most / (size + 1e-6)), None),
         "momentum_share": (shared, norm["v0"] / norm["v"] if norm["v"] else None),
+        "baseline": (baseline, None),
         "estimators": (
             {n: {"value": of.value, "se": of.se} for n, of in by.items()},
             {n: of.size for n, of in by.items()},
@@ -130,11 +137,15 @@ def write(sheet: Sheet) -> Along:
     first = (d_r.sum() + (centred * d_s).sum()) / r.size
     first_size = (np.abs(d_r).sum() + np.abs(centred * d_s).sum()) / r.size
     figures["slope_of_change"] = (float(first), float(first_size))
+    figures["slope_of_change_per_token"] = (
+        float(slope_token[0]),
+        float(slope_token[1] / lengths.sum()),
+    )
     figures["slope_of_change_size"] = (float(first_size), None)
     second = (d2_r + 2 * d_r * d_s + centred * w).mean()
     second -= d_s.mean() * 2 * (d_r.mean() + (centred * d_s).mean())
     second_size = (np.abs(d2_r) + 2 * np.abs(d_r * d_s) + np.abs(centred * w)).mean()
-    figures["curvature_of_change"] = (float(second), float(second_size) + bent.size)
+    figures["curvature_of_change"] = (float(second), float(second_size))
     figures["curvature_of_change_size"] = (float(second_size), None)
     for name, (again, size) in figures.items():
         sheet.write(f"update.{name}", again, size)
@@ -154,44 +165,71 @@ def _cross(sheet: Sheet, prefix: str) -> Slope:
     return Slope(terms, float(np.abs(x_v0).mean()) + k.size)
 
 
-def _per_token(
-    r: np.ndarray,
-    lengths: np.ndarray,
-    d_s: np.ndarray,
-    d_r: np.ndarray,
-    d2_s: np.ndarray,
-    d2_r: np.ndarray,
-) -> tuple[Slope, Slope]:
-    """Slope and curvature of h = E[R]/E[T]. With M = E[R] and L = E[T], M′ = E[D_vR + R·D_vS], L′ = E[T·D_vS],
-    M″ = E[D²_vR + 2D_vR·D_vS + R·W], L″ = E[T·W], W = D²_vS + (D_vS)²:
+@dataclass(frozen=True)
+class Terms:
+    """First and second derivative at 0 of what every response says of ΔH and ΔL [2, B, G]; sizes of what is added."""
 
-        h′ = (M′ − hL′)/L,     h″ = (M″ − hL″ − 2h′L′)/L
+    first: np.ndarray
+    second: np.ndarray
+    size_first: float
+    size_second: float
 
-    The L′ of h″ is Cov(T, D_vS). Terms of the prompts: the value and the influence of each, by the chain rule.
+
+def _terms(sheet: Sheet) -> Terms:
+    """Of Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t], where log w_{<t} = Σ_{k<t} log ρ_k: with d = D_v log p_t,
+
+    Σ_t D_vH_t + c_t·d   and   Σ_t D²_vH_t + c_t·(D²_v log p_t + d²) + 2·(Σ_{k<t} d_k)·(D_vH_t + c_t·d)
     """
-    w, mean = d2_s + d_s**2, lengths.mean()
+    d, d_h, d2, d2_h = (sheet[f"e.{n}"] for n in ("d_logp", "d_entropy", "d2_logp", "d2_entropy"))
+    so_far = np.cumsum(d, -1) - d
+    first, second, sizes = [], [], []
+    for c, of_h in zip(both_coefficients(sheet), (1.0, 0.0), strict=True):
+        once = of_h * d_h, c * d
+        twice = of_h * d2_h, c * d2, c * d**2, 2 * so_far * once[0], 2 * so_far * once[1]
+        first.append(sum(once).sum(-1))
+        second.append(sum(twice).sum(-1))
+        sizes.append([sum(np.abs(part).sum(-1).mean() for part in of) for of in (once, twice)])
+    return Terms(np.stack(first), np.stack(second), *map(float, sizes[0]))
+
+
+def in_use(sheet: Sheet) -> str:
+    baseline = sheet.report["config"]["first_order"]["baseline"]
+    return "hk_group" if baseline == "auto" else baseline
+
+
+def both_coefficients(sheet: Sheet) -> tuple[np.ndarray, np.ndarray]:
+    """c_t of the entropy, and of the length: the same where every step counts 1."""
+    entropy, baseline = sheet["e.entropy"], in_use(sheet)
+    return tuple(coefficients(sheet, of, baseline) for of in (entropy, np.ones_like(entropy)))
+
+
+def _per_token(r: np.ndarray, lengths: np.ndarray, of: Terms) -> tuple[Slope, Slope]:
+    """Derivatives of Δh = (ΔM − hΔL)/(L + ΔL) at 0, and of the influence that each response has on it,
+
+    [D − hE − Δh(T + E) − ΔL(R − hT)/L]/(L + ΔL), D and E its terms of entropy and length, means removed.
+    """
+    mean = lengths.mean()
     h = r.mean() / mean
-    over = r - h * lengths
-    first = (d_r + over * d_s).mean() / mean
-    l1 = (lengths * d_s).mean()
-    push = (d_r + over * d_s) / mean - first * lengths / mean - l1 / mean * over / mean
-    slope = Slope(first + push.mean(1), float((np.abs(d_r) + np.abs(over * d_s)).mean() / mean))
-    longer = lengths - mean
-    terms = d2_r + 2 * d_r * d_s + over * w - 2 * first * longer * d_s
-    second = terms.mean() / mean
-    pull = terms - terms.mean()
-    pull = pull - (lengths * w).mean() * over / mean
-    pull = pull - 2 * (longer * d_s).mean() * push
-    pull = pull - longer * (second - 2 * first * d_s.mean())
-    size = (np.abs(d2_r) + 2 * np.abs(d_r * d_s) + np.abs(over * w)).mean() / mean
-    size += (2 * np.abs(first * longer * d_s)).mean() / mean
-    return slope, Slope(second + (pull / mean).mean(1), float(size))
+    d, e = of.first
+    d2, e2 = of.second
+    slope = (d - h * e).mean() / mean
+    bent = ((d2 - h * e2).mean() - 2 * slope * e.mean()) / mean
+    push = (d - h * e - slope * lengths - e.mean() * (r - h * lengths) / mean) / mean
+    pull = d2 - h * e2 - bent * lengths - 2 * slope * e - e2.mean() * (r - h * lengths) / mean
+    pull = pull / mean - 2 * push * e.mean() / mean
+    size = of.size_first / mean
+    size2 = of.size_second / mean + abs(2 * slope * e.mean() / mean)
+    return tuple(
+        Slope(value + (own - own.mean()).mean(1), float(of_size))
+        for value, own, of_size in ((slope, push, size), (bent, pull, size2))
+    )
 
 
-def coefficients(sheet: Sheet, baseline: str) -> np.ndarray:
+def coefficients(sheet: Sheet, entropy: np.ndarray, baseline: str) -> np.ndarray:
     """c_t = R_{≥t} − b_t of every token, 0 past the end: b is 0, H_t, H_t and the mean of R_{>t} over other prompts'
-    responses that have a step t, or H_t and a ridge regression of R_{>t} fitted on other folds of prompts."""
-    entropy, lengths = sheet["e.entropy"], sheet["e.gen_lens"]
+    responses that have a step t, the same shrunk to from the own prompt's other responses, or H_t and a ridge
+    regression of R_{>t} fitted on other folds of prompts."""
+    lengths = sheet["e.gen_lens"]
     prompts, group, steps = entropy.shape
     present = np.arange(steps) < lengths.reshape(prompts, group, 1)
     entropy = np.where(present, entropy, 0.0)
@@ -208,6 +246,10 @@ def coefficients(sheet: Sheet, baseline: str) -> np.ndarray:
             counts = present[others].sum((0, 1))
             means = later[others].sum((0, 1)) / np.maximum(counts, 1)
             found[n] -= means * present[n]
+        return found
+    if baseline == "hk_group":
+        for n in range(prompts):
+            found[n] -= _shrunk(later, present, n) * present[n]
         return found
     folds, phi = min(FOLDS, prompts), sheet["e.features"]
     for fold in range(folds) if folds > 1 else ():
@@ -227,4 +269,35 @@ def coefficients(sheet: Sheet, baseline: str) -> np.ndarray:
         beta = np.linalg.solve(z.T @ z + penalty, z.T @ (y - level))
         fitted = level + (scaled(phi[inside]) - middle) @ beta
         found[inside] -= np.where(present[inside], fitted, 0.0)
+    return found
+
+
+def _shrunk(later: np.ndarray, present: np.ndarray, n: int) -> np.ndarray:
+    """Of prompt n [G, T]: nτ²/(nτ² + σ²) of the way from the other prompts' mean to that of its n other responses.
+
+    σ² within and τ² between prompts are those of the others, by moments: with k responses of mean m that have a step,
+    Σk(m − m̄)² over prompts and steps has expectation Σ(prompts − 1)·σ² + Σ(K − Σk²/K)·τ², K = Σk.
+    """
+    others = [m for m in range(len(later)) if m != n]
+    counts = present[others].sum(1).astype(np.float64)
+    means = later[others].sum(1) / np.maximum(counts, 1)
+    together = counts.sum(0)
+    mean = (counts * means).sum(0) / np.maximum(together, 1)
+    freedom = np.maximum(counts - 1, 0).sum()
+    sigma2 = (((later[others] - means[:, None]) ** 2) * present[others]).sum() / max(freedom, 1.0)
+    some = together > 0
+    excess = (counts * (means - mean) ** 2).sum()
+    excess -= ((counts > 0).sum(0) - 1)[some].sum() * sigma2
+    spread = (together[some] - (counts**2).sum(0)[some] / together[some]).sum()
+    tau2 = max(0.0, excess / max(spread, 1.0))
+    found = np.zeros(later.shape[1:])
+    for g in range(later.shape[1]):
+        left = present[n].sum(0) - present[n, g]
+        own = (later[n].sum(0) - later[n, g]) / np.maximum(left, 1)
+        share = np.where(left > 0, 1.0, 0.0)
+        if len(others):
+            pull = left * tau2
+            shrunk = pull / np.maximum(pull + sigma2, np.finfo(float).tiny)
+            share = np.where(some, shrunk, share)
+        found[g] = share * own + (1 - share) * mean
     return found

@@ -32,14 +32,18 @@ def _row(report: ProbeReport, eta: float) -> Any:
 
 @Criterion
 def zero_step_change(report: ProbeReport) -> Finding:
-    """Largest |ΔĤ| at η = 0, naive and Rao-Blackwell, per response and per token.
+    """Largest |ΔĤ| at η = 0, by every estimator, per response and per token.
 
     A step of zero changes the entropy: scores at θ and at θ+ηv do not come from one forward function, or the scores at
     θ are stale.
     """
     row = _row(report, 0.0)
-    changes = (row.delta_h, row.delta_h_rb, row.delta_h_per_token, row.delta_h_per_token_naive)
-    return at_most(largest(*map(abs, changes)), limit_for(report, "zero_step_change"))
+    names = ("", "_rb", "_pd", "_per_token", "_per_token_naive", "_per_token_pd")
+    changes = [getattr(row, f"delta_h{name}") for name in names]
+    return at_most(
+        largest(*(abs(of) for of in changes if of is not None)),
+        limit_for(report, "zero_step_change"),
+    )
 
 
 @Criterion
@@ -63,7 +67,10 @@ def se_by_prompt(report: ProbeReport) -> Finding:
     missing. Every comparison in standard errors is then wrong by as much.
     """
     pairs = [(report.entropy.rb.se, report.entropy.rb_by_prompt)]
-    pairs += [(row.delta_h_rb_se, row.delta_h_rb_by_prompt) for row in report.entropy_change]
+    for row in report.entropy_change:
+        pairs.append((row.delta_h_rb_se, row.delta_h_rb_by_prompt))
+        if row.delta_h_pd_se is not None and row.delta_h_pd_by_prompt is not None:
+            pairs.append((row.delta_h_pd_se, row.delta_h_pd_by_prompt))
     found = [(se, math.sqrt(variance(terms) / len(terms))) for se, terms in pairs]
     return at_most(
         largest(*(relative(abs(a - b), b) for a, b in found)), limit_for(report, "se_by_prompt")

@@ -21,6 +21,7 @@ from entropy_probe_checks.criteria.verdicts import (
     relative,
     second_moment,
     unseen,
+    variance,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -179,12 +180,75 @@ def prediction(report: ProbeReport) -> Finding:
         return inconclusive(
             f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit
         )
-    worst = largest(*(in_se(row.difference, row.difference_se) for row in judged))
+    worst = largest(*(in_se(_unexplained(report, row), row.difference_se) for row in judged))
     found, seen = of_a_normal(worst, report.batch.num_prompts - 1), report.entropy.surprises
     if found > limit and seen < _ENOUGH_SURPRISES:
-        why = f"{seen} of {report.batch.num_tokens} tokens were less likely than not: of all but one response"
-        return inconclusive(f"{why}, no standard error holds. Give more of them.", found, limit)
+        return inconclusive(_too_few(report), found, limit)
     return at_most(found, limit)
+
+
+def _unexplained(report: ProbeReport, row: Any) -> float:
+    """|realised − predicted| beyond rounding and third order, |η|³·c²/4s: as much below second as second is below first.
+
+    s is the slope, at least 2 SE of it, and c the curvature with 2 SE added.
+    """
+    update = needed(report.update)
+    slope = max(abs(update.delta_h1_per_lr_rb), 2 * update.delta_h1_per_lr_rb_se)
+    bend = abs(update.curvature or 0.0) + 2 * (update.curvature_se or 0.0)
+    entropy = report.entropy.rb.value
+    if report.config["true_delta_h"]["normalize"] == "per_token":
+        slope = max(abs(update.delta_h1_per_lr_per_token), 2 * update.delta_h1_per_lr_per_token_se)
+        bend = abs(update.curvature_per_token) + 2 * update.curvature_per_token_se
+        entropy = report.entropy.per_token.value
+    third = abs(row.eta) ** 3 * bend**2 / (4 * slope) if slope > 0 else 0.0
+    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(entropy)
+    return _beyond(row.difference, third + rounding)
+
+
+def _beyond(value: float, explained: float) -> float:
+    """How much |value| is larger; NaN of NaN."""
+    off = abs(value) - explained
+    return 0.0 if off <= 0 else off
+
+
+@second_moment
+def change_estimators_agree(report: ProbeReport) -> Finding:
+    """Largest |ΔH by the performance difference − by importance sampling| in SE of that difference, of a normal.
+
+    Two estimates of one change on the same responses differ by more than noise: a weight, a prefix, a baseline or the
+    entropies at θ+ηv are wrong in one of them.
+    """
+    limit = limit_for(report, "change_estimators_agree")
+    low, high = _resolved(report)
+    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(
+        report.entropy.rb.value
+    )
+    found = []
+    for row in report.entropy_change:
+        if row.delta_h_pd is None or row.delta_h_pd_by_prompt is None:
+            return not_applicable("top_p < 1: the performance difference is that of π.")
+        if row.eta != 0 and row.plain and row.reliable and low <= abs(row.eta) <= high:
+            pairs = zip(row.delta_h_pd_by_prompt, row.delta_h_rb_by_prompt, strict=True)
+            terms = [one - other for one, other in pairs]
+            off = _beyond(row.delta_h_pd - row.delta_h_rb, rounding)
+            found.append(in_se(off, math.sqrt(variance(terms) / len(terms))))
+    if not found:
+        return inconclusive("No η is reliable and resolved.", None, limit)
+    worst, seen = (
+        of_a_normal(largest(*found), report.batch.num_prompts - 1),
+        report.entropy.surprises,
+    )
+    if worst > limit and seen < _ENOUGH_SURPRISES:
+        return inconclusive(_too_few(report), worst, limit)
+    return at_most(worst, limit)
+
+
+def _too_few(report: ProbeReport) -> str:
+    batch = report.batch
+    return (
+        f"{report.entropy.surprises} of {batch.num_tokens} tokens were less likely than not: of all but one response, "
+        "no standard error holds. Give more of them."
+    )
 
 
 _ENOUGH_SURPRISES = 20
@@ -208,16 +272,24 @@ def sweep_identity(report: ProbeReport) -> Finding:
     update = needed(report.update)
     mean_length = report.batch.num_tokens / report.batch.total_responses
     size = update.slope_of_change_size / mean_length
+    per_response = report.config["true_delta_h"]["normalize"] == "per_sequence"
     found = []
     for eta, (up, down) in pairs.items():
-        per_token = (up.delta_h_per_token - down.delta_h_per_token) / (2 * eta)
-        off = relative(abs(per_token - update.delta_h1_per_lr_per_token), size)
-        if report.config["true_delta_h"]["normalize"] == "per_sequence":
-            change = (up.delta_h_rb - down.delta_h_rb) / (2 * eta)
-            off = largest(
-                off, relative(abs(change - update.slope_of_change), update.slope_of_change_size)
-            )
-        found.append(off)
+        of = [
+            ("delta_h_per_token", update.slope_of_change_per_token, size),
+            ("delta_h_per_token_pd", update.delta_h1_per_lr_per_token, size),
+        ]
+        if per_response:
+            of += [
+                ("delta_h_rb", update.slope_of_change, update.slope_of_change_size),
+                ("delta_h_pd", update.delta_h1_per_lr_rb, update.slope_of_change_size),
+            ]
+        changes = [(getattr(up, n) - getattr(down, n)) / (2 * eta) for n, _, _ in of]
+        off = (
+            relative(abs(change - slope), scale)
+            for change, (_, slope, scale) in zip(changes, of, strict=True)
+        )
+        found.append(largest(*off))
     return at_most(_best(found), limit_for(report, "sweep_identity"))
 
 
@@ -229,20 +301,25 @@ def curvature_identity(report: ProbeReport) -> Finding:
     Second-order prediction and η* are wrong with it.
     """
     limit, update = limit_for(report, "curvature_identity"), needed(report.update)
-    if (
-        report.config["generation"]["top_p"] < 1.0
-        or report.config["true_delta_h"]["normalize"] != "per_sequence"
-    ):
-        return not_applicable("It is asked of the entropy per response at top_p = 1.")
-    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(
-        report.entropy.rb.value
-    )
-    size = update.curvature_of_change_size
+    if report.config["generation"]["top_p"] < 1.0:
+        return not_applicable("top_p < 1: the weights are those of the restricted policy.")
+    mean_length = report.batch.num_tokens / report.batch.total_responses
+    size, entropy = update.curvature_of_change_size, abs(report.entropy.rb.value)
+    of = [("delta_h_per_token_pd", update.curvature_per_token, size / mean_length)]
+    if report.config["true_delta_h"]["normalize"] == "per_sequence":
+        of += [("delta_h_rb", update.curvature_of_change, size)]
+        of += [("delta_h_pd", update.curvature or 0.0, size)]
+    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * entropy
     pairs = {eta: pair for eta, pair in _pairs(report).items() if eta**2 * size * limit > rounding}
     if not pairs:
         return unseen("At every ±η second order is lost in rounding.")
     found = [
-        abs((up.delta_h_rb + down.delta_h_rb) / eta**2 - update.curvature_of_change) / size
+        largest(
+            *(
+                abs((getattr(up, name) + getattr(down, name)) / eta**2 - second) / scale
+                for name, second, scale in of
+            )
+        )
         for eta, (up, down) in pairs.items()
     ]
     return at_most(_best(found), limit)

@@ -155,14 +155,15 @@ class BatchConfig(Section):
 
 
 class FirstOrderConfig(Section):
-    """`estimator` is that of X; `baseline` is what `rb` subtracts (`estimators/baselines.py`)."""
+    """`estimator` is that of X; `baseline` is what Rao-Blackwell estimates subtract (`estimators/baselines.py`): X by
+    `rb`, slope, curvature and change. `auto` is `hk_group`."""
 
     mode: Literal["exact", "block"] = "exact"
     num_blocks: AtLeastTwo = 8
     advantage: Literal["centered", "grpo", "raw"] = "centered"
     loss: Literal["lmax", "sequence_mean", "token_mean", "constant"] = "lmax"
     estimator: Literal["naive", "rb"] = "naive"
-    baseline: Literal["none", "hk", "hk_ema", "hk_ridge"] = "hk"
+    baseline: Literal["auto", "none", "hk", "hk_ema", "hk_ridge", "hk_group"] = "auto"
     missing_state: Literal["raise", "identity"] = "raise"
     lr: PositiveFloat | None = None
     max_gradient_gib: PositiveFloat = 8.0

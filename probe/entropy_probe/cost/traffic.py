@@ -18,12 +18,17 @@ _SUMS, _FEATURES = (
     7,
 )  # of a response: S, log q, R, R of q, T; and Σφ, where a baseline may ask for it
 _TOKEN = 6  # of a token: log p, log q, H and H of q; the mass before it in two orders
-_ALONG = 4  # D_vS, D_vR, D²_vS, D²_vR
+_ALONG = 8  # D_vS, D_vR, D²_vS, D²_vR; first and second derivative of what it says of ΔH and ΔL
+_CHANGE = 2  # what it says of both at an η, and log p and H of every token there
 _FOLDS, _OF_FOLD = (
     5,
     1 + 3 * _FEATURES + _FEATURES + 1 + _FEATURES * (_FEATURES + 1),
 )  # estimators/baselines.py
-_BASELINES = 4  # by each of which the slope of a prompt is known
+_EMA, _GROUP = (
+    2,
+    7,
+)  # sums a step: of `hk_ema`; of `hk_group`, which serves entropy and length once more
+_BASELINES = 5  # by each of which the slope of a prompt is known
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,14 @@ def _steps(batch: Batch) -> float:
 
 def _of_prompts(network: Network, run: Run) -> float:
     e, u = run.e, run.update
-    of_baselines = 2 * _steps(e) + min(_FOLDS, e.prompts) * _OF_FOLD
-    of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * _SUMS + _ALONG)
+    of_baselines = (_EMA + 3 * _GROUP) * _steps(e) + min(_FOLDS, e.prompts) * _OF_FOLD
+    of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * (_SUMS + _CHANGE) + _ALONG)
     if not run.same_batch:
         of_responses += u.rows * (_SUMS + (_FEATURES if run.rb else 0))
     of_units = run.units_u * (3 * network.groups + (4 if run.same_batch else 0) + 1)
     if not run.same_batch:
         of_units += network.groups * (run.units_e + run.units_u)
-    of_tokens = e.rows * _steps(e) * (_TOKEN + _FEATURES + 2)
+    of_tokens = e.rows * _steps(e) * (_TOKEN + _FEATURES + 4 + run.etas * _CHANGE)
     if not run.same_batch:
         of_tokens += u.rows * _steps(u) * (_TOKEN + (_FEATURES if run.rb else 0))
         of_units += network.tensors * (run.units_e + run.units_u) + run.units_e

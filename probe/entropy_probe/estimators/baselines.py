@@ -10,9 +10,14 @@ b_t may depend on the prefix and on other prompts only: E[b_t ∇log p_t | prefi
 | `hk` | H_t |
 | `hk_ema` | H_t + mean of R_{>t} over the responses of the other prompts that have a step t; 0 where none has |
 | `hk_ridge` | H_t + β₀ + φ_tᵀβ, fitted to R_{>t} on the other folds of prompts |
+| `hk_group` | H_t + mean of R_{>t} over the own prompt's other responses that have a step t, drawn towards `hk_ema`'s |
 
-The mean leaves out responses that ended before t: the one it is a baseline of did not. With one prompt there are no
-others, and `hk_ema` and `hk_ridge` are `hk`.
+Means leave out responses that ended before t: the one they are a baseline of did not. With one prompt there are no
+others: `hk_ema` and `hk_ridge` are `hk`, and `hk_group` shrinks nothing.
+
+`hk_group` shrinks as a random-effects model does, n·τ²/(n·τ² + σ²) of the way to the mean of n own responses, with the
+variance σ² of R_{>t} within prompts and τ² between them, over all steps of the other prompts (DerSimonian and Laird's
+estimate by moments; τ² = 0 where it would be negative).
 """
 
 from __future__ import annotations
@@ -29,8 +34,15 @@ from entropy_probe.errors import MeasurementError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-Baseline = Literal["none", "hk", "hk_ema", "hk_ridge"]
+Baseline = Literal["none", "hk", "hk_ema", "hk_ridge", "hk_group"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+
+
+def chosen(baseline: Baseline | Literal["auto"]) -> Baseline:
+    """The baseline that `auto` stands for: of those here the one with the least noise on most policies that were tried
+    (docs/derivations.md). The choice looks at nothing that is measured."""
+    return "hk_group" if baseline == "auto" else baseline
+
 
 FOLDS = 5
 """Prompt n is in fold n mod min(FOLDS, B)."""
@@ -80,6 +92,8 @@ def rb_coefficients(
         return later
     if baseline == "hk_ema":
         return later - _mean_of_others(later, present, among or _alone(entropy)) * present
+    if baseline == "hk_group":
+        return later - _group_and_others(later, present, among or _alone(entropy)) * present
     if features is None:
         raise MeasurementError(
             baseline, "no features were given", "give those of token_stats.baseline_features"
@@ -96,6 +110,36 @@ def _mean_of_others(
     padded = torch.nn.functional.pad(own.sum(1), (0, among.longest - own.shape[-1]))
     sums, counts = among.total(padded)[:, None, : own.shape[-1]] - own
     return (sums / counts.clamp(min=1.0))[:, None]
+
+
+def _group_and_others(
+    later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], among: Among
+) -> Float[Tensor, "B G T"]:
+    """a·(mean of the own others) + (1 − a)·(mean of other prompts), a = nτ²/(nτ² + σ²) with σ² and τ² of the others."""
+    sums, counts = later.sum(1), present.double().sum(1)
+    means = sums / counts.clamp(min=1.0)
+    within = ((later - means[:, None]) * present).square().sum(1)
+    of_prompts = [sums, counts, sums * means, counts.square(), (counts > 0).double(), within]
+    own = torch.stack([*of_prompts, (counts - 1).clamp(min=0.0)])
+    padded = torch.nn.functional.pad(own.sum(1), (0, among.longest - own.shape[-1]))
+    total = among.total(padded)[:, None]
+    other = total - torch.nn.functional.pad(own, (0, among.longest - own.shape[-1]))
+    sums, counts, squares, sizes, prompts, within, freedom = other
+    mean = sums / counts.clamp(min=1.0)
+    sigma2 = within.sum(1) / freedom.sum(1).clamp(min=1.0)
+    between = (squares - sums * mean).sum(1)
+    between = between - (prompts - 1).clamp(min=0.0).sum(1) * sigma2
+    effective = (counts - sizes / counts.clamp(min=1.0)).sum(1)
+    tau2 = (between / effective.clamp(min=1.0)).clamp(min=0.0)
+
+    steps = later.shape[-1]
+    mean, counts = mean[:, None, :steps], counts[:, None, :steps]
+    left = present.double().sum(1, keepdim=True) - present.double()
+    of_group = (later.sum(1, keepdim=True) - later) / left.clamp(min=1.0)
+    sigma2, tau2 = sigma2[:, None, None], tau2[:, None, None]
+    weight = left * tau2 / (left * tau2 + sigma2).clamp(min=torch.finfo(torch.float64).tiny)
+    weight = torch.where(counts > 0, weight, (left > 0).double())
+    return weight * of_group + (1.0 - weight) * mean
 
 
 def _ridge_of_others(

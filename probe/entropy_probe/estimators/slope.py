@@ -52,7 +52,7 @@ def per_token_slope(
     d_seq_logp: Float[Tensor, "B G"],
     d_rb_sum: Float[Tensor, "B G"],
 ) -> PromptMean:
-    """Slope of the entropy per token, (1/ΣT_i)·[Σ_i (R_i − h̄T_i)·D_vS_i + Σ_i D_vR_i] with h̄ = ΣR/ΣT.
+    """Derivative at 0 of ΔĤ per token by normalised weights, (1/ΣT)·[Σ_i (R_i − h̄T_i)·D_vS_i + Σ_i D_vR_i], h̄ = ΣR/ΣT.
 
     The terms of the prompts are the value plus their influence on it, which knows that h̄ and ΣT are estimates too:
 
@@ -66,75 +66,20 @@ def per_token_slope(
 
 
 def curvature_of_change(
-    value: float,
     rb_sum: Float[Tensor, "B G"],
     d_seq_logp: Float[Tensor, "B G"],
     d_rb_sum: Float[Tensor, "B G"],
     d2_seq_logp: Float[Tensor, "B G"],
     d2_rb_sum: Float[Tensor, "B G"],
 ) -> tuple[float, float]:
-    """(second derivative at 0 of ΔĤ(η) = Σŵ⁺R⁺ on these responses, the size of its terms), from `curvature`'s value:
+    """(second derivative at 0 of ΔĤ(η) = Σŵ⁺R⁺ on these responses, the size of its terms):
 
-        f″ = value − Cov(R, W)/(N−1) − 2·mean(D_vS)·[mean(D_vR) + Cov(R, D_vS)],   W = D²_vS + (D_vS)²
+        f″ = mean[D²_vR + 2·D_vR·D_vS + (R − R̄)·W] − 2·mean(D_vS)·mean[D_vR + (R − R̄)·D_vS],   W = D²_vS + (D_vS)²
 
-    The self-normalised estimator subtracts the mean of all N responses where `curvature` leaves one out, and divides by
-    the sum of the weights, which moves with η by mean(D_vS).
+    The last term is there because the sum of the weights, by which ΔĤ divides, moves with η by mean(D_vS).
     """
     second, centered = d2_seq_logp + d_seq_logp.square(), rb_sum - rb_sum.mean()
-    own = (centered * second).mean() / (rb_sum.numel() - 1)
-    by_weights = 2 * d_seq_logp.mean() * (d_rb_sum.mean() + (centered * d_seq_logp).mean())
+    terms = d2_rb_sum + 2 * d_rb_sum * d_seq_logp + centered * second
+    by_weights = 2 * d_seq_logp.mean() * (d_rb_sum + centered * d_seq_logp).mean()
     size = (d2_rb_sum.abs() + 2 * (d_rb_sum * d_seq_logp).abs() + (centered * second).abs()).mean()
-    return value - float(own + by_weights), float(size)
-
-
-def per_token_curvature(
-    rb_sum: Float[Tensor, "B G"],
-    lengths: Float[Tensor, "B G"],
-    d_seq_logp: Float[Tensor, "B G"],
-    d_rb_sum: Float[Tensor, "B G"],
-    d2_seq_logp: Float[Tensor, "B G"],
-    d2_rb_sum: Float[Tensor, "B G"],
-) -> PromptMean:
-    """Second derivative of the entropy per token, h = E[R]/E[T] along v, with s = `per_token_slope` and T̄ = E[T]:
-
-        h″ = {E[D²_vR + 2·D_vR·D_vS + (R − hT)·W] − 2s·E[T·D_vS]}/T̄,   W = D²_vS + (D_vS)²
-
-    from h″ = (M″ − 2h′L′ − hL″)/L of M = E[R], L = E[T], M″ = E[D²_vR + 2·D_vR·D_vS + R·W], L″ = E[T·W]. D_vS has
-    expectation 0, and T − T̄ in its place makes the mean of T·D_vS less noisy. The terms of the prompts are the value
-    plus their influence on it, through h, s and T̄ too.
-    """
-    mean_t = lengths.mean()
-    h = rb_sum.mean() / mean_t
-    excess, longer = rb_sum - h * lengths, lengths - mean_t
-    slope = (excess * d_seq_logp + d_rb_sum).mean() / mean_t
-    slope_influence = (
-        per_token_slope(rb_sum, lengths, d_seq_logp, d_rb_sum).per_prompt[:, None] - slope
-    )
-    second = d2_seq_logp + d_seq_logp.square()
-    terms = (
-        d2_rb_sum + 2 * d_rb_sum * d_seq_logp + excess * second - 2 * slope * longer * d_seq_logp
-    )
-    value = terms.mean() / mean_t
-    through_h = (lengths * second).mean() * excess / mean_t
-    through_s = 2 * (longer * d_seq_logp).mean() * slope_influence
-    through_mean = longer * (value - 2 * slope * d_seq_logp.mean())
-    influence = (terms - terms.mean() - through_h - through_s - through_mean) / mean_t
-    return PromptMean(value + influence.mean(1))
-
-
-def curvature(
-    rb_sum: Float[Tensor, "B G"],
-    d_seq_logp: Float[Tensor, "B G"],
-    d_rb_sum: Float[Tensor, "B G"],
-    d2_seq_logp: Float[Tensor, "B G"],
-    d2_rb_sum: Float[Tensor, "B G"],
-) -> PromptMean:
-    """vᵀ∇²Hv = E[D²_vR + 2·D_vR·D_vS + (R − R̄_{−i})(D²_vS + (D_vS)²)], R̄_{−i} the mean over the other N−1 responses."""
-    size = rb_sum.numel()
-    others = (rb_sum.sum() - rb_sum) / (size - 1)
-    terms = (
-        d2_rb_sum
-        + 2 * d_rb_sum * d_seq_logp
-        + (rb_sum - others) * (d2_seq_logp + d_seq_logp.square())
-    )
-    return PromptMean(terms.mean(1))
+    return float(terms.mean() - by_weights), float(size)

@@ -40,13 +40,15 @@ def evidence_of(
         at_theta, share = step.along.at_theta, of.e.share
         arrays["e.d_logp"] = share.all_tokens(at_theta.d_logp)
         arrays["e.d_entropy"] = share.all_tokens(at_theta.d_entropy)
-        arrays["e.d2_seq_logp"] = step.along.d2_seq_logp
-        arrays["e.d2_rb_sum"] = step.along.d2_rb_sum
+        arrays["e.d2_logp"] = share.all_tokens(step.along.twice.d_logp)
+        arrays["e.d2_entropy"] = share.all_tokens(step.along.twice.d_entropy)
     for k, change in enumerate(step.changes):
-        for when, scores in (("after", change.after), ("fresh", change.fresh)):
-            if scores is not None:
-                own = {"logp": scores.token_logp, "entropy": scores.rb_entropy}
-                _add(arrays, f"{when}.{k}", own | {"gen_lens": scores.gen_lens})
+        share, after, fresh = of.e.share, change.after, change.fresh
+        found = {"logp": after.token_logp, "entropy": after.rb_entropy}
+        _add(arrays, f"after.{k}", {n: share.all_tokens(values) for n, values in found.items()})
+        if fresh is not None:
+            found = {"logp": fresh.token_logp, "entropy": fresh.rb_entropy}
+            _add(arrays, f"fresh.{k}", found | {"gen_lens": fresh.gen_lens})
         if change.drawn is not None and not of.e.share.several:
             tokens = {"ids": change.drawn.ids, "prompt_lens": change.drawn.prompt_lens}
             _add(arrays, f"fresh.{k}", tokens)

@@ -70,7 +70,7 @@ def without_second_moment(of: Measured) -> NextStep:
     }
     still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
     min_ess = of.config.true_delta_h.min_ess_fraction
-    rows = [entropy_change.change_row(change, None, 0.0, min_ess) for change in still]
+    rows = [entropy_change.change_row(change, None, None, 0.0, min_ess) for change in still]
     precond = {name: torch.ones_like(direction) for name, direction in v.items()}
     return NextStep(precond, v, still, Sections(rows))
 
@@ -78,7 +78,7 @@ def without_second_moment(of: Measured) -> NextStep:
 def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     """By the checkpoint's own Adam state. Every process takes part; what goes through no batch rank 0 does alone."""
     config, adam, registry = of.config, of.checkpoint.adam, of.bound.registry
-    e, u, first, baseline = of.e, of.u, clock.world.first, of.config.first_order.baseline
+    e, u, first = of.e, of.u, clock.world.first
     with clock("first order"):
         precond = update.adam_preconditioner(adam)
         lr, lr_source = update.learning_rate(adam, config.first_order.lr)
@@ -110,8 +110,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         etas = entropy_change.grid(config, lr, along.d_seq_logp, predicting.reach)
         etas = clock.world.told(etas)
         changes = entropy_change.sweep(
-            of.bound, e.share, e.scores, v, etas, config, clock.progress, redraw
-        )
+            of.bound, e.share, e.scores, v, etas, config, clock.progress, redraw,
+            tokens=e.tokens, coefficients=along.coefficients,
+        )  # fmt: skip
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
         return NextStep(precond, v, changes, None, along, direction, predicting, of_match)
@@ -127,7 +128,6 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
             predicting,
             sources,
             agreement,
-            baseline,
             lr,
             _logged(of.checkpoint),
         ),
@@ -158,8 +158,17 @@ def after_the_real_step(
         after = load_checkpoint(next_checkpoint, base, missing_state=missing)
         lr, _ = update.learning_rate(of.checkpoint.adam, None)  # the trainer's, whatever is set
         made = made_step(of.checkpoint, after, lr)
-        (change,) = entropy_change.sweep(of.bound, e.share, e.scores, made.v, [lr], config)
         along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, made.v, config)
+        (change,) = entropy_change.sweep(
+            of.bound,
+            e.share,
+            e.scores,
+            made.v,
+            [lr],
+            config,
+            tokens=e.tokens,
+            coefficients=along.coefficients,
+        )
     return real_update_section(
         made,
         direction,
@@ -167,7 +176,6 @@ def after_the_real_step(
         after,
         change,
         along,
-        baseline=config.first_order.baseline,
         own_batch=of.u.rollouts.after_step == of.checkpoint.info.global_step is not None,
         logged=_logged(after) if made.steps == 1 else None,
         max_grad_norm=config.whose_update.max_grad_norm,
@@ -178,12 +186,16 @@ def _row(
     of: Measured, change: entropy_change.EntropyChange, by: slopes.Predictors
 ) -> r.EntropyChangeRow:
     """A change beside its prediction, which says nothing about a policy that is cut to its nucleus."""
-    predicted = None
+    predicted = of_tokens = None
     if not change.weights.restricted:
         unit_of = of.e.share.units.of_prompt
-        predicted = prediction.predict(change.eta, change.rb, by.slope, by.curvature, unit_of)
+        predicted = prediction.predict(change.eta, change.realised, by.slope, by.curvature, unit_of)
+        if by.of_tokens is not None:
+            of_tokens = prediction.predict(
+                change.eta, change.realised_per_token, *by.of_tokens, unit_of
+            )
     min_ess = of.config.true_delta_h.min_ess_fraction
-    return entropy_change.change_row(change, predicted, by.reach, min_ess)
+    return entropy_change.change_row(change, predicted, of_tokens, by.reach, min_ess)
 
 
 def _real_step(

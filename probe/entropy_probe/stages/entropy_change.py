@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError
-from entropy_probe.estimators import importance, prediction
+from entropy_probe.estimators import importance, performance_difference, prediction
+from entropy_probe.estimators.baselines import chosen
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
@@ -22,16 +23,20 @@ from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 _POINTS_PER_DECADE, _POINTS = 2, 5
 
 
 @dataclass(frozen=True)
 class EntropyChange:
-    """ΔĤ(η) by self-normalised importance sampling, naive and Rao-Blackwell, and what its weights are worth.
+    """ΔH(η), and what the weights of the responses are worth.
 
-    `naive` and `rb` are per response or per token, as `true_delta_h.normalize` says; the others are per
-    token always. `after` are the scores at θ + ηv; `fresh` those of fresh responses, where they were drawn, and
-    `drawn` these themselves, of the own prompts.
+    `naive` and `rb` are by self-normalised importance sampling, `by_tokens` by the performance difference, where the
+    policy is not cut to its nucleus: per response or per token, as `true_delta_h.normalize` says; the others are per
+    token always. `after` are the scores of this process's own responses at θ + ηv; `fresh` those of all fresh
+    responses, where they were drawn, and `drawn` these themselves, of the own prompts.
     """
 
     weights: r.Reweighting
@@ -39,6 +44,8 @@ class EntropyChange:
     rb: importance.Change
     naive_per_token: importance.Change
     per_token: importance.Change
+    by_tokens: importance.Change | None
+    by_tokens_per_token: importance.Change | None
     after: Scores
     fresh: Scores | None
     drawn: Rollouts | None
@@ -46,6 +53,18 @@ class EntropyChange:
     @property
     def eta(self) -> float:
         return self.weights.eta
+
+    @property
+    def realised(self) -> importance.Change:
+        """The one that is reported: by tokens, unless it is asked of other weights or other responses than those as
+        they are (clipped, smoothed, drawn afresh), or of the restricted policy."""
+        return self.rb if self.by_tokens is None or not self.weights.plain else self.by_tokens
+
+    @property
+    def realised_per_token(self) -> importance.Change:
+        """The same per token."""
+        plain = self.by_tokens_per_token if self.weights.plain else None
+        return self.per_token if plain is None else plain
 
 
 def grid(
@@ -74,9 +93,16 @@ def grid(
 
 
 def change_at(
-    scores: Scores, scores_after: Scores, eta: float, config: ProbeConfig
+    scores: Scores,
+    scores_after: Scores,
+    eta: float,
+    config: ProbeConfig,
+    terms: Float[Tensor, "2 B G"] | None = None,
 ) -> EntropyChange:
-    """log w = S(θ⁺) − log q, then ΔĤ of −S and of R; with smoothed weights where `fallback: psis` applies."""
+    """log w = S(θ⁺) − log q, then ΔĤ of −S and of R; with smoothed weights where `fallback: psis` applies.
+
+    `terms` are `performance_difference.change_terms` of all responses.
+    """
     limits, log_weights = config.true_delta_h, scores_after.seq_logp - scores.seq_logq
     weights = importance.snis_weights(log_weights, limits.clip_log_weight)
     # clipped weights always look healthy: what they are worth is what the others were
@@ -106,7 +132,21 @@ def change_at(
         restricted=config.generation.top_p < 1.0,
     )
     changes = _changes(scores, scores_after, at_theta.normalised, normalised, config)
-    return EntropyChange(found, **changes, after=scores_after, fresh=None, drawn=None)
+    of_tokens = {"by_tokens": None, "by_tokens_per_token": None}
+    if terms is not None and not found.restricted:
+        of_tokens = _by_tokens(scores, terms, config)
+    return EntropyChange(found, **changes, **of_tokens, after=scores_after, fresh=None, drawn=None)
+
+
+def _by_tokens(
+    scores: Scores, terms: Float[Tensor, "2 B G"], config: ProbeConfig
+) -> dict[str, importance.Change]:
+    rb_sum, lengths = scores.rb_sum, scores.gen_lens.double()
+    per_token = performance_difference.change_per_token(terms, rb_sum, lengths)
+    change = per_token
+    if config.true_delta_h.normalize == "per_sequence":
+        change = performance_difference.change_per_response(terms, rb_sum)
+    return {"by_tokens": change, "by_tokens_per_token": per_token}
 
 
 def _changes(
@@ -141,17 +181,30 @@ def sweep(
     config: ProbeConfig,
     progress: Progress | None = None,
     redraw: Callable[[Mapping[str, Tensor]], Rollouts] | None = None,
+    *,
+    tokens: Scores | None = None,
+    coefficients: Float[Tensor, "2 b G t"] | None = None,
 ) -> list[EntropyChange]:
-    """ΔĤ at θ + ηv for every η: one scoring pass each, with only the parameters in v replaced, one copy at a time.
+    """ΔH at θ + ηv for every η: one scoring pass each, with only the parameters in v replaced, one copy at a time.
 
+    `scores` are those of all responses, `tokens` those of the own, with `performance_difference.coefficients`, without
+    which there is no change by tokens.
     Where the weights are not to be believed, fresh responses of the same prompts are drawn at θ + ηv by `redraw`,
-    if it is given, and scored there. `scores` are those of all responses.
+    if it is given, and scored there.
     """
     changes = []
     for done, eta in enumerate(etas, start=1):
         override = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-        after = share.scores(score(bound, share.own, config, override))
-        change = change_at(scores, after, eta, config)
+        after = score(bound, share.own, config, override)
+        terms = None
+        if tokens is not None and coefficients is not None:
+            before = tokens.token_logp, tokens.rb_entropy
+            own = performance_difference.change_terms(
+                *before, after.token_logp, after.rb_entropy, coefficients
+            )
+            terms = torch.stack(share.whole(torch.stack([*own], -1)).unbind(-1))
+        change = change_at(scores, share.scores(after), eta, config, terms)
+        change = replace(change, after=after)
         # below top_p = 1 fresh responses would measure another entropy than the weighted ones do
         believed = change.weights.reliable or change.weights.restricted
         to_redraw = redraw is not None and eta != 0 and not believed
@@ -173,14 +226,20 @@ def resampled(
     even = torch.full_like(scores.seq_logp, 1.0 / scores.seq_logp.numel())
     found = change.weights.model_copy(update={"method": "resample", "reliable": True})
     changes = _changes(scores, fresh, even, even, config)
-    return EntropyChange(found, **changes, after=change.after, fresh=fresh, drawn=None)
+    return replace(change, weights=found, **changes, fresh=fresh)
 
 
 def change_row(
-    change: EntropyChange, predicted: prediction.Prediction | None, reach: float, min_ess: float
+    change: EntropyChange,
+    predicted: prediction.Prediction | None,
+    of_tokens: prediction.Prediction | None,
+    reach: float,
+    min_ess: float,
 ) -> r.EntropyChangeRow:
-    """The row of the report, beside what is `predicted`, which holds up to η = `reach`."""
+    """The row of the report, beside what is `predicted`, which holds up to η = `reach`, and `of_tokens`, the same per
+    token."""
     near = abs(change.eta) <= reach and change.weights.unclipped_ess_fraction >= min_ess
+    by_tokens, of_token = change.by_tokens, change.by_tokens_per_token
     row = r.EntropyChangeRow(
         **change.weights.model_dump(),
         delta_h=change.naive.value,
@@ -195,21 +254,33 @@ def change_row(
         delta_h_per_token_interval=change.per_token.interval(),
         delta_h_per_token_naive=change.naive_per_token.value,
         delta_h_per_token_naive_se=change.naive_per_token.se,
+        delta_h_pd=by_tokens and by_tokens.value,
+        delta_h_pd_se=by_tokens and by_tokens.se,
+        delta_h_pd_interval=by_tokens and by_tokens.interval(),
+        delta_h_pd_by_prompt=by_tokens and by_tokens.influence.mean(1).tolist(),
+        delta_h_per_token_pd=of_token and of_token.value,
+        delta_h_per_token_pd_se=of_token and of_token.se,
+        delta_h_per_token_pd_interval=of_token and of_token.interval(),
         predicted=None,
         predicted_se=None,
         difference=None,
         difference_se=None,
         ratio=None,
         in_range=None,
+        predicted_per_token=of_tokens and of_tokens.value,
+        predicted_per_token_se=of_tokens and of_tokens.se,
+        difference_per_token=of_tokens and of_tokens.difference,
+        difference_per_token_se=of_tokens and of_tokens.difference_se,
     )
     if predicted is None:
         return row
+    value = change.realised.value
     beside = {
         "predicted": predicted.value,
         "predicted_se": predicted.se,
         "difference": predicted.difference,
         "difference_se": predicted.difference_se,
-        "ratio": change.rb.value / predicted.value if predicted.value != 0 else None,
+        "ratio": value / predicted.value if predicted.value != 0 else None,
         "in_range": change.weights.reliable and near,
     }
     return row.model_copy(update=beside)
@@ -223,7 +294,8 @@ def entropy_change_two_batch_vector(
     etas: Sequence[float],
     config: ProbeConfig | None = None,
 ) -> dict[str, Any]:
-    """The notes' verb: `{H_orig, H_upd_list, etas, deltaH_true_list, snis_diagnostics}` (Rao-Blackwell, nats).
+    """The notes' verb: `{H_orig, H_upd_list, etas, deltaH_true_list, snis_diagnostics}` (Rao-Blackwell by importance
+    sampling, nats).
 
     No optimizer step: θ + ηv by functional override on the E batch, with v from the U batch. At top_p < 1 all entropies
     are of the policy restricted to the nucleus. Raises `ConfigError` for `fallback: resample`, which needs what
@@ -237,9 +309,14 @@ def entropy_change_two_batch_vector(
             "use run_probe, or psis or none",
         )
     with numerics(config.precision, sum(p.numel() for p in bound.registry.parameters.values())):
-        scores = score(bound, rollouts, config)
+        baseline = chosen(config.first_order.baseline)
+        scores = score(bound, rollouts, config, with_features=baseline == "hk_ridge")
         alone = Share.of(rollouts, units_of_prompts(rollouts))
-        changes = sweep(bound, alone, scores, update_vector_named, etas, config)
+        c = performance_difference.coefficients(
+            scores.rb_entropy, scores.gen_lens, baseline, scores.features
+        )
+        own = {"tokens": scores, "coefficients": c}
+        changes = sweep(bound, alone, scores, update_vector_named, etas, config, **own)
         still = change_at(scores, scores, 0.0, config).rb
     return {
         "H_orig": still.before,

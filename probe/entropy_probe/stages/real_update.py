@@ -12,7 +12,6 @@ from torch import Tensor
 
 from entropy_probe import report as r
 from entropy_probe.errors import MeasurementError
-from entropy_probe.estimators.baselines import Baseline
 from entropy_probe.model.checkpoint import AdamState, Checkpoint
 from entropy_probe.stages.entropy_change import EntropyChange
 from entropy_probe.stages.gradients.products import norm
@@ -77,7 +76,6 @@ def real_update_section(
     change: EntropyChange,
     along: Slopes,
     *,
-    baseline: Baseline,
     own_batch: bool,
     logged: float | None,
     max_grad_norm: float | None,
@@ -87,7 +85,7 @@ def real_update_section(
     cosine, ratio = compared(direction.v, made.v)
     of_gradient = (None, None) if made.ascent is None else compared(clipped, made.ascent)
     eta = change.eta
-    slope, bent = along.rb[baseline], along.curvature
+    slope, bent = along.slope, along.curvature
     per_token, bent_token = along.per_token, along.per_token_curvature
     return r.RealUpdateSection(
         path=str(after.info.path),
@@ -101,10 +99,10 @@ def real_update_section(
         gradient_rounding=made.of_gradient,
         clip_factor=None if logged is None else clip_factor(logged, max_grad_norm),
         logged_grad_norm=logged,
-        delta_h=change.rb.value,
-        delta_h_se=change.rb.se,
-        delta_h_per_token=change.per_token.value,
-        delta_h_per_token_se=change.per_token.se,
+        delta_h=change.realised.value,
+        delta_h_se=change.realised.se,
+        delta_h_per_token=change.realised_per_token.value,
+        delta_h_per_token_se=change.realised_per_token.se,
         predicted=eta * slope.value + eta**2 / 2 * bent.value,
         predicted_se=math.hypot(eta * slope.se, eta**2 / 2 * bent.se),
         predicted_per_token=eta * per_token.value + eta**2 / 2 * bent_token.value,

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators import prediction
-from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
+from entropy_probe.estimators import performance_difference, prediction
+from entropy_probe.estimators.baselines import BASELINES, Baseline, chosen, rb_coefficients
 from entropy_probe.estimators.slope import (
     PromptMean,
-    curvature,
     curvature_of_change,
     naive_slope,
-    per_token_curvature,
     per_token_slope,
     rb_slope,
 )
@@ -56,18 +54,27 @@ _PARAMETER_CHANGE = 1e-4
 
 @dataclass(frozen=True)
 class Slopes:
-    """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline) and curvature,
-    per prompt of the E batch; the terms of dΔĤ_RB/dη at 0, and d²ΔĤ_RB/dη² with its size; D_v at θ (of several
-    processes each has that of its own prompts); D_vS, D²_vS and D²_vR of all responses."""
+    """Slope of the entropy along v by every estimator (`naive`, and Rao-Blackwell with each baseline), and with the
+    `baseline` in use slope and curvature per response and per token, by prompt of the E batch.
+
+    Of ΔĤ by normalised weights: the terms of its derivative at 0, that of it per token, and its second derivative with
+    the size of its terms. D_v and D²_v at θ are those of this process's own tokens, as are the baseline's
+    `coefficients`, of entropy and length; D_vS, D²_vS and D²_vR those of all responses.
+    """
 
     naive: PromptMean
     rb: dict[Baseline, PromptMean]
-    per_token: PromptMean
+    baseline: Baseline
+    slope: PromptMean
     curvature: PromptMean
+    per_token: PromptMean
     per_token_curvature: PromptMean
     of_change: Float[Tensor, "2 B G"]
+    of_change_per_token: float
     curvature_of_change: tuple[float, float]
+    coefficients: Float[Tensor, "2 b G t"]
     at_theta: Derivatives
+    twice: Derivatives
     d_seq_logp: Float[Tensor, "B G"]
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
@@ -92,8 +99,11 @@ def slopes_along(
     `scores` are those of the share's own prompts, and all others come together.
     """
     at_theta, h, at = _along(bound, float64, share, v, config, progress)
-    d2_seq_logp = stencil_derivative({k: d.d_seq_logp for k, d in at.items()}, h)
-    d2_rb_sum = stencil_derivative({k: d.d_rb_sum for k, d in at.items()}, h)
+    twice = Derivatives(
+        stencil_derivative({k: d.d_logp for k, d in at.items()}, h),
+        stencil_derivative({k: d.d_entropy for k, d in at.items()}, h),
+    )
+    baseline = chosen(config.first_order.baseline)
 
     def rb(baseline: Baseline) -> PromptMean:
         kappa = rb_coefficients(
@@ -103,23 +113,38 @@ def slopes_along(
         return PromptMean(share.whole(own.per_prompt))
 
     by_baseline: dict[Baseline, PromptMean] = {baseline: rb(baseline) for baseline in BASELINES}
+    c = performance_difference.coefficients(
+        scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among
+    )
+    of_change = performance_difference.expansion(
+        at_theta.d_logp, at_theta.d_entropy, twice.d_logp, twice.d_entropy, c
+    )
     of_all = share.scores(scores)
-    own = (at_theta.d_seq_logp, at_theta.d_rb_sum, d2_seq_logp, d2_rb_sum)
-    together = share.whole(torch.stack(own, -1))
-    d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum = (of.contiguous() for of in together.unbind(-1))
-    first, second = (d_seq_logp, d_rb_sum), (d2_seq_logp, d2_rb_sum)
+    own = (at_theta.d_seq_logp, at_theta.d_rb_sum, twice.d_seq_logp, twice.d_rb_sum)
+    together = share.whole(torch.stack([*own, *of_change.first, *of_change.second], -1))
+    d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum, *terms = (
+        of.contiguous() for of in together.unbind(-1)
+    )
+    of_change = performance_difference.Expansion(torch.stack(terms[:2]), torch.stack(terms[2:]))
     rb_sum, lengths = of_all.rb_sum, of_all.gen_lens.double()
-    bent = curvature(rb_sum, *first, *second)
+    first, second = (d_seq_logp, d_rb_sum), (d2_seq_logp, d2_rb_sum)
+    slope, bent = performance_difference.slopes_per_response(of_change)
+    per_token, bent_token = performance_difference.slopes_per_token(of_change, rb_sum, lengths)
     even = torch.full_like(lengths, 1 / lengths.numel())
     return Slopes(
         naive=naive_slope(of_all.seq_logp, d_seq_logp),
         rb=by_baseline,
-        per_token=per_token_slope(rb_sum, lengths, *first),
+        baseline=baseline,
+        slope=slope,
         curvature=bent,
-        curvature_of_change=curvature_of_change(bent.value, rb_sum, *first, *second),
-        per_token_curvature=per_token_curvature(rb_sum, lengths, *first, *second),
+        per_token=per_token,
+        per_token_curvature=bent_token,
         of_change=snis_terms(even, rb_sum, d_rb_sum, d_seq_logp),
+        of_change_per_token=per_token_slope(rb_sum, lengths, *first).value,
+        curvature_of_change=curvature_of_change(rb_sum, *first, *second),
+        coefficients=c,
         at_theta=at_theta,
+        twice=twice,
         d_seq_logp=d_seq_logp,
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
@@ -228,11 +253,12 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
 @dataclass(frozen=True)
 class Predictors:
     """The slope and the curvature by which ΔH is predicted, per response or per token as
-    `true_delta_h.normalize` says; and the slope cross-fitted, where one batch serves as both, with the
-    gradients that were `crossed` for it."""
+    `true_delta_h.normalize` says, and `of_tokens` those per token, where they are known; and the slope cross-fitted,
+    where one batch serves as both, with the gradients that were `crossed` for it."""
 
     slope: PromptMean
     curvature: PromptMean
+    of_tokens: tuple[PromptMean, PromptMean] | None
     cross: PromptMean | None
     crossed: UnitGradients | None = None
 
@@ -255,19 +281,21 @@ def predictors(
 ) -> Predictors:
     """`share`, `scores` (of all responses) and `units` are those of the U batch.
 
-    With one batch the slope is the cross-fitted one; per token it needs one more backward pass.
+    With one batch the slope is the cross-fitted one; per token it needs one more backward pass, which is made where
+    the change is asked for per token.
     """
-    cross = cross_fitted_slope(units, direction) if same_batch else None
-    if config.true_delta_h.normalize == "per_sequence":
-        slope = cross or along.rb[config.first_order.baseline]
-        return Predictors(slope, along.curvature, cross, units if same_batch else None)
-    if cross is None:
-        return Predictors(along.per_token, along.per_token_curvature, None)
+    per_response = config.true_delta_h.normalize == "per_sequence"
+    of_tokens = along.per_token, along.per_token_curvature
+    if not same_batch:
+        pair = (along.slope, along.curvature) if per_response else of_tokens
+        return Predictors(*pair, of_tokens, None)
+    cross = cross_fitted_slope(units, direction)
+    if per_response:
+        return Predictors(cross, along.curvature, None, cross, units)
     payload = per_token_payload(scores).of_prompts(share.prompts)
-    of_tokens = unit_gradients(bound, share, config, payload)
-    crossed = units.with_x_of(of_tokens)
-    per_token = cross_fitted_slope(crossed, direction)
-    return Predictors(per_token, along.per_token_curvature, cross, crossed)
+    crossed = units.with_x_of(unit_gradients(bound, share, config, payload))
+    of_tokens = cross_fitted_slope(crossed, direction), along.per_token_curvature
+    return Predictors(*of_tokens, of_tokens, cross, crossed)
 
 
 def update_section(
@@ -276,13 +304,11 @@ def update_section(
     predicting: Predictors,
     sources: SlopeSources,
     agreement: r.StepAgreement,
-    baseline: Baseline,
     lr: float,
     logged: float | None = None,
 ) -> r.UpdateSection:
-    """v, and the slope and curvature along it; `baseline` is that of the slope that is reported,
-    `logged` the last norm of a gradient that the trainer wrote down."""
-    rb, cross = along.rb[baseline], predicting.cross
+    """v, and the slope and curvature along it; `logged` is the last norm of a gradient that the trainer wrote down."""
+    rb, cross = along.slope, predicting.cross
     estimators = {"naive": along.naive} | {f"rb_{name}": of for name, of in along.rb.items()}
     units = len(sources.by_unit)
     spread = lr * (units * float(sources.by_unit.var())) ** 0.5 if units > 1 else None
@@ -306,8 +332,10 @@ def update_section(
         spread_over_batches=spread,
         delta_h1_per_lr_per_token=along.per_token.value,
         delta_h1_per_lr_per_token_se=along.per_token.se,
+        baseline=along.baseline,
         slope_of_change=float(along.of_change.sum()),
         slope_of_change_size=float(along.of_change.abs().sum()),
+        slope_of_change_per_token=along.of_change_per_token,
         curvature_of_change=along.curvature_of_change[0],
         curvature_of_change_size=along.curvature_of_change[1],
         curvature=along.curvature.value,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.advantages import x_weights
-from entropy_probe.estimators.baselines import Among, rb_coefficients
+from entropy_probe.estimators.baselines import Among, chosen, rb_coefficients
 from entropy_probe.estimators.policy import score_tokens, token_logp
 from entropy_probe.estimators.update_weights import UpdateBatch, advantages, update_weights
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -147,7 +147,7 @@ def x_payload(
     if first_order.estimator == "naive":
         return Payload(weights)
     kappa = rb_coefficients(
-        scores.rb_entropy, scores.gen_lens, first_order.baseline, scores.features, among
+        scores.rb_entropy, scores.gen_lens, chosen(first_order.baseline), scores.features, among
     )
     present = rollouts.present.double()
     return Payload(-present / present.sum(1, keepdim=True), kappa)

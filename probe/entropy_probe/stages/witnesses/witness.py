@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
-from entropy_probe.estimators.baselines import rb_coefficients
+from entropy_probe.estimators.baselines import chosen, rb_coefficients
 from entropy_probe.estimators.update_weights import UpdateBatch
 from entropy_probe.estimators.ustat import cross_moments
 from entropy_probe.model.forward import BoundModel
@@ -129,9 +129,9 @@ def payloads_by_loop(
 
 
 def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
-    """κ_t = R_{≥t} − b_t, with sums of Python floats; `hk_ridge` by `rb_coefficients` itself."""
-    baseline = config.first_order.baseline
-    if baseline == "hk_ridge":
+    """κ_t = R_{≥t} − b_t, with sums of Python floats; fitted baselines by `rb_coefficients` itself."""
+    baseline = chosen(config.first_order.baseline)
+    if baseline in ("hk_ridge", "hk_group"):
         return rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features)
     entropy, lengths = scores.rb_entropy.double().tolist(), scores.gen_lens.tolist()
     later = [
