@@ -3,7 +3,7 @@
     python benchmarks/device.py [--device cuda] [--small] [--case NAME …] OUT.json
 
     demo            the bundled checkpoint, on the device and on the CPU: verdicts, and every number beside the other's
-    0.5b-lora-256 … sizes of Qwen2.5 (Mistral's layers) with random weights after two steps of AdamW, T tokens a response
+    0.5b-lora-256 … sizes of Qwen2.5 (Mistral's layers), random weights, two steps of AdamW, T tokens a response
 
 Each case is a process of its own, so that its peak is its own. `--small` makes the models tiny: the script's own test.
 """

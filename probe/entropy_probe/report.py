@@ -258,11 +258,11 @@ class UpdateSection(StepAgreement):
     """The update direction v = v₀ + D·Ȳ per unit learning rate, and the slope of the entropy along it on the E batch.
 
     `estimators` holds the slope by every estimator of the entropy gradient; `delta_h1_per_lr_rb` is the one with
-    `baseline`, which is also that of the curvature and of `delta_h_pd`. `eta_star` belongs to what is predicted: the
-    slope cross-fitted where one batch serves as both, per token where `true_delta_h.normalize` says so. `slope_of_change` is the derivative at η = 0 of the estimator
-    behind `delta_h_rb` itself, at top_p = 1, and `slope_of_change_size` the sum of the absolute values of its terms;
-    `slope_of_change_per_token` that of `delta_h_per_token`; `curvature_of_change` is the second derivative of the
-    former, and the size of its terms.
+    `baseline`, which is also that of the curvature and of `delta_h_pd`. `eta_star` belongs to what is predicted:
+    the slope cross-fitted where one batch serves as both, per token where `true_delta_h.normalize` says so.
+    `slope_of_change` is the derivative at η = 0 of the estimator behind `delta_h_rb` itself, at top_p = 1, and
+    `slope_of_change_size` the sum of the absolute values of its terms; `slope_of_change_per_token` that of
+    `delta_h_per_token`; `curvature_of_change` is the second derivative of the former, and the size of its terms.
     `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the prompts), for every
     unit of the U batch, add up to −X̄ᵀv.
 

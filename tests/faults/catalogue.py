@@ -593,19 +593,19 @@ def _with_terms(patch: Patch, of_terms: Callable[[Tensor, Tensor, Tensor], Tenso
     everywhere(patch, performance_difference.change_terms, terms)
 
 
-@fault("sampled", "figures_recomputed", first_order={"lr": 3e-3})
+@fault("sampled", "figures_recomputed curvature_identity", first_order={"lr": 3e-3})
 def change_by_tokens_weighs_with_the_own_token(patch: Patch) -> None:
     """The weight of a step holds its own token: w_{≤t} for w_{<t}."""
     _with_terms(patch, lambda d, h, c: d.cumsum(-1).exp() * (h + torch.expm1(d) * c))
 
 
-@fault("sampled", "figures_recomputed", first_order={"lr": 3e-3})
+@fault("sampled", "figures_recomputed curvature_identity", first_order={"lr": 3e-3})
 def change_by_tokens_with_the_prefix_of_the_step_before(patch: Patch) -> None:
     """The weight of a step misses the token before it."""
     _with_terms(patch, lambda d, h, c: (d.cumsum(-1) - d - d.roll(1, -1)).exp() * (h + torch.expm1(d) * c))
 
 
-@fault("sampled", "sweep_identity prediction")
+@fault("sampled", "sweep_identity figures_recomputed", also="prediction")
 def change_by_tokens_counts_its_own_step(patch: Patch) -> None:
     """R_{≥t} for R_{>t}, in the change alone: the entropy of the step is counted twice."""
 
@@ -631,7 +631,11 @@ def group_baseline_holds_the_response_itself(patch: Patch) -> None:
     everywhere(patch, original, with_own)
 
 
-@fault("sampled", "change_estimators_agree figures_recomputed")
+@fault(
+    "sampled",
+    "zero_step_change figures_recomputed",
+    also="change_estimators_agree prediction sweep_identity curvature_identity",
+)
 def change_by_tokens_of_another_response(patch: Patch) -> None:
     """What the responses say of the change stands for their neighbours' entropies at θ+ηv."""
 

@@ -20,7 +20,10 @@ from faults.subjects import Bench, Subject, adapter, full, statuses
 # More data decides these; nothing that is planted here makes them more than inconclusive.
 AUDIT = {name for name, criterion in CRITERIA.items() if criterion.family == "audit"}
 """They read all damaged numbers, and all that the files say of them."""
-STATISTICAL = {"ess", "pareto_k", "preconditioner_complete", "step_resolved", "gold_complete", "prediction"}
+STATISTICAL = {
+    "ess", "pareto_k", "preconditioner_complete", "step_resolved", "gold_complete", "prediction",
+    "change_estimators_agree",
+}  # fmt: skip
 
 HEALTHY = {
     "llama": partial(full, "llama", layers=2),

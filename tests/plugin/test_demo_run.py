@@ -11,7 +11,9 @@ import pytest
 
 import forked
 import kept_reports
+from entropy_probe import ProbeReport
 from entropy_probe.demo import checkpoint_path
+from entropy_probe_checks.criteria import CRITERIA
 
 INI = "[pytest]\nfilterwarnings = error\npython_functions = check_*\npython_files = check_*.py\n"
 OWN = "def check_own(probe_report, probe_checkpoint): assert str(probe_checkpoint) == probe_report.checkpoint.path"
@@ -94,6 +96,23 @@ def test_report_holds_the_verdicts_of_the_run(single: Run) -> None:
     verdicts = {verdict["criterion"]: verdict["status"] for verdict in report["verdicts"]}
     assert verdicts == {p["probe_criterion"]: p["probe_status"] for p in single.properties()}
     assert len(verdicts) > 10
+
+
+@pytest.mark.parametrize(("slope", "curvature"), [(0.03, 0.0), (-0.03, 0.0), (0.0, 1.0), (0.0, -0.5), (0.0, 0.0)])
+def test_prediction_has_the_power_that_it_claims(single: Run, slope: float, curvature: float) -> None:
+    """A slope that is off by 3 %, and a curvature by a factor of 2 either way, fail `prediction`; as it is it passes."""
+    report = ProbeReport.from_json(single.folder / "report.json")
+    update = report.update
+    assert update is not None
+    assert update.curvature is not None
+
+    def off(eta: float) -> float:
+        return eta * slope * update.delta_h1_per_lr_rb + eta**2 / 2 * curvature * update.curvature
+
+    rows = [row.model_copy(update={"difference": row.difference - off(row.eta)}) for row in report.entropy_change]
+    bent = update.model_copy(update={"curvature": update.curvature * (1 + curvature)})
+    verdict = CRITERIA["prediction"](report.model_copy(update={"entropy_change": rows, "update": bent}))
+    assert verdict.status == ("fail" if slope or curvature else "pass")
 
 
 def test_drawn_cases_leave_nothing_behind(single: Run, distributed: Run) -> None:

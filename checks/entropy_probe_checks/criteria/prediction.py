@@ -188,9 +188,10 @@ def prediction(report: ProbeReport) -> Finding:
 
 
 def _unexplained(report: ProbeReport, row: Any) -> float:
-    """|realised − predicted| beyond rounding and third order, |η|³·c²/4s: as much below second as second is below first.
+    """|realised − predicted| beyond rounding and third order, |η|³·c²/4s.
 
-    s is the slope, at least 2 SE of it, and c the curvature with 2 SE added.
+    Third order is as much below second as second is below first. s is the slope, at least 2 SE of it, and c the
+    curvature with 2 SE added.
     """
     update = needed(report.update)
     slope = max(abs(update.delta_h1_per_lr_rb), 2 * update.delta_h1_per_lr_rb_se)
