@@ -41,7 +41,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads: Qwen2.5's
     "small": (64, 128, 2, 4, 2),
 }
 CASES = {
-    "0.5b-lora-256": Case("0.5b", True, 256, "standard"),
+    "0.5b-lora-256": Case("0.5b", True, 256, "smoke"),
     "0.5b-lora-1024": Case("0.5b", True, 1024, "smoke"),
     "0.5b-full-256": Case("0.5b", False, 256, "smoke"),
     "1.5b-lora-1024": Case("1.5b", True, 1024, "smoke"),
@@ -112,7 +112,9 @@ def written(case: Case, folder: Path, device: str, small: bool) -> Path:
     return target
 
 
-def suite(checkpoint: str, device: str, folder: Path, *options: str) -> dict[str, Any]:
+def suite(
+    checkpoint: str, device: str, folder: Path, *options: str, limit: float | None = None
+) -> dict[str, Any]:
     """What `pytest -m acceptance` says of a checkpoint: seconds, what is no pass, time and memory by stage."""
     report = folder / f"{device.replace(':', '-')}.json"
     command = [
@@ -132,9 +134,18 @@ def suite(checkpoint: str, device: str, folder: Path, *options: str) -> dict[str
         *options,
     ]
     began = time.perf_counter()
-    ended = subprocess.run(  # noqa: S603
-        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
-    )
+    try:
+        ended = subprocess.run(  # noqa: S603
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "120"},
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired as late:
+        told = late.stderr or b""
+        return {"exit": f"ended after {limit} s", "output": told.decode()[-1500:]}
     row: dict[str, Any] = {
         "exit": ended.returncode,
         "seconds": round(time.perf_counter() - began, 1),
@@ -202,6 +213,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny models and short responses")
     parser.add_argument("--case", action="append", choices=["demo", *CASES], help="default: all")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--limit", type=float, help="seconds, after which a case is ended")
     given = parser.parse_args()
     cuda = given.device.startswith("cuda")
     results: dict[str, Any] = {
@@ -213,7 +225,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             try:
-                results["cases"][name] = row = measured(name, folder, given.device, given.small)
+                results["cases"][name] = row = measured(
+                    name, folder, given.device, small=given.small, limit=given.limit
+                )
             except Exception as error:  # the other cases are still asked
                 results["cases"][name] = row = {"exit": repr(error)}
         print(
@@ -224,9 +238,11 @@ def main() -> None:
         given.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measured(name: str, folder: Path, device: str, small: bool) -> dict[str, Any]:
+def measured(
+    name: str, folder: Path, device: str, *, small: bool, limit: float | None
+) -> dict[str, Any]:
     if name == "demo":
-        row = suite("demo", device, folder)
+        row = suite("demo", device, folder, limit=limit)
         if "report" in row:
             cpu = suite("demo", "cpu", folder)
             row["beside_cpu"] = beside(row.pop("report"), cpu.pop("report"))
@@ -255,6 +271,7 @@ def measured(name: str, folder: Path, device: str, small: bool) -> dict[str, Any
         f"--probe-budget={case.budget}",
         "--probe-config=probe.yaml",
         "--probe-prompts=prompts.jsonl",
+        limit=limit,
     )
     row.pop("report", None)
     shutil.rmtree(checkpoint)

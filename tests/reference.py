@@ -212,7 +212,10 @@ def _shrunk(later: dict[tuple[int, int, int], float], n: int, g: int, t: int) ->
         excess += math.fsum(len(v) * (mean(v) - mean(everyone)) ** 2 for v in of_step.values())
         excess -= (len(counts) - 1) * sigma2
         spread += sum(counts) - sum(k * k for k in counts) / sum(counts)
-    tau2 = max(0.0, excess / max(spread, 1.0))
+    tau2 = excess / max(spread, 1.0)
+    largest = max(abs(mean([x for v in of_step.values() for x in v])) for of_step in groups.values())
+    if tau2 <= (1e-6 * largest) ** 2:
+        tau2 = 0.0
     at_step = [x for v in groups.get(t, {}).values() for x in v]
     if not at_step:
         return mean(own) if own else 0.0

@@ -11,6 +11,8 @@ from entropy_probe_checks.audit.batches import part, update
 from entropy_probe_checks.audit.first_order import learning_rate, of_tensors
 from entropy_probe_checks.audit.sheet import Sheet
 
+NOTICED = 1e-6
+"""Of `hk_group`: prompts that differ by a smaller share of R_{>t} differ by nothing."""
 FOLDS, RIDGE, DEVIATIONS = 5, 1e-2, 10.0
 """Of `hk_ridge`: prompt n is in fold n mod 5; the penalty for each row; how far a standardised feature counts."""
 
@@ -77,7 +79,7 @@ def write(sheet: Sheet) -> Along:
     )
     w = d2_s + d_s**2
     terms = _terms(sheet)
-    bent = _slope(terms.second[0], terms.size_second)
+    bent = _slope(terms.second[0], terms.size_second[0])
     per_token, bent_token = _per_token(r, lengths, terms)
     cross = None
     is_per_token = config["true_delta_h"]["normalize"] == "per_token"
@@ -167,12 +169,13 @@ def _cross(sheet: Sheet, prefix: str) -> Slope:
 
 @dataclass(frozen=True)
 class Terms:
-    """First and second derivative at 0 of what every response says of ΔH and ΔL [2, B, G]; sizes of what is added."""
+    """First and second derivative at 0 of what every response says of ΔH and ΔL [2, B, G]. The sizes of what is added,
+    [2] each, know that c is a difference of larger numbers."""
 
     first: np.ndarray
     second: np.ndarray
-    size_first: float
-    size_second: float
+    size_first: np.ndarray
+    size_second: np.ndarray
 
 
 def _terms(sheet: Sheet) -> Terms:
@@ -182,14 +185,19 @@ def _terms(sheet: Sheet) -> Terms:
     """
     d, d_h, d2, d2_h = (sheet[f"e.{n}"] for n in ("d_logp", "d_entropy", "d2_logp", "d2_entropy"))
     so_far = np.cumsum(d, -1) - d
-    first, second, sizes = [], [], []
-    for c, of_h in zip(both_coefficients(sheet), (1.0, 0.0), strict=True):
-        once = of_h * d_h, c * d
-        twice = of_h * d2_h, c * d2, c * d**2, 2 * so_far * once[0], 2 * so_far * once[1]
-        first.append(sum(once).sum(-1))
-        second.append(sum(twice).sum(-1))
-        sizes.append([sum(np.abs(part).sum(-1).mean() for part in of) for of in (once, twice)])
-    return Terms(np.stack(first), np.stack(second), *map(float, sizes[0]))
+    found: list[list[np.ndarray]] = [[], []]
+    sizes: list[list[float]] = [[], []]
+    pairs = zip(both_coefficients(sheet), both_coefficients(sheet, "none"), (1.0, 0.0), strict=True)
+    for c, whole, of_h in pairs:
+        first = (of_h * d_h + c * d).sum(-1)
+        second = (of_h * d2_h + c * (d2 + d**2) + 2 * so_far * (of_h * d_h + c * d)).sum(-1)
+        found[0].append(first)
+        found[1].append(second)
+        once = of_h * np.abs(d_h) + whole * np.abs(d)
+        twice = of_h * np.abs(d2_h) + whole * (np.abs(d2) + d**2) + 2 * np.abs(so_far) * once
+        sizes[0].append(float(once.sum(-1).mean()))
+        sizes[1].append(float(twice.sum(-1).mean()))
+    return Terms(*(np.stack(of) for of in found), *(np.array(of) for of in sizes))
 
 
 def in_use(sheet: Sheet) -> str:
@@ -197,10 +205,11 @@ def in_use(sheet: Sheet) -> str:
     return "hk_group" if baseline == "auto" else baseline
 
 
-def both_coefficients(sheet: Sheet) -> tuple[np.ndarray, np.ndarray]:
+def both_coefficients(sheet: Sheet, baseline: str = "") -> tuple[np.ndarray, np.ndarray]:
     """c_t of the entropy, and of the length: the same where every step counts 1."""
-    entropy, baseline = sheet["e.entropy"], in_use(sheet)
-    return tuple(coefficients(sheet, of, baseline) for of in (entropy, np.ones_like(entropy)))
+    entropy = sheet["e.entropy"]
+    both = (entropy, np.ones_like(entropy))
+    return tuple(coefficients(sheet, of, baseline or in_use(sheet)) for of in both)
 
 
 def _per_token(r: np.ndarray, lengths: np.ndarray, of: Terms) -> tuple[Slope, Slope]:
@@ -217,8 +226,8 @@ def _per_token(r: np.ndarray, lengths: np.ndarray, of: Terms) -> tuple[Slope, Sl
     push = (d - h * e - slope * lengths - e.mean() * (r - h * lengths) / mean) / mean
     pull = d2 - h * e2 - bent * lengths - 2 * slope * e - e2.mean() * (r - h * lengths) / mean
     pull = pull / mean - 2 * push * e.mean() / mean
-    size = of.size_first / mean
-    size2 = of.size_second / mean + abs(2 * slope * e.mean() / mean)
+    size, size2 = ((of[0] + h * of[1]) / mean for of in (of.size_first, of.size_second))
+    size2 += 2 * abs(slope) * of.size_first[1] / mean
     return tuple(
         Slope(value + (own - own.mean()).mean(1), float(of_size))
         for value, own, of_size in ((slope, push, size), (bent, pull, size2))
@@ -289,7 +298,9 @@ def _shrunk(later: np.ndarray, present: np.ndarray, n: int) -> np.ndarray:
     excess = (counts * (means - mean) ** 2).sum()
     excess -= ((counts > 0).sum(0) - 1)[some].sum() * sigma2
     spread = (together[some] - (counts**2).sum(0)[some] / together[some]).sum()
-    tau2 = max(0.0, excess / max(spread, 1.0))
+    tau2 = excess / max(spread, 1.0)
+    if tau2 <= (NOTICED * np.abs(mean).max()) ** 2:
+        tau2 = 0.0
     found = np.zeros(later.shape[1:])
     for g in range(later.shape[1]):
         left = present[n].sum(0) - present[n, g]

@@ -26,7 +26,7 @@ _FOLDS, _OF_FOLD = (
 )  # estimators/baselines.py
 _EMA, _GROUP = (
     2,
-    7,
+    9,
 )  # sums a step: of `hk_ema`; of `hk_group`, which serves entropy and length once more
 _BASELINES = 5  # by each of which the slope of a prompt is known
 

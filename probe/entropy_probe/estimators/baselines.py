@@ -44,6 +44,9 @@ def chosen(baseline: Baseline | Literal["auto"]) -> Baseline:
     return "hk_group" if baseline == "auto" else baseline
 
 
+NOTICED = 1e-6
+"""Of R_{>t}, that is: prompts that differ by less, as scores of one text may in float32, differ by nothing."""
+
 FOLDS = 5
 """Prompt n is in fold n mod min(FOLDS, B)."""
 
@@ -116,6 +119,13 @@ def _group_and_others(
     later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], among: Among
 ) -> Float[Tensor, "B G T"]:
     """a·(mean of the own others) + (1 − a)·(mean of other prompts), a = nτ²/(nτ² + σ²) with σ² and τ² of the others."""
+    steps = later.shape[-1]
+    own = torch.stack([later.sum(1), present.double().sum(1)])
+    sums, counts = among.total(torch.nn.functional.pad(own.sum(1), (0, among.longest - steps)))
+    centre = (sums / counts.clamp(min=1.0))[
+        :steps
+    ]  # sums of squares would lose what lies around it
+    later = (later - centre) * present
     sums, counts = later.sum(1), present.double().sum(1)
     means = sums / counts.clamp(min=1.0)
     within = ((later - means[:, None]) * present).square().sum(1)
@@ -130,16 +140,18 @@ def _group_and_others(
     between = (squares - sums * mean).sum(1)
     between = between - (prompts - 1).clamp(min=0.0).sum(1) * sigma2
     effective = (counts - sizes / counts.clamp(min=1.0)).sum(1)
-    tau2 = (between / effective.clamp(min=1.0)).clamp(min=0.0)
+    tau2 = between / effective.clamp(min=1.0)
+    size = ((centre + mean[:, :steps]) * (counts[:, :steps] > 0)).amax(1)
+    tau2 = tau2 * (tau2 > (NOTICED * size).square())
 
-    steps = later.shape[-1]
     mean, counts = mean[:, None, :steps], counts[:, None, :steps]
     left = present.double().sum(1, keepdim=True) - present.double()
     of_group = (later.sum(1, keepdim=True) - later) / left.clamp(min=1.0)
     sigma2, tau2 = sigma2[:, None, None], tau2[:, None, None]
     weight = left * tau2 / (left * tau2 + sigma2).clamp(min=torch.finfo(torch.float64).tiny)
     weight = torch.where(counts > 0, weight, (left > 0).double())
-    return weight * of_group + (1.0 - weight) * mean
+    found = centre + weight * of_group + (1.0 - weight) * mean
+    return found * ((counts > 0) | (left > 0))
 
 
 def _ridge_of_others(
