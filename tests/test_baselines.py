@@ -213,8 +213,8 @@ def test_the_group_counts_as_much_as_prompts_differ() -> None:
 
 
 def test_prompts_that_do_not_differ_do_not_pull() -> None:
-    """One response is shorter, all else is one number: among the other prompts nothing varies, so that the own group counts
-    for nothing, whatever rounding leaves of a variance. Seen to fail: without `NOTICED`."""
+    """One response is shorter, all else is one number: among the other prompts nothing varies, so that the own group
+    counts for nothing, whatever rounding leaves of a variance."""
     lengths = torch.full((4, 4), 9)
     lengths[0, 0] = 3
     for level in (0.1, 1.0, 6.2):

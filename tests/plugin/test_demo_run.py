@@ -109,7 +109,8 @@ def test_prediction_has_the_power_that_it_claims(single: Run, slope: float, curv
     def off(eta: float) -> float:
         return eta * slope * update.delta_h1_per_lr_rb + eta**2 / 2 * curvature * update.curvature
 
-    rows = [row.model_copy(update={"difference": row.difference - off(row.eta)}) for row in report.entropy_change]
+    found = report.entropy_change
+    rows = [row.model_copy(update={"difference": row.difference - off(row.eta)}) for row in found]
     bent = update.model_copy(update={"curvature": update.curvature * (1 + curvature)})
     verdict = CRITERIA["prediction"](report.model_copy(update={"entropy_change": rows, "update": bent}))
     assert verdict.status == ("fail" if slope or curvature else "pass")

@@ -240,5 +240,5 @@ def _expansion(
     terms = eta * slope.terms + eta**2 / 2 * bent
     value = eta * slope.value + eta**2 / 2 * curvature.value
     size = abs(eta) * slope.size + eta**2 / 2 * curvature.size
-    errors = (float(of.std(ddof=1)) / math.sqrt(len(of)) for of in (terms, own - terms))
-    return value, size, *errors
+    se, of_difference = (float(x.std(ddof=1)) / math.sqrt(len(x)) for x in (terms, own - terms))
+    return value, size, se, of_difference

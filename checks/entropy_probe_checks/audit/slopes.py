@@ -208,8 +208,11 @@ def in_use(sheet: Sheet) -> str:
 def both_coefficients(sheet: Sheet, baseline: str = "") -> tuple[np.ndarray, np.ndarray]:
     """c_t of the entropy, and of the length: the same where every step counts 1."""
     entropy = sheet["e.entropy"]
-    both = (entropy, np.ones_like(entropy))
-    return tuple(coefficients(sheet, of, baseline or in_use(sheet)) for of in both)
+    used = baseline or in_use(sheet)
+    of_entropy, of_length = (
+        coefficients(sheet, of, used) for of in (entropy, np.ones_like(entropy))
+    )
+    return of_entropy, of_length
 
 
 def _per_token(r: np.ndarray, lengths: np.ndarray, of: Terms) -> tuple[Slope, Slope]:
@@ -228,10 +231,11 @@ def _per_token(r: np.ndarray, lengths: np.ndarray, of: Terms) -> tuple[Slope, Sl
     pull = pull / mean - 2 * push * e.mean() / mean
     size, size2 = ((of[0] + h * of[1]) / mean for of in (of.size_first, of.size_second))
     size2 += 2 * abs(slope) * of.size_first[1] / mean
-    return tuple(
+    first, second = (
         Slope(value + (own - own.mean()).mean(1), float(of_size))
         for value, own, of_size in ((slope, push, size), (bent, pull, size2))
     )
+    return first, second
 
 
 def coefficients(sheet: Sheet, entropy: np.ndarray, baseline: str) -> np.ndarray:

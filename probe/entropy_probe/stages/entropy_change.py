@@ -132,21 +132,30 @@ def change_at(
         restricted=config.generation.top_p < 1.0,
     )
     changes = _changes(scores, scores_after, at_theta.normalised, normalised, config)
-    of_tokens = {"by_tokens": None, "by_tokens_per_token": None}
+    by_tokens = per_token = None
     if terms is not None and not found.restricted:
-        of_tokens = _by_tokens(scores, terms, config)
-    return EntropyChange(found, **changes, **of_tokens, after=scores_after, fresh=None, drawn=None)
+        by_tokens, per_token = _by_tokens(scores, terms, config)
+    return EntropyChange(
+        found,
+        **changes,
+        by_tokens=by_tokens,
+        by_tokens_per_token=per_token,
+        after=scores_after,
+        fresh=None,
+        drawn=None,
+    )
 
 
 def _by_tokens(
     scores: Scores, terms: Float[Tensor, "2 B G"], config: ProbeConfig
-) -> dict[str, importance.Change]:
+) -> tuple[importance.Change, importance.Change]:
+    """As `true_delta_h.normalize` says, and per token."""
     rb_sum, lengths = scores.rb_sum, scores.gen_lens.double()
     per_token = performance_difference.change_per_token(terms, rb_sum, lengths)
     change = per_token
     if config.true_delta_h.normalize == "per_sequence":
         change = performance_difference.change_per_response(terms, rb_sum)
-    return {"by_tokens": change, "by_tokens_per_token": per_token}
+    return change, per_token
 
 
 def _changes(
