@@ -53,10 +53,38 @@ def by_names(model: Any, optimizer: Any, **options: Any) -> dict[str, Any]:
     }
 
 
+class PrimeApp(App):
+    """As prime-rl has it: several optimizers may be in `optimizers`, and its own counts beside them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        both = super().state_dict()
+        progress = {"step": 3, "total_tokens": 99}
+        return {
+            "model": both["model"],
+            "optimizers": both["optim"],
+            "scheduler": {"last_epoch": 3},
+            "progress": progress,
+        }
+
+
+def flat(model: Any, optimizer: Any) -> dict[str, Any]:
+    return get_optimizer_state_dict(model, optimizer, options=FLAT)
+
+
+def in_one_level(model: Any, optimizer: Any) -> dict[str, Any]:
+    own = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
+    return own | {f"optimizer.{key}": value for key, value in flat(model, optimizer).items()}
+
+
 FORMS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "nested": by_names,
     "flat": lambda m, o: by_names(m, o, flatten_optimizer_state_dict=True),
     "application": lambda m, o: {"app": App(m, o)},
+    "prime-rl": lambda m, o: {"app": PrimeApp(m, o)},
+    "bare names, flat at the top": lambda m, o: {**get_model_state_dict(m), **flat(m, o), "epoch": 3},
+    "bare names, nested at the top": lambda m, o: get_model_state_dict(m) | get_optimizer_state_dict(m, o),
+    "bare names, flat below": lambda m, o: {**get_model_state_dict(m), "optimizer": flat(m, o)},
+    "in one level": in_one_level,
     "whole": by_names,
     "by position": lambda m, o: {"model": m.state_dict(), "optimizer": o.state_dict()},
     "compiled": lambda m, o: {
@@ -123,6 +151,14 @@ def test_every_form_loads_exactly(tmp_path: Path, form: str) -> None:
     assert found.optimizer.num_trainable == loaded.info.num_trainable
     assert (found.optimizer.covered, found.optimizer.groups) == (len(trained), len(optimizer.param_groups))
     assert (found.optimizer.step, found.optimizer.lr, found.optimizer.type) == ([3], [1e-3], "AdamW")
+
+
+def test_a_run_of_prime_rl(tmp_path: Path) -> None:
+    for step in (2, 10):
+        (tmp_path / f"run/checkpoints/step_{step}").mkdir(parents=True)
+        save(tmp_path / f"run/checkpoints/step_{step}/trainer", "prime-rl", *stepped())
+    assert load_checkpoint(tmp_path / "run").info.path == tmp_path / "run/checkpoints/step_10/trainer"
+    assert inspect_checkpoint(tmp_path / "run").problems == []
 
 
 @pytest.fixture(scope="module")

@@ -190,8 +190,8 @@ def _chosen(folder: Path) -> tuple[Path, str]:
 
 
 def _with_optimizer(folder: Path) -> Path | None:
-    """The folder itself, or its part for the policy in verl (`actor`) and OpenRLHF (`_actor`)."""
-    places = (folder, folder / "actor", folder / "_actor")
+    """The folder itself, or its part for the policy in verl (`actor`), OpenRLHF (`_actor`), prime-rl (`trainer`)."""
+    places = (folder, folder / "actor", folder / "_actor", folder / "trainer")
     return next((place for place in places if _optimizer_file(place) is not None), None)
 
 
@@ -203,7 +203,7 @@ def _optimizer_file(folder: Path) -> Path | None:
     if (folder / "optimizer_0" / ".metadata").is_file():
         return folder / "optimizer_0"
     whole = folder / ".metadata"  # torchtitan's last step may hold the model alone
-    if whole.is_file() and _mentions(whole, b"optim"):
+    if whole.is_file() and any(_mentions(whole, word) for word in (b"optim", b"param_groups")):
         return folder
     of_rank = _of_rank(folder)
     return None if of_rank is None else of_rank[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ from entropy_probe.model.checkpoint.formats.dcp_metadata import (
 from entropy_probe.model.checkpoint.moments.order import bare_name
 from entropy_probe.model.checkpoint.stored import Gathered, Stored
 
-_OPTIMIZERS = ("optimizer", "optim")  # accelerate, torchtitan; torch's own example
+_OPTIMIZERS = (
+    "optimizer",
+    "optim",
+    "optimizers",
+)  # accelerate, torchtitan; torch's own example; prime-rl
+_PARTS = ("state", "param_groups")
+_PREFIXED = ("model.model.", "model.transformer.", "model.base_model.")
 
 
 def read(layout: Layout) -> Stored:
@@ -39,18 +46,52 @@ def read(layout: Layout) -> Stored:
     optimizer.
     """
     folder = layout.folder
-    items = read_items(folder)
-    roots = {item.path[0] for item in items}
-    if len(roots) == 1 and not roots & {"model", *_OPTIMIZERS}:
-        # dcp.save({"app": state}), as in torch's own example
-        items = [item.below(*roots) for item in items]
-    of_model = [item for item in items if item.path[0] == "model"]
+    items = _rooted(read_items(folder))
+    of_model = [item for item in items if item.path[0] == "model"] or _bare(items)
     return Stored(
         folder=folder,
         weights=weights(layout, folder, of_model, files(folder, items)),
         optimizer=partial(optimizer, folder, of_optimizer(folder, items)),
         optimizer_files=list,
     )
+
+
+def _rooted(items: list[Item]) -> list[Item]:
+    """The optimizer's below `optimizer`, whether it stands below another key (`app`), whose names are then left out, or
+    flattened at the top."""
+    roots = {item.path[0] for item in items}
+    known = {"model", *_OPTIMIZERS}
+    if not roots & known:  # dcp.save({"app": state}), as in torch's own example
+        apps = {item.path[0] for item in items if len(item.path) > 1 and item.path[1] in known}
+        items = [item.below(item.path[0]) for item in items if item.path[0] in apps] or items
+    if any(item.path[0] in _OPTIMIZERS for item in items):
+        return items
+    return [_optimizers(item) for item in items]
+
+
+def _optimizers(item: Item) -> Item:
+    """With `optimizer` before it, where the optimizer's state_dict stands at the top itself, or a key begins so."""
+    first = str(item.path[0])
+    if first in _PARTS or (len(item.path) == 1 and first.startswith(("state.", "param_groups."))):
+        return replace(item, path=("optimizer", *item.path))
+    root, _, rest = first.partition(".")
+    if root in _OPTIMIZERS and rest.startswith(("state.", "param_groups.")):
+        return replace(item, path=(root, rest, *item.path[1:]))
+    return item
+
+
+def _bare(items: list[Item]) -> list[Item]:
+    """Tensors under their parameters' names at the top, or all of them after `model.`."""
+    found = [
+        item
+        for item in items
+        if len(item.path) == 1 and item.dtype is not None and "." in str(item.path[0])
+    ]
+    names = [str(item.path[0]) for item in found]
+    prefixed = any(name.startswith(_PREFIXED) for name in names)
+    if prefixed and all(name.startswith("model.") for name in names):
+        return [replace(i, path=("model", name[6:])) for i, name in zip(found, names, strict=True)]
+    return found
 
 
 def weights(layout: Layout, folder: Path, items: list[Item], files: list[Path]) -> Gathered:
@@ -71,7 +112,7 @@ def weights(layout: Layout, folder: Path, items: list[Item], files: list[Path]) 
         )
     if not found.headers:
         remedy = 'save {"model": .., "optimizer": ..} with it'
-        raise CheckpointError(folder, "holds no weights under `model`", remedy)
+        raise CheckpointError(folder, "holds no weights under `model` or their own names", remedy)
     require_configuration(layout, found.headers)
     return found
 
