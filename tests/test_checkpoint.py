@@ -365,10 +365,6 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].update(params=[[0]])),
         r"optimizer.pt: has a param_group without a list of `params`",
     ),
-    "NAdam": (
-        lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].update(momentum_decay=4e-3)),
-        r"optimizer.pt: its groups have `momentum_decay`: it is NAdam",
-    ),
     "RAdam": (
         lambda f: edit_optimizer(f, lambda c: c["param_groups"][0].pop("amsgrad")),
         r"optimizer.pt: its groups lack `amsgrad`",

@@ -765,6 +765,12 @@ class ProbeReport(_Section):
         if u.zero_advantage_fraction >= MOST_WITHOUT_ADVANTAGE:
             share = f"{u.zero_advantage_fraction:.0%} of the update's prompts have no advantage"
             said.append(f"{share}: v is momentum and decay alone")
+        asked = self.config["first_order"]["lr"]
+        if self.update is not None and self.checkpoint.optimizer.lr == 0 and asked is None:
+            source = "lr" if self.first_order is None else self.first_order.lr_source
+            kind = "initial_lr" if source.startswith("initial_lr") else "lr"
+            ended = "the optimizer's lr is 0, its schedule has ended"
+            said.append(f"{ended}: the step is at {kind} {self.update.lr:.3g}")
         found = {"E": self.batch.found} | ({} if u.same_batch else {"U": u.found})
         lines = dict.fromkeys(line for of in found.values() for line in of)
         for line in lines:

@@ -19,6 +19,8 @@ from entropy_probe.errors import ProbeError
 from entropy_probe.model.checkpoint.files import read_tensors
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 from entropy_probe.model.checkpoint.moments.adam import inventory, map_adam_state, read_state
+from entropy_probe.model.checkpoint.moments.blocks import with_moments
+from entropy_probe.model.checkpoint.moments.others import map_other, recognise
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.responses.prompt_files import read_prompts
@@ -85,11 +87,22 @@ def _optimizer(place: Path) -> Target:
             map_adam_state(content, model, path)
             inventory(content)
 
+        def recognised() -> None:
+            content = with_moments(read_state(path))
+            kind = recognise(content, path)
+            _ = map_adam_state(content, model, path) if kind is None else map_other(kind, content, model, path)
+
         refused(mapped)
+        refused(recognised)
         refused(lambda: map_adam_state(read_state(path), model, path, "identity"))
         assert direct or refused(lambda: read_state(path))
 
-    return Target(st.one_of(trees(start, VALUES, TENSORS) for start in (state_dict, named, by_name)), read, 0.2)
+    codes = {"state1": torch.ones(2, 3, dtype=torch.uint8), "state2": torch.ones(2, 3, dtype=torch.uint8)}
+    rest = {f"{part}{k}": torch.arange(n) / n for part, n in (("qmap", 256), ("absmax", 1)) for k in (1, 2)}
+    packed = {0: {"step": 3, "__bnb_optimizer_quant_state__": codes | rest}}
+    in_8_bits = {"state": state_dict["state"] | packed, "param_groups": state_dict["param_groups"]}
+    starts = (state_dict, named, by_name, in_8_bits)
+    return Target(st.one_of(trees(start, VALUES, TENSORS) for start in starts), read, 0.2)
 
 
 def _with(folder: Path, name: str, content: bytes, good: bytes, read: Callable[[], object]) -> None:

@@ -164,7 +164,10 @@ def _states_differing(
     used: Sequence[tuple[Mapping[str, Any], Sequence[float]]], stored: Sequence[Any]
 ) -> int:
     """How many states of either side have no partner with the same step, hyper-parameters and moments."""
-    own_name = {"decoupled_weight_decay": "decoupled"}
+    own_name = {
+        **dict.fromkeys(("decoupled_weight_decay", "adam_w_mode"), "decoupled"),
+        "correct_bias": "bias_correction",
+    }
     kinds: dict[str, tuple[list[_Entry], list[_Entry]]] = defaultdict(lambda: ([], []))
     known: set[str] = set()
     if stored:
@@ -201,18 +204,19 @@ def moments_possible(report: ProbeReport) -> Finding:
     (1−β₁)·√(Σ_{k<t}(β₁²/β₂)^k)/√(1−β₂), by Cauchy and Schwarz.
 
     No run of Adam with these betas leads to such moments: the two belong to different tensors, one of them is a root or
-    a square of itself, or step or betas are others. v has a wrong size or a wrong sign.
+    a square of itself, or step or betas are others. v has a wrong size or a wrong sign. Moments in 8 bits may be such:
+    a second moment stays where it is when a step changes it by less than its rounding. They are left out.
     """
     shares = []
     ratios = _arrays(report)["sum.moment_ratio"]
     for hyper, ratio in zip(_facts(report)["hyper"], ratios, strict=True):
-        if hyper["step"] > 0 and 0 < hyper["betas"][1] < 1:
+        if hyper["step"] > 0 and 0 < hyper["betas"][1] < 1 and not hyper.get("in_8_bits"):
             beta1, beta2 = hyper["betas"]
             q, steps = beta1**2 / beta2, int(hyper["step"])
             series = float(steps) if q == 1 else (1 - q**steps) / (1 - q)
             shares.append(float(ratio) / ((1 - beta1) * math.sqrt(series / (1 - beta2))))
     if not shares:
-        return not_applicable("No tensor has a state of Adam's.")
+        return not_applicable("No tensor has a state of Adam's in more than 8 bits.")
     return at_most(largest(*shares), limit_for(report, "moments_possible"))
 
 

@@ -33,7 +33,8 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
         why = "the checkpoint was given as objects, without its folder"
         return {"stored": why, "plain": why, "inputs": inputs}
     try:
-        stored = read_again(info.path, info.optimizer_file, info.base_model)
+        is_adam = of.checkpoint.other is None
+        stored = read_again(info.path, info.optimizer_file, info.base_model, is_adam=is_adam)
     except Exception as error:  # whatever a library raises: this is a second opinion
         stored = f"cannot be read by the libraries alone ({type(error).__name__}: {error})"
     plain: dict[str, Any] | str = "its weights are not those of a file that transformers reads"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from entropy_probe import report as r
 from entropy_probe.errors import printable
 from entropy_probe.model.checkpoint import AdamState, Checkpoint, OtherOptimizer
-from entropy_probe.model.checkpoint.moments.adam import hyper_parameters
+from entropy_probe.model.checkpoint.moments.adam import hyper_parameters, kind_of
 
 
 def checkpoint_section(checkpoint: Checkpoint, name: str | None) -> r.CheckpointSection:
@@ -34,7 +34,7 @@ def _adam(adam: Mapping[str, AdamState], saved: dict[str, int]) -> r.OptimizerSe
     first = next(iter(adam.values()))
     with_state = [state for state in adam.values() if state.step > 0]
     return r.OptimizerSection(
-        type=first.kind,
+        type=kind_of(adam.values()),
         lr=max(state.lr for state in adam.values()),
         betas=first.betas,
         eps=first.eps,

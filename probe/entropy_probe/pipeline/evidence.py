@@ -279,9 +279,9 @@ def _moment_ratio(state: AdamState) -> float:
 def _hyper(of: Measured) -> list[dict[str, Any]]:
     """Of each tensor with a state, as v and P took them."""
     fields = ("step", "lr", "initial_lr", "betas", "eps", "weight_decay")
-    flags = ("decoupled", "amsgrad", "maximize")
+    flags = ("decoupled", "amsgrad", "maximize", "bias_correction")
     return [
-        {"name": name, "shape": list(state.exp_avg.shape)}
+        {"name": name, "shape": list(state.exp_avg.shape), "in_8_bits": bool(state.blocks)}
         | {field: getattr(state, field) for field in (*fields, *flags)}
         for name, state in of.checkpoint.adam.items()
     ]

@@ -90,11 +90,11 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
             across = two_batch_section(e.gradients, u.gradients, precond, lr)
     with clock("update"):
         clip = config.whose_update.max_grad_norm
-        direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip)
+        direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip, lr)
         v = direction.v
         agreement = of_torch = None
         if first:
-            agreement = optimizer_step_agreement(registry, adam, of.ascent, direction)
+            agreement = optimizer_step_agreement(registry, adam, of.ascent, direction, lr)
             of_torch = preconditioner_agreement(adam, precond)
         match, of_match = moments_match(adam, u.gradients.y, clock.world)
     with clock("slopes"):

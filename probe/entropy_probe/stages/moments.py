@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ENTRIES = 4096
 _CLEAR = 5.0
+_VAGUE = 0.5  # a logarithm known to 0.7, less than what it varies by within a tensor
 
 
 def moments_match(
@@ -35,13 +36,21 @@ def moments_match(
         some = torch.linspace(0, size - 1, min(size, _ENTRIES)).long()
         sums = torch.stack([y[name][:, some].double().square().sum(0).cpu() for name in names])
         squares = world.total(sums) / num_units
-        states = (adam[name].exp_avg_sq.flatten() for name in names)
+        states = (_known_squares(adam[name]).flatten() for name in names)
         moments = torch.stack([of_state[some.to(of_state.device)] for of_state in states])
         evidence = exchange_evidence(squares, moments.double().cpu())
         first, second = torch.triu_indices(len(names), len(names), offset=1)
         pairs = _Pairs(names, size, first, second, evidence[first, second], squares, moments)
         of_pairs.append(pairs)
     return _summed_up(of_pairs), _made_of(of_pairs)
+
+
+def _known_squares(state: AdamState) -> Tensor:
+    """`exp_avg_sq`, with 0, which says nothing, where rounding to 8 bits may have made half of it or taken as much."""
+    if "exp_avg_sq" not in state.blocks:
+        return state.exp_avg_sq
+    vague = state.rounding("exp_avg_sq") > _VAGUE * state.exp_avg_sq
+    return state.exp_avg_sq.masked_fill(vague, 0.0)
 
 
 @dataclass(frozen=True)

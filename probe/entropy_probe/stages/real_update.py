@@ -55,7 +55,7 @@ def made_step(before: Checkpoint, after: Checkpoint, lr: float) -> MadeStep:
     unit = max(_UNIT.get(dtype.strip(), 2.0**-24) for dtype in _dtypes(before, after))
     sizes = norm({n: theta[n].detach() for n in names}), norm(v)
     moments = sum(
-        norm({n: state[n].exp_avg for n in names}) / (1 - state[names[0]].betas[0])
+        norm({n: state[n].rounding("exp_avg") for n in names}) / (1 - state[names[0]].betas[0])
         for state in (before.adam, after.adam)
     )
     size = norm(gradient)
@@ -64,7 +64,7 @@ def made_step(before: Checkpoint, after: Checkpoint, lr: float) -> MadeStep:
         ascent={n: -g for n, g in gradient.items()} if steps == 1 else None,
         steps=steps,
         rounding=unit * sizes[0] / (lr * sizes[1]) if sizes[1] > 0 else math.inf,
-        of_gradient=2.0**-24 * moments / size if size > 0 else math.inf,
+        of_gradient=moments / size if size > 0 else math.inf,
     )
 
 

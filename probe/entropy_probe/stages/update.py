@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -79,9 +80,9 @@ def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
                 if state.amsgrad and state.max_exp_avg_sq is not None
                 else state.exp_avg_sq
             )
-            precond[name] = shares[name] * preconditioner(
-                second, state.step, state.betas[1], state.eps
-            )
+            beta2, step = state.betas[1], state.step if state.bias_correction else math.inf
+            eps = state.eps / math.sqrt(1 - beta2**step) if state.of_transformers else state.eps
+            precond[name] = shares[name] * preconditioner(second, step, beta2, eps)
     return precond
 
 
@@ -95,23 +96,26 @@ def compute_update_vector_adamw(
     adam: Mapping[str, AdamState],
     ascent: Mapping[str, Tensor],
     max_grad_norm: float | None = None,
+    lr: float | None = None,
 ) -> UpdateDirection:
     """v = (θ' − θ)/lr of one step of the checkpoint's Adam on the gradient g = −Ȳ, for the optimizer's parameters.
 
     `ascent` is Ȳ by name, in any shape. Where groups have different learning rates, v of a group is scaled by its lr
-    over the largest, so that θ + lr·v is the optimizer's step. Clipping, where asked for, acts on g first.
+    over the largest, so that θ + lr·v is the optimizer's step. Clipping, where asked for, acts on g first. `lr`, the
+    largest of the step, is the optimizer's own where it is not given; v depends on it in Transformers' form alone.
     """
     registry.require_trainable(adam)
     grad_norm = norm({name: ascent[name] for name in adam})
     clip = clip_factor(grad_norm, max_grad_norm)
     v, v0, diagonal = {}, {}, {}
     shares = lr_shares(adam)
+    lr = learning_rate(adam, None)[0] if lr is None else lr
     for name, state in adam.items():
         parameter = registry.parameters[name].detach().cpu()
         share = shares[name]
         y = clip * ascent[name].double().reshape(parameter.shape).cpu()
         hyper = AdamHyper(
-            lr=state.lr,
+            lr=share * lr,
             beta1=state.betas[0],
             beta2=state.betas[1],
             eps=state.eps,
@@ -119,6 +123,8 @@ def compute_update_vector_adamw(
             decoupled=state.decoupled,
             amsgrad=state.amsgrad,
             maximize=state.maximize,
+            bias_correction=state.bias_correction,
+            of_transformers=state.of_transformers,
         )
         rest, d = adam_direction(
             parameter, y, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.step, hyper

@@ -6,7 +6,7 @@ load      the steps, in a line: layout → stored → model → optimizer's stat
 loaded    what comes of it
 stored    what the files hold, without values, and values on demand
 readers   the reader of each format
-formats/  the readers;   files  safetensors and tensors-only pickles
+formats/  the readers;   files  safetensors and tensors-only pickles;   stand_ins  for classes in them
 weights/  full models, adapters over a base model, tokenizers
 moments/  the optimizer's state by parameter name
 inspect   what a folder holds, without loading it (and inspect_optimizer)

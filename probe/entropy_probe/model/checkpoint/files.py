@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Container, Iterator
@@ -55,9 +56,11 @@ def load_pickle(path: Path, remedy: str, part: bytes | None = None) -> Any:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise _broken(path, error) from error
+        asked = re.search(r"GLOBAL ([\w.]{1,80}) ", str(error))
+        what = f" ({asked[1]})" if asked else ""
         raise CheckpointError(
             path,
-            "holds more than tensors and plain values, and was not executed",
+            f"holds more than tensors and plain values, and was not executed{what}",
             remedy,
         ) from error
     except CheckpointError:

@@ -12,6 +12,7 @@ from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.inspection import FoundOptimizer, FoundWeights, Notes, values_in
 from entropy_probe.model.checkpoint.moments import adam, others
+from entropy_probe.model.checkpoint.moments.blocks import with_moments
 from entropy_probe.model.checkpoint.moments.order import names_in_file
 from entropy_probe.model.checkpoint.stored import Stored
 
@@ -25,7 +26,7 @@ def found_optimizer(
     found: Notes,
 ) -> FoundOptimizer:
     """Raises `CheckpointError` where there is none, or none that is known."""
-    state_dict, path = stored.optimizer(), layout.optimizer
+    state_dict, path = with_moments(stored.optimizer()), layout.optimizer
     kind = others.recognise(state_dict, path)
     if kind is not None:
         return _other_optimizer(kind, state_dict, path, found)
@@ -38,6 +39,8 @@ def found_optimizer(
         found.problems.append(f"{path}: {more} more tensors cannot be used; see those above")
     if not states:
         raise CheckpointError(path, "has moments of no tensor", "use a checkpoint of Adam or AdamW")
+    if lost := adam.lost_to_rounding(states):
+        found.warnings.append(lost)
     total = sum(len(of_group) for of_group in keys)
     parts = sum(map(bool, keys))
     if parts > 2 and names_in_file(keys, groups) is None:
@@ -48,7 +51,7 @@ def found_optimizer(
     steps = [state.step for state in states]
     return FoundOptimizer(
         file=path.name,
-        type=states[0].kind,
+        type=adam.kind_of(states),
         groups=len(groups),
         step=sorted({min(steps), max(steps)}),
         lr=sorted({state.lr for state in states}, reverse=True),

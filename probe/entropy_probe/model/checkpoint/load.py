@@ -23,6 +23,7 @@ from entropy_probe.model.checkpoint.files import dtypes_of, reason
 from entropy_probe.model.checkpoint.loaded import Checkpoint, CheckpointInfo
 from entropy_probe.model.checkpoint.moments import adam, others
 from entropy_probe.model.checkpoint.moments.adam import AdamState, MissingState
+from entropy_probe.model.checkpoint.moments.blocks import with_moments
 from entropy_probe.model.checkpoint.moments.order import some_names
 from entropy_probe.model.checkpoint.moments.others import OtherOptimizer
 from entropy_probe.model.checkpoint.stored import Saved, Stored
@@ -163,7 +164,7 @@ def _optimizer_state(
     built: _Built,
     missing_state: MissingState,
 ) -> _State:
-    state_dict, path = stored.optimizer(), layout.optimizer
+    state_dict, path = with_moments(stored.optimizer()), layout.optimizer
     of_adam: dict[str, AdamState] = {}
     other: OtherOptimizer | None = None
     notes: list[str] = []

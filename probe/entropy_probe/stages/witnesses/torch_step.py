@@ -22,20 +22,26 @@ def optimizer_step_agreement(
     adam: Mapping[str, AdamState],
     ascent: Mapping[str, Tensor],
     direction: UpdateDirection,
+    lr: float | None = None,
 ) -> StepAgreement:
     """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on a copy of each parameter in float64, with
     the checkpoint's state, on the gradient −Ȳ after clipping; (θ' − θ)/lr against v.
 
     One tensor at a time, so that no copy of the model is held. At lr = 1: the step is linear in lr, and θ' − θ loses
-    the fewest digits there.
+    the fewest digits there. In Transformers' form the decay acts on θ after a step at `lr`, or the optimizer's own.
     """
-    shares = learning_rates(adam, 1.0)
+    shares, own_lr = learning_rates(adam, 1.0), _own_lr(adam) if lr is None else lr
     whole = [0.0, 0.0, 0.0]
     found: list[tuple[float, float, str]] = []
     for name, state in adam.items():
         parameter = registry.parameters[name].detach().cpu()
         gradient = -direction.clip_factor * ascent[name].double().reshape(parameter.shape).cpu()
-        step = shares[name] * torch_step(parameter.double(), gradient, state)
+        if state.of_transformers:
+            moved = torch_step(parameter, gradient, replace(state, weight_decay=0.0))
+            decayed = parameter.double() + shares[name] * own_lr * moved
+            step = shares[name] * (moved - state.weight_decay * decayed)
+        else:
+            step = shares[name] * torch_step(parameter, gradient, state)
         v = direction.v[name].double()
         sums = [float((v * step).sum()), float(v.square().sum()), float(step.square().sum())]
         whole = [a + b for a, b in zip(whole, sums, strict=True)]
@@ -70,7 +76,11 @@ def take_step(
     parameters: Mapping[str, nn.Parameter], adam: Mapping[str, AdamState], lrs: Mapping[str, float]
 ) -> None:
     """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on each parameter's `.grad`, with the
-    checkpoint's state and a group for each parameter. The state is copied, in the parameter's dtype."""
+    checkpoint's state and a group for each parameter. The state is copied, in the parameter's dtype.
+
+    Without bias correction torch is told of infinitely many steps: β^∞ = 0. In Transformers' form, which torch lacks,
+    it is given ε/√(1 − β₂^t) and no decay, and the decay acts on what the step has made.
+    """
     for kind, decoupled in ((torch.optim.AdamW, True), (torch.optim.Adam, False)):
         names = [name for name in parameters if adam[name].decoupled == decoupled]
         if not names:
@@ -80,6 +90,18 @@ def take_step(
         for name in names:
             optimizer.state[parameters[name]] = _state(parameters[name], adam[name])
         optimizer.step()
+        for name in names:
+            if adam[name].of_transformers:
+                with torch.no_grad():
+                    parameters[name].mul_(1 - lrs[name] * adam[name].weight_decay)
+
+
+def _own_lr(adam: Mapping[str, AdamState]) -> float:
+    """The largest, or where all are 0 the largest `initial_lr`; 1e-4 without any, as in the report."""
+    of_now, at_first = (
+        {getattr(s, key) or 0.0 for s in adam.values()} for key in ("lr", "initial_lr")
+    )
+    return max(of_now, default=0.0) or max(at_first, default=0.0) or 1e-4
 
 
 def learning_rates(adam: Mapping[str, AdamState], lr: float) -> dict[str, float]:
@@ -96,7 +118,15 @@ def learning_rates(adam: Mapping[str, AdamState], lr: float) -> dict[str, float]
 
 def _group(parameter: nn.Parameter, state: AdamState, lr: float) -> dict[str, object]:
     of_group = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-    return {"params": [parameter], "lr": lr} | {key: getattr(state, key) for key in of_group}
+    group = {"params": [parameter], "lr": lr} | {key: getattr(state, key) for key in of_group}
+    if state.of_transformers:
+        after = _steps(state) + 1
+        group |= {"weight_decay": 0.0, "eps": state.eps * (1 - state.betas[1] ** after) ** -0.5}
+    return group
+
+
+def _steps(state: AdamState) -> float:
+    return float(state.step) if state.bias_correction else math.inf
 
 
 def _state(parameter: nn.Parameter, state: AdamState) -> dict[str, Tensor]:
@@ -105,7 +135,7 @@ def _state(parameter: nn.Parameter, state: AdamState) -> dict[str, Tensor]:
         largest = state.max_exp_avg_sq
         moments["max_exp_avg_sq"] = state.exp_avg_sq if largest is None else largest
     own = {k: of.to(parameter, copy=True).reshape(parameter.shape) for k, of in moments.items()}
-    return {"step": torch.tensor(float(state.step)), **own}
+    return {"step": torch.tensor(_steps(state)), **own}
 
 
 def preconditioner_agreement(

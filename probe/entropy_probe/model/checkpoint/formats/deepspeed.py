@@ -19,6 +19,7 @@ from torch import Tensor
 from entropy_probe.errors import CheckpointError
 from entropy_probe.layout import Layout
 from entropy_probe.model.checkpoint.files import load_pickle, read_tensors, reason, weight_files
+from entropy_probe.model.checkpoint.stand_ins import DEEPSPEED, standing_in
 from entropy_probe.model.checkpoint.stored import Gathered, Saved, Stored, require_rounded
 
 CONVERT = (
@@ -29,27 +30,6 @@ _RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_state
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
 Shapes = dict[str, torch.Size]
-
-
-class _Nothing:
-    """What stands for deepspeed's own classes: it takes anything, keeps nothing and does nothing."""
-
-    def __new__(cls, *_: Any) -> _Nothing:
-        return super().__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-_STAND_INS: list[Any] = [
-    (_Nothing, f"deepspeed.{name}")
-    for name in (
-        "runtime.fp16.loss_scaler.LossScaler",
-        "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.zero.config.ZeroStageEnum",
-        "utils.tensor_fragment.fragment_address",
-    )
-]
 
 
 def read(layout: Layout) -> Stored:
@@ -119,7 +99,7 @@ def load(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's with tensors, plain values, and stand-ins for its own classes; nothing else is opened."""
     if not path.is_file():
         raise CheckpointError(path, "is missing", "copy the whole checkpoint folder")
-    with torch.serialization.safe_globals(_STAND_INS):
+    with standing_in(DEEPSPEED):
         content = load_pickle(path, CONVERT)
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -222,8 +202,11 @@ def _joined(
             steps = {float(entry.get("step", group.get("step", -1))) for entry in entries}
             if len({frozenset(entry) for entry in entries}) != 1 or len(steps) != 1:
                 raise ValueError(f"ranks differ in the steps or moments of flat vector {position}")
+            # what is not Adam's is told as it is: the optimizer is known by it
+            strange = {key: entries[0][key] for key in entries[0] if key not in (*_MOMENTS, "step")}
             of_vector: dict[str, dict[str, Any]] = {
-                name: {"step": min(steps)} if entries[0] else {} for name in shapes[position]
+                name: {"step": min(steps), **strange} if entries[0] else {}
+                for name in shapes[position]
             }
             for moment in _MOMENTS:
                 if moment in entries[0]:
@@ -250,10 +233,6 @@ def groups_of_adam(groups: list[dict[str, Any]], config: Any, path: Path) -> lis
             path, f"its optimizer is {str(kind)[:40]!r}", "use a checkpoint of Adam or AdamW"
         )
     coupled = str(kind).lower() == "adam" and options.get("adam_w_mode", True) is False
-    if any(not group.get("bias_correction", True) for group in groups):
-        raise CheckpointError(
-            path, "`bias_correction` is off", "use a checkpoint of Adam or AdamW with it"
-        )
     return [{"decoupled_weight_decay": not coupled, **group} for group in groups]
 
 

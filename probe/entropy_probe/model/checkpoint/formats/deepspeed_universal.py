@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from entropy_probe.errors import CheckpointError
@@ -94,4 +95,7 @@ def _tensors(zero: Path, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]
         content = load_pickle(path, CONVERT)
         tensor = content["param"] if isinstance(content, dict) else content
         found[what] = tensor.reshape(shape)
+    for path in sorted((zero / name).glob("*.pt")):
+        if path.stem not in (*found, "step"):  # the optimizer is known by it
+            found[path.stem] = torch.empty(0)
     return found

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +18,15 @@ from torch import Tensor, nn
 
 from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.model.checkpoint.files import load_pickle, require_dense
+from entropy_probe.model.checkpoint.moments.blocks import QUANTISED, Blocks
 from entropy_probe.model.checkpoint.moments.order import names_of
+from entropy_probe.model.checkpoint.stand_ins import OF_OPTIMIZERS, standing_in
 from entropy_probe.text import load_json
 
-_NOT_ADAM = {
-    "momentum_decay": "NAdam",
-    "momentum": "SGD or RMSprop",
-    "lr_decay": "Adagrad",
-    "rho": "Adadelta",
-}
 MissingState = Literal["raise", "identity"]
+_ONLY_TENSORS = (
+    "save the optimizer's state_dict alone, with tensors and numbers in place of objects"
+)
 _USE_ADAM = "use a checkpoint of Adam or AdamW"
 _IDENTITY = "set first_order.missing_state: identity to take P = 1 there"
 _NAMES_FILE = "optimizer_param_names.json"
@@ -36,7 +36,10 @@ _NAMES_FILE = "optimizer_param_names.json"
 class AdamState:
     """Moments of one parameter in float32 or wider, and the hyper-parameters of its own group.
 
-    `decoupled`: AdamW's decay; `initial_lr`: the peak of the scheduler, where one was used.
+    `decoupled`: AdamW's decay; `initial_lr`: the peak of the scheduler, where one was used. `of_transformers`: the form
+    of Transformers 4's own AdamW (`correct_bias`): ε is added before the bias is corrected, and the decay acts on what
+    the step has made. `blocks`: the moments that are stored in 8 bits, by name, whose values `exp_avg` and the others
+    are.
     """
 
     exp_avg: Tensor
@@ -51,10 +54,31 @@ class AdamState:
     decoupled: bool = True
     amsgrad: bool = False
     maximize: bool = False
+    bias_correction: bool = True
+    of_transformers: bool = False
+    blocks: Mapping[str, Blocks] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
-        return ("AdamW" if self.decoupled else "Adam") + (" (AMSGrad)" if self.amsgrad else "")
+        more = {
+            " 8-bit": bool(self.blocks),
+            " (AMSGrad)": self.amsgrad,
+            " without bias correction": not self.bias_correction,
+        }
+        said = "".join(text for text, holds in more.items() if holds)
+        return ("AdamW" if self.decoupled else "Adam") + said
+
+    def rounding(self, moment: Literal["exp_avg", "exp_avg_sq"]) -> Tensor:
+        """How far each of its values may be from what the optimizer had before it stored it."""
+        if moment in self.blocks:
+            return self.blocks[moment].rounding
+        return 2.0**-24 * getattr(self, moment).abs()
+
+
+def kind_of(states: Iterable[AdamState]) -> str:
+    """All kinds among them; small tensors that stay in 32 bits beside 8-bit ones are none of their own."""
+    kinds = sorted({state.kind for state in states})
+    return " and ".join(k for k in kinds if not any(o.startswith(f"{k} 8-bit") for o in kinds))
 
 
 def state_files(path: Path) -> list[Path]:
@@ -67,7 +91,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Its groups get the `param_names` that an optimizer_param_names.json beside it lists, group by group.
     """
-    content = load_pickle(path, "save the optimizer's state_dict alone")
+    with standing_in(OF_OPTIMIZERS):
+        content = load_pickle(path, _ONLY_TENSORS)
     nested = (
         [content.get(key) for key in ("optimizer", "optimizer_state_dict")]
         if isinstance(content, dict)
@@ -189,21 +214,24 @@ def map_adam_state(
         raise CheckpointError(
             path, "has state of none of its tensors", "save optimizer.state_dict() again"
         )
-    if notes is not None and note:
-        notes.append(note)
+    if notes is not None:
+        notes += [line for line in (note, lost_to_rounding(mapped.values())) if line]
     return mapped
+
+
+def lost_to_rounding(states: Iterable[AdamState]) -> str:
+    """How many second moments 8 bits have made 0, in a line; "" for none."""
+    of_second = [state.blocks["exp_avg_sq"] for state in states if "exp_avg_sq" in state.blocks]
+    lost, total = (
+        sum(of) for of in ([b.num_lost for b in of_second], [b.codes.numel() for b in of_second])
+    )
+    return f"8 bits round {lost} of {total} second moments to 0: P is 1/ε there" if lost else ""
 
 
 def adam_keys(state_dict: dict[str, Any], path: Path) -> list[list[int | str]]:
     """`keys_by_group` of Adam's groups. Raises for those that Adam cannot have written."""
-    for group in state_dict["param_groups"]:
-        for key, variant in _NOT_ADAM.items():
-            if key in group:
-                raise CheckpointError(path, f"its groups have `{key}`: it is {variant}", _USE_ADAM)
-        if "foreach" in group and "amsgrad" not in group:
-            raise CheckpointError(
-                path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM
-            )
+    if any("foreach" in group and "amsgrad" not in group for group in state_dict["param_groups"]):
+        raise CheckpointError(path, "its groups lack `amsgrad`: it is not torch's Adam", _USE_ADAM)
     return keys_by_group(state_dict, path)
 
 
@@ -211,6 +239,11 @@ def keys_by_group(state_dict: dict[str, Any], path: Path) -> list[list[int | str
     """The keys of each param_group. Raises for an optimizer that was never stepped."""
     keys = [group_keys(group, path) for group in state_dict["param_groups"]]
     if not state_dict["state"]:
+        steps = [group.get("step") for group in state_dict["param_groups"]]
+        if any(step is not None and number(step, "`step`", path) > 0 for step in steps):
+            raise CheckpointError(
+                path, "has no moments (its `state` is empty)", "save optimizer.state_dict() again"
+            )
         raise CheckpointError(
             path, "was never stepped (its `state` is empty)", "save it after at least one step"
         )
@@ -244,21 +277,25 @@ def adam_state(
         raise CheckpointError(
             path, f"{name} has no state", f"save it after a step of every parameter, or {_IDENTITY}"
         )
-    moments = _moments(name, entry, shape, path, amsgrad=_flag(group, "amsgrad", path))
-    step = number(entry.get("step"), f"{name}: `step`", path)
+    moments = _moments(name, entry, shape, path, amsgrad=_flag(group, ("amsgrad",), path))
+    step = number(entry.get("step", group.get("step")), f"{name}: `step`", path)
     if step < 1 and missing_state == "raise":
         raise CheckpointError(
             path, f"{name}: `step` is {step:g}", "save it after at least one step"
         )
     betas = group.get("betas")
+    if isinstance(betas, Tensor) and betas.ndim == 1:
+        betas = list(betas)
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise CheckpointError(path, f"`betas` is {shown(betas)}", _USE_ADAM)
     beta1, beta2 = (number(beta, "`betas`", path) for beta in betas)
     eps, lr = number(group.get("eps"), "`eps`", path), number(group.get("lr"), "`lr`", path)
+    weight_decay = number(group.get("weight_decay", 0.0), "`weight_decay`", path)
     for what, value, valid in (
         ("`betas`", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
         ("`eps`", eps, eps >= 0),
         ("`lr`", lr, lr >= 0),
+        ("`weight_decay`", weight_decay, weight_decay >= 0),
     ):
         if not valid:
             raise CheckpointError(path, f"{what} is {value}", _USE_ADAM)
@@ -271,12 +308,15 @@ def adam_state(
         lr=lr,
         betas=(beta1, beta2),
         eps=eps,
-        weight_decay=number(group.get("weight_decay", 0.0), "`weight_decay`", path),
+        weight_decay=weight_decay,
         initial_lr=None if initial_lr is None else number(initial_lr, "`initial_lr`", path),
         # torch's Adam and AdamW share a class since 2.8 and say which they are; older files come from AdamW.
-        decoupled=_flag(group, "decoupled_weight_decay", path, absent=True),
-        amsgrad=_flag(group, "amsgrad", path),
-        maximize=_flag(group, "maximize", path),
+        decoupled=_flag(group, ("decoupled_weight_decay", "adam_w_mode"), path, absent=True),
+        amsgrad=_flag(group, ("amsgrad",), path),
+        maximize=_flag(group, ("maximize",), path),
+        bias_correction=_flag(group, ("bias_correction", "correct_bias"), path, absent=True),
+        of_transformers="correct_bias" in group,
+        blocks=entry.get(QUANTISED, {}),
     )
 
 
@@ -327,15 +367,25 @@ def _moments(
     return moments
 
 
-def _flag(group: dict[str, Any], key: str, path: Path, *, absent: bool = False) -> bool:
-    value = group.get(key, absent)
-    if not isinstance(value, int | None):
-        raise CheckpointError(
-            path,
-            f"`{key}` is {shown(value)}, expected true or false",
-            "save optimizer.state_dict()",
-        )
-    return bool(value)
+def _flag(
+    group: dict[str, Any], keys: tuple[str, ...], path: Path, *, absent: bool = False
+) -> bool:
+    """What the group says under any of these keys. Raises where it says two things."""
+    said: dict[str, bool] = {}
+    for key in keys:
+        value = group.get(key)
+        if not isinstance(value, int | None):
+            raise CheckpointError(
+                path,
+                f"`{key}` is {shown(value)}, expected true or false",
+                "save optimizer.state_dict()",
+            )
+        if value is not None:
+            said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        both = ", ".join(f"`{key}: {value}`" for key, value in said.items())
+        raise CheckpointError(path, f"its groups have {both}", "remove the wrong one")
+    return next(iter(said.values()), absent)
 
 
 def number(value: Any, what: str, path: Path) -> float:
