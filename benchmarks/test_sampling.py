@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.responses.sampling import left_padded, sample
+from entropy_probe.stages.responses.sampling import sample
+from entropy_probe.stages.responses.steps import left_padded
 
 PROMPTS, GROUP, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 4, 8, 128, 48, 8192
 

@@ -25,6 +25,7 @@ JUDGED_BY = {
     "invariance.batch": "batch_invariance",
     "invariance.chunk": "chunk_invariance",
     "invariance.precision": "precision_invariance",
+    "cache": "cache_agrees",
     "invariance.zero_step": "drawn_zero_check",
     "invariance.scaling": "drawn_scaling",
     "integrity.copies_modified": "live_model_unmodified",

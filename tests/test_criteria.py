@@ -16,7 +16,15 @@ import models
 from entropy_probe import ProbeConfig, ProbeError, ProbeReport, Verdict, load_checkpoint, run_probe
 from entropy_probe.budgets import BUDGETS
 from entropy_probe.evidence import Evidence
-from entropy_probe.report import Estimate, Parts, RealUpdateSection, SamplerParitySection, SamplingSection
+from entropy_probe.report import (
+    CacheSection,
+    Estimate,
+    Parts,
+    RealUpdateSection,
+    SamplerParitySection,
+    SamplingSection,
+    WorstCase,
+)
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.thresholds import LIMITS, in_force, require_known
 
@@ -103,10 +111,19 @@ def drawn_again(report: ProbeReport, same: float, other: float) -> ProbeReport:
     return report.model_copy(update={"sampling": SamplingSection(same_seed=same, other_seed=other)})
 
 
+def over_a_cache(report: ProbeReport, off: float, bound: float = 1e-5, instead: float | None = None) -> ProbeReport:
+    over_cache, others = (
+        None if value is None else WorstCase(worst=value, bound=bound, example="a token") for value in (off, instead)
+    )
+    why = None if others is None else "its cache differs"
+    cache = CacheSection(read="somehow", over_cache=over_cache, instead=others, why=why)
+    return poisoned(report, "batch", source="sampled").model_copy(update={"cache": cache})
+
+
 UNREAD = {
     *("batches_as_given", "buffers_overridden", "ends_at_eos", "gold_complete", "live_model_unmodified"),
     *("optimizer_as_saved", "preconditioner_complete", "preconditioner_finite", "pareto_k", "sampler_parity", "seeded"),
-    "curvature_identity",
+    *("cache_agrees", "curvature_identity"),
     *("real_update_cosine", "real_update_norm"),
     # of the evidence, which a report that is read from a file does not have
     *(name for name, criterion in CRITERIA.items() if criterion.family == "audit"),
@@ -491,6 +508,14 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "batch", source=r.update_batch.source), "fail"),
         (lambda r: poisoned(r, "update_batch", source="sampled"), "fail"),
     ],
+    "cache_agrees": [
+        (lambda r: over_a_cache(r, 1e-7), "pass"),
+        (lambda r: over_a_cache(r, 1e-3), "fail"),
+        (lambda r: over_a_cache(r, math.nan), "fail"),
+        (lambda r: over_a_cache(r, 0.6, bound=1.0), "fail"),
+        (lambda r: over_a_cache(r, 0.4, instead=1e-7), "pass"),
+        (lambda r: over_a_cache(r, 1e-7, instead=0.4), "fail"),
+    ],
     "seeded": [
         (lambda r: drawn_again(r, 1.0, 0.0), "pass"),
         (lambda r: drawn_again(r, 0.94, 0.5), "pass"),
@@ -572,6 +597,7 @@ def test_healthy_report_passes(report: ProbeReport, name: str) -> None:
     # nearly constant weights; no `logprobs` in the rollouts, and not from tag_pref
     # steps so small that second order is lost in rounding
     unasked = ("pareto_k", "fresh_responses", "sampler_parity", "gold_complete", "seeded", "curvature_identity")
+    unasked += ("cache_agrees",)  # nothing was sampled here
     unasked += ("real_update_cosine", "real_update_norm")  # there is no next checkpoint
     assert verdict.status == ("not_applicable" if name in unasked else "pass"), verdict
 

@@ -21,7 +21,7 @@ from entropy_probe.stages.gradients.payloads import update_batch
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
-from entropy_probe.stages.responses.sampling import left_padded
+from entropy_probe.stages.responses.steps import left_padded
 from entropy_probe.stages.scores import score
 from entropy_probe.stages.witnesses.invariance import padding
 

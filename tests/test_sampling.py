@@ -11,11 +11,13 @@ import torch
 from scipy import stats
 
 import models
+from architectures import tiny_model
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators.policy import score_tokens
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.stages.responses.drawing import draw, masses, noise_of
-from entropy_probe.stages.responses.sampling import StopStrings, left_padded, sample
+from entropy_probe.stages.responses.sampling import StopStrings, sample
+from entropy_probe.stages.responses.steps import OverCache, Unpadded, WholeRows, agreement, left_padded
 
 V = models.VOCABULARY
 PROMPTS = [[5, 6, 7, 0, 8, 9, 10, 11, 12, 13, 14], [20], [30, models.EOS, 32, 33, 34]]
@@ -100,6 +102,79 @@ def test_rows_that_the_model_cannot_hold() -> None:
     with pytest.raises(MeasurementError, match="cannot hold rows of 65 tokens"):
         run(bound, [[5] * 60], max_new_tokens=20, eos_ids=[])
     assert [len(r) for r in run(bound, [[5] * 60], max_new_tokens=5, eos_ids=[])] == [5] * 5
+
+
+# models whose logits do not come over a key-value cache
+
+
+def whole_row_by_row(bound: BoundModel, prompts: Any, group: int, length: int, seed: int) -> list[list[int]]:
+    """Every token from the logits of its own row, unpadded, with the noise that belongs to it."""
+    responses = []
+    for n, prompt in enumerate(prompts):
+        for g in range(group):
+            noise, tokens = noise_of(seed, n, g), []
+            while len(tokens) < length and tokens[-1:] != [models.EOS]:
+                with torch.no_grad():
+                    logits = bound.direct_logits(torch.tensor([[*prompt, *tokens]]))[:, -1]
+                uniforms = torch.from_numpy(noise.random((1, (V - 1).bit_length())))
+                tokens.append(int(draw(masses(logits, 1.0, 1.0), uniforms)))
+            responses.append(tokens)
+    return responses
+
+
+def activated(architecture: str = "llama") -> Any:
+    """LoRA that is switched on by tokens 9, 10 of the prompt: a cached pass sees one token, and so no adapter."""
+    model = models.add_adapter(models.tiny_model(architecture), architecture, alora_invocation_tokens=[9, 10])
+    return model.eval()
+
+
+DIFFERS = "over its cache logits are up to"
+OTHER_CACHES: dict[str, tuple[Any, type, str]] = {
+    "activated LoRA": (activated, WholeRows, DIFFERS),
+    "positions of its own": (lambda: tiny_model("bart"), Unpadded, DIFFERS),
+    "a state that padding enters": (lambda: tiny_model("mamba"), Unpadded, DIFFERS),
+    "attention and linear attention": (lambda: tiny_model("qwen3_next"), OverCache, ""),
+    "attention and Mamba, experts": (lambda: tiny_model("jamba"), OverCache, ""),
+    "a state that is not asked for": (lambda: tiny_model("rwkv"), WholeRows, "`rwkv` keeps no cache"),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHER_CACHES))
+def test_what_is_sampled_is_what_is_scored(kind: str) -> None:
+    """Whatever a model keeps of its prompt: rows of different length, some of which end early."""
+    make, reads, why_not = OTHER_CACHES[kind]
+    bound = bind(make(), torch.float64)
+    prompts = [[5, 9, 10], [20, 30, 40, 9, 10, 21, 22, 23, 24], [7, 8, 9, 10], [7, 9, 10, 3]]
+    drawn = run(bound, prompts, num_return_sequences=2, max_new_tokens=6, gen_batch_size=4)
+    assert drawn == whole_row_by_row(bound, prompts, 2, 6, seed=3)
+    (way,) = bound.ways
+    assert way.steps is reads
+    assert way.why.startswith(why_not)
+    assert bool(way.why) == bool(why_not)
+
+
+def test_agreement_is_of_every_position() -> None:
+    """A difference at one position of one row is found, and its size."""
+    bound = bound_model("llama")
+    original, calls = BoundModel.next_logits, []
+
+    def off(self: BoundModel, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        logits, cache = original(self, *args, **options)
+        if len(calls) == 4:
+            logits[1, 7] += 1e-3
+        return logits, cache
+
+    prompts, responses = PROMPTS[:2], [[5, 6, 7, 8], [9]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BoundModel, "next_logits", off)
+        worst = agreement(bound, OverCache, prompts, responses, 5)
+    assert worst.worst == pytest.approx(1e-3, rel=1e-9)
+    assert worst.worst > 1e3 * worst.bound
+    assert worst.example.startswith("token 4 after a prompt of ")
+    for way in (OverCache, WholeRows):
+        healthy = agreement(bound, way, prompts, responses, 5)
+        assert healthy.worst < healthy.bound < 1e-11
 
 
 # the distribution
@@ -292,8 +367,9 @@ def test_a_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that go through the network: those of the prompts once, and one for every token that has a successor."""
     bound = bound_model("llama")
     seen: list[int] = []
-    bound.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     prompt = [5, 6, 7, 8]
+    run(bound, [prompt])  # once for a model, its cache is tried
+    bound.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     for size in (2, 5, 64):
         seen.clear()
         responses = run(bound, [prompt] * 3, gen_batch_size=size, eos_ids=list(range(0, V, 4)))

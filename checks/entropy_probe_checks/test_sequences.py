@@ -43,5 +43,9 @@ def test_batches_as_given(_probe_judge):
     _probe_judge(sequences.batches_as_given)
 
 
+def test_cache_agrees(_probe_judge):
+    _probe_judge(sequences.cache_agrees)
+
+
 def test_seeded(_probe_judge):
     _probe_judge(sequences.seeded)

@@ -242,6 +242,13 @@ LIMITS: dict[str, Limit] = (
         )
     }
     | {
+        "cache_agrees": Limit(
+            None,
+            "rounding: 40·√(depth·length)·eps·max |logit|, in the report; 4 to 8 measured at most",
+            None,
+        )
+    }
+    | {
         "drawn_scaling": Limit(
             None,
             "0.1 for second order, of which 2e-4 was seen on six architectures, and rounding, in the report",

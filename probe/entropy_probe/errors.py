@@ -74,6 +74,10 @@ class MeasurementError(ProbeError):
     """The measurement cannot be made as configured: too few prompts, no gradient."""
 
 
+class CacheError(MeasurementError):
+    """The model keeps no cache of what it has read, or one that cannot be used."""
+
+
 class NoCopyError(MeasurementError):
     """A copy of the model cannot be made: it does not fit into memory, or holds what cannot be copied."""
 

@@ -494,7 +494,8 @@ class ContinuitySection(TaylorTests):
 
 
 class WorstCase(_Section):
-    """The largest |difference| of a token's log p or entropy, its bound from rounding, and where it was found."""
+    """The largest |difference| of a token's log p or entropy, or of a logit, its bound from rounding, and where it was
+    found."""
 
     worst: float
     bound: float
@@ -534,6 +535,21 @@ class InvarianceSection(InvarianceOfCases):
     true float64."""
 
     precision: WorstCase
+
+
+class CacheSection(_Section):
+    """Logits as sampling takes them, a token after the other, against those of whole rows, which are scored: at the
+    first tokens of two responses of the E batch.
+
+    `over_cache`  over the model's cache, both responses together; `None`: it keeps none that can be used
+    `instead`     as sampling reads rows where it does not do so, and `why` not; `None` where it does
+    `read`        what it does: `over the cache`, over it `with prompts of one length at a time`, `from whole rows`
+    """
+
+    read: str
+    over_cache: WorstCase | None
+    instead: WorstCase | None
+    why: str | None
 
 
 class SamplerParitySection(_Section):
@@ -697,6 +713,7 @@ class ProbeReport(_Section):
     entropy_change: list[EntropyChangeRow]
     continuity: ContinuitySection
     invariance: InvarianceSection
+    cache: CacheSection
     sampler_parity: SamplerParitySection | None
     witness: dict[str, float | None] | None
     real_step: RealStepSection | None
@@ -776,6 +793,8 @@ class ProbeReport(_Section):
         for line in lines:
             where = [which for which, of in found.items() if line in of]
             said.append(f"{' and '.join(where)}: {line}")
+        if self.cache.why is not None:
+            said.append(f"sampled {self.cache.read}: {self.cache.why}")
         return said
 
     @property

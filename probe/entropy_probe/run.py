@@ -26,6 +26,7 @@ from entropy_probe.stages.gradients.coverage import gradient_coverage
 from entropy_probe.stages.memory.memory_limit import memory_section
 from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.rollouts import Progress
+from entropy_probe.stages.witnesses.cache import cache_section
 from entropy_probe.stages.witnesses.continuity import continuity_section
 from entropy_probe.stages.witnesses.invariance import invariance
 from entropy_probe.stages.witnesses.properties import drawn_properties, with_drawn
@@ -135,6 +136,7 @@ def _measure(
                 models.bound, models.float64, e, of.e.scores, v, config
             )
             of_rows = invariance(models.bound, models.float64, e, config)
+            of_cache = cache_section(models.bound, e)
         with clock("integrity"):
             integrity = watched.section(elsewhere)
     assert sections is not None  # of rank 0
@@ -159,6 +161,7 @@ def _measure(
         real_update_missing=real_update_missing,
         continuity=continuous,
         invariance=with_drawn(of_rows, drawn),
+        cache=of_cache,
         sampler_parity=sampler_parity_section(e, reported),
         witness=witness,
         registry=covered,

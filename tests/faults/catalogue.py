@@ -44,7 +44,7 @@ from entropy_probe.model.output_layer import OutputLayer
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages import batches, derivatives, entropy_change, first_order, scores, slopes, update
 from entropy_probe.stages.gradients import products, unit_gradients
-from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, trainers_rollouts
+from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, steps, trainers_rollouts
 from entropy_probe.stages.witnesses import real_step, torch_step
 from faults.subjects import SUBJECTS
 
@@ -1224,6 +1224,26 @@ def seed_ignored(patch: Patch) -> None:
     """The configured seed is not used: every run draws the same responses."""
     original = drawing.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(0, prompt, response))
+
+
+@fault("sampled", "cache_agrees", also="on_policy")
+def cached_positions_one_too_late(patch: Patch) -> None:
+    """Tokens that are read after the prompt stand a position too late, and whether the cache agrees is not asked."""
+    original = BoundModel.next_logits
+
+    def late(self: BoundModel, ids: Tensor, mask: Tensor, cache: Any = None, **k: Any) -> Any:
+        own = self._arguments
+
+        def arguments(*a: Any) -> dict[str, Any]:
+            made = own(*a)
+            return made | {"position_ids": made["position_ids"] + (cache is not None)}
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(BoundModel, "_arguments", lambda _, *a: arguments(*a))
+            return original(self, ids, mask, cache, **k)
+
+    patch.setattr(BoundModel, "next_logits", late)
+    everywhere(patch, steps.way_of, lambda *a, **k: steps.Way(steps.OverCache))
 
 
 @fault("sampled", "ends_at_eos")

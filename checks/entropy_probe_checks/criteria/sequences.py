@@ -59,6 +59,25 @@ def _within_rounding(measured: WorstCase) -> Finding:
 
 
 @Criterion
+def cache_agrees(report: ProbeReport) -> Finding:
+    """Largest |difference| of a logit between sampling, a token after the other, and the whole rows that are scored, at
+    the first tokens of two responses.
+
+    Responses are sampled from one distribution and scored with another: an adapter or a layer depends on more than the
+    model's cache holds, or on tokens that come later. Entropy, slope and importance weights are then of a policy that
+    nothing was sampled from. Give rollouts of an engine that reads whole rows (--probe-rollouts).
+    """
+    found = report.cache
+    sources = (report.batch.source, report.update_batch.source)
+    if "sampled" not in sources and report.config["true_delta_h"]["fallback"] != "resample":
+        return not_applicable("The responses were not sampled here.")
+    measured = found.over_cache if found.instead is None else found.instead
+    if measured is None:
+        return not_applicable("Nothing was sampled over the model's cache.")
+    return _within_rounding(measured)
+
+
+@Criterion
 def on_policy(report: ProbeReport) -> Finding:
     """Largest departure, in standard errors, of the responses from independent draws from q: |mean of
     Σ_t(−log q_t − H(q_t))|, and the scale and the dependence of their tokens' probability integral transforms.

@@ -2,6 +2,7 @@
 
 checkpoint/   a folder on disk → Checkpoint(model, tokenizer, adam, info)
 registry      the one list of parameters, keyed by name
+switches      what training leaves in a configuration, and a measurement does without
 precision     float64 that is float64, autocast off, derivatives that are derivatives
 overrides     θ + ηv as a mapping of names, without touching the module
 forward       BoundModel: where the network is called, for θ and θ + ηv alike

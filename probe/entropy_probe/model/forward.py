@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from entropy_probe.errors import MeasurementError, OverrideError
+from entropy_probe.errors import CacheError, MeasurementError, OverrideError, ProbeError
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.lending import Lending
 from entropy_probe.model.output_layer import Captured, OutputLayer
 from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
 from entropy_probe.model.registry import Registry, unwrap
+from entropy_probe.model.switches import as_needed, switched
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,12 +44,14 @@ class BoundModel:
 
     `overridden` collects the names that any mapping replaced during the run. `lending`: how parameters that are
     elsewhere, or in another dtype, come to where they are used; `None` where all are there.
+    `ways` has how sampling reads rows, once that was tried.
     `logits_at_once` is how many logits a piece may hold (at least one position's); `None`: as many as are fastest.
     """
 
     registry: Registry
     dtype: torch.dtype
     overridden: set[str] = field(default_factory=set)
+    ways: list[Any] = field(default_factory=list)
     logits_at_once: int | None = None
     lending: Lending | None = None
 
@@ -99,7 +102,8 @@ class BoundModel:
     def longest_row(self) -> int | None:
         """Tokens of the longest row that the model's configuration allows; `None`: it says none."""
         config = getattr(self.language_model, "config", None)
-        return getattr(config, "max_position_embeddings", None) or None
+        most = getattr(config, "max_position_embeddings", None) or 0
+        return most if most > 0 else None  # XLNet's −1 is no limit
 
     @cached_property
     def num_logits(self) -> int:
@@ -253,6 +257,10 @@ class BoundModel:
         return list(self.module.modules())
 
     @cached_property
+    def _switched(self) -> list[tuple[Any, str]]:
+        return switched(self._modules)
+
+    @cached_property
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.registry.parameters, **dict(self.module.named_buffers())}
 
@@ -267,7 +275,7 @@ class BoundModel:
         lent = nullcontext()
         if self.lending is not None:
             lent = self.lending(self.module, record=record and torch.is_grad_enabled())
-        with self._evaluating(), context, lent:
+        with self._evaluating(), as_needed(self._switched), context, lent:
             yield
 
     def recording(self) -> AbstractContextManager[None]:
@@ -305,11 +313,21 @@ class BoundModel:
                 return torch.func.functional_call(
                     self.module, mapping, (ids,), self._arguments(ids, mask, keep)
                 )
-        except IndexError as error:
+        except _OURS:
+            raise
+        except Exception as error:
+            if _out_of_range(error):
+                raise MeasurementError(
+                    "rollouts",
+                    f"the model cannot score rows of {ids.shape[1]} tokens ({error})",
+                    "give shorter ones",
+                ) from error
+            if true_derivative:  # the caller knows another way to it
+                raise
             raise MeasurementError(
-                "rollouts",
-                f"the model cannot score rows of {ids.shape[1]} tokens ({error})",
-                "give shorter ones",
+                "the model",
+                f"{self.kind} cannot score rows of {ids.shape[1]} token ids ({said(error)})",
+                "give --probe-rollouts of rows that it takes, if it takes any",
             ) from error
 
     def direct_logits(
@@ -327,23 +345,26 @@ class BoundModel:
     def next_logits(
         self,
         ids: Int[Tensor, "N L"],
-        mask: Int[Tensor, "N M"],
+        mask: Int[Tensor, "N M"] | None,
         cache: Any | None = None,
         *,
         override: Mapping[str, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "N V"], Any]:
-        """Logits of the token that follows the last column, and the key-value cache, which now holds `ids` too.
+        """Logits of the token that follows the last column, and the model's cache, which now holds `ids` too.
 
             logits(rows, mask=mask, keep=slice(-1, None))[:, 0]      where rows [N, M] end in ids
 
         `cache` holds the M − L columns before `ids`; it is extended in place, and None stands for an empty one.
-        Without a graph.
+        Without `mask` no row has padding, and the model counts positions itself. Without a graph. Raises `CacheError`
+        where the model has no cache, or one that does not hold its own past.
         """
+        if self._cache_name is None:
+            raise CacheError("sampling", f"{self.kind} keeps no cache", "give --probe-rollouts")
         with torch.no_grad(), self._running():
             keep = slice(-1, None)
             arguments = self._arguments(ids, mask, keep) | {
                 "use_cache": True,
-                "past_key_values": cache,
+                self._cache_name: cache,
             }
             if override:
                 self._record(override)
@@ -351,18 +372,34 @@ class BoundModel:
                 output = torch.func.functional_call(
                     self.module, dict(override or {}), (ids,), arguments
                 )
-            except IndexError as error:
-                raise MeasurementError(
-                    "sampling",
-                    f"the model cannot hold rows of {mask.shape[1]} tokens ({error})",
-                    "sample shorter ones",
-                ) from error
-        cache = getattr(output, "past_key_values", None)
+            except _OURS:
+                raise
+            except Exception as error:
+                if _out_of_range(error):
+                    held = (ids if mask is None else mask).shape[1]
+                    raise MeasurementError(
+                        "sampling",
+                        f"the model cannot hold rows of {held} tokens ({error})",
+                        "sample shorter ones",
+                    ) from error
+                problem = f"the cache of {self.kind} cannot be used ({said(error)})"
+                raise CacheError("sampling", problem, "give --probe-rollouts") from error
+        cache = getattr(output, self._cache_name, None)
         if cache is None:
-            raise MeasurementError(
-                "sampling", "the model keeps no key-value cache", "give --probe-rollouts"
-            )
+            raise CacheError("sampling", f"{self.kind} keeps no cache", "give --probe-rollouts")
         return self._kept(output, keep)[:, 0], cache
+
+    @cached_property
+    def _cache_name(self) -> str | None:
+        """The model's argument, and its output, that is the cache."""
+        taken = inspect.signature(self.language_model.forward).parameters
+        return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+
+    @cached_property
+    def kind(self) -> str:
+        """The type of the model, for messages."""
+        config = getattr(self.language_model, "config", None)
+        return f"`{getattr(config, 'model_type', type(self.language_model).__name__)}`"
 
     def _arguments(self, ids: Tensor, mask: Tensor | None, keep: slice) -> dict[str, Any]:
         arguments: dict[str, Any] = {"use_cache": False}
@@ -404,6 +441,20 @@ class BoundModel:
         finally:
             for module in training:
                 module.training = True
+
+
+# What is said already, or of the machine and not of the model.
+_OURS = (ProbeError, MemoryError, torch.OutOfMemoryError)
+
+
+def _out_of_range(error: Exception) -> bool:
+    """Whether a table of the model, such as that of positions, was asked for more than it has."""
+    return isinstance(error, IndexError) and "out of range in self" in str(error)
+
+
+def said(error: Exception) -> str:
+    """The type of a library's exception, and the first 120 characters of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _marked(ids: Tensor, capture: Capture) -> Tensor:

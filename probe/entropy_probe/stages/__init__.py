@@ -8,4 +8,5 @@ first_order  U_cross and δH₁;   update  P and the direction v;   moments  P b
 reference    log p of the reference of a KL term;   real_update  the step that the trainer made
 derivatives  D_v at every token;   slopes  slope and curvature along v;   entropy_change  ΔH(η)
 witnesses/   the same numbers by another way;   memory/  a limit of memory
+rounding     what another order of summation may change
 """

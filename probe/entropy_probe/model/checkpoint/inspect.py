@@ -10,8 +10,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import transformers
-
 from entropy_probe.base_model import find_base_model
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import CheckpointError, printable
@@ -145,7 +143,7 @@ def _stored_model(folder: Path, weights: Weights, found: Notes) -> tuple[str, Sh
     pretrained.check_layers(folder, len(headers))
     try:
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, **pretrained.OFFLINE)
+            config = pretrained.read_config(folder)
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         raise CheckpointError(
             folder, f"transformers cannot load it ({reason(error)})", "restore config.json"

@@ -15,7 +15,7 @@ import torch
 from entropy_probe import memory
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import ConfigError, MeasurementError
+from entropy_probe.errors import CacheError, ConfigError, MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.products import IN_FLOAT64
@@ -23,6 +23,7 @@ from entropy_probe.stages.gradients.units import bytes_of_units, units_within_me
 from entropy_probe.stages.memory.pass_memory import FEWEST, Passes, longest_rows, with_rows
 from entropy_probe.stages.responses.drawing import draw, masses
 from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.steps import OverCache, WholeRows
 
 # What a pass takes beyond its tensors: buffers within operations, small blocks that the allocator keeps. Passes of 100
 # to 1400 MB took up to 8 % more than was counted.
@@ -151,10 +152,13 @@ def for_sampling(
     length = min(length, bound.longest_row or length)
 
     def step(rows: int) -> None:
-        ids = torch.zeros(rows, length - 1, dtype=torch.long, device=bound.device)
-        mask = torch.ones(rows, length, dtype=torch.long, device=bound.device)
-        _, cache = bound.next_logits(ids, mask[:, 1:])
-        logits, _ = bound.next_logits(ids[:, :1], mask, cache)
+        prompts, more = [[0] * (length - 1)] * rows, torch.zeros(rows, dtype=torch.long)
+        try:
+            steps = OverCache(bound, prompts)
+        except CacheError:
+            steps = WholeRows(bound, prompts)
+        steps.read(more.to(bound.device))
+        logits = steps.logits
         uniforms = torch.zeros(
             rows, logits.shape[-1].bit_length(), dtype=torch.float64, device=bound.device
         )

@@ -9,6 +9,7 @@ rollouts                a batch of responses as tensors
 rollouts_file           rollouts read from JSON lines
 trainers_rollouts       rollouts that trainers wrote, as such lines
 sampled_rollouts        rollouts drawn from the policy
-sampling, drawing       responses over the model's cache, and one token of each
+sampling, drawing       responses from the policy, and one token of each
+steps                   logits of the next token, over the model's cache or from whole rows
 sequences               the batch as `SequenceProcessor` gives it to users
 """

@@ -1,29 +1,24 @@
-"""Responses drawn from the policy over the model's key-value cache, the same in any batches.
+"""Responses drawn from the policy, the same in any batches.
 
-A prompt is read once, and its cache serves its G responses. The noise of a token belongs to (seed,
-prompt, response, step) and to nothing else. A row that has ended leaves the batch, so nothing is
-drawn after its end.
+A prompt is read once, and the model's cache of it serves its G responses (`steps`). The noise of a
+token belongs to (seed, prompt, response, step) and to nothing else. A row that has ended leaves the
+batch, so nothing is drawn after its end.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.responses.drawing import draw, masses, noise_of
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
+from entropy_probe.stages.responses.steps import Steps, Way, way_of
 
 # Characters at either end of a decoded window that may differ from the whole text: a UTF-8
 # character has at most four bytes, so three of them can be cut off, and a tokenizer may drop a
@@ -97,14 +92,17 @@ def sample(
     nor on the other prompts: in float64 they are the same, in float32 they are but where a number
     falls within rounding of the boundary between two sets of tokens (`draw`). A process that
     samples the prompts from `first_prompt` on gets what one process would have got for them.
-    `override` replaces parameters. `progress(done, all)` counts tokens, those that a response ended
-    without included.
+    `override` replaces parameters. Where the model's cache does not give what whole rows give, every
+    token is drawn from whole rows, as they are scored (`way_of`). `progress(done, all)` counts
+    tokens, those that a response ended without included.
 
     No global generator is used. Raises `MeasurementError`: a prompt without tokens, logits that are
     not finite.
     """
     _require_tokens(prompts, first_prompt)
-    group = num_return_sequences
+    if not prompts:
+        return []
+    way, group = way_of(bound, prompts, max_new_tokens), num_return_sequences
     ended_by = _Ends(frozenset(eos_ids), max_new_tokens, stop)
     responses: list[list[int]] = [[] for _ in range(len(prompts) * group)]
     finished = 0
@@ -113,26 +111,30 @@ def sample(
         if progress is not None:
             progress(finished * max_new_tokens + tokens, len(responses) * max_new_tokens)
 
-    by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    at_once = max(1, gen_batch_size // group)
-    for start in range(0, len(by_length), at_once):
-        chosen = by_length[start : start + at_once]
-        padded = left_padded([prompts[n] for n in chosen], pad=0)
-        ids, mask = (tensor.to(bound.device) for tensor in padded)
-        logits, cache = bound.next_logits(ids, mask, override=override)
+    for chosen in _together(prompts, max(1, gen_batch_size // group), way):
+        prompt_steps = way.steps(bound, [prompts[n] for n in chosen], override)
         for first in range(0, group, gen_batch_size):
             members = range(first, min(first + gen_batch_size, group))
             each = [(n, g) for n in chosen for g in members]
             rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n, g in each]
-            of_prompt = torch.arange(len(chosen)).repeat_interleave(len(members)).to(bound.device)
-            own = cache if members.stop == group else copy.deepcopy(cache)
-            own.batch_select_indices(of_prompt if bound.on_one_device else of_prompt.cpu())
-            state = _State(rows, logits[of_prompt], mask[of_prompt], own, override)
-            _run(bound, state, temperature, top_p, ended_by, report)
+            of_prompt = torch.arange(len(chosen)).repeat_interleave(len(members))
+            steps = prompt_steps.branch(of_prompt, last=members.stop == group)
+            _run(bound, rows, steps, temperature, top_p, ended_by, report)
             finished += len(rows)
             for row in rows:
                 responses[row.index] = row.tokens
     return responses
+
+
+def _together(prompts: Sequence[Sequence[int]], at_once: int, way: Way) -> Iterator[list[int]]:
+    """Places of prompts, the shortest first, so many at once; of one length where they must have one."""
+    by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    for _, of_length in groupby(
+        by_length, key=lambda n: 0 if way.steps.takes_lengths else len(prompts[n])
+    ):
+        places = list(of_length)
+        for start in range(0, len(places), at_once):
+            yield places[start : start + at_once]
 
 
 def _require_tokens(prompts: Sequence[Sequence[int]], first_prompt: int) -> None:
@@ -154,33 +156,22 @@ class _Ends:
         return self.stop is not None and self.stop.completed(tokens)
 
 
-@dataclass(frozen=True)
-class _State:
-    """The rows still running, the logits of their next token, and what the cache holds of them."""
-
-    rows: list[_Row]
-    logits: Tensor
-    mask: Tensor
-    cache: Any
-    override: Mapping[str, Tensor] | None
-
-
 def _run(
     bound: BoundModel,
-    state: _State,
+    rows: list[_Row],
+    steps: Steps,
     temperature: float,
     top_p: float,
     ended: _Ends,
     report: Callable[[int], None],
 ) -> None:
     """Draw tokens until every row has ended."""
-    rows, logits, mask, cache = state.rows, state.logits, state.mask, state.cache
-    levels = (logits.shape[-1] - 1).bit_length()
+    levels = (steps.logits.shape[-1] - 1).bit_length()
     settled = 0  # tokens of the rows that left
     while True:
         numbers = np.stack([row.noise.random(levels) for row in rows])
         uniforms = torch.from_numpy(numbers).to(bound.device)
-        tokens = draw(masses(logits, temperature, top_p), uniforms)
+        tokens = draw(masses(steps.logits, temperature, top_p), uniforms)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.tokens.append(token)
         running = [i for i, row in enumerate(rows) if not ended(row.tokens)]
@@ -189,20 +180,7 @@ def _run(
         if not running:
             return
         if len(running) < len(rows):
-            kept = torch.tensor(running, device=bound.device)
-            rows = [rows[i] for i in running]
-            tokens, mask = tokens[kept], mask[kept]
-            cache.batch_select_indices(kept if bound.on_one_device else kept.cpu())
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits, cache = bound.next_logits(tokens[:, None], mask, cache, override=state.override)
-
-
-def left_padded(
-    rows: Sequence[Sequence[int]],
-    pad: int,
-) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
-    """(ids, mask) with every row ending in the last column."""
-    to_the_left = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = to_the_left(list(map(torch.tensor, rows)), padding_value=pad)
-    mask = to_the_left([torch.ones(len(row), dtype=torch.long) for row in rows])
-    return ids, mask
+            kept = torch.tensor(running)
+            rows, tokens = [rows[i] for i in running], tokens[kept.to(tokens.device)]
+            steps.keep(kept)
+        steps.read(tokens)

@@ -9,7 +9,7 @@ import transformers
 
 from entropy_probe.errors import CheckpointError
 from entropy_probe.model.checkpoint.files import reason
-from entropy_probe.model.checkpoint.weights.pretrained import check_layers
+from entropy_probe.model.checkpoint.weights.pretrained import check_layers, read_config
 from entropy_probe.model.quiet import quiet_transformers
 from entropy_probe.text import read_json
 
@@ -36,7 +36,8 @@ def load_tokenizer(
     )
     if not _has_tokenizer(folder):
         return None
-    if (folder / "config.json").is_file():  # transformers reads it too
+    reads_config = (folder / "config.json").is_file()
+    if reads_config:
         check_layers(folder, _MOST_LAYERS)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in read_json(settings):
@@ -47,8 +48,9 @@ def load_tokenizer(
         )
     try:
         with quiet_transformers():
+            options = {"config": read_config(folder)} if reads_config else {}
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                folder, local_files_only=True, trust_remote_code=False, **options
             )
             tokens = tokenizer("a 1", add_special_tokens=False).input_ids
         size, largest = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
