@@ -133,6 +133,11 @@ OTHER_CACHES: dict[str, tuple[Any, type, str]] = {
     "activated LoRA": (activated, WholeRows, DIFFERS),
     "positions of its own": (lambda: tiny_model("bart"), Unpadded, DIFFERS),
     "a state that padding enters": (lambda: tiny_model("mamba"), Unpadded, DIFFERS),
+    "a cache that does not part with rows": (
+        lambda: tiny_model("minimax"),
+        WholeRows,
+        "the cache of `minimax` cannot be used (",
+    ),
     "attention and linear attention": (lambda: tiny_model("qwen3_next"), OverCache, ""),
     "attention and Mamba, experts": (lambda: tiny_model("jamba"), OverCache, ""),
     "a state that is not asked for": (lambda: tiny_model("rwkv"), WholeRows, "`rwkv` keeps no cache"),

@@ -204,17 +204,22 @@ def agreement(
     At the first `tokens` places of each response; one that ends before goes on with its likeliest tokens.
     """
     room = (bound.longest_row or 2**62) - max(map(len, prompts)) + 1
-    order = torch.arange(len(prompts)).flip(0)  # as rows are taken out of a prompt's cache
+    count = len(prompts)
+    order = (
+        torch.arange(count).flip(0).repeat(2)
+    )  # a prompt's cache serves several rows, which leave
     prompts, responses = prompts[::-1], responses[::-1]
     rows = [list(prompt) for prompt in prompts]
     steps = way(bound, prompts[::-1]).branch(order, last=False)
-    found = [steps.logits]
+    found = [steps.logits[:count]]
     for t in range(max(1, min(tokens, room)) - 1):
-        likeliest = steps.logits.argmax(-1).tolist()
+        likeliest = found[-1].argmax(-1).tolist()
         own = [r[t] if t < len(r) else one for r, one in zip(responses, likeliest, strict=True)]
         for row, token in zip(rows, own, strict=True):
             row.append(token)
-        steps.read(torch.tensor(own, device=bound.device))
+        steps.read(torch.tensor(own if t else own * 2, device=bound.device))
+        if not t:
+            steps.keep(torch.arange(count))
         found.append(steps.logits)
     columns = [[len(prompt) - 1 + t for t in range(len(found))] for prompt in prompts]
     scored = scored_logits(bound, rows, columns)
