@@ -167,10 +167,11 @@ class Way:
 
 
 def way_of(bound: BoundModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Way:
-    """The first way in which two prompts and their likeliest continuations have the logits that whole rows have: over
-    the cache; over it without padding; from whole rows.
+    """The first way in which two prompts and a continuation have the logits that whole rows have: over the cache; over
+    it without padding; from whole rows.
 
-    Found out once for a model, whose `ways` then hold it.
+    The continuation begins with the padding token, which RoBERTa's kind passes over as it counts positions; likeliest
+    tokens follow. Found out once for a model, whose `ways` then hold it.
     """
     if not bound.ways:
         two = [prompts[n] for n in two_of(prompts)]
@@ -179,10 +180,12 @@ def way_of(bound: BoundModel, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def _first_right(bound: BoundModel, two: list[Sequence[int]], tokens: int) -> Way:
-    why = ""
+    config = getattr(bound.language_model, "config", None)
+    pad, why = getattr(config, "pad_token_id", None) or 0, ""
+    first = (pad,) if 0 <= pad < bound.vocabulary else ()
     for steps in (OverCache, Unpadded):
         try:
-            worst = Way(steps).off(bound, two, [()] * len(two), tokens)
+            worst = Way(steps).off(bound, two, [first] * len(two), tokens)
         except CacheError as error:
             why = why or error.problem
             continue
