@@ -100,7 +100,7 @@ def test_report_holds_the_verdicts_of_the_run(single: Run) -> None:
 
 @pytest.mark.parametrize(("slope", "curvature"), [(0.03, 0.0), (-0.03, 0.0), (0.0, 1.0), (0.0, -0.5), (0.0, 0.0)])
 def test_prediction_has_the_power_that_it_claims(single: Run, slope: float, curvature: float) -> None:
-    """A slope that is off by 3 %, and a curvature by a factor of 2 either way, fail `prediction`; as it is it passes."""
+    """A slope off by 3 % and a curvature off by a factor of 2, either way, fail `prediction`; as it is it passes."""
     report = ProbeReport.from_json(single.folder / "report.json")
     update = report.update
     assert update is not None
