@@ -10,6 +10,7 @@ What was asked for:
 values.py     one option or ini key: a path, a number, a choice
 targets.py    checkpoints with their names
 settings.py   all of it together
+markers.py    names in -m that no marker has
 
 One checkpoint:
 subject.py    loaded and measured once in a process; its configuration

@@ -20,6 +20,8 @@ def conclude(verdict: Verdict, *, allowed: bool) -> None:
     if verdict.status == "not_applicable":
         pytest.skip(verdict.hint)
     head = f"{verdict.criterion}: {_comparison(verdict.value, verdict.limit)}"
+    if verdict.unit:
+        head = f"{head} ({verdict.unit})"
     if verdict.status == "inconclusive":
         head = f"{head} (inconclusive)"
         if allowed:
@@ -29,7 +31,7 @@ def conclude(verdict: Verdict, *, allowed: bool) -> None:
 
 def number(value: float | str | None) -> str:
     """`value` as it is shown: three digits of a number, text as it is."""
-    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
+    return f"{value + 0.0:.3g}" if isinstance(value, int | float) else str(value)  # -0 is 0
 
 
 def _comparison(value: float | str | None, limit: float | str | None) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 from entropy_probe import ProbeError
 from entropy_probe.atomic import write_atomically
+from entropy_probe.errors import CheckpointError
 from entropy_probe.evidence import Evidence
 from entropy_probe.inputs import digest
 from entropy_probe.processes import torchrun
@@ -30,6 +31,7 @@ FOLDER = "entropy-probe"
 MOST = 100
 """Entries that are kept; the oldest go first. One takes some 100 kB, and its evidence a few MB."""
 _EVIDENCE = ".safetensors"
+NOT_KEPT = "the report is not kept for other limits"
 RECALLED = "report from pytest's cache (--probe-no-cache)"
 
 
@@ -68,7 +70,7 @@ class Kept:
             stated = f"{_digest(text.encode())} {_digest(evidence)}"
             write_atomically(self.file, f"{stated}\n{text}")
         except ProbeError as error:
-            return f"the report is not kept in pytest's cache: {error}"
+            return f"{NOT_KEPT}: {error}"
         with suppress(OSError):  # another process removes them too; what is no file stays
             entries = sorted(self.file.parent.glob("*.json"), key=_changed, reverse=True)
             for old in entries[MOST:]:
@@ -85,11 +87,14 @@ class Kept:
                 path.unlink()
 
 
-def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig) -> Kept | None:
-    """`None` where nothing is to be kept, or not all is known that the measurement depends on."""
+def kept_report(
+    config: pytest.Config, checkpoint: Path, probe_config: ProbeConfig
+) -> tuple[Kept | None, str]:
+    """Where the report is kept. `None` where nothing is to be kept, or not all is known that the measurement depends
+    on, with what the user should know then."""
     settings, cache = config.stash[SETTINGS], getattr(config, "cache", None)
     if settings.no_cache or cache is None:
-        return None
+        return None, ""
     try:
         name = digest(
             checkpoint,
@@ -101,9 +106,13 @@ def kept_report(config: pytest.Config, checkpoint: Path, probe_config: ProbeConf
             base_model=settings.base_model,
             processes=torchrun.size(),
         )
-        return Kept(cache.mkdir(FOLDER) / f"{name}.json")
-    except (ProbeError, OSError):
-        return None
+        return Kept(cache.mkdir(FOLDER) / f"{name}.json"), ""
+    except CheckpointError:  # loading says what is wrong
+        return None, ""
+    except OSError as error:
+        return None, f"{NOT_KEPT}: {error.filename}: cannot be written ({error.strerror})"
+    except ProbeError as error:
+        return None, f"{NOT_KEPT}: {error.where}: {error.problem}"
 
 
 def _digest(content: bytes) -> str:

@@ -86,6 +86,15 @@ def read_config(settings: Settings) -> ProbeConfig:
     return config
 
 
+def require_device(config: ProbeConfig) -> None:
+    """Say before anything is loaded that the device is not there; torch is not imported for the CPU."""
+    if config.device != "cpu":
+        from entropy_probe.model.device import usable_device
+
+        with usage_errors():
+            usable_device(config.device)
+
+
 def recipe_lines(path: Path, settings: Settings, config: ProbeConfig) -> list[str]:
     """Whose update the checkpoint's is, as far as its files tell without loading it."""
     from entropy_probe.trainers.resolved import resolved

@@ -99,6 +99,8 @@ MARKERS = {
     "gate": "training-health limits; off unless limits are configured",
     "benchmark": "how long scoring, gradients and the sweep take, by pytest-benchmark; off unless asked for",
 }
+PAGE = "GITHUB_STEP_SUMMARY"
+"""The variable that names the page which GitHub shows beside a job."""
 TARGET_FIXTURE = "_probe_target"
 GOLDEN_FIXTURE = "_probe_goldens"
 

@@ -97,7 +97,26 @@ def pytest_configure(config: pytest.Config) -> None:
         _refuse_checks(config)
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """Where nothing was selected: what -m takes, and what its tests need."""
+    selected = config.getoption("markexpr", "")
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and selected:
+        from pytest_entropy_probe.markers import why_nothing
+
+        line = why_nothing(selected, has_checkpoint=_checkpoints_given(config))
+        if line:
+            terminalreporter.write_line(f"entropy-probe: {line}")
+
+
 def _refuse_checks(config: pytest.Config) -> None:
+    for arg in map(
+        str, config.invocation_params.args
+    ):  # addopts of a file stay where there is no checkpoint
+        if arg.startswith("--probe-"):
+            needed = "nothing is measured without a checkpoint; add --probe-checkpoint=PATH"
+            raise pytest.UsageError(f"{arg.partition('=')[0]}: {needed}")
     for arg in config.args:
         path = Path(arg.partition("::")[0])
         if path.parts[:1] == ("probe-checks",) and not path.exists():
@@ -115,10 +134,15 @@ def _wake(config: pytest.Config) -> None:
     from pytest_entropy_probe.collection import collect, workers
     from pytest_entropy_probe.collection.selectors import take_known_failures, take_selectors
     from pytest_entropy_probe.golden_files import PLUGIN, GoldenFiles
+    from pytest_entropy_probe.library import require_device
+    from pytest_entropy_probe.markers import Markers
     from pytest_entropy_probe.shown.summary import Summary
     from pytest_entropy_probe.subject import baseline, probe_config
 
     probe_config(config)
+    if not hasattr(config, "workerinput"):  # where a usage error would be an internal one
+        require_device(probe_config(config))
+        config.pluginmanager.register(Markers(config), "entropy_probe_markers")
     for target in config.stash[SETTINGS].targets:
         baseline(config, target.name)
     take_selectors(config)
@@ -126,6 +150,7 @@ def _wake(config: pytest.Config) -> None:
     config.pluginmanager.register(checks, "entropy_probe_check_fixtures")
     config.pluginmanager.register(collect, "entropy_probe_collect")
     config.pluginmanager.register(speed, "entropy_probe_speed")
+    speed.leave_no_empty_folder(config)
     config.pluginmanager.register(workers, "entropy_probe_workers")
     config.pluginmanager.register(GoldenFiles(config), PLUGIN)
     config.pluginmanager.register(Summary(config), "entropy_probe_summary")

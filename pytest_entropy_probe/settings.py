@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from entropy_probe.options import overrides
 from pytest_entropy_probe.library import usage_errors
+from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.targets import Target, find_targets
 from pytest_entropy_probe.values import (
+    absolute,
     existing,
     flag,
     label,
@@ -113,6 +116,8 @@ def read_settings(config: pytest.Config) -> Settings:
     )
     _keep_out_of_checkpoints(config, settings)
     _require_drawable(config, settings)
+    if not hasattr(config, "workerinput"):
+        _require_outputs(config, settings)
     return settings
 
 
@@ -143,11 +148,11 @@ def _folder(config: pytest.Config, key: str) -> Path | None:
 
 
 def _new_folder(config: pytest.Config, key: str) -> Path | None:
-    """A folder that can be made and written into, before anything is measured."""
+    """A folder that is there, or can be made."""
     path = _folder(config, key)
     if path is not None:
         there = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
+        if not there.is_dir():
             problem = f"cannot write into {there}; give another folder"
             raise pytest.UsageError(f"{label(config, key)}: {problem}")
     return path
@@ -176,7 +181,7 @@ def _output_path(config: pytest.Config, key: str, example: str, several: bool) -
         raise pytest.UsageError(f"{name}: {path} is a file; {remedy}")
     above = (path, *path.parents)
     parent = next(folder for folder in above if folder.exists() and folder != path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir():
         raise pytest.UsageError(f"{name}: cannot write into {parent}; give another path")
     if not several and path.is_dir():
         remedy = f"give a file, such as {path / example}"
@@ -213,3 +218,34 @@ def _require_drawable(config: pytest.Config, settings: Settings) -> None:
 
     with usage_errors(label(config, "plot")):
         require_drawable(path)
+
+
+def _require_outputs(config: pytest.Config, settings: Settings) -> None:
+    """Find what could not be written before the measurement, not after it: ours, and what pytest writes of it."""
+    from entropy_probe.atomic import require_appendable, require_folder, require_writable
+
+    names = [target.name for target in settings.targets]
+    for name in names:
+        with usage_errors(label(config, "json")):
+            _each(require_writable, settings.json_file(name))
+        with usage_errors(label(config, "plot")):
+            _each(require_writable, settings.plot_file(name))
+    if settings.golden_dir is not None and settings.golden_update is not None:
+        with usage_errors(label(config, "golden_dir")):
+            _each(require_folder, *(settings.golden_dir / name for name in names))
+    with usage_errors(label(config, "evidence")):
+        _each(require_folder, settings.evidence)
+    for name, dest in (("--junitxml", "xmlpath"), ("--html", "htmlpath")):
+        if given := config.getoption(dest, None):
+            path = absolute(os.path.expandvars(given), config.invocation_params.dir)
+            with usage_errors(name):
+                _each(require_appendable if path.parent.is_dir() else require_writable, path)
+    if page := os.environ.get(PAGE):
+        with usage_errors(PAGE):
+            require_appendable(Path(page))
+
+
+def _each(require: Callable[[Path], None], *paths: Path | None) -> None:
+    for path in paths:
+        if path is not None:
+            require(path)

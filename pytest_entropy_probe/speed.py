@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -23,6 +24,18 @@ def withheld_because(config: pytest.Config) -> str:
     if not config.pluginmanager.hasplugin("benchmark"):
         return "pytest-benchmark is off; leave -p no:benchmark out"
     return ""
+
+
+def leave_no_empty_folder(config: pytest.Config) -> None:
+    """pytest-benchmark makes its storage in every run: remove it after one that stored nothing there."""
+    folder = config.invocation_params.dir / ".benchmarks"
+    if not folder.exists() and not hasattr(config, "workerinput"):
+
+        def remove() -> None:
+            with suppress(OSError):  # it holds something, or is not there
+                folder.rmdir()
+
+        config.add_cleanup(remove)
 
 
 @pytest.fixture

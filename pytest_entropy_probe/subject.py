@@ -80,11 +80,12 @@ class Subject:
         self.measure_trouble: Trouble | None = None
         self.trouble_was_reported = False
         self.headline_was_recorded = False
-        self.note = ""
+        self.note = self.not_written = ""
         self._warnings: Sequence[str] = ()
         self._config = config
         self._keep = keep
         self._kept: Kept | None = None
+        self._not_kept = ""
         self._checkpoint: Checkpoint | None = None
         self._prepared: Prepared | None = None
 
@@ -163,7 +164,7 @@ class Subject:
         """The report that an earlier run kept of the same measurement, with this run's limits."""
         config = probe_config(self._config)
         with warnings_are_not_errors():
-            self._kept = kept_report(self._config, self.path, config)
+            self._kept, self._not_kept = kept_report(self._config, self.path, config)
             report, self.note = self._kept.read() if self._kept else (None, "")
         if report is not None:
             renamed = {"name": self.name, "path": str(self.path)}
@@ -199,16 +200,15 @@ class Subject:
             return
         self.report = self._with_baseline(report)
         if self._kept:
-            not_kept = self._kept.write(report)
-            self.note = self.note or not_kept
+            self._not_kept = self._kept.write(report)
+        self.note = "; ".join(filter(None, [self.note, self._not_kept]))
         self._write_evidence()
 
     def _write_evidence(self) -> None:
         """Where --probe-evidence asks for it: beside the report, and by whoever has it."""
         folder = self._config.stash[SETTINGS].evidence
         if folder is not None and self.report is not None:
-            trouble = library.write_evidence(folder, self.name, self.report)
-            self.note = "; ".join(filter(None, [self.note, trouble]))
+            self.not_written = library.write_evidence(folder, self.name, self.report)
 
 
 SUBJECTS = pytest.StashKey[dict[str, Subject]]()

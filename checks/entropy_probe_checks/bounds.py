@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from entropy_probe import ProbeError
+from entropy_probe.errors import ConfigError
 
 GATES = (
     "entropy",
@@ -31,7 +31,14 @@ COUNTS = ("adam_step", "finite_moments")
 """Quantities without noise, to which only `max` applies."""
 SIGNED = ("realised_ratio", "reward")
 """Quantities that can be negative; the others do not fall by their whole size or more."""
-OF_A_BASELINE = ("fall", "rise", "fall_se", "rise_se")
+UNITS = {
+    "fall": "share of the baseline",
+    "rise": "share of the baseline",
+    "fall_se": "SE of the difference",
+    "rise_se": "SE of the difference",
+}
+"""Of the bounds that are no values of the quantity itself; what is held against them is in the same unit."""
+OF_A_BASELINE = tuple(UNITS)
 NOISE = 4.0
 """Standard errors within which a criterion on a noisy quantity does not fail; of a normal, once in 3e4."""
 
@@ -50,27 +57,27 @@ def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bo
     for key, value in bounds.items():
         where = f"`limits.{name}.{key}`"
         if name in COUNTS and key != "max":
-            raise ProbeError("configuration", f"{where}: the gate is a count", "give `max` alone")
+            raise ConfigError("configuration", f"{where}: the gate is a count", "give `max` alone")
         if key in OF_A_BASELINE and not has_baseline:
-            raise ProbeError(
+            raise ConfigError(
                 "configuration",
                 f"{where} speaks of a baseline",
                 "give --probe-baseline=report.json",
             )
         lowest = 1.0 if key in ("noise", "fall_se", "rise_se") else 0.0
         if key != "min" and not (key == "max" and name in SIGNED) and value < lowest:
-            raise ProbeError("configuration", f"{where} is {value:g}", f"give {lowest:g} or more")
+            raise ConfigError("configuration", f"{where} is {value:g}", f"give {lowest:g} or more")
         if key == "fall" and name not in SIGNED and value >= 1:
-            raise ProbeError(
+            raise ConfigError(
                 "configuration",
                 f"{where} is {value:g}, which nothing falls by",
                 "give a share below 1",
             )
         if key in ("min", "max") and name == "zero_advantage" and not 0 <= value <= 1:
-            raise ProbeError("configuration", f"{where} is {value:g}", "give a share from 0 to 1")
+            raise ConfigError("configuration", f"{where} is {value:g}", "give a share from 0 to 1")
     if not set(bounds) - {"noise"}:
-        raise ProbeError(
+        raise ConfigError(
             "configuration", f"`limits.{name}` has no bound", "give `min`, `max` or another"
         )
     if bounds.get("min", -math.inf) > bounds.get("max", math.inf):
-        raise ProbeError("configuration", f"`limits.{name}`: min is above max", "exchange them")
+        raise ConfigError("configuration", f"`limits.{name}`: min is above max", "exchange them")

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_probe import ProbeError, ProbeReport
+from entropy_probe import ProbeReport
+from entropy_probe.errors import ConfigError
 from entropy_probe_checks.bounds import GATES, bounds_of, require_sensible
 
 
@@ -293,27 +294,25 @@ def require_known(
 ) -> None:
     """Raise on the first name in `limits` or `allow_inconclusive` that no criterion has, or value that does not fit."""
     settable = [*(name for name, limit in LIMITS.items() if limit.key == f"limits.{name}"), *GATES]
-    allowable = [*LIMITS, *GATES]
-    for key, names, valid in (
-        ("limits", limits, settable),
-        ("allow_inconclusive", allow_inconclusive, allowable),
-    ):
-        for name in names:
-            if name not in valid:
-                near = difflib.get_close_matches(name, valid, n=1)
-                remedy = f"did you mean `{near[0]}`?" if near else f"choose from {', '.join(valid)}"
-                if key == "limits" and name in LIMITS:
-                    remedy = (
-                        f"set {LIMITS[name].key}"
-                        if LIMITS[name].key
-                        else "the report derives this limit"
-                    )
-                raise ProbeError(
-                    "configuration", f"unknown criterion `{name}` under `{key}`", remedy
-                )
+    for name in limits:
+        if name in LIMITS and name not in settable:
+            key = LIMITS[name].key
+            problem = f"the limit of `{name}` is not set under `limits`"
+            remedy = f"set {key}" if key else "leave it out: the report derives it"
+            raise ConfigError("configuration", problem, remedy)
+        _require_criterion(name, settable, "limits")
+    for name in allow_inconclusive:
+        _require_criterion(name, [*LIMITS, *GATES], "allow_inconclusive")
     for name, value in limits.items():
         if isinstance(value, Mapping) != (name in GATES):
             remedy = f"write `{name}: {{min: ..}}`" if name in GATES else "give a number"
-            raise ProbeError("configuration", f"`limits.{name}` is {value}", remedy)
+            raise ConfigError("configuration", f"`limits.{name}` is {value}", remedy)
         if isinstance(value, Mapping):
             require_sensible(name, value, has_baseline=has_baseline)
+
+
+def _require_criterion(name: str, valid: Collection[str], key: str) -> None:
+    if name not in valid:
+        near = difflib.get_close_matches(name, valid, n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else f"choose from {', '.join(valid)}"
+        raise ConfigError("configuration", f"unknown criterion `{name}` under `{key}`", remedy)

@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from entropy_probe import __version__
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
@@ -22,9 +23,10 @@ from entropy_probe.options import overrides
 from entropy_probe.processes import torchrun
 
 if TYPE_CHECKING:
+    from entropy_probe import ProbeConfig
     from entropy_probe.model.checkpoint.inspection import Inspection
 
-EXIT_FAILED, EXIT_USAGE = 1, 4
+EXIT_FAILED, EXIT_USAGE, EXIT_PIPE = 1, 4, 141
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,7 +149,37 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 all is well, 1 the checkpoint cannot be loaded or measured, 4 usage."""
+    """Exit codes: 0 all is well, 1 the checkpoint cannot be loaded or measured, 4 usage.
+
+    Where the reader of a pipe is gone the command ends without a word, as one that SIGPIPE ended (141).
+    """
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go(sys.stdout, sys.stderr)
+        return EXIT_PIPE
+    except OSError as error:
+        if error.filename is not None:  # of a file, and no business of standard output
+            raise
+        _let_go(sys.stdout)
+        problem = f"cannot be written ({error.strerror})"
+        print(f"entropy-probe: standard output: {problem}; free space on it", file=sys.stderr)
+        return EXIT_FAILED
+    return code
+
+
+def _let_go(*streams: TextIO) -> None:
+    """What these still hold goes nowhere: Python would try again when it ends, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+
+
+def _main(argv: Sequence[str] | None) -> int:
     first = torchrun.rank() == 0
     try:
         with contextlib.nullcontext() if first else _silence():
@@ -178,16 +210,15 @@ def _silence() -> Iterator[None]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from entropy_probe import ProbeConfig, run_probe
+    from entropy_probe import run_probe
     from entropy_probe.evidence import evidence_file
     from entropy_probe.layout import find_layout
     from entropy_probe.loading import load_configured
-    from entropy_probe.plots import require_drawable, save_figure
+    from entropy_probe.plots import save_figure
     from entropy_probe.processes.world import World
 
-    if arguments.plot is not None:
-        require_drawable(arguments.plot)
-    config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
+    config = _configured(arguments)
+    _require_outputs(arguments)
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
     with world.together():
@@ -232,6 +263,29 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configured(arguments: argparse.Namespace) -> ProbeConfig:
+    """The configuration, whose limits criteria know."""
+    from entropy_probe import ProbeConfig
+    from entropy_probe_checks.thresholds import require_known
+
+    config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
+    require_known(config.limits, config.allow_inconclusive, has_baseline=True)  # a judge's business
+    return config
+
+
+def _require_outputs(arguments: argparse.Namespace) -> None:
+    """Raises for what could not be written, before it is measured."""
+    from entropy_probe.atomic import require_folder, require_writable
+    from entropy_probe.plots import require_drawable
+
+    if arguments.plot is not None:
+        require_drawable(arguments.plot)
+    for path in filter(None, (arguments.out, arguments.plot)):
+        require_writable(path)
+    if arguments.evidence is not None:
+        require_folder(arguments.evidence)
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 
@@ -264,10 +318,12 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _rollouts(arguments: argparse.Namespace) -> int:
     """What was understood goes to standard error, or to standard output where the lines go to a file."""
-    from entropy_probe.atomic import write_atomically
+    from entropy_probe.atomic import require_writable, write_atomically
     from entropy_probe.stages.responses.trainers_rollouts import understood
 
     path = arguments.rollouts
+    if arguments.out is not None:
+        require_writable(arguments.out)
     rewards = [name.strip() for name in (arguments.rewards or "").split(",") if name.strip()]
     found = understood(path, arguments.step, rewards)
     if found is None:
@@ -298,6 +354,7 @@ def _drill(arguments: argparse.Namespace) -> int:
     from entropy_probe import drill
 
     _folder(arguments.checkpoint)
+    _configured(arguments)
     given = list(sys.argv[1:] if arguments.argv is None else arguments.argv)
     healthy = _statuses(given, "")
     red = _with_status(healthy, "fail")
@@ -336,12 +393,12 @@ def _with_status(found: dict[str, str], status: str) -> list[str]:
 
 
 def _with_fault(arguments: argparse.Namespace) -> int:
-    from entropy_probe import ProbeConfig, drill, run_probe
+    from entropy_probe import drill, run_probe
     from entropy_probe.loading import load_configured
     from entropy_probe_checks.criteria import CRITERIA
 
     arguments.budget = arguments.budget or "smoke"
-    config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
+    config = _configured(arguments)
     if arguments.fault:
         drill.plant(arguments.fault)
     loaded = load_configured(_folder(arguments.checkpoint), arguments.base_model, config)

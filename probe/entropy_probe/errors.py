@@ -37,6 +37,14 @@ _short = Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, _LONGEST_SHOWN, _LONGEST_SHOWN
 
 
+def reason(error: Exception) -> str:
+    """What a library's exception says, in at most 160 characters of one line; a heading that ends in `:` is skipped."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
+    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:160]
+
+
 class ProbeError(Exception):
     """`where: problem; remedy` on one line.
 

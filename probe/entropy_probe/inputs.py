@@ -18,6 +18,7 @@ from entropy_probe.config import JUDGES, ProbeConfig
 from entropy_probe.digests import file_digest
 from entropy_probe.errors import ConfigError
 from entropy_probe.layout import IN_PIECES, configured, find_layout, following
+from entropy_probe.stages.responses import sources
 from entropy_probe.stages.responses.rewards import REWARDS
 from entropy_probe.trainers.resolved import resolved
 
@@ -49,13 +50,12 @@ def digest(
     """SHA-256 over all that `run_probe` with these arguments depends on, the limits excluded.
 
     Every file of the checkpoint's folder (and of its base model's) counts, tokenizer and all.
-    Nothing is loaded. Raises `ProbeError` where the report depends on what has no digest: a dataset or a
-    reward that is code of the user's own.
+    Nothing is loaded. A reward of the user's own counts by its source (`sources`). Raises `ProbeError`
+    where the report depends on what has no digest, as a dataset that is code of the user's own.
     """
     reward = config.batch.reward
     names = [reward] if isinstance(reward, str) else reward
-    if rollouts is None and not set(names) <= set(REWARDS):
-        raise ConfigError("batch.reward", f"{reward!r} is code of your own", "measure again")
+    own = {} if rollouts is not None else {n: sources.digests(n) for n in names if n not in REWARDS}
     layout = configured(find_layout(checkpoint), base_model)
     after = next_checkpoint or following(layout.folder)
     base = find_base_model(layout.weights, base_model) if layout.is_adapter else None
@@ -80,6 +80,7 @@ def digest(
         "reference": None if reference is None else _digests(Path(reference).expanduser()),
         "files": {key: path and [str(path), _digest_of(path)] for key, path in given.items()},
         "dataset": _dataset(config.batch.dataset) if samples else None,
+        "rewards": own,
         "asked": {section: sorted(keys) for section, keys in asked.items()},
         "config": config.model_dump(mode="json", exclude=set(JUDGES)),
         "code": _digests(Path(__file__).parent, "**/*.py"),
@@ -110,7 +111,8 @@ def _dataset(name: str) -> Any:
     if kind == "arithmetic":
         return None
     if kind not in ("jsonl", "gsm8k_r1_template") or not place:
-        raise ConfigError("batch.dataset", f"{name!r} is no file", "measure again")
+        problem = f"{name!r} is code, whose data have no digest"
+        raise ConfigError("batch.dataset", problem, "give a file to keep the report")
     return _digest_of(path)
 
 

@@ -668,7 +668,8 @@ class MemorySection(_Section):
 
 class Verdict(_Section):
     """What one criterion concluded from the report; `hint` says what it means and what to do. `unseen`: it was not
-    asked, because rounding, kinks or a missing derivative hide what it would see."""
+    asked, because rounding, kinks or a missing derivative hide what it would see. `unit`: of value and limit, where
+    these are no values of the quantity itself, as of a bound that speaks of a baseline."""
 
     criterion: str
     family: str
@@ -677,6 +678,7 @@ class Verdict(_Section):
     limit: float | str | None
     hint: str
     unseen: bool = False
+    unit: str = ""
 
 
 class BaselineSection(_Section):

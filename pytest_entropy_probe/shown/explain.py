@@ -50,7 +50,7 @@ def _budgets() -> Iterator[str]:
 
 
 def _wrapped(head: str, text: str) -> str:
-    return textwrap.fill(text, 80, initial_indent=f"  {head:<9}", subsequent_indent=" " * 11)
+    return textwrap.fill(text, 80, initial_indent=f"  {head:<10}", subsequent_indent=" " * 12)
 
 
 def _one(criterion: Criterion) -> str:

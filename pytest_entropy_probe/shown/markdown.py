@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.shown.records import FIRST
 from pytest_entropy_probe.shown.tables import (
     STATUS,
@@ -20,7 +21,6 @@ from pytest_entropy_probe.shown.tables import (
     unseen,
 )
 
-VARIABLE = "GITHUB_STEP_SUMMARY"
 CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")
 MOST_IN_FULL = 20
 """Checkpoints whose criteria are all listed: a summary may have 1 MiB, and one takes 5 kB of it."""
@@ -64,7 +64,7 @@ def append(path: Path, text: str) -> str | None:
         with path.open("a", encoding="utf-8", errors="replace") as stream:
             stream.write(text + "\n")
     except OSError as error:
-        return f"{VARIABLE}: {path}: cannot be written ({error.strerror})"
+        return f"{PAGE}: {path}: cannot be written ({error.strerror})"
     return None
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FIRST = "!    "
 """A line that begins so is read before any figure."""
-_OF_A_VERDICT = ("criterion", "family", "status", "value", "limit")
+_OF_A_VERDICT = ("criterion", "family", "status", "value", "limit", "unit")
 
 
 def record(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import textwrap
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,17 @@ from pytest_entropy_probe import library
 from pytest_entropy_probe.collection.collect import DROPPED, suite_wanted
 from pytest_entropy_probe.collection.shipped import withheld
 from pytest_entropy_probe.judge import number
+from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.settings import SETTINGS
-from pytest_entropy_probe.shown.markdown import VARIABLE, append, summary
+from pytest_entropy_probe.shown.markdown import append, summary
 from pytest_entropy_probe.shown.records import FIRST, records_of
 from pytest_entropy_probe.shown.tables import (
     Row,
     Step,
     by_step,
     criteria_table,
+    long_criteria,
+    long_names,
     step_of,
     steps_table,
     unseen,
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from entropy_probe import ProbeReport
 
 HANDED_OVER, NOTES = "entropy_probe_reports", "entropy_probe_notes"
+NOT_WRITTEN = "entropy_probe_not_written"
 
 
 class Summary:
@@ -54,6 +59,7 @@ class Summary:
         self._predictions: dict[str, str] = {}
         self._notes: dict[str, str] = {}
         self._troubles: list[str] = []
+        self._failed = False
 
     def pytest_report_header(self) -> list[str]:
         targets = self._config.stash[SETTINGS].targets
@@ -130,49 +136,68 @@ class Summary:
                     report.longreprtext if report.failed else "",
                     noisy=found.get("probe_family") == "gate",
                     unseen=bool(found.get("probe_unseen")),
+                    unit=found.get("probe_unit", ""),
                 )
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None]:
+        """Innermost of the wrappers: a report that another plugin cannot write, JUnit's say, ends in one line, and what
+        was measured is written and shown all the same."""
+        try:
+            yield
+        except OSError as error:
+            self._fail(f"{error.filename or 'a report'}: cannot be written ({error.strerror})")
+        self._finish()
+        if self._failed and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _finish(self) -> None:
         subjects = self._config.stash.get(SUBJECTS, {}).values()
         judged = {subject.name: subject.judged_report() for subject in subjects}
         reports = {name: report.model_dump_json() for name, report in judged.items() if report}
         notes = {subject.name: said for subject in subjects if (said := subject.said())}
+        not_written = [subject.not_written for subject in subjects if subject.not_written]
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is not None:
-            output[HANDED_OVER], output[NOTES] = reports, notes
+            output[HANDED_OVER], output[NOTES], output[NOT_WRITTEN] = reports, notes, not_written
             return
         self._notes |= notes
+        for trouble in not_written:
+            self._fail(trouble)
         sources = [reports, *self._handed_over]
-        written = [self._write(sources), self._compare(sources)]
-        if not all(written) and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if os.environ.get(VARIABLE) and self._steps:
-            self._append_to_page(Path(os.environ[VARIABLE]))
+        self._write(sources)
+        self._compare(sources)
+        if os.environ.get(PAGE) and self._steps:
+            self._append_to_page(Path(os.environ[PAGE]))
 
     def _append_to_page(self, page: Path) -> None:
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
         notes = [*self._said(), *self._troubles]
         text = summary(self._what(), self._steps, rows, self._headlines, notes)
-        self._complain(append(page, text))
+        self._fail(append(page, text))
 
     def _complain(self, trouble: str | None) -> None:
         if trouble:
             self._troubles.append(trouble)
+
+    def _fail(self, trouble: str | None) -> None:
+        """What was asked for and could not be written makes the run fail."""
+        self._complain(trouble)
+        self._failed |= bool(trouble)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         output = getattr(node, "workeroutput", {})
         self._handed_over.append(output.get(HANDED_OVER, {}))
         self._notes |= output.get(NOTES, {})
+        for trouble in output.get(NOT_WRITTEN, []):
+            self._fail(trouble)
         if output.get(DROPPED) not in self._troubles:
             self._complain(output.get(DROPPED))
 
-    def _write(self, sources: list[dict[str, str]]) -> bool:
-        """Write report and figure of every checkpoint that was measured.
-
-        Whether all that was tried succeeded.
-        """
-        settings, succeeded = self._config.stash[SETTINGS], True
+    def _write(self, sources: list[dict[str, str]]) -> None:
+        """Write report and figure of every checkpoint that was measured."""
+        settings = self._config.stash[SETTINGS]
         for target in settings.targets:
             texts = [source[target.name] for source in sources if target.name in source]
             if texts and self._config.get_verbosity() > 0:
@@ -182,18 +207,12 @@ class Summary:
                 (settings.plot_file(target.name), library.write_figure),
             ):
                 if path is not None and texts:
-                    trouble = write(path, texts)
-                    self._complain(trouble)
-                    succeeded = succeeded and not trouble
+                    self._fail(write(path, texts))
                 elif path is not None and target.name in self._states:
                     self._complain(f"{path}: not written; there is no report of {target.name}")
-        return succeeded
 
-    def _compare(self, sources: list[dict[str, str]]) -> bool:
-        """Put the checkpoints of the run in the order of their steps.
-
-        Whether their figure, if any, was drawn.
-        """
+    def _compare(self, sources: list[dict[str, str]]) -> None:
+        """Put the checkpoints of the run in the order of their steps, and draw them where a figure is asked for."""
         settings = self._config.stash[SETTINGS]
         reports: dict[str, ProbeReport | None] = {}
         for target in settings.targets:
@@ -209,11 +228,8 @@ class Summary:
         for step in self._steps:
             if (report := reports[step.name]) is not None:
                 measured.append((step.run, step.step, report))
-        if settings.plot_path is None or len(settings.targets) == 1 or not measured:
-            return True
-        trouble = library.write_steps(settings.plot_path / "by_step.png", measured)
-        self._complain(trouble)
-        return not trouble
+        if settings.plot_path is not None and len(settings.targets) > 1 and measured:
+            self._fail(library.write_steps(settings.plot_path / "by_step.png", measured))
 
     def _said(self) -> list[str]:
         """The notes, one line for all checkpoints that share one."""
@@ -238,7 +254,8 @@ class Summary:
                 self._show(terminalreporter, name, in_full=in_full)
             if len(self._steps) > 1:
                 table = steps_table(self._steps, plain=plain())
-                write_table(terminalreporter, table, width=WIDTH)
+                above = long_names(self._steps, plain=plain())
+                write_table(terminalreporter, table, above=above, width=WIDTH)
         for line in self._said():
             terminalreporter.write_line(f"entropy-probe: {line}")
         for line in self._troubles:
@@ -262,7 +279,7 @@ class Summary:
         rest = "\n".join(line for line in said if line not in first)
         below = (rest, self._predictions.get(name, ""))
         table = criteria_table(name, rows, plain=plain())
-        write_table(reporter, table, below if in_full else ())
+        write_table(reporter, table, below if in_full else (), above=long_criteria(rows))
 
     def _order(self, name: str) -> int:
         names = [target.name for target in self._config.stash[SETTINGS].targets]

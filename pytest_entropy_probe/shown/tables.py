@@ -28,12 +28,16 @@ STATUS = {
 }
 
 
+_WIDTH = 80
+
+
 @dataclass(frozen=True)
 class Row:
     """One criterion's verdict on one checkpoint; `message` is how a failure ends its test.
 
     What is `noisy`, as gates are, passes on the wrong side of its limit too. What is `unseen` could
-    not be asked: rounding, kinks or a missing derivative are in the way.
+    not be asked: rounding, kinks or a missing derivative are in the way. `unit`: of value and limit, if they have one
+    of their own; its first word stands beside them.
     """
 
     checkpoint: str
@@ -44,11 +48,14 @@ class Row:
     message: str = ""
     noisy: bool = False
     unseen: bool = False
+    unit: str = ""
 
     @property
     def shown(self) -> tuple[str, str]:
         """Value and limit, as they are written."""
-        value, limit = ("-" if cell is None else number(cell) for cell in (self.value, self.limit))
+        unit = f" {self.unit.partition(' ')[0]}" if self.unit else ""
+        cells = (self.value, self.limit)
+        value, limit = ("-" if cell is None else f"{number(cell)}{unit}" for cell in cells)
         return value, limit
 
     @property
@@ -194,15 +201,35 @@ def steps_table(steps: Sequence[Step], *, plain: bool) -> Table:
         show_edge=False,
     )
     for heading in STEP_HEADINGS:
-        words = heading in ("checkpoint", "verdicts")
-        justify = "left" if words else "right"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=not words)
-    for step in steps:
-        *cells, ended = (Text(cell.replace("±", "+/-") if plain else cell) for cell in step.cells)
+        justify = "left" if heading in ("checkpoint", "verdicts") else "right"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading != "verdicts")
+    for step, name in zip(steps, long_names(steps, plain=plain), strict=True):
+        *cells, ended = map(Text, _shown(step, plain=plain))
         bad = "bold red" if "failed" in step.verdicts else "yellow"
         ended.stylize("green" if step.verdicts == "passed" else bad)
+        cells[0] = Text() if name else cells[0]
         table.add_row(*cells, ended)
     return table
+
+
+def _shown(step: Step, *, plain: bool) -> list[str]:
+    return [cell.replace("±", "+/-") if plain else cell for cell in step.cells]
+
+
+def long_names(steps: Sequence[Step], *, plain: bool) -> list[str]:
+    """The name of each step that finds no room beside its figures; the others are empty."""
+    rows = [list(STEP_HEADINGS), *(_shown(step, plain=plain) for step in steps)]
+    figures = [max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:]]
+    room = max(_WIDTH - sum(figures), len(STEP_HEADINGS[0]))
+    return ["" if len(row[0]) <= room else row[0] for row in rows[1:]]
+
+
+def long_criteria(rows: Sequence[Row]) -> list[str]:
+    """The name of each criterion, such as a golden file's, that finds no room beside its figures."""
+    shown = [(*row.shown, row.margin, STATUS.get(row.status, (row.status, ""))[0]) for row in rows]
+    columns = zip(("value", "limit", "margin", "status"), *shown, strict=True)
+    room = _WIDTH - 4 - sum(max(map(len, column)) + 3 for column in columns)
+    return ["" if len(row.criterion) <= room else row.criterion for row in rows]
 
 
 def criteria_table(name: str, rows: list[Row], *, plain: bool) -> Table:
@@ -217,12 +244,12 @@ def criteria_table(name: str, rows: list[Row], *, plain: bool) -> Table:
         title_style="bold",
         box=box.ASCII2 if plain else box.ROUNDED,
     )
-    table.add_column("criterion", overflow="fold")
+    table.add_column("criterion", overflow="fold", no_wrap=True)
     for heading in ("value", "limit", "margin"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for row in rows:
+    for row, name in zip(rows, long_criteria(rows), strict=True):
         shown, style = STATUS.get(row.status, (row.status, ""))
-        cells = (row.criterion, *row.shown, row.margin)
+        cells = ("" if name else row.criterion, *row.shown, row.margin)
         table.add_row(*map(Text, cells), Text(shown, style))
     return table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from io import StringIO
+from collections.abc import Iterable, Sequence
+from io import SEEK_END, StringIO
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,13 @@ def write_table(
     table: Table,
     below: Iterable[str] = (),
     *,
+    above: Sequence[str] = (),
     width: int | None = None,
 ) -> None:
-    """As wide as the terminal, 80 columns at most; or `width`, where words would be lost."""
+    """As wide as the terminal, 80 columns at most; or `width`, where words would be lost.
+
+    `above`: what stands on a line of its own above each row, whose first cell is empty then: a name is never broken.
+    """
     from rich.console import Console
 
     text = StringIO()
@@ -39,11 +43,32 @@ def write_table(
         legacy_windows=False,
     )
     console.print(table)
+    if any(above):
+        size = console.measure(table).maximum
+        text = StringIO(_with_names(text.getvalue(), above, size, boxed=table.show_edge))
+        text.seek(0, SEEK_END)
+        console.file = text
     for lines in filter(None, below):
         console.out(lines.translate(_ASCII) if plain() else lines, highlight=False)
     encoding = _encoding()
     for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
         reporter.write_line(line.rstrip())
+
+
+def _with_names(table: str, above: Sequence[str], size: int, *, boxed: bool) -> str:
+    """The lines of a table with a line of its own for each of `above` that is not empty; rows have one line each."""
+    lines = table.splitlines()
+    first = len(lines) - len(above) - boxed
+    edge = ("|" if plain() else "│") if boxed else ""
+    shown: list[str] = []
+    for k, line in enumerate(lines):
+        name = above[k - first] if 0 <= k - first < len(above) else ""
+        if name and boxed:
+            shown.append(f"{edge} {name:<{size - 4}} {edge}")
+        elif name:
+            shown.append(name)
+        shown.append(line)
+    return "\n".join(shown) + "\n"
 
 
 def _encoding() -> str:

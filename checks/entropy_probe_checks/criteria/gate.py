@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from entropy_probe import ProbeReport
 from entropy_probe.report import BaselineSection, Estimate
-from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, bounds_of
+from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, UNITS, bounds_of
 from entropy_probe_checks.criteria.verdicts import (
     Criterion,
     Finding,
@@ -212,7 +212,8 @@ def _held(report: ProbeReport, name: str) -> Finding:
     )
     beside = "" if before is None else f", baseline {before.value:.3g} ± {before.se:.2g}"
     detail = f"[limits.{name}.{worst.key}; {name} {found.value:.3g} ± {found.se:.2g}{beside}]"
-    return Finding("pass" if worst.beyond <= 0 else "fail", worst.value, worst.limit, detail)
+    status, unit = "pass" if worst.beyond <= 0 else "fail", UNITS.get(worst.key, "")
+    return Finding(status, worst.value, worst.limit, detail, unit=unit)
 
 
 def _not_the_users(report: ProbeReport, name: str) -> str | None:

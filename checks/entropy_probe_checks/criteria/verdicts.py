@@ -23,13 +23,15 @@ _NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `e
 @dataclass(frozen=True)
 class Finding:
     """What one criterion found; `detail` is what this report adds to the general explanation. `unseen` is one that was
-    not asked because rounding, kinks or a missing derivative hide what it would see."""
+    not asked because rounding, kinks or a missing derivative hide what it would see. `unit`: of value and limit, where
+    they are in one."""
 
     status: Status
     value: float | None
     limit: float | None
     detail: str = ""
     unseen: bool = False
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Criterion:
             limit=found.limit,
             hint=f"{found.detail} {self.meaning}".strip() if asked else found.detail,
             unseen=found.unseen,
+            unit=found.unit,
         )
 
 

@@ -9,6 +9,7 @@ forward       BoundModel: where the network is called, for θ and θ + ηv alike
 capture       weighted sums of per-row gradients from one forward and one backward pass
 lending       parameters that are elsewhere, or in another dtype, lent for the length of a forward
 placement     the parts of a model that outgrows one device;   disk  tensors whose data stands in a file
+device      the device that a name means
 parts         which layer and which kind of module a parameter belongs to
 quiet         transformers without its progress bars
 output_layer  a causal language model as a backbone and what stands behind it, which works row by row

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from entropy_probe.errors import CheckpointError
+from entropy_probe.errors import CheckpointError, reason
 from entropy_probe.text import read_json
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -86,14 +86,6 @@ def _broken(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         path, f"cannot be read ({reason(error)})", "copy it again: it is truncated or no torch file"
     )
-
-
-def reason(error: Exception) -> str:
-    """What a library's exception says, in at most 160 characters of one line; a heading that ends in `:` is skipped."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        type(error).__name__
-    ]
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:160]
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:

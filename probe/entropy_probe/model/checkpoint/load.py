@@ -19,7 +19,7 @@ from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import Layout, configured, find_layout
 from entropy_probe.memory import Peak
 from entropy_probe.model.checkpoint import readers
-from entropy_probe.model.checkpoint.files import dtypes_of, reason
+from entropy_probe.model.checkpoint.files import dtypes_of
 from entropy_probe.model.checkpoint.loaded import Checkpoint, CheckpointInfo
 from entropy_probe.model.checkpoint.moments import adam, others
 from entropy_probe.model.checkpoint.moments.adam import AdamState, MissingState
@@ -29,6 +29,7 @@ from entropy_probe.model.checkpoint.moments.others import OtherOptimizer
 from entropy_probe.model.checkpoint.stored import Saved, Stored
 from entropy_probe.model.checkpoint.weights import adapter, pretrained
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
+from entropy_probe.model.device import usable_device
 from entropy_probe.model.disk import is_on_disk
 from entropy_probe.model.placement import place
 
@@ -62,7 +63,7 @@ def load_checkpoint(
     runs if no accelerator is named. Raises `CheckpointError`: one line naming the file, what is
     wrong and what to do.
     """
-    usable = _usable_device(device)
+    usable = usable_device(device)
     if device_map is None and (max_memory is not None or offload_folder is not None):
         key = "max_memory" if max_memory is not None else "offload_folder"
         remedy = "set device_map: auto, or leave it out"
@@ -227,18 +228,3 @@ def _put(
         if in_memory and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
     return device_map
-
-
-def _usable_device(device: str) -> torch.device:
-    try:
-        chosen = torch.device(device)
-        if chosen.type == "meta":
-            raise RuntimeError("it holds no data")
-        chosen = torch.empty(0, device=chosen).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"device {device!r}",
-            f"cannot be used ({reason(error)})",
-            "choose another --probe-device",
-        ) from error
-    return chosen

@@ -4,6 +4,7 @@ prompts, tasks, gsm8k   what is asked
 prompt_files            prompts in the files of trainers, a row at a time
 ids                     how text becomes token ids, at every door
 user_functions          datasets and rewards that are the user's own code
+sources                 the files such a reward is made of, by digest
 rewards                 what a response is worth
 rollouts                a batch of responses as tensors
 rollouts_file           rollouts read from JSON lines

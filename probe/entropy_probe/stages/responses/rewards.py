@@ -27,8 +27,8 @@ from entropy_probe.stages.responses.user_functions import call, find_function
 Reward = Callable[[str, str | None], float]
 
 LARGEST_REWARD = 1e30  # beyond it is a mistake, and its square would not be finite in float32
-_KEY = "batch.reward"
-_GROUP = "entropy_probe.rewards"
+KEY = "batch.reward"
+GROUP = "entropy_probe.rewards"
 _NUMBER = re.compile(
     r"(?P<sign>\$?[+-]?|[+-]\$)"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
@@ -92,10 +92,10 @@ def find_reward(name: str) -> Reward:
     """
     if name in REWARDS:
         return REWARDS[name]
-    function = find_function(name, key=_KEY, group=_GROUP, built_in=REWARDS)
+    function = find_function(name, key=KEY, group=GROUP, built_in=REWARDS)
 
     def checked(response: str, gold: str | None) -> float:
-        value = call(function, response, gold, named=name, key=_KEY)
+        value = call(function, response, gold, named=name, key=KEY)
         return _finite(value, name, f"for {shown(response)}")
 
     return checked
@@ -105,7 +105,7 @@ def _finite(value: Any, name: str, which: str) -> float:
     number: Any = value if isinstance(value, Real) else math.nan
     if not abs(number) <= LARGEST_REWARD:
         problem = f"{name!r} returned {shown(value)} {which}"
-        raise ConfigError(_KEY, problem, "return a finite number as a float")
+        raise ConfigError(KEY, problem, "return a finite number as a float")
     return float(number)
 
 
@@ -161,7 +161,7 @@ def find_rewards(names: str | Sequence[str], weights: Sequence[float] | None = N
             known = [w * value for w, value in zip(of_all, own, strict=True) if value is not None]
             if not known:
                 problem = f"{', '.join(map(repr, chosen))} returned None {one}"
-                raise ConfigError(_KEY, problem, "return a finite number as a float")
+                raise ConfigError(KEY, problem, "return a finite number as a float")
             rewards.append(math.fsum(known))
         return rewards
 
@@ -172,7 +172,7 @@ def _form_of(name: str) -> Callable[[Sequence[Asked]], list[float | None]]:
     """The function as one of many responses, by the names of its parameters."""
     if name in REWARDS:
         return of_each(REWARDS[name])  # pyright: ignore[reportReturnType]
-    function = find_function(name, key=_KEY, group=_GROUP, built_in=REWARDS)
+    function = find_function(name, key=KEY, group=GROUP, built_in=REWARDS)
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # one that does not say
@@ -195,7 +195,7 @@ def _called(function: Callable[..., Any], name: str, one: Asked, *args: Any, **k
         raise
     except (Exception, SystemExit) as error:
         problem = f"{name!r} raised {type(error).__name__}: {error}"[:300]
-        raise ConfigError(_KEY, f"{problem} {one}", "correct it, or name another") from error
+        raise ConfigError(KEY, f"{problem} {one}", "correct it, or name another") from error
 
 
 def _by_trl(function: Callable[..., Any], name: str, asked: Sequence[Asked]) -> list[float | None]:
@@ -234,10 +234,10 @@ def _by_trl(function: Callable[..., Any], name: str, asked: Sequence[Asked]) -> 
                 _by_trl(function, name, [one])
         problem = f"{name!r} raised {type(error).__name__}: {error}"[:300]
         which = str(asked[0]) if len(asked) == 1 else f"for {len(asked)} responses together"
-        raise ConfigError(_KEY, f"{problem} {which}", "correct it, or name another") from error
+        raise ConfigError(KEY, f"{problem} {which}", "correct it, or name another") from error
     if len(values) != len(asked):
         problem = f"{name!r} returned {len(values)} rewards for {len(asked)} responses"
-        raise ConfigError(_KEY, problem, "return one for each")
+        raise ConfigError(KEY, problem, "return one for each")
     return [
         None if value is None else _finite(_plain(value), name, str(one))
         for value, one in zip(values, asked, strict=True)

@@ -33,6 +33,23 @@ def find_function(
     knows itself, as users write them (`jsonl:PATH`). Raises `ConfigError`, for an unknown name with
     the known ones and the nearest.
     """
+    module_name, path, known = place_of(name, key=key, group=group, built_in=built_in)
+    found = call(_import, module_name, named=name, key=key)
+    if found is None:
+        raise ConfigError(key, f"{name!r}: there is no module {module_name}", _choose(name, known))
+    for part in filter(None, path.split(".")):
+        found = call(getattr, found, part, None, named=name, key=key)
+        if found is None:
+            raise ConfigError(key, f"{name!r}: {module_name} has no {path}", _choose(name, known))
+    if not callable(found):
+        raise ConfigError(key, f"{name!r} is a {type(found).__name__}", "name a function")
+    return found
+
+
+def place_of(
+    name: str, *, key: str, group: str, built_in: Iterable[str]
+) -> tuple[str, str, list[str]]:
+    """The module in which `name` stands, its path there, and the known names; nothing is imported."""
     entries = list(metadata.entry_points(group=group))
     values = sorted({entry.value for entry in entries if entry.name == name})
     if len(values) > 1:
@@ -45,16 +62,7 @@ def find_function(
     if values:
         value = values[0].partition("[")[0].strip()  # an entry point may name extras in brackets
     module_name, _, path = value.partition(":")
-    found = call(_import, module_name, named=name, key=key)
-    if found is None:
-        raise ConfigError(key, f"{name!r}: there is no module {module_name}", _choose(name, known))
-    for part in filter(None, path.split(".")):
-        found = call(getattr, found, part, None, named=name, key=key)
-        if found is None:
-            raise ConfigError(key, f"{name!r}: {module_name} has no {path}", _choose(name, known))
-    if not callable(found):
-        raise ConfigError(key, f"{name!r} is a {type(found).__name__}", "name a function")
-    return found
+    return module_name, path, known
 
 
 def _import(module: str) -> Any | None:
