@@ -6,10 +6,11 @@ A bar on a terminal, now and then a line elsewhere.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TextIO
 
 import pytest
@@ -25,19 +26,21 @@ def _ignore(stage: str, done: int, total: int) -> None:
 def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int], None]]:
     """A callable (stage, done, total) that draws; nothing under -q or -s, or in an xdist worker.
 
-    Without a terminal it writes a plain line every ten seconds, so that a short run writes none.
-    What the library prints is captured as ever: the bar writes to a duplicate of the stderr from
-    before capturing. It has a line of its own below pytest's current one, and leaves the cursor
-    where it was.
+    Without a terminal it writes a plain line every ten seconds, so that a short run writes none;
+    pytest's line is ended before them, and stands again, as far as it was, behind them. What the
+    library prints is captured as ever: the bar writes to a duplicate of the stderr from before
+    capturing. It has a line of its own below pytest's current one, and leaves the cursor where it
+    was.
     """
     quiet = config.get_verbosity() < 0 or config.getoption("capture") == "no"
     if quiet or hasattr(config, "workerinput"):
         yield _ignore
         return
-    handle, column = _stderr(config)
+    handle, column, row = _stderr(config)
     if column is None or os.environ.get("TERM") == "dumb":
         with open(handle, "w", encoding="ascii", errors="replace") as stream:
-            yield _lines(stream, name)
+            yield _lines(stream, name, row.leave)
+        row.resume()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,8 +76,10 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
         stream.write(f"\x1b[A\x1b[{column + 1}G" if column else "")
 
 
-def _lines(stream: TextIO, name: str) -> Callable[[str, int, int], None]:
-    """A callable (stage, done, total) that writes a line every ten seconds."""
+def _lines(
+    stream: TextIO, name: str, leave_row: Callable[[], None]
+) -> Callable[[str, int, int], None]:
+    """A callable (stage, done, total) that writes a line every ten seconds; before the first one it leaves the row."""
     started = last = time.monotonic()
     written = False
 
@@ -84,26 +89,66 @@ def _lines(stream: TextIO, name: str) -> Callable[[str, int, int], None]:
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             count = f" {done}/{total}" if total > 1 else ""
-            break_line = "" if written else "\n"  # off the line on which pytest writes its dots
+            if not written:
+                leave_row()
             written = True
             line = f"entropy-probe: {name}: {stage}{count}, {now - started:.0f} s"
-            print(f"{break_line}{line}", file=stream, flush=True)
+            print(line, file=stream, flush=True)
 
     return write
 
 
-def _stderr(config: pytest.Config) -> tuple[int, int | None]:
-    """A duplicate of the real stderr, and the column where pytest's line on it ends.
+class _Row:
+    """The line that pytest is writing on stdout, such as a file's name with its dots."""
 
-    The column is `None` if it is no terminal.
-    """
+    def __init__(self, config: pytest.Config, *, beside: bool) -> None:
+        self._config = config
+        self._beside = beside
+        self._text = ""
+
+    def leave(self) -> None:
+        """End it, where other lines come to stand beside it."""
+        if self._beside:
+            with _writing(self._config) as terminal:
+                self._text = terminal._current_line
+                if self._text:
+                    terminal.line()
+                    terminal.flush()
+
+    def resume(self) -> None:
+        """Begin it again, as far as it was."""
+        if self._text:
+            with _writing(self._config) as terminal:
+                terminal.write(self._text, flush=True)
+
+
+@contextmanager
+def _writing(config: pytest.Config) -> Iterator[Any]:
+    """pytest's terminal, while nothing is captured."""
+    with _uncaptured(config):
+        yield config.get_terminal_writer()
+
+
+def _uncaptured(config: pytest.Config) -> AbstractContextManager[None]:
     capture: Any = config.pluginmanager.getplugin("capturemanager")
+    return capture.global_and_fixture_disabled() if capture else nullcontext()
+
+
+def _stderr(config: pytest.Config) -> tuple[int, int | None, _Row]:
+    """A duplicate of the real stderr, the column where pytest's line on it ends, and that line.
+
+    The column is `None` where no bar can be drawn: stderr is no terminal, or pytest's line may be
+    shown on it by somebody else, as by `| tee`.
+    """
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-    with capture.global_and_fixture_disabled() if capture else nullcontext():
+    with _uncaptured(config):
         handle = os.dup(2)
-        if not os.isatty(2):
-            return handle, None
+        out, is_terminal = os.fstat(1), os.isatty(2)
+        by_another = is_terminal and stat.S_ISFIFO(out.st_mode)
+        row = _Row(config, beside=by_another or os.path.samestat(out, os.fstat(2)))
+        if not is_terminal or by_another:
+            return handle, None, row
         if reporter is None or not reporter.isatty:
-            return handle, 0
+            return handle, 0, row
         reporter.flush()
-        return handle, reporter._tw.width_of_current_line
+        return handle, reporter._tw.width_of_current_line, row

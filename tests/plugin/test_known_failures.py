@@ -130,10 +130,10 @@ def test_lines_of_progress_come_every_ten_seconds(tmp_path: Path, monkeypatch: p
     now = iter([0.0, 3.0, 12.0, 15.0, 23.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     with (tmp_path / "err").open("w") as stream:
-        write = _lines(stream, "demo")
+        write = _lines(stream, "demo", lambda: print("left", file=stream))
         for done in range(4):
             write("sampling", done, 4)
-    lines = ["", "entropy-probe: demo: sampling 1/4, 12 s", "entropy-probe: demo: sampling 3/4, 23 s", ""]
+    lines = ["left", "entropy-probe: demo: sampling 1/4, 12 s", "entropy-probe: demo: sampling 3/4, 23 s", ""]
     assert (tmp_path / "err").read_text() == "\n".join(lines)
 
 
