@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -40,13 +39,20 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+_register = torch.nn.Module.register_parameter
+
+
+def without_values(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+    assert parameter is None or parameter.is_meta
+    _register(module, name, parameter)
+
+
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_it_says_what_loading_finds(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = FORMATS[name](tmp_path / "ckpt")
-    with monkeypatch.context() as patch:  # no model is built
+    with monkeypatch.context() as patch:  # no model is loaded: no parameter has values
         patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
-        patch.setattr(peft.PeftModel, "from_pretrained", None)
-        patch.setattr(torch.nn.Module, "__init__", None)
+        patch.setattr(torch.nn.Module, "register_parameter", without_values)
         found = inspect_checkpoint(folder)
     loaded = load_checkpoint(folder)
     assert found.problems == []
@@ -69,8 +75,7 @@ def test_it_says_what_loading_finds(tmp_path: Path, name: str, monkeypatch: pyte
     assert all(len(line) <= 80 or str(tmp_path) in line or str(folder) in line for line in found.text().splitlines())
 
 
-# What is seen in the loaded model only: values and names of the weights, and where the adapter goes.
-UNSEEN = {"nan in the base", "base tensor gone", "another rank", "targets are no pattern", "no heads"}
+UNSEEN = {"nan in the base"}  # the values of a full model's weights are not read
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Where the files of a checkpoint are, by names of files and folders; only `latest` and `.metadata` are looked into.
 
 A checkpoint is a folder with an optimizer's file. Configuration, weights and tokenizer lie beside it (Trainer, TRL,
-`save_pretrained`) or in its `model/` (`training_state/step_N/`). A run folder stands for its newest checkpoint.
+`save_pretrained`) or in its `model/` (`training_state/step_N/`), an adapter also in a folder of its name. A run folder
+stands for its newest checkpoint.
 
 verl: `global_step_N/actor/` with a file a rank, the configuration in its `huggingface/`. DeepSpeed: `latest` names the
 folder of the ranks' files; the configuration lies beside `latest`, or one folder up or down.
@@ -51,13 +52,14 @@ class Layout:
     """`folder` holds the optimizer, `weights` the rest: the same folder, or its `model/`.
 
     `format` is what `entropy-probe inspect` calls it. `note` says which of a run's checkpoints was taken; it is empty
-    where a checkpoint itself was given.
+    where a checkpoint itself was given. `adapter_name` stands in the names of an adapter's parameters.
     """
 
     folder: Path
     weights: Path
     format: str
     note: str = ""
+    adapter_name: str = "default"
 
     @property
     def is_adapter(self) -> bool:
@@ -98,10 +100,13 @@ def find_layout(path: str | Path) -> Layout:
         inner = chosen / "model"
         if _has_config(inner) and not _has_config(chosen):
             return Layout(chosen, inner, NOTES, note)
+        by_trainer = (chosen / "trainer_state.json").is_file()
+        form = TRAINER if by_trainer else PRETRAINED
+        if (named := _named_adapter(chosen)) is not None:
+            return Layout(chosen, named, form, note, adapter_name=named.name)
         if (pieces := _format_in_pieces(chosen)) is not None:
             return Layout(chosen, chosen, pieces, note)
-        by_trainer = (chosen / "trainer_state.json").is_file()
-        return Layout(chosen, chosen, TRAINER if by_trainer else PRETRAINED, note)
+        return Layout(chosen, chosen, form, note)
     except OSError as error:
         raise CheckpointError(
             folder, f"cannot be read ({error.strerror})", "make it readable"
@@ -137,6 +142,19 @@ def file_sizes(layout: Layout) -> dict[str, int | None]:
             if size is not None or path.is_symlink():
                 sizes[printable(os.path.relpath(path, layout.folder))] = size
     return sizes
+
+
+def _named_adapter(folder: Path) -> Path | None:
+    """The adapter below the folder: peft saves one whose name is not `default` in a folder of its name."""
+    if _has_config(folder):
+        return None
+    found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if len(found) > 1:
+        names = ", ".join(printable(place.name) for place in found)
+        raise CheckpointError(
+            folder, f"holds several adapters ({names})", "leave that of the policy in it alone"
+        )
+    return next(iter(found), None)
 
 
 def _format_in_pieces(folder: Path) -> str | None:

@@ -1,14 +1,16 @@
-"""What a checkpoint's folder holds, found without building the model: `entropy-probe inspect`.
+"""What a checkpoint's folder holds, found without loading the model: `entropy-probe inspect`.
 
-Sizes and dtypes come from what is stored of the weights without values, everything about the
-optimizer from its state. What is seen only in the loaded model (values of a full model's weights,
-the mapping of moments to names) is not looked at; of an adapter the values are.
+Sizes and dtypes come from what is stored of the weights without values, and whether they fit from
+a model without values (torch's meta device), which is made as loading makes it; everything about
+the optimizer comes from its state. Values of a full model's weights, and the mapping of moments to
+names, are not looked at; values of an adapter are.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from entropy_probe.base_model import find_base_model
 from entropy_probe.config import ProbeConfig
@@ -70,7 +72,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
         with found.trying():
             step = global_step(layout.folder) if stored is None else stored.global_step
         with found.trying():
-            loaded = load_tokenizer(layout.weights, base)
+            loaded = load_tokenizer([layout.weights, layout.folder, base])
             tokenizer = None if loaded is None else len(loaded)
     steps = of_optimizer.step[-1:] if of_optimizer is not None else []
     if step is not None and steps not in ([], [step]):
@@ -97,12 +99,16 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
 
 def _weights(layout: Layout, stored: Stored, base: Path | None, found: Notes) -> FoundWeights:
     if layout.is_adapter:
-        return _adapter(layout.weights, base, stored.weights, found)
+        return _adapter(layout, stored, base, found)
     pretrained.require_config(layout.weights)
     model_type, shapes = _stored_model(layout.weights, stored.weights, found)
     values, dtype = values_in(shapes), dtypes_of(stored.weights.headers)
     if stored.lora is None:
+        with found.trying():
+            pretrained.load_full_model(layout.weights, stored.weights, values=False)
         return FoundWeights("full model", model_type, None, values, dtype, shapes)
+    with found.trying():
+        adapter.wrap(layout.weights, stored, stored.lora, base, values=False)
     found.warnings += adapter.without_effect(stored.lora, stored.weights)
     lora = {name: shape for name, shape in shapes.items() if ".lora_" in name}
     is_dora = any("lora_magnitude_vector" in name for name in lora)
@@ -110,28 +116,32 @@ def _weights(layout: Layout, stored: Stored, base: Path | None, found: Notes) ->
     return FoundWeights(kind, model_type, None, values, dtype, lora)
 
 
-def _adapter(folder: Path, base: Path | None, weights: Weights, found: Notes) -> FoundWeights:
+def _adapter(layout: Layout, stored: Stored, base: Path | None, found: Notes) -> FoundWeights:
+    folder, weights = layout.weights, stored.weights
     kind, path = adapter.check_config(folder), folder / "adapter_config.json"
     names = adapter.names_of_adapter(weights)
     weights.tensors(names)  # raises for what is not finite
     found.warnings += adapter.without_effect(path, weights)
-    model_type, of_base = "unknown", None
+    model_type, num_parameters = "unknown", None
     if base is not None:
         with found.trying():
-            model_type, of_base = _stored_model(base, Saved(base, "model"), found)
+            model_type, _ = _stored_model(base, Saved(base, "model"), found)
+            options: dict[str, Any] = {"name": layout.adapter_name, "values": False}
+            model = adapter.load_adapter(folder, base, stored, **options)
+            num_parameters = sum(parameter.numel() for parameter in model.parameters())
     # peft also keeps the base model's own embeddings, where the adapter is on them
     config = read_json(path)
     only_lora = not config.get("modules_to_save") and config.get("bias", "none") == "none"
     trained = {
         name: weights.headers[name].shape
         for name in names
-        if not only_lora or "lora_" in name or "trainable_tokens" in name
+        if not only_lora or adapter.is_trained(name)
     }
     return FoundWeights(
         kind=f"{kind} adapter",
         model_type=model_type,
         base_model=None if base is None else printable(base),
-        num_parameters=None if of_base is None else values_in(of_base) + values_in(trained),
+        num_parameters=num_parameters,
         dtype=dtypes_of(weights.headers),
         shapes=trained,
     )

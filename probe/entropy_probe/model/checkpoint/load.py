@@ -100,7 +100,8 @@ def _load(
     with _notes_of_libraries_are_silent():
         built = _build(layout, stored, base)
         embeddings: Any = built.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        tokenizer = load_tokenizer(layout.weights, built.base, embeddings.weight.shape[0])
+        places = [layout.weights, layout.folder, built.base]
+        tokenizer = load_tokenizer(places, embeddings.weight.shape[0])
     state = _optimizer_state(layout, stored, built, missing_state)
     for name, parameter in built.model.named_parameters():
         parameter.requires_grad_(name in state.trained)
@@ -137,7 +138,9 @@ def _build(layout: Layout, stored: Stored, base: Path | None) -> _Built:
     folder = layout.weights
     if layout.is_adapter:
         base = find_base_model(folder, base)
-        model, kind = adapter.load_adapter(folder, base, stored), adapter.check_config(folder)
+        name = layout.adapter_name
+        model = adapter.load_adapter(folder, base, stored, name=name)
+        kind = adapter.check_config(folder)
         config = folder / "adapter_config.json"
         return _Built(model, config, base, kind, settings=config)
     if stored.lora is not None:

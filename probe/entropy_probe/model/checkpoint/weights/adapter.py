@@ -1,4 +1,4 @@
-"""A PEFT adapter (LoRA, DoRA, `modules_to_save`) over its base model."""
+"""A PEFT adapter (LoRA and others on linear layers, `modules_to_save`) over its base model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,9 @@ import torch
 from torch import nn
 
 from entropy_probe.base_model import HOW_TO_NAME_A_BASE
-from entropy_probe.errors import CheckpointError, shown
-from entropy_probe.model.checkpoint.files import reason
+from entropy_probe.errors import CheckpointError, reason, shown
 from entropy_probe.model.checkpoint.stored import Gathered, Saved, Stored, Weights, require_rounded
-from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
+from entropy_probe.model.checkpoint.weights.pretrained import load_full_model, of_headers
 from entropy_probe.text import read_json
 
 _PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")
@@ -38,15 +39,44 @@ for pattern in patterns:
 """
 
 
+KINDS = {
+    "LORA": "LoRA",
+    "VERA": "VeRA",
+    "IA3": "IA3",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "OFT": "OFT",
+    "HRA": "HRA",
+    "FOURIERFT": "FourierFT",
+}
+"""peft_type → name: adapters whose forward is a smooth function of `named_parameters()`, and whose training adds no
+term of its own to the update (as AdaLoRA's does). docs/formats.md"""
+_MARKS = {
+    "LORA": "lora_|trainable_tokens|modules_to_save|embed|head|wte",
+    "VERA": "vera_",
+    "IA3": "ia3_",
+    "LOHA": "hada_",
+    "LOKR": "lokr_",
+    "OFT": "oft_",
+    "HRA": "hra_",
+    "FOURIERFT": "fourierft_",
+}
+_RANKED = ("LORA", "VERA", "LOHA", "HRA")
+"""Kinds whose `r` is a side of their tensors; LoKr takes a whole matrix where it is larger, OFT's are blocks."""
+_INITIALISED = ("gaussian", "eva", "orthogonal", "pissa", "olora")
+"""`init_lora_weights` that leave the base as it is, or change it by what its own weights alone decide."""
+
+
 def check_config(folder: Path) -> str:
-    """`LoRA` or `DoRA`; any other kind raises, and what makes peft import a module, or go on for hours."""
+    """`LoRA`, `DoRA` or another of `KINDS`; others raise, and what makes peft import a module, or go on for hours."""
     config_path = folder / "adapter_config.json"
     config = read_json(config_path)
-    if config.get("peft_type") != "LORA":
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(
             config_path,
-            f"peft_type is {shown(config.get('peft_type'))}",
-            "use a LoRA or DoRA adapter",
+            f"peft_type is {shown(kind)}, which is not measured",
+            f"use a DoRA or one of {', '.join(KINDS.values())}",
         )
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
@@ -62,57 +92,140 @@ def check_config(folder: Path) -> str:
             "init_lora_weights or loftq_config ask for 1000 iterations or more",
             "set fewer",
         )
-    return "DoRA" if config.get("use_dora") else "LoRA"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _INITIALISED:
+        raise CheckpointError(
+            config_path,
+            f"init_lora_weights is {shown(start)}: it changed the base model, and no file says how",
+            "save the adapter with path_initial_model_for_weight_conversion, as LoRA",
+        )
+    return "DoRA" if config.get("use_dora") else KINDS[kind]
 
 
-def load_adapter(folder: Path, base: Path, stored: Stored) -> nn.Module:
+def require_marks(folder: Path, names: Iterable[str], where: Path) -> None:
+    """Raises where no tensor of the file is one of the kind that adapter_config.json names."""
+    path = folder / "adapter_config.json"
+    kind = read_json(path)["peft_type"]
+    if not any(re.search(_MARKS[kind], name) for name in names):
+        problem = f"peft_type is {kind!r}, and {where.name} holds no tensor of such an adapter"
+        raise CheckpointError(path, problem, _SAVED_TOGETHER)
+
+
+def load_adapter(
+    folder: Path, base: Path, stored: Stored, *, name: str = "default", values: bool = True
+) -> nn.Module:
     """The base model with its adapter, never merged; adapter and `modules_to_save` trainable, in eval mode.
 
     peft loads the adapter's own file where there is one, and its values are compared with the
     file's. Weights out of pieces are by the names of that file or of the model, whose other
-    tensors may be among them.
+    tensors may be among them. `name`: of the adapter, in the names of its parameters. Without
+    `values` the same of the headers alone, on the meta device: what it raises, loading raises too.
     """
     import peft
 
     check_config(folder)
     given = stored.rounded or stored.weights
-    where, tensors = given.source, given.tensors()
-    base_model: Any = load_full_model(base, Saved(base, "model"))
+    where, tensors = given.source, given.tensors() if values else of_headers(given)
+    require_marks(folder, tensors, where)
+    base_model: Any = load_full_model(base, Saved(base, "model"), values=values)
     _require_small(folder / "adapter_config.json", tensors, base_model)
+    _resize(base_model, tensors, where)
     try:
-        if isinstance(given, Saved):
-            model: Any = peft.PeftModel.from_pretrained(
-                base_model, folder, is_trainable=True, local_files_only=True
-            )
-        else:
-            config = peft.PeftConfig.from_pretrained(str(folder))
-            config.inference_mode = False
-            model = peft.get_peft_model(base_model, config)
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        if not values and hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = False
+        with nullcontext() if values else torch.device("meta"):
+            if isinstance(given, Saved):
+                options: dict[str, Any] = {"adapter_name": name, "config": config}
+                model: Any = peft.PeftModel.from_pretrained(
+                    base_model, folder, is_trainable=True, local_files_only=True, **options
+                )
+            else:
+                model = peft.get_peft_model(base_model, config)
     except Exception as error:  # whatever a damaged configuration makes peft raise
-        raise CheckpointError(
-            where, f"does not fit the base model {base} ({reason(error)})", HOW_TO_NAME_A_BASE
-        ) from error
+        problem = f"does not fit the base model {base} ({_misfit(error)})"
+        raise CheckpointError(where, problem, HOW_TO_NAME_A_BASE) from error
     # modules_to_save stay in the dtype of the base's file otherwise
     model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
-    adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     put = _require_same if isinstance(given, Saved) else _fill
-    put(tensors, adapter, model.state_dict(), where)
-    if stored.rounded is not None:
+    put(tensors, _state_of(model), model.state_dict(), where)
+    if stored.rounded is not None and values:
         _take(stored.weights.tensors(), model, where)
-        require_rounded(
-            tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False), where
-        )
+        require_rounded(tensors, _state_of(model), where)
     return model.eval()
 
 
-def wrap(folder: Path, stored: Stored, settings: Path, base: Path | None) -> nn.Module:
+def _state_of(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names of its file."""
+    import peft
+
+    name = model.active_adapter
+    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _misfit(error: Exception) -> str:
+    """Both shapes of the first tensor that does not fit; or what the error says."""
+    form = r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\) from checkpoint, .*?Size\(\[(.*?)\]\)"
+    found = re.search(form, str(error))
+    if found is None:
+        return reason(error)
+    return f"{found[1]} has shape ({found[2]}) in the file and ({found[3]}) in the model"
+
+
+def _resize(model: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Give a base the vocabulary that its adapter was trained with, where the adapter's file holds all of its rows.
+
+    Raises where it does not: the rows that were added are in no file then.
+    """
+    places = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    names = {id(module): name for name, module in model.named_modules()}
+    held = {
+        place: _rows(tensors, names[id(module)])
+        for place, module in places.items()
+        if module is not None
+    }
+    size = places["embedding"].weight.shape[0]
+    rows = next((n for n in held.values() if n is not None), size)
+    on_embedding = [t.shape[1] for name, t in tensors.items() if "lora_embedding_A" in name]
+    on_head = [
+        t.shape[0]
+        for name, t in tensors.items()
+        if name.startswith(f"{_PEFT}{names.get(id(places['head']))}.lora_B")
+    ]
+    wanted = next((n for n in (*on_embedding, *on_head, rows) if n != size), size)
+    if wanted == size:
+        return
+    tied = places["head"] is None or places["head"].weight is places["embedding"].weight
+    if held["embedding"] != wanted or (not tied and held["head"] != wanted):
+        raise CheckpointError(
+            where,
+            f"was trained with {wanted} tokens, the base model has {size}, and the rows are not in the file",
+            f"give a copy of the base after resize_token_embeddings({wanted}) as --probe-base-model",
+        )
+    with torch.random.fork_rng(devices=[]):  # what is drawn for the new rows is written over
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _rows(tensors: Mapping[str, torch.Tensor], module: str) -> int | None:
+    """How many rows the file has of a base model's module."""
+    for form in ("{}.weight", "{}.base_layer.weight"):
+        if (found := tensors.get(_PEFT + form.format(module))) is not None:
+            return found.shape[0]
+    return None
+
+
+def wrap(
+    folder: Path, stored: Stored, settings: Path, base: Path | None, *, values: bool = True
+) -> nn.Module:
     """A model of `folder`'s config.json and its adapter, both stored by their names in peft's model.
 
     Rank and targets are read from the tensors, the scaling from the JSON file `settings`. Where
     the adapter's tensors alone are stored, the rest is the `base` model's. Everything but the
-    adapter is frozen, and the model in eval mode.
+    adapter is frozen, and the model in eval mode. `values` as in `load_adapter`.
     """
-    weights, source = stored.weights.tensors(), stored.weights.source
+    weights = stored.weights.tensors() if values else of_headers(stored.weights)
+    source = stored.weights.source
     stated = read_json(settings)
     alpha, lora = (
         stated.get("lora_alpha"),
@@ -128,11 +241,13 @@ def wrap(folder: Path, stored: Stored, settings: Path, base: Path | None) -> nn.
     if not rest and base is None:
         raise CheckpointError(source, "holds the adapter alone", HOW_TO_NAME_A_BASE)
     if rest:
-        model: Any = load_full_model(folder, Gathered.of(rest, source, stored.weights.files))
+        gathered = Gathered.of(rest, source, stored.weights.files)
+        model: Any = load_full_model(folder, gathered, values=values)
     else:
         place = base or folder
-        model = load_full_model(place, Saved(place, "model"))
-    model = _with_new_adapter(model, lora, alpha, stated, source)
+        model = load_full_model(place, Saved(place, "model"), values=values)
+    with nullcontext() if values else torch.device("meta"):
+        model = _with_new_adapter(model, lora, alpha, stated, source)
     missing = {name for name in model.state_dict() if ".lora_" in name} ^ lora.keys()
     if missing:
         raise CheckpointError(
@@ -208,6 +323,14 @@ def _fill(
             )
 
 
+def is_trained(name: str) -> bool:
+    """Whether a tensor of an adapter's file is one of the adapter's own, and trained; VeRA's projections are not."""
+    return (
+        re.search(r"lora_|trainable_tokens|vera_lambda|ia3_|hada_|lokr_|oft_|hra_|fourier", name)
+        is not None
+    )
+
+
 def names_of_adapter(weights: Weights) -> list[str]:
     """All that its own file holds; of gathered weights, where the rest of the model may be too, what peft names so."""
     if isinstance(weights, Saved):
@@ -231,7 +354,9 @@ def _require_small(path: Path, stored: dict[str, torch.Tensor], base: nn.Module)
     config = read_json(path)
     largest = max((max(tensor.shape, default=1) for tensor in stored.values()), default=1)
     patterns = config.get("rank_pattern") or {}
-    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    ranks = [*(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    if config["peft_type"] in _RANKED:
+        ranks.append(config.get("r", 8))
     for rank in ranks:
         if not isinstance(rank, int) or not 0 < rank <= largest:
             raise CheckpointError(
@@ -242,6 +367,7 @@ def _require_small(path: Path, stored: dict[str, torch.Tensor], base: nn.Module)
     names = [name for name, _ in base.named_modules()]
     for key in (
         "target_modules",
+        "feedforward_modules",
         "exclude_modules",
         "layers_pattern",
         "rank_pattern",
@@ -299,6 +425,11 @@ def _require_same(
             raise CheckpointError(
                 path, f"{name} has no place in the model", "name the base model it was trained on"
             )
+        if loaded.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file and {tuple(loaded.shape)} in the model"
+            raise CheckpointError(path, f"{name} has shape {shapes}", HOW_TO_NAME_A_BASE)
+        if loaded.is_meta:
+            continue
         if not torch.equal(loaded.detach().cpu(), tensor.to(loaded.dtype)):
             raise CheckpointError(
                 path, f"{name} was not loaded from the file", "install the peft that wrote it"

@@ -28,6 +28,13 @@ _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
 _RESTORE = "restore the weights that belong to config.json"
 _RESTORE_BOTH = "restore config.json and weights"
+_TEXT_ALONE = "give its language model alone, saved by itself with save_pretrained"
+_DECODER_ALONE = "give a model that is a decoder alone"
+_MULTIMODAL = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+)
 _SLACK = 1 << 26
 """Values that a model may have beyond twice those in its files: buffers, such as a mask of all positions."""
 
@@ -54,7 +61,7 @@ def check_config(folder: Path) -> str:
                 f"asks for `{key}`: {shown(value)}, which is never loaded",
                 "remove the key",
             )
-    if "quantization_config" in config:
+    if any(key == "quantization_config" and value is not None for key, value in _entries(config)):
         raise CheckpointError(
             folder / "config.json", "is quantised", "give the weights in floating point"
         )
@@ -65,7 +72,30 @@ def check_config(folder: Path) -> str:
             f"model_type is {shown(config.get('model_type'))}, unknown to transformers {transformers.__version__}",
             "install a version that knows it",
         )
+    _require_causal(folder / "config.json", config["model_type"])
     return config["model_type"]
+
+
+def _require_causal(path: Path, model_type: str) -> None:
+    """Raises for a model that transformers knows, and not as one that continues a text."""
+    mappings = transformers.models.auto.modeling_auto
+    if model_type in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if any(model_type in getattr(mappings, name, ()) for name in _MULTIMODAL):
+        problem, remedy = "is multimodal", _TEXT_ALONE
+    elif model_type in mappings.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        problem, remedy = "is an encoder with a decoder", _DECODER_ALONE
+    else:
+        problem, remedy = "does not continue text", "give a causal language model"
+    problem = f"model_type {model_type!r} {problem}, and has no AutoModelForCausalLM"
+    raise CheckpointError(path, problem, remedy)
+
+
+def _remedy(config: Any, otherwise: str) -> str:
+    """What helps where weights do not fit: a wrapper's text part, or a decoder, has not all that its file holds."""
+    if any(re.search("vision|audio|image|speech", name) for name in config.sub_configs):
+        return _TEXT_ALONE
+    return _DECODER_ALONE if getattr(config, "is_encoder_decoder", False) else otherwise
 
 
 def check_layers(folder: Path, most: int) -> None:
@@ -93,6 +123,8 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
 def read_config(folder: Path) -> Any:
     """transformers' configuration of the model in `folder`, without the switches of training."""
     values = without_switches(read_json(folder / "config.json"))
+    if values.get("quantization_config", ...) is None:  # whose presence would make it a quantised model
+        del values["quantization_config"]
     with tempfile.TemporaryDirectory() as place:  # only from a file does it recognise every type
         Path(place, "config.json").write_text(json.dumps(values))
         return transformers.AutoConfig.from_pretrained(place, **OFFLINE)
@@ -110,11 +142,17 @@ def require_config(folder: Path) -> Path:
     return path
 
 
-def load_full_model(folder: Path, weights: Weights) -> nn.Module:
-    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random."""
+def load_full_model(folder: Path, weights: Weights, *, values: bool = True) -> nn.Module:
+    """The causal language model of `folder`, in float32 or wider, in eval mode; nothing initialised at random.
+
+    Without `values` the same of the headers alone, on the meta device: what it raises, loading raises too.
+    """
     check_config(folder)
     options: dict[str, Any] = {"output_loading_info": True}
-    if isinstance(weights, Saved):  # transformers opens the files itself
+    opens_files = values and isinstance(weights, Saved)
+    if not values:
+        options |= {"state_dict": of_headers(weights), "device_map": "meta"}
+    elif isinstance(weights, Saved):  # transformers opens the files itself
         weights.require_finite()
         options["use_safetensors"] = weights.files[0].suffix == ".safetensors"
     else:
@@ -123,15 +161,16 @@ def load_full_model(folder: Path, weights: Weights) -> nn.Module:
     check_layers(folder, len(headers))
     in_float64 = any(header.dtype == "float64" for header in headers.values())
     options["dtype"] = torch.float64 if in_float64 else torch.float32
-    empty: Any = None
+    empty, remedy = None, _RESTORE_BOTH
     try:
         with quiet_transformers():
             auto: Any = transformers.AutoModelForCausalLM
             config = read_config(folder)
+            remedy = _remedy(config, _RESTORE_BOTH)
             with torch.device("meta"):
                 empty = auto.from_config(config)
             _require_enough(empty, headers, folder)
-            if isinstance(weights, Saved):
+            if opens_files:
                 model, info = auto.from_pretrained(folder, config=config, **OFFLINE, **options)
             else:
                 model, info = type(empty).from_pretrained(None, config=config, **options)
@@ -140,11 +179,25 @@ def load_full_model(folder: Path, weights: Weights) -> nn.Module:
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         _refuse_other_shapes(empty, weights, error)
         raise CheckpointError(
-            folder, f"transformers cannot load it ({reason(error)})", _RESTORE_BOTH
+            folder, f"transformers cannot load it ({reason(error)})", remedy
         ) from error
-    _refuse_gaps(info, weights)
-    _require_tied(empty, model, weights.source)
+    _refuse_gaps(info, weights, _remedy(config, _RESTORE))
+    if values:
+        _require_tied(empty, model, weights.source)
     return model.eval()
+
+
+def of_headers(weights: Weights) -> dict[str, torch.Tensor]:
+    """Tensors without values."""
+    return {
+        name: torch.empty(header.shape, dtype=_dtype(header.dtype), device="meta")
+        for name, header in weights.headers.items()
+    }
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, torch.float32)  # an integer's name in safetensors, such as I64
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _require_enough(empty: nn.Module, headers: Headers, folder: Path) -> None:
@@ -171,7 +224,7 @@ def _refuse_other_shapes(empty: nn.Module | None, weights: Weights, error: Excep
             ) from error
 
 
-def _refuse_gaps(info: dict[str, Any], weights: Weights) -> None:
+def _refuse_gaps(info: dict[str, Any], weights: Weights, remedy: str) -> None:
     """transformers initialises what it misses at random, passes over what it cannot place, and goes on: refuse."""
     for kind, problem in (
         ("missing_keys", "is not in the file"),
@@ -183,7 +236,7 @@ def _refuse_gaps(info: dict[str, Any], weights: Weights) -> None:
             found = weights.headers.get(name)
             if kind == "unexpected_keys" and found is not None and found.shape == ():
                 continue  # a buffer of old versions, such as GPT-2's
-            raise CheckpointError(weights.file_of(name), f"{name} {problem}", _RESTORE)
+            raise CheckpointError(weights.file_of(name), f"{name} {problem}", remedy)
     if info.get("error_msgs"):
         raise CheckpointError(weights.source, str(info["error_msgs"][0])[:160], _RESTORE)
 

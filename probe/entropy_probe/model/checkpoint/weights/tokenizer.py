@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,15 @@ _FILES = (
 )
 
 
-def load_tokenizer(
-    folder: Path, base: Path | None, num_embeddings: int | None = None
-) -> Any | None:
-    """The tokenizer of `folder`, else of the `base` model, or `None` where neither has one.
+def load_tokenizer(places: Sequence[Path | None], num_embeddings: int | None = None) -> Any | None:
+    """The tokenizer of the first of the folders that has one, or `None`.
 
     One that cannot be loaded raises, as does one that is code, that came back empty (it encodes to
     nothing), or that has tokens beyond the `num_embeddings` of the model.
     """
-    folder = next(
-        (place for place in (folder, base) if place is not None and _has_tokenizer(place)), folder
-    )
-    if not _has_tokenizer(folder):
+    having = (place for place in places if place is not None and _has_tokenizer(place))
+    folder = next(having, None)
+    if folder is None:
         return None
     reads_config = (folder / "config.json").is_file()
     if reads_config:
@@ -66,7 +64,8 @@ def load_tokenizer(
         raise CheckpointError(
             folder,
             f"its tokenizer has a token {largest}, the embedding {num_embeddings} rows",
-            "restore the tokenizer that belongs to the model",
+            "restore the tokenizer that belongs to the model; where tokens were added in training, give a copy of "
+            f"the base after resize_token_embeddings({largest + 1}) as --probe-base-model",
         )
     return tokenizer
 
