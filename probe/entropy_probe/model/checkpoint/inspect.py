@@ -17,7 +17,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import CheckpointError, printable
 from entropy_probe.layout import TORCHTITAN, Layout, configured, file_sizes, find_layout
 from entropy_probe.model.checkpoint import readers
-from entropy_probe.model.checkpoint.files import dtypes_of, global_step, reason
+from entropy_probe.model.checkpoint.files import dtypes_of, global_step
 from entropy_probe.model.checkpoint.inspect_optimizer import found_optimizer
 from entropy_probe.model.checkpoint.inspection import (
     FoundWeights,
@@ -28,8 +28,8 @@ from entropy_probe.model.checkpoint.inspection import (
 )
 from entropy_probe.model.checkpoint.stored import Saved, Stored, Weights
 from entropy_probe.model.checkpoint.weights import adapter, pretrained
+from entropy_probe.model.checkpoint.weights.build import build
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
-from entropy_probe.model.quiet import quiet_transformers
 from entropy_probe.text import read_json
 from entropy_probe.trainers.resolved import resolved
 
@@ -52,7 +52,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     except CheckpointError as error:
         return Inspection(printable(path), problems=[str(error)])
     base = None if base_model is None else Path(base_model).expanduser()
-    stored, weights, of_optimizer, step, tokenizer = None, None, None, None, None
+    stored, model, weights, of_optimizer, step, tokenizer = None, None, None, None, None, None
     is_configured = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers
@@ -65,14 +65,17 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
                 stored = readers.read(layout)
         if stored is not None and is_configured:
             with found.trying():
-                weights = _weights(layout, stored, base, found)
+                model = build(layout, stored, base, values=False).model
+            with found.trying():
+                weights = _weights(layout, stored, base, model, found)
         if stored is not None:
             with found.trying():
                 of_optimizer = found_optimizer(layout, stored, weights, found)
         with found.trying():
             step = global_step(layout.folder) if stored is None else stored.global_step
         with found.trying():
-            loaded = load_tokenizer([layout.weights, layout.folder, base])
+            rows = None if model is None else model.get_input_embeddings().weight.shape[0]
+            loaded = load_tokenizer([layout.weights, layout.folder, base], rows)
             tokenizer = None if loaded is None else len(loaded)
     steps = of_optimizer.step[-1:] if of_optimizer is not None else []
     if step is not None and steps not in ([], [step]):
@@ -97,18 +100,17 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     )
 
 
-def _weights(layout: Layout, stored: Stored, base: Path | None, found: Notes) -> FoundWeights:
+def _weights(
+    layout: Layout, stored: Stored, base: Path | None, model: Any, found: Notes
+) -> FoundWeights:
+    """`model`: without values; `None` where none could be made."""
     if layout.is_adapter:
-        return _adapter(layout, stored, base, found)
+        return _adapter(layout, stored, base, model, found)
     pretrained.require_config(layout.weights)
-    model_type, shapes = _stored_model(layout.weights, stored.weights, found)
+    model_type, shapes = _stored_model(layout.weights, stored.weights, model, found)
     values, dtype = values_in(shapes), dtypes_of(stored.weights.headers)
     if stored.lora is None:
-        with found.trying():
-            pretrained.load_full_model(layout.weights, stored.weights, values=False)
         return FoundWeights("full model", model_type, None, values, dtype, shapes)
-    with found.trying():
-        adapter.wrap(layout.weights, stored, stored.lora, base, values=False)
     found.warnings += adapter.without_effect(stored.lora, stored.weights)
     lora = {name: shape for name, shape in shapes.items() if ".lora_" in name}
     is_dora = any("lora_magnitude_vector" in name for name in lora)
@@ -116,49 +118,42 @@ def _weights(layout: Layout, stored: Stored, base: Path | None, found: Notes) ->
     return FoundWeights(kind, model_type, None, values, dtype, lora)
 
 
-def _adapter(layout: Layout, stored: Stored, base: Path | None, found: Notes) -> FoundWeights:
+def _adapter(
+    layout: Layout, stored: Stored, base: Path | None, model: Any, found: Notes
+) -> FoundWeights:
     folder, weights = layout.weights, stored.weights
     kind, path = adapter.check_config(folder), folder / "adapter_config.json"
     names = adapter.names_of_adapter(weights)
     weights.tensors(names)  # raises for what is not finite
     found.warnings += adapter.without_effect(path, weights)
-    model_type, num_parameters = "unknown", None
+    model_type = "unknown"
     if base is not None:
         with found.trying():
-            model_type, _ = _stored_model(base, Saved(base, "model"), found)
-            options: dict[str, Any] = {"name": layout.adapter_name, "values": False}
-            model = adapter.load_adapter(folder, base, stored, **options)
-            num_parameters = sum(parameter.numel() for parameter in model.parameters())
+            model_type, _ = _stored_model(base, Saved(base, "model"), model, found)
     # peft also keeps the base model's own embeddings, where the adapter is on them
     config = read_json(path)
-    only_lora = not config.get("modules_to_save") and config.get("bias", "none") == "none"
+    only_own = not config.get("modules_to_save") and config.get("bias", "none") == "none"
     trained = {
         name: weights.headers[name].shape
         for name in names
-        if not only_lora or adapter.is_trained(name)
+        if not only_own or adapter.is_trained(name)
     }
+    count = None if model is None else sum(p.numel() for p in model.parameters())
     return FoundWeights(
         kind=f"{kind} adapter",
         model_type=model_type,
         base_model=None if base is None else printable(base),
-        num_parameters=num_parameters,
+        num_parameters=count,
         dtype=dtypes_of(weights.headers),
         shapes=trained,
     )
 
 
-def _stored_model(folder: Path, weights: Weights, found: Notes) -> tuple[str, Shapes]:
+def _stored_model(folder: Path, weights: Weights, model: Any, found: Notes) -> tuple[str, Shapes]:
     """The model's type, and the shapes of its parameters in the files without a tied head."""
     model_type, headers = pretrained.check_config(folder), weights.headers
-    pretrained.check_layers(folder, len(headers))
-    try:
-        with quiet_transformers():
-            config = pretrained.read_config(folder)
-    except Exception as error:  # whatever a damaged configuration makes transformers raise
-        raise CheckpointError(
-            folder, f"transformers cannot load it ({reason(error)})", "restore config.json"
-        ) from error
-    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    config = None if model is None else model.config.get_text_config()
+    tied = bool(getattr(config, "tie_word_embeddings", False))
     if tied:
         found.warnings.append("tied head: lm_head is the embedding, and has no moments of its own")
     shapes = {name: header.shape for name, header in headers.items() if "float" in header.dtype}

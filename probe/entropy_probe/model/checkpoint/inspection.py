@@ -121,7 +121,8 @@ class Notes:
         try:
             yield
         except CheckpointError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:  # met in two places
+                self.problems.append(str(error))
         except OSError as error:
             problem = f"cannot be read ({error.strerror}); make it readable"
             self.problems.append(f"{error.filename}: {problem}")

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from entropy_probe.base_model import find_base_model
 from entropy_probe.digests import fingerprint
 from entropy_probe.errors import CheckpointError, ConfigError
 from entropy_probe.layout import Layout, configured, find_layout
@@ -27,7 +26,8 @@ from entropy_probe.model.checkpoint.moments.blocks import with_moments
 from entropy_probe.model.checkpoint.moments.order import some_names
 from entropy_probe.model.checkpoint.moments.others import OtherOptimizer
 from entropy_probe.model.checkpoint.stored import Saved, Stored
-from entropy_probe.model.checkpoint.weights import adapter, pretrained
+from entropy_probe.model.checkpoint.weights import adapter
+from entropy_probe.model.checkpoint.weights.build import Built, build
 from entropy_probe.model.checkpoint.weights.tokenizer import load_tokenizer
 from entropy_probe.model.device import usable_device
 from entropy_probe.model.disk import is_on_disk
@@ -98,7 +98,7 @@ def _load(
     layout = configured(find_layout(path), base)
     stored = readers.read(layout)
     with _notes_of_libraries_are_silent():
-        built = _build(layout, stored, base)
+        built = build(layout, stored, base)
         embeddings: Any = built.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         places = [layout.weights, layout.folder, built.base]
         tokenizer = load_tokenizer(places, embeddings.weight.shape[0])
@@ -120,37 +120,6 @@ def _notes_of_libraries_are_silent() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Built:
-    """The model, and the files that say what it is.
-
-    `config`: its own; `settings`: the JSON file with an adapter's scaling. `adapter`: `LoRA` or
-    `DoRA`; `base`: the base model's folder, where it counts.
-    """
-
-    model: nn.Module
-    config: Path
-    base: Path | None = None
-    adapter: str | None = None
-    settings: Path | None = None
-
-
-def _build(layout: Layout, stored: Stored, base: Path | None) -> _Built:
-    folder = layout.weights
-    if layout.is_adapter:
-        base = find_base_model(folder, base)
-        name = layout.adapter_name
-        model = adapter.load_adapter(folder, base, stored, name=name)
-        kind = adapter.check_config(folder)
-        config = folder / "adapter_config.json"
-        return _Built(model, config, base, kind, settings=config)
-    if stored.lora is not None:
-        model = adapter.wrap(folder, stored, stored.lora, base)
-        return _Built(model, folder / "config.json", base, adapter.kind_of(model), stored.lora)
-    config = pretrained.require_config(folder)
-    return _Built(pretrained.load_full_model(folder, stored.weights), config)
-
-
-@dataclass(frozen=True)
 class _State:
     """The optimizer's state by parameter name; `frozen` parameters have none."""
 
@@ -165,7 +134,7 @@ class _State:
 def _optimizer_state(
     layout: Layout,
     stored: Stored,
-    built: _Built,
+    built: Built,
     missing_state: MissingState,
 ) -> _State:
     state_dict, path = with_moments(stored.optimizer()), layout.optimizer
@@ -187,7 +156,7 @@ def _optimizer_state(
 
 
 def _info(
-    layout: Layout, stored: Stored, built: _Built, state: _State, device_map: dict[str, str] | None
+    layout: Layout, stored: Stored, built: Built, state: _State, device_map: dict[str, str] | None
 ) -> CheckpointInfo:
     of_base = [] if built.base is None else Saved(built.base, "model").files
     of_adapter: list[str] = []

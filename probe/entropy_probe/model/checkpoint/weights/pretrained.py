@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,10 @@ from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.model.checkpoint.files import Headers, reason
 from entropy_probe.model.checkpoint.stored import Saved, Weights
 from entropy_probe.model.quiet import quiet_transformers
-from entropy_probe.model.switches import without_switches
 from entropy_probe.text import read_json
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_OWN = r"eager|sdpa|flex_attention|flash_attention_\d|paged\|\w+|grouped_mm|batched_mm"
-"""Kernels that training may have been run with: known by name, and none is loaded."""
+_ATTENTION = (None, "eager", "sdpa")
 _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
 _RESTORE = "restore the weights that belong to config.json"
@@ -53,9 +49,7 @@ def check_config(folder: Path) -> str:
                 "asks for remote code (`auto_map`), which is never run",
                 "use a model type of transformers",
             )
-        if key == "transformers_weights" or (
-            _ELSEWHERE.fullmatch(key) and value is not None and not re.fullmatch(_OWN, str(value))
-        ):
+        if key == "transformers_weights" or (_ELSEWHERE.fullmatch(key) and value not in _ATTENTION):
             raise CheckpointError(
                 folder / "config.json",
                 f"asks for `{key}`: {shown(value)}, which is never loaded",
@@ -87,8 +81,8 @@ def _require_causal(path: Path, model_type: str) -> None:
         problem, remedy = "is an encoder with a decoder", _DECODER_ALONE
     else:
         problem, remedy = "does not continue text", "give a causal language model"
-    problem = f"model_type {model_type!r} {problem}, and has no AutoModelForCausalLM"
-    raise CheckpointError(path, problem, remedy)
+    known = "transformers cannot load it as a causal language model"
+    raise CheckpointError(path, f"{known}: model_type {model_type!r} {problem}", remedy)
 
 
 def _remedy(config: Any, otherwise: str) -> str:
@@ -118,16 +112,6 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
             rest.extend(inner.values())
         elif isinstance(inner, list):
             rest.extend(inner)
-
-
-def read_config(folder: Path) -> Any:
-    """transformers' configuration of the model in `folder`, without the switches of training."""
-    values = without_switches(read_json(folder / "config.json"))
-    if values.get("quantization_config", ...) is None:  # whose presence would make it a quantised model
-        del values["quantization_config"]
-    with tempfile.TemporaryDirectory() as place:  # only from a file does it recognise every type
-        Path(place, "config.json").write_text(json.dumps(values))
-        return transformers.AutoConfig.from_pretrained(place, **OFFLINE)
 
 
 def require_config(folder: Path) -> Path:
@@ -165,11 +149,13 @@ def load_full_model(folder: Path, weights: Weights, *, values: bool = True) -> n
     try:
         with quiet_transformers():
             auto: Any = transformers.AutoModelForCausalLM
-            config = read_config(folder)
+            config = _configuration(folder)
             remedy = _remedy(config, _RESTORE_BOTH)
             with torch.device("meta"):
                 empty = auto.from_config(config)
             _require_enough(empty, headers, folder)
+            if not values:
+                _require_equal(empty, weights)
             if opens_files:
                 model, info = auto.from_pretrained(folder, config=config, **OFFLINE, **options)
             else:
@@ -182,9 +168,27 @@ def load_full_model(folder: Path, weights: Weights, *, values: bool = True) -> n
             folder, f"transformers cannot load it ({reason(error)})", remedy
         ) from error
     _refuse_gaps(info, weights, _remedy(config, _RESTORE))
-    if values:
-        _require_tied(empty, model, weights.source)
+    _require_tied(empty, model, weights.source)
     return model.eval()
+
+
+def _require_equal(empty: Any, weights: Weights) -> None:
+    """Raises for tied tensors that are both stored and differ: the only values that decide what the model is."""
+    for name, to in getattr(empty, "all_tied_weights_keys", {}).items():
+        if name in weights.headers and to in weights.headers:
+            values = weights.tensors((name, to))
+            if not torch.equal(values[name], values[to]):
+                raise _untied(name, to, weights.source)
+
+
+def _configuration(folder: Path) -> Any:
+    """As transformers reads it. Raises whatever a damaged one makes it raise."""
+    config: Any = transformers.AutoConfig.from_pretrained(folder, **OFFLINE)
+    if hasattr(
+        config, "quantization_config"
+    ):  # null: transformers takes its presence for a quantised model
+        del config.quantization_config
+    return config
 
 
 def of_headers(weights: Weights) -> dict[str, torch.Tensor]:
@@ -245,8 +249,12 @@ def _require_tied(empty: nn.Module, model: nn.Module, where: Path) -> None:
     """transformers unties what differs in the file, whatever config.json says."""
     for name, to in getattr(empty, "all_tied_weights_keys", {}).items():
         if name not in model.all_tied_weights_keys:  # pyright: ignore[reportOperatorIssue]
-            raise CheckpointError(
-                where,
-                f"config.json ties {name} to {to}, and the file holds different values of both",
-                "set `tie_word_embeddings` as it was in training",
-            )
+            raise _untied(name, to, where)
+
+
+def _untied(name: str, to: str, where: Path) -> CheckpointError:
+    return CheckpointError(
+        where,
+        f"config.json ties {name} to {to}, and the file holds different values of both",
+        "set `tie_word_embeddings` as it was in training",
+    )
