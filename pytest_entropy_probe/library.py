@@ -97,12 +97,12 @@ def require_device(config: ProbeConfig) -> None:
 
 def recipe_lines(path: Path, settings: Settings, config: ProbeConfig) -> list[str]:
     """Whose update the checkpoint's is, as far as its files tell without loading it."""
+    from entropy_probe.layout import find_layout
     from entropy_probe.trainers.resolved import resolved
 
     samples = settings.rollouts is None and settings.update_rollouts is None
     try:
-        is_adapter = (path / "adapter_config.json").is_file()
-        known = is_adapter or config.reference_model is not None
+        known = find_layout(path).is_adapter or config.reference_model is not None
         _, recipe = resolved(config, path, has_reference=known, samples_update=samples)
     except (ProbeError, OSError):  # found again, and said, where it is measured
         return []

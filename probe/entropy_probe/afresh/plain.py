@@ -4,10 +4,7 @@ without a cache, `log_softmax` and `Categorical.entropy` on whole logits, parame
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor
 from torch.distributions import Categorical
+
+from entropy_probe.afresh.stored import of_named_adapter, tensors_of
 
 # Nothing from the network, and no code of the folder's own: whoever asks for it was refused before.
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -33,7 +32,14 @@ Scored = list[tuple[list[float], list[float], list[list[float]], list[list[float
 def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
     """In float32 and eval mode, on the device."""
     names = ("config.json", "adapter_config.json")
-    weights = folder if any((folder / name).is_file() for name in names) else folder / "model"
+    weights = next(
+        (
+            place
+            for place in (folder, *of_named_adapter(folder))
+            if any((place / name).is_file() for name in names)
+        ),
+        folder / "model",
+    )
     of_model = weights
     is_adapter = (weights / "adapter_config.json").is_file()
     if is_adapter and base is not None:
@@ -41,11 +47,7 @@ def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
     options: dict[str, Any] = {"dtype": torch.float32} | _SAFE
     with _quiet(), torch.random.fork_rng(devices=[]):  # libraries draw what they then read
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            of_model,
-            config=_plain_config(of_model),
-            attn_implementation="eager",
-            output_loading_info=True,
-            **options,
+            of_model, attn_implementation="eager", output_loading_info=True, **options
         )
         model, loading = loaded
         missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
@@ -54,37 +56,38 @@ def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
         if is_adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(weights))
+            named = (
+                {}
+                if weights.parent != folder or weights.name == "model"
+                else {"adapter_name": weights.name}
+            )
+            _with_its_tokens(model, weights)
+            model = PeftModel.from_pretrained(model, str(weights), **named)
     return model.float().eval().to(device)
 
 
-def _plain_config(folder: Path) -> Any:
-    """Of a forward that returns logits in the usual form, whatever the trainer wanted returned besides."""
-    text = (folder / "config.json").read_text(encoding="utf-8")
-
-    def usual(values: dict[str, Any]) -> dict[str, Any]:
-        unusual = re.compile(
-            r"output_(router_logits|attentions|hidden_states)|(use_)?return_dict|torchscript"
-        )
-        kernels = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-        return {
-            key: value
-            for key, value in values.items()
-            if not (unusual.fullmatch(key) or kernels.fullmatch(key))
-        }
-
-    with tempfile.TemporaryDirectory() as place:
-        Path(place, "config.json").write_text(json.dumps(json.loads(text, object_hook=usual)))
-        return transformers.AutoConfig.from_pretrained(place, **_SAFE)
+def _with_its_tokens(model: Any, weights: Path) -> None:
+    """Resize the base's vocabulary to that of the rows in the adapter's file, which are loaded over it."""
+    embedding = model.get_input_embeddings()
+    own = next(name for name, module in model.named_modules() if module is embedding)
+    for name, tensor in tensors_of(weights):
+        whole = f".{own}." in name and name.endswith("weight") and ".lora" not in name
+        if whole and tensor.ndim == 2 and tensor.shape[0] != embedding.weight.shape[0]:
+            model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
+            return
 
 
 def plain_tokenizer(folder: Path, base: Path | None) -> Any:
     """Of the folder, of its `model/`, or of the base model."""
-    places = [folder, folder / "model", *([] if base is None else [base])]
+    places = [
+        folder,
+        folder / "model",
+        *of_named_adapter(folder),
+        *([] if base is None else [base]),
+    ]
     own = next(place for place in places if list(place.glob("tokenizer*")))
     with _quiet():
-        config = _plain_config(own) if (own / "config.json").is_file() else None
-        return transformers.AutoTokenizer.from_pretrained(own, config=config, **_SAFE)
+        return transformers.AutoTokenizer.from_pretrained(own, **_SAFE)
 
 
 @torch.no_grad()

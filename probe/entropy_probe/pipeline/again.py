@@ -9,7 +9,7 @@ from typing import Any
 
 from entropy_probe.afresh.inputs import Questions, of_dataset, of_file
 from entropy_probe.afresh.plain import Row, plain_model, plain_scores, plain_tokenizer, step
-from entropy_probe.afresh.stored import read_again
+from entropy_probe.afresh.stored import base_is_changed, read_again
 from entropy_probe.memory import available_bytes
 from entropy_probe.pipeline.measured import Measured
 from entropy_probe.pipeline.next_step import NextStep
@@ -43,6 +43,7 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
             plain = _plain(of, then)
         except Exception as error:  # it does not fit, or transformers builds another model
             plain = f"transformers alone cannot score it ({type(error).__name__}: {error})"
+        stored = base_is_changed(info.path) or stored
     return {"stored": stored, "plain": plain, "inputs": inputs}
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def check_config(folder: Path) -> str:
         raise CheckpointError(
             config_path,
             f"peft_type is {shown(kind)}, which is not measured",
-            f"use a DoRA or one of {', '.join(KINDS.values())}",
+            f"use {', '.join(('DoRA', *KINDS.values()))}",
         )
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
@@ -129,7 +129,7 @@ def load_adapter(
     require_marks(folder, tensors, where)
     base_model: Any = load_full_model(base, Saved(base, "model"), values=values)
     _require_small(folder / "adapter_config.json", tensors, base_model)
-    _resize(base_model, tensors, where)
+    _resize(base_model, tensors, folder / "adapter_config.json", where)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
@@ -149,7 +149,10 @@ def load_adapter(
     # modules_to_save stay in the dtype of the base's file otherwise
     model.to(max((p.dtype for p in base_model.parameters()), key=lambda dtype: dtype.itemsize))
     put = _require_same if isinstance(given, Saved) else _fill
-    put(tensors, _state_of(model), model.state_dict(), where)
+    whole = model.state_dict()
+    own = f".modules_to_save.{name}."  # peft leaves the adapter's name out where it saves whole embeddings
+    whole |= {key.replace(own, ".modules_to_save."): tensor for key, tensor in whole.items()}
+    put(tensors, _state_of(model), whole, where)
     if stored.rounded is not None and values:
         _take(stored.weights.tensors(), model, where)
         require_rounded(tensors, _state_of(model), where)
@@ -173,31 +176,20 @@ def _misfit(error: Exception) -> str:
     return f"{found[1]} has shape ({found[2]}) in the file and ({found[3]}) in the model"
 
 
-def _resize(model: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+def _resize(model: Any, tensors: Mapping[str, torch.Tensor], settings: Path, where: Path) -> None:
     """Give a base the vocabulary that its adapter was trained with, where the adapter's file holds all of its rows.
 
     Raises where it does not: the rows that were added are in no file then.
     """
-    places = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     names = {id(module): name for name, module in model.named_modules()}
-    held = {
-        place: _rows(tensors, names[id(module)])
-        for place, module in places.items()
-        if module is not None
-    }
-    size = places["embedding"].weight.shape[0]
-    rows = next((n for n in held.values() if n is not None), size)
-    on_embedding = [t.shape[1] for name, t in tensors.items() if "lora_embedding_A" in name]
-    on_head = [
-        t.shape[0]
-        for name, t in tensors.items()
-        if name.startswith(f"{_PEFT}{names.get(id(places['head']))}.lora_B")
-    ]
-    wanted = next((n for n in (*on_embedding, *on_head, rows) if n != size), size)
-    if wanted == size:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    untied = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    size = embedding.weight.shape[0]
+    sizes = {n for module in untied for n in _tokens(tensors, names[id(module)])} - {size}
+    if not sizes:
         return
-    tied = places["head"] is None or places["head"].weight is places["embedding"].weight
-    if held["embedding"] != wanted or (not tied and held["head"] != wanted):
+    wanted, copied = max(sizes), read_json(settings).get("modules_to_save") or ()
+    if any(_rows(tensors, names[id(module)], copied) != wanted for module in untied):
         raise CheckpointError(
             where,
             f"was trained with {wanted} tokens, the base model has {size}, and the rows are not in the file",
@@ -207,12 +199,25 @@ def _resize(model: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> Non
         model.resize_token_embeddings(wanted, mean_resizing=False)
 
 
-def _rows(tensors: Mapping[str, torch.Tensor], module: str) -> int | None:
-    """How many rows the file has of a base model's module."""
-    for form in ("{}.weight", "{}.base_layer.weight"):
-        if (found := tensors.get(_PEFT + form.format(module))) is not None:
-            return found.shape[0]
-    return None
+_OF_BASE = ("", "base_layer.", "token_adapter.base_layer.")
+"""Where peft puts a module of the base that it wraps."""
+
+
+def _tokens(tensors: Mapping[str, torch.Tensor], module: str) -> Iterator[int]:
+    """The vocabularies that the file's tensors of a module speak of."""
+    first = [*_OF_BASE, "modules_to_save.", "original_module.", "lora_B."]
+    sides = {f"{form}weight": 0 for form in first} | {"lora_embedding_A": 1}
+    for form, side in sides.items():
+        if (tensor := tensors.get(f"{_PEFT}{module}.{form}")) is not None:
+            yield tensor.shape[side]
+
+
+def _rows(tensors: Mapping[str, torch.Tensor], module: str, copied: Collection[str]) -> int | None:
+    """How many rows the file has of a base model's module; of one that was copied for training, of the original."""
+    of_copy = module.rpartition(".")[2] in copied
+    forms = ("original_module.",) if of_copy else _OF_BASE
+    found = (tensors.get(f"{_PEFT}{module}.{form}weight") for form in forms)
+    return next((tensor.shape[0] for tensor in found if tensor is not None), None)
 
 
 def wrap(
@@ -417,7 +422,9 @@ def _require_same(
     for name in adapter:
         if name not in stored:
             raise CheckpointError(
-                path, f"{name} is not in the file", "save the adapter again with this peft version"
+                path,
+                f"{name} is not in the file",
+                f"{HOW_TO_NAME_A_BASE}, or save the adapter again with this peft version",
             )
     for name, tensor in stored.items():
         loaded = adapter.get(name, model.get(name))

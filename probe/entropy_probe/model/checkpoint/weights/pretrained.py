@@ -85,11 +85,11 @@ def _require_causal(path: Path, model_type: str) -> None:
     raise CheckpointError(path, f"{known}: model_type {model_type!r} {problem}", remedy)
 
 
-def _remedy(config: Any, otherwise: str) -> str:
-    """What helps where weights do not fit: a wrapper's text part, or a decoder, has not all that its file holds."""
+def _remedy(config: Any) -> str | None:
+    """What helps where weights do not fit a wrapper's text part, or a decoder: it has not all that its file holds."""
     if any(re.search("vision|audio|image|speech", name) for name in config.sub_configs):
         return _TEXT_ALONE
-    return _DECODER_ALONE if getattr(config, "is_encoder_decoder", False) else otherwise
+    return _DECODER_ALONE if getattr(config, "is_encoder_decoder", False) else None
 
 
 def check_layers(folder: Path, most: int) -> None:
@@ -145,12 +145,12 @@ def load_full_model(folder: Path, weights: Weights, *, values: bool = True) -> n
     check_layers(folder, len(headers))
     in_float64 = any(header.dtype == "float64" for header in headers.values())
     options["dtype"] = torch.float64 if in_float64 else torch.float32
-    empty, remedy = None, _RESTORE_BOTH
+    empty, remedy = None, None
     try:
         with quiet_transformers():
             auto: Any = transformers.AutoModelForCausalLM
             config = _configuration(folder)
-            remedy = _remedy(config, _RESTORE_BOTH)
+            remedy = _remedy(config)
             with torch.device("meta"):
                 empty = auto.from_config(config)
             _require_enough(empty, headers, folder)
@@ -165,9 +165,9 @@ def load_full_model(folder: Path, weights: Weights, *, values: bool = True) -> n
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         _refuse_other_shapes(empty, weights, error)
         raise CheckpointError(
-            folder, f"transformers cannot load it ({reason(error)})", remedy
+            folder, f"transformers cannot load it ({reason(error)})", remedy or _RESTORE_BOTH
         ) from error
-    _refuse_gaps(info, weights, _remedy(config, _RESTORE))
+    _refuse_gaps(info, weights, remedy or _RESTORE)
     _require_tied(empty, model, weights.source)
     return model.eval()
 
