@@ -33,11 +33,12 @@ def why_nothing(expression: str, *, has_checkpoint: bool) -> str:
     names = _names_in(expression)
     if has_checkpoint:
         return f"-m {expression} selects no check; markers of the checks are {', '.join(MARKERS)}"
-    meant = [near for name in names if (near := _near(name))]
-    if not meant:
-        return ""
-    needed = f"-m {meant[0]} selects checks of a checkpoint"
-    return f"{needed}; add --probe-checkpoint=PATH"
+    for name in names:
+        if near := _near(name):
+            misspelt = "" if near == name else f"there is no marker {name}, did you mean {near}? "
+            needed = f"-m {near} selects checks of a checkpoint"
+            return f"{misspelt}{needed}; add --probe-checkpoint=PATH"
+    return ""
 
 
 def _names_in(expression: str) -> list[str]:

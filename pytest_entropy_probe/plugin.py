@@ -103,11 +103,13 @@ def pytest_terminal_summary(
     """Where nothing was selected: what -m takes, and what its tests need."""
     selected = config.getoption("markexpr", "")
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and selected:
+        import textwrap
+
         from pytest_entropy_probe.markers import why_nothing
 
         line = why_nothing(selected, has_checkpoint=_checkpoints_given(config))
-        if line:
-            terminalreporter.write_line(f"entropy-probe: {line}")
+        for part in textwrap.wrap(f"entropy-probe: {line}", 80) if line else ():
+            terminalreporter.write_line(part)
 
 
 def _refuse_checks(config: pytest.Config) -> None:

@@ -218,6 +218,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe.processes.world import World
 
     config = _configured(arguments)
+    _require_inputs(arguments)
     _require_outputs(arguments)
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
@@ -271,6 +272,20 @@ def _configured(arguments: argparse.Namespace) -> ProbeConfig:
     config = ProbeConfig.load(arguments.config, overrides=overrides(arguments))
     require_known(config.limits, config.allow_inconclusive, has_baseline=True)  # a judge's business
     return config
+
+
+def _require_inputs(arguments: argparse.Namespace) -> None:
+    """Raises for a path that is not there, whether the measurement comes to need it or not."""
+    for name in ("base_model", "reference_model", "next"):
+        path = getattr(arguments, name)
+        if path is not None and not path.expanduser().is_dir():
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, f"no such folder: {path}", "give the path of a model folder")
+    for name in ("rollouts", "update_rollouts", "prompts"):
+        path = getattr(arguments, name)
+        if path is not None and not path.expanduser().exists():
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, f"no such file: {path}", "give the path of a file")
 
 
 def _require_outputs(arguments: argparse.Namespace) -> None:
@@ -355,6 +370,7 @@ def _drill(arguments: argparse.Namespace) -> int:
 
     _folder(arguments.checkpoint)
     _configured(arguments)
+    _require_inputs(arguments)
     given = list(sys.argv[1:] if arguments.argv is None else arguments.argv)
     healthy = _statuses(given, "")
     red = _with_status(healthy, "fail")

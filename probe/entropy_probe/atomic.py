@@ -80,7 +80,10 @@ def require_folder(path: Path) -> None:
     """Raise `ConfigError` where no files could be written into the folder `path`, which need not be there."""
     if path.exists() and not path.is_dir():
         raise ConfigError(path, "is a file", "give a folder")
-    require_writable(path / "file")
+    try:
+        require_writable(path / "file")
+    except ConfigError as error:
+        raise ConfigError(path, error.problem, error.remedy) from error
 
 
 def _beside(path: Path) -> Path:

@@ -146,7 +146,8 @@ class Summary:
         try:
             yield
         except OSError as error:
-            self._fail(f"{error.filename or 'a report'}: cannot be written ({error.strerror})")
+            what = error.filename or "a report of another plugin"
+            self._fail(f"{what}: cannot be written ({error.strerror})")
         self._finish()
         if self._failed and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

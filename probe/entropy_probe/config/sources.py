@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +59,15 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 def read_pyproject(path: Path) -> dict[str, Any]:
     """`[tool.entropy-probe]` of the file. Raises `ConfigError`."""
     try:
-        table = tomllib.loads(read_text(path)).get("tool", {}).get("entropy-probe", {})
+        tools = tomllib.loads(read_text(path)).get("tool", {})
+        table = tools.get("entropy-probe", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(path, f"is not readable TOML ({error})", "correct the file") from error
+    if "entropy-probe" not in tools:
+        names = {name.replace("_", "-").lower(): name for name in tools}
+        for name in difflib.get_close_matches("entropy-probe", names, n=1, cutoff=0.75):
+            problem = f"nothing reads [tool.{names[name]}]"
+            raise ConfigError(path, problem, "write [tool.entropy-probe]")
     if not isinstance(table, dict):
         remedy = "write [tool.entropy-probe] and keys below it"
         raise ConfigError(path, "tool.entropy-probe is not a table", remedy)
