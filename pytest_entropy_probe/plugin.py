@@ -108,7 +108,9 @@ def pytest_terminal_summary(
         from pytest_entropy_probe.markers import why_nothing
 
         line = why_nothing(selected, has_checkpoint=_checkpoints_given(config))
-        for part in textwrap.wrap(f"entropy-probe: {line}", 80) if line else ():
+        for part in (
+            textwrap.wrap(f"entropy-probe: {line}", 80, break_on_hyphens=False) if line else ()
+        ):
             terminalreporter.write_line(part)
 
 

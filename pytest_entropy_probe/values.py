@@ -54,7 +54,16 @@ def absolute(value: str, start: Path) -> Path:
 def place(config: pytest.Config, key: str) -> Path | None:
     """The path that the option was given, whether something is there or not."""
     value = text_of(config, key)
-    return None if value is None else absolute(value, origin(config, key)[1])
+    if value is None:
+        return None
+    name, start = origin(config, key)
+    path = absolute(value, start)
+    try:
+        path.exists()
+    except OSError as error:  # a name too long, or below a folder without rights
+        problem = f"{path}: cannot be written or read ({error.strerror})"
+        raise pytest.UsageError(f"{name}: {problem}; give another path") from error
+    return path
 
 
 def existing(config: pytest.Config, key: str, kind: str) -> Path | None:

@@ -210,6 +210,10 @@ def _silence() -> Iterator[None]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    config = _configured(arguments)
+    _require_inputs(arguments)
+    _require_outputs(arguments)
+
     from entropy_probe import run_probe
     from entropy_probe.evidence import evidence_file
     from entropy_probe.layout import find_layout
@@ -217,9 +221,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe.plots import save_figure
     from entropy_probe.processes.world import World
 
-    config = _configured(arguments)
-    _require_inputs(arguments)
-    _require_outputs(arguments)
     is_demo = arguments.checkpoint == "demo"
     world = World.of_torchrun()
     with world.together():
@@ -366,11 +367,12 @@ def _rollouts(arguments: argparse.Namespace) -> int:
 
 def _drill(arguments: argparse.Namespace) -> int:
     """First without a fault, then with each, every time in a process of its own."""
-    from entropy_probe import drill
-
     _folder(arguments.checkpoint)
     _configured(arguments)
     _require_inputs(arguments)
+
+    from entropy_probe import drill
+
     given = list(sys.argv[1:] if arguments.argv is None else arguments.argv)
     healthy = _statuses(given, "")
     red = _with_status(healthy, "fail")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import sys
-import sysconfig
 from collections.abc import Iterator
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -18,7 +17,7 @@ from entropy_probe.errors import ConfigError
 from entropy_probe.stages.responses.rewards import GROUP, KEY, REWARDS
 from entropy_probe.stages.responses.user_functions import place_of
 
-_INSTALLED = tuple({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")})
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def digests(reward: str) -> dict[str, str]:
@@ -40,7 +39,7 @@ def digests(reward: str) -> dict[str, str]:
         path = _file(module)
         if path is None:  # of a namespace, in C, or a name inside of a module
             continue
-        if top != own and any(path.is_relative_to(place) for place in _INSTALLED):
+        if top != own and not _INSTALLED.isdisjoint(path.parts):
             stat = (_file(top) or path).stat()
             found[top] = f"{stat.st_mtime_ns} {stat.st_size}"
             continue
