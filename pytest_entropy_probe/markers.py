@@ -23,7 +23,7 @@ class Markers:
     def pytest_sessionstart(self) -> None:
         """`pytest.UsageError` for a misspelt marker: what it should have selected would be left out without a word."""
         registered = {re.split(r"[:(]", line)[0].strip() for line in self._config.getini("markers")}
-        for name in _names_in(self._config.getoption("markexpr", "")):
+        for name in _names_in(self._config.option.markexpr):
             if name not in registered and (near := _near(name)):
                 raise pytest.UsageError(f"-m: there is no marker {name}; did you mean {near}?")
 

@@ -75,7 +75,7 @@ def weights_moved() -> None:
                 parameter.mul_(1.001)
         return built
 
-    load._build = _after(load._build, moved)
+    load.build = _after(load.build, moved)
 
 
 def bracket_not_detached() -> None:

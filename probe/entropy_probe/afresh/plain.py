@@ -56,13 +56,9 @@ def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
         if is_adapter:
             from peft import PeftModel
 
-            named = (
-                {}
-                if weights.parent != folder or weights.name == "model"
-                else {"adapter_name": weights.name}
-            )
+            name = weights.name if weights in of_named_adapter(folder) else "default"
             _with_its_tokens(model, weights)
-            model = PeftModel.from_pretrained(model, str(weights), **named)
+            model = PeftModel.from_pretrained(model, str(weights), adapter_name=name)
     return model.float().eval().to(device)
 
 

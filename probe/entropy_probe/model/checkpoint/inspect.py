@@ -52,7 +52,8 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     except CheckpointError as error:
         return Inspection(printable(path), problems=[str(error)])
     base = None if base_model is None else Path(base_model).expanduser()
-    stored, model, weights, of_optimizer, step, tokenizer = None, None, None, None, None, None
+    stored, weights, of_optimizer, step, tokenizer = None, None, None, None, None
+    model: Any = None
     is_configured = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading notes of transformers

@@ -131,7 +131,7 @@ def load_adapter(
     _require_small(folder / "adapter_config.json", tensors, base_model)
     _resize(base_model, tensors, folder / "adapter_config.json", where)
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
+        config: Any = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
         if not values and hasattr(config, "init_lora_weights"):
             config.init_lora_weights = False
