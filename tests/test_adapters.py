@@ -29,8 +29,11 @@ IDS = torch.arange(3, 20)[None]
 LARGER = models.VOCABULARY + 3
 
 
-def adapter(folder: Path, config: peft.PeftConfig, *, name: str = "default", tokens: int | None = None) -> Any:
-    """Train an adapter of this configuration on a tiny Llama, save it, and return the live model."""
+def adapter(
+    folder: Path, config: peft.PeftConfig, *, name: str = "default", tokens: int | None = None, named: bool = False
+) -> Any:
+    """Train an adapter of this configuration on a tiny Llama, save it, and return the live model; the optimizer knows
+    names where the moments of tensors of one shape could not tell their order."""
     base = folder.parent / f"{folder.name}-base"
     models.tiny_model("llama").save_pretrained(base)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -46,7 +49,8 @@ def adapter(folder: Path, config: peft.PeftConfig, *, name: str = "default", tok
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    trained: Any = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained if named else [p for _, p in trained], lr=1e-3)
     model.eval()
     models.train_steps(model, optimizer)
     models.save_checkpoint(folder, model, optimizer)
@@ -63,7 +67,10 @@ READ: dict[str, tuple[Callable[[], peft.PeftConfig], dict[str, Any]]] = {
     "IA3": (lambda: peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]), {}),
     "LoHa": (lambda: peft.LoHaConfig(r=3, target_modules=TARGETS), {}),
     "LoKr": (lambda: peft.LoKrConfig(r=3, target_modules=TARGETS), {}),
+    "OFT": (lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=TARGETS), {"named": True}),
+    "HRA": (lambda: peft.HRAConfig(r=4, target_modules=["q_proj"]), {"named": True}),
     "a name of its own": (lora, {"name": "policy"}),
+    "a name of its own, in the optimizer too": (lora, {"name": "policy", "named": True}),
     "larger vocabulary": (lora, {"tokens": LARGER}),
     "larger vocabulary, trained whole": (lambda: lora(modules_to_save=["embed_tokens", "lm_head"]), {"tokens": LARGER}),
     "larger vocabulary, adapted": (
@@ -96,7 +103,9 @@ def test_it_is_what_peft_trained(tmp_path: Path, name: str) -> None:
     assert found.weights.kind == f"{loaded.info.adapter} adapter"
 
 
-@pytest.mark.parametrize("name", ["PiSSA", "VeRA", "IA3", "LoHa", "a name of its own", "larger vocabulary"])
+@pytest.mark.parametrize(
+    "name", ["PiSSA", "VeRA", "IA3", "LoHa", "OFT", "HRA", "a name of its own", "larger vocabulary"]
+)
 def test_it_is_measured(tmp_path: Path, name: str) -> None:
     """No criterion is red, and those of a second, plain reader of the folder are asked."""
     made, options = READ[name]

@@ -47,7 +47,6 @@ KINDS = {
     "LOKR": "LoKr",
     "OFT": "OFT",
     "HRA": "HRA",
-    "FOURIERFT": "FourierFT",
 }
 """peft_type → name: adapters whose forward is a smooth function of `named_parameters()`, and whose training adds no
 term of its own to the update (as AdaLoRA's does). docs/formats.md"""
@@ -59,7 +58,6 @@ _MARKS = {
     "LOKR": "lokr_",
     "OFT": "oft_",
     "HRA": "hra_",
-    "FOURIERFT": "fourierft_",
 }
 _RANKED = ("LORA", "VERA", "LOHA", "HRA")
 """Kinds whose `r` is a side of their tensors; LoKr takes a whole matrix where it is larger, OFT's are blocks."""
@@ -331,7 +329,7 @@ def _fill(
 def is_trained(name: str) -> bool:
     """Whether a tensor of an adapter's file is one of the adapter's own, and trained; VeRA's projections are not."""
     return (
-        re.search(r"lora_|trainable_tokens|vera_lambda|ia3_|hada_|lokr_|oft_|hra_|fourier", name)
+        re.search(r"lora_|trainable_tokens|vera_lambda|ia3_|hada_|lokr_|oft_|hra_", name)
         is not None
     )
 
