@@ -298,7 +298,7 @@ def require_known(
         if name in LIMITS and name not in settable:
             key = LIMITS[name].key
             problem = f"the limit of `{name}` is not set under `limits`"
-            remedy = f"set {key}" if key else "leave it out: the report derives it"
+            remedy = f"set {key}" if key else "leave it out: the report derives this limit"
             raise ConfigError("configuration", problem, remedy)
         _require_criterion(name, settable, "limits")
     for name in allow_inconclusive:
