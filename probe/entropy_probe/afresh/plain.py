@@ -4,7 +4,10 @@ without a cache, `log_softmax` and `Categorical.entropy` on whole logits, parame
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,7 +50,11 @@ def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
     options: dict[str, Any] = {"dtype": torch.float32} | _SAFE
     with _quiet(), torch.random.fork_rng(devices=[]):  # libraries draw what they then read
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            of_model, attn_implementation="eager", output_loading_info=True, **options
+            of_model,
+            config=_plain_config(of_model),
+            attn_implementation="eager",
+            output_loading_info=True,
+            **options,
         )
         model, loading = loaded
         missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
@@ -73,6 +80,26 @@ def _with_its_tokens(model: Any, weights: Path) -> None:
             return
 
 
+def _plain_config(folder: Path) -> Any:
+    """Of a forward that returns logits in the usual form, whatever the trainer wanted returned besides."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+
+    def usual(values: dict[str, Any]) -> dict[str, Any]:
+        unusual = re.compile(
+            r"output_(router_logits|attentions|hidden_states)|(use_)?return_dict|torchscript"
+        )
+        kernels = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+        return {
+            key: value
+            for key, value in values.items()
+            if not (unusual.fullmatch(key) or kernels.fullmatch(key))
+        }
+
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "config.json").write_text(json.dumps(json.loads(text, object_hook=usual)))
+        return transformers.AutoConfig.from_pretrained(place, **_SAFE)
+
+
 def plain_tokenizer(folder: Path, base: Path | None) -> Any:
     """Of the folder, of its `model/`, or of the base model."""
     places = [
@@ -83,7 +110,8 @@ def plain_tokenizer(folder: Path, base: Path | None) -> Any:
     ]
     own = next(place for place in places if list(place.glob("tokenizer*")))
     with _quiet():
-        return transformers.AutoTokenizer.from_pretrained(own, **_SAFE)
+        config = _plain_config(own) if (own / "config.json").is_file() else None
+        return transformers.AutoTokenizer.from_pretrained(own, config=config, **_SAFE)
 
 
 @torch.no_grad()

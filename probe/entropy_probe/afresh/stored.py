@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +13,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay", "adam_w_mode")
+_CORRECTED = ("bias_correction", "correct_bias")
 _OF_THE_BASE = ("pissa", "olora")
 """`init_lora_weights` for which peft subtracts the adapter's start from the base, whenever it loads them."""
 _NUMBERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 
-def read_again(folder: Path, optimizer_file: Path, base: Path | None) -> dict[str, Any] | str:
-    """`states`: of each tensor of the optimizer its shape, step, hyper-parameters, and Σ and Σ² of both moments;
-    `weights`: of each tensor of the model, and of the adapter's base, its shape, dtype, Σ and Σ².
+def read_again(
+    folder: Path, optimizer_file: Path, base: Path | None, *, is_adam: bool = True
+) -> dict[str, Any] | str:
+    """`states`: of each tensor of the optimizer its shape, step, hyper-parameters, and Σ and Σ² of both moments, none
+    where it is not Adam; `weights`: of each tensor of the model, and of the adapter's base, its shape, dtype, Σ and Σ².
 
     Where the format has no such files, the reason.
     """
     if not optimizer_file.is_file() or optimizer_file.suffix not in (".pt", ".bin"):
         return f"{optimizer_file.name} is no file of one optimizer"
-    content = torch.load(optimizer_file, map_location="cpu", weights_only=True, mmap=True)
-    for key in ("optimizer", "optimizer_state_dict"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not {"state", "param_groups"} <= set(content):
-        return f"{optimizer_file.name} is no state_dict of torch's"
-    states = [
-        _state(content["state"][key], group)
-        for group in content["param_groups"]
-        for key in group["params"]
-        if "exp_avg" in content["state"].get(key, ())
-    ]
+    states = _states(optimizer_file) if is_adam else []
+    if isinstance(states, str):
+        return states
     folders = [
         folder,
         folder / "model",
@@ -46,6 +43,23 @@ def read_again(folder: Path, optimizer_file: Path, base: Path | None) -> dict[st
     if not weights:
         return "its weights are in no file of transformers or peft"
     return {"states": states, "weights": weights}
+
+
+def _states(optimizer_file: Path) -> list[dict[str, Any]] | str:
+    try:
+        content = torch.load(optimizer_file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return f"{optimizer_file.name} holds objects of a library's own classes"
+    for key in ("optimizer", "optimizer_state_dict"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not {"state", "param_groups"} <= set(content):
+        return f"{optimizer_file.name} is no state_dict of torch's"
+    return [
+        _state(moments, group)
+        for group in content["param_groups"]
+        for key in group["params"]
+        if "exp_avg" in (moments := _moments(content["state"].get(key, {})))
+    ]
 
 
 def base_is_changed(folder: Path) -> str:
@@ -66,11 +80,12 @@ def of_named_adapter(folder: Path) -> list[Path]:
 
 
 def _state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    hyper = {key: group[key] for key in (*_NUMBERS, *_FLAGS) if key in group}
+    hyper = {k: group[k] for k in (*_NUMBERS, *_FLAGS, *_CORRECTED) if group.get(k) is not None}
+    step = state["step"] if "step" in state else group["step"]
     return {
         "shape": list(state["exp_avg"].shape),
-        "step": float(state["step"]),
-        "hyper": {k: list(v) if isinstance(v, tuple) else _plain(v) for k, v in hyper.items()},
+        "step": float(step),
+        "hyper": {key: _plain(value) for key, value in hyper.items()},
         "sums": [
             *sums(state["exp_avg"]),
             *sums(state["exp_avg_sq"]),
@@ -80,7 +95,25 @@ def _state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _moments(state: dict[str, Any]) -> dict[str, Any]:
+    """In numbers, under Adam's names: torchao says them itself, bitsandbytes writes 8 bits block after block."""
+    state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
+    state |= {key: of.dequantize() for key, of in state.items() if hasattr(of, "codes")}
+    for k, moment in ((1, "exp_avg"), (2, "exp_avg_sq")):
+        if (codes := state.get(f"state{k}")) is None:
+            continue
+        if codes.dtype is torch.uint8:
+            scales = state[f"absmax{k}"]
+            size = next(n for n in (256, 2048) if math.ceil(codes.numel() / n) == len(scales))
+            of_values = scales.repeat_interleave(size)[: codes.numel()].view(codes.shape)
+            codes = state[f"qmap{k}"][codes.long()] * of_values
+        state[moment] = codes
+    return state
 
 
 def _weight(tensor: Tensor) -> dict[str, Any]:

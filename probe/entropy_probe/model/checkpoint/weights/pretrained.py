@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from entropy_probe.errors import CheckpointError, shown
 from entropy_probe.model.checkpoint.files import Headers, reason
 from entropy_probe.model.checkpoint.stored import Saved, Weights
 from entropy_probe.model.quiet import quiet_transformers
+from entropy_probe.model.switches import without_switches
 from entropy_probe.text import read_json
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_ATTENTION = (None, "eager", "sdpa")
+_OWN = r"eager|sdpa|flex_attention|flash_attention_\d|paged\|\w+|grouped_mm|batched_mm"
+"""Kernels that training may have been run with: known by name, and none is loaded."""
 _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
 _RESTORE = "restore the weights that belong to config.json"
@@ -49,7 +53,9 @@ def check_config(folder: Path) -> str:
                 "asks for remote code (`auto_map`), which is never run",
                 "use a model type of transformers",
             )
-        if key == "transformers_weights" or (_ELSEWHERE.fullmatch(key) and value not in _ATTENTION):
+        if key == "transformers_weights" or (
+            _ELSEWHERE.fullmatch(key) and value is not None and not re.fullmatch(_OWN, str(value))
+        ):
             raise CheckpointError(
                 folder / "config.json",
                 f"asks for `{key}`: {shown(value)}, which is never loaded",
@@ -114,6 +120,18 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
             rest.extend(inner)
 
 
+def read_config(folder: Path) -> Any:
+    """transformers' configuration of the model in `folder`, without the switches of training."""
+    values = without_switches(read_json(folder / "config.json"))
+    if (
+        values.get("quantization_config", ...) is None
+    ):  # whose presence would make it a quantised model
+        del values["quantization_config"]
+    with tempfile.TemporaryDirectory() as place:  # only from a file does it recognise every type
+        Path(place, "config.json").write_text(json.dumps(values))
+        return transformers.AutoConfig.from_pretrained(place, **OFFLINE)
+
+
 def require_config(folder: Path) -> Path:
     """The config.json of a full model, as the last thing that a checkpoint may have."""
     path = folder / "config.json"
@@ -149,7 +167,7 @@ def load_full_model(folder: Path, weights: Weights, *, values: bool = True) -> n
     try:
         with quiet_transformers():
             auto: Any = transformers.AutoModelForCausalLM
-            config = _configuration(folder)
+            config = read_config(folder)
             remedy = _remedy(config)
             with torch.device("meta"):
                 empty = auto.from_config(config)
@@ -179,16 +197,6 @@ def _require_equal(empty: Any, weights: Weights) -> None:
             values = weights.tensors((name, to))
             if not torch.equal(values[name], values[to]):
                 raise _untied(name, to, weights.source)
-
-
-def _configuration(folder: Path) -> Any:
-    """As transformers reads it. Raises whatever a damaged one makes it raise."""
-    config: Any = transformers.AutoConfig.from_pretrained(folder, **OFFLINE)
-    if hasattr(
-        config, "quantization_config"
-    ):  # null: transformers takes its presence for a quantised model
-        del config.quantization_config
-    return config
 
 
 def of_headers(weights: Weights) -> dict[str, torch.Tensor]:
