@@ -38,6 +38,7 @@ NOT_JUDGED = {
     "continuity.eta_main": "a step that the tests are made with",
     "continuity.eta_tiny": "a step that the tests are made with",
     "invariance.num_examples": "how many cases were asked for and drawn",
+    "update.num_kinked": "of how many responses a shorter step was taken",
     "verdicts": "what is concluded, not what is measured",
     "baseline": "figures of another report, judged there",
     "distributed": "of the processes, not of the policy",

@@ -28,6 +28,7 @@ from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
 from entropy_probe.stages.scores import score
+from entropy_probe.stages.witnesses import continuity
 from entropy_probe.stages.witnesses import taylor as tests_of_order
 from test_projections import relu_model
 from test_rollouts import OneToken
@@ -393,3 +394,33 @@ def test_kinks_are_no_fault(tmp_path: Path) -> None:
     errors = (found.identity_error_naive, found.identity_error_rb)
     assert all(error is None or error < 1e-6 for error in errors)
     assert found.logit_slope == pytest.approx(1, abs=0.02)
+
+
+def test_a_jump_ends_the_range() -> None:
+    """From 3e-3 on something is added on one side of θ, as where a router chooses anew: the order is that below it."""
+    jump = 1e-3 * (ETAS > 3e-3)
+    clean = series.order(ETAS, ETAS**2, 1e-12, 0.1, 1.5, ETAS**2)
+    assert series.order(ETAS, ETAS**2 + jump, 1e-12, 0.1, 1.5, ETAS**2) == pytest.approx(2, abs=1e-9)
+    assert clean == pytest.approx(2, abs=1e-9)
+    without = series.order(ETAS, ETAS**2 + jump, 1e-12, 0.1, 1.5)
+    assert without is not None
+    assert abs(without - 2) > 0.1
+
+
+def test_a_wrong_derivative_is_no_jump() -> None:
+    """It is of opposite sign on the other side at the smallest η: nothing is left out, and the order is 1."""
+    off = 1e-2 * ETAS
+    found = series.order(ETAS, ETAS**2 + off, 1e-8, 0.1, 1.5, ETAS**2 - off)
+    assert found == series.order(ETAS, ETAS**2 + off, 1e-8, 0.1, 1.5)
+
+
+@pytest.mark.parametrize("edge", [3e-6, 3e-7])
+def test_a_step_stays_below_a_jump(edge: float) -> None:
+    """Noise is linear nowhere, and is judged at the step itself."""
+    direction = torch.ones(3, dtype=torch.float64)
+    eta, size = continuity.smooth_step(lambda eta: direction * (eta + 10 * (eta > edge)), 1e-5)
+    assert eta == pytest.approx(1e-6 if edge > 1e-6 else 1e-7)
+    assert size == pytest.approx(eta * 3**0.5)
+    generator = torch.Generator().manual_seed(0)
+    noise = continuity.smooth_step(lambda _: torch.randn(3, generator=generator), 1e-5)
+    assert noise[0] == 1e-5

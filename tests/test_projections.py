@@ -27,6 +27,7 @@ from entropy_probe.model import forward
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages import slopes
+from entropy_probe.stages.derivatives import directional_derivatives
 from entropy_probe.stages.gradients.payloads import Payload, payloads
 from entropy_probe.stages.gradients.products import prompt_mean
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
@@ -40,7 +41,7 @@ from entropy_probe.stages.witnesses.projections import ProjectionAgreement, proj
 from entropy_probe.stages.witnesses.witness import curvature_witness, largest, twice_in_reverse
 
 TOLERANCE = 1e-9
-# What `slopes._JVP_CHANGE` claims for the central difference; measured: 1e-10, the rule's truncation.
+# What `derivatives.JVP_CHANGE` claims for the central difference; measured: 1e-10, the rule's truncation.
 CURVATURE_TOLERANCE = 1e-9
 
 
@@ -171,8 +172,9 @@ def test_blocks(first_order: dict[str, Any], tmp_path: Path) -> None:
 def test_each_way_is_the_naive_loop(name: str, tmp_path: Path) -> None:
     subject = Subject.of(MODELS[name](), tmp_path)
     loop = ref.Reference(subject.bound.module, subject.file)
-    for way in (projections.by_jvp, projections.by_alpha):
-        found = way(subject.bound, subject.rollouts, subject.of_x, subject.v, subject.config)
+    along = directional_derivatives(subject.bound, subject.rollouts, subject.v, subject.config)
+    by_alpha = projections.by_alpha(subject.bound, subject.rollouts, subject.of_x, subject.v, subject.config)
+    for found in (projections.projections_of(subject.of_x, along), by_alpha):
         for n, got in enumerate(found.tolist()):
             expected, scale = ref.dot(loop.x(n), subject.v)
             assert abs(got - expected) < TOLERANCE * scale

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import models
 from entropy_probe import ProbeConfig
@@ -254,3 +255,19 @@ def test_tokens_that_cannot_come_are_no_difference() -> None:
     model: Any = models.tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: out.masked_fill(torch.arange(67) > 40, -torch.inf))
     assert {"padding", "batch", "chunk"}.isdisjoint(red(drawn(model)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_padding_token_of_zeros(seed: int) -> None:
+    """Norm after norm multiplies what is added to nothing by 1/√eps: along such a row no step is small (0.999 came out
+    for a bound of 0.1). No optimizer moves it, and no drawn v does."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**(models.ROPE | {"vocab_size": 4, "pad_token_id": 0}))
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+        model.model.embed_tokens.weight[0] = 0.0
+    found = drawn(model.eval(), 12, batch={"seed": seed})
+    assert red(found) == set()
+    assert found.scaling is not None

@@ -123,3 +123,13 @@ def test_of_certain_tokens_nothing_is_said() -> None:
     arrays = evidence((4, 4, 6), 0)
     arrays |= {name: np.zeros_like(values) for name, values in arrays.items() if "entropy" in name}
     assert set(departures(arrays, ("e", "u")).values()) == {0.0}
+
+
+@pytest.mark.parametrize("far", [1e-8, 1e-19, 1e-60, 1e-105, 1e-200])
+def test_numbers_of_certain_tokens_are_far_apart(far: float) -> None:
+    """Two members have no third moment, whatever their sizes: x₁·x₂ over its standard deviation is ±1. As a square of
+    sums less a sum of squares it was rounding: 1e41 standard errors, or no number."""
+    assert in_common(np.array([[1.0], [far]])) == pytest.approx(1.0 if far > 1e-160 else 0.0)
+    assert in_common(np.array([[1.0], [-far]])) == pytest.approx(-1.0 if far > 1e-160 else 0.0)
+    assert in_common(far * np.array([[1.0], [1.0]])) == pytest.approx(1.0)
+    assert abs(in_common(np.array([[1.0], [far], [far]]))) < 3

@@ -77,13 +77,24 @@ def in_common(values: np.ndarray) -> float:
     Under signs that are fair coins the sum has variance Σ e₂ and third moment 6·Σ e₃, with the elementary symmetric
     polynomials e of the x². Only more than chance counts: what is shared is shared with the same sign.
     """
-    squares = values**2
-    p1, p2, p3 = (np.sum(squares**k, 0) for k in (1, 2, 3))
-    sum_of_products = ((values.sum(0) ** 2 - p1) / 2).sum()
-    variance = ((p1**2 - p2) / 2).sum()
-    third = (p1**3 - 3 * p1 * p2 + 2 * p3).sum()
-    x = _ratio(sum_of_products, variance)
-    return 0.0 if variance == 0 else _unskewed(x, float(third / variance**1.5))
+    # The x of certain tokens are many powers of ten apart: a power of a sum less sums of powers is then rounding, and
+    # squares leave the range of float64.
+    largest = np.abs(values).max(initial=0.0)
+    if not largest > 0:
+        return 0.0
+    products = _elementary(values / largest)[1].sum()
+    _, variance, third = (of.sum() for of in _elementary((values / largest) ** 2))
+    if variance == 0:
+        return 0.0
+    return _unskewed(_ratio(products, variance), float(6 * third / variance / math.sqrt(variance)))
+
+
+def _elementary(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Σ x_i, Σ_{i<j} x_i·x_j and Σ_{i<j<k} x_i·x_j·x_k over the members, one member after the other."""
+    e1, e2, e3 = (np.zeros(x.shape[1:]) for _ in range(3))
+    for own in x:
+        e3, e2, e1 = e3 + own * e2, e2 + own * e1, e1 + own
+    return e1, e2, e3
 
 
 def _unskewed(x: float, skewness: float) -> float:

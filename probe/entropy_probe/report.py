@@ -264,7 +264,9 @@ class UpdateSection(StepAgreement):
     `slope_of_change_size` the sum of the absolute values of its terms; `slope_of_change_per_token` that of
     `delta_h_per_token`; `curvature_of_change` is the second derivative of the former, and the size of its terms.
     `slope_of_v0` = −X̄ᵀv₀ (momentum and decay) and `slope_by_unit` = −X̄ᵀD·Y_u·(its share of the prompts), for every
-    unit of the U batch, add up to −X̄ᵀv.
+    unit of the U batch, add up to −X̄ᵀv; `slope_rounding` is what the precision leaves of it: eps·max(1, |z|)·|D_v z| of
+    the logits z at every token, by the weights of the slope; `slope_of_change_rounding` the same of `slope_of_change`.
+    `num_kinked` responses had a jump or a kink within the step of their second derivative, which was made shorter.
 
     `clip_factor` is what clipping multiplied the gradient of `grad_norm` by; `grad_norm_logged` is the last that the
     trainer wrote down, of a step before. `momentum_share` = v₀ᵀv/‖v‖²: what of v was decided before this batch.
@@ -289,11 +291,14 @@ class UpdateSection(StepAgreement):
     baseline: str
     slope_of_v0: float
     slope_by_unit: list[float]
+    slope_rounding: float
+    num_kinked: int
     spread_over_batches: float | None
     delta_h1_per_lr_per_token: float
     delta_h1_per_lr_per_token_se: float
     slope_of_change: float
     slope_of_change_size: float
+    slope_of_change_rounding: float
     slope_of_change_per_token: float
     curvature_of_change: float
     curvature_of_change_size: float

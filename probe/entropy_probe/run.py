@@ -22,7 +22,8 @@ from entropy_probe.pipeline.witnessed import witnessed
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import batch_section, redraw_for
 from entropy_probe.stages.entropy import entropy_section, sampler_parity_section, surprises
-from entropy_probe.stages.gradients.coverage import gradient_coverage
+from entropy_probe.stages.gradients.coverage import cancels, gradient_coverage
+from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import memory_section
 from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.rollouts import Progress
@@ -104,7 +105,10 @@ def _measure(
         reported = None if e.logprobs is None else of.e.share.all_tokens(of.e.tokens.token_logq)
         unlikely = surprises(of.e.share, of.e.tokens)
         frozen = checkpoint.info.taken_as_frozen
-        covered = gradient_coverage(models.bound.registry, of.u.gradients, frozen, world)
+        same = cancels(of.u.rollouts, response_advantages(of.u.rollouts, config))
+        covered = gradient_coverage(
+            models.bound.registry, of.u.gradients, frozen, world, y_cancels=same
+        )
         if checkpoint.other is None:
             redraw = redraw_for(models.bound, of.e.share, checkpoint.tokenizer, config)
             step = next_step(of, clock, redraw)

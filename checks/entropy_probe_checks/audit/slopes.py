@@ -64,18 +64,23 @@ def write(sheet: Sheet) -> Along:
     d2_s, d2_r = sheet["e.d2_logp"].sum(-1), sheet["e.d2_entropy"].sum(-1)
     lengths = sheet["e.gen_lens"].reshape(s.shape).astype(np.float64)
     others = (s.sum(1, keepdims=True) - s) / (s.shape[1] - 1)
-    by = {"naive": _slope(-(s - others) * d_s)}
+    size = ((np.abs(s) + np.abs(others)) * np.abs(d_s)).mean()
+    by = {"naive": _slope(-(s - others) * d_s, size)}
+    onward = coefficients(sheet, entropy, "none")
     for baseline in ("none", "hk", "hk_ema", "hk_ridge", "hk_group"):
         c = coefficients(sheet, entropy, baseline)
         terms = d_entropy + c * d_logp
-        size = np.abs(d_entropy).sum(-1).mean() + np.abs(c * d_logp).sum(-1).mean()
+        # a coefficient is a difference of entropies that are still to come
+        of_coefficients = (np.abs(c) + onward) * np.abs(d_logp)
+        size = np.abs(d_entropy).sum(-1).mean() + of_coefficients.sum(-1).mean()
         by[f"rb_{baseline}"] = _slope(terms.sum(-1), size)
     baseline = in_use(sheet)
     chosen = by[f"rb_{baseline}"]
-    over = r - r.sum() / lengths.sum() * lengths
+    h = r.sum() / lengths.sum()
+    over, uncentred = r - h * lengths, np.abs(r) + h * lengths
     slope_token = (
         (over * d_s + d_r).sum() / lengths.sum(),
-        (np.abs(over * d_s) + np.abs(d_r)).sum(),
+        (uncentred * np.abs(d_s) + np.abs(d_r)).sum(),
     )
     w = d2_s + d_s**2
     terms = _terms(sheet)
@@ -132,23 +137,36 @@ def write(sheet: Sheet) -> Along:
     by_unit = -(weights / weights.sum()) * sheet["u.y_dx"]
     figures["slope_by_unit"] = (list(by_unit), float(np.abs(by_unit).sum()))
     lr, units = learning_rate(sheet)[0], len(by_unit)
+    rounding = sheet["e.d_rounding"]
+    if config["first_order"]["estimator"] == "naive":
+        rounding = np.abs(s - others)[..., None] * rounding
+    else:
+        rounding = (1 + np.abs(coefficients(sheet, entropy, baseline))) * rounding
+    of_all = math.sqrt(math.fsum((rounding**2).sum((1, 2)))) / s.size
+    figures["slope_rounding"] = (of_all, of_all + float(sheet["e.d_rounding"].mean()))
     spread = lr * math.sqrt(units * by_unit.var(ddof=1)) if units > 1 else None
     figures["spread_over_batches"] = (spread, lr * float(np.abs(by_unit).sum()))
     # d/dη of Σŵ⁺R⁺ at 0: mean[D_vR + (R − R̄)·D_vS], and its second derivative
     centred = r - r.mean()
     first = (d_r.sum() + (centred * d_s).sum()) / r.size
     first_size = (np.abs(d_r).sum() + np.abs(centred * d_s).sum()) / r.size
-    figures["slope_of_change"] = (float(first), float(first_size))
-    figures["slope_of_change_per_token"] = (
-        float(slope_token[0]),
-        float(slope_token[1] / lengths.sum()),
+    uncentred = np.abs(r) + abs(r.mean())
+    terms = float((np.abs(d_r) + uncentred * np.abs(d_s)).mean())
+    figures["slope_of_change"] = (float(first), terms)
+    of_tokens = (1 + np.abs(centred))[..., None] * sheet["e.d_rounding"]
+    figures["slope_of_change_rounding"] = (
+        math.sqrt(math.fsum((of_tokens**2).sum((1, 2)))) / r.size,
+        None,
     )
-    figures["slope_of_change_size"] = (float(first_size), None)
+    figures["slope_of_change_size"] = (float(first_size), terms)
+    value, of_value = slope_token
+    figures["slope_of_change_per_token"] = (float(value), float(of_value / lengths.sum()))
     second = (d2_r + 2 * d_r * d_s + centred * w).mean()
     second -= d_s.mean() * 2 * (d_r.mean() + (centred * d_s).mean())
     second_size = (np.abs(d2_r) + 2 * np.abs(d_r * d_s) + np.abs(centred * w)).mean()
-    figures["curvature_of_change"] = (float(second), float(second_size))
-    figures["curvature_of_change_size"] = (float(second_size), None)
+    terms = float((np.abs(d2_r) + 2 * np.abs(d_r * d_s) + uncentred * np.abs(w)).mean())
+    figures["curvature_of_change"] = (float(second), terms)
+    figures["curvature_of_change_size"] = (float(second_size), terms)
     for name, (again, size) in figures.items():
         sheet.write(f"update.{name}", again, size)
     return along

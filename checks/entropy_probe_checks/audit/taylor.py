@@ -12,6 +12,8 @@ SLOPE_RANGE, ORDER_RANGE, DECADES = 0.02, 0.1, 1.5
 """Orders hold up to these shares of the radius, over at least so many decades of η."""
 SHORT, KINKED, TRUSTED = 1e-7, 1e-4, 0.1
 """A difference with a short step is off by less, with a long one by more where there are kinks; 10 % is trusted."""
+LIKE = 0.5
+"""What is smooth differs from its mirror image by less than this share of itself."""
 WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 3e-2}
 """Steps of the five-point rules: log p of the fastest response moves by as much."""
 
@@ -28,7 +30,9 @@ def write(sheet: Sheet) -> None:
     if config["generation"]["top_p"] == 1.0:
         sheet.hold("taylor.weights", np.full(s.shape, 1 / s.size).tolist())
     entropy = float((weights * r).sum())
-    floor = 1e3 * float(np.finfo(float).eps) * entropy
+    each = math.sqrt(float(sheet["taylor.gen_lens"].mean()) / s.size)
+    terms_of_change = max(entropy, each * (1 + float(sheet["taylor.logit"]) * entropy) / 10)
+    floor = 1e3 * float(np.finfo(float).eps) * terms_of_change
     first, second, third = _derivatives(sheet["taylor.stencil"][1], unit * WIDTHS["stencil"])
     radius = _radius(first, second, third)
     jvp, size, smooth = None, 0.0, True
@@ -42,7 +46,7 @@ def write(sheet: Sheet) -> None:
         jvp, size = float(terms["rb"].sum()), float(np.abs(terms["rb"]).sum())
         of = {
             which: [
-                _error(sheet[f"taylor.{which}"][k], terms[name], unit * width, entropy)
+                _error(sheet[f"taylor.{which}"][k], terms[name], unit * width, terms_of_change)
                 for k, name in enumerate(("naive", "rb"))
             ]
             for which, width in WIDTHS.items()
@@ -55,24 +59,29 @@ def write(sheet: Sheet) -> None:
             found = _derivatives(sheet["taylor.stencil"][2], unit * WIDTHS["stencil"])[0]
             of_size = size / lengths.mean()
             errors["per_token"] = float(abs(found - slope) / of_size) if of_size > 0 else math.inf
-    order = None
+    order, opposite = None, sheet["taylor.opposite"]
     if jvp is not None:
-        order = _order(etas, delta - jvp * etas, floor, ORDER_RANGE * radius)
+        both = delta - jvp * etas, opposite + jvp * etas
+        order = _order(etas, *both, floor, ORDER_RANGE * radius)
+    asymmetry, some = sheet["taylor.asymmetry"], etas[::2]
     trusted = np.ones(len(etas), bool)
     if sheet.has("taylor.delta_h_there"):
         least = max(abs(first), TRUSTED * size) * etas
         off = np.abs(sheet["taylor.delta_h_there"] - delta)
         trusted = _longest(off <= TRUSTED * np.maximum(np.abs(delta), least))
     known = etas[trusted]
-    tiny, moves = etas[::2] <= 1.5e-4 * unit, bool((moved != 0).any())
+    tiny = (some <= 1.5e-4 * unit) & (some <= _smooth_up_to(some, asymmetry <= LIKE * moved))
+    moves = bool((moved != 0).any())
     figures = {
         "taylor_eta_min": float(etas[0]),
         "taylor_eta_max": float(etas[-1]),
         "taylor_radius": radius,
         "taylor_slope": jvp,
         "taylor_order": order if smooth else None,
-        "delta_h_slope": _order(etas, delta, floor, SLOPE_RANGE * radius) if smooth else None,
-        "logit_slope": _loglog(etas[::2][tiny], moved[tiny]) if moves else None,
+        "delta_h_slope": _order(etas, delta, -opposite, floor, SLOPE_RANGE * radius)
+        if smooth
+        else None,
+        "logit_slope": _loglog(some[tiny], moved[tiny]) if moves else None,
         "logit_monotone": bool((np.diff(moved[tiny]) > 0).all()) if moves else None,
         "trusted_eta_min": float(known[0]) if len(known) else None,
         "trusted_eta_max": float(known[-1]) if len(known) else None,
@@ -114,10 +123,11 @@ def _radius(first: float, second: float, third: float) -> float:
     return min(found)
 
 
-def _error(at: np.ndarray, terms: np.ndarray, h: float, entropy: float) -> float | None:
-    """|f′ − Σterms|/Σ|terms|; None where both are within the rounding of a difference, 1e-8·Ĥ/h."""
+def _error(at: np.ndarray, terms: np.ndarray, h: float, change: float) -> float | None:
+    """|f′ − Σterms|/Σ|terms|; None where both are within the rounding of a difference, 1e-8/h of what is added up in a
+    `change`."""
     found, size = _derivatives(at, h)[0], float(np.abs(terms).sum())
-    if max(size, abs(found)) <= 1e-8 * entropy / h:
+    if max(size, abs(found)) <= 1e-8 * change / h:
         return None
     return abs(found - float(terms.sum())) / size if size else math.inf
 
@@ -143,16 +153,30 @@ def _loglog(etas: np.ndarray, values: np.ndarray) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
-def _order(etas: np.ndarray, values: np.ndarray, floor: float, most: float) -> float | None:
-    """`_loglog` from the first η on above which every |f| up to η = `most` exceeds the floor."""
+def _order(
+    etas: np.ndarray, values: np.ndarray, mirrored: np.ndarray, floor: float, most: float
+) -> float | None:
+    """`_loglog` from the first η on above which every |f| up to η = `most` exceeds the floor, up to where f(η) and what
+    stands for it at −η part."""
     if math.isnan(most) or not np.isfinite(values).all():
         return math.nan
     inside = np.flatnonzero(etas <= most)
     lost = inside[np.abs(values[inside]) <= floor]
     chosen = inside[inside > (lost[-1] if len(lost) else -1)]
-    if len(chosen) < 2 or math.log10(etas[chosen[-1]] / etas[chosen[0]]) < DECADES - 1e-9:
-        return None
-    return _loglog(etas[chosen], values[chosen])
+    apart = np.abs(values - mirrored)[chosen]
+    like = apart <= LIKE * np.maximum(np.abs(values), np.abs(mirrored))[chosen]
+    chosen = chosen[etas[chosen] <= _smooth_up_to(etas[chosen], like)]
+    return _loglog(etas[chosen], values[chosen]) if _spans(etas[chosen]) else None
+
+
+def _smooth_up_to(etas: np.ndarray, like: np.ndarray) -> float:
+    """The last η before the first that is not `like`; infinite where all are, or where too few lie before it."""
+    before = len(etas) if like.all() else int(np.argmin(like))
+    return float(etas[before - 1]) if before < len(etas) and _spans(etas[:before]) else math.inf
+
+
+def _spans(etas: np.ndarray) -> bool:
+    return len(etas) >= 2 and math.log10(etas[-1] / etas[0]) >= DECADES - 1e-9
 
 
 def _longest(holds: np.ndarray) -> np.ndarray:

@@ -266,7 +266,9 @@ def plain_step(report: ProbeReport) -> Finding:
     own = np.array([_row(report, "e.logp", place).sum() for place in places])
     moved = np.array([_row(report, f"after.{plain['step']}.logp", place).sum() for place in places])
     tokens = max(len(logp) for logp, *_ in plain["at_e"])
-    most, rounding = np.abs(after - before).max(), np.abs(own - before).max()
+    # where S is almost 0 at θ, rounding is too, and says nothing of that at θ + ηv
+    of_tokens = math.sqrt(tokens) * report.invariance.precision.worst
+    most, rounding = np.abs(after - before).max(), max(np.abs(own - before).max(), of_tokens)
     known = limit_for(report, "plain_forward") * tokens  # more is no rounding, and hides nothing
     if most <= 30 * rounding and rounding <= known:
         return unseen(

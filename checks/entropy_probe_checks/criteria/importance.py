@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from entropy_probe import ProbeError, ProbeReport
@@ -72,9 +73,10 @@ def se_by_prompt(report: ProbeReport) -> Finding:
         if row.delta_h_pd_se is not None and row.delta_h_pd_by_prompt is not None:
             pairs.append((row.delta_h_pd_se, row.delta_h_pd_by_prompt))
     found = [(se, math.sqrt(variance(terms) / len(terms))) for se, terms in pairs]
-    return at_most(
-        largest(*(relative(abs(a - b), b) for a, b in found)), limit_for(report, "se_by_prompt")
-    )
+    limit = limit_for(report, "se_by_prompt")
+    # both are made of differences of entropies, and off by some ulps of these
+    rounding = 8 * sys.float_info.epsilon * max(map(abs, report.entropy.rb_by_prompt)) / limit
+    return at_most(largest(*(relative(abs(a - b), b + rounding) for a, b in found)), limit)
 
 
 @second_moment

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from entropy_probe import ProbeReport
 from entropy_probe.report import RealUpdateSection
 from entropy_probe_checks.criteria.verdicts import (
+    ENOUGH_SURPRISES,
     Finding,
     at_most,
     in_se,
@@ -182,7 +184,7 @@ def prediction(report: ProbeReport) -> Finding:
         )
     worst = largest(*(in_se(_unexplained(report, row), row.difference_se) for row in judged))
     found, seen = of_a_normal(worst, report.batch.num_prompts - 1), report.entropy.surprises
-    if found > limit and seen < _ENOUGH_SURPRISES:
+    if found > limit and seen < ENOUGH_SURPRISES:
         return inconclusive(_too_few(report), found, limit)
     return at_most(found, limit)
 
@@ -239,7 +241,7 @@ def change_estimators_agree(report: ProbeReport) -> Finding:
         of_a_normal(largest(*found), report.batch.num_prompts - 1),
         report.entropy.surprises,
     )
-    if worst > limit and seen < _ENOUGH_SURPRISES:
+    if worst > limit and seen < ENOUGH_SURPRISES:
         return inconclusive(_too_few(report), worst, limit)
     return at_most(worst, limit)
 
@@ -252,10 +254,6 @@ def _too_few(report: ProbeReport) -> str:
     )
 
 
-_ENOUGH_SURPRISES = 20
-"""Of as many rare events a standard error is known to a sixth, 1/√(2·20)."""
-
-
 @second_moment
 def sweep_identity(report: ProbeReport) -> Finding:
     """|[ΔH(η) − ΔH(−η)]/2η − the derivative of this estimator on these responses|, relative to its terms; the best ±η.
@@ -263,35 +261,29 @@ def sweep_identity(report: ProbeReport) -> Finding:
     The realised changes are not measured at θ + ηv: another direction, sign or length of the step, other responses or
     other weights than those of the slope. There is no sampling noise in this difference.
     """
-    pairs = _pairs(report)
+    limit, update = limit_for(report, "sweep_identity"), needed(report.update)
     if report.config["generation"]["top_p"] < 1.0:
         return not_applicable("top_p < 1: the weights are those of the restricted policy.")
-    if not pairs:
-        return unseen(
-            "No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas."
-        )
-    update = needed(report.update)
     mean_length = report.batch.num_tokens / report.batch.total_responses
-    size = update.slope_of_change_size / mean_length
-    per_response = report.config["true_delta_h"]["normalize"] == "per_sequence"
-    found = []
-    for eta, (up, down) in pairs.items():
-        of = [
-            ("delta_h_per_token", update.slope_of_change_per_token, size),
-            ("delta_h_per_token_pd", update.delta_h1_per_lr_per_token, size),
+    kinds = [
+        ("delta_h_per_token", update.slope_of_change_per_token, mean_length),
+        ("delta_h_per_token_pd", update.delta_h1_per_lr_per_token, mean_length),
+    ]
+    if report.config["true_delta_h"]["normalize"] == "per_sequence":
+        kinds.append(("delta_h_rb", update.slope_of_change, 1.0))
+        kinds.append(("delta_h_pd", update.delta_h1_per_lr_rb, 1.0))
+    size, pairs = update.slope_of_change_size, _pairs(report)
+    rounding, of_slope = _rounding_of_change(report), update.slope_of_change_rounding
+    found = {
+        eta: [
+            relative((getattr(up, name) - getattr(down, name)) / (2 * eta) - slope, size / per)
+            for name, slope, per in kinds
         ]
-        if per_response:
-            of += [
-                ("delta_h_rb", update.slope_of_change, update.slope_of_change_size),
-                ("delta_h_pd", update.delta_h1_per_lr_rb, update.slope_of_change_size),
-            ]
-        changes = [(getattr(up, n) - getattr(down, n)) / (2 * eta) for n, _, _ in of]
-        off = (
-            relative(abs(change - slope), scale)
-            for change, (_, slope, scale) in zip(changes, of, strict=True)
-        )
-        found.append(largest(*off))
-    return at_most(_best(found), limit_for(report, "sweep_identity"))
+        for eta, (up, down) in pairs.items()
+    }
+    noise = {eta: relative(rounding / eta + of_slope, size) for eta in found}
+    missing = "No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas."
+    return _at_agreeing_steps(found, noise, limit, missing, alone=len(pairs) == 1)
 
 
 @second_moment
@@ -305,25 +297,77 @@ def curvature_identity(report: ProbeReport) -> Finding:
     if report.config["generation"]["top_p"] < 1.0:
         return not_applicable("top_p < 1: the weights are those of the restricted policy.")
     mean_length = report.batch.num_tokens / report.batch.total_responses
-    size, entropy = update.curvature_of_change_size, abs(report.entropy.rb.value)
-    of = [("delta_h_per_token_pd", update.curvature_per_token, size / mean_length)]
+    size, pairs = update.curvature_of_change_size, _pairs(report)
+    kinds = [("delta_h_per_token_pd", update.curvature_per_token, size / mean_length)]
     if report.config["true_delta_h"]["normalize"] == "per_sequence":
-        of += [("delta_h_rb", update.curvature_of_change, size)]
-        of += [("delta_h_pd", update.curvature or 0.0, size)]
-    rounding = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * entropy
-    pairs = {eta: pair for eta, pair in _pairs(report).items() if eta**2 * size * limit > rounding}
-    if not pairs:
-        return unseen("At every ±η second order is lost in rounding.")
-    found = [
-        largest(
-            *(
-                abs((getattr(up, name) + getattr(down, name)) / eta**2 - second) / scale
-                for name, second, scale in of
-            )
-        )
+        kinds.append(("delta_h_rb", update.curvature_of_change, size))
+        kinds.append(("delta_h_pd", update.curvature or 0.0, size))
+    ulps = _ROUNDING[report.config["precision"]["func_override"]["dtype"]] * abs(
+        report.entropy.rb.value
+    )
+    rounding = largest(ulps, 2 * _rounding_of_change(report))  # of either ΔĤ
+    found = {
+        eta: [
+            ((getattr(up, name) + getattr(down, name)) / eta**2 - second) / scale
+            for name, second, scale in kinds
+        ]
         for eta, (up, down) in pairs.items()
+        if eta**2 * size * limit > rounding
+    }
+    missing = "At every ±η second order is lost in rounding."
+    return _at_agreeing_steps(found, {}, limit, missing, alone=len(pairs) == 1)
+
+
+_SAME = 0.1
+"""Of what both are off."""
+
+
+def _rounding_of_change(report: ProbeReport) -> float:
+    """What the configured precision leaves of a ΔĤ = Σŵ⁺R⁺ − ΣŵR of N responses of T tokens, each on its own:
+    √(T/N)·δ·(1 + sd R), as an S enters times R − Ĥ. δ is the most that log p and entropy of a token are off from those
+    in float64.
+    """
+    batch, own = report.batch, report.entropy.rb_by_prompt
+    tokens = math.sqrt(batch.num_tokens) / batch.total_responses
+    spread = math.sqrt(variance(own)) if len(own) > 1 else 0.0
+    return tokens * report.invariance.precision.worst * (1 + spread)
+
+
+def _at_agreeing_steps(
+    found: Mapping[float, Sequence[float]],
+    noise: Mapping[float, float],
+    limit: float,
+    missing: str,
+    *,
+    alone: bool,
+) -> Finding:
+    """The smallest |off| of any η, judged at the smaller of two steps that agree, or `alone` where there is but one;
+    over 1 + noise/limit, so that what is off by the limit and its noise is let pass. Noise of five limits hides it.
+
+    A difference with a step that crosses a router's choice or a kink, or is too long for the order, changes with its
+    length, threefold and more from one step to the next, and says nothing; what is wrong at every step is the same.
+    """
+    etas = [eta for eta in sorted(found) if not noise.get(eta, 0.0) > 5 * limit]
+    if not etas:
+        return unseen(missing)
+    agreeing = [
+        small
+        for small, large in itertools.pairwise(etas)
+        if all(
+            abs(one - other) <= max(limit, _SAME * min(abs(one), abs(other)))
+            for one, other in zip(found[small], found[large], strict=True)
+        )
     ]
-    return at_most(_best(found), limit)
+
+    def best(some: Sequence[float]) -> float:
+        return _best(
+            [largest(*map(abs, found[eta])) / (1 + noise.get(eta, 0.0) / limit) for eta in some]
+        )
+
+    value = best(etas)
+    if value > limit and not agreeing and not alone:
+        return unseen("ΔH at ±η is not smooth: no two steps give the same difference.")
+    return at_most(best(agreeing) if agreeing and not math.isnan(value) else value, limit)
 
 
 def _best(found: list[float]) -> float:
@@ -364,16 +408,18 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
 
 @second_moment
 def slope_identity(report: ProbeReport) -> Finding:
-    """|−X̄ᵀv − mean of the slope's own terms| relative to the terms of −X̄ᵀv: gradients against JVPs, own weights each.
+    """|−X̄ᵀv − mean of the slope's own terms| relative to the terms of −X̄ᵀv and their rounding: gradients against JVPs,
+    own weights each.
 
     The slope along v is not that of the gradients: a baseline, a term or a weight differs between the two.
     """
     update, first = needed(report.update), report.config["first_order"]
-    name = "naive" if first["estimator"] == "naive" else f"rb_{first['baseline']}"
+    name = "naive" if first["estimator"] == "naive" else f"rb_{update.baseline}"
     parts = [update.slope_of_v0, *update.slope_by_unit]
-    size = math.fsum(map(abs, parts))
+    limit = limit_for(report, "slope_identity")
+    size = math.fsum(map(abs, parts)) + update.slope_rounding / limit
     off = abs(math.fsum(parts) - update.estimators[name].value)
-    return at_most(relative(off, size), limit_for(report, "slope_identity"))
+    return at_most(relative(off, size), limit)
 
 
 def _where(report: ProbeReport) -> str:

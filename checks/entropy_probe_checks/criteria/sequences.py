@@ -7,11 +7,13 @@ import math
 from entropy_probe import ProbeReport
 from entropy_probe.report import WorstCase
 from entropy_probe_checks.criteria.verdicts import (
+    ENOUGH_SURPRISES,
     Criterion,
     Finding,
     at_least,
     at_most,
     in_se,
+    inconclusive,
     largest,
     not_applicable,
 )
@@ -94,8 +96,14 @@ def on_policy(report: ProbeReport) -> Finding:
         found |= departures(report.evidence.arrays, batches)
     value = largest(*found.values())
     name = next(name for name, of in found.items() if of == value or math.isnan(value))
+    limit, seen = limit_for(report, "on_policy"), report.entropy.surprises
+    if name == "surprise" and surprise.value > 0 and value > limit and seen < ENOUGH_SURPRISES:
+        why = (
+            f"{seen} of {report.batch.num_tokens} tokens were less likely than not: what is so rare"
+        )
+        return inconclusive(f"{why} has no standard error. Give more responses.", value, limit)
     detail = f"[{name}; surprise {surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
-    return at_most(value, limit_for(report, "on_policy"), detail=detail)
+    return at_most(value, limit, detail=detail)
 
 
 @Criterion

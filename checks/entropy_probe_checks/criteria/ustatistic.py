@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from typing import Any
 
@@ -188,9 +189,10 @@ def se_formula(report: ProbeReport) -> Finding:
         return _of_one_unit()
     units, mean = f.num_units, math.fsum(f.row_means) / f.num_units
     spread = math.fsum((r - mean) ** 2 for r in f.row_means)
-    if spread <= 1e-24 * math.fsum(r * r for r in f.row_means):  # rounding
+    rounding = _rounding_of_se(report)
+    se, limit = math.sqrt(4 * spread / (units - 1) / units), limit_for(report, "se_formula")
+    if se <= rounding:
         return not_applicable("The standard error is 0: all row means are equal.")
-    se = math.sqrt(4 * spread / (units - 1) / units)
     half = float(stdtrit(units - 1, 0.975)) * se
     expected = [(f.zeta1_plugin, spread / (units - 1)), (f.se_plugin, se)]
     expected += [(high - low, 2 * half) for low, high in [f.interval]]
@@ -202,11 +204,20 @@ def se_formula(report: ProbeReport) -> Finding:
             (f.se_jackknife, math.sqrt(variance)),
             (f.zeta1_jackknife, units / 4 * variance),
         ]
-    middle = _relative(sum(f.interval) / 2, f.u_cross, half)
+    floor = rounding / limit  # what rounding does to an SE is no more than the limit of this
+    middle = _relative(sum(f.interval) / 2, f.u_cross, half + floor)
     errors = "zeta1_plugin zeta1_jackknife se_plugin se_jackknife var_unbiased interval"
     again = audited(report, *_of_first_order(errors))
-    value = largest(middle, again, *(_relative(got, x, x) for got, x in expected))
-    return at_most(value, limit_for(report, "se_formula"))
+    off = (_relative(got, x, x * (1 + floor / se)) for got, x in expected)
+    return at_most(largest(middle, again, *off), limit)
+
+
+def _rounding_of_se(report: ProbeReport) -> float:
+    """What float64 leaves of an SE of U_cross: row means are off by some ulps of the largest K_nm of their sums, and
+    the jackknife takes each from the sum of all."""
+    f = needed(report.first_order)
+    terms = abs(f.diag_sum) + f.num_units * math.fsum(map(abs, f.row_means))
+    return 8 * sys.float_info.epsilon * terms / math.sqrt(f.num_units)
 
 
 def _ratio(report: ProbeReport) -> float | Finding:
@@ -216,7 +227,7 @@ def _ratio(report: ProbeReport) -> float | Finding:
         return _of_one_unit()
     if f.num_units < 3 or f.se_jackknife is None or f.se_plugin is None:
         return not_applicable(f"The jackknife needs 3 units, the batch has {f.num_units}.")
-    if f.se_plugin <= 1e-12 * max(map(abs, f.row_means)):  # rounding
+    if f.se_plugin <= _rounding_of_se(report) / limit_for(report, "se_identity"):
         return inconclusive(
             "The standard error is 0: all row means are equal, as when no prompt has differing rewards. "
             "Give more prompts."

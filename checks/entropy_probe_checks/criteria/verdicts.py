@@ -17,6 +17,9 @@ from entropy_probe.budgets import Part
 Status = Literal["pass", "fail", "inconclusive", "not_applicable"]
 Section = TypeVar("Section")
 
+ENOUGH_SURPRISES = 20
+"""Of as many rare events a standard error is known to a sixth, 1/√(2·20)."""
+
 _NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
 
 

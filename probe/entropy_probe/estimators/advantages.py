@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 def leave_one_out_mean(
     values: Float[Tensor, "B G"], present: Bool[Tensor, "B G"] | None = None
 ) -> Float[Tensor, "B G"]:
-    """Mean over the other responses of the same prompt, of those that are `present` (all are); 0 where none is."""
+    """Mean over the other responses of the same prompt, of those that are `present` (all are); 0 where none is.
+
+    Of equal values exactly theirs, so that nothing is left once it is taken off.
+    """
     present = torch.ones_like(values, dtype=torch.bool) if present is None else present
+    least = torch.where(present, values, torch.inf).amin(1, keepdim=True)
+    largest = torch.where(present, values, -torch.inf).amax(1, keepdim=True)
     values = torch.where(present, values, 0.0)
     others = present.sum(1, keepdim=True) - 1
-    return (values.sum(1, keepdim=True) - values) / others.clamp(min=1)
+    mean = (values.sum(1, keepdim=True) - values) / others.clamp(min=1)
+    return torch.where(others > 0, mean.clamp(least, largest), 0.0)
 
 
 def x_weights(

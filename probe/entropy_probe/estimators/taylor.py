@@ -51,26 +51,53 @@ def order(
     floor: float,
     eta_max: float,
     decades: float,
+    mirrored: Float[Tensor, " K"] | None = None,
 ) -> float | None:
-    """`loglog_slope` over the η ≤ eta_max above every one at which |f| ≤ floor; `None` where that leaves fewer decades.
+    """`loglog_slope` over the η ≤ eta_max above every one at which |f| ≤ floor, and below the first jump; `None` where
+    that leaves fewer decades.
 
-    NaN where an f is not finite, or eta_max is NaN.
+    `mirrored` is ±f(−η), as like f(η) as the next order allows: a jump is seen where it is not (`smooth_up_to`). NaN
+    where an f is not finite, or eta_max is NaN.
     """
     if math.isnan(eta_max) or not bool(values.isfinite().all()):
         return math.nan
     below = etas <= eta_max
     chosen = below & _from_which_on((values.abs() > floor) | ~below)
-    if (
-        int(chosen.sum()) < 2
-        or float((etas[chosen][-1] / etas[chosen][0]).log10()) < decades - 1e-9
-    ):
-        return None
-    return loglog_slope(etas[chosen], values[chosen])
+    if mirrored is not None:
+        like = (values - mirrored).abs() <= SYMMETRIC * torch.maximum(values.abs(), mirrored.abs())
+        chosen = chosen & (etas <= smooth_up_to(etas[chosen], like[chosen], decades))
+    return loglog_slope(etas[chosen], values[chosen]) if spans(etas[chosen], decades) else None
+
+
+SYMMETRIC = 0.5
+"""Up to a tenth of its radius a series is off by a tenth where the next order is left out, and its value at −η by a
+fifth from that at η; a jump or a kink on one side is all of the difference."""
+
+
+def smooth_up_to(etas: Float[Tensor, " K"], symmetric: Bool[Tensor, " K"], decades: float) -> float:
+    """The largest η below the first, from the smallest on, at which a function is not `symmetric`: a jump or a kink at
+    some η shows from there on.
+
+    Infinite where there is none, and where so many decades do not lie below it: what is not symmetric at once is noise,
+    or has a wrong derivative, of which nothing is left out.
+    """
+    below = etas[_up_to_which(symmetric)]
+    return float(below[-1]) if len(below) < len(etas) and spans(below, decades) else math.inf
+
+
+def spans(etas: Float[Tensor, " K"], decades: float) -> bool:
+    """Whether the ascending η cover so many decades."""
+    return len(etas) > 1 and float((etas[-1] / etas[0]).log10()) >= decades - 1e-9
 
 
 def _from_which_on(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:
     """True at k where it holds at k and at all that follow."""
-    return holds.flip(0).long().cumprod(0).flip(0).bool()
+    return _up_to_which(holds.flip(0)).flip(0)
+
+
+def _up_to_which(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:
+    """True at k where it holds at k and at all before."""
+    return holds.long().cumprod(0).bool()
 
 
 def longest_run(holds: Bool[Tensor, " K"]) -> Bool[Tensor, " K"]:

@@ -135,18 +135,25 @@ def _spread(
     values: Float[Tensor, "... K"], present: Bool[Tensor, "... K"]
 ) -> Float[Tensor, "... 1"]:
     """Largest less smallest over the last axis, of those that are present."""
-    largest, least = (
-        torch.where(present, sign * values, -torch.inf).amax(-1, keepdim=True) for sign in (1, -1)
-    )
-    return largest + least
+    largest, least = _range(values, present)
+    return largest - least
+
+
+def _range(
+    values: Float[Tensor, "... K"], present: Bool[Tensor, "... K"]
+) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
+    """The largest and the smallest over the last axis, of those that are present."""
+    largest = torch.where(present, values, -torch.inf).amax(-1, keepdim=True)
+    return largest, torch.where(present, values, torch.inf).amin(-1, keepdim=True)
 
 
 def _means(
     values: Float[Tensor, "... K"], present: Bool[Tensor, "... K"]
 ) -> Float[Tensor, "... 1"]:
-    """Mean over the last axis, of those that are present."""
+    """Mean over the last axis, of those that are present; of equal values exactly theirs."""
     total = torch.where(present, values, 0.0).sum(-1, keepdim=True)
-    return total / present.sum(-1, keepdim=True)
+    largest, least = _range(values, present)
+    return (total / present.sum(-1, keepdim=True)).clamp(least, largest)
 
 
 def counted(recipe: Recipe, batch: UpdateBatch) -> Int[Tensor, "B G"]:

@@ -40,8 +40,9 @@ def evidence_of(
         at_theta, share = step.along.at_theta, of.e.share
         arrays["e.d_logp"] = share.all_tokens(at_theta.d_logp)
         arrays["e.d_entropy"] = share.all_tokens(at_theta.d_entropy)
-        arrays["e.d2_logp"] = share.all_tokens(step.along.twice.d_logp)
-        arrays["e.d2_entropy"] = share.all_tokens(step.along.twice.d_entropy)
+        arrays["e.d_rounding"] = share.all_tokens(at_theta.rounding)
+        arrays["e.d2_logp"] = share.all_tokens(step.along.twice.logp)
+        arrays["e.d2_entropy"] = share.all_tokens(step.along.twice.entropy)
     for k, change in enumerate(step.changes):
         share, after, fresh = of.e.share, change.after, change.fresh
         found = {"logp": after.token_logp, "entropy": after.rb_entropy}

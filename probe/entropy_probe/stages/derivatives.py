@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,20 +16,36 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.responses.rollouts import Rollouts
-from entropy_probe.stages.scores import batches_by_length, rows_without_graph, score, score_rows
+from entropy_probe.stages.scores import (
+    Read,
+    batches_by_length,
+    policy_scores,
+    read_rows,
+    rows_without_graph,
+    score,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
 
 TWO_POINTS, FIVE_POINTS = (-1, 1), (-2, -1, 1, 2)
 
 
 @dataclass(frozen=True)
 class Derivatives:
-    """D_v log p and D_v H_t per token [B, G, T], zero past the end of a response."""
+    """D_v log p and D_v H_t per token [B, G, T], zero past the end of a response.
+
+    `logit` is the largest |z_j| of the logits, over the temperature, that predict the token, and `d_logit` the largest
+    |D_v z_j|: how fast the policy moves, where it is so certain that log p and H hardly do. `rounding` is
+    eps·max(1, logit)·d_logit: both derivatives are sums of p_j·D_v z_j, where a p_j is as uncertain as its logit, and
+    the terms may cancel.
+    """
 
     d_logp: Float[Tensor, "B G T"]
     d_entropy: Float[Tensor, "B G T"]
+    logit: Float[Tensor, "B G T"]
+    d_logit: Float[Tensor, "B G T"]
+    rounding: Float[Tensor, "B G T"]
 
     @property
     def d_seq_logp(self) -> Float[Tensor, "B G"]:
@@ -37,6 +54,26 @@ class Derivatives:
     @property
     def d_rb_sum(self) -> Float[Tensor, "B G"]:
         return self.d_entropy.sum(-1)
+
+    def replaced(
+        self, prompts: Int[Tensor, " b"], chosen: Bool[Tensor, "b G"], others: Derivatives
+    ) -> Derivatives:
+        """With those of `others`, which are of some prompts, for the `chosen` responses of these."""
+        found = {}
+        for name, values in vars(self).items():
+            other = getattr(others, name)
+            other = torch.nn.functional.pad(other, (0, values.shape[-1] - other.shape[-1]))
+            found[name] = values.clone()
+            found[name][prompts] = torch.where(chosen[..., None], other, values[prompts])
+        return Derivatives(**found)
+
+    @property
+    def fastest(self) -> float:
+        """The largest |D_vS|, or a tenth of |D_v z| where that is more, 0 of none: steps are said in units of it.
+
+        Where a policy is all but certain, S hardly moves along v, and 1 − p grows by e for every nat of a logit.
+        """
+        return max(largest(self.d_seq_logp), largest(self.d_logit) / 10)
 
 
 @torch.no_grad()
@@ -51,9 +88,10 @@ def directional_derivatives(
 
     Raises `NotImplementedError` where an operation of the model has no forward-mode derivative.
     """
-    shape = (len(rollouts.gen_lens), rollouts.max_gen_len)
-    d_logp, d_entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    shape = (4, len(rollouts.gen_lens), rollouts.max_gen_len)
+    found = torch.zeros(shape, dtype=torch.float64)
     point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+    read = partial(_with_logits, policy_scores(bound, config.generation, config.precision))
     for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation)):
         with forward_ad.dual_level():
             dual = {
@@ -62,12 +100,31 @@ def directional_derivatives(
                 )
                 for name, value in point.items()
             }
-            scored = score_rows(bound, rollouts, rows, config, override=dual, true_derivative=True)
-            for whole, part in ((d_logp, scored.logp), (d_entropy, scored.entropy)):
-                tangent = forward_ad.unpack_dual(part).tangent
-                if tangent is not None:
-                    whole[rows, : part.shape[1]] = tangent.double().cpu()
-    return Derivatives(rollouts.per_prompt(d_logp), rollouts.per_prompt(d_entropy))
+            logp, entropy, *of_logits = read_rows(
+                bound, rollouts, rows, read, override=dual, true_derivative=True
+            )
+            tangents = [forward_ad.unpack_dual(part).tangent for part in (logp, entropy)]
+            for whole, part in zip(found, [*tangents, *of_logits], strict=True):
+                if part is not None:
+                    whole[rows, : part.shape[1]] = part.double().cpu()
+    temperature, eps = config.generation.temperature, torch.finfo(bound.dtype).eps
+    d_logp, d_entropy, logit, d_logit = map(rollouts.per_prompt, found)
+    logit, d_logit = logit / temperature, d_logit / temperature
+    return Derivatives(d_logp, d_entropy, logit, d_logit, eps * logit.clamp(min=1.0) * d_logit)
+
+
+def _with_logits(read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """log p and the entropy of π, which may carry a tangent; the largest |z|, and the largest |tangent of z|."""
+    logp, _, entropy, _ = read(logits, tokens)
+    z, tangent = forward_ad.unpack_dual(logits)
+    z = z.masked_fill(z.isinf(), 0.0)
+    moved = torch.zeros_like(z[..., 0]) if tangent is None else _furthest(tangent)
+    return logp, entropy, _furthest(z), moved
+
+
+def _furthest(values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """max_j|x_j|, without a copy of them."""
+    return torch.maximum(values.amax(-1), -values.amin(-1))
 
 
 def derivatives_by_difference(
@@ -83,15 +140,124 @@ def derivatives_by_difference(
     for k in FIVE_POINTS:
         override = theta_plus_eta_v(float64.registry, v, eta + k * h, float64.dtype)
         at[k] = score(float64, rollouts, config, override)
-    return Derivatives(
-        stencil_derivative({k: s.token_logp for k, s in at.items()}, h),
-        stencil_derivative({k: s.rb_entropy for k, s in at.items()}, h),
+    logp, entropy = (
+        {k: getattr(s, of) for k, s in at.items()} for of in ("token_logp", "rb_entropy")
     )
+    d_logp, d_entropy = stencil_derivative(logp, h), stencil_derivative(entropy, h)
+    size, moved = (
+        torch.maximum(one.abs(), other.abs())
+        for one, other in ((logp[1], entropy[1]), (d_logp, d_entropy))
+    )
+    rounding = torch.finfo(torch.float64).eps * size.clamp(min=1.0) / h
+    return Derivatives(d_logp, d_entropy, size, moved, rounding)
+
+
+Along = Callable[[Rollouts, float, float], Derivatives]
+"""(rollouts, η, h) → D_v at θ + ηv, with a step h where it is a difference of scores."""
+
+
+@dataclass(frozen=True)
+class Second:
+    """D²_v log p and D²_v H_t per token, zero past the end of a response, and what rounding leaves of their sums."""
+
+    logp: Float[Tensor, "B G T"]
+    entropy: Float[Tensor, "B G T"]
+    rounding: Float[Tensor, "B G"]
+
+    def replaced(
+        self, prompts: Int[Tensor, " b"], chosen: Bool[Tensor, "b G"], others: Second
+    ) -> Second:
+        """As `Derivatives.replaced`."""
+        logp, entropy = self.logp.clone(), self.entropy.clone()
+        for values, other in ((logp, others.logp), (entropy, others.entropy)):
+            wide = torch.nn.functional.pad(other, (0, values.shape[-1] - other.shape[-1]))
+            values[prompts] = torch.where(chosen[..., None], wide, values[prompts])
+        rounding = self.rounding.clone()
+        rounding[prompts] = torch.where(chosen, others.rounding, rounding[prompts])
+        return Second(logp, entropy, rounding)
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """D_v of some responses at θ, and at the points kh of a stencil around it.
+
+    D²_v f ≈ [D_vf(h) − D_vf(−h)]/(2h), or with five points
+    """
+
+    at_theta: Derivatives
+    at: Mapping[int, Derivatives]
+    h: float
+
+    @property
+    def second(self) -> Second:
+        logp, entropy = (
+            stencil_derivative({k: getattr(d, of) for k, d in self.at.items()}, self.h)
+            for of in ("d_logp", "d_entropy")
+        )
+        squares = torch.stack([d.rounding.square().sum(-1) for d in self.at.values()]).sum(0)
+        return Second(logp, entropy, squares.sqrt() / (2 * self.h))
+
+    def rough(self, curved: float) -> Bool[Tensor, "B G"]:
+        """Whether D_v moves to one side of θ as it does not to the other, by more than rounding and a share `curved` of
+        how it moves: a jump or a kink lies within the stencil, and two steps would not give the same D²_v."""
+        rough = torch.zeros_like(self.at_theta.d_seq_logp, dtype=torch.bool)
+        known = self.at_theta.rounding.square().sum(-1).sqrt()
+        for k in (k for k in self.at if k > 0):
+            for of in ("d_seq_logp", "d_rb_sum"):
+                down, still, up = (getattr(d, of) for d in (self.at[-k], self.at_theta, self.at[k]))
+                apart = (up + down - 2 * still).abs()
+                rough |= apart > curved * (up - down).abs() + _ROUNDINGS * known
+        return rough
+
+
+def stencil_without_jumps(
+    along: Along, rollouts: Rollouts, at_theta: Derivatives, h: float, points: tuple[int, ...]
+) -> tuple[Derivatives, Second, int]:
+    """(D_v at θ, `Stencil.second`, how many responses had a jump within the first step), of all responses.
+
+    A step that crosses a router's choice or a kink of a ReLU gives another number with its length. So the prompts of
+    such responses are asked again with shorter ones, until both sides of θ agree; those that no step makes agree, as
+    those of a forward that is not a function, keep the first.
+    """
+    by_scores = len(points) > 2
+    curved = 100 * (SCORE_CHANGE if by_scores else JVP_CHANGE)
+
+    def stencil(some: Rollouts, still: Derivatives, h: float) -> Stencil:
+        return Stencil(still, {k: along(some, k * h, h) for k in points}, h)
+
+    whole = stencil(rollouts, at_theta, h)
+    second, rough = whole.second, whole.rough(curved)
+    count = int(rough.sum())
+    for shorter in _SHORTER:
+        prompts = rough.any(1).nonzero()[:, 0]
+        if not len(prompts):
+            break
+        some = rollouts.of_prompts(prompts)
+        near = stencil(some, along(some, 0.0, h / shorter), h / shorter)
+        mended = rough[prompts] & ~near.rough(curved)
+        second = second.replaced(prompts, mended, near.second)
+        if by_scores:
+            at_theta = at_theta.replaced(prompts, mended, near.at_theta)
+        rough[prompts] &= ~mended
+    return at_theta, second, count
+
+
+# Largest change of a response's log-probability, or of a logit, along a stencil. Of D_v, which is exact: a central
+# difference errs by (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses
+# the kinks of a ReLU. Of scores, twice in a row: a longer step, as 1e-16·|S| is divided by it twice.
+JVP_CHANGE, SCORE_CHANGE = 1e-5, 1e-3
+_SHORTER = (16.0, 256.0)
+_ROUNDINGS = 30.0
 
 
 def step_of(fastest: float, v: Mapping[str, Tensor], change: float) -> float:
     """h with fastest·h = change, where `fastest` is the largest |D_vS| of a response."""
     return change / fastest if fastest > 0 else change / max(norm(v), 1.0)
+
+
+def largest(values: Tensor) -> float:
+    """max|values|, 0 of none."""
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def stencil_derivative(values: Mapping[int, Tensor], h: float) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import performance_difference, prediction
+from entropy_probe.estimators.advantages import leave_one_out_mean
 from entropy_probe.estimators.baselines import BASELINES, Baseline, chosen, rb_coefficients
 from entropy_probe.estimators.slope import (
     PromptMean,
@@ -27,17 +28,22 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.derivatives import (
     FIVE_POINTS,
+    JVP_CHANGE,
+    SCORE_CHANGE,
     TWO_POINTS,
+    Along,
     Derivatives,
+    Second,
     derivatives_by_difference,
     directional_derivatives,
-    stencil_derivative,
+    largest,
+    stencil_without_jumps,
     step_of,
 )
 from entropy_probe.stages.gradients.payloads import per_token_payload
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
-from entropy_probe.stages.responses.rollouts import Progress
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
 from entropy_probe.stages.update import UpdateDirection
@@ -45,10 +51,6 @@ from entropy_probe.stages.update import UpdateDirection
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Largest change of a response's log-probability along a stencil. Of D_v, which is exact: a central difference errs by
-# (1e-5)² in truncation and 1e-16/1e-5 in rounding, both below 1e-9 of the terms; a long step crosses the kinks of a
-# ReLU. Of scores, twice in a row: a longer step, as 1e-16·|S| is divided by it twice.
-_JVP_CHANGE, _SCORE_CHANGE = 1e-5, 1e-3
 _PARAMETER_CHANGE = 1e-4
 
 
@@ -59,7 +61,8 @@ class Slopes:
 
     Of ΔĤ by normalised weights: the terms of its derivative at 0, that of it per token, and its second derivative with
     the size of its terms. D_v and D²_v at θ are those of this process's own tokens, as are the baseline's
-    `coefficients`, of entropy and length; D_vS, D²_vS and D²_vR those of all responses.
+    `coefficients`, of entropy and length; D_vS, D²_vS and D²_vR those of all responses. What `rounding` leaves of X's
+    slope, of that of ΔĤ and of D²_vS; how many responses had a jump or a kink within the first step.
     """
 
     naive: PromptMean
@@ -72,12 +75,16 @@ class Slopes:
     of_change: Float[Tensor, "2 B G"]
     of_change_per_token: float
     curvature_of_change: tuple[float, float]
+    rounding: float
+    rounding_of_change: float
     coefficients: Float[Tensor, "2 b G t"]
     at_theta: Derivatives
-    twice: Derivatives
+    twice: Second
     d_seq_logp: Float[Tensor, "B G"]
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
+    d2_rounding: Float[Tensor, "B G"]
+    num_kinked: int
 
 
 def slopes_along(
@@ -93,16 +100,13 @@ def slopes_along(
 
         D²_v f ≈ [D_vf(h) − D_vf(−h)]/(2h)
 
-    with h such that no response's log-probability moves by more than 1e-5. Where an operation of the model has no
-    forward-mode derivative, D_v itself is a difference of scores in float64, and both have five points.
+    with h such that no response's log-probability moves by more than 1e-5, and less where a jump is in the way. Where
+    an operation of the model has no forward-mode derivative, D_v itself is a difference of scores in float64, and both
+    have five points.
 
     `scores` are those of the share's own prompts, and all others come together.
     """
-    at_theta, h, at = _along(bound, float64, share, v, config, progress)
-    twice = Derivatives(
-        stencil_derivative({k: d.d_logp for k, d in at.items()}, h),
-        stencil_derivative({k: d.d_entropy for k, d in at.items()}, h),
-    )
+    at_theta, twice, kinked = _along(bound, float64, share, v, config, progress)
     baseline = chosen(config.first_order.baseline)
 
     def rb(baseline: Baseline) -> PromptMean:
@@ -117,12 +121,15 @@ def slopes_along(
         scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among
     )
     of_change = performance_difference.expansion(
-        at_theta.d_logp, at_theta.d_entropy, twice.d_logp, twice.d_entropy, c
+        at_theta.d_logp, at_theta.d_entropy, twice.logp, twice.entropy, c
     )
+    squares = share.whole(_rounding(at_theta, scores, config, share).square().sum((1, 2)))
+    of_responses = share.whole(at_theta.rounding.square().sum(-1))
     of_all = share.scores(scores)
-    own = (at_theta.d_seq_logp, at_theta.d_rb_sum, twice.d_seq_logp, twice.d_rb_sum)
-    together = share.whole(torch.stack([*own, *of_change.first, *of_change.second], -1))
-    d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum, *terms = (
+    own = (at_theta.d_seq_logp, at_theta.d_rb_sum, twice.logp.sum(-1), twice.entropy.sum(-1))
+    own = (*own, twice.rounding, *of_change.first, *of_change.second)
+    together = share.whole(torch.stack(own, -1))
+    d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum, d2_rounding, *terms = (
         of.contiguous() for of in together.unbind(-1)
     )
     of_change = performance_difference.Expansion(torch.stack(terms[:2]), torch.stack(terms[2:]))
@@ -131,6 +138,7 @@ def slopes_along(
     slope, bent = performance_difference.slopes_per_response(of_change)
     per_token, bent_token = performance_difference.slopes_per_token(of_change, rb_sum, lengths)
     even = torch.full_like(lengths, 1 / lengths.numel())
+    of_weights = (1 + (rb_sum - rb_sum.mean()).abs()).square() * of_responses
     return Slopes(
         naive=naive_slope(of_all.seq_logp, d_seq_logp),
         rb=by_baseline,
@@ -142,13 +150,30 @@ def slopes_along(
         of_change=snis_terms(even, rb_sum, d_rb_sum, d_seq_logp),
         of_change_per_token=per_token_slope(rb_sum, lengths, *first).value,
         curvature_of_change=curvature_of_change(rb_sum, *first, *second),
+        rounding=float(squares.sum().sqrt()) / lengths.numel(),
+        rounding_of_change=float(of_weights.sum().sqrt()) / lengths.numel(),
         coefficients=c,
         at_theta=at_theta,
         twice=twice,
         d_seq_logp=d_seq_logp,
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
+        d2_rounding=d2_rounding,
+        num_kinked=int(share.world.total(torch.tensor(kinked))),
     )
+
+
+def _rounding(
+    at_theta: Derivatives, scores: Scores, config: ProbeConfig, share: Share
+) -> Float[Tensor, "B G T"]:
+    """What one rounding moves a token's terms of the slope by X's estimator by: |S − S̄|·δ, or (1 + |κ_t|)·δ."""
+    first = config.first_order
+    if first.estimator == "naive":
+        centred = scores.seq_logp - leave_one_out_mean(scores.seq_logp)
+        return centred[..., None] * at_theta.rounding
+    baseline, among = chosen(first.baseline), share.among
+    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features, among)
+    return (1 + kappa.abs()) * at_theta.rounding
 
 
 def _along(
@@ -158,18 +183,20 @@ def _along(
     v: Mapping[str, Tensor],
     config: ProbeConfig,
     progress: Progress | None,
-) -> tuple[Derivatives, float, dict[int, Derivatives]]:
-    """D_v at θ, the step h of the stencil, and D_v in float64 at its points, of the own prompts."""
-    at_theta, derivatives, change, points = _ways(bound, float64, share, v, config)
+) -> tuple[Derivatives, Second, int]:
+    """`stencil_without_jumps` of the own prompts."""
+    at_theta, along, change, points = _ways(bound, float64, share, v, config)
     # where all responses are certain the entropy moves faster than their log p
-    fastest = max(_largest(at_theta.d_seq_logp), _largest(at_theta.d_rb_sum))
-    h = min(step_of(share.world.largest(fastest), v, change), _longest(float64, v))
-    at: dict[int, Derivatives] = {}
-    for k in points:
+    fastest = share.world.largest(max(at_theta.fastest, largest(at_theta.d_rb_sum)))
+    h = min(step_of(fastest, v, change), _longest(float64, v))
+    done = itertools.count(1)
+
+    def counted(rollouts: Rollouts, eta: float, step: float) -> Derivatives:
         if progress is not None:
-            progress("slopes", 1 + len(at), 1 + len(points))
-        at[k] = derivatives(k * h)
-    return at_theta, h, at
+            progress("slopes", min(next(done), len(points)), 1 + len(points))
+        return along(rollouts, eta, step)
+
+    return stencil_without_jumps(counted, share.own, at_theta, h, points)
 
 
 def _longest(float64: BoundModel, v: Mapping[str, Tensor]) -> float:
@@ -185,7 +212,7 @@ def _ways(
     share: Share,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
-) -> tuple[Derivatives, Callable[[float], Derivatives], float, tuple[int, ...]]:
+) -> tuple[Derivatives, Along, float, tuple[int, ...]]:
     """D_v at θ; how D_v in float64 is found elsewhere; how far, and at which points.
 
     In forward mode, unless an operation of the model has none for any process. The grouped product of experts has none;
@@ -200,21 +227,22 @@ def _ways(
             at_theta = None
         if not world.any(at_theta is None):
             assert at_theta is not None
-            derivatives = partial(directional_derivatives, float64, rollouts, v, config)
-            return at_theta, derivatives, _JVP_CHANGE, TWO_POINTS
+
+            def exactly(rollouts: Rollouts, eta: float, _: float) -> Derivatives:
+                return directional_derivatives(float64, rollouts, v, config, eta)
+
+            return at_theta, exactly, JVP_CHANGE, TWO_POINTS
     trial = 1e-7 / max(norm(v), 1.0)
     override = theta_plus_eta_v(float64.registry, v, trial, float64.dtype)
     moved = score(float64, rollouts, config, override)
     still = score(float64, rollouts, config)
-    fastest = world.largest(_largest(moved.seq_logp - still.seq_logp)) / trial
-    step = step_of(fastest, v, _SCORE_CHANGE)
-    derivatives = partial(derivatives_by_difference, float64, rollouts, v, config, step)
-    return derivatives(), derivatives, _SCORE_CHANGE, FIVE_POINTS
+    fastest = world.largest(largest(moved.seq_logp - still.seq_logp)) / trial
 
+    def by_difference(rollouts: Rollouts, eta: float, step: float) -> Derivatives:
+        return derivatives_by_difference(float64, rollouts, v, config, step, eta)
 
-def _largest(values: Tensor) -> float:
-    """max|values|, 0 of none."""
-    return float(values.abs().max()) if values.numel() else 0.0
+    at_theta = by_difference(rollouts, 0.0, step_of(fastest, v, SCORE_CHANGE))
+    return at_theta, by_difference, SCORE_CHANGE, FIVE_POINTS
 
 
 @dataclass(frozen=True)
@@ -329,12 +357,15 @@ def update_section(
         estimators={n: r.Estimate(value=of.value, se=of.se) for n, of in estimators.items()},
         slope_of_v0=sources.of_v0,
         slope_by_unit=sources.by_unit.tolist(),
+        slope_rounding=along.rounding,
+        num_kinked=along.num_kinked,
         spread_over_batches=spread,
         delta_h1_per_lr_per_token=along.per_token.value,
         delta_h1_per_lr_per_token_se=along.per_token.se,
         baseline=along.baseline,
         slope_of_change=float(along.of_change.sum()),
         slope_of_change_size=float(along.of_change.abs().sum()),
+        slope_of_change_rounding=along.rounding_of_change,
         slope_of_change_per_token=along.of_change_per_token,
         curvature_of_change=along.curvature_of_change[0],
         curvature_of_change_size=along.curvature_of_change[1],

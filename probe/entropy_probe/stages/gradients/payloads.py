@@ -69,6 +69,14 @@ class Payload:
             terms = terms + self.of_entropy.abs()
         return (self.weights.double().abs() * terms.double().sum(-1)).sum(1)
 
+    def largest(self, n: int, g: int) -> float:
+        """The largest |h_t| + |κ_t| of a response's tokens; 1 without coefficients."""
+        if self.coefficients is None:
+            return 1.0
+        of_entropy = self.of_entropy
+        own = of_entropy[n, g] if isinstance(of_entropy, Tensor) else of_entropy
+        return float((self.coefficients[n, g].abs() + own).abs().max())
+
     def sums(
         self, logp: Float[Tensor, "R T"], entropy: Float[Tensor, "R T"], rows: Int[Tensor, " R"]
     ) -> Float[Tensor, " R"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,10 @@ from entropy_probe.stages.witnesses.taylor import taylor
 
 ETA_MAIN = 1e-5
 ETA_TINY = 1e-10
+_SHORTER = (1.0, 1e-1, 1e-2, 1e-3)
+"""Of a step: the next is taken where the logits are not linear up to the one before (a router's choice, a kink)."""
+_LINEAR = 0.1
+"""‖Δz(η) − 2Δz(η/2)‖ over ‖Δz(η)‖ of what is linear in η; a jump between the two makes it 1."""
 _NO_TAYLOR = TaylorTests(**dict.fromkeys(TaylorTests.model_fields))
 
 
@@ -40,7 +44,7 @@ def continuity_section(
     section = ContinuitySection(
         zero_check_max_abs=zero.max_abs,
         zero_check_bitwise=zero.bitwise,
-        eta_main=ETA_MAIN,
+        eta_main=ratios.eta_main,
         eta_tiny=ETA_TINY,
         param_ratio=ratios.param_ratio,
         logit_ratio=ratios.logit_ratio,
@@ -63,6 +67,7 @@ class Scaling:
 
     param_ratio: float
     logit_ratio: float
+    eta_main: float = ETA_MAIN
 
 
 @torch.no_grad()
@@ -93,21 +98,43 @@ def compared(direct: Tensor, functional: Tensor) -> ZeroCheck:
 def scaling(
     float64: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], most_rows: int = SPREAD_ROWS
 ) -> Scaling:
-    """Tiny/main ratios at η = 1e-10 and 1e-5, on a float64 copy of the model; positions as in `zero_check`."""
+    """Tiny/main ratios at η = 1e-10 and 1e-5, on a float64 copy of the model; positions as in `zero_check`.
+
+    Where the logits are not linear up to 1e-5, the larger step is up to a thousand times shorter; if it never is short
+    enough, it is 1e-5.
+    """
     ids = rows_spread_over(rollouts, most_rows).to(float64.device)
     keep = float64.spread_over(*ids.shape)
     theta = {name: float64.registry.parameters[name].detach() for name in v}
-    logits = float64.logits(ids, keep=keep)
-    moved = {}
-    for eta in (ETA_MAIN, ETA_TINY):
-        override = theta_plus_eta_v(float64.registry, v, eta, torch.float64)
-        moved[eta] = (
-            norm({name: value - theta[name] for name, value in override.items()}),
-            float((float64.logits(ids, keep=keep, override=override) - logits).norm()),
-        )
-    expected = ETA_TINY / ETA_MAIN
-    ratios = (
-        tiny / main / expected if main > 0 else float("nan")
-        for tiny, main in zip(moved[ETA_TINY], moved[ETA_MAIN], strict=True)
+    still = float64.logits(ids, keep=keep)
+
+    def override(eta: float) -> dict[str, Tensor]:
+        return theta_plus_eta_v(float64.registry, v, eta, torch.float64)
+
+    def moved(eta: float) -> Tensor:
+        return float64.logits(ids, keep=keep, override=override(eta)) - still
+
+    def of_parameters(eta: float) -> float:
+        return norm({name: value - theta[name] for name, value in override(eta).items()})
+
+    main, large = smooth_step(moved, ETA_MAIN)
+    pairs = ((of_parameters(ETA_TINY), of_parameters(main)), (float(moved(ETA_TINY).norm()), large))
+    expected = ETA_TINY / main
+    of_theta, of_logits = (
+        tiny / main / expected if main > 0 else float("nan") for tiny, main in pairs
     )
-    return Scaling(*ratios)
+    return Scaling(of_theta, of_logits, main)
+
+
+def smooth_step(moved: Callable[[float], Tensor], eta: float) -> tuple[float, float]:
+    """η, or the first shorter one, up to which Δz(η), which `moved` gives, is linear; and ‖Δz‖ there.
+
+    It is η itself where none is short enough: noise is linear nowhere, and is to be judged.
+    """
+    of_all = []
+    for shorter in _SHORTER:
+        whole = moved(shorter * eta)
+        of_all.append((shorter * eta, float(whole.norm())))
+        if float((whole - 2 * moved(shorter * eta / 2)).norm()) <= _LINEAR * of_all[-1][1]:
+            return of_all[-1]
+    return of_all[0]

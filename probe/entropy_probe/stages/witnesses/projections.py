@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 _PROMPTS = 4
 # Σ_k s_k against the gradient's own product: rounding in float32 is far below, a missing path through the model above.
 _EULER = 1e-3
-
-
-Way = Callable[[BoundModel, Rollouts, Payload, Mapping[str, Tensor], ProbeConfig], Tensor]
+_ROUNDINGS = 1e5
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class ProjectionAgreement:
-    """Largest difference between X_uᵀw and what gives it another way, s_u, relative to ‖X_u‖·‖w‖.
+    """Largest difference between X_uᵀw and what gives it another way, s_u, relative to ‖X_u‖·‖w‖, to which a hundred
+    thousand times what rounding leaves of s_u is added: X_u itself is rounding where its terms cancel.
 
     `jvp` and `alpha`: w = PȲ for a few units, relative to ‖X_u‖_P·‖Ȳ‖_P with ‖a‖_P = √(aᵀPa); s_u by a JVP and by the
     α-trick, `None` where an operation of the model lacks that derivative. `v`: w = v for every unit, s_u by the D_v of
@@ -82,17 +83,30 @@ def projection_agreement(
     if not share.world.first:
         return ProjectionAgreement(None, None, off_along_v)
 
-    def difference(way: Way) -> float | None:
-        try:
-            by_prompt = way(bound, few, payload, direction, config)
-            projections = means_over_units(by_prompt, unit_of[prompts])[chosen]
-        except RuntimeError as error:
-            if not lacks_derivative(error):
-                raise
-            return None
-        return _largest_difference(projections, captured, scale)
+    along = unless_lacking(lambda: directional_derivatives(bound, few, direction, config))
+    by_reverse = unless_lacking(lambda: by_alpha(bound, few, payload, direction, config))
+    floor = torch.zeros_like(scale)
+    if along is not None:
+        floor = rounding_of(payload, along, unit_of[prompts])[chosen]
 
-    return ProjectionAgreement(difference(by_jvp), difference(by_alpha), off_along_v)
+    def difference(of_prompts: Tensor | None) -> float | None:
+        if of_prompts is None:
+            return None
+        projections = means_over_units(of_prompts, unit_of[prompts])[chosen]
+        return _largest_difference(projections, captured, scale, floor)
+
+    by_derivative = None if along is None else projections_of(payload, along)
+    return ProjectionAgreement(difference(by_derivative), difference(by_reverse), off_along_v)
+
+
+def unless_lacking(way: Callable[[], Found]) -> Found | None:
+    """What a way finds, `None` where an operation of the model lacks the derivative that it needs."""
+    try:
+        return way()
+    except RuntimeError as error:
+        if not lacks_derivative(error):
+            raise
+        return None
 
 
 def _along_v(
@@ -111,12 +125,14 @@ def _along_v(
     norms = [norm({n: rows[u] for n, rows in x.items()}) for u in range(len(captured))]
     scale = (torch.tensor(norms) * norm(w)).double()
     by_derivative = means_over_units(projections_of(of_x, along_v), unit_of)
-    return _largest_difference(by_derivative, captured, scale)
+    return _largest_difference(by_derivative, captured, scale, rounding_of(of_x, along_v, unit_of))
 
 
-def _largest_difference(one: Tensor, other: Tensor, scale: Tensor) -> float:
+def _largest_difference(one: Tensor, other: Tensor, scale: Tensor, floor: Tensor) -> float:
+    """|one − other|/(scale + 100 000·floor), 0 where it is a vanishing part of one rounding."""
     off = (one - other).abs()
-    return float(torch.where(off == 0, 0.0, off / scale).max())
+    vanishes = off <= sys.float_info.epsilon * floor
+    return float(torch.where(vanishes, 0.0, off / (scale + _ROUNDINGS * floor)).max())
 
 
 def means_over_units(
@@ -134,15 +150,17 @@ def projections_of(payload: Payload, along: Derivatives) -> Float[Tensor, " B"]:
     return (payload.weights * derivative.reshape(payload.weights.shape)).sum(1)
 
 
-def by_jvp(
-    bound: BoundModel,
-    rollouts: Rollouts,
-    payload: Payload,
-    direction: Mapping[str, Tensor],
-    config: ProbeConfig,
-) -> Float[Tensor, " B"]:
-    """s_k = Σ_g w_kg D f_kg with D the derivative along `direction` (PȲ), in one forward-mode pass."""
-    return projections_of(payload, directional_derivatives(bound, rollouts, direction, config))
+def rounding_of(
+    payload: Payload, along: Derivatives, unit_of: Int[Tensor, " B"]
+) -> Float[Tensor, " U"]:
+    """What rounding leaves of the mean of `projections_of` over the prompts of a unit: √Σ(w_ng·(1 + |κ_t|)·δ_t)²."""
+    of_tokens = along.rounding
+    if payload.coefficients is not None:
+        kappa = payload.coefficients[..., : of_tokens.shape[-1]]
+        of_tokens = (1 + kappa.abs()) * of_tokens
+    squares = (payload.weights.double().square() * of_tokens.square().sum(-1)).sum(1)
+    counts = torch.bincount(unit_of)
+    return (means_over_units(squares, unit_of) / counts).sqrt()
 
 
 def by_alpha(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from entropy_probe.estimators import importance
 from entropy_probe.estimators.slope import per_token_slope
 from entropy_probe.estimators.taylor import (
     STENCIL,
+    SYMMETRIC,
     identity_error,
     loglog_slope,
     longest_run,
     order,
     radius,
+    smooth_up_to,
     snis_terms,
     stencil_derivatives,
 )
@@ -52,8 +55,8 @@ _STENCIL_CHANGE = 1e-3
 _NEAR_CHANGE, _FAR_CHANGE = 1e-5, 3e-2
 _SMOOTH, _FAR_ERROR = 1e-7, 1e-4
 _RESPONSES = 16
-_FLOOR = 1e3 * sys.float_info.epsilon  # of Ĥ
-# Of Ĥ, along the stencil: ΔĤ is rounded by some 1e-15·Ĥ, 1e-7 of terms as small as this.
+_FLOOR = 1e3 * sys.float_info.epsilon  # of `_Along.terms`
+# Of the same, along the stencil: ΔĤ is rounded by some 1e-15 of it, 1e-7 of terms as small as this.
 _ROUNDING = 1e-8
 _DECADES = 1.5
 _KINDS = ("naive", "rb", "per_token")
@@ -77,9 +80,10 @@ def taylor(
         dΔĤ/dη at 0 = Σŵ[(f − Ĥ)·D_vS + D_vf],   f = −S or R,   ŵ = 1/N at top_p = 1
 
     Both hold for the estimator on any fixed responses, without sampling noise. For the same reason the ranges come from
-    this function of η, not from the population's η*. Log-weights are not clipped. Where the model has kinks within the
-    range (ReLU, a router's choice), a difference with a longer step is off, and the orders are `None`; so are the
-    errors where the shortest step crosses kinks too.
+    this function of η, not from the population's η*. Log-weights are not clipped. Where the model has kinks or jumps
+    within the range (ReLU, a router's choice), a difference with a longer step is off, and the orders are `None`; so
+    are the errors where the shortest step crosses kinks too. One that no stencil crosses shows in f(η) beside f(−η), of
+    which it lies on one side: orders are those of the η below it (`smooth_up_to`).
     """
     config = with_plain_weights(config)
     prompts = _some_prompts(rollouts)
@@ -89,28 +93,31 @@ def taylor(
         config.generation.top_p < 1.0
     ):  # as it was measured: in float64 a token may fall out at the edge of the nucleus
         at_theta = at_theta.with_logq_of(scores, prompts)
-    along = _Along(float64, some, v, config, at_theta)
-    derivatives, unit = _derivatives_and_unit(along)
+    derivatives, unit = _derivatives_and_unit(_Along(float64, some, v, config, at_theta))
+    logit = 1.0 if derivatives is None else float(derivatives.logit.max())
+    along = _Along(float64, some, v, config, at_theta, logit)
     etas, h = unit * 10**_LOG_CHANGES, unit * _STENCIL_CHANGE
 
     stencil = along.stencil(h)
     slope_by_difference, second, third = _by_difference(stencil, "rb", h)
     reach = radius(slope_by_difference, second, third)
-    delta_h = along.delta_h(etas)
-    floor = _FLOOR * along.entropy
+    delta_h, opposite = along.delta_h(etas), along.delta_h(-etas)
+    floor = _FLOOR * along.terms
     taylor_order, identity = None, _Identity()
     if derivatives is not None:
         identity = _identity(along, derivatives, stencil, unit)
         assert identity.slope is not None
-        remainder = delta_h - identity.slope * etas
-        taylor_order = order(etas, remainder, floor, _ORDER_RANGE * reach, _DECADES)
-    smooth = identity.smooth
-    delta_h_slope = order(etas, delta_h, floor, _SLOPE_RANGE * reach, _DECADES) if smooth else None
-    moved = _moved_logits(along, rollouts, etas)
-    logit_slope, logit_monotone = _of_logits(moved, etas)
+        left, mirrored = delta_h - identity.slope * etas, opposite + identity.slope * etas
+        taylor_order = order(etas, left, floor, _ORDER_RANGE * reach, _DECADES, mirrored)
+    smooth, delta_h_slope = identity.smooth, None
+    if smooth:
+        delta_h_slope = order(etas, delta_h, floor, _SLOPE_RANGE * reach, _DECADES, -opposite)
+    moved, asymmetry = _moved_logits(along, rollouts, etas)
+    logit_slope, logit_monotone = _of_logits(moved, asymmetry, etas)
     trusted = torch.ones_like(etas, dtype=torch.bool)
     evidence = _evidence(along, derivatives, stencil, identity)
-    evidence |= {"etas": etas, "delta_h": delta_h, "logits": moved}
+    evidence |= {"etas": etas, "delta_h": delta_h, "opposite": opposite}
+    evidence |= {"logits": moved, "asymmetry": asymmetry, "logit": torch.tensor(along.logit)}
     if bound.dtype is not torch.float64:
         there = _Along(bound, some, v, config, scores.of_prompts(prompts)).delta_h(etas)
         # ΔĤ may cross 0, and so few responses may give a slope near 0: a tenth of its terms is as good as any
@@ -143,7 +150,7 @@ def _derivatives_and_unit(along: _Along) -> tuple[Derivatives | None, float]:
     model, v = along.model, along.v
     try:
         derivatives = directional_derivatives(model, along.rollouts, v, along.config)
-        fastest = float(derivatives.d_seq_logp.abs().max())
+        fastest = derivatives.fastest
     except NotImplementedError:
         derivatives, fastest = None, along.fastest_by_difference()
     theta = {name: model.registry.parameters[name].detach() for name in v}
@@ -183,7 +190,7 @@ def _identity(
     size, h = float(rb_terms.abs().sum()), unit * _STENCIL_CHANGE
 
     def errors(at: Mapping[int, EntropyChange], h: float) -> tuple[float | None, float | None]:
-        rounding = _ROUNDING * along.entropy / h
+        rounding = _ROUNDING * along.terms / h
         naive, rb = (_by_difference(at, which, h)[0] for which in ("naive", "rb"))
         return identity_error(naive, naive_terms, rounding), identity_error(rb, rb_terms, rounding)
 
@@ -244,20 +251,23 @@ def _worst(errors: tuple[float | None, float | None]) -> float:
 
 def _moved_logits(
     along: _Along, rollouts: Rollouts, etas: Float[Tensor, " K"]
-) -> Float[Tensor, " k"]:
-    """‖Δlogits‖ at every second η."""
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """‖Δlogits‖ at every second η; and ‖Δlogits(η) + Δlogits(−η)‖, second order where the logits are smooth."""
     most_rows = rows_without_graph(rollouts, along.config.generation)
     return _logit_changes(along.model, rollouts, along.v, etas[::2], most_rows)
 
 
 def _of_logits(
-    moved: Float[Tensor, " k"], etas: Float[Tensor, " K"]
+    moved: Float[Tensor, " k"], asymmetry: Float[Tensor, " k"], etas: Float[Tensor, " K"]
 ) -> tuple[float | None, bool | None]:
-    """The log-log slope of ‖Δlogits‖ against η, and whether it grows with η; `None` where no logit moves."""
+    """The log-log slope of ‖Δlogits‖ against η, and whether it grows with η, below the first jump; `None` where no
+    logit moves."""
     if not bool((moved != 0).any()):
         return None, None
-    tiny = _LOG_CHANGES[::2] <= _LOGITS_UP_TO
-    slope = loglog_slope(etas[::2][tiny], moved[tiny])
+    some = etas[::2]
+    smooth = some <= smooth_up_to(some, asymmetry <= SYMMETRIC * moved, _DECADES)
+    tiny = (_LOG_CHANGES[::2] <= _LOGITS_UP_TO) & smooth
+    slope = loglog_slope(some[tiny], moved[tiny])
     return slope, bool((moved[tiny].diff() > 0).all())
 
 
@@ -282,6 +292,8 @@ class _Along:
     v: Mapping[str, Tensor]
     config: ProbeConfig
     at_theta: Scores
+    logit: float = 1.0
+    """The largest |z| of the logits behind them."""
 
     @property
     def weights(self) -> Float[Tensor, "B G"]:
@@ -291,6 +303,17 @@ class _Along:
     def entropy(self) -> float:
         """Ĥ_RB at θ."""
         return float((self.weights * self.at_theta.rb_sum).sum())
+
+    @property
+    def terms(self) -> float:
+        """ΔĤ is rounded by some ten eps of it: Ĥ itself, or what rounding does to the terms of Σŵ[(R − Ĥ)·δS + δR].
+
+        A logit is off by eps·|z|, log p of a token by as much, and H_t by eps + eps·|z|·H_t; N responses of T tokens,
+        each on its own, by √(T/N) of it: where a policy is all but certain, that is far more than eps·Ĥ.
+        """
+        lengths = self.at_theta.gen_lens.double()
+        each = math.sqrt(float(lengths.mean()) / lengths.numel())
+        return max(self.entropy, each * (1 + self.logit * self.entropy) / 10)
 
     def scores(self, eta: float) -> Scores:
         override = theta_plus_eta_v(self.model.registry, self.v, eta, self.model.dtype)
@@ -320,8 +343,8 @@ def _logit_changes(
     v: Mapping[str, Tensor],
     etas: Float[Tensor, " K"],
     most_rows: int,
-) -> Float[Tensor, " K"]:
-    """‖logits(θ + ηv) − logits(θ)‖ at 8 positions of each of up to 8 rows, for every η."""
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+    """‖z(η) − z(0)‖ and ‖z(η) + z(−η) − 2z(0)‖ of the logits z at 8 positions of up to 8 rows, for every η."""
     ids = rows_spread_over(rollouts, most_rows).to(float64.device)
     positions = torch.linspace(
         0, ids.shape[1] - 1, min(SPREAD_ROWS, ids.shape[1]), device=float64.device
@@ -337,7 +360,9 @@ def _logit_changes(
             ids, row, column, lambda logits, _: (logits,), override=override
         )[0]
 
-    still = logits(0.0)
-    return torch.tensor(
-        [float((logits(eta) - still).norm()) for eta in etas.tolist()], dtype=torch.float64
-    )
+    still, moved, asymmetry = logits(0.0), [], []
+    for eta in etas.tolist():
+        up, down = logits(eta) - still, logits(-eta) - still
+        moved.append(float(up.norm()))
+        asymmetry.append(float((up + down).norm()))
+    return tuple(torch.tensor(values, dtype=torch.float64) for values in (moved, asymmetry))  # pyright: ignore[reportReturnType]

@@ -144,9 +144,10 @@ class _Loop:
         reward, others = self._reward(n, g), [self._reward(n, k) for k in self.own[n] if k != g]
         if self.recipe.baseline == "none":
             return reward
-        if self.recipe.baseline == "mean":
-            return reward - math.fsum([reward, *others]) / (1 + len(others))
-        return reward - math.fsum(others) / max(len(others), 1)
+        over = [reward, *others] if self.recipe.baseline == "mean" else others
+        if not over or min(over) == max(over) == reward:  # the mean of equal values may be off
+            return reward - sum(over[:1])
+        return reward - math.fsum(over) / len(over)
 
     def _reward(self, n: int, g: int) -> float:
         recipe, reward = self.recipe, self.rewards[n][g]

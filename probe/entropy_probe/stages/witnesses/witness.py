@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,14 +43,19 @@ FEWER_ROWS = 4
 _ROUNDED = 1e-9
 """Of S: where all responses of a prompt are one, S − S̄ is rounding, and two ways to add it up do not agree."""
 
+_CERTAIN = 1e-2
+"""Nats of a response, below which the gradients of its logits cancel."""
+_ROUNDINGS_OF_GRADIENT = 1e3
+_ROUNDINGS = 1e6
+
 _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|once_differentiable|double backward")
 
 
 @dataclass(frozen=True)
 class Witness:
     """U_cross of two units by the naive loop and by the fast path, and the larger of their ‖X_fast − X_naive‖, relative
-    to the sum of the norms of the terms, Σ_i ‖w_i ∇f_i‖; the same of Y. Norms over all trainable parameters. A single
-    unit has no U_cross."""
+    to the sum of the norms of the terms, Σ_i ‖w_i ∇f_i‖, and a thousand times their rounding; the same of Y.
+    Norms over all trainable parameters. A single unit has no U_cross."""
 
     u_cross: float | None
     u_cross_fast: float | None
@@ -93,7 +99,7 @@ def gradient_witness(
     else:
         sums = _naive(bound, rollouts, units.units, chosen, [of_x], config, true=True)
         sums += _naive(bound, rollouts, units.units, chosen, [of_y], config, true=own)
-    (naive_x, scale_x), (naive_y, scale_y) = sums
+    (naive_x, *scales_x), (naive_y, *scales_y) = sums
     sides = ((naive_x, naive_y), (fast_x, fast_y))
     slow, fast = (
         cross_moments(gram(x, y, precond)).u_cross if len(chosen) > 1 else None for x, y in sides
@@ -101,8 +107,8 @@ def gradient_witness(
     return Witness(
         u_cross=slow,
         u_cross_fast=fast,
-        x_difference=_difference(fast_x, naive_x, scale_x),
-        y_difference=_difference(fast_y, naive_y, scale_y),
+        x_difference=_difference(fast_x, naive_x, *scales_x),
+        y_difference=_difference(fast_y, naive_y, *scales_y),
     )
 
 
@@ -175,9 +181,9 @@ def _naive(
     config: ProbeConfig,
     *,
     true: bool,
-) -> list[tuple[dict[str, Tensor], list[float]]]:
-    """For each payload (of the same f) [u, numel] by name, and Σ_i ‖w_i ∇f_i‖ of each unit; one backward pass for each
-    response."""
+) -> list[tuple[dict[str, Tensor], list[float], list[float]]]:
+    """For each payload (of the same f) [u, numel] by name, and of each unit Σ_i ‖w_i ∇f_i‖ and what one rounding of
+    logits leaves of that; one backward pass for each response."""
     parameters, group = bound.registry.trainable, rollouts.num_responses
     present = rollouts.present.sum(1).tolist()
     sums = [
@@ -185,6 +191,7 @@ def _naive(
         for _ in payloads
     ]
     scales = [[0.0] * len(chosen) for _ in payloads]
+    floors = [[0.0] * len(chosen) for _ in payloads]
     for i, unit in enumerate(chosen.tolist()):
         prompts = (units.of_prompt == unit).nonzero()[:, 0]
         for n, g in itertools.product(prompts.tolist(), range(group)):
@@ -204,16 +211,32 @@ def _naive(
                 for k, d in zip(parameters, gradients, strict=True)
                 if d is not None
             }
-            size, rounding = (
-                norm(found),
-                _ROUNDED * abs(float(loss.detach())) / (len(prompts) * present[n]),
-            )
-            for payload, total, scale in zip(payloads, sums, scales, strict=True):
+            value = abs(float(loss.detach()))
+            size, rounding = norm(found), _ROUNDED * value / (len(prompts) * present[n])
+            of_logits = rounding_of_gradient(bound, rollouts, row) if value < _CERTAIN else 0.0
+            for payload, total, scale, floor in zip(payloads, sums, scales, floors, strict=True):
                 weight = float(payload.weights[n, g]) / len(prompts)
                 scale[i] += (abs(weight) + rounding) * size
+                floor[i] += abs(weight) * payload.largest(n, g) * of_logits
                 for name, gradient in found.items():
                     total[name][i] += weight * gradient
-    return list(zip(sums, scales, strict=True))
+    return list(zip(sums, scales, floors, strict=True))
+
+
+def rounding_of_gradient(bound: BoundModel, rollouts: Rollouts, row: Int[Tensor, " 1"]) -> float:
+    """eps·max(1, |z|)·‖∇Σ_t z_t‖ of the logits z of a response's own tokens.
+
+    ∇log p = ∇z − Σ_j p_j ∇z_j: where a token is all but certain the terms cancel, and what is left is rounding.
+    """
+
+    def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (logits.gather(-1, tokens[:, None])[:, 0],)
+
+    (z,) = read_rows(bound, rollouts, row, read, true_derivative=True)
+    parameters = list(bound.registry.trainable.values())
+    gradients = torch.autograd.grad(z.sum(), parameters, allow_unused=True)
+    size = norm({str(k): d for k, d in enumerate(gradients) if d is not None})
+    return torch.finfo(bound.dtype).eps * max(1.0, float(z.detach().abs().max())) * size
 
 
 def terms(
@@ -238,15 +261,21 @@ def terms(
 
 
 def _difference(
-    fast: Mapping[str, Tensor], naive: Mapping[str, Tensor], scales: Sequence[float]
+    fast: Mapping[str, Tensor],
+    naive: Mapping[str, Tensor],
+    scales: Sequence[float],
+    floors: Sequence[float],
 ) -> float:
-    """Largest ‖fast − naive‖/scale of a unit; infinite where there is a difference and the scale is zero."""
+    """Largest ‖fast − naive‖/(scale + 1000·floor) of a unit, 0 where it is a vanishing part of one rounding; infinite
+    where there is a difference and the scale is zero."""
     ratios = []
-    for i, scale in enumerate(scales):
+    for i, (scale, floor) in enumerate(zip(scales, floors, strict=True)):
         off = norm(
             {name: fast[name][i].double() - value[i].double() for name, value in naive.items()}
         )
-        ratios.append(0.0 if off == 0 else off / scale if scale > 0 else float("inf"))
+        size = scale + _ROUNDINGS_OF_GRADIENT * floor
+        vanishes = off <= sys.float_info.epsilon * floor
+        ratios.append(0.0 if vanishes else off / size if size > 0 else float("inf"))
     return max(ratios, key=lambda ratio: float("inf") if ratio != ratio else ratio)
 
 
@@ -262,6 +291,7 @@ def curvature_witness(
 
         Σ = Σ_i [D²_vR_i + ρ_i·D²_vS_i],   ρ_i = R_i − mean of R over the batch's other responses
 
+    or over a million roundings of the difference, where the terms are as small as these;
     over the two prompts with the largest |ρ|. `None` where an operation of the model has no second derivative.
     """
     rb_sum = scores.rb_sum
@@ -276,6 +306,8 @@ def curvature_witness(
         return None
     off = abs(float(by_difference.sum()) - expected)
     size = float((along.d2_rb_sum.abs() + (rho * along.d2_seq_logp).abs())[prompts].sum())
+    rounding = ((1 + rho.abs()) * along.d2_rounding)[prompts].square().sum().sqrt()
+    size += _ROUNDINGS * float(rounding)
     return 0.0 if off == 0 else off / size if size > 0 else float("inf")
 
 
