@@ -31,7 +31,7 @@ def write(sheet: Sheet) -> None:
         sheet.hold("taylor.weights", np.full(s.shape, 1 / s.size).tolist())
     entropy = float((weights * r).sum())
     each = math.sqrt(float(sheet["taylor.gen_lens"].mean()) / s.size)
-    terms_of_change = max(entropy, each * (1 + float(sheet["taylor.logit"]) * entropy) / 10)
+    terms_of_change = max(entropy, each * (1 + float(sheet["taylor.logit"].max()) * entropy) / 10)
     floor = 1e3 * float(np.finfo(float).eps) * terms_of_change
     first, second, third = _derivatives(sheet["taylor.stencil"][1], unit * WIDTHS["stencil"])
     radius = _radius(first, second, third)

@@ -122,9 +122,8 @@ def _group_and_others(
     steps = later.shape[-1]
     own = torch.stack([later.sum(1), present.double().sum(1)])
     sums, counts = among.total(torch.nn.functional.pad(own.sum(1), (0, among.longest - steps)))
-    centre = (sums / counts.clamp(min=1.0))[
-        :steps
-    ]  # sums of squares would lose what lies around it
+    centres = sums / counts.clamp(min=1.0)  # sums of squares would lose what lies around them
+    centre = centres[:steps]
     later = (later - centre) * present
     sums, counts = later.sum(1), present.double().sum(1)
     means = sums / counts.clamp(min=1.0)
@@ -141,7 +140,7 @@ def _group_and_others(
     between = between - (prompts - 1).clamp(min=0.0).sum(1) * sigma2
     effective = (counts - sizes / counts.clamp(min=1.0)).sum(1)
     tau2 = between / effective.clamp(min=1.0)
-    size = ((centre + mean[:, :steps]) * (counts[:, :steps] > 0)).amax(1)
+    size = ((centres + mean) * (counts > 0)).amax(1)
     tau2 = tau2 * (tau2 > (NOTICED * size).square())
 
     mean, counts = mean[:, None, :steps], counts[:, None, :steps]
