@@ -172,6 +172,18 @@ class Reference:
             found.append(total)
         return found
 
+    def second(self, n: int, g: int, v: dict[str, Tensor]) -> tuple[float, float]:
+        """(D²_vR, D²_vS) of one response, differentiated twice in reverse mode."""
+        with self.true_derivative():
+            logp, entropy = self.tokens(n, g)
+            found = []
+            for value in (entropy.sum(), logp.sum()):
+                gradient = self.gradient(value, create_graph=True, retain_graph=True)
+                first = torch.stack([(gradient[name] * v[name]).sum() for name in v]).sum()
+                twice = self.gradient(first, retain_graph=True)
+                found.append(float(torch.stack([(twice[name] * v[name]).sum() for name in v]).sum().data))
+        return found[0], found[1]
+
     def _along(self, n: int, g: int, v: dict[str, Tensor]) -> dict[str, Tensor]:
         def dot(grads: dict[str, Tensor]) -> Tensor:
             return sum((grads[name] * v[name]).sum() for name in v)  # pyright: ignore[reportReturnType]

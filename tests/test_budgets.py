@@ -96,7 +96,7 @@ def test_no_examples_are_none_drawn(tmp_path: Path) -> None:
 
 
 def test_explanations_name_the_budgets() -> None:
-    assert "  budget   not asked under smoke" in explanation("taylor_order").splitlines()
+    assert ["budget", "not", "asked", "under", "smoke"] in map(str.split, explanation("taylor_order").splitlines())
     assert "not asked" not in explanation("zero_check")
     table = explanation("all").partition("budgets (--probe-budget)\n")[2]
     assert max(map(len, table.splitlines())) <= 80

@@ -372,7 +372,12 @@ def test_each_criterion_passes_or_says_why_not(reports: tuple[ProbeReport, Probe
 def test_tests_along_a_direction_are_no_formality(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """A v of zeros, as −sign(X̄) would be of no gradient, is seen."""
     original = torch.where
-    monkeypatch.setattr("entropy_probe.pipeline.next_step.torch.where", lambda c, a, b: original(c, 0.0, 0.0))
+
+    def still(condition: Any, one: Any, other: Any) -> Any:
+        signs = isinstance(one, float) and (one, other) == (-1.0, 1.0)
+        return original(condition, 0.0, 0.0) if signs else original(condition, one, other)
+
+    monkeypatch.setattr("entropy_probe.pipeline.next_step.torch.where", still)
     report = run_probe(files.other, ProbeConfig(), files.e, files.u)
     assert CRITERIA["param_scaling"](report).status == "fail"
 

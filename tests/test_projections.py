@@ -6,6 +6,7 @@ Float64 throughout. Projections agree to 1e-9 of ‖X_k‖_P·‖Ȳ‖_P (measur
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.model import forward
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
-from entropy_probe.stages import slopes
+from entropy_probe.stages import derivatives, slopes
 from entropy_probe.stages.derivatives import directional_derivatives
 from entropy_probe.stages.gradients.payloads import Payload, payloads
 from entropy_probe.stages.gradients.products import prompt_mean
@@ -339,25 +340,24 @@ def test_second_derivative(name: str, tmp_path: Path) -> None:
 
 def test_second_derivative_is_the_naive_loop(tmp_path: Path) -> None:
     subject = Subject.of(adapter(use_dora=True), tmp_path)
-    along = ref.Reference(subject.bound.module, subject.file).directional(subject.v)
-    terms = [
-        (float(item["d2_r"]), float(RHO[n, g] * item["d2_s"]))
-        for n, row in enumerate(along)
-        for g, item in enumerate(row)
-    ]
+    reference = ref.Reference(subject.bound.module, subject.file)
+    terms = []
+    for n, g in itertools.product(*map(range, RHO.shape)):
+        d2_r, d2_s = reference.second(n, g, subject.v)
+        terms.append((d2_r, float(RHO[n, g] * d2_s)))
     found = twice_in_reverse(subject.bound, subject.rollouts, RHO, subject.v, subject.config)
     assert abs(found - sum(map(sum, terms))) < 1e-12 * sum(abs(r) + abs(s) for r, s in terms)
 
 
 def test_second_derivative_is_wrong(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, derivative = slopes.step_of, slopes.stencil_derivative
-    faults: list[tuple[str, Any, float]] = [
-        ("step_of", lambda *a: 3e4 * step(*a), 1e-8),  # too long a step
-        ("stencil_derivative", lambda at, h: (1 + 1e-3) * derivative(at, h), 1e-5),
-        ("stencil_derivative", lambda at, h: -derivative(at, h), 1e-2),
+    step, derivative = slopes.step_of, derivatives.stencil_derivative
+    faults: list[tuple[Any, str, Any, float]] = [
+        (slopes, "step_of", lambda *a: 3e4 * step(*a), 1e-8),  # too long a step
+        (derivatives, "stencil_derivative", lambda at, h: (1 + 1e-3) * derivative(at, h), 1e-5),
+        (derivatives, "stencil_derivative", lambda at, h: -derivative(at, h), 1e-2),
     ]
-    for name, fault, least in faults:
+    for place, name, fault, least in faults:
         with monkeypatch.context() as patch:
-            patch.setattr(slopes, name, fault)
+            patch.setattr(place, name, fault)
             assert llama.curvature is not None
             assert llama.curvature > least

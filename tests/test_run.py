@@ -358,7 +358,7 @@ def test_cli_writes_the_report(files: Files, tmp_path: Path, capsys: pytest.Capt
     [
         (["run", "nowhere"], 4, "entropy-probe: nowhere: no such folder"),
         (["run", "demo", "--config", "none.yaml"], 4, "entropy-probe: none.yaml: is not readable YAML"),
-        (["run", "demo", "--rollouts", "none.jsonl"], 4, "entropy-probe: none.jsonl: cannot be read"),
+        (["run", "demo", "--rollouts", "none.jsonl"], 4, "entropy-probe: --rollouts: no such file: none.jsonl"),
         (["run", "demo", "--device", "martian"], 4, "device"),
         (["run"], 4, "CHECKPOINT"),
         (["fly"], 4, "invalid choice"),

@@ -76,7 +76,7 @@ def test_the_next_checkpoint_is_asked(run: Run) -> None:
     change = report.next_step
     assert change is not None
     assert real.delta_h == pytest.approx(change.delta_h_pd, rel=1e-3)
-    assert real.delta_h_per_token == pytest.approx(change.delta_h_per_token, rel=1e-3)
+    assert real.delta_h_per_token == pytest.approx(change.delta_h_per_token_pd, rel=1e-3)
     assert real.predicted == pytest.approx(change.predicted, rel=1e-3)
     assert {name for name, judge in CRITERIA.items() if judge(report).status == "fail"} == set()
 

@@ -73,10 +73,12 @@ def headline(report: ProbeReport) -> str:
     lines = [FIRST + doubt for doubt in report.doubts]
     mark = f" ({report.not_chosen})" if report.not_chosen else ""
     responses = f"({batch.num_prompts}×{batch.num_responses} responses)"
-    lines.append(
-        f"H    {entropy.per_token.value:.3g} ± {entropy.per_token.se:.2g} nats/token, "
-        f"{entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response{mark or f' {responses}'}"
-    )
+    per_token = f"{entropy.per_token.value:.3g} ± {entropy.per_token.se:.2g} nats/token"
+    per_response = f"{entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response"
+    if mark:  # each figure on a line of its own
+        lines += [f"H    {per_token}{mark}", f"     {per_response}{mark}"]
+    else:
+        lines.append(f"H    {per_token}, {per_response} {responses}")
     delta = report.two_batch or report.first_order
     if update is None or delta is None:
         return "\n".join([*lines, f"nothing about the next step: {report.no_second_moment}"])
@@ -86,7 +88,7 @@ def headline(report: ProbeReport) -> str:
     se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
     changes = _changes(report)
     slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
-    if mark:  # each figure on a line of its own
+    if mark:
         lines += [f"ΔH   {changes[0][0]}{mark}", f"     {changes[0][1]}{mark}"]
         lines += [f"     {figure}{mark}" for pair in changes[1:] for figure in pair]
         lines += [f"δH₁  {slope}, fresh step{mark}"]

@@ -199,7 +199,7 @@ def part_of_the_forward_detached(patch: Patch) -> None:
     then(patch, loading.load_checkpoint, detached)
 
 
-@fault("llama", "gradient_witness", first_order={"estimator": "rb"})
+@fault("llama", "gradient_witness", first_order={"estimator": "rb", "baseline": "hk"})
 def later_entropy_one_step_late(patch: Patch) -> None:
     """Coefficients R_{>t+1} in place of R_{>t}."""
     then(patch, baselines.rb_coefficients, lambda c: torch.cat([c[..., 1:], torch.zeros_like(c[..., :1])], -1))
@@ -386,7 +386,9 @@ def coupled_decay_taken_for_decoupled(patch: Patch) -> None:
 def clipping_forgotten(patch: Patch) -> None:
     """The gradient is not clipped, although the configuration says so."""
     original = update.compute_update_vector_adamw
-    everywhere(patch, original, lambda registry, states, ascent, limit: original(registry, states, ascent, None))
+    everywhere(
+        patch, original, lambda registry, states, ascent, limit, *a: original(registry, states, ascent, None, *a)
+    )
 
 
 @fault("lora", refused="the parameter is frozen")
@@ -723,7 +725,7 @@ def stale_scores(patch: Patch) -> None:
         return dataclasses.replace(s, **{name: getattr(s, name) * 1.001 for name in read})
 
     original = entropy_change.sweep
-    everywhere(patch, original, lambda bound, batch, s, *a: original(bound, batch, stale(s), *a))
+    everywhere(patch, original, lambda bound, batch, s, *a, **k: original(bound, batch, stale(s), *a, **k))
 
 
 @fault(
@@ -845,8 +847,8 @@ def buffers_overridden(patch: Patch) -> None:
 def _after_sweep(patch: Patch, size: float) -> None:
     original = entropy_change.sweep
 
-    def sweep(bound: BoundModel, *a: Any) -> Any:
-        result = original(bound, *a)
+    def sweep(bound: BoundModel, *a: Any, **k: Any) -> Any:
+        result = original(bound, *a, **k)
         with torch.no_grad():
             next(bound.module.parameters()).view(-1)[0].add_(size)
         return result
@@ -1280,7 +1282,7 @@ def gradients_all_zero(patch: Patch) -> None:
 def step_compared_with_itself(patch: Patch) -> None:
     """The step of torch's optimizer is compared for no parameter at all."""
     original = torch_step.optimizer_step_agreement
-    everywhere(patch, original, lambda registry, states, ascent, direction: original(registry, {}, ascent, direction))
+    everywhere(patch, original, lambda registry, states, *a: original(registry, {}, *a))
 
 
 def page() -> str:

@@ -186,7 +186,7 @@ def _tokenizer(place: Path, good: bytes, share: float) -> Target:
 
     def read(content: bytes) -> None:
         (folder / "tokenizer.json").write_bytes(content)
-        refused(lambda: load_tokenizer(folder, None))
+        refused(lambda: load_tokenizer([folder], None))
 
     return Target(st.one_of(cut_up(good), trees(tree, JSON_VALUES).map(as_json)), read, share)
 

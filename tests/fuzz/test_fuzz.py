@@ -46,7 +46,7 @@ def test_a_tokenizer_that_fails_when_it_is_used(tmp_path: Path) -> None:
     folder = write_good(tmp_path, full=False)
     edited("tokenizer_config.json", model_max_length="")(folder)
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
-        load_tokenizer(folder, None)
+        load_tokenizer([folder], None)
 
 
 @pytest.mark.parametrize(

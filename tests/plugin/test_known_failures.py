@@ -98,7 +98,7 @@ def test_what_was_found_is_said_whatever_was_selected(tmp_path: Path) -> None:
     done = _demo(tmp_path, "-m", "zero_check")
     assert done.returncode == 0
     found = done.stdout.partition("= entropy probe =")[2]
-    assert [line[:4] for line in found.splitlines()[-5:-1]] == ["H   ", "δH₁ ", "ΔH  ", "v   "]
+    assert [line[:4] for line in found.splitlines()[-6:-1]] == ["H   ", "ΔH  ", "    ", "δH₁ ", "v   "]
     assert max(map(len, found.splitlines())) <= 80
 
 

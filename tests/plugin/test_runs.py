@@ -136,9 +136,9 @@ def test_x_stops_at_the_first_checkpoint_that_fails(folder: Path) -> None:
 
 def test_a_summary_that_cannot_be_written_is_said(folder: Path) -> None:
     done = run(folder, "entropy: {min: 1e-9}", ONE, "-m", "gate", GITHUB_STEP_SUMMARY=str(folder / "no" / "file"))
-    assert done.returncode == 0
-    assert "GITHUB_STEP_SUMMARY: " in done.stdout
-    assert "cannot be written (No such file or directory)" in done.stdout
+    assert done.returncode == 4
+    assert "GITHUB_STEP_SUMMARY" in done.stderr
+    assert "cannot be written (No such file or directory)" in done.stderr
 
 
 def test_a_checkpoint_that_does_not_load_has_its_line(folder: Path, tmp_path: Path) -> None:
