@@ -147,7 +147,7 @@ def test_something_is_said_of_every_number(bench: Bench) -> None:
     for start in said:
         assert any(path.startswith(start) for path in numbers(ProbeReport)), f"{start} is no field"
     assert set(JUDGED_BY.values()) <= set(CRITERIA)
-    assert len(NOT_JUDGED) <= 12
+    assert len(NOT_JUDGED) <= 13
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 2047])
