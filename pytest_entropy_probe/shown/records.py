@@ -86,19 +86,12 @@ def headline(report: ProbeReport) -> str:
     if report.first_order is not None and report.first_order.mode == "block":
         batches = f"{batches}, {report.first_order.num_units} blocks"
     se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
-    changes = _changes(report)
     slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
+    changes = zip(_HEADS, _changes(report, apart=bool(mark)), strict=False)
+    lines += [f"{head}{change}{mark}" for head, change in changes]
     if mark:
-        lines += [f"ΔH   {changes[0][0]}{mark}", f"     {changes[0][1]}{mark}"]
-        lines += [f"     {figure}{mark}" for pair in changes[1:] for figure in pair]
-        lines += [f"δH₁  {slope}, fresh step{mark}"]
-        lines += _wrapped("v    ", f"{made_of}{mark}")
+        lines += [f"δH₁  {slope}, fresh step{mark}", *_wrapped("v    ", f"{made_of}{mark}")]
     else:
-        heads = ("ΔH   ", "     ")
-        lines += [
-            f"{head}{realised.rpartition(' ')[0]}, {predicted}"
-            for head, (realised, predicted) in zip(heads, changes, strict=False)
-        ]
         lines += [f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})"]
         lines += [f"v    {made_of}"]
     if batch.same_batch:
@@ -106,8 +99,11 @@ def headline(report: ProbeReport) -> str:
     return "\n".join(lines)
 
 
-def _changes(report: ProbeReport) -> list[tuple[str, str]]:
-    """(realised, predicted) with their unit, per token and, where the run was asked for it, per response."""
+_HEADS = ("ΔH   ", "     ", "     ", "     ")
+
+
+def _changes(report: ProbeReport, *, apart: bool) -> list[str]:
+    """Realised and predicted, `apart` or on one line, per token and, where the run was asked for it, per response."""
     step = report.next_step
     assert step is not None
     tokens = (*step.realised_per_token, step.predicted_per_token, step.predicted_per_token_se)
@@ -116,11 +112,14 @@ def _changes(report: ProbeReport) -> list[tuple[str, str]]:
         pairs.append((*step.realised, step.predicted, step.predicted_se, "nats/response"))
     said = []
     for value, se, predicted, predicted_se, unit in pairs:
-        missing = "top_p < 1" if step.restricted else "one batch"
-        told = f"not predicted ({missing})"
-        if predicted is not None and predicted_se is not None:
+        realised = f"realised {value + 0.0:+.3g} ± {se:.2g}"
+        if predicted is None or predicted_se is None:
+            why = "top_p < 1" if step.restricted else "one batch"
+            both = [f"{realised} {unit}", f"not predicted ({why})"]
+        else:
             told = f"predicted {predicted + 0.0:+.3g} ± {predicted_se:.2g} {unit}"
-        said.append((f"realised {value + 0.0:+.3g} ± {se:.2g} {unit}", told))
+            both = [f"{realised} {unit}" if apart else realised, told]
+        said += both if apart else [", ".join(both)]
     return said
 
 

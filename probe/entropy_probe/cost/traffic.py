@@ -27,7 +27,7 @@ _FOLDS, _OF_FOLD = (
 _EMA, _GROUP = (
     2,
     9,
-)  # sums a step: of `hk_ema`; of `hk_group`, which serves entropy and length once more
+)  # sums a step: of `hk_ema`; of `hk_group`, for entropy and for length
 _BASELINES = 5  # by each of which the slope of a prompt is known
 
 
@@ -56,7 +56,7 @@ def _steps(batch: Batch) -> float:
 
 def _of_prompts(network: Network, run: Run) -> float:
     e, u = run.e, run.update
-    of_baselines = (_EMA + 3 * _GROUP) * _steps(e) + min(_FOLDS, e.prompts) * _OF_FOLD
+    of_baselines = (_EMA + 2 * _GROUP) * _steps(e) + min(_FOLDS, e.prompts) * _OF_FOLD
     of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * (_SUMS + _CHANGE) + _ALONG)
     if not run.same_batch:
         of_responses += u.rows * (_SUMS + (_FEATURES if run.rb else 0))

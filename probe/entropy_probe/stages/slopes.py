@@ -108,22 +108,20 @@ def slopes_along(
     """
     at_theta, twice, kinked = _along(bound, float64, share, v, config, progress)
     baseline = chosen(config.first_order.baseline)
+    of = scores.rb_entropy, scores.gen_lens
+    c = performance_difference.coefficients(*of, baseline, scores.features, share.among)
 
-    def rb(baseline: Baseline) -> PromptMean:
-        kappa = rb_coefficients(
-            scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among
-        )
-        own = rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy)
-        return PromptMean(share.whole(own.per_prompt))
+    def rb(other: Baseline) -> PromptMean:
+        own = other == baseline
+        kappa = c[0] if own else rb_coefficients(*of, other, scores.features, share.among)
+        of_prompts = rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy).per_prompt
+        return PromptMean(share.whole(of_prompts))
 
-    by_baseline: dict[Baseline, PromptMean] = {baseline: rb(baseline) for baseline in BASELINES}
-    c = performance_difference.coefficients(
-        scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among
-    )
+    by_baseline: dict[Baseline, PromptMean] = {other: rb(other) for other in BASELINES}
     of_change = performance_difference.expansion(
         at_theta.d_logp, at_theta.d_entropy, twice.logp, twice.entropy, c
     )
-    squares = share.whole(_rounding(at_theta, scores, config, share).square().sum((1, 2)))
+    squares = share.whole(_rounding(at_theta, scores, config, c[0]).square().sum((1, 2)))
     of_responses = share.whole(at_theta.rounding.square().sum(-1))
     of_all = share.scores(scores)
     own = (at_theta.d_seq_logp, at_theta.d_rb_sum, twice.logp.sum(-1), twice.entropy.sum(-1))
@@ -164,15 +162,12 @@ def slopes_along(
 
 
 def _rounding(
-    at_theta: Derivatives, scores: Scores, config: ProbeConfig, share: Share
+    at_theta: Derivatives, scores: Scores, config: ProbeConfig, kappa: Float[Tensor, "B G T"]
 ) -> Float[Tensor, "B G T"]:
     """What one rounding moves a token's terms of the slope by X's estimator by: |S − S̄|·δ, or (1 + |κ_t|)·δ."""
-    first = config.first_order
-    if first.estimator == "naive":
+    if config.first_order.estimator == "naive":
         centred = scores.seq_logp - leave_one_out_mean(scores.seq_logp)
         return centred[..., None] * at_theta.rounding
-    baseline, among = chosen(first.baseline), share.among
-    kappa = rb_coefficients(scores.rb_entropy, scores.gen_lens, baseline, scores.features, among)
     return (1 + kappa.abs()) * at_theta.rounding
 
 
