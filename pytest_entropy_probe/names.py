@@ -61,6 +61,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         "where the part of it goes that outgrows the memory too; default: a temporary one",
     ),
     "seed": ("N", False, "one seed for all sampling"),
+    "target_se": (
+        "X",
+        False,
+        "more prompts until the predicted change has a standard error of X nats per token, or 2se: half of that change",
+    ),
     "json": ("PATH", True, "write report.json here; with several checkpoints a folder of them"),
     "evidence": (
         "DIR",

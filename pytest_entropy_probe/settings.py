@@ -50,6 +50,7 @@ class Settings:
     device_map: str | None = None
     offload_folder: Path | None = None
     seed: int | None = None
+    target_se: str | None = None
     recipe: str | None = None
     reference_model: Path | None = None
     next: Path | None = None
@@ -102,6 +103,7 @@ def read_settings(config: pytest.Config) -> Settings:
         device_map=text_of(config, "device_map"),
         offload_folder=existing(config, "offload_folder", "folder"),
         seed=natural_number(config, "seed"),
+        target_se=text_of(config, "target_se"),
         recipe=text_of(config, "recipe"),
         reference_model=existing(config, "reference_model", "folder"),
         next=existing(config, "next", "folder"),

@@ -146,6 +146,12 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
         "--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too"
     )
     run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
+    run.add_argument(
+        "--target-se",
+        metavar="X",
+        help="more prompts, up to batch.max_prompts, until the predicted change has a standard error of X nats per "
+        "token; or 2se: half of that change",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

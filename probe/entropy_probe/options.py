@@ -11,6 +11,7 @@ KEYS = {
     "device_map": "device_map",
     "offload_folder": "offload_folder",
     "seed": "batch.seed",
+    "target_se": "batch.target_se",
     "recipe": "recipe",
     "reference_model": "reference_model",
 }

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from entropy_probe.atomic import write_atomically
 from entropy_probe.errors import ConfigError
-from entropy_probe.report import EntropyChangeRow, ProbeReport
+from entropy_probe.report import Compared, EntropyChangeRow, ProbeReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,37 +87,38 @@ def text_table(report: ProbeReport, *, plain: bool = False) -> str:
         return f"nothing about the next step: {report.no_second_moment}"
     eta, se = ("eta", "+/- SE") if plain else ("η", "± SE")
     heading = (eta, "predicted", se, "realised", se, "diff/SE", "ratio", "ESS/N", "in range")
-    cells = [heading, *(_cells(row) for row in report.entropy_change if row.eta != 0)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        " ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
+    rows = [row for row in report.entropy_change if row.eta != 0]
+    tables = [
+        [(row, of) for row, of in zip(rows, in_unit, strict=True)]
+        for in_unit in zip(*(report.compared(row) for row in rows), strict=True)
     ]
+    lines = []
+    for table in tables:
+        unit = table[0][1].unit
+        lines.append(f"prediction against realisation ({unit}){_mark(report)}")
+        cells = [heading, *(_cells(row, of) for row, of in table)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += [
+            " ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in cells
+        ]
     star = report.update.eta_star
     notes = [] if star is None else [f"{eta}* = {star:.3g}"]
-    return "\n".join(
-        [
-            f"prediction against realisation ({report.unit_of_change}){_mark(report)}",
-            *lines,
-            *notes,
-            *_warnings(report),
-        ]
-    )
+    return "\n".join([*lines, *notes, *_warnings(report)])
 
 
 def _mark(report: ProbeReport) -> str:
     return f", {report.not_chosen}" if report.not_chosen else ""
 
 
-def _cells(row: EntropyChangeRow) -> tuple[str, ...]:
-    off = _over(row.difference, row.difference_se)
-    ratio = row.ratio
+def _cells(row: EntropyChangeRow, of: Compared) -> tuple[str, ...]:
+    off, ratio = _over(of.difference, of.difference_se), of.ratio
     numbers = (
         (row.eta, ".2g"),
-        (row.predicted, "+.3g"),
-        (row.predicted_se, ".2g"),
-        (row.realised[0], "+.3g"),
-        (row.realised[1], ".2g"),
+        (of.predicted, "+.3g"),
+        (of.predicted_se, ".2g"),
+        (of.realised, "+.3g"),
+        (of.realised_se, ".2g"),
         (off, "+.2f" if off is None or abs(off) < 100 else "+.1e"),
         (ratio, ".2f" if ratio is None or abs(ratio) < 100 else ".0e"),
         (row.unclipped_ess_fraction, ".2f"),
@@ -147,85 +148,134 @@ def _figure(report: ProbeReport) -> Figure:
     rows = [
         row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.realised[0])
     ]
-    figure = Figure(figsize=(10.0, 4.4), layout="constrained")
+    pairs = [(row, report.compared(row)) for row in rows]
+    units = len(pairs[0][1]) if pairs else 1
+    figure = Figure(figsize=(10.0, 0.8 + 3.6 * units), layout="constrained")
     figure.suptitle(_title(report, rows), parse_math=False)
-    change, slope = figure.subplots(1, 2)
-    change.set(
-        xlabel="η", ylabel=f"ΔH ({report.unit_of_change})", title="the change; bars: SE of realised"
-    )
+    panels = figure.subplots(units, 2, squeeze=False)
+    for k, (change, slope) in enumerate(panels):
+        points = [Point(row, in_units[k]) for row, in_units in pairs]
+        _panels(report, points, change, slope)
+    handles, labels = panels[0, 1].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+class Point(NamedTuple):
+    """What is drawn at one η: the row, and its change in one unit."""
+
+    row: EntropyChangeRow
+    change: Compared
+
+    @property
+    def eta(self) -> float:
+        return self.row.eta
+
+
+def _panels(report: ProbeReport, points: Sequence[Point], change: Axes, slope: Axes) -> None:
+    """The change in one unit, and the same over η."""
+    unit = points[0].change.unit if points else report.unit_of_change
+    change.set(xlabel="η", ylabel=f"ΔH ({unit})", title="the change; bars: SE of realised")
     change.locator_params(axis="x", nbins=5)
     against = "" if _restricted(report) else " − predicted"
     slope.set(
         xlabel="η",
-        ylabel=f"ΔH/η ({report.unit_of_change} per unit η)",
+        ylabel=f"ΔH/η ({unit} per unit η)",
         title=f"over η; bars: SE of realised{against}",
     )
-    if rows:
-        decade = math.floor(math.log10(min(abs(row.eta) for row in rows)))
+    if points:
+        decade = math.floor(math.log10(min(abs(point.eta) for point in points)))
         slope.set_xscale("symlog", linthresh=10.0**decade, linscale=0.7)
     for axes, power in ((change, 0), (slope, 1)):
-        _predicted(axes, rows, power)
-        _realised(axes, rows, power)
-        _marks(axes, report, rows, power)
-    handles, labels = slope.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    return figure
+        _predicted(axes, points, power)
+        _realised(axes, points, power)
+        _marks(axes, report, [point.row for point in points], power)
 
 
 def _steps_figure(checkpoints: Sequence[tuple[str, int | None, ProbeReport]]) -> Figure:
     """Predictions that are out of range are pale, and do not set the scale: their errors can be of any size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 5.6), layout="constrained")
+    units = min(
+        (len(report.compared(row)) for _, _, report in checkpoints if (row := report.next_step)),
+        default=1,
+    )
+    figure = Figure(figsize=(8.0, 2.8 * (1 + units)), layout="constrained")
     figure.suptitle("entropy over steps, and its change by the next step", parse_math=False)
-    entropy, change = figure.subplots(2, 1, sharex=True)
-    units = {report.unit_of_change for _, _, report in checkpoints}
+    entropy, *changes = figure.subplots(1 + units, 1, sharex=True)
     not_chosen = {report.not_chosen for _, _, report in checkpoints} - {""}
     beside = "".join(f"\n{mark}" for mark in sorted(not_chosen))
     entropy.set(ylabel=f"H (nats/token){beside}")
-    change.set(xlabel="step", ylabel=f"ΔH by the next step ({', '.join(sorted(units))}){beside}")
-    change.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
+    changes[-1].set(xlabel="step")
     runs = list(dict.fromkeys(run for run, _, _ in checkpoints))
-    ends = [0.0]
+    several = len(runs) > 1
     for number, run in enumerate(runs):
         mine = [(step, report) for name, step, report in checkpoints if name == run]
         at = _array(place if step is None else step for place, (step, _) in enumerate(mine))
+        color = f"C{number}" if several else ""
         tokens = [report.entropy.per_token for _, report in mine]
-        rows = [report.next_step for _, report in mine]
-        of = f", {Path(run).name}".replace("$", r"\$") if len(runs) > 1 else ""  # no formula
-        realised = [r.realised if r else (None, None) for r in rows]
-        inside = [(r.predicted, r.predicted_se) if r and r.in_range else (None, None) for r in rows]
-        outside = [
-            (r.predicted, r.predicted_se) if r and not r.in_range else (None, None) for r in rows
-        ]
-        ends += [
-            v + s * sign
-            for v, s in (*realised, *inside)
-            if v is not None and s is not None
-            for sign in (-1, 1)
-        ]
-        for axes, label, color, style, values in (
-            (entropy, f"H ± SE{of}", _END, {"linestyle": "-"}, [(e.value, e.se) for e in tokens]),
-            (change, "predicted ± SE", _PREDICTED, {}, inside),
-            (change, "predicted, out of range", _PREDICTED, {"alpha": 0.25}, outside),
-            (change, "realised ± SE", _REALISED, {"markerfacecolor": "white"}, realised),
-        ):
-            axes.errorbar(
-                at,
-                _array(value for value, _ in values),
-                _array(se for _, se in values),
-                label=label if axes is entropy or number == 0 else None,
-                color=color if len(runs) == 1 else f"C{number}",
-                **{"marker": "o", "markersize": 4, "capsize": 2, "linestyle": "", **style},
-            )
-    low, high = min(filter(math.isfinite, ends)), max(filter(math.isfinite, ends))
-    margin = 0.1 * (high - low) or 1.0
-    change.set_ylim(low - margin, high + margin)
+        of = f", {Path(run).name}".replace("$", r"\$") if several else ""  # no formula
+        values = [(e.value, e.se) for e in tokens]
+        _bars(entropy, at, values, label=f"H ± SE{of}", color=color or _END, linestyle="-")
+    for k, axes in enumerate(changes):
+        _changes_by_step(axes, checkpoints, runs, k, beside)
     entropy.set_ylim(bottom=0.0)
-    for axes in (entropy, change):
+    for axes in (entropy, *changes):
         axes.legend(frameon=False)
     return figure
+
+
+def _changes_by_step(
+    axes: Axes,
+    checkpoints: Sequence[tuple[str, int | None, ProbeReport]],
+    runs: Sequence[str],
+    k: int,
+    beside: str,
+) -> None:
+    """The change by the next step in the k-th unit, checkpoint by checkpoint."""
+    axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=1)
+    ends, unit = [0.0], ("nats/token", "nats/response")[k]
+    axes.set(ylabel=f"ΔH by the next step\n({unit}){beside}")
+    for number, run in enumerate(runs):
+        mine = [(step, report) for name, step, report in checkpoints if name == run]
+        at = _array(place if step is None else step for place, (step, _) in enumerate(mine))
+        realised, inside, outside = [], [], []
+        for _, report in mine:
+            row, nothing = report.next_step, (None, None)
+            if row is None:
+                found = nothing, nothing, nothing
+            else:
+                of = report.compared(row)[k]
+                told = of.predicted, of.predicted_se
+                pair = (told, nothing) if row.in_range else (nothing, told)
+                found = (of.realised, of.realised_se), *pair
+            for values, value in zip((realised, inside, outside), found, strict=True):
+                values.append(value)
+        ends += [
+            value + se * sign
+            for value, se in (*realised, *inside)
+            if value is not None and se is not None
+            for sign in (-1, 1)
+        ]
+        of_run = f"C{number}" if len(runs) > 1 else ""
+        for label, color, style, values in (
+            ("predicted ± SE", _PREDICTED, {}, inside),
+            ("predicted, out of range", _PREDICTED, {"alpha": 0.25}, outside),
+            ("realised ± SE", _REALISED, {"markerfacecolor": "white"}, realised),
+        ):
+            label = label if number == 0 else None
+            _bars(axes, at, values, label=label, color=of_run or color, **style)
+    low, high = min(filter(math.isfinite, ends)), max(filter(math.isfinite, ends))
+    margin = 0.1 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _bars(
+    axes: Axes, at: Any, values: Sequence[tuple[float | None, float | None]], **style: Any
+) -> None:
+    shape = {"marker": "o", "markersize": 4, "capsize": 2, "linestyle": "", **style}
+    axes.errorbar(at, _array(v for v, _ in values), _array(se for _, se in values), **shape)
 
 
 def _title(report: ProbeReport, rows: Sequence[EntropyChangeRow]) -> str:
@@ -250,37 +300,40 @@ def _array(values: Iterable[float | None]) -> Any:
     return np.where(np.isfinite(array), array, math.nan)
 
 
-def _predicted(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
+def _predicted(axes: Axes, points: Sequence[Point], power: int) -> None:
     """predicted/η is linear in η, so that between two η of the report it may be interpolated; its SE nearly so."""
-    rows = [row for row in rows if _finite(row.predicted)]
-    if not rows:
+    points = [point for point in points if _finite(point.change.predicted)]
+    if not points:
         return
-    at = _array(row.eta for row in rows)
+    at = _array(point.eta for point in points)
     size = np.abs(at)
     decades = np.geomspace(size.min(), size.max(), 200)
     eta = np.unique(np.concatenate([np.linspace(at.min(), at.max(), 200), -decades, decades, at]))
     eta = eta[(eta >= at.min()) & (eta <= at.max())]
-    value = np.interp(eta, at, _array(row.predicted for row in rows) / at) * eta ** (1 - power)
-    se = np.interp(eta, at, _array(row.predicted_se for row in rows) / size) * np.abs(eta) ** (
+    value = np.interp(eta, at, _array(point.change.predicted for point in points) / at) * eta ** (
         1 - power
     )
+    se = np.interp(eta, at, _array(point.change.predicted_se for point in points) / size) * np.abs(
+        eta
+    ) ** (1 - power)
     axes.plot(eta, value, color=_PREDICTED, label="predicted ± SE")
     axes.fill_between(eta, value - se, value + se, color=_PREDICTED, alpha=0.2, linewidth=0)
 
 
-def _realised(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
+def _realised(axes: Axes, points: Sequence[Point], power: int) -> None:
     for hollow, label in ((False, "realised"), (True, "realised, not reliable: ESS/N or k̂")):
-        shown = [row for row in rows if row.reliable != hollow]
+        shown = [point for point in points if point.row.reliable != hollow]
         if not shown:
             continue
-        eta = _array(row.eta for row in shown)
+        eta = _array(point.eta for point in shown)
+        changes = [point.change for point in shown]
         se = _array(
-            row.difference_se if power and row.predicted is not None else row.realised[1]
-            for row in shown
+            of.difference_se if power and of.predicted is not None else of.realised_se
+            for of in changes
         )
         axes.errorbar(
             eta,
-            _array(row.realised[0] for row in shown) / eta**power,
+            _array(of.realised for of in changes) / eta**power,
             se / np.abs(eta) ** power,
             fmt="o",
             markersize=5,

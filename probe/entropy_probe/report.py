@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
@@ -271,7 +271,8 @@ class UpdateSection(StepAgreement):
     `clip_factor` is what clipping multiplied the gradient of `grad_norm` by; `grad_norm_logged` is the last that the
     trainer wrote down, of a step before. `momentum_share` = v₀ᵀv/‖v‖²: what of v was decided before this batch.
     `spread_over_batches` is the standard deviation, over U batches of this size, of the entropy's first-order change by
-    the step, lr·slope, from that over the units of this one: −lr·X̄ᵀD·Y_u.
+    the step, lr·slope, from that over the units of this one: −lr·X̄ᵀD·Y_u. The same per token, where X̄ is the gradient
+    of the entropy per token, so that −X̄ᵀv is `delta_h1_per_lr_per_token`.
     """
 
     lr: float
@@ -294,6 +295,9 @@ class UpdateSection(StepAgreement):
     slope_rounding: float
     num_kinked: int
     spread_over_batches: float | None
+    slope_of_v0_per_token: float
+    slope_by_unit_per_token: list[float]
+    spread_over_batches_per_token: float | None
     delta_h1_per_lr_per_token: float
     delta_h1_per_lr_per_token_se: float
     slope_of_change: float
@@ -307,6 +311,39 @@ class UpdateSection(StepAgreement):
     curvature_per_token: float
     curvature_per_token_se: float
     eta_star: float | None
+
+
+class Look(_Section):
+    """How many prompts E had, and the standard error of the change that they predicted (nats per token)."""
+
+    num_prompts: int
+    se: float
+
+
+class ResolutionSection(_Section):
+    """What the E batch can tell about the next step, η = lr.
+
+    `per_token`         the change that it resolves: 2 SE of the predicted one, in nats per token
+    `per_response`      the same in nats per response
+    `prompts_needed`    about so many make the predicted change 2 SE: ⌈B·(2 SE/|predicted|)²⌉; `None` where it is 0
+    `next_step`         95 % interval, per token, of the change by a step with another U batch of this size: the
+                        predicted change ± t·√(SE² + 2·spread²), t of the fewer prompts less one; `None` where the U
+                        batch was given, or has one prompt
+    `target_se`         the SE that was asked for, nats per token; `looks` are the sizes of E at which it was looked
+                        at, until it was reached or the prompts ended; `None` and empty where none was asked for
+    """
+
+    per_token: float
+    per_response: float
+    prompts_needed: int | None
+    next_step: tuple[float, float] | None
+    target_se: float | None
+    looks: list[Look]
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the SE that was asked for was reached."""
+        return None if self.target_se is None else self.looks[-1].se <= self.target_se
 
 
 class RealUpdateSection(_Section):
@@ -371,6 +408,23 @@ class Reweighting(_Section):
         return self.method == "snis" and self.clip_fraction == 0.0
 
 
+class Compared(NamedTuple):
+    """The change at one η, realised and predicted, with standard errors; `None` where nothing is predicted."""
+
+    unit: str
+    realised: float
+    realised_se: float
+    predicted: float | None
+    predicted_se: float | None
+    difference: float | None
+    difference_se: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Realised over predicted; `None` where that is 0."""
+        return self.realised / self.predicted if self.predicted else None
+
+
 class EntropyChangeRow(Reweighting):
     """The realised change at one η on the E batch.
 
@@ -378,10 +432,9 @@ class EntropyChangeRow(Reweighting):
     difference (null at top_p < 1), per response or per token, as `true_delta_h.normalize` says, with 95 % intervals;
     `delta_h_per_token` is Rao-Blackwell, `delta_h_per_token_naive` is not, and `delta_h_per_token_pd` is by the
     performance difference. The change that is reported, `realised`, is the last kind where it can be. `difference` is
-    `realised` − `predicted`, `ratio` the one over the other; the same per token (null where one batch serves as both
-    and nothing is asked per token). `in_range` says whether the two are to be
-    compared at this η: reliable, and near enough for second order, which needs ESS/N within its limit even
-    where fresh responses were drawn.
+    `realised` − `predicted`, `ratio` the one over the other; the same per token. `in_range` says whether the two are to
+    be compared at this η: reliable, and near enough for second order, which needs ESS/N within its limit even where
+    fresh responses were drawn.
     """
 
     delta_h: float
@@ -413,6 +466,19 @@ class EntropyChangeRow(Reweighting):
     predicted_per_token_se: float | None
     difference_per_token: float | None
     difference_per_token_se: float | None
+
+    @property
+    def per_token(self) -> Compared:
+        """The change that is reported beside the predicted one."""
+        told = (self.predicted_per_token, self.predicted_per_token_se)
+        off = (self.difference_per_token, self.difference_per_token_se)
+        return Compared("nats/token", *self.realised_per_token, *told, *off)
+
+    @property
+    def per_response(self) -> Compared:
+        """The same per response, where `true_delta_h.normalize` is `per_sequence`."""
+        told = (self.predicted, self.predicted_se, self.difference, self.difference_se)
+        return Compared("nats/response", *self.realised, *told)
 
     @property
     def realised(self) -> tuple[float, float]:
@@ -700,8 +766,8 @@ class ProbeReport(_Section):
     """`baseline` is added by who judges. `left_out` are the parts of the measurement that the budget left out.
 
     Where the optimizer is not Adam, and `no_second_moment` says so, all that needs P or v is `None`: `first_order`,
-    `two_batch`, `update`, `preconditioner`, `real_step`; of `entropy_change` the row at η = 0 is there, and what
-    `continuity` and `witness` need a direction for is along −sign(X̄), with P = 1.
+    `two_batch`, `update`, `resolution`, `preconditioner`, `real_step`; of `entropy_change` the row at η = 0 is there,
+    and what `continuity` and `witness` need a direction for is along −sign(X̄), with P = 1.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -718,6 +784,7 @@ class ProbeReport(_Section):
     two_batch: TwoBatchSection | None
     update: UpdateSection | None
     entropy_change: list[EntropyChangeRow]
+    resolution: ResolutionSection | None
     continuity: ContinuitySection
     invariance: InvarianceSection
     cache: CacheSection
@@ -803,6 +870,11 @@ class ProbeReport(_Section):
         if self.cache.why is not None:
             said.append(f"sampled {self.cache.read}: {self.cache.why}")
         return said
+
+    def compared(self, row: EntropyChangeRow) -> list[Compared]:
+        """The change per token, then per response, where that was asked for."""
+        per_token = self.config["true_delta_h"]["normalize"] == "per_token"
+        return [row.per_token] if per_token else [row.per_token, row.per_response]
 
     @property
     def unit_of_change(self) -> str:

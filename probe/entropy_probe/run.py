@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
@@ -26,7 +28,7 @@ from entropy_probe.stages.gradients.coverage import cancels, gradient_coverage
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import memory_section
 from entropy_probe.stages.responses.ids import eos_ids
-from entropy_probe.stages.responses.rollouts import Progress
+from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.witnesses.cache import cache_section
 from entropy_probe.stages.witnesses.continuity import continuity_section
 from entropy_probe.stages.witnesses.invariance import invariance
@@ -100,8 +102,9 @@ def _measure(
         with clock("integrity"):
             models = Models.of(checkpoint, prepared.model, config)
             watched = Watched.of(checkpoint.model, prepared.checksum_before, models)
-        models, config, plan = models.planned((e, u), config, clock)
+        models, config, plan = models.planned((_largest(e, config), u), config, clock)
         of = measured(checkpoint, models, e, u, config, clock)
+        e = of.e.rollouts
         reported = None if e.logprobs is None else of.e.share.all_tokens(of.e.tokens.token_logq)
         unlikely = surprises(of.e.share, of.e.tokens)
         frozen = checkpoint.info.taken_as_frozen
@@ -158,6 +161,7 @@ def _measure(
         two_batch=sections.two_batch,
         update=sections.update,
         entropy_change=sections.entropy_change,
+        resolution=sections.resolution,
         preconditioner=sections.preconditioner,
         real_step=sections.real_step,
         real_step_missing=sections.real_step_missing,
@@ -178,3 +182,10 @@ def _measure(
         timing=clock.seconds,
     )
     return report.with_evidence(None if evidence is None else evidence.having("taylor", of_taylor))
+
+
+def _largest(e: Rollouts, config: ProbeConfig) -> Rollouts:
+    """A batch as large as E may grow, for which there must be room."""
+    if e.further is None:
+        return e
+    return e.of_prompts(torch.arange(config.batch.max_prompts) % e.num_prompts)

@@ -60,8 +60,8 @@ def _made_of(update: UpdateSection) -> str:
     shared = f"{update.momentum_share:.0%} momentum and decay"
     if update.spread_over_batches is None:
         return f"{shared}, the rest from one prompt"
-    spread = f"{update.spread_over_batches:.2g}"
-    return f"{shared}; another update batch moves ΔH by ±{spread} nats"
+    spread = f"{update.spread_over_batches_per_token:.2g}"
+    return f"{shared}; another update batch moves ΔH by ±{spread} nats/token"
 
 
 def headline(report: ProbeReport) -> str:
@@ -89,11 +89,13 @@ def headline(report: ProbeReport) -> str:
     slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
     changes = zip(_HEADS, _changes(report, apart=bool(mark)), strict=False)
     lines += [f"{head}{change}{mark}" for head, change in changes]
+    for said in resolution(report):
+        lines += _wrapped(_HEADS[1], said + mark)
     if mark:
         lines += [f"δH₁  {slope}, fresh step{mark}", *_wrapped("v    ", f"{made_of}{mark}")]
     else:
         lines += [f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})"]
-        lines += [f"v    {made_of}"]
+        lines += _wrapped("v    ", made_of)
     if batch.same_batch:
         lines.append("     one batch: what is realised holds the noise that the update fitted")
     return "\n".join(lines)
@@ -106,21 +108,49 @@ def _changes(report: ProbeReport, *, apart: bool) -> list[str]:
     """Realised and predicted, `apart` or on one line, per token and, where the run was asked for it, per response."""
     step = report.next_step
     assert step is not None
-    tokens = (*step.realised_per_token, step.predicted_per_token, step.predicted_per_token_se)
-    pairs = [(*tokens, "nats/token")]
-    if report.config["true_delta_h"]["normalize"] == "per_sequence":
-        pairs.append((*step.realised, step.predicted, step.predicted_se, "nats/response"))
     said = []
-    for value, se, predicted, predicted_se, unit in pairs:
-        realised = f"realised {value + 0.0:+.3g} ± {se:.2g}"
-        if predicted is None or predicted_se is None:
-            why = "top_p < 1" if step.restricted else "one batch"
-            both = [f"{realised} {unit}", f"not predicted ({why})"]
+    for of in report.compared(step):
+        realised = f"realised {of.realised + 0.0:+.3g} ± {of.realised_se:.2g}"
+        if of.predicted is None or of.predicted_se is None:
+            both = [f"{realised} {of.unit}", "not predicted (top_p < 1)"]
         else:
-            told = f"predicted {predicted + 0.0:+.3g} ± {predicted_se:.2g} {unit}"
-            both = [f"{realised} {unit}" if apart else realised, told]
+            told = f"predicted {of.predicted + 0.0:+.3g} ± {of.predicted_se:.2g} {of.unit}"
+            both = [f"{realised} {of.unit}" if apart else realised, told]
         said += both if apart else [", ".join(both)]
     return said
+
+
+def resolution(report: ProbeReport) -> list[str]:
+    """What the noise can tell of the predicted change, and where the run's own next step may lie."""
+    of, step = report.resolution, report.next_step
+    if of is None or step is None or step.predicted_per_token is None:
+        return []
+    resolves, size = of.per_token, abs(step.predicted_per_token)
+    said = f"resolves {resolves:.2g} nats/token (2 SE)"
+    if resolves > 0:
+        said += f"; the predicted change is {_times(size / resolves)} that"
+    if of.prompts_needed is not None and size < resolves:
+        said += f": about {_rounded(of.prompts_needed)} prompts would decide"
+    lines = [said]
+    if of.target_se is not None:
+        asked, prompts = (
+            f"the SE of {of.target_se:.2g} that was asked for",
+            of.looks[-1].num_prompts,
+        )
+        lines.append(f"{asked} was {'' if of.reached else 'not '}reached with {prompts} prompts")
+    if of.next_step is not None:
+        low, high = of.next_step
+        lines.append(f"by another update batch: {low:+.2g} to {high:+.2g} nats/token (95 %)")
+    return lines
+
+
+def _times(share: float) -> str:
+    return f"{share:.1f} times" if share >= 1 else f"{share:.2g} of"
+
+
+def _rounded(count: int) -> str:
+    """To two digits: it is a guess."""
+    return f"{float(f'{count:.2g}'):,.0f}"
 
 
 def _wrapped(head: str, text: str) -> list[str]:

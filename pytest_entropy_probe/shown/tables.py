@@ -128,10 +128,11 @@ def step_of(
     checkpoint, per_token = report.checkpoint, report.entropy.per_token
     step, cells = report.next_step, ("-", "-", "-")
     if step is not None:
-        predicted = _with_se(step.predicted, step.predicted_se)
+        of_token = step.per_token
+        predicted = _with_se(of_token.predicted, of_token.predicted_se)
         cells = (
             (predicted if step.in_range else f"({predicted})") + ("*" if report.not_chosen else ""),
-            _with_se(*step.realised) + ("*" if report.not_chosen else ""),
+            _with_se(of_token.realised, of_token.realised_se) + ("*" if report.not_chosen else ""),
             f"{step.unclipped_ess_fraction:.2f}",
         )
     return Step(
@@ -141,7 +142,7 @@ def step_of(
         _with_se(per_token.value, per_token.se, signed=False) + ("*" if report.not_chosen else ""),
         *cells,
         verdicts(rows),
-        report.unit_of_change,
+        "nats/token",
         report.not_chosen,
     )
 

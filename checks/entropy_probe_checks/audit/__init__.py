@@ -5,6 +5,7 @@ NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each f
 
 batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
 first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
+resolution   what the noise can tell
 optimizer    coverage and P;   taylor  small steps;   student, tail  two distributions
 sheet        what is compared, and how
 """
@@ -23,6 +24,7 @@ from entropy_probe_checks.audit import (
     entropy,
     first_order,
     optimizer,
+    resolution,
     slopes,
     taylor,
 )
@@ -54,8 +56,9 @@ def audit(report: Mapping[str, Any], evidence: Kept) -> list[Line]:
     if sheet.has("u.gram.k") or sheet.has("u.gram.sums"):
         first_order.write(sheet)
         along = slopes.write(sheet)
+        resolution.write(sheet, along)
     else:
-        for name in ("first_order", "two_batch", "update"):
+        for name in ("first_order", "two_batch", "update", "resolution"):
             sheet.write(name, None)
     change.write(sheet, along)
     optimizer.write(sheet)

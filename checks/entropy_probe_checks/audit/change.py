@@ -200,14 +200,15 @@ def _predicted(
     names = ("predicted", "predicted_se", "difference", "difference_se", "ratio", "in_range")
     if along is None or sheet.report["config"]["generation"]["top_p"] < 1:
         return dict.fromkeys(names, (None, None))
-    value, size, se, of_difference = _expansion(sheet, eta, rb, along.slope, along.curvature)
+    own = expansion(sheet, eta, along.slope, along.curvature)
+    value, size, of_difference = own.value, own.size, own.se_of(rb)
     ratio = ratio_size = None
     if value != 0:
         ratio = rb.value / value
         ratio_size = rb.size / abs(value) + abs(ratio) * size / abs(value)
     return {
         "predicted": (value, size),
-        "predicted_se": (se, size),
+        "predicted_se": (own.se, size),
         "difference": (rb.value - value, size + rb.size),
         "difference_se": (of_difference, size + rb.size),
         "ratio": (ratio, ratio_size),
@@ -220,25 +221,42 @@ def _predicted_per_token(
 ) -> dict[str, tuple]:
     names = [f"{n}_per_token{se}" for n in ("predicted", "difference") for se in ("", "_se")]
     restricted = sheet.report["config"]["generation"]["top_p"] < 1
-    if along is None or along.of_tokens is None or restricted:
+    if along is None or restricted:
         return dict.fromkeys(names, (None, None))
-    value, size, se, of_difference = _expansion(sheet, eta, realised, *along.of_tokens)
-    found = (value, se, realised.value - value, of_difference)
-    sizes = (size, size, size + realised.size, size + realised.size)
+    own = expansion(sheet, eta, *along.of_tokens)
+    found = (own.value, own.se, realised.value - own.value, own.se_of(realised))
+    sizes = (own.size, own.size, own.size + realised.size, own.size + realised.size)
     return dict(zip(names, zip(found, sizes, strict=True), strict=True))
 
 
-def _expansion(
-    sheet: Sheet, eta: float, realised: Change, slope: Slope, curvature: Slope
-) -> tuple[float, float, float, float]:
-    """(η·slope + ½η²·curvature, the size of its terms, its SE, the SE of realised minus that)."""
-    bent, own = curvature.terms, realised.influence.mean(1)
-    if len(slope.terms) != len(own):
-        unit_of = sheet["e.unit_of_prompt"]
-        sizes = np.bincount(unit_of)
-        bent, own = (np.bincount(unit_of, weights=of) / sizes for of in (bent, own))
-    terms = eta * slope.terms + eta**2 / 2 * bent
+@dataclass(frozen=True)
+class Expansion:
+    """η·slope + ½η²·curvature: its terms, of prompts, or of blocks of prompts (`unit_of`)."""
+
+    value: float
+    size: float
+    terms: np.ndarray
+    unit_of: np.ndarray | None
+
+    @property
+    def se(self) -> float:
+        return _se(self.terms)
+
+    def se_of(self, realised: Change) -> float:
+        """The SE of realised minus this."""
+        return _se(_of_units(realised.influence.mean(1), self.unit_of) - self.terms)
+
+
+def expansion(sheet: Sheet, eta: float, slope: Slope, curvature: Slope) -> Expansion:
+    unit_of = None if len(slope.terms) == len(curvature.terms) else sheet["e.unit_of_prompt"]
+    terms = eta * slope.terms + eta**2 / 2 * _of_units(curvature.terms, unit_of)
     value = eta * slope.value + eta**2 / 2 * curvature.value
-    size = abs(eta) * slope.size + eta**2 / 2 * curvature.size
-    se, of_difference = (float(x.std(ddof=1)) / math.sqrt(len(x)) for x in (terms, own - terms))
-    return value, size, se, of_difference
+    return Expansion(value, abs(eta) * slope.size + eta**2 / 2 * curvature.size, terms, unit_of)
+
+
+def _of_units(terms: np.ndarray, unit_of: np.ndarray | None) -> np.ndarray:
+    return terms if unit_of is None else np.bincount(unit_of, weights=terms) / np.bincount(unit_of)
+
+
+def _se(terms: np.ndarray) -> float:
+    return float(terms.std(ddof=1)) / math.sqrt(len(terms))

@@ -36,12 +36,21 @@ class Slope:
 
 @dataclass(frozen=True)
 class Along:
-    """By what ΔH is predicted, and per token, where that is known; the change of log p of every response, D_vS."""
+    """Slope and curvature by which ΔH is predicted, per response and per token, and which of the two was asked for; the
+    change of log p of every response, D_vS."""
 
-    slope: Slope
-    curvature: Slope
-    of_tokens: tuple[Slope, Slope] | None
+    of_response: tuple[Slope, Slope]
+    of_tokens: tuple[Slope, Slope]
+    is_per_token: bool
     d_s: np.ndarray
+
+    @property
+    def slope(self) -> Slope:
+        return (self.of_tokens if self.is_per_token else self.of_response)[0]
+
+    @property
+    def curvature(self) -> Slope:
+        return (self.of_tokens if self.is_per_token else self.of_response)[1]
 
     @property
     def decided(self) -> bool:
@@ -85,14 +94,13 @@ def write(sheet: Sheet) -> Along:
     w = d2_s + d_s**2
     terms = _terms(sheet)
     bent = _slope(terms.second[0], terms.size_second[0])
-    per_token, bent_token = _per_token(r, lengths, terms)
-    cross = None
-    is_per_token = config["true_delta_h"]["normalize"] == "per_token"
-    slope, of_tokens = per_token if is_per_token else chosen, (per_token, bent_token)
+    of_token, bent_token = _per_token(r, lengths, terms)
+    cross, pair = None, (chosen, of_token)
     if update(sheet) == "e":
-        cross, slope = _cross(sheet, "u"), _cross(sheet, "crossed")
-        of_tokens = (slope, bent_token) if is_per_token else None
-    along = Along(slope, bent_token if is_per_token else bent, of_tokens, d_s)
+        cross = _cross(sheet, "u")
+        pair = cross, _cross(sheet, "crossed")
+    is_per_token = config["true_delta_h"]["normalize"] == "per_token"
+    along = Along((pair[0], bent), (pair[1], bent_token), is_per_token, d_s)
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
     norm = {n: math.sqrt(math.fsum(sheet[f"sum.{n}_squared"])) for n in ("v", "v0")}
@@ -117,7 +125,7 @@ def write(sheet: Sheet) -> Along:
         ("delta_h1_per_lr_naive", by["naive"]),
         ("delta_h1_per_lr_rb", chosen),
         ("delta_h1_per_lr_cross", cross),
-        ("delta_h1_per_lr_per_token", per_token),
+        ("delta_h1_per_lr_per_token", of_token),
         ("curvature", bent),
         ("curvature_per_token", bent_token),
     ):
@@ -131,12 +139,14 @@ def write(sheet: Sheet) -> Along:
         star_size = star + 2 * along.slope.size / abs(along.curvature.value)
         star_size *= max(1.0, along.curvature.size / abs(along.curvature.value))
     figures["eta_star"] = (star, star_size)
-    momentum = sheet["e.x_v0"]
-    figures["slope_of_v0"] = (-math.fsum(momentum), float(np.abs(momentum).sum()))
-    weights = np.bincount(sheet[f"{update(sheet)}.unit_of_prompt"])
-    by_unit = -(weights / weights.sum()) * sheet["u.y_dx"]
-    figures["slope_by_unit"] = (list(by_unit), float(np.abs(by_unit).sum()))
-    lr, units = learning_rate(sheet)[0], len(by_unit)
+    lr = learning_rate(sheet)[0]
+    for ending, x in (("", "x"), ("_per_token", "xt")):
+        momentum, units = sheet[f"e.{x}_v0"], by_unit(sheet, f"u.y_d{x}")
+        size = float(np.abs(units).sum())
+        figures[f"slope_of_v0{ending}"] = (-math.fsum(momentum), float(np.abs(momentum).sum()))
+        figures[f"slope_by_unit{ending}"] = (list(units), size)
+        spread = lr * math.sqrt(len(units) * units.var(ddof=1)) if len(units) > 1 else None
+        figures[f"spread_over_batches{ending}"] = (spread, lr * size)
     rounding = sheet["e.d_rounding"]
     if config["first_order"]["estimator"] == "naive":
         rounding = np.abs(s - others)[..., None] * rounding
@@ -144,8 +154,6 @@ def write(sheet: Sheet) -> Along:
         rounding = (1 + np.abs(coefficients(sheet, entropy, baseline))) * rounding
     of_all = math.sqrt(math.fsum((rounding**2).sum((1, 2)))) / s.size
     figures["slope_rounding"] = (of_all, of_all + float(sheet["e.d_rounding"].mean()))
-    spread = lr * math.sqrt(units * by_unit.var(ddof=1)) if units > 1 else None
-    figures["spread_over_batches"] = (spread, lr * float(np.abs(by_unit).sum()))
     # d/dη of Σŵ⁺R⁺ at 0: mean[D_vR + (R − R̄)·D_vS], and its second derivative
     centred = r - r.mean()
     first = (d_r.sum() + (centred * d_s).sum()) / r.size
@@ -170,6 +178,18 @@ def write(sheet: Sheet) -> Along:
     for name, (again, size) in figures.items():
         sheet.write(f"update.{name}", again, size)
     return along
+
+
+def by_unit(sheet: Sheet, name: str) -> np.ndarray:
+    """−X̄ᵀD·Y_u of every unit, weighted by its share of the prompts."""
+    weights = np.bincount(sheet[f"{update(sheet)}.unit_of_prompt"])
+    return -(weights / weights.sum()) * sheet[name]
+
+
+def per_token(sheet: Sheet) -> tuple[Slope, Slope]:
+    """Slope and curvature of the entropy per token."""
+    r = sheet["e.entropy"].sum(-1)
+    return _per_token(r, sheet["e.gen_lens"].reshape(r.shape).astype(np.float64), _terms(sheet))
 
 
 def _slope(of_responses: np.ndarray, size: float | None = None) -> Slope:

@@ -31,7 +31,7 @@ def entropy(report: ProbeReport) -> Finding:
 
 @second_moment
 def predicted_change(report: ProbeReport) -> Finding:
-    """|lr·∇Hᵀv|/H: the share of its entropy that the policy gains or loses in the next step, to first order.
+    """|lr·∇hᵀv|/h: the share of its entropy per token that the policy gains or loses in the next step.
 
     The next step moves the entropy further than you allow. The learning rate is too large for these moments, or the
     update has turned against the entropy: stop before it is taken.
@@ -41,7 +41,7 @@ def predicted_change(report: ProbeReport) -> Finding:
 
 @second_moment
 def realised_ratio(report: ProbeReport) -> Finding:
-    """ΔH realised over ΔH predicted at η = lr; 1 where the step is as small as its derivatives assume.
+    """ΔH realised over ΔH predicted at η = lr, per token; 1 where the step is as small as its derivatives assume.
 
     The step goes where first and second order no longer describe the entropy: a smaller learning rate is needed for any
     statement about it.
@@ -95,14 +95,19 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
     """SE(a/h) ≤ (SE(a) + |a/h|·SE(h))/h, whatever their correlation."""
     if report.update is None:
         return not_applicable(str(report.no_second_moment))
-    update, size, lr = report.update, report.entropy.rb, report.update.lr
-    slope, se = update.delta_h1_per_lr_rb, update.delta_h1_per_lr_rb_se
-    if update.delta_h1_per_lr_cross is not None and update.delta_h1_per_lr_cross_se is not None:
-        slope, se = update.delta_h1_per_lr_cross, update.delta_h1_per_lr_cross_se
+    size, step = report.entropy.per_token, report.next_step
     if size.value == 0:
         return inconclusive("The entropy is 0: it has no relative change.")
-    share = abs(lr * slope) / size.value
-    return Estimate(value=share, se=(lr * se + share * size.se) / size.value)
+    if step is None or step.predicted_per_token is None or step.predicted_per_token_se is None:
+        slope, se = (
+            report.update.delta_h1_per_lr_per_token,
+            report.update.delta_h1_per_lr_per_token_se,
+        )
+        predicted, se = report.update.lr * slope, report.update.lr * se
+    else:
+        predicted, se = step.predicted_per_token, step.predicted_per_token_se
+    share = abs(predicted) / size.value
+    return Estimate(value=share, se=(se + share * size.se) / size.value)
 
 
 def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
@@ -112,15 +117,16 @@ def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
         return not_applicable(report.no_second_moment)
     if step is None:
         return inconclusive("The report has no change at η = lr.")
-    if step.predicted is None or step.predicted_se is None or step.difference_se is None:
+    of = step.per_token
+    if of.predicted is None or of.predicted_se is None or of.difference_se is None:
         return not_applicable("top_p < 1: nothing is predicted about π restricted to the nucleus.")
-    if not step.reliable or step.ratio is None:
+    if not step.reliable or of.ratio is None:
         return inconclusive(
             f"The change at η = lr is not reliable: ESS/N {step.unclipped_ess_fraction:.2g}. "
             "Give more responses, or true_delta_h.fallback: resample."
         )
-    se = (step.difference_se + abs(1 - step.ratio) * step.predicted_se) / abs(step.predicted)
-    return Estimate(value=step.ratio, se=se)
+    se = (of.difference_se + abs(1 - of.ratio) * of.predicted_se) / abs(of.predicted)
+    return Estimate(value=of.ratio, se=se)
 
 
 def _zero_advantage(report: ProbeReport) -> Estimate:

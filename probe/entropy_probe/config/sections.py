@@ -15,6 +15,7 @@ from entropy_probe.config.values import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    TargetSE,
     Text,
 )
 from entropy_probe.errors import shown
@@ -140,6 +141,9 @@ class BatchConfig(Section):
     `reward`: tag_pref, stand_in, an entry point's name or module:function; or a list of them, whose
     sum with `reward_weights` counts. `system_prompt` goes before every prompt; `chat_template_kwargs`
     are more arguments of the tokenizer's chat template.
+
+    With a `target_se` more prompts of E are drawn, up to `max_prompts`, until the standard error of the change that is
+    predicted for the next step is so many nats per token; `2se`: half of that change, as the U batch puts it.
     """
 
     num_prompts: AtLeastTwo = 16
@@ -152,6 +156,8 @@ class BatchConfig(Section):
     split: Literal["train", "test"] = "train"
     with_replacement: bool = False
     seed: Count = 0
+    target_se: TargetSE | None = None
+    max_prompts: AtLeastTwo = 256
 
 
 class FirstOrderConfig(Section):

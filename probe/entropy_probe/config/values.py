@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -50,6 +51,24 @@ def size_in_bytes(given: Any) -> int | None:
     if isinstance(given, bool) or not _SIZE.fullmatch(text):
         return None
     return int(_BYTES.validate_python(text))
+
+
+def _is_target_se(given: Any) -> Any:
+    try:
+        value = given if given == OF_THE_CHANGE else float(given)
+    except (TypeError, ValueError):
+        value = None
+    sensible = value == OF_THE_CHANGE or (value is not None and 0 < value < math.inf)
+    if isinstance(given, bool) or not sensible:
+        raise ValueError(
+            f"{shown(given)} is no standard error: give nats per token above 0, or {OF_THE_CHANGE}"
+        )
+    return value
+
+
+OF_THE_CHANGE = "2se"
+"""As a target: half of the predicted change, which is then two standard errors."""
+TargetSE = Annotated[float | Literal["2se"], BeforeValidator(_is_target_se)]
 
 
 def _is_memory_limit(given: Any) -> Any:

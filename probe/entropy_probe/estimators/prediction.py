@@ -27,6 +27,17 @@ class Prediction:
     difference_se: float
 
 
+def predicted_change(
+    eta: float, slope: PromptMean, curvature: PromptMean, unit_of: Int[Tensor, " B"]
+) -> PromptMean:
+    """η·slope + ½η²·curvature, with a term for each prompt; for each block of prompts (`unit_of`), where the slope has
+    one for each."""
+    bent = curvature.per_prompt
+    if len(slope.per_prompt) != len(bent):
+        bent = unit_means(bent, unit_of)
+    return PromptMean(eta * slope.per_prompt + 0.5 * eta**2 * bent)
+
+
 def predict(
     eta: float,
     realised: Change,
@@ -34,18 +45,13 @@ def predict(
     curvature: PromptMean,
     unit_of: Int[Tensor, " B"],
 ) -> Prediction:
-    """Terms of a unit are added before the spread over units is taken, so that the SE knows what they share.
-
-    A unit is a prompt; or a block of prompts (`unit_of`), where the slope has one term for each block.
-    """
-    by_unit = len(slope.per_prompt) != len(realised.influence)
-
-    def terms(per_prompt: Tensor) -> Tensor:
-        return unit_means(per_prompt, unit_of) if by_unit else per_prompt
-
+    """Terms of a unit are added before the spread over units is taken, so that the SE knows what they share."""
+    predicted = predicted_change(eta, slope, curvature, unit_of)
+    of_prompts = realised.influence.mean(1)
+    if len(predicted.per_prompt) != len(of_prompts):
+        of_prompts = unit_means(of_prompts, unit_of)
     value = eta * slope.value + 0.5 * eta**2 * curvature.value
-    predicted = PromptMean(eta * slope.per_prompt + 0.5 * eta**2 * terms(curvature.per_prompt))
-    difference = PromptMean(terms(realised.influence.mean(1)) - predicted.per_prompt)
+    difference = PromptMean(of_prompts - predicted.per_prompt)
     return Prediction(value, predicted.se, realised.value - value, difference.se)
 
 

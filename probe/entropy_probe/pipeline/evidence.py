@@ -61,9 +61,10 @@ def evidence_of(
             _add(arrays, "eu.gram", _across(of.e.gradients, u, step.precond, names))
         moved = list(direction.v)
         x_bar, v0 = of.e.gradients.mean_x(), direction.v0
-        arrays["e.x_v0"] = torch.stack([_dot(x_bar[n], v0[n]) for n in moved])
-        along = (_times(u.y[n], x_bar[n] * direction.diagonal[n].reshape(-1)) for n in moved)
-        arrays["u.y_dx"] = u.of_units(sum(along))  # pyright: ignore[reportArgumentType]
+        for name, x_mean in (("x", x_bar), ("xt", step.x_per_token)):
+            arrays[f"e.{name}_v0"] = torch.stack([_dot(x_mean[n], v0[n]) for n in moved])
+            along = (_times(u.y[n], x_mean[n] * direction.diagonal[n].reshape(-1)) for n in moved)
+            arrays[f"u.y_d{name}"] = u.of_units(sum(along))  # pyright: ignore[reportArgumentType]
         crossed = None if step.predicting is None else step.predicting.crossed
         for which, gradients in (("u", u if of.same_batch else None), ("crossed", crossed)):
             if gradients is not None:
@@ -72,6 +73,8 @@ def evidence_of(
                 _add(arrays, f"{which}.gram_d", _products(gradients, u, direction.diagonal, moved))
         _add(arrays, "sum", _sums(of, step, names))
         _add(arrays, "match", step.of_match)
+    if of.growth is not None and of.growth.of_update is not None:
+        arrays["target.terms"] = of.growth.of_update
     if not of.e.share.world.first:
         return None
     parameters = {n: p.detach() for n, p in of.bound.registry.parameters.items()}
@@ -80,6 +83,7 @@ def evidence_of(
         "names": names,
         "mode": of.u.gradients.units.mode,
         "world_size": of.e.share.world.size,
+        "looks": [] if of.growth is None else [look.num_prompts for look in of.growth.looks],
         "etas": [change.eta for change in step.changes],
         "moved": [] if step.direction is None else list(step.direction.v),
         "hyper": _hyper(of),
@@ -88,12 +92,12 @@ def evidence_of(
     }
     whole |= found_again(of, step, prepared)
     kept = {name: np.asarray(values.detach().cpu()) for name, values in arrays.items()}
-    return Evidence(kept, whole | _given(prepared, eos))
+    return Evidence(kept, whole | _given(of, prepared, eos))
 
 
-def _given(prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
-    """What is known of the batches and the checkpoint before anything is measured."""
-    batches = prepared.rollouts, prepared.update_rollouts
+def _given(of: Measured, prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
+    """What is known of the batches and the checkpoint beside what is measured."""
+    batches = of.e.rollouts, of.u.rollouts
     return {
         "eos": list(eos),
         "fingerprint": prepared.checkpoint.info.fingerprint,

@@ -13,6 +13,7 @@ from entropy_probe.estimators.update_weights import UpdateBatch
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.pipeline.clock import Clock
+from entropy_probe.pipeline.growth import Growth, grown
 from entropy_probe.stages.gradients.payloads import (
     Payload,
     update_batch,
@@ -27,6 +28,7 @@ from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
+from entropy_probe.stages.update import UpdateDirection, compute_update_vector_adamw, learning_rate
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Measured:
-    """The models, and both batches: `e` and `u` are one object where one batch serves as both."""
+    """The models, and both batches: `e` and `u` are one object where one batch serves as both. Where E grew towards a
+    target, how it did, and the direction v that this took."""
 
     checkpoint: Checkpoint
     config: ProbeConfig
     models: Models
     e: Batch
     u: Batch
+    growth: Growth | None = None
+    direction: UpdateDirection | None = None
 
     @property
     def bound(self) -> BoundModel:
@@ -120,25 +125,37 @@ def measured(
     share_e = share_u if same_batch else Share.of(e, units_of(bound, e, config), clock.world)
     with clock("scores"):
         tokens_e = score(bound, share_e.own, config, with_features=True)
-        scores_e = share_e.scores(tokens_e)
-        tokens_u, scores_u = tokens_e, scores_e
+        tokens_u = tokens_e
         if not same_batch:
             with_features = config.first_order.estimator == "rb"
             tokens_u = score(bound, share_u.own, config, with_features=with_features)
-            scores_u = share_u.scores(tokens_u)
     with clock("gradients"):
         as_update = _as_update(checkpoint, bound, share_u, tokens_u, config)
         of_x = x_payload(share_u.own, tokens_u, config, share_u.among)
         of_y = y_payload(as_update, config).of_prompts(share_u.prompts)
         shown = {"stage": "gradients of U", "progress": clock.progress}
         gradients = unit_gradients(bound, share_u, config, of_x, of_y, **shown)
-        batch_u = batch_e = Batch(share_u, tokens_u, scores_u, of_x, gradients, as_update)
-        if not same_batch:
-            of_x = x_payload(share_e.own, tokens_e, config, share_e.among)
-            shown["stage"] = "gradients of E"
-            gradients = unit_gradients(bound, share_e, config, of_x, **shown)
-            batch_e = Batch(share_e, tokens_e, scores_e, of_x, gradients)
-    return Measured(checkpoint, config, models, batch_e, batch_u)
+        scores_u = share_u.scores(tokens_u)
+        batch_u = Batch(share_u, tokens_u, scores_u, of_x, gradients, as_update)
+    if same_batch:
+        return Measured(checkpoint, config, models, batch_u, batch_u)
+    growth = direction = None
+    if e.further is not None:
+        with clock("update"):
+            ascent, adam = gradients.mean_y(), checkpoint.adam
+            clip, lr = (
+                config.whose_update.max_grad_norm,
+                learning_rate(adam, config.first_order.lr)[0],
+            )
+            direction = compute_update_vector_adamw(bound.registry, adam, ascent, clip, lr)
+        growth = grown(models, share_e, tokens_e, batch_u, direction, lr, config, clock)
+        share_e, tokens_e = growth.share, growth.tokens
+    with clock("gradients"):
+        of_x = x_payload(share_e.own, tokens_e, config, share_e.among)
+        shown["stage"] = "gradients of E"
+        gradients = unit_gradients(bound, share_e, config, of_x, **shown)
+        batch_e = Batch(share_e, tokens_e, share_e.scores(tokens_e), of_x, gradients)
+    return Measured(checkpoint, config, models, batch_e, batch_u, growth, direction)
 
 
 def _as_update(

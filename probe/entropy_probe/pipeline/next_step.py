@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_probe import report as r
 from entropy_probe.errors import NoCopyError, ProbeError
-from entropy_probe.estimators import prediction
+from entropy_probe.estimators import prediction, resolution
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.checkpoint.files import logged_grad_norm
 from entropy_probe.pipeline.clock import Clock
@@ -39,6 +39,7 @@ class Sections:
     two_batch: r.TwoBatchSection | None = None
     update: r.UpdateSection | None = None
     preconditioner: r.PreconditionerSection | None = None
+    resolution: r.ResolutionSection | None = None
     real_step: r.RealStepSection | None = None
     real_step_missing: str | None = None
 
@@ -46,7 +47,8 @@ class Sections:
 @dataclass(frozen=True)
 class NextStep:
     """P and v by name, the slopes along v, the changes, how they are predicted, and the sections, which are rank 0's
-    alone. Without a second moment there is no `direction`, and v is some way that will do for tests of the model."""
+    alone; X̄ of the entropy per token. Without a second moment there is no `direction`, and v is some way that will do
+    for tests of the model."""
 
     precond: dict[str, Tensor]
     v: dict[str, Tensor]
@@ -55,6 +57,7 @@ class NextStep:
     along: slopes.Slopes | None = None
     direction: update.UpdateDirection | None = None
     predicting: slopes.Predictors | None = None
+    x_per_token: Mapping[str, Tensor] = field(default_factory=dict)
     of_match: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -89,8 +92,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         if not of.same_batch:
             across = two_batch_section(e.gradients, u.gradients, precond, lr)
     with clock("update"):
-        clip = config.whose_update.max_grad_norm
-        direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip, lr)
+        clip, direction = config.whose_update.max_grad_norm, of.direction
+        if direction is None:
+            direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip, lr)
         v = direction.v
         agreement = of_torch = None
         if first:
@@ -98,14 +102,20 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
             of_torch = preconditioner_agreement(adam, precond)
         match, of_match = moments_match(adam, u.gradients.y, clock.world)
     with clock("slopes"):
-        along = slopes.slopes_along(
-            of.bound, of.float64, e.share, e.tokens, v, config, clock.progress
+        along = (
+            slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, v, config, clock.progress)
+            if of.growth is None
+            else of.growth.along
         )
         predicting = slopes.predictors(
             of.bound, u.share, u.scores, config, u.gradients, direction, along,
             same_batch=of.same_batch,
         )  # fmt: skip
-        sources = slopes.slope_sources(e.gradients, u.gradients, direction)
+        x_per_token = slopes.gradient_per_token(of.bound, e.share, e.tokens, along, config)
+        of_response, of_token = (
+            slopes.slope_sources(of_all, u.gradients, direction)
+            for of_all in (e.gradients.mean_x(), x_per_token)
+        )
     with clock("entropy change"):
         etas = entropy_change.grid(config, lr, along.d_seq_logp, predicting.reach)
         etas = clock.world.told(etas)
@@ -115,7 +125,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         )  # fmt: skip
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
-        return NextStep(precond, v, changes, None, along, direction, predicting, of_match)
+        return NextStep(
+            precond, v, changes, None, along, direction, predicting, x_per_token, of_match
+        )
     with clock("real step"):
         taken, missing = _real_step(of, v, lr)
     sections = Sections(
@@ -126,16 +138,50 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
             direction,
             along,
             predicting,
-            sources,
+            (of_response, of_token),
             agreement,
             lr,
             _logged(of.checkpoint),
         ),
         preconditioner=preconditioner_section(adam, precond, registry, of_torch, match),
+        resolution=_resolution(of, rows, lr, predicting, of_token),
         real_step=taken,
         real_step_missing=missing,
     )
-    return NextStep(precond, v, changes, sections, along, direction, predicting, of_match)
+    return NextStep(
+        precond, v, changes, sections, along, direction, predicting, x_per_token, of_match
+    )
+
+
+def _resolution(
+    of: Measured,
+    rows: Sequence[r.EntropyChangeRow],
+    lr: float,
+    predicting: slopes.Predictors,
+    of_token: slopes.SlopeSources,
+) -> r.ResolutionSection | None:
+    """Of the prediction at η = lr; `None` where there is none."""
+    row = next((row for row in rows if row.eta == lr), None)
+    if row is None or row.predicted_per_token is None or row.predicted_per_token_se is None:
+        return None
+    num_prompts, u = of.e.rollouts.num_prompts, of.u.rollouts
+    predicted, se = row.predicted_per_token, row.predicted_per_token_se
+    of_response = prediction.predicted_change(
+        lr, *predicting.of_response, of.e.share.units.of_prompt
+    )
+    interval = None
+    if u.source == "sampled" and of_token.spread is not None:
+        fewer = min(num_prompts, u.num_prompts)
+        interval = resolution.next_step_interval(predicted, se, lr * of_token.spread, fewer)
+    growth = of.growth
+    return r.ResolutionSection(
+        per_token=2 * se,
+        per_response=2 * of_response.se,
+        prompts_needed=resolution.prompts_needed(num_prompts, predicted, se),
+        next_step=interval,
+        target_se=None if growth is None else growth.target,
+        looks=[] if growth is None else growth.looks,
+    )
 
 
 def _logged(checkpoint: Checkpoint) -> float | None:
@@ -189,11 +235,10 @@ def _row(
     predicted = of_tokens = None
     if not change.weights.restricted:
         unit_of = of.e.share.units.of_prompt
-        predicted = prediction.predict(change.eta, change.realised, by.slope, by.curvature, unit_of)
-        if by.of_tokens is not None:
-            of_tokens = prediction.predict(
-                change.eta, change.realised_per_token, *by.of_tokens, unit_of
-            )
+        predicted = prediction.predict(change.eta, change.realised, *by.asked, unit_of)
+        of_tokens = prediction.predict(
+            change.eta, change.realised_per_token, *by.of_tokens, unit_of
+        )
     min_ess = of.config.true_delta_h.min_ess_fraction
     return entropy_change.change_row(change, predicted, of_tokens, by.reach, min_ess)
 

@@ -91,6 +91,7 @@ def prepare(
                 has_reference=has_reference(checkpoint.model, config),
                 samples_update=rollouts is None and update_rollouts is None,
             )
+            _require_direction(checkpoint, config)
             files = (rollouts, update_rollouts, prompts)
             unasked = _unasked(asked, checkpoint, prompts)
             world.same({"recipe": config.model_dump_json()})
@@ -138,6 +139,14 @@ def _require_state(checkpoint: Checkpoint) -> None:
                 "is trainable and has no Adam state",
                 "freeze it, or give its state in `adam`",
             )
+
+
+def _require_direction(checkpoint: Checkpoint, config: ProbeConfig) -> None:
+    if config.batch.target_se is not None and checkpoint.other is not None:
+        remedy = "leave it out"
+        raise MeasurementError(
+            "batch.target_se", f"needs the next step: {checkpoint.other.reason}", remedy
+        )
 
 
 def _prepared(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
-from entropy_probe.errors import MeasurementError, printable
+from entropy_probe.errors import ConfigError, MeasurementError, printable
 from entropy_probe.estimators import advantages, importance
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.processes.world import ALONE, World
@@ -124,6 +124,7 @@ def draw_batches(
     Of several processes each samples its share of the prompts, and all have both batches.
     """
     unasked = unasked or Unasked()
+    _require_room_to_grow(config, rollouts)
     batch, template = config.batch, config.batch.chat_template_kwargs
     file_e = None
     if rollouts is not None:
@@ -149,6 +150,12 @@ def draw_batches(
     drawn = tasks.draw_prompts(
         pool, count, seed=batch.seed, with_replacement=batch.with_replacement
     )
+    rest: list[tasks.Prompt] = []
+    if batch.target_se is not None:
+        more = batch.max_prompts - batch.num_prompts
+        rest = tasks.further_prompts(
+            pool, count, more, seed=batch.seed, with_replacement=batch.with_replacement
+        )
     no_gold = unasked.prompts or all(prompt.gold is None for prompt in drawn)
     reward = "stand_in" if unasked.reward and no_gold else batch.reward
     rewards = find_rewards(reward, batch.reward_weights)
@@ -157,7 +164,8 @@ def draw_batches(
     def door() -> Door:
         return Door(tokenizer, ends, batch.system_prompt, template)
 
-    longest = 0 if tokenizer is None else max(len(door().of_prompt(prompt)) for prompt in drawn)
+    of_each = [] if tokenizer is None else [len(door().of_prompt(p)) for p in (*drawn, *rest)]
+    longest = max(of_each, default=0)
     limit, said = None, (*_about(pool), *about_eos(bound.language_model, tokenizer))
     asked, room = config.generation.max_new_tokens, (bound.longest_row or 0) - longest
     if unasked.length and 0 < room < asked:
@@ -169,7 +177,7 @@ def draw_batches(
         said += (f"prompts have up to {longest} tokens, and the model holds {bound.longest_row}",)
     generation = for_sampling(bound, longest, config).generation if longest else config.generation
 
-    def sampled(which: str, own: list[tasks.Prompt]) -> Rollouts:
+    def sampled(which: str, own: list[tasks.Prompt], door: Door, first: int = 0) -> Rollouts:
         made = sample_rollouts(
             bound,
             tokenizer,
@@ -177,7 +185,8 @@ def draw_batches(
             generation,
             seed=_seed(which, batch.seed),
             rewards=rewards,
-            door=door(),
+            door=door,
+            first_prompt=first,
             stage=f"sampling {which}",
             progress=progress,
             world=world,
@@ -186,8 +195,33 @@ def draw_batches(
         found = (*made.found, *said)
         return replace(made, reward=name, found=found, builtin=unasked.prompts, limit=limit)
 
-    batch_e = sampled("E", drawn[: batch.num_prompts])
-    return batch_e, file_u if file_u is not None else sampled("U", drawn[batch.num_prompts :])
+    door_e = door()
+    batch_e = sampled("E", drawn[: batch.num_prompts], door_e)
+    if batch.target_se is not None:
+
+        def further(first: int, count: int) -> Rollouts | None:
+            own = rest[first : first + count]
+            return sampled("E", own, door_e, batch.num_prompts + first) if own else None
+
+        batch_e = replace(batch_e, further=further)
+    if file_u is not None:
+        return batch_e, file_u
+    return batch_e, sampled("U", drawn[batch.num_prompts :], door())
+
+
+def _require_room_to_grow(config: ProbeConfig, rollouts: str | Path | None) -> None:
+    batch, key = config.batch, "batch.target_se"
+    if batch.target_se is None:
+        return
+    if rollouts is not None:
+        problem = "the E batch is read from a file, to which no prompts can be added"
+        raise ConfigError(key, problem, "leave out --probe-rollouts, or the target")
+    if batch.max_prompts < batch.num_prompts:
+        problem = f"batch.max_prompts is {batch.max_prompts}, batch.num_prompts {batch.num_prompts}"
+        raise ConfigError(key, problem, "give a larger batch.max_prompts")
+    if config.generation.top_p < 1:
+        problem = "generation.top_p is below 1, where nothing is predicted"
+        raise ConfigError(key, problem, "set generation.top_p to 1, or leave out the target")
 
 
 def _about(pool: Sequence[tasks.Prompt]) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class Units:
         return torch.bincount(self.of_prompt)
 
 
+_Fields = TypeVar("_Fields", bound=Any)
+
+
+def _with_steps(values: Tensor, steps: int) -> Tensor:
+    """[b, G, T, …] from [b, G, t, …], zero at the steps that were not there."""
+    beyond = (0, 0) * (values.dim() - 3)
+    return pad(values, (*beyond, 0, steps - values.shape[2]))
+
+
 @dataclass(frozen=True)
 class Share:
     """`own` are the prompts of this process's units, in a row: positions `prompts` of the batch, and
@@ -56,6 +65,14 @@ class Share:
         if world.size > 1:
             own = rollouts.of_prompts(torch.arange(first, last), first_prompt=first)
         return cls(world, rollouts, units, own, own_units, slice(first, last))
+
+    @property
+    def in_one_unit(self) -> Share:
+        """The same prompts, each process's in one block."""
+        world, units = self.world, len(self.units.sizes)
+        ends = torch.tensor([(rank + 1) * units // world.size for rank in range(world.size)])
+        blocks = Units("block", torch.searchsorted(ends, self.units.of_prompt, right=True))
+        return replace(self, units=blocks, own_units=slice(world.rank, world.rank + 1))
 
     @property
     def several(self) -> bool:
@@ -95,11 +112,29 @@ class Share:
         return self.rows(self._as_long_as_any(values), chosen, self.prompts)
 
     def all_tokens(self, values: Tensor) -> Tensor:
-        """[B, G, T] from [b, G, t] of everybody's own."""
-        return self.whole(self._as_long_as_any(values))
+        """[B, G, T, …] from [b, G, t, …] of everybody's own."""
+        return self.whole(_with_steps(values, self.rollouts.max_gen_len))
+
+    def joined(self, first: tuple[Share, _Fields], then: tuple[Share, _Fields]) -> _Fields:
+        """The own prompts' values, from everybody's own of two batches that follow one another in this one. They are
+        the fields of a dataclass: [b, G] or [b, G, t, …] each, or `None`."""
+
+        def both(name: str) -> Tensor | None:
+            parts = []
+            for share, fields in (first, then):
+                values = getattr(fields, name)
+                if values is None:
+                    return None
+                if values.dim() > 2:
+                    values = _with_steps(values, self.rollouts.max_gen_len)
+                parts.append(share.whole(values))
+            own = torch.cat(parts)[self.prompts]
+            return own if own.dim() == 2 else own[:, :, : self.own.max_gen_len].contiguous()
+
+        return replace(first[1], **{name: both(name) for name in vars(first[1])})
 
     def _as_long_as_any(self, values: Tensor) -> Tensor:
-        return pad(values, (0, self.rollouts.max_gen_len - values.shape[2]))
+        return _with_steps(values, self.rollouts.max_gen_len)
 
     @property
     def among(self) -> Among:

@@ -40,7 +40,7 @@ from entropy_probe.stages.derivatives import (
     stencil_without_jumps,
     step_of,
 )
-from entropy_probe.stages.gradients.payloads import per_token_payload
+from entropy_probe.stages.gradients.payloads import Payload, per_token_payload
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
@@ -106,14 +106,19 @@ def slopes_along(
 
     `scores` are those of the share's own prompts, and all others come together.
     """
-    at_theta, twice, kinked = _along(bound, float64, share, v, config, progress)
+    return slopes_of(share, scores, derived(bound, float64, share, v, config, progress), config)
+
+
+def slopes_of(share: Share, scores: Scores, of: Derived, config: ProbeConfig) -> Slopes:
+    """The slopes of a batch whose derivatives are known."""
+    at_theta, twice, kinked = of.at_theta, of.twice, of.num_kinked
     baseline = chosen(config.first_order.baseline)
-    of = scores.rb_entropy, scores.gen_lens
-    c = performance_difference.coefficients(*of, baseline, scores.features, share.among)
+    tables = scores.rb_entropy, scores.gen_lens
+    c = performance_difference.coefficients(*tables, baseline, scores.features, share.among)
 
     def rb(other: Baseline) -> PromptMean:
         own = other == baseline
-        kappa = c[0] if own else rb_coefficients(*of, other, scores.features, share.among)
+        kappa = c[0] if own else rb_coefficients(*tables, other, scores.features, share.among)
         of_prompts = rb_slope(kappa, at_theta.d_logp, at_theta.d_entropy).per_prompt
         return PromptMean(share.whole(of_prompts))
 
@@ -128,7 +133,7 @@ def slopes_along(
     own = (*own, twice.rounding, *of_change.first, *of_change.second)
     together = share.whole(torch.stack(own, -1))
     d_seq_logp, d_rb_sum, d2_seq_logp, d2_rb_sum, d2_rounding, *terms = (
-        of.contiguous() for of in together.unbind(-1)
+        column.contiguous() for column in together.unbind(-1)
     )
     of_change = performance_difference.Expansion(torch.stack(terms[:2]), torch.stack(terms[2:]))
     rb_sum, lengths = of_all.rb_sum, of_all.gen_lens.double()
@@ -171,14 +176,32 @@ def _rounding(
     return (1 + kappa.abs()) * at_theta.rounding
 
 
-def _along(
+@dataclass(frozen=True)
+class Derived:
+    """D_v at θ and D²_v of the own prompts' tokens, and how many of their responses had a jump in the way."""
+
+    at_theta: Derivatives
+    twice: Second
+    num_kinked: int
+
+    def followed_by(self, share: Share, then: tuple[Share, Derived], whole: Share) -> Derived:
+        """Those of a batch, of which `share` was the first part, and `then` the rest."""
+        rest, others = then
+        return Derived(
+            whole.joined((share, self.at_theta), (rest, others.at_theta)),
+            whole.joined((share, self.twice), (rest, others.twice)),
+            self.num_kinked + others.num_kinked,
+        )
+
+
+def derived(
     bound: BoundModel,
     float64: BoundModel,
     share: Share,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
-    progress: Progress | None,
-) -> tuple[Derivatives, Second, int]:
+    progress: Progress | None = None,
+) -> Derived:
     """`stencil_without_jumps` of the own prompts."""
     at_theta, along, change, points = _ways(bound, float64, share, v, config)
     # where all responses are certain the entropy moves faster than their log p
@@ -191,7 +214,35 @@ def _along(
             progress("slopes", min(next(done), len(points)), 1 + len(points))
         return along(rollouts, eta, step)
 
-    return stencil_without_jumps(counted, share.own, at_theta, h, points)
+    return Derived(*stencil_without_jumps(counted, share.own, at_theta, h, points))
+
+
+def spread_per_token(
+    bound: BoundModel,
+    float64: BoundModel,
+    share: Share,
+    scores: Scores,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
+) -> float:
+    """The standard deviation over prompts of the terms of the slope per token, SE·√B: one forward-mode pass."""
+    at_theta, *_ = _ways(bound, float64, share, v, config)
+    baseline = chosen(config.first_order.baseline)
+    if baseline == "hk_ridge" and scores.features is None:
+        baseline = "hk_group"
+    c = performance_difference.coefficients(
+        scores.rb_entropy, scores.gen_lens, baseline, scores.features, share.among
+    )
+    nothing = torch.zeros_like(at_theta.d_logp)
+    along = at_theta.d_logp, at_theta.d_entropy, nothing, nothing
+    first = performance_difference.expansion(*along, c).first
+    first = share.whole(first.movedim(0, -1)).movedim(-1, 0)
+    of_all = share.scores(scores)
+    expansion = performance_difference.Expansion(first, torch.zeros_like(first))
+    slope, _ = performance_difference.slopes_per_token(
+        expansion, of_all.rb_sum, of_all.gen_lens.double()
+    )
+    return slope.se * math.sqrt(share.rollouts.num_prompts)
 
 
 def _longest(float64: BoundModel, v: Mapping[str, Tensor]) -> float:
@@ -247,10 +298,33 @@ class SlopeSources:
     of_v0: float
     by_unit: Float[Tensor, " U"]
 
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the slope over U batches of as many units, from that over the units of this."""
+        units = len(self.by_unit)
+        return (units * float(self.by_unit.var())) ** 0.5 if units > 1 else None
 
-def slope_sources(e: UnitGradients, u: UnitGradients, direction: UpdateDirection) -> SlopeSources:
+
+def gradient_per_token(
+    bound: BoundModel, share: Share, scores: Scores, along: Slopes, config: ProbeConfig
+) -> dict[str, Float[Tensor, " D"]]:
+    """X̄ with −X̄ᵀv = `along.per_token.value`: −(1/(N·L)) Σ (∇H_t + (c_t − h·cᴸ_t) ∇log p_t) over all tokens of E.
+
+    c and cᴸ are the baseline's coefficients of entropy and length, h = ΣR/ΣT, L = ΣT/N. One backward pass of the batch,
+    which keeps no more than one gradient.
+    """
+    of_all = share.scores(scores)
+    h, mean_t = of_all.rb_sum.sum() / of_all.gen_lens.sum(), of_all.gen_lens.double().mean()
+    of_entropy, of_length = along.coefficients
+    weights = torch.full_like(scores.rb_sum, -1.0 / (share.rollouts.num_responses * float(mean_t)))
+    payload = Payload(weights, of_entropy - h * of_length)
+    return unit_gradients(bound, share.in_one_unit, config, payload).mean_x()
+
+
+def slope_sources(
+    of_all: Mapping[str, Tensor], u: UnitGradients, direction: UpdateDirection
+) -> SlopeSources:
     """Where the slope along v = v₀ + D·Ȳ comes from, with X̄ of the E batch."""
-    of_all = e.mean_x()
     mean_x = {name: of_all[name][None] for name in direction.v}
     v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
     share = u.sizes.double() / u.sizes.sum()
@@ -275,20 +349,24 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
 
 @dataclass(frozen=True)
 class Predictors:
-    """The slope and the curvature by which ΔH is predicted, per response or per token as
-    `true_delta_h.normalize` says, and `of_tokens` those per token, where they are known; and the slope cross-fitted,
-    where one batch serves as both, with the gradients that were `crossed` for it."""
+    """The slope and the curvature by which ΔH is predicted, per response and per token; which of the two was asked for
+    (`true_delta_h.normalize`); and the slope cross-fitted, where one batch serves as both, with the gradients that were
+    `crossed` for that per token."""
 
-    slope: PromptMean
-    curvature: PromptMean
-    of_tokens: tuple[PromptMean, PromptMean] | None
+    of_response: tuple[PromptMean, PromptMean]
+    of_tokens: tuple[PromptMean, PromptMean]
+    per_token: bool
     cross: PromptMean | None
     crossed: UnitGradients | None = None
 
     @property
+    def asked(self) -> tuple[PromptMean, PromptMean]:
+        return self.of_tokens if self.per_token else self.of_response
+
+    @property
     def reach(self) -> float:
         """The largest η at which they are taken for the change."""
-        return prediction.reach(self.slope, self.curvature)
+        return prediction.reach(*self.asked)
 
 
 def predictors(
@@ -304,37 +382,36 @@ def predictors(
 ) -> Predictors:
     """`share`, `scores` (of all responses) and `units` are those of the U batch.
 
-    With one batch the slope is the cross-fitted one; per token it needs one more backward pass, which is made where
-    the change is asked for per token.
+    With one batch the slopes are cross-fitted ones; that per token needs one more backward pass.
     """
-    per_response = config.true_delta_h.normalize == "per_sequence"
+    of_response = along.slope, along.curvature
     of_tokens = along.per_token, along.per_token_curvature
-    if not same_batch:
-        pair = (along.slope, along.curvature) if per_response else of_tokens
-        return Predictors(*pair, of_tokens, None)
-    cross = cross_fitted_slope(units, direction)
-    if per_response:
-        return Predictors(cross, along.curvature, None, cross, units)
-    payload = per_token_payload(scores).of_prompts(share.prompts)
-    crossed = units.with_x_of(unit_gradients(bound, share, config, payload))
-    of_tokens = cross_fitted_slope(crossed, direction), along.per_token_curvature
-    return Predictors(*of_tokens, of_tokens, cross, crossed)
+    cross = crossed = None
+    if same_batch:
+        cross = cross_fitted_slope(units, direction)
+        payload = per_token_payload(scores).of_prompts(share.prompts)
+        crossed = units.with_x_of(unit_gradients(bound, share, config, payload))
+        of_response = cross, along.curvature
+        of_tokens = cross_fitted_slope(crossed, direction), along.per_token_curvature
+    per_token = config.true_delta_h.normalize == "per_token"
+    return Predictors(of_response, of_tokens, per_token, cross, crossed)
 
 
 def update_section(
     direction: UpdateDirection,
     along: Slopes,
     predicting: Predictors,
-    sources: SlopeSources,
+    sources: tuple[SlopeSources, SlopeSources],
     agreement: r.StepAgreement,
     lr: float,
     logged: float | None = None,
 ) -> r.UpdateSection:
-    """v, and the slope and curvature along it; `logged` is the last norm of a gradient that the trainer wrote down."""
+    """v, and the slope and curvature along it, with its sources per response and per token; `logged` is the last norm
+    of a gradient that the trainer wrote down."""
     rb, cross = along.slope, predicting.cross
     estimators = {"naive": along.naive} | {f"rb_{name}": of for name, of in along.rb.items()}
-    units = len(sources.by_unit)
-    spread = lr * (units * float(sources.by_unit.var())) ** 0.5 if units > 1 else None
+    of_response, of_token = sources
+    spreads = [None if of.spread is None else lr * of.spread for of in sources]
     return r.UpdateSection(
         lr=lr,
         norm=direction.norm,
@@ -350,11 +427,14 @@ def update_section(
         delta_h1_per_lr_cross=None if cross is None else cross.value,
         delta_h1_per_lr_cross_se=None if cross is None else cross.se,
         estimators={n: r.Estimate(value=of.value, se=of.se) for n, of in estimators.items()},
-        slope_of_v0=sources.of_v0,
-        slope_by_unit=sources.by_unit.tolist(),
+        slope_of_v0=of_response.of_v0,
+        slope_by_unit=of_response.by_unit.tolist(),
+        slope_of_v0_per_token=of_token.of_v0,
+        slope_by_unit_per_token=of_token.by_unit.tolist(),
         slope_rounding=along.rounding,
         num_kinked=along.num_kinked,
-        spread_over_batches=spread,
+        spread_over_batches=spreads[0],
+        spread_over_batches_per_token=spreads[1],
         delta_h1_per_lr_per_token=along.per_token.value,
         delta_h1_per_lr_per_token_se=along.per_token.se,
         baseline=along.baseline,
@@ -368,6 +448,6 @@ def update_section(
         curvature_se=along.curvature.se,
         curvature_per_token=along.per_token_curvature.value,
         curvature_per_token_se=along.per_token_curvature.se,
-        eta_star=prediction.eta_star(predicting.slope, predicting.curvature),
+        eta_star=prediction.eta_star(*predicting.asked),
         **agreement.model_dump(),
     )

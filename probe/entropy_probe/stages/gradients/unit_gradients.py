@@ -228,7 +228,8 @@ def unit_gradients(
         and bound.autograd_is_derivative_of(share.rollouts.tokens)
     )
     unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
-    sizes = torch.bincount(unit_of)
+    own = share.own_units
+    sizes = torch.bincount(unit_of, minlength=own.stop - own.start)
     x = {n: torch.zeros(len(sizes), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
     y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
     per_row = sizes[unit_of].repeat_interleave(rollouts.num_responses)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Rollouts:
     of a rollout that the step takes, the one that follows `after_step`; all of them.
     `reward` names what gave the rewards, `found` says what was found among ids and prompts, and the
     prompts are `builtin` where nobody chose them. `limit` is the length at which sampled ones end,
-    where the model cannot hold what is configured.
+    where the model cannot hold what is configured; `further(first, count)` samples up to `count` prompts more, `first`
+    of them after those that were asked for, where the batch may grow.
     Where these are a process's share of a batch, `first_prompt` of it stand before them.
     """
 
@@ -55,6 +57,7 @@ class Rollouts:
     found: tuple[str, ...] = ()
     builtin: bool = False
     limit: int | None = None
+    further: Callable[[int, int], Rollouts | None] | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -108,6 +111,20 @@ class Rollouts:
             first_prompt=first_prompt,
             micro_batches=None if self.micro_batches is None else self.micro_batches[prompts],
             in_step=None if self.in_step is None else self.in_step[prompts],
+        )
+
+    def followed_by(self, more: Rollouts) -> Rollouts:
+        """One batch of both, which were sampled alike; what was `found` in both is said of the second."""
+        width = max(self.ids.shape[1], more.ids.shape[1])
+        ids = [pad(rows.ids, (0, width - rows.ids.shape[1])) for rows in (self, more)]
+        return replace(
+            self,
+            ids=torch.cat(ids),
+            prompt_lens=torch.cat([self.prompt_lens, more.prompt_lens]),
+            gen_lens=torch.cat([self.gen_lens, more.gen_lens]),
+            rewards=torch.cat([self.rewards, more.rewards]),
+            missing_gold=self.missing_gold + more.missing_gold,
+            found=more.found,
         )
 
     def per_prompt(self, values: Tensor) -> Tensor:

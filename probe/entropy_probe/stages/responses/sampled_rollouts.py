@@ -32,6 +32,7 @@ def sample_rollouts(
     reward: Reward | None = None,
     rewards: Rewards | None = None,
     door: Door | None = None,
+    first_prompt: int = 0,
     stage: str = "sampling",
     progress: Progress | None = None,
     world: World = ALONE,
@@ -41,14 +42,15 @@ def sample_rollouts(
     A response ends with its first EOS, with the token that completes a stop string, or at the
     length limit. The same seed gives the same responses whatever `gen_batch_size` is, and however
     many processes share the prompts; no global generator is used. `reward` is that of one response,
-    `rewards` those of many; `door` is what makes ids of the prompts.
+    `rewards` those of many; `door` is what makes ids of the prompts. Where `first_prompt` others of
+    the same batch were sampled before, the responses are those that all together would have had.
     """
     if tokenizer is None:
         problem = "the checkpoint has none, so nothing can be sampled"
         raise MeasurementError("tokenizer", problem, "give --probe-rollouts")
     door = door or Door(tokenizer, eos_ids(bound.language_model, tokenizer))
     encoded = []
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(prompts, start=first_prompt + 1):
         door.at = f"prompt {number}"
         encoded.append(door.of_prompt(prompt))
     rewards = rewards or of_each(reward or tag_pref)
@@ -60,12 +62,13 @@ def sample_rollouts(
         encoded[share],
         generation,
         seed=seed,
-        first_prompt=share.start,
+        first_prompt=first_prompt + share.start,
         progress=None if progress is None else partial(progress, stage),
     )
     drawn = _of_all(drawn, share, len(prompts), group, world)
     asked = []
-    for number, (prompt, responses) in enumerate(zip(prompts, drawn, strict=True), start=1):
+    of_prompts = zip(prompts, drawn, strict=True)
+    for number, (prompt, responses) in enumerate(of_prompts, start=first_prompt + 1):
         door.at = f"of prompt {number}"
         asked += [Asked(prompt, door.text_of(response), response) for response in responses]
     # one process asks for all of them: a reward may compare the responses of a batch

@@ -33,6 +33,7 @@ __all__ = [
     "arithmetic",
     "dataset_prompts",
     "draw_prompts",
+    "further_prompts",
     "gsm8k_r1_template",
     "read_prompts",
     "same_answer",
@@ -143,4 +144,29 @@ def draw_prompts(
             "give more prompts, ask for fewer, or set batch.with_replacement: true",
         )
     places = rng.choices(every, k=count) if with_replacement else rng.sample(every, count)
+    return _at(pool, places)
+
+
+def further_prompts(
+    pool: Sequence[Prompt],
+    drawn: int,
+    count: int,
+    *,
+    seed: int,
+    with_replacement: bool,
+) -> list[Prompt]:
+    """Up to `count` prompts beside the `drawn` ones of `draw_prompts`: fewer where the pool holds no more.
+
+    The same for the same seed, and of a smaller `count` the first of them.
+    """
+    every = range(len(pool))
+    if with_replacement:
+        return _at(pool, random.Random(seed).choices(every, k=drawn + count)[drawn:])
+    before = set(random.Random(seed).sample(every, drawn))
+    rest = [place for place in every if place not in before]
+    random.Random(f"further {seed}").shuffle(rest)
+    return _at(pool, rest[:count])
+
+
+def _at(pool: Sequence[Prompt], places: Sequence[int]) -> list[Prompt]:
     return pool.at(places) if isinstance(pool, PromptFile) else [pool[place] for place in places]
