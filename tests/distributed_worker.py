@@ -64,6 +64,13 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
         None,
         None,
     ),
+    "grown": (
+        SMOKE
+        | {"batch": {"num_prompts": 5, "num_update_prompts": 4, "target_se": "2se", "max_prompts": 12}}
+        | {"generation": {"num_return_sequences": 3, "max_new_tokens": 8}},
+        None,
+        None,
+    ),
     "relative": (
         SMOKE
         | {"batch": {"num_prompts": 3, "num_update_prompts": 4, "reward": "chat:longer_than_the_mean"}}

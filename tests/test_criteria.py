@@ -310,6 +310,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "slope_identity": [
         (lambda r: poisoned(r, "update", slope_of_v0=2 * r.update.slope_of_v0 + 1.0), "fail"),
         (lambda r: poisoned(r, "update", slope_of_v0=math.nan), "fail"),
+        (lambda r: poisoned(r, "update", slope_of_v0_per_token=2 * r.update.slope_of_v0_per_token + 1.0), "fail"),
     ],
     "preconditioner_finite": [(lambda r: poisoned(r, "preconditioner", num_nonfinite=1), "fail")],
     "buffers_overridden": [(lambda r: poisoned(r, "integrity", buffers_overridden=["inv_freq"]), "fail")],

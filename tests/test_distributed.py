@@ -31,6 +31,7 @@ SAME = (
     "ema_blocks",
     "ridge",
     "sampled",
+    "grown",
     "relative",
     "uneven",
     "one_update",

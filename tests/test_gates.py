@@ -56,11 +56,11 @@ def holding(report: ProbeReport, gate: str, value: float, se: float) -> ProbeRep
     if gate == "entropy":
         return changed(report, "entropy", per_token=Estimate(value=value, se=se))
     if gate == "predicted_change":
-        report = changed(report, "entropy", rb=Estimate(value=1.0, se=0.0))
-        return changed(report, "update", delta_h1_per_lr_rb=value / LR, delta_h1_per_lr_rb_se=se / LR)
+        report = changed(report, "entropy", per_token=Estimate(value=1.0, se=0.0))
+        return step_changed(report, predicted_per_token=value, predicted_per_token_se=se)
     if gate == "realised_ratio":
-        numbers = {"predicted": 1.0, "predicted_se": 0.0, "difference_se": se, "ratio": value, "reliable": True}
-        return step_changed(report, **numbers)
+        numbers = {"predicted_per_token": 1.0, "predicted_per_token_se": 0.0, "difference_per_token_se": se}
+        return step_changed(report, **numbers, delta_h_per_token_pd=value, reliable=True)
     assert gate == "reward"
     return changed(report, "batch", mean_reward=value, mean_reward_se=se)
 
@@ -196,19 +196,24 @@ def test_a_baseline_without_the_step_of_the_optimizer_lacks_the_ratio(report: Pr
 def test_quantities_are_those_of_the_report(report: ProbeReport, folder: Path) -> None:
     found = baseline_of(report).quantities
     assert found["entropy"] == report.entropy.per_token
-    relative = LR * report.update.delta_h1_per_lr_rb / report.entropy.rb.value
-    assert found["predicted_change"].value == pytest.approx(abs(relative), rel=1e-12)
     step = next(row for row in report.entropy_change if row.eta == LR)
-    assert found["realised_ratio"].value == step.ratio
+    update = report.update
+    predicted = LR * update.delta_h1_per_lr_per_token + LR**2 / 2 * update.curvature_per_token
+    assert found["predicted_change"].value == pytest.approx(abs(predicted) / report.entropy.per_token.value, rel=1e-9)
+    assert found["realised_ratio"].value == pytest.approx(step.delta_h_per_token_pd / predicted, rel=1e-9)
     rewards = read_rollouts(folder / "e.jsonl", bind(load_checkpoint(folder / "ckpt").model), None).rewards.numpy()
     assert found["reward"].value == pytest.approx(rewards.mean(), rel=1e-6)
     assert found["reward"].se == pytest.approx(rewards.mean(1).std(ddof=1) / math.sqrt(5), rel=1e-6)
     assert set(found) == set(GATES) - set(COUNTS)
 
 
-def test_one_batch_is_predicted_by_the_cross_fitted_slope(report: ProbeReport) -> None:
-    one = changed(report, "update", delta_h1_per_lr_cross=3.0, delta_h1_per_lr_cross_se=0.5)
-    assert baseline_of(one).quantities["predicted_change"].value == LR * 3.0 / report.entropy.rb.value
+def test_one_batch_is_predicted_by_the_cross_fitted_slope(folder: Path) -> None:
+    one = run_probe(folder / "ckpt", ProbeConfig.from_mapping({"budget": "smoke"}), folder / "e.jsonl")
+    step = next(row for row in one.entropy_change if row.eta == LR)
+    in_sample = LR * one.update.delta_h1_per_lr_per_token
+    assert abs(step.predicted_per_token - in_sample) > 0.1 * abs(in_sample)  # the diagonal is left out
+    value = abs(step.predicted_per_token) / one.entropy.per_token.value
+    assert baseline_of(one).quantities["predicted_change"].value == value
 
 
 def test_the_standard_error_of_the_ratio_bounds_that_of_its_numerator(report: ProbeReport) -> None:
@@ -217,18 +222,19 @@ def test_the_standard_error_of_the_ratio_bounds_that_of_its_numerator(report: Pr
     for correlation in (-0.9, 0.0, 0.9):
         p = rng.normal(1.0, 0.1, 100_000)
         r = 3.0 * p + correlation * (p - 1) + rng.normal(0, 0.05, p.size)
-        numbers = {"predicted": 1.0, "predicted_se": float(p.std()), "difference_se": float((r - p).std())}
-        se = baseline_of(step_changed(report, **numbers, ratio=3.0, reliable=True)).quantities["realised_ratio"].se
+        ses = {"predicted_per_token_se": float(p.std()), "difference_per_token_se": float((r - p).std())}
+        numbers = {"predicted_per_token": 1.0, "delta_h_per_token_pd": 3.0, "reliable": True} | ses
+        se = baseline_of(step_changed(report, **numbers)).quantities["realised_ratio"].se
         assert se >= 0.99 * float((r - 3.0 * p).std())
 
 
 @pytest.mark.parametrize(
     ("poisoned", "gate", "status"),
     [
-        (lambda r: step_changed(r, predicted=None), "realised_ratio", "not_applicable"),
+        (lambda r: step_changed(r, predicted_per_token=None), "realised_ratio", "not_applicable"),
         (lambda r: step_changed(r, reliable=False), "realised_ratio", "inconclusive"),
-        (lambda r: step_changed(r, ratio=None), "realised_ratio", "inconclusive"),
-        (lambda r: changed(r, "entropy", rb=Estimate(value=0.0, se=0.0)), "predicted_change", "inconclusive"),
+        (lambda r: step_changed(r, predicted_per_token=0.0), "realised_ratio", "inconclusive"),
+        (lambda r: changed(r, "entropy", per_token=Estimate(value=0.0, se=0.0)), "predicted_change", "inconclusive"),
     ],
 )
 def test_what_cannot_be_asked(report: ProbeReport, poisoned: Any, gate: str, status: str) -> None:

@@ -22,6 +22,7 @@ from entropy_probe.estimators import importance, performance_difference, slope, 
 from entropy_probe.estimators.advantages import x_weights
 from entropy_probe.estimators.baselines import BASELINES, Baseline, rb_coefficients
 from entropy_probe.estimators.prediction import predict
+from entropy_probe.estimators.resolution import next_step_interval, prompts_to_draw
 from entropy_probe.estimators.token_stats import baseline_features
 from entropy_probe.estimators.update_weights import UpdateBatch, update_weights
 from entropy_probe.stages import entropy_change
@@ -601,6 +602,79 @@ def test_slope_and_curvature_of_the_change(name: str) -> None:
     assert torch.allclose((above + below) / h**2, second, rtol=0, atol=1e-4 * float(second.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["strong", "weak"])
+def test_intervals_of_a_batch_that_grew(name: str) -> None:
+    """Prompts are drawn from 16 on, up to 64, until the SE of the slope per token is 0.7 of what 16 have on average: the
+    95 % interval of slope and change, per token and per response, holds in 93 to 97 % of 4000 batches (per token in
+    `weak` in 91 %, as of a batch that did not grow). Every step has the mean of what is still to come as its baseline,
+    and the first 16 of another batch stand for the update's prompts. Worse by 1.5 % in `weak`, where few prompts decide:
+    to stop by the own SE alone."""
+    model, v = REGIMES[name]().oracle, fixed_direction(REGIMES[name]())
+    first, second = model.along(v)
+    eta = step_size(model, v, 0.17)
+    theta = model.theta + eta * v
+    moved = Oracle(theta, model.rewards).tokens
+    half = 1e-4 / float(v.norm())
+    ends = [float(model.entropy_per_token(model.theta + k * half * v)) for k in (1, -1)]
+    exact = (
+        (ends[0] - ends[1]) / 2 / half,
+        float(model.entropy_gradient @ v),
+        float(model.entropy_per_token(theta) - model.entropy_per_token(model.theta)),
+        float(model.entropy(theta) - model.entropy(model.theta)),
+    )
+    most = 64
+    draw = model.draw(REPLICATIONS, most, 6, seed=33)
+    r, lengths = draw.of(model.rb_sum), draw.lengths.double()
+    present = torch.arange(LIMIT) < draw.lengths[..., None]
+    c = []
+    for of in (draw.of(model.tokens.entropy), present.double()):
+        later = of.flip(-1).cumsum(-1).flip(-1) - of
+        mean = (later * present).sum((0, 1, 2)) / present.sum((0, 1, 2)).clamp(min=1)
+        c.append((later - mean) * present)
+    tables = [draw.of(of) for of in (first.logp, first.entropy, second.logp, second.entropy)]
+    along = performance_difference.expansion(*map(per_group, tables), torch.stack(list(map(per_group, c))))
+    pair = [draw.of(of) for of in (model.tokens.logp, model.tokens.entropy, moved.logp, moved.entropy)]
+    terms = performance_difference.change_terms(*map(per_group, pair), torch.stack(list(map(per_group, c))))
+    shape = 2, *draw.responses.shape
+    along = [
+        performance_difference.Expansion(*(t.reshape(shape)[:, i] for t in vars(along).values()))
+        for i in range(REPLICATIONS)
+    ]
+    terms = terms.reshape(shape)
+
+    def look(i: int, size: int) -> slope.PromptMean:
+        part = performance_difference.Expansion(along[i].first[:, :size], along[i].second[:, :size])
+        return performance_difference.slopes_per_token(part, r[i, :size], lengths[i, :size])[0]
+
+    begun = [look(i, 16) for i in range(REPLICATIONS)]
+    target = 0.7 * float(values_of(begun).std())
+    held, sizes = torch.zeros(2, 4), []
+    for k, doubting in enumerate((True, False)):
+        for i in range(REPLICATIONS if doubting or name == "weak" else 0):
+            of_update, size, found = begun[i - 1].se * 4, 16, begun[i]
+            while more := prompts_to_draw(
+                size, max(found.se, of_update / math.sqrt(size) if doubting else 0.0), target, most
+            ):
+                size += more
+                found = look(i, size)
+            cut = performance_difference.Expansion(along[i].first[:, :size], along[i].second[:, :size])
+            estimates = (
+                found,
+                performance_difference.slopes_per_response(cut)[0],
+                performance_difference.change_per_token(terms[:, i, :size], r[i, :size], lengths[i, :size]),
+                performance_difference.change_per_response(terms[:, i, :size], r[i, :size]),
+            )
+            width = float(stats.t.ppf(0.975, size - 1))
+            held[k] += torch.tensor([abs(e.value - x) <= width * e.se for e, x in zip(estimates, exact, strict=True)])
+            sizes += [size] if doubting else []
+    held /= REPLICATIONS
+    assert 20 < sum(sizes) / len(sizes) < 50
+    least = torch.tensor([0.91, 0.93, 0.91, 0.93] if name == "weak" else [0.93] * 4)
+    assert bool(((held[0] >= least) & (held[0] <= 0.97)).all()), held
+    if name == "weak":
+        assert held[1][0] < held[0][0] - 0.015, held
+
+
 def per_token_slopes(model: Oracle, draw: Draw, first: PerToken) -> list[slope.PromptMean]:
     """`per_token_slope` of every replication."""
     tables = (draw.of(model.rb_sum), draw.lengths.double(), draw.of(first.logp).sum(-1), draw.of(first.entropy).sum(-1))
@@ -675,6 +749,32 @@ def test_cross_fitted_slope_is_unbiased(name: str, units: int) -> None:
     assert unbiased(torch.tensor(crossed, dtype=torch.float64), exact)
     plain = -(x.mean(1) * step.along(y.mean(1))).sum(-1)
     assert not unbiased(plain, exact)
+
+
+@pytest.mark.parametrize("name", ["strong", "sharpening"])
+def test_the_interval_of_a_step_by_another_update_batch(name: str) -> None:
+    """The first-order change by v₀ + D·Ȳ of a fresh U batch lies within `next_step_interval`, which is made of one E
+    and one U batch of 16, in 93 to 97 % of 4000 pairs. Seen to fail: the spread counted once."""
+    regime = REGIMES[name]()
+    model = regime.oracle
+    step = linear(regime, regime.precond)
+    e, u, after = (model.draw(REPLICATIONS, 16, GROUP, seed=seed) for seed in (41, 42, 43))
+    y, fresh = y_of(model, u), y_of(model, after).mean(1)
+    terms = -(x_of(model, e) * (step.v0 + y.mean(1, keepdim=True) * step.diagonal)).sum(-1)
+    se = terms.std(1) / 4
+    mean_x = x_of(model, e).mean(1, keepdim=True)
+    spread = (mean_x * step.diagonal * y).sum(-1).std(1) / 4
+    truth = (step.v0 + fresh * step.diagonal) @ model.entropy_gradient
+
+    def held(times: float) -> float:
+        ends = [
+            next_step_interval(float(t.mean()), float(s), times * float(w), 16)
+            for t, s, w in zip(terms, se, spread, strict=True)
+        ]
+        return sum(low <= float(x) <= high for (low, high), x in zip(ends, truth, strict=True)) / REPLICATIONS
+
+    assert 0.93 <= held(1.0) <= 0.97, held(1.0)
+    assert held(0.5**0.5) < 0.93
 
 
 def test_cross_fitted_slope_per_token() -> None:

@@ -16,8 +16,11 @@ from entropy_probe import ProbeConfig, ProbeError, ProbeReport, run_probe
 from entropy_probe.__main__ import main
 from entropy_probe.plots import _figure, save_figure, save_steps, text_table
 
-UNPREDICTED = dict.fromkeys(("predicted", "predicted_se", "difference", "difference_se", "ratio", "in_range"))
-NAN = {"delta_h_pd_se": math.nan, "predicted": math.nan, "predicted_se": math.inf, "difference_se": math.nan}
+COMPARED = ("predicted", "predicted_se", "difference", "difference_se")
+OF_TOKENS = ("predicted_per_token", "predicted_per_token_se", "difference_per_token", "difference_per_token_se")
+UNPREDICTED = dict.fromkeys((*COMPARED, *OF_TOKENS, "ratio", "in_range"))
+NAN = {name: math.nan for name in (*COMPARED, *OF_TOKENS, "delta_h_pd_se", "delta_h_per_token_pd_se")}
+NAN |= {"predicted_se": math.inf, "predicted_per_token_se": math.inf}
 
 
 @pytest.fixture(scope="module")
@@ -89,26 +92,31 @@ def test_in_range_is_shaded_around_zero_only(report: ProbeReport) -> None:
 
 def test_a_distant_eta_star_stretches_the_decades_only(report: ProbeReport) -> None:
     near = _figure(report).axes[0].get_xlim()
-    change, slope = _figure(with_eta_star(report, 1e3)).axes
-    assert change.get_xlim() == near
-    assert slope.get_xlim()[1] > 1e3
+    axes = _figure(with_eta_star(report, 1e3)).axes
+    for change, slope in zip(axes[::2], axes[1::2], strict=True):
+        assert change.get_xlim() == near
+        assert slope.get_xlim()[1] > 1e3
 
 
-def test_points_and_line_are_the_numbers_of_the_report(report: ProbeReport) -> None:
-    rows = [row for row in report.entropy_change if row.eta != 0]
-    change, slope = _figure(report).axes
+@pytest.mark.parametrize("unit", ["nats/token", "nats/response"])
+def test_points_and_line_are_the_numbers_of_the_report(report: ProbeReport, unit: str) -> None:
+    """Per token above, per response below; its predictions and differences are fields of their own."""
+    token = "_per_token" if unit == "nats/token" else ""
+    rows = [row.model_dump() for row in report.entropy_change if row.eta != 0]
+    change, slope = _figure(report).axes[0 if token else 2 :][:2]
+    assert change.get_ylabel() == f"ΔH ({unit})"
     for axes, power in ((change, 0), (slope, 1)):
         (points,) = axes.containers
         bars = [(high - low) / 2 for (_, low), (_, high) in points[2][0].get_segments()]
-        expected = [row.difference_se if power else row.delta_h_pd_se for row in rows]
-        sizes = [se / abs(row.eta) ** power for se, row in zip(expected, rows, strict=True)]
-        assert bars == pytest.approx(sizes)
-        assert points[0].get_xdata() == pytest.approx([row.eta for row in rows])
-        assert points[0].get_ydata() == pytest.approx([row.delta_h_pd / row.eta**power for row in rows])
+        of_bars = f"difference{token}_se" if power else f"delta_h{token}_pd_se"
+        assert bars == pytest.approx([row[of_bars] / abs(row["eta"]) ** power for row in rows])
+        assert points[0].get_xdata() == pytest.approx([row["eta"] for row in rows])
+        realised = [row[f"delta_h{token}_pd"] / row["eta"] ** power for row in rows]
+        assert points[0].get_ydata() == pytest.approx(realised)
         line = next(line for line in axes.lines if line.get_label() == "predicted ± SE")
         drawn = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
         for row in rows:
-            assert drawn[row.eta] == pytest.approx(row.predicted / row.eta**power)
+            assert drawn[row["eta"]] == pytest.approx(row[f"predicted{token}"] / row["eta"] ** power)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_points_and_line_are_the_numbers_of_the_report(report: ProbeReport) -> N
         lambda r: with_rows(r, restricted=True, **UNPREDICTED),
         lambda r: with_rows(r, in_range=False, unclipped_ess_fraction=math.nan),
         lambda r: with_rows(r, **NAN),
-        lambda r: with_rows(r, delta_h_pd=math.nan),
+        lambda r: with_rows(r, delta_h_pd=math.nan, delta_h_per_token_pd=math.nan),
         lambda r: with_rows(r, eta=0.0),
         lambda r: with_rows(r, eta=math.inf),
         lambda r: r.model_copy(update={"entropy_change": []}),
@@ -183,30 +191,38 @@ def test_what_cannot_be_drawn_is_one_line(
 
 
 def test_the_table_has_one_line_per_eta(report: ProbeReport) -> None:
-    title, heading, *lines = text_table(report).splitlines()
-    rows = [row for row in report.entropy_change if row.eta != 0]
-    assert title == "prediction against realisation (nats/response)"
-    assert " ".join(heading.split()) == "η predicted ± SE realised ± SE diff/SE ratio ESS/N in range"
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
-        cells = line.split()
-        numbers = [float(cell) for cell in cells[:-1]]
-        assert numbers[:5] == pytest.approx(
-            [row.eta, row.predicted, row.predicted_se, row.delta_h_pd, row.delta_h_pd_se], rel=0.05
-        )
-        assert numbers[5] == pytest.approx(row.difference / row.difference_se, rel=0.01, abs=0.006)
-        assert numbers[6] == pytest.approx(row.delta_h_pd / row.predicted, rel=0.01, abs=0.006)
-        assert numbers[7] == pytest.approx(row.unclipped_ess_fraction, abs=0.006)
-        assert cells[-1] == ("yes" if row.in_range else "no")
+    rows = [row.model_dump() for row in report.entropy_change if row.eta != 0]
+    tables = text_table(report).splitlines()
+    for unit, token in (("nats/token", "_per_token"), ("nats/response", "")):
+        (title, heading), lines, tables = tables[:2], tables[2 : 2 + len(rows)], tables[2 + len(rows) :]
+        assert title == f"prediction against realisation ({unit})"
+        assert " ".join(heading.split()) == "η predicted ± SE realised ± SE diff/SE ratio ESS/N in range"
+        for line, row in zip(lines, rows, strict=True):
+            cells = line.split()
+            numbers = [float(cell) for cell in cells[:-1]]
+            predicted, realised = row[f"predicted{token}"], row[f"delta_h{token}_pd"]
+            ses = row[f"predicted{token}_se"], row[f"delta_h{token}_pd_se"]
+            assert numbers[:5] == pytest.approx([row["eta"], predicted, ses[0], realised, ses[1]], rel=0.05)
+            off = row[f"difference{token}"] / row[f"difference{token}_se"]
+            assert numbers[5] == pytest.approx(off, rel=0.01, abs=0.006)
+            assert numbers[6] == pytest.approx(realised / predicted, rel=0.01, abs=0.006)
+            assert numbers[7] == pytest.approx(row["unclipped_ess_fraction"], abs=0.006)
+            assert cells[-1] == ("yes" if row["in_range"] else "no")
+    assert not tables
     assert text_table(with_eta_star(report, 3e-5), plain=True).endswith("\neta* = 3e-05")
     restricted = text_table(with_rows(report, restricted=True, **UNPREDICTED)).splitlines()
     assert restricted[2].split()[1:3] == ["-", "-"]
     assert restricted[-1].startswith("top_p < 1: ")
     per_token = {"true_delta_h": {**report.config["true_delta_h"], "normalize": "per_token"}}
-    assert "(nats/token)" in text_table(report.model_copy(update={"config": {**report.config, **per_token}}))
+    table = text_table(report.model_copy(update={"config": {**report.config, **per_token}}))
+    assert "(nats/token)" in table
+    assert "(nats/response)" not in table
 
 
 def test_numbers_of_any_size_fit(report: ProbeReport) -> None:
     wide = {"delta_h_pd": -1.234e8, "difference": -9e9, "difference_se": 1.2e-15, "predicted": 1.111e-17}
+    of_tokens = {name.replace("delta_h", "delta_h_per_token"): value for name, value in wide.items()}
+    wide |= {name: value for name, value in of_tokens.items() if "delta_h" in name}
+    wide |= {"difference_per_token": -9e9, "difference_per_token_se": 1.2e-15, "predicted_per_token": 1.111e-17}
     for eta in (-1.23e-15, 9.87e12):
         assert max(map(len, text_table(with_rows(report, **wide, eta=eta)).splitlines())) <= 80

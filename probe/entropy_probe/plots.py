@@ -88,20 +88,17 @@ def text_table(report: ProbeReport, *, plain: bool = False) -> str:
     eta, se = ("eta", "+/- SE") if plain else ("η", "± SE")
     heading = (eta, "predicted", se, "realised", se, "diff/SE", "ratio", "ESS/N", "in range")
     rows = [row for row in report.entropy_change if row.eta != 0]
-    tables = [
-        [(row, of) for row, of in zip(rows, in_unit, strict=True)]
-        for in_unit in zip(*(report.compared(row) for row in rows), strict=True)
-    ]
     lines = []
-    for table in tables:
-        unit = table[0][1].unit
-        lines.append(f"prediction against realisation ({unit}){_mark(report)}")
-        cells = [heading, *(_cells(row, of) for row, of in table)]
+    for k, of in enumerate(report.compared(rows[0]) if rows else []):
+        lines.append(f"prediction against realisation ({of.unit}){_mark(report)}")
+        cells = [heading, *(_cells(row, report.compared(row)[k]) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += [
             " ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in cells
         ]
+    if not rows:
+        lines.append("prediction against realisation: no step beside 0")
     star = report.update.eta_star
     notes = [] if star is None else [f"{eta}* = {star:.3g}"]
     return "\n".join([*lines, *notes, *_warnings(report)])
@@ -145,16 +142,14 @@ def _warnings(report: ProbeReport) -> list[str]:
 def _figure(report: ProbeReport) -> Figure:
     from matplotlib.figure import Figure
 
-    rows = [
-        row for row in report.entropy_change if row.eta != 0 and _finite(row.eta, row.realised[0])
-    ]
-    pairs = [(row, report.compared(row)) for row in rows]
-    units = len(pairs[0][1]) if pairs else 1
+    rows = [row for row in report.entropy_change if row.eta != 0 and _finite(row.eta)]
+    units = len(report.compared(rows[0])) if rows else 1
     figure = Figure(figsize=(10.0, 0.8 + 3.6 * units), layout="constrained")
     figure.suptitle(_title(report, rows), parse_math=False)
     panels = figure.subplots(units, 2, squeeze=False)
     for k, (change, slope) in enumerate(panels):
-        points = [Point(row, in_units[k]) for row, in_units in pairs]
+        points = [Point(row, report.compared(row)[k]) for row in rows]
+        points = [point for point in points if _finite(point.change.realised)]
         _panels(report, points, change, slope)
     handles, labels = panels[0, 1].get_legend_handles_labels()
     if labels:

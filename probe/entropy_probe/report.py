@@ -297,6 +297,7 @@ class UpdateSection(StepAgreement):
     spread_over_batches: float | None
     slope_of_v0_per_token: float
     slope_by_unit_per_token: list[float]
+    slope_rounding_per_token: float
     spread_over_batches_per_token: float | None
     delta_h1_per_lr_per_token: float
     delta_h1_per_lr_per_token_se: float

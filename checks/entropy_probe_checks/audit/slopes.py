@@ -154,6 +154,13 @@ def write(sheet: Sheet) -> Along:
         rounding = (1 + np.abs(coefficients(sheet, entropy, baseline))) * rounding
     of_all = math.sqrt(math.fsum((rounding**2).sum((1, 2)))) / s.size
     figures["slope_rounding"] = (of_all, of_all + float(sheet["e.d_rounding"].mean()))
+    c, c_length = both_coefficients(sheet)
+    rounding = (1 + np.abs(c - h * c_length)) * sheet["e.d_rounding"]
+    of_all = math.sqrt(math.fsum((rounding**2).sum((1, 2)))) / lengths.sum()
+    figures["slope_rounding_per_token"] = (
+        float(of_all),
+        float(of_all + sheet["e.d_rounding"].mean()),
+    )
     # d/dη of Σŵ⁺R⁺ at 0: mean[D_vR + (R − R̄)·D_vS], and its second derivative
     centred = r - r.mean()
     first = (d_r.sum() + (centred * d_s).sum()) / r.size

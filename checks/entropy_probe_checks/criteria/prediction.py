@@ -409,17 +409,31 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
 @second_moment
 def slope_identity(report: ProbeReport) -> Finding:
     """|−X̄ᵀv − mean of the slope's own terms| relative to the terms of −X̄ᵀv and their rounding: gradients against JVPs,
-    own weights each.
+    own weights each; the larger of that per response and that per token.
 
     The slope along v is not that of the gradients: a baseline, a term or a weight differs between the two.
     """
     update, first = needed(report.update), report.config["first_order"]
     name = "naive" if first["estimator"] == "naive" else f"rb_{update.baseline}"
-    parts = [update.slope_of_v0, *update.slope_by_unit]
-    limit = limit_for(report, "slope_identity")
-    size = math.fsum(map(abs, parts)) + update.slope_rounding / limit
-    off = abs(math.fsum(parts) - update.estimators[name].value)
-    return at_most(relative(off, size), limit)
+    limit, found = limit_for(report, "slope_identity"), []
+    for of_v0, by_unit, rounding, slope in (
+        (
+            update.slope_of_v0,
+            update.slope_by_unit,
+            update.slope_rounding,
+            update.estimators[name].value,
+        ),
+        (
+            update.slope_of_v0_per_token,
+            update.slope_by_unit_per_token,
+            update.slope_rounding_per_token,
+            update.delta_h1_per_lr_per_token,
+        ),
+    ):
+        parts = [of_v0, *by_unit]
+        size = math.fsum(map(abs, parts)) + rounding / limit
+        found.append(relative(abs(math.fsum(parts) - slope), size))
+    return at_most(largest(*found), limit)
 
 
 def _where(report: ProbeReport) -> str:

@@ -43,7 +43,8 @@ def sent(network: Network, run: Run) -> Sent:
     """Of every process alike; 0 of one alone."""
     ring = 2 * (run.ranks - 1) / run.ranks
     of_batches = (2 if run.blocks else 1) * (2 if run.same_batch else 3)
-    again = (2 if run.blocks else 1) if run.same_batch and run.per_token else 0
+    again = (2 if run.blocks else 1) if run.same_batch else 0
+    again += 2  # of X per token: over units, which are the processes, and over prompts
     rows = 4 * (8 if run.float64 else 4)
     of_gradients = (8 * (of_batches + again) + rows) * network.trainable
     return Sent(ring * (of_gradients + 8 * network.entries), ring * _of_prompts(network, run))

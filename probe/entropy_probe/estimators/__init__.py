@@ -11,6 +11,7 @@ parts of a recipe alone.
     slope       per-token directional derivatives → slope and curvature of the entropy, per prompt
     performance_difference  what a step changes at every token → ΔH, and its slope and curvature along v
     prediction  slope and curvature → the predicted change, η*;   taylor  orders and identities of ΔH(η)
+    resolution  a standard error → what it resolves, how many more prompts
     parity      the sampler's log-probabilities against teacher forcing;   moments  moments against gradients
     adam        moments and hyper-parameters → P, and the update direction v
     advantages  log p of responses → their weights in X

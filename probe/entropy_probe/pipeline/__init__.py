@@ -2,6 +2,7 @@
 
 prepared   a checkpoint bound to the configured precision, and its two batches
 measured   the models, and scores and gradients of both batches
+growth     more prompts of E, until the predicted change is as certain as asked for
 next_step  all that needs Adam's second moment: U_cross and δH₁, v, slopes along it, ΔH(η)
 witnessed  gradients, projections and curvature by other ways
 evidence   what the figures are made of;   again  what the folder itself says, read and scored afresh

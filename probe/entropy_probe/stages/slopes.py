@@ -62,7 +62,7 @@ class Slopes:
     Of ΔĤ by normalised weights: the terms of its derivative at 0, that of it per token, and its second derivative with
     the size of its terms. D_v and D²_v at θ are those of this process's own tokens, as are the baseline's
     `coefficients`, of entropy and length; D_vS, D²_vS and D²_vR those of all responses. What `rounding` leaves of X's
-    slope, of that of ΔĤ and of D²_vS; how many responses had a jump or a kink within the first step.
+    slope, of the slope per token, of that of ΔĤ and of D²_vS; how many had a jump or a kink in the first step.
     """
 
     naive: PromptMean
@@ -76,6 +76,7 @@ class Slopes:
     of_change_per_token: float
     curvature_of_change: tuple[float, float]
     rounding: float
+    rounding_per_token: float
     rounding_of_change: float
     coefficients: Float[Tensor, "2 b G t"]
     at_theta: Derivatives
@@ -141,6 +142,9 @@ def slopes_of(share: Share, scores: Scores, of: Derived, config: ProbeConfig) ->
     slope, bent = performance_difference.slopes_per_response(of_change)
     per_token, bent_token = performance_difference.slopes_per_token(of_change, rb_sum, lengths)
     even = torch.full_like(lengths, 1 / lengths.numel())
+    h = rb_sum.sum() / lengths.sum()
+    of_tokens = (1 + (c[0] - h * c[1]).abs()) * at_theta.rounding
+    squares_of_tokens = share.whole(of_tokens.square().sum((1, 2)))
     of_weights = (1 + (rb_sum - rb_sum.mean()).abs()).square() * of_responses
     return Slopes(
         naive=naive_slope(of_all.seq_logp, d_seq_logp),
@@ -154,6 +158,7 @@ def slopes_of(share: Share, scores: Scores, of: Derived, config: ProbeConfig) ->
         of_change_per_token=per_token_slope(rb_sum, lengths, *first).value,
         curvature_of_change=curvature_of_change(rb_sum, *first, *second),
         rounding=float(squares.sum().sqrt()) / lengths.numel(),
+        rounding_per_token=float(squares_of_tokens.sum().sqrt() / lengths.sum()),
         rounding_of_change=float(of_weights.sum().sqrt()) / lengths.numel(),
         coefficients=c,
         at_theta=at_theta,
@@ -432,6 +437,7 @@ def update_section(
         slope_of_v0_per_token=of_token.of_v0,
         slope_by_unit_per_token=of_token.by_unit.tolist(),
         slope_rounding=along.rounding,
+        slope_rounding_per_token=along.rounding_per_token,
         num_kinked=along.num_kinked,
         spread_over_batches=spreads[0],
         spread_over_batches_per_token=spreads[1],
