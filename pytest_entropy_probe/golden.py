@@ -228,7 +228,13 @@ def judge_section(golden: ProbeGolden, section: GoldenSection, report: ProbeRepo
     )
 
 
-_NEWER = {"reward_weights": None, "system_prompt": None, "chat_template_kwargs": {}}
+_NEWER = {
+    "reward_weights": None,
+    "system_prompt": None,
+    "chat_template_kwargs": {},
+    "target_se": None,
+    "max_prompts": 256,
+}
 """Of the section `batch`, what older golden files know nothing of, as it is where it changes no number."""
 
 

@@ -604,11 +604,11 @@ def test_slope_and_curvature_of_the_change(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["strong", "weak"])
 def test_intervals_of_a_batch_that_grew(name: str) -> None:
-    """Prompts are drawn from 16 on, up to 64, until the SE of the slope per token is 0.7 of what 16 have on average: the
-    95 % interval of slope and change, per token and per response, holds in 93 to 97 % of 4000 batches (per token in
-    `weak` in 91 %, as of a batch that did not grow). Every step has the mean of what is still to come as its baseline,
-    and the first 16 of another batch stand for the update's prompts. Worse by 1.5 % in `weak`, where few prompts decide:
-    to stop by the own SE alone."""
+    """Prompts are drawn from 16 on, up to 64, until the SE of the slope per token is 0.7 of what 16 have on average.
+    The 95 % interval of slope and change, per token and per response, holds in 93 to 97 % of 4000 batches (per token
+    in `weak` in 91 %, as of a batch that did not grow). Every step has the mean of what is still to come as its
+    baseline, and the first 16 of another batch stand for the update's prompts. Worse by 1.5 % in `weak`, where few
+    prompts decide: to stop by the own SE alone."""
     model, v = REGIMES[name]().oracle, fixed_direction(REGIMES[name]())
     first, second = model.along(v)
     eta = step_size(model, v, 0.17)

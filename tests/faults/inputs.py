@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from entropy_probe.estimators.update_weights import UpdateBatch
+from entropy_probe.pipeline import next_step
 from entropy_probe.stages import entropy, slopes
 from entropy_probe.stages.responses import rewards
 from entropy_probe.stages.responses.ids import Door
@@ -66,6 +67,30 @@ def spread_of_prompts_for_that_of_batches(patch: Patch) -> None:
         slopes.update_section,
         lambda u: {"spread_over_batches": u.spread_over_batches * len(u.slope_by_unit) ** 0.5},
     )
+
+
+@fault("llama", FIGURE)
+def one_se_is_resolved(patch: Patch) -> None:
+    """What the noise resolves is one standard error for two, so that too few prompts seem to be needed."""
+    original = next_step._resolution
+
+    def halved(*args: Any) -> Any:
+        made = original(*args)
+        return made.model_copy(update={"per_token": made.per_token / 2, "prompts_needed": made.prompts_needed // 4})
+
+    patch.setattr(next_step, "_resolution", halved)
+
+
+@fault("llama", "slope_identity")
+def length_has_no_part_in_the_gradient_per_token(patch: Patch) -> None:
+    """X̄ per token without the coefficients of the length: the entropy per response over the mean length."""
+    original = slopes.gradient_per_token
+
+    def without(bound: Any, share: Any, scores: Any, along: Any, config: Any) -> Any:
+        c = torch.stack([along.coefficients[0], torch.zeros_like(along.coefficients[1])])
+        return original(bound, share, scores, dataclasses.replace(along, coefficients=c), config)
+
+    patch.setattr(slopes, "gradient_per_token", without)
 
 
 @fault("llama", FIGURE)
