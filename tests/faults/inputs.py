@@ -10,8 +10,10 @@ import torch
 from entropy_probe.estimators.update_weights import UpdateBatch
 from entropy_probe.pipeline import next_step
 from entropy_probe.stages import entropy, slopes
+from entropy_probe.stages.derivatives import Derivatives
 from entropy_probe.stages.responses import rewards
 from entropy_probe.stages.responses.ids import Door
+from entropy_probe.stages.share import Share
 from faults.catalogue import Patch, everywhere
 from faults.more import FIGURE, fault, published
 
@@ -79,6 +81,21 @@ def one_se_is_resolved(patch: Patch) -> None:
         return made.model_copy(update={"per_token": made.per_token / 2, "prompts_needed": made.prompts_needed // 4})
 
     patch.setattr(next_step, "_resolution", halved)
+
+
+@fault("grown", "slope_identity sweep_identity")
+def derivatives_of_the_rest_come_first(patch: Patch) -> None:
+    """Of an E batch that grew, the derivatives of the added prompts stand before those of the first ones."""
+    original = Share.joined
+
+    def exchanged(whole: Share, first: Any, then: Any) -> Any:
+        found = original(whole, first, then)
+        if not isinstance(found, Derivatives):
+            return found
+        order = torch.arange(whole.rollouts.num_prompts).roll(1)
+        return dataclasses.replace(found, **{name: values[order] for name, values in vars(found).items()})
+
+    patch.setattr(Share, "joined", exchanged)
 
 
 @fault("llama", "slope_identity")

@@ -216,10 +216,10 @@ def cut(file: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in own))
 
 
-def _sampled_with(reward: str) -> dict[str, Any]:
+def _sampled_with(reward: str, **batch: Any) -> dict[str, Any]:
     """The configuration of responses that the probe samples, with a reward of this file."""
     return {
-        "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": f"faults.subjects:{reward}"},
+        "batch": {"num_prompts": 6, "num_update_prompts": 6, "reward": f"faults.subjects:{reward}", **batch},
         "generation": {"max_new_tokens": 12, "num_return_sequences": 6, "temperature": 0.7},
     }
 
@@ -245,6 +245,12 @@ SUBJECTS: dict[str, Subject] = {
         with_tokenizer,
         None,
         _sampled_with("some_reward"),
+    ),
+    "grown": Subject(
+        "sampled by the probe, with prompts added to E until ten",
+        with_tokenizer,
+        None,
+        _sampled_with("some_reward", target_se=1e-9, max_prompts=10),
     ),
     "one batch": Subject("one batch serves as both", partial(full, "llama"), one_batch=True),
     "sampled tag": Subject(

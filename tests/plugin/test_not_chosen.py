@@ -52,7 +52,7 @@ def test_every_place_says_so(folder: Path) -> None:
     assert shown[1:3] == FIRST
     assert max(map(len, shown)) <= 80
     figures = [line for line in shown if re.match(r"(H   |δH₁ |ΔH  |     predicted|prediction against)", line)]
-    assert len(figures) == 6
+    assert len(figures) == 7
     assert all(MARK in line for line in figures), figures
     assert MARK in "".join(shown[shown.index(next(line for line in shown if line.startswith("v    "))) :])
     markdown = summary.read_text()
