@@ -55,53 +55,68 @@ def records_of(report: pytest.TestReport) -> list[dict[str, Any]]:
     return records
 
 
+def headline(report: ProbeReport) -> str:
+    """What must be known first, then what was found: the entropy, its change by the optimizer's next step, what the
+    noise resolves, what the step is made of, and on which responses. Within 80 columns, but for the first; what depends
+    on prompts or rewards that nobody chose says so in every figure.
+    """
+    entropy, mark = report.entropy, f" ({report.not_chosen})" if report.not_chosen else ""
+    per_token = f"{entropy.per_token.value:.3g} ± {entropy.per_token.se:.2g} nats/token"
+    per_response = f"{entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response"
+    apart = bool(mark)  # each figure on a line of its own
+    of_entropy = [per_token, per_response] if apart else [f"{per_token}, {per_response}"]
+    lines = [FIRST + doubt for doubt in report.doubts]
+    lines += _block("entropy", [f"{figure}{mark}" for figure in of_entropy])
+    delta, update = report.two_batch or report.first_order, report.update
+    if update is None or delta is None:
+        lines += _block("ΔH", [f"nothing about the next step: {report.no_second_moment}"])
+    else:
+        lines += _block("ΔH", [f"{change}{mark}" for change in _changes(report, apart=apart)])
+        if report.batch.same_batch:
+            warning = "one batch: what is realised holds the noise that the update fitted"
+            lines += _block("", [warning])
+        lines += _block("resolves", [f"{said}{mark}" for said in resolution(report)])
+        lines += _block("v", [f"{_made_of(update)}{mark}"])
+        se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
+        batches = "two batches" if report.two_batch else "one batch"
+        if report.first_order is not None and report.first_order.mode == "block":
+            batches = f"{batches}, {report.first_order.num_units} blocks"
+        slope = f"{delta.delta_h1 + 0.0:+.3g}{se} nats, fresh gradient step, lr {update.lr:.3g}"
+        lines += _block("δH₁", [f"{slope} ({batches}){mark}"])
+    return "\n".join([*lines, *_made_on(report)])
+
+
+def _made_on(report: ProbeReport) -> list[str]:
+    """On which responses, with which weights, and whose update."""
+    batch, step = report.batch, report.next_step
+    rows = f"{batch.num_prompts} prompts × {batch.num_responses} responses"
+    given = batch.given if batch.given != "sampled" else "sampled"
+    if batch.prompts_are_builtin:
+        given = f"{given} from the built-in {report.config['batch']['dataset']}"
+    lines = _block("E batch", [f"{rows}, {given}; reward {batch.reward}"])
+    if step is not None:
+        ess = f"ESS {step.unclipped_ess_fraction:.2f} of the responses at θ + lr·v"
+        lines += _block("weights", [ess + ("" if step.reliable else ", not reliable")])
+    return lines + _block("recipe", report.recipe.lines()[:1])
+
+
+_LABEL = 9
+
+
+def _block(label: str, said: list[str]) -> list[str]:
+    """A label, and the lines that it stands before."""
+    heads = [label.ljust(_LABEL)] + [" " * _LABEL] * (len(said) - 1)
+    wrapped = zip(heads, said, strict=True) if said else ()
+    return [line for head, text in wrapped for line in _wrapped(head, text)]
+
+
 def _made_of(update: UpdateSection) -> str:
     """How much of the step its own batch decides."""
     shared = f"{update.momentum_share:.0%} momentum and decay"
-    if update.spread_over_batches is None:
+    if update.spread_over_batches_per_token is None:
         return f"{shared}, the rest from one prompt"
     spread = f"{update.spread_over_batches_per_token:.2g}"
     return f"{shared}; another update batch moves ΔH by ±{spread} nats/token"
-
-
-def headline(report: ProbeReport) -> str:
-    """What must be known first, then what was found: the entropy, the first-order term, and what the optimizer's next
-    step does. Within 80 columns, but for the first; what depends on prompts or rewards that nobody chose says so on
-    its own line.
-    """
-    batch, entropy, update = report.batch, report.entropy, report.update
-    lines = [FIRST + doubt for doubt in report.doubts]
-    mark = f" ({report.not_chosen})" if report.not_chosen else ""
-    responses = f"({batch.num_prompts}×{batch.num_responses} responses)"
-    per_token = f"{entropy.per_token.value:.3g} ± {entropy.per_token.se:.2g} nats/token"
-    per_response = f"{entropy.rb.value:.3g} ± {entropy.rb.se:.2g} nats/response"
-    if mark:  # each figure on a line of its own
-        lines += [f"H    {per_token}{mark}", f"     {per_response}{mark}"]
-    else:
-        lines.append(f"H    {per_token}, {per_response} {responses}")
-    delta = report.two_batch or report.first_order
-    if update is None or delta is None:
-        return "\n".join([*lines, f"nothing about the next step: {report.no_second_moment}"])
-    batches = "two batches" if report.two_batch else "one batch"
-    if report.first_order is not None and report.first_order.mode == "block":
-        batches = f"{batches}, {report.first_order.num_units} blocks"
-    se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
-    slope, made_of = f"{delta.delta_h1 + 0.0:+.3g}{se} nats", _made_of(update)
-    changes = zip(_HEADS, _changes(report, apart=bool(mark)), strict=False)
-    lines += [f"{head}{change}{mark}" for head, change in changes]
-    for said in resolution(report):
-        lines += _wrapped(_HEADS[1], said + mark)
-    if mark:
-        lines += [f"δH₁  {slope}, fresh step{mark}", *_wrapped("v    ", f"{made_of}{mark}")]
-    else:
-        lines += [f"δH₁  {slope}, fresh gradient step, lr {update.lr:.3g} ({batches})"]
-        lines += _wrapped("v    ", made_of)
-    if batch.same_batch:
-        lines.append("     one batch: what is realised holds the noise that the update fitted")
-    return "\n".join(lines)
-
-
-_HEADS = ("ΔH   ", "     ", "     ", "     ")
 
 
 def _changes(report: ProbeReport, *, apart: bool) -> list[str]:
@@ -126,7 +141,7 @@ def resolution(report: ProbeReport) -> list[str]:
     if of is None or step is None or step.predicted_per_token is None:
         return []
     resolves, size = of.per_token, abs(step.predicted_per_token)
-    said = f"resolves {resolves:.2g} nats/token (2 SE)"
+    said = f"{resolves:.2g} nats/token (2 SE)"
     if resolves > 0:
         said += f"; the predicted change is {_times(size / resolves)} that"
     if of.prompts_needed is not None and size < resolves:
@@ -154,4 +169,11 @@ def _rounded(count: int) -> str:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent=head, subsequent_indent=" " * 5)
+    return textwrap.wrap(
+        text,
+        80,
+        initial_indent=head,
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

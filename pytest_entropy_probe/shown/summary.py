@@ -26,17 +26,20 @@ from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.shown.markdown import append, summary
 from pytest_entropy_probe.shown.records import FIRST, records_of
 from pytest_entropy_probe.shown.tables import (
+    PLAIN,
     Row,
     Step,
     by_step,
     criteria_table,
+    in_order,
     long_criteria,
     long_names,
     step_of,
     steps_table,
     unseen,
 )
-from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table
+from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table, written
+from pytest_entropy_probe.shown.verdict import Answer, answer
 from pytest_entropy_probe.subject import SUBJECTS, probe_config
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Summary:
         self._rows: dict[str, Row] = {}
         self._states: dict[str, str] = {}
         self._headlines: dict[str, str] = {}
+        self._answers: dict[str, Answer] = {}
         self._handed_over: list[dict[str, str]] = []
         self._steps: list[Step] = []
         self._predictions: dict[str, str] = {}
@@ -137,6 +141,7 @@ class Summary:
                     noisy=found.get("probe_family") == "gate",
                     unseen=bool(found.get("probe_unseen")),
                     unit=found.get("probe_unit", ""),
+                    family=found.get("probe_family", ""),
                 )
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -223,6 +228,8 @@ class Summary:
             text, rows = next(texts, None), self._rows_of(target.name)
             report = reports[target.name] = None if text is None else library.read_report(text)
             run, state = str(target.path.parent), self._states[target.name]
+            judged = [row for row in rows if row.criterion or row.status == "fail"]
+            self._answers[target.name] = answer(report, judged, state)
             self._steps.append(step_of(target.name, run, report, rows, state))
         self._steps = by_step(self._steps)
         measured: list[tuple[str, int | None, ProbeReport]] = []
@@ -263,24 +270,40 @@ class Summary:
             terminalreporter.write_line(f"entropy-probe: {line}", red=True)
 
     def _show(self, reporter: pytest.TerminalReporter, name: str, *, in_full: bool) -> None:
-        """One checkpoint: why there are no numbers, or its criteria and what was found."""
-        if self._states[name]:
-            reporter.write_line(f"{name}: {self._states[name]}")
+        """One checkpoint: the answer, what was found, and the checks that did not pass, with what to do; under -v all
+        of them. Of several checkpoints, without what was found."""
+        verbose = self._config.get_verbosity() > 0
         rows = [row for row in self._rows_of(name) if row.criterion]
-        said = self._headlines.get(name, "").splitlines()
-        first = [line for line in said if line.startswith(FIRST)]
-        doubts = (f"{name}: {line.removeprefix(FIRST)}" for line in first)
+        said = self._answers.get(name) or answer(None, rows, self._states[name])
+        kind = {"good": {"green": True}, "bad": {"red": True}, "unknown": {"yellow": True}}[
+            said.kind
+        ]
+        for line in textwrap.wrap(f"{name}: {said}", 80, break_on_hyphens=False):
+            reporter.write_line(written(line), bold=True, **kind)
+        found = self._headlines.get(name, "").splitlines()
+        first = [line for line in found if line.startswith(FIRST)]
+        doubts = (line.removeprefix(FIRST) for line in first)
         wrapped = (textwrap.wrap(doubt, 80, break_on_hyphens=False) for doubt in doubts)
         for line in (*unseen(name, rows), *itertools.chain(*wrapped)):
-            reporter.write_line(line, yellow=True)
-        if not in_full:
-            rows = [row for row in rows if row.status not in ("pass", "not_applicable")]
-        if not rows:
-            return
-        rest = "\n".join(line for line in said if line not in first)
-        below = (rest, self._predictions.get(name, ""))
-        table = criteria_table(name, rows, plain=plain())
-        write_table(reporter, table, below if in_full else (), above=long_criteria(rows))
+            reporter.write_line(written(line), yellow=True)
+        if in_full:
+            for line in found:
+                if line not in first:
+                    reporter.write_line(written(line))
+        shown = in_order(rows)
+        if not verbose:
+            shown = [row for row in shown if row.status not in PLAIN]
+        if shown:
+            table = criteria_table(name, shown, plain=plain())
+            write_table(reporter, table, above=long_criteria(shown))
+        for row in rows if not verbose else ():
+            if row.message and row.remedy:
+                lines = textwrap.wrap(f"{row.criterion}: {row.remedy}", 80, break_on_hyphens=False)
+                for line in lines:
+                    reporter.write_line(written(line))
+        if in_full and self._predictions.get(name):
+            for line in self._predictions[name].splitlines():
+                reporter.write_line(written(line))
 
     def _order(self, name: str) -> int:
         names = [target.name for target in self._config.stash[SETTINGS].targets]

@@ -49,6 +49,7 @@ class Row:
     noisy: bool = False
     unseen: bool = False
     unit: str = ""
+    family: str = ""
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -59,26 +60,55 @@ class Row:
         return value, limit
 
     @property
+    def remedy(self) -> str:
+        """What a failure means and what to do, below the line that says what was found."""
+        return " ".join(self.message.partition("\n")[2].split())
+
+    @property
     def margin(self) -> str:
         """How far inside the limit, as a factor.
 
         12x is twelve times better than asked, 0.5x misses it by two.
         """
-        if self.noisy or not isinstance(self.value, float) or not isinstance(self.limit, float):
+        factor = self.factor
+        if factor is None:
             return "-"
+        if self.value == 0:
+            return "0x" if factor == 0 else "exact"
+        if factor > 9999:
+            return ">9999x"
+        return f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+
+    @property
+    def factor(self) -> float | None:
+        """How many times better than asked, infinite for 0; `None` where that is no question."""
+        if self.noisy or not isinstance(self.value, float) or not isinstance(self.limit, float):
+            return None
         if self.limit == 0:
-            return "exact" if self.value == 0 and self.status == "pass" else "-"
+            return math.inf if self.value == 0 and self.status == "pass" else None
         above = self.value > self.limit
         is_lower_limit = above == (self.status == "pass")
         above_zero = self.value >= 0 and self.limit > 0
         if not above_zero or not math.isfinite(self.value) or self.status not in ("pass", "fail"):
-            return "-"
+            return None
         if self.value == 0:
-            return "0x" if is_lower_limit else "exact"
-        factor = self.value / self.limit if is_lower_limit else self.limit / self.value
-        if factor > 9999:
-            return ">9999x"
-        return f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+            return 0.0 if is_lower_limit else math.inf
+        return self.value / self.limit if is_lower_limit else self.limit / self.value
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Family after family as they come; in each what did not pass first, then the smallest margin."""
+    families = list(dict.fromkeys(row.family for row in rows))
+
+    def place(row: Row) -> tuple[int, bool, float]:
+        factor = math.inf if row.factor is None else row.factor
+        return families.index(row.family), row.status in PLAIN, factor
+
+    return sorted(rows, key=place)
+
+
+PLAIN = ("pass", "not_applicable")
+"""What nobody has to look at."""
 
 
 def unseen(name: str, rows: Sequence[Row]) -> list[str]:
@@ -249,8 +279,9 @@ def criteria_table(name: str, rows: list[Row], *, plain: bool) -> Table:
     for heading in ("value", "limit", "margin"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for row, name in zip(rows, long_criteria(rows), strict=True):
+    for k, (row, name) in enumerate(zip(rows, long_criteria(rows), strict=True)):
         shown, style = STATUS.get(row.status, (row.status, ""))
         cells = ("" if name else row.criterion, *row.shown, row.margin)
-        table.add_row(*map(Text, cells), Text(shown, style))
+        ends = k + 1 < len(rows) and rows[k + 1].family != row.family
+        table.add_row(*map(Text, cells), Text(shown, style), end_section=ends)
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from io import SEEK_END, StringIO
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,16 @@ def plain() -> bool:
     return not _encoding().lower().startswith("utf")
 
 
+def written(text: str) -> str:
+    """In characters that the terminal has."""
+    encoding = _encoding()
+    text = text.translate(_ASCII) if plain() else text
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 def write_table(
     reporter: Any,
     table: Table,
-    below: Iterable[str] = (),
     *,
     above: Sequence[str] = (),
     width: int | None = None,
@@ -48,11 +54,8 @@ def write_table(
         text = StringIO(_with_names(text.getvalue(), above, size, boxed=table.show_edge))
         text.seek(0, SEEK_END)
         console.file = text
-    for lines in filter(None, below):
-        console.out(lines.translate(_ASCII) if plain() else lines, highlight=False)
-    encoding = _encoding()
-    for line in text.getvalue().encode(encoding, "replace").decode(encoding).splitlines():
-        reporter.write_line(line.rstrip())
+    for line in text.getvalue().splitlines():
+        reporter.write_line(written(line.rstrip()))
 
 
 def _with_names(table: str, above: Sequence[str], size: int, *, boxed: bool) -> str:

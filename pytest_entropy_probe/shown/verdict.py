@@ -1,0 +1,133 @@
+"""The answer in one sentence: what the next step does to the entropy, and whether the numbers that say so are to be
+believed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from entropy_probe import ProbeReport
+    from pytest_entropy_probe.shown.tables import Row
+
+COLLAPSED = 0.02
+"""Nats per token: of fifty tokens all but one are certain."""
+DRASTIC = 0.1
+"""The share of its entropy that no healthy step takes or adds: ten such steps leave a third, or make it two and a half
+times as much."""
+NEGLIGIBLE = 0.01
+"""A share of the entropy that a step may move it by without a word."""
+
+Kind = Literal["good", "unknown", "bad"]
+
+
+class Answer(NamedTuple):
+    """How it is to be taken, the word that says so, and the rest of the sentence."""
+
+    kind: Kind
+    word: str
+    rest: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.rest}"
+
+
+def answer(report: ProbeReport | None, rows: Sequence[Row], state: str = "") -> Answer:
+    """The first of these that holds: it was not measured; checks failed; limits of the user's are missed; prompts or
+    rewards are not the user's; checks cannot tell; the policy has collapsed, or is about to; noise; all is well."""
+    red = [row for row in rows if row.status in ("fail", "xpass")]
+    failed, limits = [row for row in red if not row.noisy], [row for row in red if row.noisy]
+    undecided = [row for row in rows if row.status == "inconclusive"]
+    passed = _passed(rows)
+    if report is None:
+        why = state.removeprefix("checkpoint ") or "no report"
+        return Answer("bad", "Not measured", f"{why}.")
+    said = _change(report)
+    if failed:
+        return Answer(
+            "bad", "Not to be trusted", f"{_count(failed, 'check')} failed ({_names(failed)})."
+        )
+    if limits:
+        return Answer("bad", "Beyond your limits", f"{_names(limits)}. {said.capitalised} {passed}")
+    if report.not_chosen:
+        rest = f"{said.text} {passed}"
+        return Answer("unknown", report.not_chosen.capitalize(), rest)
+    if undecided:
+        count = _count(undecided, "check")
+        rest = f"{count} could not be decided ({_names(undecided)}). {said.capitalised}"
+        return Answer("unknown", "Cannot tell", rest)
+    if report.update is None:
+        rest = f"nothing is known of the next step: {report.no_second_moment}. {passed}"
+        return Answer("unknown", "No next step", rest)
+    h = report.entropy.per_token.value
+    if h < COLLAPSED:
+        rest = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same. {passed}"
+        return Answer("bad", "Collapsed", rest)
+    word = said.word
+    return Answer(
+        {"Healthy": "good", "Cannot tell": "unknown"}.get(word, "bad"),
+        word,
+        f"{said.text} {passed}",
+    )
+
+
+class _Change(NamedTuple):
+    """What is said of the change by the next step, and what that makes of the run."""
+
+    word: str
+    text: str
+
+    @property
+    def capitalised(self) -> str:
+        return self.text[:1].upper() + self.text[1:]
+
+
+def _change(report: ProbeReport) -> _Change:
+    step, h = report.next_step, report.entropy.per_token.value
+    if step is None or report.update is None:
+        return _Change("Cannot tell", "nothing is known of the next step.")
+    of = step.per_token
+    value, se = of.realised, of.realised_se
+    if not step.reliable and of.predicted is not None and of.predicted_se is not None:
+        value, se = of.predicted, of.predicted_se
+    size = abs(value) / h if h > 0 else 0.0
+    share = f"{size:.1f} times" if size >= 1 else f"{100 * size:.2g} %"
+    figure = f"{abs(value):.2g} ± {se:.1g} nats/token ({share})"
+    if abs(value) >= 2 * se:
+        word = "Healthy"
+        if size >= DRASTIC:
+            word = "Collapsing" if value < 0 else "Exploding"
+        way = "lowers" if value < 0 else "raises"
+        return _Change(word, f"the next step {way} the entropy by {figure}.")
+    most = (abs(value) + 2 * se) / h if h > 0 else 0.0
+    if most <= NEGLIGIBLE:
+        return _Change(
+            "Healthy", f"the next step moves the entropy by less than {100 * most:.1g} %."
+        )
+    more, needed = "", report.resolution and report.resolution.prompts_needed
+    if needed is not None:
+        more = f"; about {float(f'{needed:.2g}'):,.0f} prompts would decide"
+    noise = f"the change by the next step, {value:+.2g} ± {se:.1g} nats/token, is within its noise"
+    return _Change("Cannot tell", f"{noise}{more}.")
+
+
+def _passed(rows: Sequence[Row]) -> str:
+    """How many checks were made, and that they passed: it is said where none failed."""
+    asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
+    without = len([row for row in rows if row.status == "not_applicable"])
+    known = len([row for row in asked if row.status == "xfail"])
+    if not asked:
+        return "No check was made."
+    said = f"All {len(asked)} checks passed" if len(asked) > 1 else "The one check passed"
+    if known:
+        said = f"{len(asked) - known} of {len(asked)} checks passed, {known} fail as expected"
+    return f"{said}{f' ({without} do not apply)' if without else ''}."
+
+
+def _count(rows: Sequence[Row], what: str) -> str:
+    return f"{len(rows)} {what}{'s'[: len(rows) > 1]}"
+
+
+def _names(rows: Sequence[Row]) -> str:
+    names = [row.criterion or "a test of your own" for row in rows]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
