@@ -474,7 +474,7 @@ def test_an_ended_schedule_is_said_first(changed: Callable[[Change], Path], tmp_
     first = f"!    {said}"
     assert first in headline(report).splitlines()
     steps = [step_of("ckpt", "run", report, [], "")]
-    shown = markdown.summary("entropy probe", steps, {}, {"ckpt": headline(report)}, [])
+    shown = markdown.summary("entropy probe", steps, {}, {"ckpt": headline(report)}, {}, [])
     assert first in shown.splitlines()
 
 

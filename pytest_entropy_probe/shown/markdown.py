@@ -20,6 +20,7 @@ from pytest_entropy_probe.shown.tables import (
     steps_title,
     unseen,
 )
+from pytest_entropy_probe.shown.verdict import Answer
 
 CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")
 MOST_IN_FULL = 20
@@ -31,9 +32,10 @@ def summary(
     steps: Sequence[Step],
     rows: Mapping[str, Sequence[Row]],
     headlines: Mapping[str, str],
+    answers: Mapping[str, Answer],
     notes: Sequence[str],
 ) -> str:
-    """One table of the checkpoints by step; of each what failed, with what to do.
+    """One table of the checkpoints by step; of each the answer in a sentence, and what failed, with what to do.
 
     All criteria of each are folded away below.
     """
@@ -44,6 +46,7 @@ def summary(
         failures = [row.message for row in mine if row.message]
         if len(steps) == 1 or failures or FIRST in headlines.get(step.name, ""):
             lines += [f"#### {_escaped(step.name)}: {_escaped(step.verdicts)}", ""]
+            lines += [_escaped(str(answers[step.name])), ""] if step.name in answers else []
         headline = headlines.get(step.name, "")
         first = "\n".join(line for line in headline.splitlines() if line.startswith(FIRST))
         shown = [headline if len(steps) == 1 else first]

@@ -179,7 +179,7 @@ class Summary:
     def _append_to_page(self, page: Path) -> None:
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
         notes = [*self._said(), *self._troubles]
-        text = summary(self._what(), self._steps, rows, self._headlines, notes)
+        text = summary(self._what(), self._steps, rows, self._headlines, self._answers, notes)
         self._fail(append(page, text))
 
     def _complain(self, trouble: str | None) -> None:

@@ -63,12 +63,8 @@ def answer(report: ProbeReport | None, rows: Sequence[Row], state: str = "") -> 
     if h < COLLAPSED:
         rest = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same. {passed}"
         return Answer("bad", "Collapsed", rest)
-    word = said.word
-    return Answer(
-        {"Healthy": "good", "Cannot tell": "unknown"}.get(word, "bad"),
-        word,
-        f"{said.text} {passed}",
-    )
+    kinds: dict[str, Kind] = {"Healthy": "good", "Cannot tell": "unknown"}
+    return Answer(kinds.get(said.word, "bad"), said.word, f"{said.text} {passed}")
 
 
 class _Change(NamedTuple):

@@ -106,7 +106,7 @@ def test_a_run_ends_in_one_table_by_step(folder: Path, workers: list[str]) -> No
     assert done.returncode == 1
     section = done.stdout.partition("= entropy probe =")[2].partition("= short test summary")[0]
     assert max(map(len, section.splitlines())) <= 80
-    table = section.partition("next step of 3 checkpoints: ΔH in nats/response, (out of range)")[2]
+    table = section.partition("next step of 3 checkpoints: ΔH in nats/token, (out of range)")[2]
     lines = [line.split() for line in table.splitlines() if "checkpoint-" in line and "±" in line]
     assert [line[0] for line in lines] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
     assert [" ".join(line[-2:]) for line in lines[:2]] == ["1 failed"] * 2
@@ -117,7 +117,9 @@ def test_a_run_ends_in_one_table_by_step(folder: Path, workers: list[str]) -> No
         value, _, se = line[1].partition("±")
         assert float(value) == pytest.approx(report["entropy"]["per_token"]["value"], abs=float(se))
     # what passed is not shown again
-    assert section.count("adam_step") == 2
+    assert section.count("│ adam_step") == 2
+    assert "checkpoint-9: Beyond your limits: adam_step." in section
+    assert "checkpoint-100: Cannot tell" in section or "checkpoint-100: Healthy" in section
     assert "│ entropy" not in section
     assert (out / "by_step.png").read_bytes().startswith(b"\x89PNG")
     summary = (folder / f"summary{len(workers)}.md").read_text()

@@ -30,7 +30,7 @@ def test_a_name_is_no_markup_of_the_terminal() -> None:
 
 def test_a_name_is_no_markup_of_the_summary() -> None:
     """Inside of HTML nothing is Markdown: a backslash would be shown."""
-    text = summary("t", [step(NAME, 3)], {NAME: [Row(NAME, "entropy", "pass", 1.0, 0.5)]}, {}, [])
+    text = summary("t", [step(NAME, 3)], {NAME: [Row(NAME, "entropy", "pass", 1.0, 0.5)]}, {}, {}, [])
     assert "<details><summary>a[bold]_|`&lt;b&gt;: all criteria (1)</summary>" in text
     assert r"| a\[bold\]\_\|\`\<b\> (3) |" in text
 
