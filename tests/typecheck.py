@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ _UNCHECKED = {"faults", "fuzz", "hostile", "test_audit.py", "test_cost.py", "tes
 
 
 _INNER: dict[tuple[Any, ...], Any] = {}
+_JAXTYPED = jaxtyping.jaxtyped
 
 
 def make_shapes_known() -> None:
@@ -27,6 +30,22 @@ def make_shapes_known() -> None:
     """
     for name in ("Bool", "Float", "Int"):
         setattr(builtins, name, getattr(jaxtyping, name))
+    jaxtyping.jaxtyped = _jaxtyped  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
+    """`jaxtyping.jaxtyped`, but for what costs a third of a measurement and checks nothing.
+
+    A function inside of another is made again at every call of that one; where nothing is checked it is left as it is.
+    torch alone calls `__torch_function__`, at each of its operations, and its arguments may be anything.
+    """
+    if function is None:
+        return partial(_jaxtyped, typechecker=typechecker)
+    if inspect.isfunction(function):
+        is_inner = "<locals>" in function.__qualname__
+        if function.__name__ == "__torch_function__" or (is_inner and jaxtyping.config.jaxtyping_disable):
+            return function
+    return _JAXTYPED(function, typechecker=typechecker)
 
 
 def enforce(function: Any) -> Any:

@@ -310,9 +310,10 @@ class BoundModel:
         self._record(mapping)
         try:
             with self._running(true_derivative):
-                return torch.func.functional_call(
-                    self.module, mapping, (ids,), self._arguments(ids, mask, keep)
-                )
+                arguments = self._arguments(ids, mask, keep)
+                if not mapping:
+                    return self.module(ids, **arguments)
+                return torch.func.functional_call(self.module, mapping, (ids,), arguments)
         except _OURS:
             raise
         except Exception as error:

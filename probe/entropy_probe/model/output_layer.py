@@ -78,11 +78,14 @@ class OutputLayer:
         self, captured: Captured, rows: Float[Tensor, "R D"], mapping: Mapping[str, Tensor]
     ) -> Float[Tensor, "R V"]:
         """Logits of some rows of the hidden states; `mapping` replaces parameters by the names of `names_in`."""
-        given = _Given(_with_states(captured.output, rows[None]))
+        shell = self._shell(_Given(_with_states(captured.output, rows[None])))
         dummy = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
-        output = torch.func.functional_call(
-            self._shell(given), dict(mapping), (dummy,), {"use_cache": False}
-        )
+        if mapping:
+            output = torch.func.functional_call(
+                shell, dict(mapping), (dummy,), {"use_cache": False}
+            )
+        else:
+            output = shell(dummy, use_cache=False)
         return (output.logits if hasattr(output, "logits") else output[0])[0]
 
     def names_in(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:

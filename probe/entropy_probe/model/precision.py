@@ -95,6 +95,7 @@ def threads_for(num_parameters: int) -> Iterator[int]:
 
 _INTEGRAL = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_CASTS = {*_NARROWING, Tensor.to, Tensor.type, Tensor.type_as}
 
 
 class TrueFloat64(TorchFunctionMode):
@@ -112,7 +113,10 @@ class TrueFloat64(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if func not in _CASTS and kwargs.get("dtype") is not torch.float32:  # nearly all there are
+            return func(*args, **kwargs)
+        kwargs = dict(kwargs)
         operand = next((a for a in args if isinstance(a, Tensor)), kwargs.get("input"))
         if not isinstance(operand, Tensor) or operand.dtype not in (torch.float64, *_INTEGRAL):
             return func(*args, **kwargs)
