@@ -6,6 +6,7 @@ one token, a rare token or many neighbours, or that sits in one tensor among hun
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -316,6 +317,7 @@ def draw(space: Space, count: int, seed: int) -> list[Case]:
     return list(cases)[:count]
 
 
+@functools.cache
 def _drawn_bits(seed: str) -> list[tuple[bool, ...]]:
     """Some examples by hypothesis; after the tenth it would mostly change one bit of one that it has.
 
