@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -228,13 +228,20 @@ class Oracle:
     def rb_gradient(self, draw: Draw, coefficients: Tensor) -> Tensor:
         """mean_i[Σ_t ∇H_t + Σ_t c_t ∇log p_t] [R, D] of c [R, B, G, LIMIT]: what each cell and state is counted for,
         times its gradient."""
-        out = torch.zeros(len(draw.prompts), len(self.theta), dtype=torch.float64)
-        counts = torch.ones_like(coefficients)
-        for table, where, weights in zip(self.jacobians, (_CELL_OF, _STATE_OF), (coefficients, counts), strict=True):
+        return self.rb_gradients(draw, [coefficients])[0]
+
+    def rb_gradients(self, draw: Draw, of_each: Iterable[Tensor]) -> list[Tensor]:
+        """`rb_gradient` of each of several c; the first sum is the same."""
+        of_cells, of_states = self.jacobians
+
+        def weighted(table: Tensor, where: Tensor, weights: Tensor) -> Tensor:
             index = draw.prompts[..., None, None] * table.shape[1] + where[draw.responses]
-            total = torch.zeros(len(out), PROMPTS * table.shape[1], dtype=torch.float64)
-            out += total.scatter_add(1, index.flatten(1), weights.flatten(1)) @ table.flatten(0, 1)
-        return out / draw.responses[0].numel()
+            total = torch.zeros(len(draw.prompts), PROMPTS * table.shape[1], dtype=torch.float64)
+            return total.scatter_add(1, index.flatten(1), weights.flatten(1)) @ table.flatten(0, 1)
+
+        steps = torch.ones(*draw.responses.shape, LIMIT, dtype=torch.float64)
+        of_entropy = weighted(of_states, _STATE_OF, steps)
+        return [(weighted(of_cells, _CELL_OF, c) + of_entropy) / draw.responses[0].numel() for c in of_each]
 
     def scores(self, draw: Draw, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(S, R) [R, B, G] of the drawn responses at θ' [D], or at one θ' for each replication [R, D]."""

@@ -167,33 +167,42 @@ def _ridge_of_others(
     phi, target, device = features[present], later[present], later.device
     prompts = among.first + torch.arange(len(later), device=device)
     fold = (prompts % folds)[:, None, None].expand_as(present)[present]
-    others = fold != torch.arange(folds, device=device)[:, None]
+    every = range(folds)
+    others = [(fold != k).nonzero()[:, 0] for k in every]
 
-    def total(of_rows: Callable[[Tensor, int], Tensor]) -> Tensor:
-        return among.total(torch.stack([of_rows(rows, k) for k, rows in enumerate(others)]))
+    def total(of_fold: Callable[[int], Tensor]) -> Tensor:
+        return among.total(torch.stack([of_fold(k) for k in every]))
 
-    size = total(lambda rows, _: rows.double().sum())[:, None]
-    mean = total(lambda rows, _: torch.cat([phi[rows].sum(0), phi[rows].square().sum(0)])) / size
-    mean, square = mean.tensor_split(2, dim=1)
-    deviation = (total(lambda rows, k: (phi[rows] - mean[k]).square().sum(0)) / size).sqrt()
+    def of_others(k: int) -> Tensor:
+        rows = phi[others[k]]
+        return torch.cat([rows.sum(0), rows.square().sum(0)])
+
+    size = total(lambda k: torch.tensor(float(len(others[k])), dtype=phi.dtype, device=device))
+    size = size[:, None]
+    mean, square = (total(of_others) / size).tensor_split(2, dim=1)
+    deviation = (total(lambda k: (phi[others[k]] - mean[k]).square().sum(0)) / size).sqrt()
     scale = deviation.masked_fill(deviation <= 1e-12 * square.sqrt(), float("inf"))
 
     def standardised(rows: Tensor, k: int) -> Tensor:
         return ((phi[rows] - mean[k]) / scale[k]).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
-    sums = (
-        total(lambda rows, k: torch.cat([standardised(rows, k).sum(0), target[rows].sum()[None]]))
-        / size
-    )
+    def sums_of(k: int) -> Tensor:
+        rows = others[k]
+        return torch.cat([standardised(rows, k).sum(0), target[rows].sum()[None]])
+
+    sums = total(sums_of) / size
     centre, level = sums[:, :-1], sums[:, -1]
 
-    def products(rows: Tensor, k: int) -> Tensor:
-        z = standardised(rows, k) - centre[k]
-        return torch.cat([z.T @ z, (z.T @ (target[rows] - level[k]))[:, None]], 1)
+    def products(k: int) -> Tensor:
+        z = standardised(others[k], k) - centre[k]
+        return torch.cat([z.T @ z, (z.T @ (target[others[k]] - level[k]))[:, None]], 1)
 
     fitted, predicted = total(products), torch.zeros_like(target)
-    for k, rows in enumerate(others):
-        penalty = RIDGE * size[k] * torch.eye(phi.shape[1], dtype=phi.dtype, device=device)
-        beta = torch.linalg.solve(fitted[k, :, :-1] + penalty, fitted[k, :, -1])
-        predicted[~rows] = level[k] + (standardised(~rows, k) - centre[k]) @ beta
+    none = torch.eye(phi.shape[1], dtype=phi.dtype, device=device)
+    betas = torch.linalg.solve(
+        fitted[:, :, :-1] + RIDGE * size[:, :, None] * none, fitted[:, :, -1]
+    )
+    for k in every:
+        own = (fold == k).nonzero()[:, 0]
+        predicted[own] = level[k] + (standardised(own, k) - centre[k]) @ betas[k]
     return torch.zeros_like(later).masked_scatter(present, predicted)
