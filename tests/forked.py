@@ -1,7 +1,8 @@
 """Python processes without the seconds in which torch and transformers are imported.
 
-They are forked from one process, which imports these libraries once and does nothing else; nothing of ours is in it.
-What is about the start of a process, what it imports or how much memory it holds starts one of its own.
+They are forked from one process, which imports these libraries and ours once and does nothing else; neither the plugin
+nor the checks, whose asserts pytest rewrites, are in it. What is about the start of a process, what it imports or how
+much memory it holds starts one of its own.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from typing import Any
 import pytest
 
 IMPORTED = (
+    "arviz_stats.base.array",
+    "entropy_probe.run",
+    "hypothesis.strategies",
     "pydantic.main",
     "pydantic.type_adapter",
     "pytest",
     "rich.console",
     "torch",
+    "torch._decomp.decompositions_for_jvp",
     "torch.func",
     "torch.testing",
     "peft",

@@ -22,7 +22,7 @@ from scipy import stats
 import models
 import reference as ref
 import typecheck
-from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
+from entropy_probe import Checkpoint, ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.estimators.baselines import BASELINES
 from entropy_probe.model.forward import bind
 from entropy_probe.model.precision import TrueFloat64
@@ -80,6 +80,11 @@ class Both:
         self.x_e, self.x_u = ([batch.x(n) for n in range(len(batch.lines))] for batch in (self.e, self.u))
         self.y_u = [self.u.y(m) for m in range(len(self.u.lines))]
         self.v = self._direction(self.y_u)
+
+    @functools.cached_property
+    def loaded(self) -> Checkpoint:
+        """As it was read: `model` is in float64."""
+        return load_checkpoint(self.path)
 
     @functools.cached_property
     def x_rb_u(self) -> list[Tensors]:
@@ -812,7 +817,7 @@ def test_losses_and_advantages(both: Both, loss: str, advantage: str, tmp_path: 
     )
     files = [models.random_rollouts(tmp_path / f"{n}.jsonl", prompts=3, responses=2, seed=n) for n in (1, 2)]
     with typecheck.unchecked():  # those of `both` are checked
-        report = run_probe(both.path, config, *files)
+        report = run_probe(both.loaded, config, *files)
     u = ref.Reference(both.model, files[1], temperature=0.9)
     total = {name: torch.zeros_like(p) for name, p in u.named.items()}
     for n, line in enumerate(u.lines):

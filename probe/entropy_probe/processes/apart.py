@@ -16,6 +16,9 @@ _IMPORTED = [
     "transformers.models.auto.modeling_auto",
     "peft",
     "scipy.stats",
+    "arviz_stats.base.array",
+    "hypothesis.strategies",
+    "torch._decomp.decompositions_for_jvp",  # compiled where it is imported, at the first derivative
     "entropy_probe.run",
 ]
 """Before the fork; nothing has been computed by then, so that no thread of torch's is lost."""
