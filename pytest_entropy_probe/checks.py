@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Criterion = Callable[[ProbeReport], Verdict]
 
 
+_REPORTED = pytest.StashKey[dict[str, set[Target | None]]]()
+
+
 @pytest.fixture
 def _probe_loaded(request: pytest.FixtureRequest, _probe_subject: Subject) -> Callable[[], None]:
     """A callable that fails, with one line, where the checkpoint can't be loaded."""
@@ -108,12 +111,20 @@ def _no_numbers(request: pytest.FixtureRequest, subject: Subject) -> NoReturn:
     __tracebackhide__ = True
     reporter = "_probe_loaded" if subject.load_trouble else "_probe_measured"
     target = request.getfixturevalue(TARGET_FIXTURE)
-    reporters = (i for i in request.session.items if reporter in getattr(i, "fixturenames", ()))
-    reported_elsewhere = any(_target_of(item) == target for item in reporters)
+    reported_elsewhere = target in _targets_with(reporter, request.session)
     if subject.trouble and not reported_elsewhere and not subject.trouble_was_reported:
         subject.trouble_was_reported = True
         subject.trouble.end()
     pytest.skip(subject.state)
+
+
+def _targets_with(reporter: str, session: pytest.Session) -> set[Target | None]:
+    """Whose trouble this fixture reports, of the tests that were selected; looked for once."""
+    found = session.stash.setdefault(_REPORTED, {})
+    if reporter not in found:
+        items = (i for i in session.items if reporter in getattr(i, "fixturenames", ()))
+        found[reporter] = {_target_of(item) for item in items}
+    return found[reporter]
 
 
 def _target_of(item: pytest.Item) -> Target | None:

@@ -146,6 +146,6 @@ def _run_code(code: str) -> None:
 
 def _spare_from_rewriting() -> None:
     """pytest warns of modules with plugins that were imported before it could rewrite their asserts."""
-    for name in ("anyio", "hypothesis", "jaxtyping"):
+    for name in ("anyio", "_hypothesis_globals", "hypothesis", "jaxtyping"):
         if name in sys.modules:
             sys.modules[name].__doc__ = "PYTEST_DONT_REWRITE"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from entropy_probe.stages.responses import sources
 from entropy_probe.stages.responses.rewards import REWARDS
 from entropy_probe.trainers.resolved import resolved
 
+version = cache(metadata.version)  # a session may have a hundred checkpoints
 LIBRARIES = (
     "torch",
     "transformers",
