@@ -36,12 +36,14 @@ class Slope:
 
 @dataclass(frozen=True)
 class Along:
-    """By what ΔH is predicted, and per token, where that is known; the change of log p of every response, D_vS."""
+    """By what ΔH is predicted, and per token, where that is known; the change of log p of every response, D_vS; and
+    the slopes per token and per response that are not cross-fitted."""
 
     slope: Slope
     curvature: Slope
     of_tokens: tuple[Slope, Slope] | None
     d_s: np.ndarray
+    plain: tuple[Slope, Slope]
 
     @property
     def decided(self) -> bool:
@@ -92,7 +94,8 @@ def write(sheet: Sheet) -> Along:
     if update(sheet) == "e":
         cross, slope = _cross(sheet, "u"), _cross(sheet, "crossed")
         of_tokens = (slope, bent_token) if is_per_token else None
-    along = Along(slope, bent_token if is_per_token else bent, of_tokens, d_s)
+    curved = bent_token if is_per_token else bent
+    along = Along(slope, curved, of_tokens, d_s, (per_token, chosen))
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
     norm = {n: math.sqrt(math.fsum(sheet[f"sum.{n}_squared"])) for n in ("v", "v0")}

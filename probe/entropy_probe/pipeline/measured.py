@@ -119,12 +119,14 @@ def measured(
     share_u = Share.of(u, units_of(bound, u, config), clock.world)
     share_e = share_u if same_batch else Share.of(e, units_of(bound, e, config), clock.world)
     with clock("scores"):
-        tokens_e = score(bound, share_e.own, config, with_features=True)
+        tokens_e = score(bound, share_e.own, config, with_features=True, with_mean_s=same_batch)
         scores_e = share_e.scores(tokens_e)
         tokens_u, scores_u = tokens_e, scores_e
         if not same_batch:
             with_features = config.first_order.estimator == "rb"
-            tokens_u = score(bound, share_u.own, config, with_features=with_features)
+            tokens_u = score(
+                bound, share_u.own, config, with_features=with_features, with_mean_s=True
+            )
             scores_u = share_u.scores(tokens_u)
     with clock("gradients"):
         as_update = _as_update(checkpoint, bound, share_u, tokens_u, config)

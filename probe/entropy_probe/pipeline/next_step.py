@@ -45,8 +45,9 @@ class Sections:
 
 @dataclass(frozen=True)
 class NextStep:
-    """P and v by name, the slopes along v, the changes, how they are predicted, and the sections, which are rank 0's
-    alone. Without a second moment there is no `direction`, and v is some way that will do for tests of the model."""
+    """P and v by name, the slopes along v, the changes, how they are predicted, lr, and the sections, which are rank
+    0's alone. Without a second moment there is no `direction`, and v is some way that will do for tests of the model.
+    """
 
     precond: dict[str, Tensor]
     v: dict[str, Tensor]
@@ -55,6 +56,7 @@ class NextStep:
     along: slopes.Slopes | None = None
     direction: update.UpdateDirection | None = None
     predicting: slopes.Predictors | None = None
+    lr: float | None = None
     of_match: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -115,7 +117,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         )  # fmt: skip
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
-        return NextStep(precond, v, changes, None, along, direction, predicting, of_match)
+        return NextStep(precond, v, changes, None, along, direction, predicting, lr, of_match)
     with clock("real step"):
         taken, missing = _real_step(of, v, lr)
     sections = Sections(
@@ -135,7 +137,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         real_step=taken,
         real_step_missing=missing,
     )
-    return NextStep(precond, v, changes, sections, along, direction, predicting, of_match)
+    return NextStep(precond, v, changes, sections, along, direction, predicting, lr, of_match)
 
 
 def _logged(checkpoint: Checkpoint) -> float | None:
