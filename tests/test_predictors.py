@@ -161,7 +161,7 @@ def random_tokens(prompts: int, seed: int) -> tuple[Tensor, ...]:
 
 
 def test_standard_errors_are_those_of_fresh_batches() -> None:
-    """The root mean square of the SE over the spread of 600 batches of 40 prompts, whose own error is 1/√1200: 1.02, 1.05
+    """The root mean square of the SE over the spread of 600 batches of 40 prompts, with an error of 1/√1200: 1.02, 1.05
     and 1.01. Tokens taken for independent give 0.84 and 0.78 for the covariance and Wang's, whose A a prompt shares."""
     found = [predictors.of_scores(predictors.prompt_sums(*random_tokens(40, seed))) for seed in range(600)]
     as_tokens = []
