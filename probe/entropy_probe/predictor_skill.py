@@ -91,6 +91,7 @@ def run_skill(reports: Sequence[ProbeReport]) -> RunSkill:
 
     κ is fitted on earlier changes, without intercept, to what is not in nats. The probe's own figures are those of one
     step. Where more lie between two checkpoints they are no prediction of the whole change: κ is fitted to them too.
+    They are measured on the earlier report's responses, as the change is: their skill may come out above 1.
 
     Raises `ProbeError` for fewer than four checkpoints, for one without a step, for steps that are not equally far
     apart, for responses of one checkpoint that serve another, and for different settings of generation.

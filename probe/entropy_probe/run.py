@@ -115,11 +115,11 @@ def _measure(
             step = next_step(of, clock, redraw)
         else:
             step = without_second_moment(of)
-        with clock("slopes"):
+        with clock("scores"):
             of_batch = of_update_batch(of.u.share, of.u.tokens, config)
-            of_slope = {}
-            if step.along is not None and step.lr is not None:
-                of_slope = of_slopes(step.along, of.e.scores, step.lr)
+        of_slope = {}
+        if step.along is not None and step.lr is not None:
+            of_slope = of_slopes(step.along, of.e.scores, step.lr)
         real_update = real_update_missing = None
         if prepared.next_checkpoint is not None:
             try:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from entropy_probe.estimators.policy import NOTHING
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.estimators.token_stats import rows_in_chunk
 
@@ -40,18 +41,23 @@ TOKENS, LOGP, ADVANTAGE, PRODUCT, STEER, WANG = range(6)
 
 
 def mean_s(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, " N"]:
-    """Σ_i p_i S_i = Σ_i p_i²·(H + log p_i) of π = softmax(logits/temperature), in float64, without gradient."""
+    """Σ_i p_i S_i = Σ_i p_i²·(H + log p_i) of π = softmax(logits/temperature), in float64, without gradient.
+
+    With d = (logits − max)/temperature and e = exp(d), so that the entropy need not be known first:
+
+        [Σ e²d − Σe²·Σed/Σe]/(Σe)²
+    """
     parts = logits.detach().split(rows_in_chunk(logits))
     return torch.cat([_mean_s_of_rows(z.double(), temperature) for z in parts])
 
 
 def _mean_s_of_rows(z: Tensor, temperature: float) -> Tensor:
-    # the largest is taken off before the division: a difference of logits is exact, that of quotients is not
-    logp = torch.log_softmax((z - z.amax(-1, keepdim=True)) / temperature, -1)
-    p = logp.exp()
-    logp = logp.masked_fill(p == 0.0, 0.0)
-    entropy = -(p * logp).sum(-1, keepdim=True)
-    return (p.square() * (entropy + logp)).sum(-1)
+    d = (z - z.amax(-1, keepdim=True)).div_(temperature).clamp_(min=NOTHING)
+    e = d.exp()
+    weighted, total = d.mul_(e), e.sum(-1)
+    mean_d = weighted.sum(-1) / total
+    squares, weighted_squares = (torch.einsum("nv,nv->n", e, of) for of in (e, weighted))
+    return (weighted_squares - squares * mean_d) / total.square()
 
 
 def prompt_sums(
