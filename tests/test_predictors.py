@@ -155,14 +155,14 @@ def random_tokens(prompts: int, seed: int) -> tuple[Tensor, ...]:
     entropy = (noise(*shape) + noise(prompts, 1, 1)).exp()
     logp = -(noise(*shape) + entropy.log()).exp()
     lengths = torch.randint(1, 9, (prompts, 3), generator=generator)
-    a = noise(prompts, 3) + 0.3 * noise(prompts, 1)
+    a = 1 + noise(prompts, 3) + 0.3 * noise(prompts, 1)  # a mean that is not 0, as tokens have it
     counts = torch.arange(8) < lengths[..., None]
     return logp, entropy, 0.1 * noise(*shape), a, counts
 
 
 def test_standard_errors_are_those_of_fresh_batches() -> None:
-    """The root mean square of the SE over the spread of 600 batches of 40 prompts, with an error of 1/√1200: 1.02, 1.05
-    and 1.01. Tokens taken for independent give 0.84 and 0.78 for the covariance and Wang's, whose A a prompt shares."""
+    """The root mean square of the SE over the spread of 600 batches of 40 prompts, with an error of 1/√1200: 1.02, 1.06
+    and 1.03. Tokens taken for independent give 0.84, 0.91 and 0.84: those of a prompt share a part of A."""
     found = [predictors.of_scores(predictors.prompt_sums(*random_tokens(40, seed))) for seed in range(600)]
     as_tokens = []
     for seed in range(200):
@@ -179,8 +179,7 @@ def test_standard_errors_are_those_of_fresh_batches() -> None:
     for name in ("cov_logp_advantage", "steer", "wang"):
         spread = statistics.stdev(of[name].value for of in found)
         assert rms(found, name) / spread == pytest.approx(1.0, abs=0.1), name
-        if name != "steer":
-            assert rms(as_tokens, name) / spread < 0.88, name
+        assert rms(as_tokens, name) / rms(found, name) < 0.9, name
 
 
 def test_one_prompt_has_no_standard_error() -> None:
