@@ -19,6 +19,7 @@ from entropy_probe import ProbeError
 if TYPE_CHECKING:
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport
     from entropy_probe.pipeline.prepared import Prepared
+    from entropy_probe.predictor_skill import RunSkill
     from entropy_probe.processes.world import World
     from entropy_probe.report import BaselineSection
     from pytest_entropy_probe.settings import Settings
@@ -200,6 +201,25 @@ def write_steps(path: Path, series: Sequence[tuple[str, int | None, ProbeReport]
     from entropy_probe.plots import save_steps
 
     return _draw(lambda: save_steps(list(series), path), path)
+
+
+def skills_of_runs(
+    series: Sequence[tuple[str, int | None, ProbeReport]],
+) -> list[RunSkill | str]:
+    """The predictors of each run of four checkpoints or more against its changes; or why there is no telling."""
+    from entropy_probe.predictor_skill import FEWEST, run_skill
+
+    runs: dict[str, list[ProbeReport]] = {}
+    for run, step, report in series:
+        if step is not None:
+            runs.setdefault(run, []).append(report)
+    found: list[RunSkill | str] = []
+    for reports in runs.values():
+        try:
+            found += [run_skill(reports)] if len(reports) >= FEWEST else []
+        except ProbeError as error:
+            found.append(str(error))
+    return found
 
 
 def _draw(draw: Callable[[], None], path: Path) -> str | None:

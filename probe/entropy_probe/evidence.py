@@ -2,7 +2,7 @@
 
 Arrays by name, in float64 and integers, and facts as in JSON; in a file both are one safetensors file. `docs/audit.md`
 lists them. Nothing is as long as the parameters: with B·G responses of up to T tokens in E, K values of η, U units and
-N trained tensors a file takes about 8·[B·G·T·(23 + 2K) + 2·N·U²] bytes.
+N trained tensors a file takes about 8·[B·G·T·(24 + 2K) + 2·N·U²] bytes.
 """
 
 from __future__ import annotations

@@ -75,10 +75,11 @@ class BatchSection(_Section):
     all. `num_tokens` counts the scored tokens, `mean_reward_se` needs two prompts. `given` is the file that was asked
     for, or `sampled`. `early_eos` counts the responses with an EOS before their last token, `unended` those that end
     neither with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
-    `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file. `advantages`: `given` in
-    the file, `weights` where it has those of tokens, or by the `recipe`. `reward` names what gave the rewards, or is
-    `file`; `stand_in` says nothing of the policy. Where `prompts_are_builtin` nobody chose them, and the entropy is
-    that on other questions than the policy's. `found` says what was odd about prompts and ids, and what was done.
+    `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file, `prompts_fingerprint` of
+    the token ids of the prompts alone. `advantages`: `given` in the file, `weights` where it has those of tokens, or by
+    the `recipe`. `reward` names what gave the rewards, or is     `file`; `stand_in` says nothing of the policy. Where
+    `prompts_are_builtin` nobody chose them, and the entropy is     that on other questions than the policy's. `found`
+    says what was odd about prompts and ids, and what was done.
     """
 
     num_prompts: int
@@ -95,6 +96,7 @@ class BatchSection(_Section):
     early_eos: int
     unended: int | None
     fingerprint: str
+    prompts_fingerprint: str
     advantages: str
     reward: str
     prompts_are_builtin: bool
@@ -164,7 +166,8 @@ class EntropySection(_Section):
     `surprise` is Σ_t(−log q_t − H(q_t)), with its standard error under q: a martingale, so that it is 0 in expectation,
     whatever ends a response, if the responses come from q. `rb_by_prompt`: mean of R over the responses of each prompt.
     `surprises` counts the tokens that were less likely than not: where a policy has next to none, the responses are all
-    but one, and no standard error that comes from their spread holds.
+    but one, and no standard error that comes from their spread holds. `per_token_by_prompt`: what each prompt says of
+    `per_token`, Ĥ + (R − ĤT)/mean T averaged over its responses: the mean is the value, sd/√B the SE.
     """
 
     naive: Estimate
@@ -173,6 +176,7 @@ class EntropySection(_Section):
     surprise: Estimate
     per_token: Estimate
     rb_by_prompt: list[float]
+    per_token_by_prompt: list[float]
     surprises: int
 
 
@@ -345,6 +349,34 @@ class ResolutionSection(_Section):
     def reached(self) -> bool | None:
         """Whether the SE that was asked for was reached."""
         return None if self.target_se is None else self.looks[-1].se <= self.target_se
+
+
+class PredictorsSection(_Section):
+    """Predictors of the entropy's change by the next step: three that need no gradient, and the parts of our own.
+
+    `cov_logp_advantage` (Cui et al.), `steer` and `wang` are over the tokens of the U batch, of the responses that
+    the step takes. A constant κ > 0 turns each into nats per token: it is fitted on earlier checkpoints of a run,
+    and is not in them. Their SE is over prompts, and `None` where there is one. (`estimators/predictors.py`)
+
+    `of_entropies` and `of_visits` add up to lr·slope per token along v on the E batch, and have nothing fitted: how the
+    entropies of the steps change, lr·mean[D_vR]/mean T, and how it changes which steps are visited. The same per
+    response. Where one batch serves as both, they are of that batch, and hold the noise that the update fitted.
+    """
+
+    cov_logp_advantage: float
+    cov_logp_advantage_se: float | None
+    steer: float
+    steer_se: float | None
+    wang: float
+    wang_se: float | None
+    of_entropies: float | None
+    of_entropies_se: float | None
+    of_visits: float | None
+    of_visits_se: float | None
+    of_entropies_per_response: float | None
+    of_entropies_per_response_se: float | None
+    of_visits_per_response: float | None
+    of_visits_per_response_se: float | None
 
 
 class RealUpdateSection(_Section):
@@ -784,6 +816,7 @@ class ProbeReport(_Section):
     first_order: FirstOrderSection | None
     two_batch: TwoBatchSection | None
     update: UpdateSection | None
+    predictors: PredictorsSection
     entropy_change: list[EntropyChangeRow]
     resolution: ResolutionSection | None
     continuity: ContinuitySection

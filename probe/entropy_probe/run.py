@@ -27,6 +27,7 @@ from entropy_probe.stages.entropy import entropy_section, sampler_parity_section
 from entropy_probe.stages.gradients.coverage import cancels, gradient_coverage
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.memory.memory_limit import memory_section
+from entropy_probe.stages.predictors import of_slopes, of_update_batch, predictors_section
 from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.witnesses.cache import cache_section
@@ -117,6 +118,11 @@ def _measure(
             step = next_step(of, clock, redraw)
         else:
             step = without_second_moment(of)
+        with clock("scores"):
+            of_batch = of_update_batch(of.u.share, of.u.tokens, config)
+        of_slope = {}
+        if step.along is not None and step.lr is not None:
+            of_slope = of_slopes(step.along, of.e.scores, step.lr)
         real_update = real_update_missing = None
         if prepared.next_checkpoint is not None:
             try:
@@ -160,6 +166,7 @@ def _measure(
         first_order=sections.first_order,
         two_batch=sections.two_batch,
         update=sections.update,
+        predictors=predictors_section(of_batch, of_slope),
         entropy_change=sections.entropy_change,
         resolution=sections.resolution,
         preconditioner=sections.preconditioner,

@@ -9,6 +9,7 @@ import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.shown.records import FIRST
@@ -22,6 +23,9 @@ from pytest_entropy_probe.shown.tables import (
 )
 from pytest_entropy_probe.shown.verdict import Answer
 
+if TYPE_CHECKING:
+    from entropy_probe.predictor_skill import RunSkill
+
 CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")
 MOST_IN_FULL = 20
 """Checkpoints whose criteria are all listed: a summary may have 1 MiB, and one takes 5 kB of it."""
@@ -34,6 +38,7 @@ def summary(
     headlines: Mapping[str, str],
     answers: Mapping[str, Answer],
     notes: Sequence[str],
+    skills: Sequence[RunSkill | str] = (),
 ) -> str:
     """One table of the checkpoints by step; of each the answer in a sentence, and what failed, with what to do.
 
@@ -41,6 +46,7 @@ def summary(
     """
     lines = [f"### {_escaped(title)}", "", f"{_escaped(steps_title(steps))}; H in nats/token:", ""]
     lines += [*_table(STEP_HEADINGS, (step.cells for step in steps)), ""]
+    lines += [line for skill in skills for line in _of_skill(skill)]
     for step in steps:
         mine = rows.get(step.name, ())
         failures = [row.message for row in mine if row.message]
@@ -59,6 +65,15 @@ def summary(
             lines += [f"<details><summary>{title}</summary>", ""]
             lines += [*_table(CRITERIA_HEADINGS, judged), "", "</details>", ""]
     return "\n".join([*lines, *(f"* {_escaped(note)}" for note in notes), ""])
+
+
+def _of_skill(skill: RunSkill | str) -> list[str]:
+    if isinstance(skill, str):
+        return [_escaped(skill), ""]
+    from entropy_probe.predictor_skill import HEADINGS
+
+    rows = _table(HEADINGS, skill.rows())
+    return [f"{_escaped(skill.title)}; {_escaped(skill.note)}:", "", *rows, ""]
 
 
 def append(path: Path, text: str) -> str | None:

@@ -25,6 +25,7 @@ from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.shown.markdown import append, summary
 from pytest_entropy_probe.shown.records import FIRST, records_of
+from pytest_entropy_probe.shown.skills import skill_table
 from pytest_entropy_probe.shown.tables import (
     PLAIN,
     Row,
@@ -44,6 +45,7 @@ from pytest_entropy_probe.subject import SUBJECTS, probe_config
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeReport
+    from entropy_probe.predictor_skill import RunSkill
 
 HANDED_OVER, NOTES = "entropy_probe_reports", "entropy_probe_notes"
 NOT_WRITTEN = "entropy_probe_not_written"
@@ -60,6 +62,7 @@ class Summary:
         self._answers: dict[str, Answer] = {}
         self._handed_over: list[dict[str, str]] = []
         self._steps: list[Step] = []
+        self._skills: list[RunSkill | str] = []
         self._predictions: dict[str, str] = {}
         self._notes: dict[str, str] = {}
         self._troubles: list[str] = []
@@ -179,7 +182,10 @@ class Summary:
     def _append_to_page(self, page: Path) -> None:
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
         notes = [*self._said(), *self._troubles]
-        text = summary(self._what(), self._steps, rows, self._headlines, self._answers, notes)
+        answers = self._answers
+        text = summary(
+            self._what(), self._steps, rows, self._headlines, answers, notes, self._skills
+        )
         self._fail(append(page, text))
 
     def _complain(self, trouble: str | None) -> None:
@@ -236,6 +242,7 @@ class Summary:
         for step in self._steps:
             if (report := reports[step.name]) is not None:
                 measured.append((step.run, step.step, report))
+        self._skills = library.skills_of_runs(measured)
         if settings.plot_path is not None and len(settings.targets) > 1 and measured:
             self._fail(library.write_steps(settings.plot_path / "by_step.png", measured))
 
@@ -264,6 +271,15 @@ class Summary:
                 table = steps_table(self._steps, plain=plain())
                 above = long_names(self._steps, plain=plain())
                 write_table(terminalreporter, table, above=above, width=WIDTH)
+            for skill in self._skills:
+                if isinstance(skill, str):
+                    terminalreporter.write_line(skill)
+                else:
+                    terminalreporter.write_line(skill.title, bold=True)
+                    table = skill_table(skill, plain=plain())
+                    write_table(terminalreporter, table, width=WIDTH)
+                    for line in textwrap.wrap(skill.note, WIDTH):
+                        terminalreporter.write_line(written(line))
         for line in self._said():
             terminalreporter.write_line(f"entropy-probe: {line}")
         for line in self._troubles:

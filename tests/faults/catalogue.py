@@ -1330,9 +1330,10 @@ _UNSEEN = """
 
 
 if __name__ == "__main__":
-    from faults import catalogue, inputs, more, recipes  # the one that faults are entered in
+    from faults import catalogue, inputs, more, predictors, recipes  # the one that faults are entered in
 
     assert more
     assert recipes
     assert inputs
+    assert predictors
     sys.stdout.write(catalogue.page())

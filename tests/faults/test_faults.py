@@ -12,7 +12,7 @@ import models
 from entropy_probe import ProbeConfig, run_probe
 from entropy_probe.model import forward
 from entropy_probe_checks.criteria import CRITERIA
-from faults import inputs, recipes  # noqa: F401 (enter their faults)
+from faults import inputs, predictors, recipes  # noqa: F401 (enter their faults)
 from faults.catalogue import FAULTS, Fault, page
 from faults.more import FIGURE
 from faults.subjects import Bench, Subject, adapter, full, statuses

@@ -54,10 +54,12 @@ def test_every_place_says_so(folder: Path) -> None:
     assert at <= 4
     assert shown[at : at + 2] == FIRST
     assert max(map(len, shown)) <= 80
-    figures = [line for line in shown if re.match(r"(entropy  |δH₁ |ΔH |resolves |prediction against)", line)]
-    assert len(figures) == 6
-    assert all(MARK in line for line in figures), figures
-    assert MARK in "".join(shown[shown.index(next(line for line in shown if line.startswith("v    "))) :])
+    text = " ".join(" ".join(shown).split())
+    for label, ends in (("entropy", "ΔH"), ("ΔH", "resolves"), ("resolves", "v "), ("v ", "δH₁"), ("δH₁", "E batch")):
+        found = re.search(rf"(?<= ){label} +(.+?)(?= {ends})", text)
+        assert found, label
+        assert found[1].endswith(f"({MARK})"), found[1]
+    assert text.count(f"prediction against realisation (nats/token), {MARK}") == 1
     markdown = summary.read_text()
     assert f"\\*: {MARK}; H in nats/token" in markdown
     (row,) = (line for line in markdown.splitlines() if line.startswith("| ckpt"))

@@ -6,6 +6,7 @@ NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each f
 batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
 first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
 resolution   what the noise can tell
+predictors   those that need no gradient, and the parts of the slope
 optimizer    coverage and P;   taylor  small steps;   student, tail  two distributions
 sheet        what is compared, and how
 """
@@ -24,6 +25,7 @@ from entropy_probe_checks.audit import (
     entropy,
     first_order,
     optimizer,
+    predictors,
     resolution,
     slopes,
     taylor,
@@ -60,6 +62,7 @@ def audit(report: Mapping[str, Any], evidence: Kept) -> list[Line]:
     else:
         for name in ("first_order", "two_batch", "update", "resolution"):
             sheet.write(name, None)
+    predictors.write(sheet, along)
     change.write(sheet, along)
     optimizer.write(sheet)
     taylor.write(sheet)

@@ -126,6 +126,7 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
     line("unended", unended)
     line("fingerprint", _fingerprint(sheet, which))
+    line("prompts_fingerprint", _of_prompts(sheet, which))
     line("reward", facts["reward"][place])
     line("prompts_are_builtin", facts["builtin"][place])
     line("found", facts["found"][place])
@@ -146,6 +147,14 @@ def _fingerprint(sheet: Sheet, which: str) -> str:
     name = f"{which}.given_advantages"
     given = sheet[name].tolist() if sheet.has(name) else None
     content = (rows, sheet[f"{which}.rewards"].tolist(), given)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _of_prompts(sheet: Sheet, which: str) -> str:
+    """SHA-256 of the ids of every prompt, which stand in its first response."""
+    group = sheet[f"{which}.rewards"].shape[1]
+    rows, starts = sheet[f"{which}.ids"][::group], sheet[f"{which}.prompt_lens"][::group]
+    content = [row[:start].tolist() for row, start in zip(rows, starts, strict=True)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

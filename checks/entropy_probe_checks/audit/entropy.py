@@ -23,6 +23,8 @@ def write(sheet: Sheet) -> None:
     excess = (r - per_token * lengths) / lengths.mean()
     again = {"value": float(per_token), "se": cluster_se(excess)}
     sheet.write("entropy.per_token", again, float(np.abs(r).sum() / lengths.sum()))
+    by_prompt = [per_token + float(own.mean()) for own in excess]
+    sheet.write("entropy.per_token_by_prompt", by_prompt, float(np.abs(r).sum() / lengths.sum()))
     sheet.write("entropy.surprises", int((sheet["e.logp"] < math.log(0.5)).sum()))
     temperature = sheet.report["config"]["generation"]["temperature"]
     surprise = -sheet["e.logq"].sum(-1) - r_q

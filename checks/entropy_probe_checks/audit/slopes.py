@@ -37,12 +37,13 @@ class Slope:
 @dataclass(frozen=True)
 class Along:
     """Slope and curvature by which ΔH is predicted, per response and per token, and which of the two was asked for; the
-    change of log p of every response, D_vS."""
+    change of log p of every response, D_vS; and the slopes per token and per response that are not cross-fitted."""
 
     of_response: tuple[Slope, Slope]
     of_tokens: tuple[Slope, Slope]
     is_per_token: bool
     d_s: np.ndarray
+    plain: tuple[Slope, Slope]
 
     @property
     def slope(self) -> Slope:
@@ -100,7 +101,7 @@ def write(sheet: Sheet) -> Along:
         cross = _cross(sheet, "u")
         pair = cross, _cross(sheet, "crossed")
     is_per_token = config["true_delta_h"]["normalize"] == "per_token"
-    along = Along((pair[0], bent), (pair[1], bent_token), is_per_token, d_s)
+    along = Along((pair[0], bent), (pair[1], bent_token), is_per_token, d_s, (of_token, chosen))
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
     norm = {n: math.sqrt(math.fsum(sheet[f"sum.{n}_squared"])) for n in ("v", "v0")}

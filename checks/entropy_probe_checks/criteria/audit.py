@@ -222,9 +222,9 @@ def moments_possible(report: ProbeReport) -> Finding:
 
 @from_evidence()
 def plain_forward(report: ProbeReport) -> Finding:
-    """Largest difference of a token's log p, entropy, features or place among all tokens from those of the folder
-    loaded by transformers and peft alone, one unpadded response at a time: two prompts of each batch, and fresh ones
-    (nats).
+    """Largest difference of a token's log p, entropy, features, place among all tokens or Σ_i p_i S_i from those of the
+    folder loaded by transformers and peft alone, one unpadded response at a time: two prompts of each batch, and fresh
+    ones (nats).
 
     The model that was measured is not the one in the folder, or its scores are not its own: a weight, a scaling, the
     temperature, a position or a token is another. Nothing that is measured is about this checkpoint.
@@ -243,6 +243,9 @@ def plain_forward(report: ProbeReport) -> Finding:
             ]
             differences.append(_of_features(report, which, place, scored[2]))
             differences.append(_of_before(report, which, place, scored[3]))
+            if f"{which}.mean_s" in _arrays(report):
+                own_s = _row(report, f"{which}.mean_s", place)[: len(scored[4])]
+                differences.append(float(np.abs(own_s - np.array(scored[4])).max()))
     return at_most(largest(*differences), limit_for(report, "plain_forward"))
 
 

@@ -28,8 +28,9 @@ _ALIKE = 1e-3  # nats: rounding may exchange tokens that are so close
 _AT_ONCE = 128  # positions whose logits are held in float64
 Row = tuple[list[int], int]
 """Token ids of prompt and response, and how many of them are the prompt."""
-Scored = list[tuple[list[float], list[float], list[list[float]], list[list[float]]]]
-"""(log p, H, features, mass before it) of every token of each response, as `_features` and `_before` have them."""
+Scored = list[tuple[list[float], list[float], list[list[float]], list[list[float]], list[float]]]
+"""(log p, H, features, mass before it, Σ_i p_i S_i) of every token of each response, as `_features`, `_before` and
+`_mean_s` have them."""
 
 
 def plain_model(folder: Path, base: Path | None, device: torch.device) -> Any:
@@ -120,7 +121,7 @@ def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
     for ids, start in rows:
         given = torch.tensor([ids], device=model.device)
         of_all = model(input_ids=given, use_cache=False).logits[0, start - 1 : len(ids) - 1]
-        taken, scored = torch.tensor(ids[start:]), ([], [], [], [])
+        taken, scored = torch.tensor(ids[start:]), ([], [], [], [], [])
         for first in range(0, len(taken), _AT_ONCE):
             logits = of_all[first : first + _AT_ONCE].cpu().double()
             tokens, policy = taken[first : first + _AT_ONCE], logits / temperature
@@ -128,7 +129,8 @@ def plain_scores(model: Any, rows: Sequence[Row], temperature: float) -> Scored:
             entropy = Categorical(logits=policy).entropy()
             features = _features(logits, policy.softmax(-1), entropy)
             before = _before(policy, tokens)
-            for known, more in zip(scored, (logp, entropy, features, before), strict=True):
+            of_s = _mean_s(policy, entropy)
+            for known, more in zip(scored, (logp, entropy, features, before, of_s), strict=True):
                 known += more.tolist()
         found.append(scored)
     return found
@@ -143,6 +145,12 @@ def _features(logits: Tensor, p: Tensor, entropy: Tensor) -> Tensor:
     mean = (p * logits).sum(-1, keepdim=True)
     spread = (p * (logits - mean) ** 2).sum(-1)
     return torch.stack([entropy, top, first - second, top, two, spread], -1)
+
+
+def _mean_s(policy: Tensor, entropy: Tensor) -> Tensor:
+    """[T]: the mean under p of S = p·(H + log p)."""
+    p = policy.softmax(-1)
+    return (p * (p * entropy[:, None] + torch.special.xlogy(p, p))).sum(-1)
 
 
 def _before(policy: Tensor, tokens: Tensor) -> Tensor:

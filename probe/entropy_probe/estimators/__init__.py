@@ -10,6 +10,7 @@ parts of a recipe alone.
     baselines   entropies of every step → R_{≥t} − b_t, the coefficients of ∇log p_t
     slope       per-token directional derivatives → slope and curvature of the entropy, per prompt
     performance_difference  what a step changes at every token → ΔH, and its slope and curvature along v
+    predictors  scores and advantages → predictors that need no gradient;   skill  how well they told changes
     prediction  slope and curvature → the predicted change, η*;   taylor  orders and identities of ΔH(η)
     resolution  a standard error → what it resolves, how many more prompts
     parity      the sampler's log-probabilities against teacher forcing;   moments  moments against gradients

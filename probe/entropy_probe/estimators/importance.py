@@ -111,6 +111,12 @@ def ratio_and_se(values: Float[Tensor, "B G"], units: Int[Tensor, "B G"]) -> tup
     return float(ratio), cluster_se((values - ratio * units) / units.double().mean())
 
 
+def ratio_by_prompt(values: Float[Tensor, "B G"], units: Int[Tensor, "B G"]) -> Float[Tensor, " B"]:
+    """What each prompt says of Σf/ΣT: the ratio plus its influence. The mean is the ratio, and sd/√B its SE."""
+    ratio = values.double().sum() / units.sum()
+    return ratio + ((values - ratio * units) / units.double().mean()).mean(1)
+
+
 def surprise(
     seq_logq: Float[Tensor, "B G"],
     rb_sum_q: Float[Tensor, "B G"],

@@ -20,7 +20,7 @@ about 2e-7 in the samplers that draw responses, and a sampled token must never g
 # model's nucleus rarely holds more than the first (`benchmarks/test_nucleus.py`).
 _PREFIXES = (64, 4096)
 # exp(x) is exactly 0 below it, in float64 too: a logit of −∞ can be moved there, and 0·(−∞) never arises.
-_NOTHING = -1e4
+NOTHING = -1e4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def score_tokens(
     d = d.sub_(top).div_(temperature)
     token_d = d.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     in_place = not d.requires_grad
-    d = d.clamp_(min=_NOTHING) if in_place else d.clamp(min=_NOTHING)
+    d = d.clamp_(min=NOTHING) if in_place else d.clamp(min=NOTHING)
     exp_d = d.exp()
     sum_all = exp_d.sum(-1)
     log_sum = sum_all.log()
@@ -75,7 +75,7 @@ def score_tokens(
     sum_inside = inside_exp.sum(-1)
     log_sum_inside = sum_inside.log()
     logq = (token_d - log_sum_inside).masked_fill(
-        token_d.clamp(min=_NOTHING) < lowest.squeeze(-1), float("-inf")
+        token_d.clamp(min=NOTHING) < lowest.squeeze(-1), float("-inf")
     )
     weighted = inside_exp.mul_(d) if in_place else inside_exp * d
     return TokenScores(logp, logq, entropy, log_sum_inside - weighted.sum(-1) / sum_inside)

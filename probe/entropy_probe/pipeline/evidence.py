@@ -134,6 +134,10 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
         found["features"] = _of_columns(share, tokens.features)
     if tokens.before is not None:
         found["before"] = _of_columns(share, tokens.before)
+    if tokens.mean_s is not None:
+        found["mean_s"] = share.all_tokens(tokens.mean_s)
+    if rollouts.in_step is not None:
+        found["in_step"] = rollouts.in_step.long()
     if rollouts.advantages is not None:
         found["given_advantages"] = rollouts.advantages
     if rollouts.logprobs is not None:

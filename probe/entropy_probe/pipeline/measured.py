@@ -124,11 +124,13 @@ def measured(
     share_u = Share.of(u, units_of(bound, u, config), clock.world)
     share_e = share_u if same_batch else Share.of(e, units_of(bound, e, config), clock.world)
     with clock("scores"):
-        tokens_e = score(bound, share_e.own, config, with_features=True)
+        tokens_e = score(bound, share_e.own, config, with_features=True, with_mean_s=same_batch)
         tokens_u = tokens_e
         if not same_batch:
             with_features = config.first_order.estimator == "rb"
-            tokens_u = score(bound, share_u.own, config, with_features=with_features)
+            tokens_u = score(
+                bound, share_u.own, config, with_features=with_features, with_mean_s=True
+            )
     with clock("gradients"):
         as_update = _as_update(checkpoint, bound, share_u, tokens_u, config)
         of_x = x_payload(share_u.own, tokens_u, config, share_u.among)

@@ -46,8 +46,8 @@ class Sections:
 
 @dataclass(frozen=True)
 class NextStep:
-    """P and v by name, the slopes along v, the changes, how they are predicted, and the sections, which are rank 0's
-    alone; X̄ of the entropy per token. Without a second moment there is no `direction`, and v is some way that will do
+    """P and v by name, the slopes along v, the changes, how they are predicted, X̄ of the entropy per token, lr, and the
+    sections, which are rank 0's alone. Without a second moment there is no `direction`, and v is some way that will do
     for tests of the model."""
 
     precond: dict[str, Tensor]
@@ -58,6 +58,7 @@ class NextStep:
     direction: update.UpdateDirection | None = None
     predicting: slopes.Predictors | None = None
     x_per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    lr: float | None = None
     of_match: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -126,7 +127,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         rows = [_row(of, change, predicting) for change in changes]
     if agreement is None:
         return NextStep(
-            precond, v, changes, None, along, direction, predicting, x_per_token, of_match
+            precond, v, changes, None, along, direction, predicting, x_per_token, lr, of_match
         )
     with clock("real step"):
         taken, missing = _real_step(of, v, lr)
@@ -149,7 +150,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
         real_step_missing=missing,
     )
     return NextStep(
-        precond, v, changes, sections, along, direction, predicting, x_per_token, of_match
+        precond, v, changes, sections, along, direction, predicting, x_per_token, lr, of_match
     )
 
 

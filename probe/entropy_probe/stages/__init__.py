@@ -7,6 +7,7 @@ gradients/   X and Y of every unit
 first_order  U_cross and δH₁;   update  P and the direction v;   moments  P beside the gradients
 reference    log p of the reference of a KL term;   real_update  the step that the trainer made
 derivatives  D_v at every token;   slopes  slope and curvature along v;   entropy_change  ΔH(η)
+predictors   what others predict the change by, and the parts of the slope
 witnesses/   the same numbers by another way;   memory/  a limit of memory
 rounding     what another order of summation may change
 """

@@ -258,6 +258,7 @@ def batch_section(
         early_eos=sum(early_eos(response, eos) is not None for response in responses),
         unended=sum(len(response) < limit for response in cut) if limit_is_known else None,
         fingerprint=fingerprint(rollouts),
+        prompts_fingerprint=prompts_fingerprint(rollouts),
         advantages=_whence(rollouts),
         reward=printable(rollouts.reward),
         prompts_are_builtin=rollouts.builtin,
@@ -284,3 +285,13 @@ def fingerprint(rollouts: Rollouts) -> str:
     given = None if rollouts.advantages is None else rollouts.advantages.tolist()
     content = (rows, rollouts.rewards.tolist(), given)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def prompts_fingerprint(rollouts: Rollouts) -> str:
+    """SHA-256 of the token ids of every prompt: two batches with the same one differ by responses alone."""
+    group = rollouts.num_responses
+    firsts = zip(
+        rollouts.ids[::group].tolist(), rollouts.prompt_lens[::group].tolist(), strict=True
+    )
+    prompts = [ids[:length] for ids, length in firsts]
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

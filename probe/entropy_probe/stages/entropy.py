@@ -31,6 +31,7 @@ def entropy_section(scores: Scores, temperature: float, surprises: int) -> r.Ent
         surprise=_estimate(*surprise),
         per_token=_estimate(*importance.ratio_and_se(scores.rb_sum, scores.gen_lens)),
         rb_by_prompt=scores.rb_sum.mean(1).tolist(),
+        per_token_by_prompt=importance.ratio_by_prompt(scores.rb_sum, scores.gen_lens).tolist(),
         surprises=surprises,
     )
 

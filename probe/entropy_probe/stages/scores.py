@@ -14,6 +14,7 @@ from entropy_probe.config import GenerationConfig, PrecisionSection, ProbeConfig
 from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.placing import mass_before
 from entropy_probe.estimators.policy import TokenScores, score_tokens
+from entropy_probe.estimators.predictors import mean_s
 from entropy_probe.estimators.token_stats import step_diagnostics, step_features, with_position
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
@@ -33,7 +34,8 @@ class Scores:
     """Per token [B, G, T], zero past the end of a response; sums over a response in float64 [B, G].
 
     `rb_entropy` is of π, `rb_entropy_q` of q; they are one where top_p = 1. `features` are φ [B, G, T, 7] of
-    `token_stats.baseline_features`, `before` is `placing.mass_before` [B, G, T, 2], where they were asked for.
+    `token_stats.baseline_features`, `before` is `placing.mass_before` [B, G, T, 2], `mean_s` is `predictors.mean_s`
+    [B, G, T], where they were asked for.
     """
 
     token_logp: Float[Tensor, "B G T"]
@@ -43,6 +45,7 @@ class Scores:
     gen_lens: Int[Tensor, "B G"]
     features: Float[Tensor, "B G T 7"] | None = None
     before: Float[Tensor, "B G T 2"] | None = None
+    mean_s: Float[Tensor, "B G T"] | None = None
 
     def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
         """The same for some prompts only."""
@@ -137,13 +140,20 @@ def _scored(
 
 
 def scored_at_theta(
-    policy: GenerationConfig, read: Read, with_features: bool, logits: Tensor, tokens: Tensor
+    policy: GenerationConfig,
+    read: Read,
+    with_features: bool,
+    with_mean_s: bool,
+    logits: Tensor,
+    tokens: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What `read` gives, the mass before the token, and the features φ of the step but for its position."""
+    """What `read` gives, the mass before the token, Σ_i p_i S_i, and the features φ but for the position."""
     found = *read(logits, tokens), mass_before(logits, tokens, policy.temperature, policy.top_p)
-    if not with_features:
-        return found
-    return *found, step_features(step_diagnostics(logits, policy.top_p, policy.temperature))
+    if with_mean_s:
+        found = *found, mean_s(logits, policy.temperature)
+    if with_features:
+        found = *found, step_features(step_diagnostics(logits, policy.top_p, policy.temperature))
+    return found
 
 
 def score_rows(
@@ -223,17 +233,20 @@ def score(
     override: Mapping[str, Tensor] | None = None,
     *,
     with_features: bool = False,
+    with_mean_s: bool = False,
 ) -> Scores:
     """Score every response at θ, or with the parameters in `override` replaced.
 
-    At θ it is also known where the tokens stand among all (`before`), and features can be asked for.
+    At θ it is also known where the tokens stand among all (`before`), and features and `mean_s` can be asked for.
     """
     policy = config.generation
     if rollouts.num_prompts == 0:
-        return _of_nothing(rollouts.num_responses, with_features=with_features)
+        return _of_nothing(
+            rollouts.num_responses, with_features=with_features, with_mean_s=with_mean_s
+        )
     read = policy_scores(bound, policy, config.precision)
     if override is None:
-        read = partial(scored_at_theta, policy, read, with_features)
+        read = partial(scored_at_theta, policy, read, with_features, with_mean_s)
     scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), read, override)
     logp, logq, entropy, entropy_q, *rest = (values.double().cpu() for values in scores)
     if override is None:
@@ -245,17 +258,20 @@ def score(
     if override is None:
         require_inside_nucleus(rollouts, logq, policy.top_p)
     before = rest[0] if override is None else None
-    phi = with_position(rest[1], policy.max_new_tokens) if with_features else None
+    phi = with_position(rest[-1], policy.max_new_tokens) if with_features else None
     lengths = rollouts.per_prompt(rollouts.gen_lens)
-    return Scores(logp, logq, entropy, entropy_q, lengths, phi, before)
+    of_s = rest[1] if with_mean_s else None
+    return Scores(logp, logq, entropy, entropy_q, lengths, phi, before, of_s)
 
 
-def _of_nothing(group: int, *, with_features: bool) -> Scores:
+def _of_nothing(group: int, *, with_features: bool, with_mean_s: bool) -> Scores:
     """The scores of a process that has no prompt."""
     empty = torch.zeros(0, group, 0, dtype=torch.float64)
     phi = empty[..., None].expand(0, group, 0, 7) if with_features else None
     lengths = torch.zeros(0, group, dtype=torch.long)
-    return Scores(empty, empty, empty, empty, lengths, phi, empty[..., None].expand(0, group, 0, 2))
+    before = empty[..., None].expand(0, group, 0, 2)
+    of_s = empty if with_mean_s else None
+    return Scores(empty, empty, empty, empty, lengths, phi, before, of_s)
 
 
 def require_finite(

@@ -61,8 +61,8 @@ class Slopes:
 
     Of ΔĤ by normalised weights: the terms of its derivative at 0, that of it per token, and its second derivative with
     the size of its terms. D_v and D²_v at θ are those of this process's own tokens, as are the baseline's
-    `coefficients`, of entropy and length; D_vS, D²_vS and D²_vR those of all responses. What `rounding` leaves of X's
-    slope, of the slope per token, of that of ΔĤ and of D²_vS; how many had a jump or a kink in the first step.
+    `coefficients`, of entropy and length; D_vS, D_vR, D²_vS and D²_vR those of all responses. What `rounding` leaves of
+    X's slope, of the slope per token, of that of ΔĤ and of D²_vS; how many had a jump or a kink in the first step.
     """
 
     naive: PromptMean
@@ -82,6 +82,7 @@ class Slopes:
     at_theta: Derivatives
     twice: Second
     d_seq_logp: Float[Tensor, "B G"]
+    d_rb_sum: Float[Tensor, "B G"]
     d2_seq_logp: Float[Tensor, "B G"]
     d2_rb_sum: Float[Tensor, "B G"]
     d2_rounding: Float[Tensor, "B G"]
@@ -164,6 +165,7 @@ def slopes_of(share: Share, scores: Scores, of: Derived, config: ProbeConfig) ->
         at_theta=at_theta,
         twice=twice,
         d_seq_logp=d_seq_logp,
+        d_rb_sum=d_rb_sum,
         d2_seq_logp=d2_seq_logp,
         d2_rb_sum=d2_rb_sum,
         d2_rounding=d2_rounding,

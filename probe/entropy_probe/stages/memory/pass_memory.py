@@ -171,7 +171,7 @@ class Passes:
 def _score(of: Passes, rows: Tensor) -> None:
     policy = of.config.generation
     scored = policy_scores(of.bound, policy, of.config.precision)
-    read = partial(scored_at_theta, policy, scored, True)
+    read = partial(scored_at_theta, policy, scored, True, True)
     read_rows(of.bound, of.rollouts, rows, read)
 
 
