@@ -96,7 +96,13 @@ def parser() -> argparse.ArgumentParser:
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of report.json, or of the configuration"
     )
-    schema.add_argument("of", nargs="?", choices=("report", "config"), default="report")
+    schema.add_argument(
+        "of",
+        nargs="?",
+        choices=("report", "config"),
+        default="report",
+        help="which of the two (default: report)",
+    )
     return main_parser
 
 
