@@ -41,16 +41,11 @@ FACTORS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Steps at which weights are shown, in learning rates."""
 
 
-def measured(files: dict[str, Path] | None = None, **sections: Any) -> ProbeReport:
-    batch = {"num_prompts": 16, "num_update_prompts": 16}
-    given = {
-        "budget": "smoke",
-        "batch": batch,
-        "generation": {"num_return_sequences": 8},
-        **sections,
-    }
+def measured(**sections: Any) -> ProbeReport:
+    """On the stored responses and in float64, so that every machine draws the same figures."""
+    given = {"budget": "smoke", "precision": {"dtype": "float64"}, **sections}
     config = ProbeConfig.from_mapping(given)
-    return run_probe(load_checkpoint(checkpoint_path()), config, name="demo", **(files or {}))
+    return run_probe(checkpoint_path(), config, GOLDEN / "e.jsonl", GOLDEN / "u.jsonl", name="demo")
 
 
 def arrays(report: ProbeReport) -> Any:
@@ -334,10 +329,7 @@ def main(chosen: list[str]) -> None:
     etas = [factor * lr for factor in FACTORS] + [0.3 * lr, 2 * lr, 4 * lr, 5 * lr]
     report = measured(true_delta_h={"etas": sorted(etas)})
     large = measured(first_order={"lr": 60 * lr})
-    other = measured(
-        {"rollouts": GOLDEN / "e.jsonl", "update_rollouts": GOLDEN / "u.jsonl"},
-        generation={"temperature": 0.7},
-    )
+    other = measured(generation={"temperature": 0.7})
     numbers = {
         "entropy": saved("concepts/entropy", (7.4, 3.0), entropy(report)),
         "next-step": saved("concepts/next-step", (6.2, 3.4), next_step(report)),
