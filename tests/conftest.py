@@ -36,6 +36,7 @@ LONGEST = (
     "test_memory_limit.py",
     "test_drill.py",
     "plugin/test_demo_run.py",
+    "plugin/test_site_commands.py",
     "plugin/test_ci_page.py",
     "plugin/test_readme.py",
     "test_sequence_processor.py",

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CRITERIA_PAGE = (ROOT / "docs" / "criteria.md").read_text()
 ROOMS = [path.parent for path in sorted((ROOT / "probe").rglob("__init__.py")) if path.parent.name != "demo"]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_option_in_the_readme_exists() -> None:
@@ -90,7 +90,9 @@ def test_make_targets_exist() -> None:
 def test_links_and_tests_named_in_the_docs_exist(page: Path) -> None:
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / link).exists(), link
+        target = (page.parent / link).resolve()
+        written = target.parent.name == "reference" or target.name == "index.md"  # with the site: test_site.py
+        assert written or target.exists(), link
     for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", text):
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
 

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel
 
 import entropy_probe
+import forked
 from entropy_probe import ProbeConfig, ProbeReport, run_probe
 from entropy_probe.__main__ import parser
 from entropy_probe.config import RECIPES
@@ -89,8 +90,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(nav) == sorted({*PAGES, *WRITTEN})
 
 
-@pytest.mark.parametrize("link", ["gone.md", "index.md#gone", "../outside.md", "/gone.html"])
-def test_a_dead_link_stops_the_build(tmp_path: Path, link: str) -> None:
+def test_a_dead_link_stops_the_build(tmp_path: Path) -> None:
     """With the settings of the site, on two pages."""
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -101,10 +101,11 @@ def test_a_dead_link_stops_the_build(tmp_path: Path, link: str) -> None:
         del settings[key]
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(settings | {"docs_dir": str(docs), "plugins": []}))
     assert built(tmp_path / "site", tmp_path / "mkdocs.yml").returncode == 0
-    (docs / "second.md").write_text(f"# Second\n\n## There\n\n[dead]({link})\n")
+    dead = ("gone.md", "index.md#gone", "../outside.md", "/gone.html", "gone.svg")
+    (docs / "second.md").write_text("# Second\n\n## There\n\n" + " ".join(f"[dead]({link})" for link in dead))
     done = built(tmp_path / "site", tmp_path / "mkdocs.yml")
     assert done.returncode == 1
-    assert link in done.stderr
+    assert {link for link in dead if f"'{link}'" not in done.stderr} == set()
 
 
 # What the reference must have
@@ -205,6 +206,18 @@ def test_the_code_that_the_reference_reads_is_what_it_says() -> None:
             __import__(reference.ELSEWHERE.get(name, "entropy_probe"), fromlist=[name]), name
         )
         assert all(hasattr(owner, member) for member in members), name
+
+
+def test_a_shell_completes_the_command(tmp_path: Path) -> None:
+    """As the page of options says: the script is bash, and knows the subcommands."""
+    line = re.search(r"`source <\((shtab [^`]*)\)`", WRITTEN["reference/options.md"])
+    assert line is not None
+    done = forked.command(line[1], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ask = "COMP_WORDS=(entropy-probe sch); COMP_CWORD=1; _shtab_entropy_probe; echo ${COMPREPLY[@]}"
+    (tmp_path / "complete.sh").write_text(f"{done.stdout}\n{ask}\n")
+    answer = subprocess.run(["bash", "complete.sh"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert answer.stdout.split() == ["schema"]
 
 
 # Words and figures

@@ -268,9 +268,10 @@ def options() -> str:
     parts += [
         "## The command entropy-probe\n",
         "It measures without pytest. `entropy-probe --version` prints the version. `python -m"
-        " entropy_probe` is the same command, and under `torchrun` it is the one to use. A "
-        "shell completes it with [shtab](https://pypi.org/project/shtab/): `shtab "
-        "--shell=bash entropy_probe.__main__.parser` prints the script.\n",
+        " entropy_probe` is the same command, and under `torchrun` it is the one to use.\n",
+        "With `pip install shtab`, the line `source <(shtab --shell=bash"
+        " entropy_probe.__main__.parser)` in `~/.bashrc` makes the shell complete it;"
+        " `--shell=zsh` does so for zsh.\n",
     ]
     (commands,) = (one for one in main._actions if isinstance(one, argparse._SubParsersAction))
     helps = {one.dest: one.help for one in commands._choices_actions}
