@@ -29,7 +29,7 @@ from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.thresholds import LIMITS
 from pytest_entropy_probe import fixtures
 from pytest_entropy_probe.names import FLAGS, MARKERS, OPTIONS
-from site_pages import DOCS, PAGES, ROOT, prose
+from site_pages import DOCS, PAGES, ROOMS, ROOT, prose
 
 sys.path.insert(0, str(DOCS / "site"))
 import reference
@@ -37,6 +37,7 @@ import reference
 WRITTEN = reference.pages()
 PLAIN = [page for page in PAGES if page == "index.md" or page.startswith(("start/", "concepts/"))]
 CONCEPTS = ["entropy", "next-step", "u-statistic", "importance", "verdict"]
+FILES = ("bin", "jsonl", "json", "pt", "py", "yaml")
 NAMES_OF_THE_NOTES = (
     "build_functional_params_named",
     "teacher_force_logprobs",
@@ -83,6 +84,14 @@ def test_no_page_asks_the_network(site: Path) -> None:
         assert not loaded.search(page.read_text()), page
     for style in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(https?:)?//|@import", style.read_text()), style
+
+
+def test_every_page_has_one_title_and_lists_its_parts(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert text.count("<h1") == 1, page
+        parts = re.findall(r'<h2 id="([^"]+)"', text)
+        assert {part for part in parts if f'href="#{part}" class="md-nav__link"' not in text} == set(), page
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -148,16 +157,17 @@ def test_every_key_of_the_configuration_is_there() -> None:
 
 def models(of: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """The class, and those of its fields."""
-
-    def within(kind: Any) -> Iterator[type[BaseModel]]:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from models(kind)
-        for part in get_args(kind):
-            yield from within(part)
-
     yield of
     for field in of.model_fields.values():
-        yield from within(field.annotation)
+        yield from models_within(field.annotation)
+
+
+def models_within(kind: Any) -> Iterator[type[BaseModel]]:
+    """Those that an annotation names."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield from models(kind)
+    for part in get_args(kind):
+        yield from models_within(part)
 
 
 def test_every_field_of_the_report_is_there() -> None:
@@ -218,6 +228,23 @@ def test_a_shell_completes_the_command(tmp_path: Path) -> None:
     (tmp_path / "complete.sh").write_text(f"{done.stdout}\n{ask}\n")
     answer = subprocess.run(["bash", "complete.sh"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert answer.stdout.split() == ["schema"]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_options_and_fields_that_a_page_names_exist(page: str) -> None:
+    real = {f"--probe-{key.replace('_', '-')}" for key in (*OPTIONS, *FLAGS)} | {"--probe-explain"}
+    assert set(re.findall(r"--probe-[a-z-]+", PAGES[page])) <= real
+    if not page.startswith(ROOMS):
+        return
+    groups = {"entropy_probe.datasets", "entropy_probe.rewards"}
+    configured = {*keys(ProbeConfig().model_dump()), "precision.dtype", *groups}
+    for name in re.findall(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`", PAGES[page]):
+        section, _, field = name.partition(".")
+        of_report = ProbeReport.model_fields.get(section)
+        fields = (
+            {one for model in models_within(of_report.annotation) for one in model.model_fields} if of_report else ()
+        )
+        assert name in configured or field in fields or Path(name).suffix[1:] in FILES, name
 
 
 # Words and figures

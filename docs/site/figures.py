@@ -240,7 +240,7 @@ def verdict(
     healthy: ProbeReport, large: ProbeReport, other: ProbeReport
 ) -> Callable[[Any], dict[str, Any]]:
     """The same criteria of a healthy run, of one whose step the sample cannot judge, and of one with a fault."""
-    names = ("ess", "pareto_k", "on_policy", "param_scaling", "se_agreement", "slope_identity")
+    names = ("ess", "pareto_k", "on_policy", "param_scaling", "se_agreement", "padding_invariance")
     panels_of = {
         "healthy": (healthy, "healthy"),
         "large": (large, "a step 60 times as large"),
