@@ -244,7 +244,7 @@ def verdict(
     panels_of = {
         "healthy": (healthy, "healthy"),
         "large": (large, "a step 60 times as large"),
-        "other": (other, "responses of another temperature"),
+        "other": (other, "another temperature"),
     }
     colors = {"pass": GREEN, "fail": RED, "inconclusive": "#E69F00", "not_applicable": GREY}
 
