@@ -32,9 +32,9 @@ from pytest_entropy_probe.names import FLAGS, MARKERS, OPTIONS
 from site_pages import DOCS, PAGES, ROOMS, ROOT, prose
 
 sys.path.insert(0, str(DOCS / "site"))
-import reference
+import written_pages
 
-WRITTEN = reference.pages()
+WRITTEN = written_pages.pages()
 PLAIN = [page for page in PAGES if page == "index.md" or page.startswith(("start/", "concepts/"))]
 CONCEPTS = ["entropy", "next-step", "u-statistic", "importance", "verdict"]
 FILES = ("bin", "jsonl", "json", "pt", "py", "yaml")
@@ -209,11 +209,11 @@ def test_every_public_name_is_there(site: Path) -> None:
 
 
 def test_the_code_that_the_reference_reads_is_what_it_says() -> None:
-    for name, module in reference.ELSEWHERE.items():
+    for name, module in written_pages.ELSEWHERE.items():
         assert hasattr(__import__(module, fromlist=[name]), name)
-    for name, members in reference.MEMBERS.items():
+    for name, members in written_pages.MEMBERS.items():
         owner = getattr(entropy_probe, name, None) or getattr(
-            __import__(reference.ELSEWHERE.get(name, "entropy_probe"), fromlist=[name]), name
+            __import__(written_pages.ELSEWHERE.get(name, "entropy_probe"), fromlist=[name]), name
         )
         assert all(hasattr(owner, member) for member in members), name
 

@@ -11,11 +11,11 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import reference
+import written_pages
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for path, content in reference.pages().items():
+    for path, content in written_pages.pages().items():
         files.append(File.generated(config, path, content=content))
     return files
 

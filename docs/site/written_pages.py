@@ -29,7 +29,7 @@ from pytest_entropy_probe.names import MARKERS
 from pytest_entropy_probe.plugin import pytest_addoption
 
 ROOT = Path(__file__).parents[2]
-WRITTEN = "<!-- written by docs/site/reference.py when the site is built -->\n\n"
+WRITTEN = "<!-- written by docs/site/written_pages.py when the site is built -->\n\n"
 
 ELSEWHERE = {
     "build_functional_params_named": "entropy_probe.model.overrides",
