@@ -10,7 +10,7 @@ GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 # Some hundred processes read what the first has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: acceptance test lint matrix fuzz mutants bench demo picture clean
+.PHONY: acceptance test lint matrix fuzz mutants bench demo picture site clean
 .DELETE_ON_ERROR:
 
 acceptance: $(READY)
@@ -47,12 +47,16 @@ demo: $(READY)
 picture: $(READY)
 	$(BIN)/python docs/picture.py
 
+# The documentation, in build/site: a link or an anchor that leads nowhere is an error.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: $(PYTHON) is older than 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
-		--constraint constraints.txt --editable '.[dev]'
+		--constraint constraints.txt --editable '.[dev,docs]'
 	-@$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib  # on both cores; not every file there is of this Python
 	@touch $@
 

@@ -10,7 +10,8 @@ run, pipeline/             what is measured, in order;   stages/  one step a fil
 estimators/                tensors in, numbers out;   model/  networks and files of weights
 processes/                 several processes under torchrun
 config/, budgets, options  what can be set, by a file or on the command line
-report, golden, plots      the numbers: their schema, kept ones to compare with, figures
+report, golden, plots      the numbers: their classes, kept ones to compare with, figures
+schema/                    what every field of a report and of a configuration is
 predictor_skill            predictors against the changes that a run made, from its reports
 evidence, atomic           what the numbers are made of;   files that are whole or not there
 afresh/                    the folder and the inputs, read and scored again by libraries alone

@@ -1,6 +1,6 @@
 """`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
 `audit` computes the figures of a report again, `drill` plants faults to see them caught, `rollouts` reads those of a
-trainer."""
+trainer, `schema` says what every field of a report is."""
 
 from __future__ import annotations
 
@@ -93,6 +93,16 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_what_is_measured(drill)
     drill.add_argument("--fault", help=argparse.SUPPRESS)  # in a process of its own
+    schema = commands.add_parser(
+        "schema", help="print the JSON Schema of report.json, or of the configuration"
+    )
+    schema.add_argument(
+        "of",
+        nargs="?",
+        choices=("report", "config"),
+        default="report",
+        help="which of the two (default: report)",
+    )
     return main_parser
 
 
@@ -200,6 +210,7 @@ def _main(argv: Sequence[str] | None) -> int:
             "audit": _audit,
             "rollouts": _rollouts,
             "drill": _drill if getattr(arguments, "fault", None) is None else _with_fault,
+            "schema": _schema,
         }[arguments.command](arguments)
     except ProbeError as error:
         if first:
@@ -368,6 +379,15 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     else:
         print(written, end="")
     print("\n".join(said), file=sys.stderr if arguments.out is None else sys.stdout)
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from entropy_probe.schema import config_schema, report_schema
+
+    made = {"report": report_schema, "config": config_schema}[arguments.of]()
+    in_full = "utf" in (sys.stdout.encoding or "").lower()
+    print(json.dumps(made, indent=1, ensure_ascii=not in_full))
     return 0
 
 
