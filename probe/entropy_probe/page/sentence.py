@@ -1,0 +1,71 @@
+"""The verdict on a checkpoint in one sentence or two: what the next step does, and whether the numbers can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from entropy_probe.page.contents import BAD, OPEN, Checkpoint, Judged
+from entropy_probe.page.shown import percent, with_se
+from entropy_probe.report import ProbeReport
+
+_NAMED = 3
+_DECIDED = 2.0  # standard errors from which on a direction is named
+
+
+def verdict(checkpoint: Checkpoint) -> tuple[str, str]:
+    """(`good`, `open` or `bad`; the sentences)."""
+    report = checkpoint.report
+    if report is None:
+        why = checkpoint.trouble or "the run ended before it was measured"
+        return "bad", f"Nothing was measured: {why}"
+    failed = [one for one in checkpoint.judged if one.status in BAD]
+    gates = [one for one in failed if one.family == "gate"]
+    distrusted = [one for one in failed if one.family != "gate"]
+    undecided = [one for one in checkpoint.judged if one.status in OPEN]
+    said = [_change(report)]
+    if distrusted:
+        said.append(f"Do not rely on these numbers yet: {_named(distrusted, 'failed')}.")
+    if gates:
+        said.append(f"A limit that you set is crossed: {_named(gates, 'failed')}.")
+    if undecided:
+        said.append(f"More data is needed: {_named(undecided, 'could not decide')}.")
+    if not failed and not undecided:
+        said.append(_trust(checkpoint.judged))
+    tone = "bad" if failed else "open" if undecided or not checkpoint.judged else "good"
+    return tone, " ".join(said)
+
+
+def _trust(judged: Sequence[Judged]) -> str:
+    passed = sum(one.status == "pass" for one in judged)
+    if not passed:
+        return "No criterion was asked, so that nothing says whether these numbers can be trusted."
+    if all(one.family == "gate" for one in judged):
+        return f"All {passed} of your gates pass; the acceptance suite was not asked."
+    return f"The numbers can be trusted: all {passed} criteria that could be asked pass."
+
+
+def _change(report: ProbeReport) -> str:
+    h = report.entropy.per_token
+    own = f"The policy has {with_se(h.value, h.se)} nats of entropy per token"
+    step = report.next_step
+    if step is None:
+        return f"{own}. Nothing can be said about the next step: {report.no_second_moment}."
+    value, se = step.realised_per_token
+    of_h = f", {percent(value / h.value, signed=True)} of the entropy" if h.value else ""
+    amount = f"{with_se(value, se, signed=True)} nats per token"
+    if not step.reliable:
+        said = f"The next step is too large for this batch to tell what it does ({amount}"
+        return f"{said}; ESS/N {step.unclipped_ess_fraction:.2f}). {own}."
+    if abs(value) <= _DECIDED * se:
+        return f"The next step changes the entropy by less than this batch can resolve: {amount}. {own}."
+    does = "lowers" if value < 0 else "raises"
+    size = with_se(abs(value), se)
+    return f"The next step {does} the entropy by {size} nats per token{of_h}. {own}."
+
+
+def _named(found: Sequence[Judged], what: str) -> str:
+    names = ", ".join(one.name for one in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    noun = "gate" if all(one.family == "gate" for one in found) else "criterion"
+    plural = {"gate": "gates", "criterion": "criteria"}[noun] if len(found) > 1 else noun
+    return f"{len(found)} {plural} {what} ({names}{more})"
