@@ -22,9 +22,7 @@ def judged(report: ProbeReport) -> list[Verdict]:
     return [criterion(report) for criterion in criteria]
 
 
-def explained(
-    verdicts: Iterable[Verdict], known: Mapping[str, str] | None = None
-) -> list[Judged]:
+def explained(verdicts: Iterable[Verdict], known: Mapping[str, str] | None = None) -> list[Judged]:
     """Each verdict with what it measures, why its limit, and what a failure means; `known` gives the status of those
     whose failure was known, `xfail` or `xpass`."""
     criteria = CRITERIA | GATE_CRITERIA

@@ -2,5 +2,6 @@
 
 summary   header, tables, report.json, figures;   tables  rows of criteria, checkpoints by step
 records   what a test says of its checkpoint, as properties of its report
+page      one HTML file of the run
 markdown  the page beside a job;   explain  `--probe-explain`;   terminal  tables in its characters
 """

@@ -1,4 +1,4 @@
-"""What is seen: header, tables, report.json, figures, GitHub's step summary.
+"""What is seen: header, tables, report.json, figures, the HTML page, GitHub's step summary.
 
 The tables are built from the properties of test reports, which reach the controller whichever
 process ran the test; xdist's workers hand their reports over. Registered only when a checkpoint is
@@ -23,6 +23,7 @@ from pytest_entropy_probe.collection.shipped import withheld
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.settings import SETTINGS
+from pytest_entropy_probe.shown import page
 from pytest_entropy_probe.shown.markdown import append, summary
 from pytest_entropy_probe.shown.records import FIRST, records_of
 from pytest_entropy_probe.shown.tables import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from entropy_probe import ProbeReport
 
 HANDED_OVER, NOTES = "entropy_probe_reports", "entropy_probe_notes"
+DETAILS = "entropy_probe_details"
 NOT_WRITTEN = "entropy_probe_not_written"
 
 
@@ -58,6 +60,7 @@ class Summary:
         self._steps: list[Step] = []
         self._predictions: dict[str, str] = {}
         self._notes: dict[str, str] = {}
+        self._details: dict[str, str] = {}
         self._troubles: list[str] = []
         self._failed = False
 
@@ -158,24 +161,32 @@ class Summary:
         reports = {name: report.model_dump_json() for name, report in judged.items() if report}
         notes = {subject.name: said for subject in subjects if (said := subject.said())}
         not_written = [subject.not_written for subject in subjects if subject.not_written]
+        html = self._config.stash[SETTINGS].html_path
+        details = {} if html is None else page.details(subjects)
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is not None:
             output[HANDED_OVER], output[NOTES], output[NOT_WRITTEN] = reports, notes, not_written
+            output[DETAILS] = details
             return
         self._notes |= notes
+        self._details |= details
         for trouble in not_written:
             self._fail(trouble)
         sources = [reports, *self._handed_over]
         self._write(sources)
         self._compare(sources)
-        if os.environ.get(PAGE) and self._steps:
-            self._append_to_page(Path(os.environ[PAGE]))
-
-    def _append_to_page(self, page: Path) -> None:
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
-        notes = [*self._said(), *self._troubles]
-        text = summary(self._what(), self._steps, rows, self._headlines, notes)
-        self._fail(append(page, text))
+        if html is not None and self._steps:
+            of = (self._steps, rows, sources, self._details, self._notes)
+            self._fail(page.write(html, self._title(), *of))
+        if os.environ.get(PAGE) and self._steps:
+            notes = [*self._said(), *self._troubles]
+            text = summary(self._what(), self._steps, rows, self._headlines, notes)
+            self._fail(append(Path(os.environ[PAGE]), text))
+
+    def _title(self) -> str:
+        names = [step.name for step in self._steps]
+        return names[0] if len(names) == 1 else f"{len(names)} checkpoints"
 
     def _complain(self, trouble: str | None) -> None:
         if trouble:
@@ -191,6 +202,7 @@ class Summary:
         output = getattr(node, "workeroutput", {})
         self._handed_over.append(output.get(HANDED_OVER, {}))
         self._notes |= output.get(NOTES, {})
+        self._details |= output.get(DETAILS, {})
         for trouble in output.get(NOT_WRITTEN, []):
             self._fail(trouble)
         if output.get(DROPPED) not in self._troubles:

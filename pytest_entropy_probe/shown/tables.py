@@ -64,21 +64,9 @@ class Row:
 
         12x is twelve times better than asked, 0.5x misses it by two.
         """
-        if self.noisy or not isinstance(self.value, float) or not isinstance(self.limit, float):
-            return "-"
-        if self.limit == 0:
-            return "exact" if self.value == 0 and self.status == "pass" else "-"
-        above = self.value > self.limit
-        is_lower_limit = above == (self.status == "pass")
-        above_zero = self.value >= 0 and self.limit > 0
-        if not above_zero or not math.isfinite(self.value) or self.status not in ("pass", "fail"):
-            return "-"
-        if self.value == 0:
-            return "0x" if is_lower_limit else "exact"
-        factor = self.value / self.limit if is_lower_limit else self.limit / self.value
-        if factor > 9999:
-            return ">9999x"
-        return f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+        from entropy_probe_checks.shown import margin
+
+        return margin(self.value, self.limit, self.status, noisy=self.noisy)
 
 
 def unseen(name: str, rows: Sequence[Row]) -> list[str]:

@@ -7,7 +7,8 @@ sentence     the verdict on a checkpoint in one sentence
 shown        numbers as they are written
 drawing      a matplotlib figure as inline SVG: text as text, colours of the page, a title and a description
 figures      what is drawn
-writing      the file: page.html and section.html (Jinja2, everything escaped), page.css, page.js, and how large it may become
+writing      the file, and how large it may become: page.html and section.html (Jinja2, everything escaped), page.css,
+             page.js
 
 matplotlib was chosen over vega-lite and plotly: a figure takes about 15 kB in place of a bundle of 0.5 to 3.5 MB, needs
 no script, prints, and its text can be read aloud and searched.

@@ -90,6 +90,4 @@ def _inlined(text: str, key: str, title: str, description: str) -> str:
 
 def _short_numbers(tag: re.Match[str]) -> str:
     """Two decimals of a point are enough for the eye, and take half the room."""
-    return re.sub(
-        r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag[0]
-    )
+    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag[0])

@@ -25,7 +25,7 @@ from entropy_probe.report import EntropyChangeRow, Part, ProbeReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST_BARS = 16
+_MOST_BARS, _MOST_PROMPTS = 16, 8
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,10 @@ def figures_of(key: str, checkpoint: Checkpoint) -> list[Figure]:
     if report is None:
         return []
     rows = [row for row in report.entropy_change if row.eta != 0 and _finite(row.eta)]
-    drawn = [
-        _change(report, rows, 0),
-        _change(report, rows, 1),
-        _weights(rows),
-        _parts(report, "layer"),
-        _parts(report, "module"),
-        _sources(report),
-    ]
+    drawn = [_change(report, rows, 0), _change(report, rows, 1), _weights(rows)]
     if details is not None:
         drawn += [_spread(details["tokens"]), _places(details["positions"])]
+    drawn += [_sources(report), _parts(report, "layer"), _parts(report, "module")]
     return [
         Figure(title, said, inline_svg(f"{key}-{place}", title, said, draw, height))
         for place, (title, said, draw, height) in enumerate(filter(None, drawn))
@@ -96,8 +90,7 @@ def _change(report: ProbeReport, rows: Sequence[EntropyChangeRow], power: int) -
         axes.axhline(0.0, color=FAINT, linewidth=0.8, zorder=1)
         axes.axvline(lr, color=FAINT, linewidth=1.0, linestyle=":", label=f"lr = {number(lr)}")
         if power and rows:
-            decade = math.floor(math.log10(min(abs(row.eta) for row in rows)))
-            axes.set_xscale("symlog", linthresh=10.0**decade, linscale=0.6)
+            _in_decades(axes, rows)
         if told:
             _band(axes, told, power)
         _points(axes, rows, power)
@@ -106,11 +99,25 @@ def _change(report: ProbeReport, rows: Sequence[EntropyChangeRow], power: int) -
 
     step = report.next_step
     said = f"Realised and predicted change of the entropy in {unit}, for {len(rows)} step sizes η."
-    if step is not None:
+    if power:
+        said += " Where first order holds, it does not depend on η."
+    elif step is not None:
         said += f" At η = lr = {number(lr)} the change is {with_se(*step.realised_per_token)} nats per token"
         predicted = with_se(step.predicted_per_token, step.predicted_per_token_se)
         said += ("" if step.predicted_per_token is None else f", predicted {predicted}") + "."
     return title, said, draw, 2.9
+
+
+def _in_decades(axes: Axes, rows: Sequence[EntropyChangeRow]) -> None:
+    """η on both sides of 0, a decade as wide as the next; the first and the last decade are named."""
+    sizes = [abs(row.eta) for row in rows]
+    low, high = (math.floor(math.log10(of)) for of in (min(sizes), max(sizes)))
+    axes.set_xscale("symlog", linthresh=10.0**low, linscale=0.6)
+    signs = {math.copysign(1.0, row.eta) for row in rows}
+    ends = {10.0**power for power in (low, high)}
+    ticks = sorted({0.0} | {sign * end for sign in signs for end in ends})
+    axes.set_xticks(ticks, [number(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def _band(axes: Axes, rows: Sequence[EntropyChangeRow], power: int) -> None:
@@ -156,8 +163,7 @@ def _weights(rows: Sequence[EntropyChangeRow]) -> _Drawn | None:
 
     def draw(axes: Axes) -> None:
         at = _array(row.eta for row in rows)
-        decade = math.floor(math.log10(np.abs(at).min()))
-        axes.set_xscale("symlog", linthresh=10.0**decade, linscale=0.6)
+        _in_decades(axes, rows)
         low, middle, high = (
             _array(getattr(row, f"log_weight_{which}") for row in rows)
             for which in ("min", "median", "max")
@@ -198,6 +204,7 @@ def _parts(report: ProbeReport, of: str) -> _Drawn | None:
         largest = sorted(names, key=lambda n: -abs(shown[n].value))[:_MOST_BARS]
         names = [name for name in names if name in largest]
     most = max(names, key=lambda n: abs(shown[n].value))
+    largest_part = with_se(shown[most].value, shown[most].se, signed=True)
 
     def draw(axes: Axes) -> None:
         _bars(
@@ -212,7 +219,7 @@ def _parts(report: ProbeReport, of: str) -> _Drawn | None:
     kind = "kind of module" if of == "module" else of
     said = (
         f"First-order change δH₁ of the entropy by a fresh gradient step, as a sum over each {kind}, with standard "
-        f"errors. The largest part is {most}: {with_se(shown[most].value, shown[most].se, signed=True)} nats per response."
+        f"errors. The largest part is {most}: {largest_part} nats per response."
         + (f" The {left_out} smallest are left out." if left_out > 0 else "")
     )
     return f"δH₁ by {kind}", said, draw, _height(len(names))
@@ -232,9 +239,7 @@ def _bars(
     at = np.arange(len(names))[::-1]
     axes.barh(at, values, color=colours, height=0.68)
     if any(se is not None for se in ses):
-        axes.errorbar(
-            values, at, xerr=_array(ses), fmt="none", ecolor=INK, elinewidth=1, capsize=2
-        )
+        axes.errorbar(values, at, xerr=_array(ses), fmt="none", ecolor=INK, elinewidth=1, capsize=2)
     axes.axvline(0.0, color=FAINT, linewidth=0.8)
     axes.set_yticks(at, [name if len(name) <= 22 else f"…{name[-21:]}" for name in names])
     axes.tick_params(axis="y", length=0)
@@ -247,8 +252,10 @@ def _sources(report: ProbeReport) -> _Drawn | None:
     if update is None or not _finite(update.slope_of_v0, *update.slope_by_unit):
         return None
     lr, fresh = update.lr, update.slope_by_unit
-    order = sorted(range(len(fresh)), key=lambda u: -abs(fresh[u]))[: _MOST_BARS - 4]
-    names = ["momentum, decay", "new gradient", *(f"its prompt {u}" for u in order)]
+    order = sorted(range(len(fresh)), key=lambda u: -abs(fresh[u]))[:_MOST_PROMPTS]
+    blocks = report.first_order is not None and report.first_order.mode == "block"
+    one = "block" if blocks else "prompt"
+    names = ["momentum, decay", "new gradient", *(f"… {one} {u}" for u in order)]
     values = [lr * update.slope_of_v0, lr * math.fsum(fresh), *(lr * fresh[u] for u in order)]
     colours = [MOMENTUM, PREDICTED, *([PREDICTED] * len(order))]
 
@@ -259,10 +266,10 @@ def _sources(report: ProbeReport) -> _Drawn | None:
     said = (
         "First-order change of the entropy by the next step, split into what momentum and decay do "
         f"({number(values[0], signed=True)} nats per response), what the new gradient does "
-        f"({number(values[1], signed=True)}), and the prompts of the update batch with the largest parts in it. "
-        f"{percent(update.momentum_share)} of the step was decided before this batch."
+        f"({number(values[1], signed=True)}), and the {len(order)} {one}s of the update batch with the largest parts "
+        f"in it. {percent(update.momentum_share)} of the step was decided before this batch."
     )
-    return "Momentum against new gradient, by prompt", said, draw, _height(len(names))
+    return f"Momentum against new gradient, by {one}", said, draw, _height(len(names))
 
 
 def _spread(tokens: Mapping[str, Any]) -> _Drawn | None:
@@ -273,6 +280,7 @@ def _spread(tokens: Mapping[str, Any]) -> _Drawn | None:
         edges = np.array(tokens["edges"])
         axes.bar(edges[:-1], tokens["shares"], np.diff(edges), align="edge", color=ENTROPY)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda share, _: percent(share))
         axes.set(xlabel="entropy of the token, nats", ylabel="share of tokens")
 
     said = f"Share of the {tokens['count']} tokens by their entropy, on a logarithmic scale."
@@ -297,10 +305,11 @@ def _places(positions: Mapping[str, Any]) -> _Drawn | None:
         axes.legend(loc="best")
 
     top = int(np.argmax(positions["mean"]))
+    highest, last = number(positions["mean"][top]), number(positions["mean"][-1])
     said = (
         f"Mean entropy at every position, over the responses that are so long. It is highest at position "
-        f"{positions['at'][top]}, {number(positions['mean'][top])} nats, and {number(positions['mean'][-1])} at the last, "
-        f"which {positions['count'][-1]} responses reach."
+        f"{positions['at'][top]}, {highest} nats, and {last} at the last "
+        f"({positions['count'][-1]} of {max(positions['count'])} responses are so long)."
     )
     return "Entropy over positions", said, draw, 2.9
 
@@ -337,7 +346,9 @@ def _entropy_by_step(checkpoints: Sequence[Checkpoint]) -> _Drawn:
         assert checkpoint.report is not None
         h = checkpoint.report.entropy.per_token
         ends.append(f"{with_se(h.value, h.se)} at {checkpoint.name}")
-    said = f"Entropy in nats per token of {len(checkpoints)} checkpoints by step: {', '.join(ends)}."
+    said = (
+        f"Entropy in nats per token of {len(checkpoints)} checkpoints by step: {', '.join(ends)}."
+    )
     return "Entropy over steps", said, draw, 2.9
 
 
@@ -355,7 +366,11 @@ def _change_by_step(checkpoints: Sequence[Checkpoint]) -> _Drawn:
                 ("predicted, out of range", PREDICTED, False, [(at, *_told(r, False)) for at, r in told]),
                 ("realised ± SE", REALISED, True, [(at, *r.realised_per_token) for at, r in told]),
             ):  # fmt: skip
-                shown = [(at, v, se) for at, v, se in found if _finite(v, se)]
+                shown = [
+                    (at, v, se)
+                    for at, v, se in found
+                    if v is not None and se is not None and _finite(v, se)
+                ]
                 if not shown:
                     continue
                 if "out" not in label:

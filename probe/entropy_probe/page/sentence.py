@@ -1,4 +1,4 @@
-"""The verdict on a checkpoint in one sentence or two: what the next step does, and whether the numbers can be trusted."""
+"""The verdict on a checkpoint in a few sentences: what the next step does, and whether the numbers can be trusted."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def with_se(value: float | None, se: float | None, *, signed: bool = False) -> s
     power = math.floor(math.log10(se))
     largest = math.floor(math.log10(max(abs(value), se)))
     sign = "+" if signed else ""
-    if -4 <= power and largest < 6:
+    if power >= -4 and largest < 6:
         digits = max(0, 1 - power)
         return f"{value + 0.0:{sign}.{digits}f} ± {se:.{digits}f}".replace("-", "−")
     scale = 10.0**largest

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
 from entropy_probe import __version__
 from entropy_probe.atomic import write_atomically
@@ -55,16 +56,20 @@ def page_of(checkpoints: Sequence[Checkpoint], title: str = "") -> str:
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     shown = _within_size(checkpoints)
     digest = hashlib.sha256(script.encode()).digest()
-    return _environment().get_template("page.html").render(
-        title=title or _title(checkpoints),
-        style=style,
-        script=script,
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-        f"script-src 'sha256-{base64.b64encode(digest).decode()}'",
-        version=__version__,
-        shown=shown,
-        several=len(checkpoints) > 1,
-        by_step=figures_by_step("by-step", checkpoints),
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title or _title(checkpoints),
+            style=style,
+            script=script,
+            policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+            f"script-src 'sha256-{base64.b64encode(digest).decode()}'",
+            version=__version__,
+            shown=shown,
+            several=len(checkpoints) > 1,
+            by_step=figures_by_step("by-step", checkpoints),
+        )
     )
 
 
@@ -108,6 +113,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "with_se": with_se, "percent": percent}
+    environment.filters["prose"] = _prose
     environment.globals |= {
         "figures_block": figures_block,
         "flat": _flat,
@@ -130,29 +136,22 @@ def _title(checkpoints: Sequence[Checkpoint]) -> str:
 
 def figures_block(report: ProbeReport) -> list[tuple[str, str, str]]:
     """(what, figure, unit) of the first screen, per token first."""
-    step, h, rb = report.next_step, report.entropy.per_token, report.entropy.rb
-    found = []
-    if step is not None and report.update is not None:
-        value, se = step.realised_per_token
-        predicted = with_se(step.predicted_per_token, step.predicted_per_token_se, signed=True)
-        share = percent(value / h.value, signed=True) if h.value else MISSING
-        spread = report.update.momentum_share
-        found += [
-            ("ΔH by the next step, realised", with_se(value, se, signed=True), "nats/token"),
-            ("the same, predicted", predicted, "nats/token"),
-            ("share of the entropy", share, "ΔH/H"),
-        ]
-    found += [
-        ("H, entropy of the policy", with_se(h.value, h.se), "nats/token"),
-        ("H per response", with_se(rb.value, rb.se), "nats/response"),
+    step, update, h = report.next_step, report.update, report.entropy.per_token
+    entropy = ("H, entropy of the policy", with_se(h.value, h.se), "nats/token")
+    if step is None or update is None:
+        return [entropy]
+    value, se = step.realised_per_token
+    predicted = with_se(step.predicted_per_token, step.predicted_per_token_se, signed=True)
+    share = percent(value / h.value, signed=True) if h.value else MISSING
+    return [
+        ("ΔH by the next step, realised", with_se(value, se, signed=True), "nats/token"),
+        ("the same, predicted", predicted, "nats/token"),
+        ("share of the entropy", share, "ΔH/H"),
+        entropy,
+        ("effective sample size", f"{step.unclipped_ess_fraction:.2f}", "ESS/N"),
+        ("decided before this batch", percent(update.momentum_share), "momentum and decay"),
+        ("step size", number(update.lr), "lr"),
     ]
-    if step is not None and report.update is not None:
-        found += [
-            ("effective sample size", f"{step.unclipped_ess_fraction:.2f}", "ESS/N"),
-            ("decided before this batch", percent(spread), "momentum and decay"),
-            ("step size", number(report.update.lr), "lr"),
-        ]
-    return found
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -169,6 +168,12 @@ def _counted(checkpoint: Checkpoint) -> str:
     passed = ended.count("pass")
     said = [f"{bad} failed"] * (bad > 0) + [f"{open_} open"] * (open_ > 0)
     return ", ".join([*said, f"{passed} passed"]) if ended else "not judged"
+
+
+def _prose(text: str) -> Markup:
+    """Text whose names in backticks are set as code; everything in it is escaped."""
+    escaped = str(escape(text))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704 (escaped above)
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
