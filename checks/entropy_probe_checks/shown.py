@@ -10,6 +10,7 @@ from entropy_probe.page.contents import Judged
 from entropy_probe_checks.bounds import COUNTS, GATES, NOISE, bounds_of
 from entropy_probe_checks.criteria import CRITERIA
 from entropy_probe_checks.criteria import GATES as GATE_CRITERIA
+from entropy_probe_checks.playbook import steps
 from entropy_probe_checks.thresholds import LIMITS
 
 
@@ -43,6 +44,7 @@ def explained(verdicts: Iterable[Verdict], known: Mapping[str, str] | None = Non
                 failure="" if criterion is None else criterion.meaning,
                 hint=verdict.hint,
                 unit=verdict.unit,
+                steps=steps(verdict.criterion, verdict.family, status),
             )
         )
     return found

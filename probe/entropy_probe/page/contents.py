@@ -16,7 +16,8 @@ OPEN = ("inconclusive",)
 class Judged:
     """One criterion: its verdict, and what is known of it in general. `hint` is what the verdict says of this report,
     `failure` what a failure usually means and what to do. `status` may also be `xfail` or `xpass`, a known failure that
-    failed or passed. `margin` is how far inside its limit the value is, as the terminal writes it."""
+    failed or passed. `margin` is how far inside its limit the value is, as the terminal writes it;
+    `steps` are what to do, the first thing first."""
 
     name: str
     family: str
@@ -29,6 +30,7 @@ class Judged:
     failure: str
     hint: str
     unit: str = ""
+    steps: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

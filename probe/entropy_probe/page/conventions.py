@@ -54,7 +54,7 @@ def present(evidence: Evidence) -> np.ndarray:
     """[B, G, T]: whether the response has such a token."""
     entropy = evidence.arrays["e.entropy"]
     lengths = evidence.arrays["e.gen_lens"].reshape(entropy.shape[:2])
-    return np.less(np.arange(entropy.shape[2]), lengths[..., None])
+    return np.array(np.arange(entropy.shape[2]) < lengths[..., None], dtype=bool)
 
 
 def _there(evidence: Evidence) -> np.ndarray:

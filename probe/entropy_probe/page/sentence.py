@@ -35,6 +35,31 @@ def verdict(checkpoint: Checkpoint) -> tuple[str, str]:
     return tone, " ".join(said)
 
 
+def verdict_of_all(checkpoints: Sequence[Checkpoint]) -> tuple[str, str]:
+    """The same of several checkpoints: how many are well, and which are not."""
+    by_tone: dict[str, list[str]] = {"bad": [], "open": [], "good": []}
+    for checkpoint in checkpoints:
+        by_tone[verdict(checkpoint)[0]].append(checkpoint.name)
+    told = {
+        "bad": "do not pass or were not measured",
+        "open": "are not decided",
+        "good": "pass",
+    }
+    said = [
+        f"{len(names)} of {len(checkpoints)} checkpoints {told[tone]}"
+        + (f" ({_some(names)})" if tone != "good" else "")
+        for tone, names in by_tone.items()
+        if names
+    ]
+    tone = next((tone for tone, names in by_tone.items() if names), "open")
+    return tone, f"{'; '.join(said)}."
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
 def _trust(judged: Sequence[Judged]) -> str:
     passed = sum(one.status == "pass" for one in judged)
     if not passed:
@@ -64,8 +89,7 @@ def _change(report: ProbeReport) -> str:
 
 
 def _named(found: Sequence[Judged], what: str) -> str:
-    names = ", ".join(one.name for one in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    names = _some([one.name for one in found])
     noun = "gate" if all(one.family == "gate" for one in found) else "criterion"
     plural = {"gate": "gates", "criterion": "criteria"}[noun] if len(found) > 1 else noun
-    return f"{len(found)} {plural} {what} ({names}{more})"
+    return f"{len(found)} {plural} {what} ({names})"

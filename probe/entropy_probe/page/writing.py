@@ -26,7 +26,7 @@ from entropy_probe.errors import ConfigError
 from entropy_probe.page.contents import BAD, OPEN, Checkpoint
 from entropy_probe.page.conventions import TOKENS
 from entropy_probe.page.figures import Figure, figures_by_step, figures_of
-from entropy_probe.page.sentence import verdict
+from entropy_probe.page.sentence import verdict, verdict_of_all
 from entropy_probe.page.shown import MISSING, number, percent, with_se
 from entropy_probe.report import ProbeReport
 
@@ -68,6 +68,7 @@ def page_of(checkpoints: Sequence[Checkpoint], title: str = "") -> str:
             version=__version__,
             shown=shown,
             several=len(checkpoints) > 1,
+            overall=verdict_of_all(checkpoints),
             by_step=figures_by_step("by-step", checkpoints),
         )
     )
