@@ -8,9 +8,9 @@ from __future__ import annotations
 GATES: dict[str, tuple[str, ...]] = {
     "entropy": (
         "Stop the run, or let it go no further than this checkpoint.",
-        "See in the responses, and in the figure over positions, where entropy is left: one phrase may have won, or a length.",
-        "Go back to the last checkpoint that passed, and train on with a smaller learning rate, a higher upper clip, larger "
-        "groups, or a KL or entropy term.",
+        "See in the responses, and in the figure over positions, where entropy is left: one phrase may have won.",
+        "Go back to the last checkpoint that passed, and train on with a smaller learning rate, a higher upper clip, "
+        "larger groups, or a KL or entropy term.",
     ),
     "predicted_change": (
         "Do not take the next step as it is.",

@@ -54,11 +54,11 @@ def present(evidence: Evidence) -> np.ndarray:
     """[B, G, T]: whether the response has such a token."""
     entropy = evidence.arrays["e.entropy"]
     lengths = evidence.arrays["e.gen_lens"].reshape(entropy.shape[:2])
-    return np.array(np.arange(entropy.shape[2]) < lengths[..., None], dtype=bool)
+    return np.arange(entropy.shape[2]) < lengths[..., None]
 
 
 def _there(evidence: Evidence) -> np.ndarray:
-    return present(evidence).any(-1)
+    return np.asarray(present(evidence).any(-1))
 
 
 def _ended(evidence: Evidence) -> np.ndarray:
