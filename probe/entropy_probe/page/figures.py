@@ -17,6 +17,7 @@ from entropy_probe.page.drawing import (
     MOMENTUM,
     PREDICTED,
     REALISED,
+    WIDTH,
     inline_svg,
 )
 from entropy_probe.page.shown import number, percent, with_se
@@ -45,8 +46,9 @@ def figures_of(key: str, checkpoint: Checkpoint) -> list[Figure]:
     if details is not None:
         drawn += [_spread(details["tokens"]), _places(details["positions"])]
     drawn += [_sources(report), _parts(report, "layer"), _parts(report, "module")]
+    mark = f" These are {report.not_chosen}." if report.not_chosen else ""
     return [
-        Figure(title, said, inline_svg(f"{key}-{place}", title, said, draw, height))
+        Figure(title, said + mark, inline_svg(f"{key}-{place}", title, said + mark, draw, height))
         for place, (title, said, draw, height) in enumerate(filter(None, drawn))
     ]
 
@@ -57,8 +59,10 @@ def figures_by_step(key: str, checkpoints: Sequence[Checkpoint]) -> list[Figure]
     if len(measured) < 2:
         return []
     drawn = (_entropy_by_step(measured), _change_by_step(measured))
+    marks = {c.report.not_chosen for c in measured if c.report is not None} - {""}
+    mark = "".join(f" Some are {of}." for of in sorted(marks))
     return [
-        Figure(title, said, inline_svg(f"{key}-{place}", title, said, draw, height))
+        Figure(title, said + mark, inline_svg(f"{key}-{place}", title, said + mark, draw, height))
         for place, (title, said, draw, height) in enumerate(drawn)
     ]
 
@@ -172,6 +176,7 @@ def _weights(rows: Sequence[EntropyChangeRow]) -> _Drawn | None:
         axes.plot(at, middle, "o-", color=REALISED, markersize=3.5, linewidth=1, label="median")
         axes.axhline(0.0, color=FAINT, linewidth=0.8, zorder=1)
         axes.set(xlabel="η", ylabel="log-weight of a response, nats")
+        axes.figure.subplots_adjust(right=0.86)  # pyright: ignore[reportAttributeAccessIssue]
         beside = axes.twinx()
         beside.spines["right"].set_visible(True)
         ess = _array(row.unclipped_ess_fraction for row in rows)
@@ -241,7 +246,11 @@ def _bars(
     if any(se is not None for se in ses):
         axes.errorbar(values, at, xerr=_array(ses), fmt="none", ecolor=INK, elinewidth=1, capsize=2)
     axes.axvline(0.0, color=FAINT, linewidth=0.8)
-    axes.set_yticks(at, [name if len(name) <= 22 else f"…{name[-21:]}" for name in names])
+    axes.locator_params(axis="x", nbins=5)
+    shown = [name if len(name) <= 22 else f"…{name[-21:]}" for name in names]
+    axes.set_yticks(at, shown)
+    room = (10 + 5.4 * max(map(len, shown))) / (72 * WIDTH)  # a character has some 5 points
+    axes.figure.subplots_adjust(left=room)  # pyright: ignore[reportAttributeAccessIssue]
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 

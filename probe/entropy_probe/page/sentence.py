@@ -23,6 +23,8 @@ def verdict(checkpoint: Checkpoint) -> tuple[str, str]:
     distrusted = [one for one in failed if one.family != "gate"]
     undecided = [one for one in checkpoint.judged if one.status in OPEN]
     said = [_change(report)]
+    if report.not_chosen:
+        said.append(f"These are {report.not_chosen}, so that it may be otherwise on yours.")
     if distrusted:
         said.append(f"Do not rely on these numbers yet: {_named(distrusted, 'failed')}.")
     if gates:

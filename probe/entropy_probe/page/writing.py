@@ -69,6 +69,7 @@ def page_of(checkpoints: Sequence[Checkpoint], title: str = "") -> str:
             shown=shown,
             several=len(checkpoints) > 1,
             overall=verdict_of_all(checkpoints),
+            marks=sorted({c.report.not_chosen for c in checkpoints if c.report is not None} - {""}),
             by_step=figures_by_step("by-step", checkpoints),
         )
     )
@@ -138,16 +139,17 @@ def _title(checkpoints: Sequence[Checkpoint]) -> str:
 def figures_block(report: ProbeReport) -> list[tuple[str, str, str]]:
     """(what, figure, unit) of the first screen, per token first."""
     step, update, h = report.next_step, report.update, report.entropy.per_token
-    entropy = ("H, entropy of the policy", with_se(h.value, h.se), "nats/token")
+    mark = f", {report.not_chosen}" if report.not_chosen else ""
+    entropy = ("H, entropy of the policy", with_se(h.value, h.se), f"nats/token{mark}")
     if step is None or update is None:
         return [entropy]
     value, se = step.realised_per_token
     predicted = with_se(step.predicted_per_token, step.predicted_per_token_se, signed=True)
     share = percent(value / h.value, signed=True) if h.value else MISSING
     return [
-        ("ΔH by the next step, realised", with_se(value, se, signed=True), "nats/token"),
-        ("the same, predicted", predicted, "nats/token"),
-        ("share of the entropy", share, "ΔH/H"),
+        ("ΔH by the next step, realised", with_se(value, se, signed=True), f"nats/token{mark}"),
+        ("the same, predicted", predicted, f"nats/token{mark}"),
+        ("share of the entropy", share, f"ΔH/H{mark}"),
         entropy,
         ("effective sample size", f"{step.unclipped_ess_fraction:.2f}", "ESS/N"),
         ("decided before this batch", percent(update.momentum_share), "momentum and decay"),
