@@ -365,11 +365,7 @@ def _page(arguments: argparse.Namespace) -> int:
         if place is not None:
             place = place if place.is_file() else evidence_file(place, of.name)
             report = report.with_evidence(Evidence.from_file(place))
-        try:
-            details = details_of(report)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            problem = f"does not fit {path} ({type(error).__name__}: {error})"
-            raise ProbeError(place, problem, "give the evidence of this very report") from error
+        details = details_of(report)
         step = of.optimizer.step if of.global_step is None else of.global_step
         run, verdicts = str(Path(of.path).parent), explained(judged(report))
         checkpoints.append(Checkpoint(of.name, run, step, report, details, verdicts))

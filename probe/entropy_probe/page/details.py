@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
+from entropy_probe.errors import ProbeError
 from entropy_probe.evidence import Evidence
 from entropy_probe.page.conventions import conventions, present
 from entropy_probe.report import ProbeReport
@@ -13,16 +15,30 @@ from entropy_probe.report import ProbeReport
 MOST_RESPONSES = 40
 """Responses in the table, those first that move the entropy most."""
 MOST_PROMPTS = 40
+_OF_THIS = "give the evidence of this very report"
 _BINS, _MOST_POSITIONS, _CARRIERS = 24, 120, 0.2
 
 
 def details_of(report: ProbeReport) -> dict[str, Any] | None:
-    """`None` where the report has no evidence at hand."""
+    """`None` where the report has no evidence at hand. Raises `ProbeError` for that of another run."""
     evidence = report.evidence
     if evidence is None:
         return None
+    try:
+        return _details(report, evidence)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        problem = f"does not fit the report ({type(error).__name__}: {error})"
+        raise ProbeError("evidence", problem, _OF_THIS) from error
+
+
+def _details(report: ProbeReport, evidence: Evidence) -> dict[str, Any]:
+    found = conventions(report, evidence)
+    h, again = report.entropy.per_token.value, found["rows"][0]["values"]["all"]["per_token"]
+    if not math.isclose(h, again, rel_tol=1e-6, abs_tol=1e-9):  # a sum in another order
+        problem = f"is of another run: {again:.6g} nats per token, the report has {h:.6g}"
+        raise ProbeError("evidence", problem, _OF_THIS)
     return {
-        "conventions": conventions(report, evidence),
+        "conventions": found,
         "tokens": _tokens(evidence),
         "positions": _positions(evidence),
         "responses": _responses(report, evidence),

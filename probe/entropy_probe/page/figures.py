@@ -289,6 +289,7 @@ def _spread(tokens: Mapping[str, Any]) -> _Drawn | None:
         edges = np.array(tokens["edges"])
         axes.bar(edges[:-1], tokens["shares"], np.diff(edges), align="edge", color=ENTROPY)
         axes.set_yscale("log")
+        axes.set_ylim(top=1.0)
         axes.yaxis.set_major_formatter(lambda share, _: percent(share))
         axes.set(xlabel="entropy of the token, nats", ylabel="share of tokens")
 
@@ -347,6 +348,7 @@ def _entropy_by_step(checkpoints: Sequence[Checkpoint]) -> _Drawn:
                 color=ENTROPY if place == 0 else f"C{place}",
             )
         axes.set(xlabel="step", ylabel="H, nats per token")
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylim(bottom=0.0)
 
     first, last = checkpoints[0], checkpoints[-1]
@@ -387,17 +389,18 @@ def _change_by_step(checkpoints: Sequence[Checkpoint]) -> _Drawn:
                 axes.errorbar(
                     *(_array(of) for of in zip(*shown, strict=True)),
                     fmt="o",
-                    markersize=4.5,
+                    markersize=7.5 if colour == REALISED else 4,  # a ring around the prediction
                     capsize=2,
                     color=colour,
                     alpha=1.0 if filled else 0.35,
-                    markerfacecolor=colour if filled else "none",
+                    markerfacecolor=colour if filled and colour != REALISED else "none",
                     label=None if label in labels else label,
                 )
                 labels.add(label)
         margin = 0.1 * (max(ends) - min(ends)) or 1.0
         axes.set_ylim(min(ends) - margin, max(ends) + margin)
         axes.set(xlabel="step", ylabel="ΔH by the next step, nats per token")
+        axes.locator_params(axis="x", integer=True)
         if labels:
             axes.legend(loc="best")
 

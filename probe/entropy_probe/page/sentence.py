@@ -43,18 +43,17 @@ def verdict_of_all(checkpoints: Sequence[Checkpoint]) -> tuple[str, str]:
     for checkpoint in checkpoints:
         by_tone[verdict(checkpoint)[0]].append(checkpoint.name)
     told = {
-        "bad": "do not pass or were not measured",
-        "open": "are not decided",
-        "good": "pass",
+        "bad": "did not pass or could not be measured",
+        "open": "stayed open",
+        "good": "passed",
     }
     said = [
-        f"{len(names)} of {len(checkpoints)} checkpoints {told[tone]}"
-        + (f" ({_some(names)})" if tone != "good" else "")
+        f"{len(names)} {told[tone]}" + ("" if tone == "good" else f" ({_some(names)})")
         for tone, names in by_tone.items()
         if names
     ]
     tone = next((tone for tone, names in by_tone.items() if names), "open")
-    return tone, f"{'; '.join(said)}."
+    return tone, f"Of {len(checkpoints)} checkpoints {', '.join(said)}."
 
 
 def _some(names: Sequence[str]) -> str:
