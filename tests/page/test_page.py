@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pages
 from entropy_probe import ProbeError, ProbeReport
 from entropy_probe.__main__ import main
 from entropy_probe.evidence import Evidence, evidence_file
