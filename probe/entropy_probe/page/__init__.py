@@ -10,6 +10,6 @@ figures      what is drawn
 writing      the file, and how large it may become: page.html and section.html (Jinja2, everything escaped), page.css,
              page.js
 
-matplotlib was chosen over vega-lite and plotly: a figure takes about 15 kB in place of a bundle of 0.5 to 3.5 MB, needs
-no script, prints, and its text can be read aloud and searched.
+matplotlib was chosen over vega-lite and plotly: a figure is 7 to 25 kB of SVG that needs no script, where these need a
+bundle of scripts; it prints, and its text can be read aloud and searched.
 """
