@@ -79,7 +79,8 @@ def _inlined(text: str, key: str, title: str, description: str) -> str:
     svg = svg.replace("xlink:href", "href")
     for colour, of_page in _COLOURS.items():
         svg = re.sub(re.escape(colour), of_page, svg, flags=re.IGNORECASE)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # as of matplotlib 3.9
+    svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
     svg = re.sub(r"<[^>]*>", _short_numbers, svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     (box,) = re.findall(r'viewBox="([^"]+)"', svg[: svg.index(">")])
