@@ -150,6 +150,8 @@ def test_a_direction_is_named_beyond_two_standard_errors(three: list[Checkpoint]
     assert "lowers the entropy by 0.030 ± 0.010 nats per token" in said(-0.03, 0.01)
     assert "raises the entropy by 0.030 ± 0.010 nats per token" in said(0.03, 0.01)
     assert "less than this batch can resolve: −0.019 ± 0.010 nats" in said(-0.019, 0.01)
+    assert "could not be measured (nan ± 0.01 nats per token)" in said(math.nan, 0.01)
+    assert "could not be measured" in said(0.01, math.inf)
 
 
 def test_without_adam_and_without_evidence(three: list[Checkpoint]) -> None:

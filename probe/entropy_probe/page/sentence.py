@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from entropy_probe.page.contents import BAD, OPEN, Checkpoint, Judged
@@ -79,6 +80,8 @@ def _change(report: ProbeReport) -> str:
     value, se = step.realised_per_token
     of_h = f", {percent(value / h.value, signed=True)} of the entropy" if h.value else ""
     amount = f"{with_se(value, se, signed=True)} nats per token"
+    if not math.isfinite(value) or not math.isfinite(se):
+        return f"The change by the next step could not be measured ({amount}). {own}."
     if not step.reliable:
         said = f"The next step is too large for this batch to tell what it does ({amount}"
         return f"{said}; ESS/N {step.unclipped_ess_fraction:.2f}). {own}."
