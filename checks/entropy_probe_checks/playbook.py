@@ -84,8 +84,11 @@ OPEN = (
 
 
 def steps(name: str, family: str, status: str) -> tuple[str, ...]:
-    """What to do, the first thing first; nothing where nothing is known."""
+    """What to do, the first thing first; nothing where nothing is known, as of a gate that stays open, whose verdict
+    says what it lacks."""
     if status in ("pass", "not_applicable"):
         return ()
-    found = GATES.get(name, ()) if family == "gate" else FAMILIES.get(family, ())
-    return (*OPEN, *found) if status == "inconclusive" else found
+    if status == "inconclusive":
+        more = FAMILIES[family] if family == "importance" else ()
+        return () if family == "gate" else (*more, *OPEN)
+    return GATES.get(name, ()) if family == "gate" else FAMILIES.get(family, ())

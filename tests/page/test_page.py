@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entropy_probe import ProbeError, ProbeReport
+from entropy_probe import ProbeConfig, ProbeError, ProbeReport
 from entropy_probe.__main__ import main
 from entropy_probe.evidence import Evidence, evidence_file
 from entropy_probe.page import writing
@@ -27,6 +27,7 @@ from entropy_probe_checks import playbook
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.shown import explained, judged
 from pages import HOSTILE, UNLOADED, Page
+from pytest_entropy_probe.names import FLAGS, OPTIONS, option
 
 EXACT = {"rel": 1e-12, "abs": 1e-15}
 """Sums of a few hundred numbers of one sign, in another order."""
@@ -367,8 +368,15 @@ def test_the_same_run_gives_the_same_text(three: list[Checkpoint]) -> None:
 def test_the_playbook_has_every_family_and_gate() -> None:
     assert set(playbook.GATES) == set(GATES)
     assert set(playbook.FAMILIES) == {criterion.family for criterion in CRITERIA.values()} | {"golden"}
+    said = " ".join(step for steps in (*playbook.GATES.values(), *playbook.FAMILIES.values()) for step in steps)
+    assert set(re.findall(r"--probe-[a-z-]+", said)) <= {option(key) for key in (*OPTIONS, *FLAGS)}
+    for section, key in re.findall(r"\b(batch|first_order|true_delta_h)\.(\w+)", f"{said} {playbook.OPEN}"):
+        assert key in ProbeConfig().model_dump()[section]
     assert playbook.steps("ess", "importance", "pass") == ()
-    assert playbook.steps("ess", "importance", "inconclusive")[: len(playbook.OPEN)] == playbook.OPEN
+    assert playbook.steps("ess", "importance", "inconclusive") == (*playbook.FAMILIES["importance"], *playbook.OPEN)
+    assert playbook.steps("se_identity", "ustatistic", "inconclusive") == playbook.OPEN
+    assert playbook.steps("entropy", "gate", "inconclusive") == ()
+    assert playbook.steps("entropy", "gate", "fail") == playbook.GATES["entropy"]
 
 
 def test_the_command(three: list[Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

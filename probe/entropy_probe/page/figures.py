@@ -247,6 +247,7 @@ def _bars(
         axes.errorbar(values, at, xerr=_array(ses), fmt="none", ecolor=INK, elinewidth=1, capsize=2)
     axes.axvline(0.0, color=FAINT, linewidth=0.8)
     axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda value, _: number(value))
     shown = [name if len(name) <= 22 else f"…{name[-21:]}" for name in names]
     axes.set_yticks(at, shown)
     room = (10 + 5.4 * max(map(len, shown))) / (72 * WIDTH)  # a character has some 5 points

@@ -31,7 +31,7 @@ def verdict(checkpoint: Checkpoint) -> tuple[str, str]:
     if gates:
         said.append(f"A limit that you set is crossed: {_named(gates, 'failed')}.")
     if undecided:
-        said.append(f"More data is needed: {_named(undecided, 'could not decide')}.")
+        said.append(f"Left open: {_named(undecided, 'could not decide')}.")
     if not failed and not undecided:
         said.append(_trust(checkpoint.judged))
     tone = "bad" if failed else "open" if undecided or not checkpoint.judged else "good"
