@@ -37,6 +37,8 @@ LONGEST = (
     "test_drill.py",
     "plugin/test_demo_run.py",
     "plugin/test_ci_page.py",
+    "page/test_browser.py",
+    "page/test_page.py",
     "plugin/test_readme.py",
     "test_sequence_processor.py",
     "test_capture.py",

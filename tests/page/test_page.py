@@ -84,6 +84,11 @@ def test_texts_of_users_are_text(text: str, page: Page, three: list[Checkpoint])
     assert again.text.count(HOSTILE) >= 9
 
 
+def test_a_name_that_is_not_utf_8_is_written(tmp_path: Path) -> None:
+    write_page(tmp_path / "p.html", [replace(UNLOADED, name="ckpt\udcff", trouble="ckpt\udcff: is missing")])
+    assert "ckpt\\udcff: is missing" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
 def test_every_figure_is_named_and_described(page: Page, three: list[Checkpoint]) -> None:
     drawings = page.of("svg")
     # eight of each checkpoint that was measured, two over the steps

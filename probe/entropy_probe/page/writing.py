@@ -52,11 +52,11 @@ def write_page(path: Path, checkpoints: Sequence[Checkpoint], title: str = "") -
 
 
 def page_of(checkpoints: Sequence[Checkpoint], title: str = "") -> str:
-    """The text of the page. The same checkpoints give the same text."""
+    """The text of the page, whatever bytes a name holds. The same checkpoints give the same text."""
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     shown = _within_size(checkpoints)
     digest = hashlib.sha256(script.encode()).digest()
-    return (
+    text = (
         _environment()
         .get_template("page.html")
         .render(
@@ -73,6 +73,7 @@ def page_of(checkpoints: Sequence[Checkpoint], title: str = "") -> str:
             by_step=figures_by_step("by-step", checkpoints),
         )
     )
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def _within_size(checkpoints: Sequence[Checkpoint]) -> list[Shown]:
         tone, sentence = said[place]
         of = checkpoints[place]
         whole = Shown(place, of, tone, sentence, figures_of(f"c{place}", of))
-        size = len(template.section(whole).encode())  # pyright: ignore[reportAttributeAccessIssue]
+        size = len(template.section(whole).encode(errors="replace"))  # pyright: ignore[reportAttributeAccessIssue]
         if size > left:
             whole = Shown(place, of, tone, sentence, (), in_short=True)
-            size = len(template.section(whole).encode())  # pyright: ignore[reportAttributeAccessIssue]
+            size = len(template.section(whole).encode(errors="replace"))  # pyright: ignore[reportAttributeAccessIssue]
         left -= size
         found[place] = whole
     return [found[place] for place in range(len(checkpoints))]
