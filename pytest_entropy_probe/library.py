@@ -18,6 +18,7 @@ from entropy_probe import ProbeError
 
 if TYPE_CHECKING:
     from entropy_probe import Checkpoint, ProbeConfig, ProbeReport
+    from entropy_probe.answer import Answer
     from entropy_probe.pipeline.prepared import Prepared
     from entropy_probe.predictor_skill import RunSkill
     from entropy_probe.processes.world import World
@@ -108,6 +109,15 @@ def recipe_lines(path: Path, settings: Settings, config: ProbeConfig) -> list[st
     except (ProbeError, OSError):  # found again, and said, where it is measured
         return []
     return recipe.lines()
+
+
+def answer(
+    report: ProbeReport | None, judged: Sequence[tuple[str, str, bool]], state: str
+) -> Answer:
+    """What a report and its verdicts, (criterion, status, whether it is a gate), come to."""
+    from entropy_probe import answer
+
+    return answer.answer(report, [answer.Checked(*one) for one in judged], state)
 
 
 def read_baseline(path: Path) -> BaselineSection:

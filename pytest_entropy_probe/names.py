@@ -77,6 +77,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         True,
         "draw prediction against realisation here (.png, .svg); with several checkpoints a folder",
     ),
+    "html": (
+        "FILE",
+        True,
+        "write the run here as one HTML page: verdict, figures, responses, every criterion (.html)",
+    ),
     "baseline": (
         "PATH",
         True,

@@ -39,6 +39,7 @@ class Settings:
     json_path: Path | None = None
     evidence: Path | None = None
     plot_path: Path | None = None
+    html_path: Path | None = None
     baseline: Path | None = None
     golden_dir: Path | None = None
     golden_update: str | None = None
@@ -115,6 +116,7 @@ def read_settings(config: pytest.Config) -> Settings:
         targets=targets,
         json_path=_output_path(config, "json", "report.json", several),
         plot_path=_output_path(config, "plot", "figure.png", several),
+        html_path=_output_path(config, "html", "report.html", several=False),
     )
     _keep_out_of_checkpoints(config, settings)
     _require_drawable(config, settings)
@@ -201,6 +203,7 @@ def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
         "json": settings.json_path,
         "evidence": settings.evidence,
         "plot": settings.plot_path,
+        "html": settings.html_path,
         "offload_folder": settings.offload_folder,
     }
     for key, path in places.items():
@@ -212,14 +215,18 @@ def _keep_out_of_checkpoints(config: pytest.Config, settings: Settings) -> None:
 
 
 def _require_drawable(config: pytest.Config, settings: Settings) -> None:
-    """Say before the measurement, not after it, that a figure could not be drawn."""
+    """Say before the measurement, not after it, that a figure or the page could not be drawn."""
     path = settings.plot_file(settings.targets[0].name)
-    if path is None:
-        return
-    from entropy_probe.plots import require_drawable
+    if path is not None:
+        from entropy_probe.plots import require_drawable
 
-    with usage_errors(label(config, "plot")):
-        require_drawable(path)
+        with usage_errors(label(config, "plot")):
+            require_drawable(path)
+    if settings.html_path is not None:
+        from entropy_probe.page.writing import require_page
+
+        with usage_errors(label(config, "html")):
+            require_page(settings.html_path)
 
 
 def _require_outputs(config: pytest.Config, settings: Settings) -> None:
@@ -237,6 +244,8 @@ def _require_outputs(config: pytest.Config, settings: Settings) -> None:
             _each(require_folder, *(settings.golden_dir / name for name in names))
     with usage_errors(label(config, "evidence")):
         _each(require_folder, settings.evidence)
+    with usage_errors(label(config, "html")):
+        _each(require_writable, settings.html_path)
     for name, dest in (("--junitxml", "xmlpath"), ("--html", "htmlpath")):
         if given := config.getoption(dest, None):
             path = absolute(os.path.expandvars(given), config.invocation_params.dir)

@@ -30,6 +30,8 @@ LONGEST = (
     "test_cost.py",
     "plugin/test_site_commands.py",
     "plugin/test_ci_page.py",
+    "page/test_browser.py",
+    "page/test_page.py",
     "plugin/test_readme.py",
     "test_against_reference.py",
     "test_run.py",

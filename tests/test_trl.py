@@ -14,6 +14,7 @@ import fidelity
 import forked
 from entropy_probe import ProbeConfig, ProbeError, load_checkpoint, run_probe
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
+from entropy_probe.page.details import details_of
 from entropy_probe_checks.criteria import CRITERIA
 from trl_runs import Run, train
 
@@ -151,3 +152,26 @@ def test_rewards_alone_give_the_trainers_advantages(run: Run) -> None:
     lines = [json.loads(line) for line in run.batch(1).read_text().splitlines()]
     assert all({"rewards", "in_step", "micro_batches"} <= set(line) and "advantages" not in line for line in lines)
     assert sorted(m for line in lines for m in line["micro_batches"]) == [0] * 8 + [1] * 8
+
+
+def test_the_entropy_that_was_logged_is_the_full_one_per_token(run: Run) -> None:
+    """At step 3 TRL logs that of checkpoint 2 on the batch of step 3: the mean of its two micro-batches, each the mean
+    over their tokens. Float32 leaves 1e-6; the sampled one is off by 1e-2, the mean over responses by 1e-3."""
+    report = run_probe(run.checkpoint(2), ProbeConfig.from_mapping(SMALL), run.batch(2), run.batch(0))
+    evidence = report.evidence
+    assert evidence is not None
+    lines = [json.loads(line) for line in run.batch(2).read_text().splitlines()]
+    micro = torch.tensor([line["micro_batches"] for line in lines])
+    entropy = torch.from_numpy(evidence.arrays["e.entropy"])
+    lengths = torch.from_numpy(evidence.arrays["e.gen_lens"]).reshape(micro.shape)
+    each = [float(entropy[micro == m].sum() / lengths[micro == m].sum()) for m in micro.unique()]
+    assert len(each) == 2
+    logs = {entry["step"]: entry["entropy"] for entry in run.logs if "entropy" in entry}
+    assert sum(each) / len(each) == pytest.approx(logs[3], rel=1e-5)
+    details = details_of(report)
+    assert details is not None
+    found = details["conventions"]
+    full = found["rows"][0]["values"]["all"]
+    assert min(each) <= full["per_token"] <= max(each)
+    assert full["per_token"] == pytest.approx(logs[3], rel=1e-3)  # responses of the micro-batches differ in length
+    assert found["trainer"] == {"value": pytest.approx(logs[2], rel=1e-6), "step": 2, "steps": 1}

@@ -10,9 +10,10 @@ run, pipeline/             what is measured, in order;   stages/  one step a fil
 estimators/                tensors in, numbers out;   model/  networks and files of weights
 processes/                 several processes under torchrun
 config/, budgets, options  what can be set, by a file or on the command line
-report, golden, plots      the numbers: their classes, kept ones to compare with, figures
+report, golden, plots      the numbers: their classes, kept ones to compare with, figures;   page/  all of it in HTML
 schema/                    what every field of a report and of a configuration is
 predictor_skill            predictors against the changes that a run made, from its reports
+answer                     what a report and its verdicts come to, in a sentence
 evidence, atomic           what the numbers are made of;   files that are whole or not there
 afresh/                    the folder and the inputs, read and scored again by libraries alone
 layout, base_model, text   where the files of a checkpoint are;   digests  what they hold, as one number

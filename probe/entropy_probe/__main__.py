@@ -1,6 +1,6 @@
 """`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
-`audit` computes the figures of a report again, `drill` plants faults to see them caught, `rollouts` reads those of a
-trainer, `schema` says what every field of a report is."""
+`report` shows reports as one HTML page, `audit` computes the figures of a report again, `drill` plants faults to see
+them caught, `rollouts` reads those of a trainer, `schema` says what every field of a report is."""
 
 from __future__ import annotations
 
@@ -69,6 +69,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         required=True,
         help="the folder that --evidence or --probe-evidence wrote, or a file of it",
+    )
+    page = commands.add_parser(
+        "report", help="show reports as one HTML page: verdict, figures, every criterion"
+    )
+    page.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="report.json")
+    page.add_argument(
+        "--html", type=Path, metavar="FILE", required=True, help="where the page goes (.html)"
+    )
+    page.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        help="the folder that --evidence or --probe-evidence wrote: responses, tokens, the entropy audit",
     )
     rollouts = commands.add_parser(
         "rollouts",
@@ -208,6 +221,7 @@ def _main(argv: Sequence[str] | None) -> int:
             "inspect": _inspect,
             "run": _run,
             "audit": _audit,
+            "report": _page,
             "rollouts": _rollouts,
             "drill": _drill if getattr(arguments, "fault", None) is None else _with_fault,
             "schema": _schema,
@@ -347,6 +361,34 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ProbeError(place, problem, "give the evidence of this very report") from error
     print(text(lines))
     return EXIT_FAILED if any(not line.difference <= LIMIT for line in lines) else 0
+
+
+def _page(arguments: argparse.Namespace) -> int:
+    """A report without verdicts, as `run` writes it, is judged here by every criterion."""
+    from entropy_probe import ProbeReport
+    from entropy_probe.atomic import require_writable
+    from entropy_probe.evidence import Evidence, evidence_file
+    from entropy_probe.page.contents import Checkpoint
+    from entropy_probe.page.details import details_of
+    from entropy_probe.page.writing import require_page, write_page
+    from entropy_probe_checks.shown import explained, judged
+
+    require_page(arguments.html)
+    require_writable(arguments.html)
+    checkpoints: list[Checkpoint] = []
+    for path in arguments.reports:
+        report = ProbeReport.from_json(path)
+        of, place = report.checkpoint, arguments.evidence
+        if place is not None:
+            place = place if place.is_file() else evidence_file(place, of.name)
+            report = report.with_evidence(Evidence.from_file(place))
+        details = details_of(report)
+        step = of.optimizer.step if of.global_step is None else of.global_step
+        run, verdicts = str(Path(of.path).parent), explained(judged(report))
+        checkpoints.append(Checkpoint(of.name, run, step, report, details, verdicts))
+    order = sorted(checkpoints, key=lambda c: (c.run, c.step is None, c.step or 0))
+    write_page(arguments.html, order)
+    return 0
 
 
 def _rollouts(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,6 @@
 
 summary   header, tables, report.json, figures;   tables  rows of criteria, checkpoints by step
 records   what a test says of its checkpoint, as properties of its report
-verdict   the answer in one sentence;   skills  predictors against a run
+skills    predictors against a run;   page  one HTML file of the run
 markdown  the page beside a job;   explain  `--probe-explain`;   terminal  tables in its characters
 """

@@ -21,9 +21,9 @@ from pytest_entropy_probe.shown.tables import (
     steps_title,
     unseen,
 )
-from pytest_entropy_probe.shown.verdict import Answer
 
 if TYPE_CHECKING:
+    from entropy_probe.answer import Answer
     from entropy_probe.predictor_skill import RunSkill
 
 CRITERIA_HEADINGS = ("criterion", "value", "limit", "margin", "status")

@@ -1,4 +1,4 @@
-"""What is seen: header, tables, report.json, figures, GitHub's step summary.
+"""What is seen: header, tables, report.json, figures, the HTML page, GitHub's step summary.
 
 The tables are built from the properties of test reports, which reach the controller whichever
 process ran the test; xdist's workers hand their reports over. Registered only when a checkpoint is
@@ -23,6 +23,7 @@ from pytest_entropy_probe.collection.shipped import withheld
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.settings import SETTINGS
+from pytest_entropy_probe.shown import page
 from pytest_entropy_probe.shown.markdown import append, summary
 from pytest_entropy_probe.shown.records import FIRST, records_of
 from pytest_entropy_probe.shown.skills import skill_table
@@ -40,14 +41,15 @@ from pytest_entropy_probe.shown.tables import (
     unseen,
 )
 from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table, written
-from pytest_entropy_probe.shown.verdict import Answer, answer
 from pytest_entropy_probe.subject import SUBJECTS, probe_config
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeReport
+    from entropy_probe.answer import Answer
     from entropy_probe.predictor_skill import RunSkill
 
 HANDED_OVER, NOTES = "entropy_probe_reports", "entropy_probe_notes"
+DETAILS = "entropy_probe_details"
 NOT_WRITTEN = "entropy_probe_not_written"
 
 
@@ -65,6 +67,7 @@ class Summary:
         self._skills: list[RunSkill | str] = []
         self._predictions: dict[str, str] = {}
         self._notes: dict[str, str] = {}
+        self._details: dict[str, str] = {}
         self._troubles: list[str] = []
         self._failed = False
 
@@ -166,27 +169,33 @@ class Summary:
         reports = {name: report.model_dump_json() for name, report in judged.items() if report}
         notes = {subject.name: said for subject in subjects if (said := subject.said())}
         not_written = [subject.not_written for subject in subjects if subject.not_written]
+        html = self._config.stash[SETTINGS].html_path
+        details = {} if html is None else page.details(subjects)
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is not None:
             output[HANDED_OVER], output[NOTES], output[NOT_WRITTEN] = reports, notes, not_written
+            output[DETAILS] = details
             return
         self._notes |= notes
+        self._details |= details
         for trouble in not_written:
             self._fail(trouble)
         sources = [reports, *self._handed_over]
         self._write(sources)
         self._compare(sources)
-        if os.environ.get(PAGE) and self._steps:
-            self._append_to_page(Path(os.environ[PAGE]))
-
-    def _append_to_page(self, page: Path) -> None:
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
-        notes = [*self._said(), *self._troubles]
-        answers = self._answers
-        text = summary(
-            self._what(), self._steps, rows, self._headlines, answers, notes, self._skills
-        )
-        self._fail(append(page, text))
+        if html is not None and self._steps:
+            of = (self._steps, rows, sources, self._details, self._notes)
+            self._fail(page.write(html, self._title(), *of))
+        if os.environ.get(PAGE) and self._steps:
+            notes = [*self._said(), *self._troubles]
+            texts = (self._headlines, self._answers, notes, self._skills)
+            text = summary(self._what(), self._steps, rows, *texts)
+            self._fail(append(Path(os.environ[PAGE]), text))
+
+    def _title(self) -> str:
+        names = [step.name for step in self._steps]
+        return names[0] if len(names) == 1 else f"{len(names)} checkpoints"
 
     def _complain(self, trouble: str | None) -> None:
         if trouble:
@@ -202,6 +211,7 @@ class Summary:
         output = getattr(node, "workeroutput", {})
         self._handed_over.append(output.get(HANDED_OVER, {}))
         self._notes |= output.get(NOTES, {})
+        self._details |= output.get(DETAILS, {})
         for trouble in output.get(NOT_WRITTEN, []):
             self._fail(trouble)
         if output.get(DROPPED) not in self._troubles:
@@ -234,8 +244,12 @@ class Summary:
             text, rows = next(texts, None), self._rows_of(target.name)
             report = reports[target.name] = None if text is None else library.read_report(text)
             run, state = str(target.path.parent), self._states[target.name]
-            judged = [row for row in rows if row.criterion or row.status == "fail"]
-            self._answers[target.name] = answer(report, judged, state)
+            judged = [
+                (row.criterion, row.status, row.noisy)
+                for row in rows
+                if row.criterion or row.status == "fail"
+            ]
+            self._answers[target.name] = library.answer(report, judged, state)
             self._steps.append(step_of(target.name, run, report, rows, state))
         self._steps = by_step(self._steps)
         measured: list[tuple[str, int | None, ProbeReport]] = []
@@ -290,7 +304,7 @@ class Summary:
         of them. Of several checkpoints, without what was found."""
         verbose = self._config.get_verbosity() > 0
         rows = [row for row in self._rows_of(name) if row.criterion]
-        said = self._answers.get(name) or answer(None, rows, self._states[name])
+        said = self._answers.get(name) or library.answer(None, [], self._states[name])
         kind = {"good": {"green": True}, "bad": {"red": True}, "unknown": {"yellow": True}}[
             said.kind
         ]

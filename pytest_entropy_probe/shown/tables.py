@@ -70,30 +70,16 @@ class Row:
 
         12x is twelve times better than asked, 0.5x misses it by two.
         """
-        factor = self.factor
-        if factor is None:
-            return "-"
-        if self.value == 0:
-            return "0x" if factor == 0 else "exact"
-        if factor > 9999:
-            return ">9999x"
-        return f"{factor:.0f}x" if factor >= 10 else f"{factor:.2g}x"
+        from entropy_probe_checks.shown import margin
+
+        return margin(self.value, self.limit, self.status, noisy=self.noisy)
 
     @property
     def factor(self) -> float | None:
         """How many times better than asked, infinite for 0; `None` where that is no question."""
-        if self.noisy or not isinstance(self.value, float) or not isinstance(self.limit, float):
-            return None
-        if self.limit == 0:
-            return math.inf if self.value == 0 and self.status == "pass" else None
-        above = self.value > self.limit
-        is_lower_limit = above == (self.status == "pass")
-        above_zero = self.value >= 0 and self.limit > 0
-        if not above_zero or not math.isfinite(self.value) or self.status not in ("pass", "fail"):
-            return None
-        if self.value == 0:
-            return 0.0 if is_lower_limit else math.inf
-        return self.value / self.limit if is_lower_limit else self.limit / self.value
+        from entropy_probe_checks.shown import factor
+
+        return factor(self.value, self.limit, self.status, noisy=self.noisy)
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:

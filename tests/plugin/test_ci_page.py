@@ -85,7 +85,7 @@ def test_the_workflow(place: Path) -> None:
     table: dict[Any, Any] = yaml.safe_load(FILES[WORKFLOW])
     (job,) = table["jobs"].values()
     runs = [step["run"] for step in job["steps"] if "run" in step]
-    assert [run for run in runs if run.startswith("pip")] == ["pip install pytest-entropy-probe"]
+    assert [run for run in runs if run.startswith("pip")] == ["pip install 'pytest-entropy-probe[plots]'"]
     for run in runs:
         if not run.startswith("pip"):
             done = shell(place, run, CI="true", GITHUB_STEP_SUMMARY=str(place / "summary.md"))
@@ -97,6 +97,7 @@ def test_the_workflow(place: Path) -> None:
     assert list((place / save["with"]["path"]).glob("*.json"))
     assert save["with"].items() <= restore["with"].items()
     assert save["if"] == upload["if"] == "always()"
+    assert 'href="#checkpoint-1">checkpoint-20</a>' in (place / "report.html").read_text()
     assert "| checkpoint-10 (100) |" in (place / "summary.md").read_text()
 
 

@@ -45,6 +45,7 @@ def test_every_place_says_so(folder: Path) -> None:
     done = run(
         folder,
         "-m", "acceptance", "-v", "--probe-json=r.json", "--junitxml=j.xml", "--probe-plot=p.svg",
+        "--probe-html=p.html",
         GITHUB_STEP_SUMMARY=str(summary),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
@@ -65,6 +66,9 @@ def test_every_place_says_so(folder: Path) -> None:
     assert sum(MARK in line for line in markdown.splitlines()) >= 5
     assert sum(MARK in line for line in (folder / "j.xml").read_text().replace("&#10;", "\n").splitlines()) >= 4
     assert MARK in (folder / "p.svg").read_text()
+    page = (folder / "p.html").read_text()
+    assert page.count(f"These are {MARK}") >= 2 * page.count("<svg") >= 16
+    assert page.count(f"nats/token, {MARK}") == 3
     report = json.loads((folder / "r.json").read_text())
     for section in ("batch", "update_batch"):
         assert report[section]["prompts_are_builtin"] is True

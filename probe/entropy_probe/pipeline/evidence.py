@@ -16,12 +16,14 @@ from torch import Tensor
 from entropy_probe.errors import printable
 from entropy_probe.evidence import Evidence
 from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.checkpoint.files import logged_entropy
 from entropy_probe.pipeline.again import found_again
 from entropy_probe.pipeline.measured import Batch, Measured
 from entropy_probe.pipeline.next_step import NextStep
 from entropy_probe.pipeline.prepared import Prepared
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.gradients.unit_gradients import OwnUnitGradients, UnitGradients
+from entropy_probe.stages.responses.texts import texts_of
 from entropy_probe.stages.share import Share
 
 _AT_ONCE = 1 << 21  # numbers of one side of a product that are held in float64
@@ -98,6 +100,7 @@ def evidence_of(
 def _given(of: Measured, prepared: Prepared, eos: Sequence[int]) -> dict[str, Any]:
     """What is known of the batches and the checkpoint beside what is measured."""
     batches = of.e.rollouts, of.u.rollouts
+    folder = prepared.checkpoint.info.path
     return {
         "eos": list(eos),
         "fingerprint": prepared.checkpoint.info.fingerprint,
@@ -108,6 +111,8 @@ def _given(of: Measured, prepared: Prepared, eos: Sequence[int]) -> dict[str, An
         "found": [[printable(line) for line in batch.found] for batch in batches],
         "weighed": [batch.weighed for batch in batches],
         "missing_gold": [batch.missing_gold for batch in batches],
+        "texts": [texts_of(prepared.checkpoint.tokenizer, batch) for batch in batches],
+        "trainer_entropy": logged_entropy(folder) if folder.name else None,
     }
 
 

@@ -7,6 +7,7 @@ Only safetensors and `torch.load(weights_only=True)` open a file; `rng_state.pth
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 import warnings
@@ -226,6 +227,29 @@ def logged_grad_norm(folder: Path) -> float | None:
             of_last = entry.get("step") == state.get("global_step")
             return float(entry["grad_norm"]) if of_last else None
     return None
+
+
+def logged_entropy(folder: Path) -> dict[str, float] | None:
+    """The last `entropy` in the trainer's own log: its `value` in nats per token, the `step` of the entry, and over how
+    many `steps` it is a mean, where the entry before tells. `None` where there is none that can be read."""
+    path = folder / "trainer_state.json"
+    try:
+        history = read_json(path).get("log_history") if path.is_file() else None
+    except CheckpointError:  # a second opinion, which nothing depends on
+        return None
+    logged = [
+        entry
+        for entry in (history if isinstance(history, list) else ())
+        if isinstance(entry, dict)
+        and type(entry.get("entropy")) in (int, float)
+        and math.isfinite(entry["entropy"])
+        and type(entry.get("step")) is int
+    ]
+    if not logged:
+        return None
+    found = {"value": float(logged[-1]["entropy"]), "step": logged[-1]["step"]}
+    steps = logged[-1]["step"] - (logged[-2]["step"] if len(logged) > 1 else 0)
+    return found | ({"steps": steps} if steps > 0 else {})
 
 
 def global_step(folder: Path) -> int | None:

@@ -12,5 +12,6 @@ trainers_rollouts       rollouts that trainers wrote, as such lines
 sampled_rollouts        rollouts drawn from the policy
 sampling, drawing       responses from the policy, and one token of each
 steps                   logits of the next token, over the model's cache or from whole rows
+texts                   the texts of a batch, for the eye
 sequences               the batch as `SequenceProcessor` gives it to users
 """

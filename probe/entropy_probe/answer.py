@@ -4,11 +4,9 @@ believed."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from entropy_probe import ProbeReport
-    from pytest_entropy_probe.shown.tables import Row
+from entropy_probe.report import ProbeReport
 
 COLLAPSED = 0.02
 """Nats per token: of fifty tokens all but one are certain."""
@@ -19,6 +17,14 @@ NEGLIGIBLE = 0.01
 """A share of the entropy that a step may move it by without a word."""
 
 Kind = Literal["good", "unknown", "bad"]
+
+
+class Checked(NamedTuple):
+    """How a criterion ended, which may be a `gate`; a test of the user's own has no name."""
+
+    name: str
+    status: str
+    gate: bool = False
 
 
 class Answer(NamedTuple):
@@ -32,11 +38,11 @@ class Answer(NamedTuple):
         return f"{self.word}: {self.rest}"
 
 
-def answer(report: ProbeReport | None, rows: Sequence[Row], state: str = "") -> Answer:
+def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "") -> Answer:
     """The first of these that holds: it was not measured; checks failed; limits of the user's are missed; prompts or
     rewards are not the user's; checks cannot tell; the policy has collapsed, or is about to; noise; all is well."""
     red = [row for row in rows if row.status in ("fail", "xpass")]
-    failed, limits = [row for row in red if not row.noisy], [row for row in red if row.noisy]
+    failed, limits = [row for row in red if not row.gate], [row for row in red if row.gate]
     undecided = [row for row in rows if row.status == "inconclusive"]
     passed = _passed(rows)
     if report is None:
@@ -107,7 +113,7 @@ def _change(report: ProbeReport) -> _Change:
     return _Change("Cannot tell", f"{noise}{more}.")
 
 
-def _passed(rows: Sequence[Row]) -> str:
+def _passed(rows: Sequence[Checked]) -> str:
     """How many checks were made, and that they passed: it is said where none failed."""
     asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
     without = len([row for row in rows if row.status == "not_applicable"])
@@ -120,10 +126,10 @@ def _passed(rows: Sequence[Row]) -> str:
     return f"{said}{f' ({without} do not apply)' if without else ''}."
 
 
-def _count(rows: Sequence[Row], what: str) -> str:
+def _count(rows: Sequence[Checked], what: str) -> str:
     return f"{len(rows)} {what}{'s'[: len(rows) > 1]}"
 
 
-def _names(rows: Sequence[Row]) -> str:
-    names = [row.criterion or "a test of your own" for row in rows]
+def _names(rows: Sequence[Checked]) -> str:
+    names = [row.name or "a test of your own" for row in rows]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
