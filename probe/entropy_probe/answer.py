@@ -3,6 +3,7 @@ believed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -44,10 +45,11 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
     red = [row for row in rows if row.status in ("fail", "xpass")]
     failed, limits = [row for row in red if not row.gate], [row for row in red if row.gate]
     undecided = [row for row in rows if row.status == "inconclusive"]
-    passed = _passed(rows)
+    passed = _passed([row for row in rows if row not in red])
+    asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
     if report is None:
         why = state.removeprefix("checkpoint ") or "no report"
-        return Answer("bad", "Not measured", f"{why}.")
+        return Answer("bad", "Not measured", f"{why.removesuffix('.')}.")
     said = _change(report)
     if failed:
         return Answer(
@@ -69,6 +71,10 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
     if h < COLLAPSED:
         rest = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same. {passed}"
         return Answer("bad", "Collapsed", rest)
+    if not asked:
+        return Answer("unknown", "Not judged", f"{said.text} {passed}")
+    if all(row.gate for row in asked):
+        return Answer("good", "Within your limits", f"{said.text} {passed}")
     kinds: dict[str, Kind] = {"Healthy": "good", "Cannot tell": "unknown"}
     return Answer(kinds.get(said.word, "bad"), said.word, f"{said.text} {passed}")
 
@@ -90,8 +96,13 @@ def _change(report: ProbeReport) -> _Change:
         return _Change("Cannot tell", "nothing is known of the next step.")
     of = step.per_token
     value, se = of.realised, of.realised_se
-    if not step.reliable and of.predicted is not None and of.predicted_se is not None:
-        value, se = of.predicted, of.predicted_se
+    if not (math.isfinite(value) and math.isfinite(se)):
+        return _Change("Cannot tell", "the change by the next step could not be measured.")
+    if not step.reliable:
+        ess = f"ESS/N {step.unclipped_ess_fraction:.2g}"
+        return _Change(
+            "Cannot tell", f"the next step is too large for these responses to tell ({ess})."
+        )
     size = abs(value) / h if h > 0 else 0.0
     share = f"{size:.1f} times" if size >= 1 else f"{100 * size:.2g} %"
     figure = f"{abs(value):.2g} ± {se:.1g} nats/token ({share})"
@@ -119,7 +130,10 @@ def _passed(rows: Sequence[Checked]) -> str:
     without = len([row for row in rows if row.status == "not_applicable"])
     known = len([row for row in asked if row.status == "xfail"])
     if not asked:
-        return "No check was made."
+        return "No check was made of these numbers."
+    if all(row.gate for row in asked):
+        held = f"All {len(asked)} limits hold" if len(asked) > 1 else "The one limit holds"
+        return f"{held}; whether the numbers can be trusted was not asked (-m acceptance)."
     said = f"All {len(asked)} checks passed" if len(asked) > 1 else "The one check passed"
     if known:
         said = f"{len(asked) - known} of {len(asked)} checks passed, {known} fail as expected"

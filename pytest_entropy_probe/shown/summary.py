@@ -7,7 +7,6 @@ given.
 
 from __future__ import annotations
 
-import itertools
 import os
 import textwrap
 from collections.abc import Generator
@@ -25,20 +24,16 @@ from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.settings import SETTINGS
 from pytest_entropy_probe.shown import page
 from pytest_entropy_probe.shown.markdown import append, summary
-from pytest_entropy_probe.shown.records import FIRST, records_of
+from pytest_entropy_probe.shown.records import records_of
+from pytest_entropy_probe.shown.screen import show
 from pytest_entropy_probe.shown.skills import skill_table
 from pytest_entropy_probe.shown.tables import (
-    PLAIN,
     Row,
     Step,
     by_step,
-    criteria_table,
-    in_order,
-    long_criteria,
     long_names,
     step_of,
     steps_table,
-    unseen,
 )
 from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table, written
 from pytest_entropy_probe.subject import SUBJECTS, probe_config
@@ -280,7 +275,16 @@ class Summary:
             terminalreporter.write_sep("=", "entropy probe")
             in_full = len(self._states) == 1 or self._config.get_verbosity() > 0
             for name in sorted(self._states, key=self._order):
-                self._show(terminalreporter, name, in_full=in_full)
+                show(
+                    terminalreporter,
+                    name,
+                    self._answers.get(name) or library.answer(None, [], self._states[name]),
+                    self._headlines.get(name, ""),
+                    self._rows_of(name),
+                    prediction=self._predictions.get(name, ""),
+                    in_full=in_full,
+                    verbose=self._config.get_verbosity() > 0,
+                )
             if len(self._steps) > 1:
                 table = steps_table(self._steps, plain=plain())
                 above = long_names(self._steps, plain=plain())
@@ -298,42 +302,6 @@ class Summary:
             terminalreporter.write_line(f"entropy-probe: {line}")
         for line in self._troubles:
             terminalreporter.write_line(f"entropy-probe: {line}", red=True)
-
-    def _show(self, reporter: pytest.TerminalReporter, name: str, *, in_full: bool) -> None:
-        """One checkpoint: the answer, what was found, and the checks that did not pass, with what to do; under -v all
-        of them. Of several checkpoints, without what was found."""
-        verbose = self._config.get_verbosity() > 0
-        rows = [row for row in self._rows_of(name) if row.criterion]
-        said = self._answers.get(name) or library.answer(None, [], self._states[name])
-        kind = {"good": {"green": True}, "bad": {"red": True}, "unknown": {"yellow": True}}[
-            said.kind
-        ]
-        for line in textwrap.wrap(f"{name}: {said}", 80, break_on_hyphens=False):
-            reporter.write_line(written(line), bold=True, **kind)
-        found = self._headlines.get(name, "").splitlines()
-        first = [line for line in found if line.startswith(FIRST)]
-        doubts = (line.removeprefix(FIRST) for line in first)
-        wrapped = (textwrap.wrap(doubt, 80, break_on_hyphens=False) for doubt in doubts)
-        for line in (*unseen(name, rows), *itertools.chain(*wrapped)):
-            reporter.write_line(written(line), yellow=True)
-        if in_full:
-            for line in found:
-                if line not in first:
-                    reporter.write_line(written(line))
-        shown = in_order(rows)
-        if not verbose:
-            shown = [row for row in shown if row.status not in PLAIN]
-        if shown:
-            table = criteria_table(name, shown, plain=plain())
-            write_table(reporter, table, above=long_criteria(shown))
-        for row in rows if not verbose else ():
-            if row.message and row.remedy:
-                lines = textwrap.wrap(f"{row.criterion}: {row.remedy}", 80, break_on_hyphens=False)
-                for line in lines:
-                    reporter.write_line(written(line))
-        if in_full and self._predictions.get(name):
-            for line in self._predictions[name].splitlines():
-                reporter.write_line(written(line))
 
     def _order(self, name: str) -> int:
         names = [target.name for target in self._config.stash[SETTINGS].targets]

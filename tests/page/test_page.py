@@ -115,7 +115,6 @@ def test_every_criterion_is_explained(page: Page, three: list[Checkpoint]) -> No
 
 def test_the_first_screen(three: list[Checkpoint]) -> None:
     """Per token first; and what is said follows from the report."""
-    healthy, noisy, collapsing = three
     for checkpoint in three:
         report = checkpoint.report
         assert report is not None
@@ -125,39 +124,9 @@ def test_the_first_screen(three: list[Checkpoint]) -> None:
         assert realised == with_se(*step.realised_per_token, signed=True)
         assert predicted == with_se(step.predicted_per_token, step.predicted_per_token_se, signed=True)
         assert unit == "nats/token"
-    tone, said = verdict(healthy)
-    assert tone == "good"
-    assert said.startswith("The next step raises the entropy by ")
-    passed = sum(one.status == "pass" for one in healthy.judged)
-    assert said.endswith(f"The numbers can be trusted: all {passed} criteria that could be asked pass.")
-    tone, said = verdict(noisy)
-    assert tone == "open"
-    assert "too large for this batch" in said
-    assert "(ess)" in said
-    tone, said = verdict(collapsing)
-    assert tone == "bad"
-    assert "A limit that you set is crossed: 1 gate failed (entropy)." in said
-    assert "Do not rely" not in said
-    failed = [replace(healthy.judged[0], status=status) for status in ("fail", "xpass")]
-    assert "Do not rely on these numbers yet: 2 criteria failed" in verdict(replace(healthy, judged=failed))[1]
-    assert verdict(replace(healthy, judged=()))[0] == "open"
-    assert verdict(UNLOADED) == ("bad", f"Nothing was measured: {UNLOADED.trouble}")
-
-
-def test_a_direction_is_named_beyond_two_standard_errors(three: list[Checkpoint]) -> None:
-    report = three[0].report
-    assert report is not None
-
-    def said(value: float, se: float) -> str:
-        change = {"delta_h_per_token_pd": value, "delta_h_per_token_pd_se": se}
-        rows = [row.model_copy(update=change) for row in report.entropy_change]
-        return verdict(replace(three[0], report=report.model_copy(update={"entropy_change": rows})))[1]
-
-    assert "lowers the entropy by 0.030 ± 0.010 nats per token" in said(-0.03, 0.01)
-    assert "raises the entropy by 0.030 ± 0.010 nats per token" in said(0.03, 0.01)
-    assert "less than this batch can resolve: −0.019 ± 0.010 nats" in said(-0.019, 0.01)
-    assert "could not be measured (nan ± 0.01 nats per token)" in said(math.nan, 0.01)
-    assert "could not be measured" in said(0.01, math.inf)
+    tones = [verdict(one)[0] for one in three]
+    assert tones == ["good", "open", "bad"]
+    assert verdict(UNLOADED) == ("bad", f"Not measured: {UNLOADED.trouble}.")
 
 
 def test_without_adam_and_without_evidence(three: list[Checkpoint]) -> None:
@@ -171,7 +140,7 @@ def test_without_adam_and_without_evidence(three: list[Checkpoint]) -> None:
     assert details_of(other) is None
     shown = Page(page_of([Checkpoint("sgd", "", None, other)]))
     assert shown.faults == shown.of("svg") == []
-    assert "Nothing can be said about the next step: the optimizer is SGD." in shown.text
+    assert "nothing is known of the next step: the optimizer is SGD." in shown.text
     assert "need the evidence of the run: entropy-probe report" in shown.text
 
 
@@ -186,9 +155,9 @@ def test_what_nobody_chose_is_beside_every_figure(three: list[Checkpoint]) -> No
     assert all(mark in unit for what, _, unit in tiles if "ΔH" in what or "H" in what.split(","))
     drawings = len(shown.of("svg"))
     assert drawings == 8
-    # every figure's description and caption, the sentence, four tiles, a note, a mark of the table, two captions
-    assert shown.text.count(mark) >= 2 * drawings + 8
-    assert mark in verdict(chosen)[1]
+    # every figure's description and caption, four tiles, a note, a mark of the table, two captions
+    assert shown.text.count(mark) >= 2 * drawings + 7
+    assert verdict(chosen)[1].startswith("Not your prompts: ")
 
 
 def test_the_entropy_audit_by_slow_loops() -> None:
@@ -291,7 +260,14 @@ def drawn_evidence(seed: int, top_p: float = 1.0) -> tuple[Any, Evidence]:
     h = float(scores["entropy"].sum() / lengths.sum())
     none = Estimate(value=0.0, se=0.0)
     section = EntropySection(
-        naive=none, rb=none, rb_q=none, surprise=none, per_token=Estimate(value=h, se=0.0), rb_by_prompt=[], surprises=0
+        naive=none,
+        rb=none,
+        rb_q=none,
+        surprise=none,
+        per_token=Estimate(value=h, se=0.0),
+        rb_by_prompt=[],
+        per_token_by_prompt=[],
+        surprises=0,
     )
     return ProbeReport.model_construct(config=config, update=None, entropy=section), Evidence(arrays, facts)
 

@@ -42,7 +42,7 @@ def test_a_run_and_the_same_under_xdist(folder: Path) -> None:
     assert page.text.startswith("2 checkpoints")
     assert "Of 2 checkpoints 2 did not pass or could not be measured (checkpoint-3, checkpoint-4)." in page.text
     why = "has neither config.json nor adapter_config.json; give the folder that the trainer wrote"
-    assert re.search(rf"Nothing was measured: \S+checkpoint-4: {why}", page.text)
+    assert re.search(rf"Not measured: \S+checkpoint-4: {why}", page.text)
     failed = re.findall(r'<article class="failure (\w+)">\s*<h4>.*?<code>(\w+)</code>', text, re.DOTALL)
     assert ("inconclusive", "entropy") in failed  # nobody chose these prompts
     assert ("fail", "param_scaling") in failed
