@@ -43,7 +43,13 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
         row.resume()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     stage_column = TextColumn("{task.description}")
     count_column = TextColumn("{task.fields[count]}")
@@ -54,6 +60,8 @@ def shown(config: pytest.Config, name: str) -> Iterator[Callable[[str, int, int]
             BarColumn(),
             count_column,
             TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
             console=Console(file=stream),
             transient=True,
             redirect_stdout=False,

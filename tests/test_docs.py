@@ -20,7 +20,7 @@ from entropy_probe_checks.thresholds import LIMITS
 from pytest_entropy_probe.plugin import FLAGS, MARKERS, OPTIONS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/overview.md"))
 CRITERIA_PAGE = (ROOT / "docs" / "criteria.md").read_text()
 NOTES_PAGE = (ROOT / "docs" / "notes.md").read_text()
 ROOMS = [path.parent for path in sorted((ROOT / "probe").rglob("__init__.py")) if path.parent.name != "demo"]

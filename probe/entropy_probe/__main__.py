@@ -120,60 +120,63 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
-    """Options that say what is measured, and with what."""
-    run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
-    run.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
-    run.add_argument(
+    """Options that say what is measured, and with what, in groups."""
+    group = run.add_argument_group("on which prompts and responses")
+    group.add_argument("--prompts", type=Path, metavar="PATH", help="prompts to sample from")
+    group.add_argument(
         "--rollouts",
         type=Path,
         metavar="FILE",
         help="E batch: responses to use in place of sampling",
     )
-    run.add_argument(
+    group.add_argument(
         "--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from"
     )
-    run.add_argument("--prompts", type=Path, metavar="PATH", help="prompts to sample from")
-    run.add_argument(
+    group.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
+    group.add_argument(
+        "--target-se",
+        metavar="X",
+        help="more prompts, up to batch.max_prompts, until the predicted change has a standard error of X nats per "
+        "token; or 2se: half of that change",
+    )
+    group = run.add_argument_group("whose step")
+    group.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
+    group.add_argument(
         "--recipe",
         metavar="NAME",
         help="whose update: auto reads the checkpoint's own training settings (default); notes, trl-dapo, "
         "verl-grpo, ...; or a YAML file of parts",
     )
-    run.add_argument(
+    group.add_argument(
         "--next",
         type=Path,
         metavar="PATH",
         help="the checkpoint one step later: the step that was really made (checkpoint-N+1 is found by itself)",
     )
-    run.add_argument(
+    group.add_argument(
         "--reference-model",
         type=Path,
         metavar="PATH",
         help="the reference of a KL term; an adapter's base where none is given",
     )
-    run.add_argument(
+    group = run.add_argument_group("how, and with what")
+    group.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
+    group.add_argument(
         "--budget", help="how much is computed: smoke, standard or full (default: standard)"
     )
-    run.add_argument("--device", help="where it runs (default: cpu)")
-    run.add_argument(
+    group.add_argument("--device", help="where it runs (default: cpu)")
+    group.add_argument(
         "--memory-limit",
         metavar="SIZE",
         help="memory that is kept to by smaller batches, such as 8GiB",
     )
-    run.add_argument(
+    group.add_argument(
         "--device-map",
         metavar="NAME",
         help="for a model that outgrows one device: auto, balanced, balanced_low_0 or sequential",
     )
-    run.add_argument(
+    group.add_argument(
         "--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too"
-    )
-    run.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
-    run.add_argument(
-        "--target-se",
-        metavar="X",
-        help="more prompts, up to batch.max_prompts, until the predicted change has a standard error of X nats per "
-        "token; or 2se: half of that change",
     )
 
 

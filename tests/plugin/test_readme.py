@@ -1,4 +1,5 @@
-"""The README's own commands and snippets, run as they stand, in an empty folder with a checkpoint where it says."""
+"""The commands and snippets of the README, and of the page that has all of it, run as they stand in an empty folder,
+with a checkpoint where they say."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import forked
 import kept_reports
 from entropy_probe.demo import checkpoint_path
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/overview.md"))
 
 
 def commands() -> list[str]:
@@ -47,7 +49,7 @@ def run(place: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_its_commands() -> None:
-    assert len(commands()) >= 4
+    assert len(commands()) >= 12
     assert {"pytest --probe-checkpoint=demo -m acceptance", "pytest --probe-explain=ess"} <= set(commands())
 
 
