@@ -65,7 +65,8 @@ def probe_model(_probe_subject: Subject) -> BoundModel:
 
 @pytest.fixture(scope="session")
 def probe_rollouts(_probe_subject: Subject) -> Rollouts:
-    """The E batch: token ids, lengths and rewards of the responses whose entropy is measured."""
+    """The E batch: token ids, lengths and rewards of the responses whose entropy is measured. Prompts that
+    `batch.target_se` adds are not among them."""
     __tracebackhide__ = True
     return _probe_subject.prepared.rollouts
 

@@ -117,7 +117,7 @@ def flops(network: Network, run: Run) -> dict[str, float]:
         "rollouts": sum(sampling(network, run, batch) for batch in run.batches),
         "scores": scored + (0.0 if run.same_batch else without_graph(network, FORWARD, u, at_once)),
         "gradients": _gradients(network, run, e, u),
-        "slopes": 3 * without_graph(network, JVP, e, at_once) + _slope_products(network, run, u),
+        "slopes": 3 * without_graph(network, JVP, e, at_once) + _slope_products(network, run, e, u),
         "first order": _products(network, run),
         "update": 0.0,
         "entropy change": run.etas * scored,
@@ -168,18 +168,15 @@ def _products(network: Network, run: Run) -> float:
     return 2 * d * units * (2 * units + (0 if run.same_batch else run.units_e))
 
 
-def _slope_products(network: Network, run: Run, u: Batch) -> float:
+def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:
+    """X̄ per token by one more pass of E, and its products and those of X̄; of one batch X_n per token too, and two
+    slopes that are cross-fitted."""
     d, units = network.trainable, -(-run.units_u // run.ranks)
-    sources, crossed = (
-        2 * d * units,
-        2 * d * units * (units if run.ranks == 1 else 2) if run.same_batch else 0.0,
-    )
-    again = (
-        with_graph(network, capture(1), run, u, run.rows_at_once)
-        if run.same_batch and run.per_token
-        else 0.0
-    )
-    return sources + crossed + again
+    found = with_graph(network, capture(1), run, e, run.rows_at_once) + 2 * (2 * d * units)
+    if run.same_batch:
+        found += 2 * (2 * d * units * (units if run.ranks == 1 else 2))
+        found += with_graph(network, capture(1), run, u, run.rows_at_once)
+    return found
 
 
 def _witnesses(network: Network, run: Run) -> float:

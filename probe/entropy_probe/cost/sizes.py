@@ -129,7 +129,6 @@ class Run:
     ranks: int = 1
     sampled: bool = False
     rb: bool = False
-    per_token: bool = False
     float64: bool = False
     cases: int = 5
     seed: int = 0
@@ -154,7 +153,6 @@ class Run:
             blocks=_blocks(network, config, e if u is None else u),
             rows_at_once=config.generation.tf_batch_size,
             rb=config.first_order.estimator == "rb",
-            per_token=config.true_delta_h.normalize == "per_token",
             float64=config.precision.dtype == "float64",
             cases=config.invariance.max_examples,
             seed=config.batch.seed,
