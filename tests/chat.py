@@ -78,6 +78,12 @@ def longer_than_the_mean(completions: list[str], **_: Any) -> list[float]:
     return [float(len(text) > mean) + len(text) / 100 for text in completions]
 
 
+def excess_over_the_mean(completions: list[str], **_: Any) -> list[float]:
+    """How much longer each is than the others of its batch."""
+    mean = sum(map(len, completions)) / len(completions)
+    return [len(text) - mean for text in completions]
+
+
 QUESTIONS = [
     {
         "prompt": [

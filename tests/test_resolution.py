@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "precision": {"dtype": "float64"},
     "generation": {"num_return_sequences": 3, "max_new_tokens": 8},
 }
-BATCH = {"num_prompts": 4, "num_update_prompts": 3, "reward": "chat:longer_than_the_mean"}
+BATCH = {"num_prompts": 4, "num_update_prompts": 3, "reward": "chat:excess_over_the_mean"}
 
 
 def config(**batch: Any) -> ProbeConfig:
@@ -73,6 +73,13 @@ def test_nothing_is_computed_twice(grown: ProbeReport, passes: list[tuple[str, i
         "unit_gradients": [3, 11],
         "derived": [4, 4, 3],
     }
+
+
+def test_rewards_that_compare_a_batch_are_asked_again_as_they_were(grown: ProbeReport) -> None:
+    """Of 4, 4 and 3 prompts: all at once the mean is another, and so is who is above it."""
+    assert grown.evidence is not None
+    again, recorded = grown.evidence.facts["inputs"]["e"]["rewards"], grown.evidence.arrays["e.rewards"].tolist()
+    assert [again[str(n)] for n in range(11)] == recorded
 
 
 def test_a_grown_batch_is_the_batch(grown: ProbeReport, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fractions import Fraction
 from hashlib import sha256
 from importlib import import_module
 from inspect import isawaitable, signature
-from itertools import islice
+from itertools import islice, pairwise
 from math import fsum, isfinite
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,12 @@ def of_dataset(
     prompts: Sequence[list[int]],
     responses: Sequence[Sequence[list[int]]],
     recorded: Sequence[list[float]],
+    parts: Sequence[int] = (),
 ) -> dict[str, Any]:
     """`wrong`: the numbers of the prompts whose tokens no question of the split has; `rewards` of the first prompts
     that are there, by their numbers, unless a reward is an entry point of a package; of all where those are not as
-    `recorded`. `reward` is `stand_in` where that took the place of what the configuration says."""
+    `recorded`, one after the other of the parts in which the prompts were drawn, which end at the numbers in `parts`.
+    `reward` is `stand_in` where that took the place of what the configuration says."""
     by_tokens = questions.by_tokens
     known = [by_tokens.get(tuple(prompt)) for prompt in prompts]
     found: dict[str, Any] = {
@@ -189,7 +191,8 @@ def of_dataset(
         some = _rewards(questions, known, responses, places[:_FEW], judges, weights)
         differs = any(recorded[int(n)] != own for n, own in some.items())
         if differs and len(places) == len(known):  # a reward may compare the responses of a batch
-            some = _rewards(questions, known, responses, places, judges, weights)
+            for first, end in pairwise((0, *(parts or (len(known),)))):
+                some |= _rewards(questions, known, responses, places[first:end], judges, weights)
     except Exception:  # of the user's function, which was asked before and gave numbers
         return found
     return found | {"rewards": some}

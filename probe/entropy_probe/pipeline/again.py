@@ -66,7 +66,9 @@ def _inputs(
         if given != "sampled":
             return of_file(Path(given), prompts, responses, lambda: _pad(of))
         recorded = rollouts.rewards.tolist()
-        return of_dataset(questions(), batch, rollouts.reward, prompts, responses, recorded)
+        looks = of.growth.looks if of.growth is not None and place == 0 else []
+        parts = [look.num_prompts for look in looks]
+        return of_dataset(questions(), batch, rollouts.reward, prompts, responses, recorded, parts)
     except Exception as error:
         return f"cannot be looked up again ({type(error).__name__}: {error})"
 
