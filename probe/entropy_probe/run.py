@@ -118,7 +118,7 @@ def _measure(
             step = next_step(of, clock, redraw)
         else:
             step = without_second_moment(of)
-        with clock("scores"):
+        with clock("evidence"):
             of_batch = of_update_batch(of.u.share, of.u.tokens, config)
         of_slope = {}
         if step.along is not None and step.lr is not None:

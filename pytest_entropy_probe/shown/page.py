@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from entropy_probe import ProbeError
 from pytest_entropy_probe import library
 from pytest_entropy_probe.library import warnings_are_not_errors
-from pytest_entropy_probe.shown.tables import Row, Step
+from pytest_entropy_probe.shown.tables import Row, Step, trouble
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeReport, Verdict
@@ -61,7 +61,7 @@ def write(
                     report=reports[0] if reports else None,
                     details=json.loads(found[name]) if name in found else None,
                     judged=_judged(reports, mine),
-                    trouble="" if reports else _trouble(mine) or step.verdicts,
+                    trouble="" if reports else trouble(mine) or step.verdicts,
                     notes=[notes[name]] if name in notes else (),
                 )
             )
@@ -91,9 +91,3 @@ def _judged(reports: Sequence[ProbeReport], rows: Sequence[Row]) -> list[Judged]
             verdicts.append(Verdict.model_validate(of | found))
     known = {row.criterion: row.status for row in rows if row.status in ("xfail", "xpass")}
     return explained(verdicts, known)
-
-
-def _trouble(rows: Sequence[Row]) -> str:
-    """What the checks say that load and measure, where they failed."""
-    messages = (row.message.strip() for row in rows if not row.criterion)
-    return next((message for message in messages if message), "")

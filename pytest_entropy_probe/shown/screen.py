@@ -27,7 +27,7 @@ _COLOURS = {"good": "green", "bad": "red", "unknown": "yellow"}
 def show(
     reporter: Any,
     name: str,
-    said: Answer,
+    said: Answer | None,
     headline: str,
     rows: Sequence[Row],
     *,
@@ -36,9 +36,12 @@ def show(
     verbose: bool = False,
 ) -> None:
     """Of one checkpoint; `verbose`: every check, and `prediction`, the table η by η. Not `in_full`, as one of several:
-    without what was found."""
+    without what was found. Without an answer, as of tests that needed no measurement, every check too."""
     rows = [row for row in rows if row.criterion]
-    _write(reporter, _wrapped(f"{name}: {said}"), bold=True, **{_COLOURS[said.kind]: True})
+    if said is None:
+        verbose = True
+    else:
+        _write(reporter, _wrapped(f"{name}: {said}"), bold=True, **{_COLOURS[said.kind]: True})
     found = headline.splitlines()
     first = [line for line in found if line.startswith(FIRST)]
     doubts = itertools.chain(*(_wrapped(doubt.removeprefix(FIRST)) for doubt in first))

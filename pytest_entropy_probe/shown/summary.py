@@ -34,6 +34,7 @@ from pytest_entropy_probe.shown.tables import (
     long_names,
     step_of,
     steps_table,
+    trouble,
 )
 from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table, written
 from pytest_entropy_probe.subject import SUBJECTS, probe_config
@@ -239,12 +240,14 @@ class Summary:
             text, rows = next(texts, None), self._rows_of(target.name)
             report = reports[target.name] = None if text is None else library.read_report(text)
             run, state = str(target.path.parent), self._states[target.name]
-            judged = [
-                (row.criterion, row.status, row.noisy)
-                for row in rows
-                if row.criterion or row.status == "fail"
-            ]
-            self._answers[target.name] = library.answer(report, judged, state)
+            if report is not None or state:
+                judged = [
+                    (row.criterion, row.status, row.noisy or not row.criterion)
+                    for row in rows
+                    if row.criterion or row.status == "fail"
+                ]
+                why = trouble(rows) or state
+                self._answers[target.name] = library.answer(report, judged, why)
             self._steps.append(step_of(target.name, run, report, rows, state))
         self._steps = by_step(self._steps)
         measured: list[tuple[str, int | None, ProbeReport]] = []
@@ -278,7 +281,7 @@ class Summary:
                 show(
                     terminalreporter,
                     name,
-                    self._answers.get(name) or library.answer(None, [], self._states[name]),
+                    self._answers.get(name),
                     self._headlines.get(name, ""),
                     self._rows_of(name),
                     prediction=self._predictions.get(name, ""),

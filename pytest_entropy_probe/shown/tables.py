@@ -93,6 +93,12 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=place)
 
 
+def trouble(rows: Sequence[Row]) -> str:
+    """What the checks say that load and measure, where they failed."""
+    messages = (row.message.strip() for row in rows if not row.criterion)
+    return next((message for message in messages if message), "")
+
+
 PLAIN = ("pass", "not_applicable")
 """What nobody has to look at."""
 

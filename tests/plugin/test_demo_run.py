@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -81,10 +82,15 @@ def test_the_demo_passes(single: Run) -> None:
 
 
 def test_terminal_table(single: Run) -> None:
+    """The answer, the block, and no row where all passed; every row under -v, of each of two checkpoints."""
     table = single.section()
-    for properties in single.properties():
-        assert properties["probe_criterion"][:20] in table
-    assert "PASS" in table
+    statuses = [properties["probe_status"] for properties in single.properties()]
+    passed, without = statuses.count("pass"), statuses.count("not_applicable")
+    assert passed + without == len(statuses)
+    text = " ".join(table.split())
+    assert re.search(r"demo: Healthy: the next step lowers the entropy by [\d.e-]+ ± [\d.e-]+ nats/token", text)
+    assert f"All {passed} checks passed ({without} do not apply)." in text
+    assert "PASS" not in table
     assert max(map(len, table.splitlines())) <= 80
 
 
@@ -138,6 +144,9 @@ def test_workers_hand_over_reports_and_verdicts(distributed: Run) -> None:
         assert len(report["verdicts"]) == sum(p["probe_checkpoint"] == name for p in properties) > 10
     table = distributed.section()
     assert table.index("demo\n") < table.index("again\n")
+    for name in ("demo", "again"):
+        for criterion in (p["probe_criterion"] for p in properties if p["probe_checkpoint"] == name):
+            assert criterion[:20] in table
 
 
 def test_figures_and_tables_of_prediction(single: Run, distributed: Run) -> None:

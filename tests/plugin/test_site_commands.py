@@ -44,6 +44,7 @@ OLDER = {
     "audit.md": "tests/plugin/test_site_commands.py::test_blocks_of_a_page",
     "ci.md": "tests/plugin/test_ci_page.py::test_commands_in_their_order",
     "overview.md": "tests/plugin/test_readme.py::test_command",
+    "predictors.md": "tests/plugin/test_skills.py::test_",
     "recipes.md": "tests/test_trl.py::test_the_next_checkpoint_is_asked",
     "scaling.md": "tests/test_placement.py::test_command_line",
 }

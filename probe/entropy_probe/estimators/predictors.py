@@ -56,7 +56,8 @@ def _mean_s_of_rows(z: Tensor, temperature: float) -> Tensor:
     e = d.exp()
     weighted, total = d.mul_(e), e.sum(-1)
     mean_d = weighted.sum(-1) / total
-    squares, weighted_squares = (torch.einsum("nv,nv->n", e, of) for of in (e, weighted))
+    weighted_squares = weighted.mul_(e).sum(-1)
+    squares = e.square_().sum(-1)
     return (weighted_squares - squares * mean_d) / total.square()
 
 

@@ -18,8 +18,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
 
 @dataclass(frozen=True)
 class Skill:
@@ -64,6 +62,8 @@ def rank_correlation(figures: Sequence[float], changes: Sequence[float]) -> floa
     """Spearman's, by scipy."""
     if len(figures) < 3:
         return None
+    from scipy import stats  # 0.3 s, which a kept report need not wait for
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         found = float(stats.spearmanr(figures, changes)[0])  # pyright: ignore[reportArgumentType]
