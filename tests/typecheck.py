@@ -14,9 +14,8 @@ from typing import Any
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-_CONF = BeartypeConf(
-    is_pep484_tower=True, violation_type=TypeError
-)  # an int is a float, as everywhere else in Python's typing
+# An int is a float, as everywhere else in Python's typing; what it is not is a TypeError, as readers of files expect.
+_CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
 # Whole measurements again and again, or 300 000 calls: the checks would be half of the time, and what they see here
 # the tests of the units have seen.
 _UNCHECKED = {"faults", "fuzz", "hostile", "page", "test_audit.py", "test_cost.py", "test_oracle.py"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from entropy_probe import ProbeError
 from pytest_entropy_probe import library
 from pytest_entropy_probe.library import warnings_are_not_errors
-from pytest_entropy_probe.shown.tables import Row, Step, trouble
+from pytest_entropy_probe.shown.tables import Row, Step, trouble_of
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeReport, Verdict
@@ -61,7 +61,7 @@ def write(
                     report=reports[0] if reports else None,
                     details=json.loads(found[name]) if name in found else None,
                     judged=_judged(reports, mine),
-                    trouble="" if reports else trouble(mine) or step.verdicts,
+                    trouble="" if reports else trouble_of(mine) or step.verdicts,
                     notes=[notes[name]] if name in notes else (),
                 )
             )

@@ -34,7 +34,7 @@ from pytest_entropy_probe.shown.tables import (
     long_names,
     step_of,
     steps_table,
-    trouble,
+    trouble_of,
 )
 from pytest_entropy_probe.shown.terminal import WIDTH, plain, write_table, written
 from pytest_entropy_probe.subject import SUBJECTS, probe_config
@@ -246,7 +246,7 @@ class Summary:
                     for row in rows
                     if row.criterion or row.status == "fail"
                 ]
-                why = trouble(rows) or state
+                why = trouble_of(rows) or state
                 self._answers[target.name] = library.answer(report, judged, why)
             self._steps.append(step_of(target.name, run, report, rows, state))
         self._steps = by_step(self._steps)

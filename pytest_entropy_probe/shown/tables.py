@@ -93,7 +93,7 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def trouble(rows: Sequence[Row]) -> str:
+def trouble_of(rows: Sequence[Row]) -> str:
     """What the checks say that load and measure, where they failed."""
     messages = (row.message.strip() for row in rows if not row.criterion)
     return next((message for message in messages if message), "")
