@@ -57,7 +57,7 @@ def holding(report: ProbeReport, gate: str, value: float, se: float) -> ProbeRep
         return changed(report, "entropy", per_token=Estimate(value=value, se=se))
     if gate == "predicted_change":
         report = changed(report, "entropy", per_token=Estimate(value=1.0, se=0.0))
-        return step_changed(report, predicted_per_token=value, predicted_per_token_se=se)
+        return changed(report, "update", delta_h1_per_lr_per_token=value / LR, delta_h1_per_lr_per_token_se=se / LR)
     if gate == "realised_ratio":
         numbers = {"predicted_per_token": 1.0, "predicted_per_token_se": 0.0, "difference_per_token_se": se}
         return step_changed(report, **numbers, delta_h_per_token_pd=value, reliable=True)
@@ -199,7 +199,8 @@ def test_quantities_are_those_of_the_report(report: ProbeReport, folder: Path) -
     step = next(row for row in report.entropy_change if row.eta == LR)
     update = report.update
     predicted = LR * update.delta_h1_per_lr_per_token + LR**2 / 2 * update.curvature_per_token
-    assert found["predicted_change"].value == pytest.approx(abs(predicted) / report.entropy.per_token.value, rel=1e-9)
+    first = abs(LR * update.delta_h1_per_lr_per_token) / report.entropy.per_token.value
+    assert found["predicted_change"].value == pytest.approx(first, rel=1e-12)
     assert found["realised_ratio"].value == pytest.approx(step.delta_h_per_token_pd / predicted, rel=1e-9)
     rewards = read_rollouts(folder / "e.jsonl", bind(load_checkpoint(folder / "ckpt").model), None).rewards.numpy()
     assert found["reward"].value == pytest.approx(rewards.mean(), rel=1e-6)
@@ -209,10 +210,9 @@ def test_quantities_are_those_of_the_report(report: ProbeReport, folder: Path) -
 
 def test_one_batch_is_predicted_by_the_cross_fitted_slope(folder: Path) -> None:
     one = run_probe(folder / "ckpt", ProbeConfig.from_mapping({"budget": "smoke"}), folder / "e.jsonl")
-    step = next(row for row in one.entropy_change if row.eta == LR)
-    in_sample = LR * one.update.delta_h1_per_lr_per_token
-    assert abs(step.predicted_per_token - in_sample) > 0.1 * abs(in_sample)  # the diagonal is left out
-    value = abs(step.predicted_per_token) / one.entropy.per_token.value
+    crossed, in_sample = one.update.delta_h1_per_lr_cross_per_token, one.update.delta_h1_per_lr_per_token
+    assert abs(crossed - in_sample) > 0.1 * abs(in_sample)  # the diagonal is left out
+    value = LR * abs(crossed) / one.entropy.per_token.value
     assert baseline_of(one).quantities["predicted_change"].value == value
 
 

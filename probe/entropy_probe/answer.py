@@ -73,7 +73,7 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
         return Answer("bad", "Collapsed", rest)
     if not asked:
         return Answer("unknown", "Not judged", f"{said.text} {passed}")
-    if all(row.gate for row in asked):
+    if all(row.gate for row in asked) and said.word not in ("Collapsing", "Exploding"):
         return Answer("good", "Within your limits", f"{said.text} {passed}")
     kinds: dict[str, Kind] = {"Healthy": "good", "Cannot tell": "unknown"}
     return Answer(kinds.get(said.word, "bad"), said.word, f"{said.text} {passed}")

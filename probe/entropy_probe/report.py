@@ -292,6 +292,8 @@ class UpdateSection(StepAgreement):
     delta_h1_per_lr_rb_se: float
     delta_h1_per_lr_cross: float | None
     delta_h1_per_lr_cross_se: float | None
+    delta_h1_per_lr_cross_per_token: float | None
+    delta_h1_per_lr_cross_per_token_se: float | None
     estimators: dict[str, Estimate]
     baseline: str
     slope_of_v0: float

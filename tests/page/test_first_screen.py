@@ -176,6 +176,8 @@ def test_what_the_change_is_called(
     found = said(report)
     assert found.word == word
     assert text in found.rest
+    gates_alone = said(report, [GOOD[-1]]).word
+    assert gates_alone == (word if word in ("Collapsing", "Exploding", "Collapsed") else "Within your limits")
     assert found.kind == {"Healthy": "good", "Cannot tell": "unknown"}.get(word, "bad")
 
 

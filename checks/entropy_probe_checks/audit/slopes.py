@@ -126,6 +126,7 @@ def write(sheet: Sheet) -> Along:
         ("delta_h1_per_lr_naive", by["naive"]),
         ("delta_h1_per_lr_rb", chosen),
         ("delta_h1_per_lr_cross", cross),
+        ("delta_h1_per_lr_cross_per_token", None if cross is None else pair[1]),
         ("delta_h1_per_lr_per_token", of_token),
         ("curvature", bent),
         ("curvature_per_token", bent_token),

@@ -31,7 +31,7 @@ def entropy(report: ProbeReport) -> Finding:
 
 @second_moment
 def predicted_change(report: ProbeReport) -> Finding:
-    """|lr·∇hᵀv|/h: the share of its entropy per token that the policy gains or loses in the next step.
+    """|lr·∇hᵀv|/h: the share of its entropy per token that the policy gains or loses in the next step, to first order.
 
     The next step moves the entropy further than you allow. The learning rate is too large for these moments, or the
     update has turned against the entropy: stop before it is taken.
@@ -95,19 +95,15 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
     """SE(a/h) ≤ (SE(a) + |a/h|·SE(h))/h, whatever their correlation."""
     if report.update is None:
         return not_applicable(str(report.no_second_moment))
-    size, step = report.entropy.per_token, report.next_step
+    update, size, lr = report.update, report.entropy.per_token, report.update.lr
+    slope, se = update.delta_h1_per_lr_per_token, update.delta_h1_per_lr_per_token_se
+    crossed = update.delta_h1_per_lr_cross_per_token, update.delta_h1_per_lr_cross_per_token_se
+    if crossed[0] is not None and crossed[1] is not None:
+        slope, se = crossed[0], crossed[1]
     if size.value == 0:
         return inconclusive("The entropy is 0: it has no relative change.")
-    if step is None or step.predicted_per_token is None or step.predicted_per_token_se is None:
-        slope, se = (
-            report.update.delta_h1_per_lr_per_token,
-            report.update.delta_h1_per_lr_per_token_se,
-        )
-        predicted, se = report.update.lr * slope, report.update.lr * se
-    else:
-        predicted, se = step.predicted_per_token, step.predicted_per_token_se
-    share = abs(predicted) / size.value
-    return Estimate(value=share, se=(se + share * size.se) / size.value)
+    share = abs(lr * slope) / size.value
+    return Estimate(value=share, se=(lr * se + share * size.se) / size.value)
 
 
 def _realised_ratio(report: ProbeReport) -> Estimate | Finding:

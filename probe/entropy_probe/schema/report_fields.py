@@ -187,6 +187,8 @@ UpdateSection
   delta_h1_per_lr_rb_se  nats/response/η  Its standard error.
   delta_h1_per_lr_cross  nats/response/η  The cross-fitted slope, where one batch serves as both; else null.
   delta_h1_per_lr_cross_se  nats/response/η  Its standard error.
+  delta_h1_per_lr_cross_per_token  nats/token/η  The cross-fitted slope per token; null with two batches.
+  delta_h1_per_lr_cross_per_token_se  nats/token/η  Its standard error.
   estimators  nats/response/η  The slope by every estimator of the entropy gradient, each with its standard error.
   baseline  name  The baseline of the estimator in use.
   slope_of_v0  nats/response/η  −X̄ᵀv₀: what momentum and weight decay add to the slope.

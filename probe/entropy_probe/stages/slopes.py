@@ -415,7 +415,7 @@ def update_section(
 ) -> r.UpdateSection:
     """v, and the slope and curvature along it, with its sources per response and per token; `logged` is the last norm
     of a gradient that the trainer wrote down."""
-    rb, cross = along.slope, predicting.cross
+    rb, cross, of_tokens = along.slope, predicting.cross, predicting.of_tokens[0]
     estimators = {"naive": along.naive} | {f"rb_{name}": of for name, of in along.rb.items()}
     of_response, of_token = sources
     spreads = [None if of.spread is None else lr * of.spread for of in sources]
@@ -433,6 +433,8 @@ def update_section(
         delta_h1_per_lr_rb_se=rb.se,
         delta_h1_per_lr_cross=None if cross is None else cross.value,
         delta_h1_per_lr_cross_se=None if cross is None else cross.se,
+        delta_h1_per_lr_cross_per_token=None if cross is None else of_tokens.value,
+        delta_h1_per_lr_cross_per_token_se=None if cross is None else of_tokens.se,
         estimators={n: r.Estimate(value=of.value, se=of.se) for n, of in estimators.items()},
         slope_of_v0=of_response.of_v0,
         slope_by_unit=of_response.by_unit.tolist(),
