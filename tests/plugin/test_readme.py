@@ -49,7 +49,7 @@ def run(place: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_its_commands() -> None:
-    assert len(commands()) >= 12
+    assert len(commands()) >= 6
     assert {"pytest --probe-checkpoint=demo -m acceptance", "pytest --probe-explain=ess"} <= set(commands())
 
 
