@@ -24,7 +24,6 @@ from entropy_probe.pipeline.prepared import Prepared
 from entropy_probe.stages.gradients.payloads import response_advantages
 from entropy_probe.stages.gradients.unit_gradients import OwnUnitGradients, UnitGradients
 from entropy_probe.stages.responses.texts import texts_of
-from entropy_probe.stages.share import Share
 
 _AT_ONCE = 1 << 21  # numbers of one side of a product that are held in float64
 
@@ -136,9 +135,9 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
         "entropy_q": share.all_tokens(tokens.rb_entropy_q),
     }
     if tokens.features is not None:
-        found["features"] = _of_columns(share, tokens.features)
+        found["features"] = share.all_tokens(tokens.features)
     if tokens.before is not None:
-        found["before"] = _of_columns(share, tokens.before)
+        found["before"] = share.all_tokens(tokens.before)
     if tokens.mean_s is not None:
         found["mean_s"] = share.all_tokens(tokens.mean_s)
     if rollouts.in_step is not None:
@@ -154,11 +153,6 @@ def _batch(batch: Batch, of: Measured) -> dict[str, Tensor]:
         counts = torch.tensor([[int(t.count_nonzero()) for t in side.values()] for side in reached])
         found["reached"] = share.world.total(counts)
     return found
-
-
-def _of_columns(share: Share, values: Tensor) -> Tensor:
-    """[B, G, T, C] from [b, G, t, C] of everybody's own."""
-    return torch.stack([share.all_tokens(column) for column in values.unbind(-1)], -1)
 
 
 def _unit_norms(gradients: UnitGradients, rows: Mapping[str, Tensor]) -> Tensor:

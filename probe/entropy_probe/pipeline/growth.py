@@ -20,8 +20,6 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.estimators.prediction import predicted_change
 from entropy_probe.estimators.resolution import prompts_to_draw
 from entropy_probe.pipeline.clock import Clock
-from entropy_probe.stages.gradients.payloads import per_token_payload
-from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
@@ -31,6 +29,7 @@ from entropy_probe.stages.slopes import (
     derived,
     slopes_of,
     spread_per_token,
+    units_per_token,
 )
 from entropy_probe.stages.update import UpdateDirection
 
@@ -72,7 +71,6 @@ def grown(
     target, of_update = world.told(_target(models, u, direction, lr, config, clock))
     of_u = world.told(_spread_of_u(models, u, v, lr, config, clock))
     looks: list[r.Look] = []
-    known, along = None, None
     with clock("slopes"):
         known = derived(bound, float64, share, v, config, clock.progress)
     while True:
@@ -90,14 +88,14 @@ def grown(
             return Growth(share, tokens, along, target, of_update, looks)
         whole = share.rollouts.followed_by(more)
         part = Share.of(more, units_of(bound, more, config), world)
-        grown = Share.of(whole, units_of(bound, whole, config), world)
+        larger = Share.of(whole, units_of(bound, whole, config), world)
         with clock("scores"):
             found = score(bound, part.own, config, with_features=True)
-            tokens = grown.joined((share, tokens), (part, found))
+            tokens = larger.joined((share, tokens), (part, found))
         with clock("slopes"):
             then = derived(bound, float64, part, v, config, clock.progress)
-            known = known.followed_by(share, (part, then), grown)
-        share = grown
+            known = known.followed_by(share, (part, then), larger)
+        share = larger
 
 
 def _spread_of_u(
@@ -132,7 +130,6 @@ def _target(
             "give the standard error in nats per token",
         )
     with clock("gradients"):
-        payload = per_token_payload(u.scores).of_prompts(u.share.prompts)
-        crossed = u.gradients.with_x_of(unit_gradients(models.bound, u.share, config, payload))
+        crossed = units_per_token(models.bound, u.share, u.scores, config, u.gradients)
         slope = cross_fitted_slope(crossed, direction)
         return lr * abs(slope.value) / 2, slope.per_prompt

@@ -34,12 +34,6 @@ class Units:
 _Fields = TypeVar("_Fields", bound=Any)
 
 
-def _with_steps(values: Tensor, steps: int) -> Tensor:
-    """[b, G, T, …] from [b, G, t, …], zero at the steps that were not there."""
-    beyond = (0, 0) * (values.dim() - 3)
-    return pad(values, (*beyond, 0, steps - values.shape[2]))
-
-
 @dataclass(frozen=True)
 class Share:
     """`own` are the prompts of this process's units, in a row: positions `prompts` of the batch, and
@@ -113,7 +107,7 @@ class Share:
 
     def all_tokens(self, values: Tensor) -> Tensor:
         """[B, G, T, …] from [b, G, t, …] of everybody's own."""
-        return self.whole(_with_steps(values, self.rollouts.max_gen_len))
+        return self.whole(self._as_long_as_any(values))
 
     def joined(self, first: tuple[Share, _Fields], then: tuple[Share, _Fields]) -> _Fields:
         """The own prompts' values, from everybody's own of two batches that follow one another in this one. They are
@@ -126,7 +120,7 @@ class Share:
                 if values is None:
                     return None
                 if values.dim() > 2:
-                    values = _with_steps(values, self.rollouts.max_gen_len)
+                    values = self._as_long_as_any(values)
                 parts.append(share.whole(values))
             own = torch.cat(parts)[self.prompts]
             return own if own.dim() == 2 else own[:, :, : self.own.max_gen_len].contiguous()
@@ -134,7 +128,8 @@ class Share:
         return replace(first[1], **{name: both(name) for name in vars(first[1])})
 
     def _as_long_as_any(self, values: Tensor) -> Tensor:
-        return _with_steps(values, self.rollouts.max_gen_len)
+        beyond = (0, 0) * (values.dim() - 3)
+        return pad(values, (*beyond, 0, self.rollouts.max_gen_len - values.shape[2]))
 
     @property
     def among(self) -> Among:

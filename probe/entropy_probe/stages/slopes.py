@@ -376,6 +376,14 @@ class Predictors:
         return prediction.reach(*self.asked)
 
 
+def units_per_token(
+    bound: BoundModel, share: Share, scores: Scores, config: ProbeConfig, units: UnitGradients
+) -> UnitGradients:
+    """The units of the U batch with X of the entropy per token: one more backward pass."""
+    payload = per_token_payload(scores).of_prompts(share.prompts)
+    return units.with_x_of(unit_gradients(bound, share, config, payload))
+
+
 def predictors(
     bound: BoundModel,
     share: Share,
@@ -396,8 +404,7 @@ def predictors(
     cross = crossed = None
     if same_batch:
         cross = cross_fitted_slope(units, direction)
-        payload = per_token_payload(scores).of_prompts(share.prompts)
-        crossed = units.with_x_of(unit_gradients(bound, share, config, payload))
+        crossed = units_per_token(bound, share, scores, config, units)
         of_response = cross, along.curvature
         of_tokens = cross_fitted_slope(crossed, direction), along.per_token_curvature
     per_token = config.true_delta_h.normalize == "per_token"
