@@ -54,7 +54,8 @@ def runs(folder: Path, standard: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     found = {}
     files = (folder / "files" / "ckpt", standard, folder / "files" / "e.jsonl", folder / "files" / "u.jsonl")
-    for name, (path, config, *batches) in {"demo": (checkpoint_path(), SMOKE), "files": files}.items():
+    # the shorter one first: most slips are seen there, and the demo is not asked then
+    for name, (path, config, *batches) in {"files": files, "demo": (checkpoint_path(), SMOKE)}.items():
         report = run_probe(path, ProbeConfig.from_mapping(config), *batches)
         verdicts = {criterion: judge(report).status for criterion, judge in CRITERIA.items()}
         text = report.model_dump_json(exclude={"timing", "memory", "environment", "verdicts"})
