@@ -405,11 +405,17 @@ def test_what_shows_a_report_says_so_in_one_line(reports: tuple[ProbeReport, Pro
 
 def test_command_line(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--rollouts", str(files.e), "--update-rollouts", str(files.u), "--budget", "smoke"]
-    out, plot = tmp_path / "report.json", tmp_path / "plot.png"
-    assert main(["run", str(files.other), *arguments, "--out", str(out), "--plot", str(plot)]) == 0
+    out, plot, page = (tmp_path / name for name in ("report.json", "plot.png", "page.html"))
+    files_of = ["--out", str(out), "--plot", str(plot), "--html", str(page), "--evidence", str(tmp_path)]
+    assert main(["run", str(files.other), *arguments, *files_of]) == 0
     assert f"entropy-probe: nothing about the next step: {REASON}\n" in capsys.readouterr().err
     assert ProbeReport.from_json(out).no_second_moment == REASON
     assert plot.is_file()
+    again = tmp_path / "again.html"
+    assert main(["report", str(out), "--evidence", str(tmp_path), "--html", str(again)]) == 0
+    assert page.read_text() == again.read_text()
+    assert main(["run", str(files.other), "--html", "page.txt"]) == 4  # before anything is measured
+    assert "is not the name of a page; end its name in .html" in capsys.readouterr().err
     assert main(["inspect", str(files.other)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "optimizer Adafactor in optimizer.pt, 1 group moments of 0 of its 12 tensors step 1" in shown

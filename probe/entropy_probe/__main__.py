@@ -23,8 +23,9 @@ from entropy_probe.options import overrides
 from entropy_probe.processes import torchrun
 
 if TYPE_CHECKING:
-    from entropy_probe import ProbeConfig
+    from entropy_probe import ProbeConfig, ProbeReport
     from entropy_probe.model.checkpoint.inspection import Inspection
+    from entropy_probe.page.contents import Checkpoint
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PIPE = 1, 4, 141
 
@@ -51,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="draw prediction against realisation (.png or .svg)",
+    )
+    run.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the page of `report`: verdict, figures, every criterion (.html)",
     )
     _add_what_is_measured(run)
     inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
@@ -252,6 +259,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from entropy_probe.evidence import evidence_file
     from entropy_probe.layout import find_layout
     from entropy_probe.loading import load_configured
+    from entropy_probe.page.writing import write_page
     from entropy_probe.plots import save_figure
     from entropy_probe.processes.world import World
 
@@ -296,6 +304,8 @@ def _run(arguments: argparse.Namespace) -> int:
         save_figure(report, arguments.plot)
     if arguments.evidence is not None and report.evidence is not None:
         report.evidence.to_file(evidence_file(arguments.evidence, report.checkpoint.name))
+    if arguments.html is not None:
+        write_page(arguments.html, [_on_page(report)])
     return 0
 
 
@@ -326,11 +336,14 @@ def _require_inputs(arguments: argparse.Namespace) -> None:
 def _require_outputs(arguments: argparse.Namespace) -> None:
     """Raises for what could not be written, before it is measured."""
     from entropy_probe.atomic import require_folder, require_writable
+    from entropy_probe.page.writing import require_page
     from entropy_probe.plots import require_drawable
 
     if arguments.plot is not None:
         require_drawable(arguments.plot)
-    for path in filter(None, (arguments.out, arguments.plot)):
+    if arguments.html is not None:
+        require_page(arguments.html)
+    for path in filter(None, (arguments.out, arguments.plot, arguments.html)):
         require_writable(path)
     if arguments.evidence is not None:
         require_folder(arguments.evidence)
@@ -367,31 +380,35 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _page(arguments: argparse.Namespace) -> int:
-    """A report without verdicts, as `run` writes it, is judged here by every criterion."""
     from entropy_probe import ProbeReport
     from entropy_probe.atomic import require_writable
     from entropy_probe.evidence import Evidence, evidence_file
-    from entropy_probe.page.contents import Checkpoint
-    from entropy_probe.page.details import details_of
     from entropy_probe.page.writing import require_page, write_page
-    from entropy_probe_checks.shown import explained, judged
 
     require_page(arguments.html)
     require_writable(arguments.html)
     checkpoints: list[Checkpoint] = []
     for path in arguments.reports:
-        report = ProbeReport.from_json(path)
-        of, place = report.checkpoint, arguments.evidence
+        report, place = ProbeReport.from_json(path), arguments.evidence
         if place is not None:
-            place = place if place.is_file() else evidence_file(place, of.name)
+            place = place if place.is_file() else evidence_file(place, report.checkpoint.name)
             report = report.with_evidence(Evidence.from_file(place))
-        details = details_of(report)
-        step = of.optimizer.step if of.global_step is None else of.global_step
-        run, verdicts = str(Path(of.path).parent), explained(judged(report))
-        checkpoints.append(Checkpoint(of.name, run, step, report, details, verdicts))
+        checkpoints.append(_on_page(report))
     order = sorted(checkpoints, key=lambda c: (c.run, c.step is None, c.step or 0))
     write_page(arguments.html, order)
     return 0
+
+
+def _on_page(report: ProbeReport) -> Checkpoint:
+    """A report without verdicts, as `run` writes it, is judged here by every criterion."""
+    from entropy_probe.page.contents import Checkpoint
+    from entropy_probe.page.details import details_of
+    from entropy_probe_checks.shown import explained, judged
+
+    of = report.checkpoint
+    step = of.optimizer.step if of.global_step is None else of.global_step
+    run, verdicts = str(Path(of.path).parent), explained(judged(report))
+    return Checkpoint(of.name, run, step, report, details_of(report), verdicts)
 
 
 def _rollouts(arguments: argparse.Namespace) -> int:
