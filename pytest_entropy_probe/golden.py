@@ -229,13 +229,16 @@ def judge_section(golden: ProbeGolden, section: GoldenSection, report: ProbeRepo
 
 
 _NEWER = {
-    "reward_weights": None,
-    "system_prompt": None,
-    "chat_template_kwargs": {},
-    "target_se": None,
-    "max_prompts": 256,
+    "batch": {
+        "reward_weights": None,
+        "system_prompt": None,
+        "chat_template_kwargs": {},
+        "target_se": None,
+        "max_prompts": 256,
+    },
+    "first_order": {"max_pairs_gib": 1.0},
 }
-"""Of the section `batch`, what older golden files know nothing of, as it is where it changes no number."""
+"""By section, what older golden files know nothing of, as it is where it changes no number."""
 
 
 def _of_run(report: ProbeReport) -> dict[str, Any]:
@@ -244,11 +247,12 @@ def _of_run(report: ProbeReport) -> dict[str, Any]:
     if report.recipe.name == "notes" and not report.recipe.changed:
         left_out |= {"recipe", "reference_model"}  # files of before there were recipes are of it
     config = {key: value for key, value in report.config.items() if key not in left_out}
-    config["batch"] = {
-        key: value
-        for key, value in config["batch"].items()
-        if key not in _NEWER or value != _NEWER[key]
-    }
+    for section, newer in _NEWER.items():
+        config[section] = {
+            key: value
+            for key, value in config[section].items()
+            if key not in newer or value != newer[key]
+        }
     return {
         "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "responses": {"e": report.batch.fingerprint, "u": report.update_batch.fingerprint},

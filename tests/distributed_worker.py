@@ -39,6 +39,7 @@ BY_TOKEN = {
 CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "two_batches": (SMOKE | ETAS, "e7", "u5"),
     "twice_as_many": (SMOKE | ETAS, "e14", "u10"),
+    "sums": (SMOKE | ETAS | {"first_order": {"max_pairs_gib": 0}}, "e7", "u5"),
     "two_prompts": (FLOAT64, "e2", None),
     "ema_blocks": (
         SMOKE

@@ -12,6 +12,7 @@ from entropy_probe.config.values import (
     AtLeastTwo,
     Count,
     DType,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -173,6 +174,7 @@ class FirstOrderConfig(Section):
     missing_state: Literal["raise", "identity"] = "raise"
     lr: PositiveFloat | None = None
     max_gradient_gib: PositiveFloat = 8.0
+    max_pairs_gib: NonNegativeFloat = 1.0
 
 
 class TrueDeltaHConfig(Section):

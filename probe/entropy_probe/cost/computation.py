@@ -160,10 +160,13 @@ def _gradients(network: Network, run: Run, e: Batch, u: Batch) -> float:
 
 
 def _products(network: Network, run: Run) -> float:
-    """X_nᵀPY_m of all pairs of U, with P and without, and of E against U; of several processes r_n from sums."""
+    """X_nᵀPY_m of all pairs of U, with P and without, and of E against U; of several processes the rows of the own
+    units, or r_n from sums."""
     d, units = network.trainable, run.units_u
+    own = -(-units // run.ranks)
+    if run.paired(network):
+        return 2 * d * units * (own + (0 if run.same_batch else -(-run.units_e // run.ranks)))
     if run.ranks > 1:
-        own = -(-units // run.ranks)
         return 2 * d * (2 * own + (0 if run.same_batch else own + -(-run.units_e // run.ranks)))
     return 2 * d * units * (2 * units + (0 if run.same_batch else run.units_e))
 
@@ -174,7 +177,8 @@ def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:
     d, units = network.trainable, -(-run.units_u // run.ranks)
     found = with_graph(network, capture(1), run, e, run.rows_at_once) + 2 * (2 * d * units)
     if run.same_batch:
-        found += 2 * (2 * d * units * (units if run.ranks == 1 else 2))
+        columns = run.units_u if run.ranks == 1 or run.paired(network) else 2
+        found += 2 * (2 * d * units * columns)
         found += with_graph(network, capture(1), run, u, run.rows_at_once)
     return found
 
@@ -206,14 +210,16 @@ def _evidence(network: Network, run: Run) -> float:
     """The products of gradients once more; and by the plain model some responses of two prompts of each batch, those of
     E twice, one at a time with the logits of every position."""
     d, own = network.trainable, -(-run.units_u // run.ranks)
-    if run.ranks > 1:
-        products = 3 * own + (0 if run.same_batch else own + -(-run.units_e // run.ranks))
+    of_all = run.ranks == 1 or run.paired(network)
+    if of_all:
+        own_e = 0 if run.same_batch else -(-run.units_e // run.ranks)
+        products = own * (run.units_u + 1) + own_e * run.units_u
     else:
-        products = own * (own + 1 + (0 if run.same_batch else run.units_e))
+        products = 3 * own + (0 if run.same_batch else own + -(-run.units_e // run.ranks))
     if (
         run.same_batch
     ):  # with D, and with v₀, for the slope that is cross-fitted and for the one that predicts
-        products += 2 * (own * own + own if run.ranks == 1 else 3 * own)
+        products += 2 * (own * run.units_u + own if of_all else 3 * own)
     total = 2.0 * d * products
     for batch in run.batches:
         rows = min(batch.prompts, 2) * min(batch.group, _PLAIN)

@@ -132,6 +132,7 @@ class Run:
     float64: bool = False
     cases: int = 5
     seed: int = 0
+    pairs_gib: float = 1.0
     left_out: tuple[Part, ...] = ()
 
     @classmethod
@@ -156,6 +157,7 @@ class Run:
             float64=config.precision.dtype == "float64",
             cases=config.invariance.max_examples,
             seed=config.batch.seed,
+            pairs_gib=config.first_order.max_pairs_gib,
             left_out=config.left_out,
             **others,
         )
@@ -184,6 +186,11 @@ class Run:
     @property
     def units_e(self) -> int:
         return min(self.blocks or self.e.prompts, self.e.prompts)
+
+    def paired(self, network: Network) -> bool:
+        """Whether of several processes Y of all units goes round (stages/gradients/units.py)."""
+        sent = self.units_u * network.trainable * (8 if self.float64 else 4)
+        return self.ranks > 1 and sent <= self.pairs_gib * 2**30
 
     def own(self, batch: Batch) -> Batch:
         """The prompts of the process that has most."""

@@ -5,6 +5,7 @@ Adam's moments         8 for each entry that is compared, 4096 of a tensor at mo
 of a response          8 for each number: sums of its scores, and its derivatives along v
 of a token             8 for each number of the evidence: its scores, features and derivatives
 of a prompt            8 for each number: projections by group of tensors, and by tensor for the evidence
+of all pairs           Y of every unit, D numbers each, once for each matrix of products (`max_pairs_gib`)
 """
 
 from __future__ import annotations
@@ -61,18 +62,30 @@ def _of_prompts(network: Network, run: Run) -> float:
     of_responses = e.rows * (1 + _SUMS + _FEATURES + run.etas * (_SUMS + _CHANGE) + _ALONG)
     if not run.same_batch:
         of_responses += u.rows * (_SUMS + (_FEATURES if run.rb else 0))
-    of_units = run.units_u * (3 * network.groups + (4 if run.same_batch else 0) + 1)
+    paired, u_units = run.paired(network), run.units_u
+    of_row = u_units if paired else 3  # what a unit of U says of its products: all of them, or sums
+    across = run.units_e * u_units if paired else run.units_e + u_units
+    of_units = u_units * (of_row * network.groups + (1 + of_row if run.same_batch else 0) + 1)
     if not run.same_batch:
-        of_units += network.groups * (run.units_e + run.units_u)
+        of_units += network.groups * across
     of_tokens = e.rows * _steps(e) * (_TOKEN + _FEATURES + 4 + run.etas * _CHANGE)
     if not run.same_batch:
         of_tokens += u.rows * _steps(u) * (_TOKEN + (_FEATURES if run.rb else 0))
-        of_units += network.tensors * (run.units_e + run.units_u) + run.units_e
-    of_units += run.units_u * (3 * network.tensors + 3)
+        of_units += network.tensors * across + run.units_e
+    of_units += u_units * (of_row * network.tensors + 3)
     if run.same_batch:
-        of_units += run.units_u * 2 * (3 * network.tensors + 1)
+        of_units += u_units * 2 * (of_row * network.tensors + 1)
     tokens = sum(4 * batch.rows * batch.response for batch in run.batches) if run.sampled else 0.0
     return (
         8 * (of_tokens + of_responses + of_baselines + of_units + e.prompts * (_BASELINES + 1))
         + tokens
+        + (_gradients(network, run) if paired else 0.0)
     )
+
+
+def _gradients(network: Network, run: Run) -> float:
+    """Y of U for U and E, each once for the figures and once for the evidence; of one batch for U and for two slopes
+    that are cross-fitted."""
+    matrices = 3 if run.same_batch else 2
+    number = 8 if run.float64 else 4
+    return 2 * matrices * run.units_u * network.trainable * number

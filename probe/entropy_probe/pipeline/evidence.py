@@ -22,7 +22,11 @@ from entropy_probe.pipeline.measured import Batch, Measured
 from entropy_probe.pipeline.next_step import NextStep
 from entropy_probe.pipeline.prepared import Prepared
 from entropy_probe.stages.gradients.payloads import response_advantages
-from entropy_probe.stages.gradients.unit_gradients import OwnUnitGradients, UnitGradients
+from entropy_probe.stages.gradients.unit_gradients import (
+    OwnUnitGradients,
+    PairedUnitGradients,
+    UnitGradients,
+)
 from entropy_probe.stages.responses.texts import texts_of
 
 _AT_ONCE = 1 << 21  # numbers of one side of a product that are held in float64
@@ -171,6 +175,8 @@ def _products(
     if not isinstance(x, OwnUnitGradients):
         return {"k": torch.stack([_gram(x.x[n], y.y[n], precond[n]) for n in names])}
     assert isinstance(y, OwnUnitGradients)
+    if isinstance(x, PairedUnitGradients):
+        return {"k": _of_pairs(x, y, precond, names)}
     found = []
     for n in names:
         p = precond[n].double().reshape(-1)
@@ -188,11 +194,28 @@ def _across(
     """`k` [N, E, U]; of several processes `s` [N, E] = X_kᵀPȲ and `t` [N, U] = X̄ᵀPY_m."""
     if not isinstance(e, OwnUnitGradients):
         return {"k": torch.stack([_gram(e.x[n], u.y[n], precond[n]) for n in names])}
+    if isinstance(e, PairedUnitGradients):
+        return {"k": _of_pairs(e, u, precond, names)}
     weight = {n: precond[n].double().reshape(-1) for n in names}
     s = [_times(e.x[n], weight[n] * u.mean_y()[n]) for n in names]
     t = [_times(u.y[n], weight[n] * e.mean_x()[n]) for n in names]
     of_e, of_u = (torch.stack([b.of_units(row) for row in of]) for b, of in ((e, s), (u, t)))
     return {"s": of_e, "t": of_u}
+
+
+def _of_pairs(
+    x: UnitGradients, y: UnitGradients, precond: Mapping[str, Tensor], names: list[str]
+) -> Tensor:
+    """[N, U, U] of all units: each process multiplies its own rows of X with Y of everybody, a piece at a time."""
+    units = len(y.sizes)
+    found = []
+    for n in names:
+        flat, own = precond[n].reshape(-1), torch.zeros(len(x.x[n]), units, dtype=torch.float64)
+        for part in _pieces(len(flat), units):
+            every = y.of_units(y.y[n][:, part]).double()
+            own += (x.x[n][:, part].double() * flat[part].double()) @ every.T
+        found.append(x.of_units(own))
+    return torch.stack(found)
 
 
 def _gram(x: Tensor, y: Tensor, p: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from entropy_probe.stages.gradients.payloads import (
     y_payload,
 )
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
-from entropy_probe.stages.gradients.units import units_of
+from entropy_probe.stages.gradients.units import pairs_fit, units_of
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
 from entropy_probe.stages.reference import reference_logp
 from entropy_probe.stages.responses.ids import eos_ids
@@ -135,7 +135,8 @@ def measured(
         as_update = _as_update(checkpoint, bound, share_u, tokens_u, config)
         of_x = x_payload(share_u.own, tokens_u, config, share_u.among)
         of_y = y_payload(as_update, config).of_prompts(share_u.prompts)
-        shown = {"stage": "gradients of U", "progress": clock.progress}
+        paired = pairs_fit(bound, share_u, config)
+        shown = {"stage": "gradients of U", "progress": clock.progress, "paired": paired}
         gradients = unit_gradients(bound, share_u, config, of_x, of_y, **shown)
         scores_u = share_u.scores(tokens_u)
         batch_u = Batch(share_u, tokens_u, scores_u, of_x, gradients, as_update)

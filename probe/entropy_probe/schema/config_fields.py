@@ -85,6 +85,8 @@ FirstOrderConfig
   lr  η  The learning rate; null takes the optimizer's own.
   max_gradient_gib  ratio  How many GiB the gradients of single prompts may take; beyond that, prompts are put into
       blocks.
+  max_pairs_gib  ratio  Of several processes: up to how many GiB of gradients go round, several times, so that the
+      products of all pairs of prompts are known; 0 is never.
 
 TrueDeltaHConfig
   etas  η  The steps at which the change is measured; `auto` chooses them around the learning rate.

@@ -134,7 +134,7 @@ UStatistic
   se_plugin  nats/response/η  The standard error √(4ζ̂₁/U).
   se_jackknife  nats/response/η  The jackknife's standard error; null with fewer than 3 units.
   var_unbiased  (nats/response/η)²  An unbiased estimate of the variance of U_cross, which may be negative; null with
-      fewer than 5 units, and over several processes.
+      fewer than 5 units, and over several processes beyond `first_order.max_pairs_gib`.
 
 FirstOrderSection
   mode  name  `exact`: a unit is a prompt; `block`: a unit is a block of prompts.
@@ -163,7 +163,7 @@ TwoBatchSection
   projections  nats/response/η  s_k = X_kᵀPȲ_U of every unit k of the E batch.
   update_projections  nats/response/η  t_m = X̄_EᵀPY_m of every unit m of the U batch.
   interaction  (nats/response/η)²  The variance of X_kᵀPY_m that neither rows nor columns explain; null over several
-      processes.
+      processes beyond `first_order.max_pairs_gib`.
   delta_h1_parts  section  δH₁ split over groups of tensors, three times.
 
 StepAgreement

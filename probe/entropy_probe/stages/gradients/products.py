@@ -87,7 +87,7 @@ def weighted_sum(weights: Float[Tensor, " U"], rows: Float[Tensor, "U D"]) -> Fl
     return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float64)
 
 
-def columns(rows: Tensor) -> Iterator[slice]:
-    """A few columns at a time."""
-    size = max(1, IN_FLOAT64 // max(len(rows), 1))
+def columns(rows: Tensor, num_rows: int | None = None) -> Iterator[slice]:
+    """A few columns at a time; the same in every process, where `num_rows` is the number of all their rows."""
+    size = max(1, IN_FLOAT64 // max(len(rows) if num_rows is None else num_rows, 1))
     return (slice(start, start + size) for start in range(0, rows.shape[1], size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.report import UStatistic
 from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.gradients.products import (
+    columns,
     dots,
     gram,
     grams,
@@ -128,7 +129,7 @@ class OwnUnitGradients(UnitGradients):
     means_y: dict[str, Float[Tensor, " D"]]
 
     @classmethod
-    def of(cls, held: UnitGradients, share: Share) -> OwnUnitGradients:
+    def of(cls, held: UnitGradients, share: Share) -> Self:
         """One all-reduce of ΣX and one of ΣY, in buckets; as many again where units are blocks."""
         world, sizes = share.world, held.sizes.double()
         own, total = sizes[share.own_units], float(sizes.sum())
@@ -199,6 +200,50 @@ class OwnUnitGradients(UnitGradients):
         return two_batch_moments_of_sums(s, t, self.sizes)
 
 
+@dataclass(frozen=True)
+class PairedUnitGradients(OwnUnitGradients):
+    """As `OwnUnitGradients`, where K is known whole: every process has the rows of its own units.
+
+    Y of all units goes round for that, a few columns at a time: nobody holds another's gradients.
+    """
+
+    def products(
+        self, precond: _Rows, names: Iterable[str] | None = None
+    ) -> dict[str, Float[Tensor, "u U"]]:
+        return self._own_rows(self, precond, list(names or self.x))
+
+    def moments(self, products: Tensor) -> CrossMoments:
+        return cross_moments(products)
+
+    def statistic(self, products: Tensor) -> UStatistic:
+        return u_statistic(self.moments(products), products)
+
+    def products_with(self, u: UnitGradients, precond: _Rows) -> dict[str, Float[Tensor, "e U"]]:
+        assert isinstance(u, OwnUnitGradients)
+        return self._own_rows(u, precond, list(self.x))
+
+    def gathered_with(
+        self, u: UnitGradients, products: Mapping[_Key, Tensor]
+    ) -> dict[_Key, Tensor]:
+        return self.gathered(products)
+
+    def moments_with(self, u: UnitGradients, products: Tensor) -> TwoBatchMoments:
+        return two_batch_moments(products, self.sizes, u.sizes)
+
+    def _own_rows(self, u: OwnUnitGradients, precond: _Rows, names: list[str]) -> dict[str, Tensor]:
+        """`grams` of the own units' X with Y of everybody's."""
+        num_units = len(u.sizes)
+        found = {}
+        for name in names:
+            x, y, p = self.x[name], u.y[name], precond[name].reshape(-1)
+            total = torch.zeros(len(x), num_units, dtype=torch.float64)
+            for part in columns(y, num_units):
+                scaled = u.of_units(y[:, part]).double() * p[part].double()
+                total += x[:, part].double() @ scaled.T
+            found[name] = total
+        return found
+
+
 def unit_gradients(
     bound: BoundModel,
     share: Share,
@@ -206,6 +251,7 @@ def unit_gradients(
     of_x: Payload,
     of_y: Payload | None = None,
     *,
+    paired: bool = False,
     stage: str = "gradients",
     progress: Progress | None = None,
 ) -> UnitGradients:
@@ -215,7 +261,8 @@ def unit_gradients(
     and Y the module's own autograd, because that is what the trainer's step uses; where the two are one, and
     both are weighted ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
 
-    The payloads are those of the share's own prompts, and only its units are made here.
+    The payloads are those of the share's own prompts, and only its units are made here. `paired`: of several processes
+    all products X_nᵀPY_m will be known.
     """
     parameters, rollouts = bound.registry.trainable, share.own
     if not parameters:
@@ -247,7 +294,10 @@ def unit_gradients(
         if progress is not None:
             progress(stage, done, len(rollouts.gen_lens))
     held = UnitGradients(x, y, share.units)
-    return OwnUnitGradients.of(held, share) if share.several else held
+    if not share.several:
+        return held
+    kind = PairedUnitGradients if paired else OwnUnitGradients
+    return kind.of(held, share)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.responses.rollouts import Rollouts
-from entropy_probe.stages.share import Units
+from entropy_probe.stages.share import Share, Units
 
 # Gradients of single prompts that are held beside those of the units.
 _WITNESSED = 8
@@ -48,6 +48,12 @@ def units_within_memory(
             "raise it, or set first_order.num_blocks lower" if wanted > 2 else "raise it",
         )
     return "block", wanted
+
+
+def pairs_fit(bound: BoundModel, share: Share, config: ProbeConfig) -> bool:
+    """Whether Y of all units may go round the processes, U·D numbers, so that all X_nᵀPY_m are known."""
+    sent = len(share.units.sizes) * _bytes_of_one(bound)
+    return share.several and sent <= config.first_order.max_pairs_gib * 2**30
 
 
 def bytes_of_units(bound: BoundModel, units: int) -> int:
