@@ -144,7 +144,7 @@ def measure_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     tokenizer: Any,
-    prompts: str | Path | Sequence[Any],
+    prompts: Any,
     config: ProbeConfig | Mapping[str, Any] | None = None,
     *,
     after_step: int = 0,
@@ -175,7 +175,8 @@ def measure_step(
     if not step.finite:
         return None
     with _undisturbed(config, model) as threads:
-        bound = _bound(model, config)
+        with seconds("copy"):
+            bound = _bound(model, config)
         with seconds("sampling"):
             e = _sampled(bound, tokenizer, prompts, config, seed)
             if e.limit is not None:
@@ -185,6 +186,7 @@ def measure_step(
             scores = score(bound, e, config, with_features=True)
         with seconds("slopes"):
             of, has_curvature = _derived(bound, module, share, step, config)
+            _require_moved(step, of)
             along = slopes_of(share, scores, of, config)
         predicted = _Predicted(
             (along.slope, along.curvature),
@@ -243,17 +245,14 @@ def _bound(model: nn.Module, config: ProbeConfig) -> BoundModel:
 def _sampled(
     bound: BoundModel,
     tokenizer: Any,
-    prompts: str | Path | Sequence[Any],
+    prompts: Any,
     config: ProbeConfig,
     seed: int,
 ) -> Rollouts:
     """The E batch: some of the prompts, and responses of each at θ."""
     batch, generation = config.batch, config.generation
-    pool: Sequence[Prompt]
-    if isinstance(prompts, str | Path):
-        pool = read_prompts(prompts, batch.split)
-    else:
-        pool = _Rows(prompts)
+    is_file = isinstance(prompts, str | Path)
+    pool = read_prompts(prompts, batch.split) if is_file else _Rows(prompts)
     if not len(pool):
         raise MeasurementError("prompts", "there are none", "give at least two")
     count = min(batch.num_prompts, len(pool))
@@ -326,6 +325,17 @@ def _derived(
     if bound.dtype is not torch.float64:
         float64 = bind(beside(module), torch.float64, lend_frozen=True)
     return derived(bound, float64, share, step.move, config), True
+
+
+def _require_moved(step: LiveStep, of: Derived) -> None:
+    """A step that moves no logit at all is not seen by the model: something in its forward is bound to other
+    parameters than those that are moved."""
+    if step.norm > 0 and not bool(of.at_theta.d_logit.any()):
+        raise MeasurementError(
+            "the model",
+            "no logit moves along the step, so that its forward does not use the parameters that are trained",
+            "take off what was put in place of a `forward`, or probe checkpoints",
+        )
 
 
 def _update_section(step: LiveStep) -> StepUpdateSection:

@@ -12,8 +12,7 @@ import torch
 
 @contextmanager
 def as_found() -> Iterator[None]:
-    """The states of Python's, NumPy's and torch's generators, those of every CUDA device among them, are put back, after
-    an exception too."""
+    """The states of the generators of Python, NumPy, torch and CUDA devices are put back, after an exception too."""
     of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     of_cuda = torch.cuda.get_rng_state_all() if on_cuda else []

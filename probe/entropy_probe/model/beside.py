@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from entropy_probe.errors import MeasurementError, NoCopyError
+from entropy_probe.errors import NoCopyError
+from entropy_probe.model.own_forward import with_own_forward
 from entropy_probe.model.registry import unwrap
 
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
@@ -22,9 +21,9 @@ def beside(model: nn.Module) -> nn.Module:
 
     It costs Python objects and the buffers, which are copied. The copy's modes, hooks, configuration and `.grad` are
     its own: nothing that is set on it is seen by the live model, and it has none of the hooks that others have put on
-    that. A forward that accelerate has wrapped in autocast is the model's own again. Whoever writes into a parameter of
-    the copy writes into the live model. Raises `NoCopyError` for what cannot be copied, `MeasurementError` for a part
-    whose `forward` is bound to the live model.
+    that. A forward that accelerate has wrapped in autocast is the model's own again; one that closes over the live
+    model, as TRL's does, closes over the copy. Whoever writes into a parameter of the copy writes into the live model.
+    Raises `NoCopyError` for what cannot be copied.
     """
     module = unwrap(model)
     memo: dict[int, Any] = {id(p): _sharing(p) for p in module.parameters()}
@@ -44,8 +43,7 @@ def beside(model: nn.Module) -> nn.Module:
             f"cannot be copied ({error})"[:200],
             "take off the model what cannot be copied, or probe its checkpoints",
         ) from error
-    for name, part in clone.named_modules():
-        _own_forward(part, name)
+    with_own_forward(clone, memo)
     return clone.eval()
 
 
@@ -59,32 +57,3 @@ def _sharing(parameter: nn.Parameter) -> nn.Parameter:
 def _is_of_torch(item: tuple[Any, Any]) -> bool:
     """Weight and spectral norm compute the weight in a hook."""
     return type(item[1]).__module__.startswith("torch.nn.utils.")
-
-
-def _own_forward(part: nn.Module, name: str) -> None:
-    """Without accelerate's autocast around it, which would be switched on again at every call."""
-    own = vars(part)
-    original = own.pop("_original_forward", None)
-    if original is not None and own.pop("forward", None) is not None:
-        own["forward"] = original
-    forward = own.get("forward")
-    if forward is None:
-        return
-    if not isinstance(forward, MethodType) or forward.__self__ is not part:
-        raise MeasurementError(
-            f"module {name or type(part).__name__}",
-            "has a `forward` that is bound to the live model",
-            "set it as a method, types.MethodType(function, module)",
-        )
-    if forward.__func__ is type(part).forward:
-        del own["forward"]
-
-
-def same_memory(one: nn.Module, other: nn.Module) -> bool:
-    """Whether all parameters of both lie in the same memory."""
-    names = dict(other.named_parameters())
-    return all(
-        isinstance(p, Tensor) and p.data_ptr() == names[name].data_ptr()
-        for name, p in one.named_parameters()
-        if not isinstance(p, torch.nn.parameter.UninitializedParameter)
-    )
