@@ -11,14 +11,17 @@ from entropy_probe.report import Estimate
 from entropy_probe.step_report import StepReport
 from entropy_probe_checks.bounds import GATES, require_sensible
 from entropy_probe_checks.criteria import gate
-from entropy_probe_checks.criteria.verdicts import Criterion, Finding
+from entropy_probe_checks.criteria.verdicts import Finding
 
 STEP_GATES = {
-    "entropy": gate.entropy,
-    "predicted_change": gate.predicted_change,
-    "realised_ratio": gate.realised_ratio,
+    "entropy": gate.entropy.meaning,
+    "predicted_change": gate.predicted_change.meaning,
+    "realised_ratio": gate.realised_ratio.meaning,
+    "ess": "The step is so large that few of the responses still stand for the policy after it: what it does to the "
+    "entropy cannot be known beforehand. A smaller learning rate is needed.",
 }
-"""Gates that are asked inside of the loop; the others speak of rewards, or of files."""
+"""Gates that are asked inside of the loop, and what it means that one is missed; the others speak of rewards, or of
+files. `ess` is ESS/N at the whole step, the share of the responses that still stand for the policy after it."""
 
 Bounds = Mapping[str, Mapping[str, float]]
 
@@ -62,6 +65,8 @@ def quantity_of_step(report: StepReport, name: str) -> Estimate | Finding:
         return gate.share_of_entropy(change.value, change.se, size)
     if name == "realised_ratio":
         return gate.ratio_of_changes(report.came or report.realised)
+    if name == "ess":  # of these responses: no noise is known of it
+        return Estimate(value=report.realised.unclipped_ess_fraction, se=0.0)
     return size
 
 
@@ -81,20 +86,16 @@ def judged_step(
 def _verdict(
     report: StepReport, name: str, bounds: Mapping[str, float], before: Estimate | None
 ) -> Verdict:
-    found, of = quantity_of_step(report, name), STEP_GATES[name]
+    found = quantity_of_step(report, name)
     if isinstance(found, Estimate):
         found = gate.held_against(name, found, before, bounds)
-    return _as_verdict(found, of)
-
-
-def _as_verdict(found: Finding, of: Criterion) -> Verdict:
     asked = found.status in ("pass", "fail")
     return Verdict(
-        criterion=of.name,
-        family=of.family,
+        criterion=name,
+        family="gate",
         status=found.status,
         value=found.value,
         limit=found.limit,
-        hint=f"{found.detail} {of.meaning}" if asked else found.detail,
+        hint=f"{found.detail} {STEP_GATES[name]}" if asked else found.detail,
         unit=found.unit,
     )
