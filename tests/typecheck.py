@@ -17,8 +17,10 @@ from beartype import BeartypeConf, beartype
 # An int is a float, as everywhere else in Python's typing; what it is not is a TypeError, as readers of files expect.
 _CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
 # Whole measurements again and again, or 300 000 calls: the checks would be half of the time, and what they see here
-# the tests of the units have seen.
-_UNCHECKED = {"faults", "fuzz", "hostile", "page", "test_audit.py", "test_cost.py", "test_oracle.py"}
+# the tests of the units have seen. Of the callback it is held that it draws no random number, and beartype draws one
+# for the item of a list that it looks at.
+_UNCHECKED = {"faults", "fuzz", "hostile", "page", "test_audit.py", "test_callback.py", "test_cost.py"}
+_UNCHECKED |= {"test_oracle.py"}
 
 
 _INNER: dict[tuple[Any, ...], Any] = {}

@@ -8,6 +8,7 @@ Names are loaded on first use, so importing this package imports neither torch n
 
 run, pipeline/             what is measured, in order;   stages/  one step a file
 estimators/                tensors in, numbers out;   model/  networks and files of weights
+live, step_report          a step of a training, measured before it is taken;   integrations/  callbacks for trainers
 processes/                 several processes under torchrun
 config/, budgets, options  what can be set, by a file or on the command line
 report, golden, plots      the numbers: their classes, kept ones to compare with, figures;   page/  all of it in HTML

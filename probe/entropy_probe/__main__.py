@@ -114,14 +114,14 @@ def parser() -> argparse.ArgumentParser:
     _add_what_is_measured(drill)
     drill.add_argument("--fault", help=argparse.SUPPRESS)  # in a process of its own
     schema = commands.add_parser(
-        "schema", help="print the JSON Schema of report.json, or of the configuration"
+        "schema", help="print the JSON Schema of a report, or of the configuration"
     )
     schema.add_argument(
         "of",
         nargs="?",
-        choices=("report", "config"),
+        choices=("report", "config", "step"),
         default="report",
-        help="which of the two (default: report)",
+        help="which of them: of a checkpoint (default), the configuration, or of a step in training",
     )
     return main_parser
 
@@ -445,9 +445,10 @@ def _rollouts(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from entropy_probe.schema import config_schema, report_schema
+    from entropy_probe.schema import config_schema, report_schema, step_schema
 
-    made = {"report": report_schema, "config": config_schema}[arguments.of]()
+    of = {"report": report_schema, "config": config_schema, "step": step_schema}
+    made = of[arguments.of]()
     in_full = "utf" in (sys.stdout.encoding or "").lower()
     print(json.dumps(made, indent=1, ensure_ascii=not in_full))
     return 0

@@ -12,13 +12,12 @@ import shutil
 import subprocess
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from transformers import TrainerControl
 
+import callback_runs
 import forked
 from entropy_probe import ProbeConfig
 from entropy_probe.demo import checkpoint_path
@@ -101,22 +100,15 @@ def test_the_workflow(place: Path) -> None:
     assert "| checkpoint-10 (100) |" in (place / "summary.md").read_text()
 
 
-def test_the_callback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stops a training whose checkpoint does not pass, and only such a one; it does not take back another's stop."""
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("PYTEST_ADDOPTS", f"{os.environ.get('PYTEST_ADDOPTS', '')} --probe-budget=smoke")
-    scope: dict[str, Any] = {}
-    exec(FILES["callback.py"], scope)  # noqa: S102 (the page's own text)
-    limits = FILES["probe.yaml"]
-    for text, stops in ((limits, False), (limits.replace("min: 0.05", "min: 1.5"), True)):
-        (place / "probe.yaml").write_text(text)
-        control = TrainerControl()
-        scope["EntropyGate"]().on_save(SimpleNamespace(output_dir="runs/a"), SimpleNamespace(global_step=10), control)
-        assert control.should_training_stop is stops
-    (place / "probe.yaml").write_text(limits)
-    done = TrainerControl(should_training_stop=True)
-    scope["EntropyGate"]().on_save(SimpleNamespace(output_dir="runs/a"), SimpleNamespace(global_step=10), done)
-    assert done.should_training_stop
+def test_the_callback(tmp_path: Path) -> None:
+    """It stops a training that misses a bound after the step that was probed, and lets one go on that does not."""
+    for text, steps in ((FILES["callback.py"], 2), (FILES["callback.py"].replace('"min": 0.05', '"min": 3.9'), 1)):
+        scope: dict[str, Any] = {}
+        exec(text, scope)  # noqa: S102 (the page's own text)
+        trainer = scope["with_gates"](callback_runs.grpo(tmp_path, "full", max_steps=2))
+        trainer.train()
+        assert trainer.state.global_step == steps
+        assert (tmp_path / "entropy-probe" / "step-0.json").is_file()
 
 
 def test_the_reward_of_the_run_that_dies() -> None:

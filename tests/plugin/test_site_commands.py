@@ -13,12 +13,9 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
-from transformers import TrainerControl
 
 import forked
 import kept_reports
@@ -120,17 +117,3 @@ def test_blocks_of_a_page(place: Path, page: str) -> None:
                 assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
                 for file in re.findall(r"(?:--out|--probe-json=) ?(\S+)", command):
                     assert (place / file).stat().st_size > 0, command
-
-
-def test_the_callback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stops a training whose checkpoint misses a limit, and lets one go on that does not."""
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("PYTEST_ADDOPTS", f"{os.environ.get('PYTEST_ADDOPTS', '')} --probe-budget=smoke")
-    blocks = {title: text for _, title, _, text in fenced("howto/training.md")}
-    scope: dict[str, Any] = {}
-    exec(blocks["stop_when_dying.py"], scope)  # noqa: S102 (the page's own text)
-    for text, stops in ((blocks["gates.yaml"].replace("min: 0.05", "min: 1.5"), True), (blocks["gates.yaml"], False)):
-        (place / "gates.yaml").write_text(text)
-        control = TrainerControl()
-        scope["EntropyGate"]().on_save(SimpleNamespace(output_dir="runs/a"), SimpleNamespace(global_step=10), control)
-        assert control.should_training_stop is stops

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from entropy_probe import ProbeReport
-from entropy_probe.report import BaselineSection, Estimate
+from entropy_probe.report import BaselineSection, EntropyChangeRow, Estimate
 from entropy_probe_checks.bounds import COUNTS, NOISE, OF_A_BASELINE, UNITS, bounds_of
 from entropy_probe_checks.criteria.verdicts import (
     Criterion,
@@ -100,19 +100,29 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
     crossed = update.delta_h1_per_lr_cross_per_token, update.delta_h1_per_lr_cross_per_token_se
     if crossed[0] is not None and crossed[1] is not None:
         slope, se = crossed[0], crossed[1]
+    return share_of_entropy(lr * slope, lr * se, size)
+
+
+def share_of_entropy(change: float, se: float, size: Estimate) -> Estimate | Finding:
+    """|change|/h of a change per token, with the bound on its standard error."""
     if size.value == 0:
         return inconclusive("The entropy is 0: it has no relative change.")
-    share = abs(lr * slope) / size.value
-    return Estimate(value=share, se=(lr * se + share * size.se) / size.value)
+    share = abs(change) / size.value
+    return Estimate(value=share, se=(se + share * size.se) / size.value)
 
 
 def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
-    """SE((r − l·p)/p) ≤ (SE(r − p) + |1 − l|·SE(p))/|p|, at the ratio l that was found."""
     step = report.next_step
     if report.no_second_moment is not None:
         return not_applicable(report.no_second_moment)
     if step is None:
         return inconclusive("The report has no change at η = lr.")
+    return ratio_of_changes(step)
+
+
+def ratio_of_changes(step: EntropyChangeRow) -> Estimate | Finding:
+    """Realised over predicted, per token: SE((r − l·p)/p) ≤ (SE(r − p) + |1 − l|·SE(p))/|p|, at the ratio l that was
+    found."""
     of = step.per_token
     if of.predicted is None or of.predicted_se is None or of.difference_se is None:
         return not_applicable("top_p < 1: nothing is predicted about π restricted to the nucleus.")
@@ -202,6 +212,14 @@ def _held(report: ProbeReport, name: str) -> Finding:
     of_before = "" if report.baseline is None else report.baseline.not_chosen
     if before is not None and of_before and set(bounds) & set(OF_A_BASELINE):
         return inconclusive(f"The baseline is {of_before}: take a report on your own as baseline.")
+    return held_against(name, found, before, bounds)
+
+
+def held_against(
+    name: str, found: Estimate, before: Estimate | None, bounds: Mapping[str, float]
+) -> Finding:
+    """A quantity against its bounds, some of which speak of what it was `before`: the one that is missed by most, or
+    met by least."""
     if before is None and set(bounds) & set(OF_A_BASELINE):
         return inconclusive(
             f"The baseline has no {name}: take a report of a longer batch as baseline."

@@ -21,6 +21,7 @@ from entropy_probe.errors import CacheError, MeasurementError, OverrideError, Pr
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.lending import Lending
 from entropy_probe.model.output_layer import Captured, OutputLayer
+from entropy_probe.model.own_forward import with_own_forward
 from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
 from entropy_probe.model.registry import Registry, unwrap
@@ -576,13 +577,15 @@ def bind(
         )
     lends = lend_frozen or placement is not None
     shared = {id(p): p for p in module.parameters() if not p.requires_grad} if lends else {}
+    memo: dict[int, Any] = dict(shared)
     try:
-        clone = copy.deepcopy(module, dict(shared))
+        clone = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
         problem = f"cannot be copied to {dtype} ({error})".replace("torch.", "")
         raise MeasurementError(
             "the model", problem, f"give it in {dtype}".replace("torch.", "")
         ) from error
+    with_own_forward(clone, memo)
     for parameter in clone.parameters():
         if id(parameter) not in shared:
             parameter.grad = None

@@ -1,6 +1,7 @@
 """The JSON Schema of the report and of the configuration: every field with its type, its unit and a sentence.
 
 report_fields  what every field of the report is;   config_fields  the same of the configuration
+step_fields    the same of the report of a step that was probed during training
 
 Types come from the classes in `report.py` and `config/`, so that the schema cannot say another type than what is
 written. `report.schema.json` beside this file is the schema of the report as a file:
@@ -20,10 +21,11 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.report import SCHEMA_VERSION, ProbeReport
-from entropy_probe.schema import config_fields, report_fields
+from entropy_probe.schema import config_fields, report_fields, step_fields
 from entropy_probe.schema.report_fields import UNITS
+from entropy_probe.step_report import STEP_SCHEMA_VERSION, StepReport
 
-__all__ = ["UNITS", "Described", "config_schema", "described", "report_schema"]
+__all__ = ["UNITS", "Described", "config_schema", "described", "report_schema", "step_schema"]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _NOT_FINITE = ["NaN", "Infinity", "-Infinity"]
@@ -52,7 +54,7 @@ def _read(table: str) -> Iterator[tuple[str, str, Described]]:
 
 _TABLE: dict[tuple[str, str], Described] = {
     (model, name): found
-    for table in (report_fields.FIELDS, config_fields.FIELDS)
+    for table in (report_fields.FIELDS, config_fields.FIELDS, step_fields.FIELDS)
     for model, name, found in _read(table)
 }
 
@@ -92,6 +94,12 @@ def report_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of report.json."""
     name = f"entropy probe report, schema_version {SCHEMA_VERSION}"
     return _schema(ProbeReport, "serialization", name)
+
+
+def step_schema() -> dict[str, Any]:
+    """The JSON Schema of the report of one step that was probed during training."""
+    name = f"entropy probe report of a step, schema_version {STEP_SCHEMA_VERSION}"
+    return _schema(StepReport, "serialization", name)
 
 
 def config_schema() -> dict[str, Any]:

@@ -1,0 +1,362 @@
+"""The step that a live model's optimizer is about to take, measured before it is taken, and after.
+
+    loss.backward()
+    step = measure_step(model, optimizer, tokenizer, prompts)
+    optimizer.step()
+    report = step.after(model)
+
+Nothing of the model, the optimizer or torch's generators is changed. The update is the optimizer's own, whatever the
+loss is: no U batch is sampled, no reward is asked and no gradient is taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe import __version__
+from entropy_probe import report as r
+from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import ConfigError, MeasurementError
+from entropy_probe.estimators import performance_difference, prediction, resolution
+from entropy_probe.estimators.slope import PromptMean
+from entropy_probe.model.beside import beside
+from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.model.live_step import LiveStep, live_step
+from entropy_probe.model.precision import numerics, str_to_dtype
+from entropy_probe.model.registry import unwrap
+from entropy_probe.pipeline.environment import environment
+from entropy_probe.stages.batches import fingerprint, with_limit
+from entropy_probe.stages.derivatives import Second, directional_derivatives
+from entropy_probe.stages.entropy import entropy_section, surprises
+from entropy_probe.stages.entropy_change import EntropyChange, change_at, change_row, sweep
+from entropy_probe.stages.gradients.units import units_of_prompts
+from entropy_probe.stages.responses.ids import Door, eos_ids
+from entropy_probe.stages.responses.prompts import Prompt
+from entropy_probe.stages.responses.rewards import of_each
+from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.responses.sampled_rollouts import sample_rollouts
+from entropy_probe.stages.responses.tasks import as_prompt, draw_prompts, read_prompts
+from entropy_probe.stages.scores import Scores, score
+from entropy_probe.stages.share import Share
+from entropy_probe.stages.slopes import Derived, Slopes, derived, slopes_of
+from entropy_probe.step_report import (
+    StepBatchSection,
+    StepPrediction,
+    StepReport,
+    StepUpdateSection,
+)
+
+_WHOLE = 1.0
+"""η of the step: the direction is the step itself."""
+RECIPE = r.RecipeSection(
+    name="given",
+    source="the optimizer's own step on the gradients of the loss, clipped as they were",
+    settings={},
+    not_reproduced=[],
+    unread=[],
+)
+
+
+@dataclass
+class _Seconds:
+    """What each stage took."""
+
+    of: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Any:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.of[stage] = self.of.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class ProbedStep:
+    """A step that was measured before it was taken: its `report`, and what is needed to measure what it did."""
+
+    report: StepReport
+    config: ProbeConfig
+    share: Share
+    scores: Scores
+    along: Slopes
+    predicted: _Predicted
+
+    def after(self, model: nn.Module) -> StepReport:
+        """The report, with the change that came: at the parameters that the model has now, on the same responses.
+
+        One scoring pass. Raises `ProbeError`.
+        """
+        seconds = _Seconds(dict(self.report.timing))
+        with _undisturbed(self.config, model), seconds("after"):
+            bound = _bound(model, self.config)
+            after = score(bound, self.share.own, self.config)
+            before = self.scores.token_logp, self.scores.rb_entropy
+            terms = performance_difference.change_terms(
+                *before, after.token_logp, after.rb_entropy, self.along.coefficients
+            )
+            change = change_at(self.scores, after, _WHOLE, self.config, torch.stack([*terms]))
+        came = self.predicted.beside(change, self.config)
+        return self.report.model_copy(update={"came": came, "timing": seconds.of})
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """(slope, curvature) along the whole step, per response and per token; without curvature it is 0."""
+
+    of_response: tuple[PromptMean, PromptMean]
+    of_tokens: tuple[PromptMean, PromptMean]
+    has_curvature: bool
+    unit_of: Tensor
+
+    def section(self, of: tuple[PromptMean, PromptMean]) -> StepPrediction:
+        slope, curvature = of
+        second = None
+        if self.has_curvature:
+            bent = prediction.predicted_change(_WHOLE, slope, curvature, self.unit_of)
+            second = r.Estimate(value=bent.value, se=bent.se)
+        return StepPrediction(
+            first_order=r.Estimate(value=slope.value, se=slope.se), second_order=second
+        )
+
+    def beside(self, change: EntropyChange, config: ProbeConfig) -> r.EntropyChangeRow:
+        """A change beside what was predicted for it."""
+        per_token = config.true_delta_h.normalize == "per_token"
+        asked = self.of_tokens if per_token else self.of_response
+        of_asked = prediction.predict(_WHOLE, change.realised, *asked, self.unit_of)
+        of_tokens = prediction.predict(
+            _WHOLE, change.realised_per_token, *self.of_tokens, self.unit_of
+        )
+        reach, least = prediction.reach(*asked), config.true_delta_h.min_ess_fraction
+        return change_row(change, of_asked, of_tokens, reach, least)
+
+
+def measure_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Any,
+    prompts: Any,
+    config: ProbeConfig | Mapping[str, Any] | None = None,
+    *,
+    after_step: int = 0,
+    seed: int | None = None,
+    gradient_scale: float = 1.0,
+    where: str = "",
+) -> ProbedStep | None:
+    """What the optimizer's next step does to the entropy, from `.grad` as it stands; `None` where gradient or step are
+    not finite, so that there is nothing to be said.
+
+        v = θ' − θ of `optimizer.step()`,   ΔH ≈ ∇Hᵀv (+ ½vᵀ∇²Hv),   H(θ + v) − H(θ) by the performance difference
+
+    `batch.num_prompts` of the `prompts` (a file, or texts, lists of messages or rows with a `prompt`) are drawn with
+    `seed`, by default that of the configuration plus `after_step`, and `generation.num_return_sequences` responses of
+    each are sampled at θ with generators of their own. The curvature needs a copy in float64 and is left out under
+    budget `smoke`. Raises `ProbeError`.
+    """
+    config = (
+        config if isinstance(config, ProbeConfig) else ProbeConfig.from_mapping(dict(config or {}))
+    )
+    if config.generation.top_p < 1:
+        problem = "is below 1, where nothing is predicted of the policy's entropy"
+        raise ConfigError("generation.top_p", problem, "leave it out")
+    seed = config.batch.seed + after_step if seed is None else seed
+    seconds, module = _Seconds(), unwrap(model)
+    with seconds("update"):
+        step = live_step(optimizer, dict(module.named_parameters()), gradient_scale)
+    if not step.finite:
+        return None
+    with _undisturbed(config, model) as threads:
+        with seconds("copy"):
+            bound = _bound(model, config)
+        with seconds("sampling"):
+            e = _sampled(bound, tokenizer, prompts, config, seed)
+            if e.limit is not None:
+                config = with_limit(config, e.limit)
+        share = Share.of(e, units_of_prompts(e))
+        with seconds("scores"):
+            scores = score(bound, e, config, with_features=True)
+        with seconds("slopes"):
+            of, has_curvature = _derived(bound, module, share, step, config)
+            _require_moved(step, of)
+            along = slopes_of(share, scores, of, config)
+        predicted = _Predicted(
+            (along.slope, along.curvature),
+            (along.per_token, along.per_token_curvature),
+            has_curvature,
+            share.units.of_prompt,
+        )
+        with seconds("entropy change"):
+            (change,) = sweep(
+                bound, share, scores, step.move, [_WHOLE], config,
+                tokens=scores, coefficients=along.coefficients,
+            )  # fmt: skip
+        around = environment(bound, threads)
+    of_token, of_response = map(predicted.section, (predicted.of_tokens, predicted.of_response))
+    report = StepReport(
+        probe_version=__version__,
+        after_step=after_step,
+        config=config.model_dump(mode="json"),
+        recipe=RECIPE,
+        batch=StepBatchSection(
+            num_prompts=e.num_prompts,
+            num_responses=e.num_responses,
+            num_tokens=int(e.gen_lens.sum()),
+            prompts=where or (str(prompts) if isinstance(prompts, str | Path) else "given"),
+            fingerprint=fingerprint(e),
+            found=list(e.found),
+        ),
+        entropy=entropy_section(scores, config.generation.temperature, surprises(share, scores)),
+        update=_update_section(step),
+        predicted_per_token=of_token,
+        predicted_per_response=of_response,
+        realised=predicted.beside(change, config),
+        resolution=_resolution(e, of_token.best, of_response.best),
+        came=None,
+        since=None,
+        gates=[],
+        environment=around,
+        timing=seconds.of,
+    )
+    return ProbedStep(report, config, share, scores, along, predicted)
+
+
+@contextmanager
+def _undisturbed(config: ProbeConfig, model: nn.Module) -> Any:
+    """Precision and threads as configured, and put back; yields the threads."""
+    size = sum(p.numel() for p in model.parameters())
+    with numerics(config.precision, size) as threads:
+        yield threads
+
+
+def _bound(model: nn.Module, config: ProbeConfig) -> BoundModel:
+    """A model beside the live one, in the configured precision; frozen parameters are lent, never copied."""
+    return bind(beside(model), str_to_dtype(config.precision.dtype), lend_frozen=True)
+
+
+def _sampled(
+    bound: BoundModel,
+    tokenizer: Any,
+    prompts: Any,
+    config: ProbeConfig,
+    seed: int,
+) -> Rollouts:
+    """The E batch: some of the prompts, and responses of each at θ."""
+    batch, generation = config.batch, config.generation
+    is_file = isinstance(prompts, str | Path)
+    pool = read_prompts(prompts, batch.split) if is_file else _Rows(prompts)
+    if not len(pool):
+        raise MeasurementError("prompts", "there are none", "give at least two")
+    count = min(batch.num_prompts, len(pool))
+    if count < 2:
+        raise MeasurementError(
+            "prompts", "there is one, and a standard error needs two", "give at least two"
+        )
+    drawn = draw_prompts(pool, count, seed=seed, with_replacement=False)
+    door = Door(
+        tokenizer,
+        eos_ids(bound.language_model, tokenizer),
+        batch.system_prompt,
+        batch.chat_template_kwargs,
+    )
+    limit = None
+    if tokenizer is not None and bound.longest_row is not None:
+        room = bound.longest_row - max(len(door.of_prompt(prompt)) for prompt in drawn)
+        if 0 < room < generation.max_new_tokens:
+            limit = room
+            generation = generation.model_copy(update={"max_new_tokens": room})
+    made = sample_rollouts(
+        bound,
+        tokenizer,
+        drawn,
+        generation,
+        seed=seed,
+        rewards=of_each(lambda text, gold: 0.0),
+        door=door,
+    )
+    return replace(made, reward="none", limit=limit)
+
+
+class _Rows(Sequence[Prompt]):
+    """Rows of anything that has a length and places, as prompts, each made when it is asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        try:
+            return len(self._rows)
+        except TypeError as error:
+            problem = f"are a {type(self._rows).__name__}, which has no length"
+            raise ConfigError("prompts", problem, "give a list, a data set or a file") from error
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._rows[int(index)]
+        if isinstance(row, str) or (
+            isinstance(row, list) and all(isinstance(m, Mapping) for m in row)
+        ):
+            row = {"prompt": row}
+        return as_prompt(row, f"entry {int(index)}", "prompts")
+
+
+def _derived(
+    bound: BoundModel, module: nn.Module, share: Share, step: LiveStep, config: ProbeConfig
+) -> tuple[Derived, bool]:
+    """D_v along the step, and the second derivative where the budget has it; the copy in float64 is made for that, and
+    for models that have no forward-mode derivative."""
+    if config.budget == "smoke":
+        try:
+            at_theta = directional_derivatives(bound, share.own, step.move, config)
+        except NotImplementedError:
+            pass
+        else:
+            nothing = torch.zeros_like(at_theta.d_logp)
+            twice = Second(nothing, nothing, torch.zeros_like(at_theta.d_seq_logp))
+            return Derived(at_theta, twice, 0), False
+    float64 = bound
+    if bound.dtype is not torch.float64:
+        float64 = bind(beside(module), torch.float64, lend_frozen=True)
+    return derived(bound, float64, share, step.move, config), True
+
+
+def _require_moved(step: LiveStep, of: Derived) -> None:
+    """A step that moves no logit at all is not seen by the model: something in its forward is bound to other
+    parameters than those that are moved."""
+    if step.norm > 0 and not bool(of.at_theta.d_logit.any()):
+        raise MeasurementError(
+            "the model",
+            "no logit moves along the step, so that its forward does not use the parameters that are trained",
+            "take off what was put in place of a `forward`, or probe checkpoints",
+        )
+
+
+def _update_section(step: LiveStep) -> StepUpdateSection:
+    return StepUpdateSection(
+        optimizer=step.kind,
+        lr=step.lr,
+        norm=step.norm,
+        grad_norm=step.grad_norm,
+        momentum_share=step.momentum_share,
+        in_float64=step.in_float64,
+    )
+
+
+def _resolution(
+    e: Rollouts, per_token: r.Estimate, per_response: r.Estimate
+) -> r.ResolutionSection:
+    return r.ResolutionSection(
+        per_token=2 * per_token.se,
+        per_response=2 * per_response.se,
+        prompts_needed=resolution.prompts_needed(e.num_prompts, per_token.value, per_token.se),
+        next_step=None,
+        target_se=None,
+        looks=[],
+    )

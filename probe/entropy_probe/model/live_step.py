@@ -1,0 +1,144 @@
+"""The step that a live optimizer is about to take, from the gradients as they stand in `.grad`."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import MeasurementError
+
+_PLAIN = {"foreach": False, "fused": False}
+_OWN_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+@dataclass(frozen=True)
+class LiveStep:
+    """`move` is θ' − θ by name, on the CPU. `grad_norm` is ‖g‖ as the optimizer sees it, after clipping.
+
+    `momentum_share` is v₀ᵀv/‖v‖² with v₀ what momentum and decay alone would move: the part of the step that stays as
+    it is when the gradient changes its sign. `lr` is the largest of the groups. `in_float64`: the step was computed in
+    float64, and not in the dtypes of the optimizer's own state.
+    """
+
+    move: dict[str, Tensor]
+    lr: float
+    grad_norm: float
+    norm: float
+    momentum_share: float
+    kind: str
+    in_float64: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether gradient and step are; a scaler leaves out a step that is not."""
+        return math.isfinite(self.grad_norm) and math.isfinite(self.norm)
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def live_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    gradient_scale: float = 1.0,
+) -> LiveStep:
+    """θ' − θ of the optimizer's own class, run on copies of parameter, gradient and state, one parameter at a time.
+
+        copy.deepcopy((model, optimizer)); optimizer.step()        θ' − θ of that
+
+    so that no copy of the model is held, for any optimizer that treats its parameters one by one. Those of torch are
+    run in float64, others (8-bit state) in their own dtypes. `gradient_scale` is what a GradScaler that has not yet
+    unscaled them has multiplied the gradients by. Nothing of the optimizer or the model is changed. Raises
+    `MeasurementError` for a parameter that the model does not have, and where nothing has a gradient.
+    """
+    optimizer = unwrapped(optimizer)
+    names = {id(p): name for name, p in parameters.items()}
+    exact = type(optimizer).__module__.startswith("torch.optim.")
+    move: dict[str, Tensor] = {}
+    squares = dict.fromkeys(("gradient", "step", "of_rest"), 0.0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if id(parameter) not in names:
+                raise MeasurementError(
+                    "the optimizer",
+                    f"trains a tensor of shape {tuple(parameter.shape)} that the model does not have",
+                    "give the model whose parameters it trains",
+                )
+            gradient = parameter.grad.detach()
+            gradient = (gradient.to_dense() if gradient.is_sparse else gradient) / gradient_scale
+            along = _moved(optimizer, group, parameter, gradient, exact=exact)
+            against = _moved(optimizer, group, parameter, -gradient, exact=exact)
+            rest = 0.5 * (along + against)
+            squares["gradient"] += float(gradient.double().square().sum())
+            squares["step"] += float(along.square().sum())
+            squares["of_rest"] += float((rest * along).sum())
+            kept = torch.promote_types(parameter.dtype, torch.float32)
+            move[names[id(parameter)]] = along.to("cpu", kept)
+    if not move:
+        raise MeasurementError(
+            "the optimizer",
+            "none of its parameters has a gradient",
+            "ask after the backward pass, before `optimizer.step()`",
+        )
+    step = squares["step"]
+    return LiveStep(
+        move,
+        lr=max(float(group["lr"]) for group in optimizer.param_groups),
+        grad_norm=math.sqrt(squares["gradient"]),
+        norm=math.sqrt(step),
+        momentum_share=squares["of_rest"] / step if step > 0 else 0.0,
+        kind=type(optimizer).__name__,
+        in_float64=exact,
+    )
+
+
+def _moved(
+    optimizer: torch.optim.Optimizer,
+    group: Mapping[str, Any],
+    parameter: nn.Parameter,
+    gradient: Tensor,
+    *,
+    exact: bool,
+) -> Tensor:
+    """θ' − θ of one parameter, in float64."""
+    dtype = torch.float64 if exact else parameter.dtype
+    own = nn.Parameter(parameter.detach().to(dtype, copy=True))
+    own.grad = gradient.to(dtype, copy=True)
+    stepping: Any = object.__new__(type(optimizer))
+    stepping.__dict__.update(vars(optimizer))
+    # an lr scheduler has put a `step` on the optimizer that is bound to it, and hooks are others'
+    stepping.__dict__.pop("step", None)
+    stepping.__dict__.update({name: OrderedDict() for name in _OWN_HOOKS})
+    plain = {key: value for key, value in _PLAIN.items() if exact and key in group}
+    stepping.param_groups = [{k: _copied(v) for k, v in group.items() if k != "params"} | plain]
+    stepping.param_groups[0]["params"] = [own]
+    stepping.state = defaultdict(dict)
+    state = optimizer.state.get(parameter)
+    if state:
+        wider = dtype if exact else None
+        stepping.state[own] = {key: _copied(v, parameter, wider) for key, v in state.items()}
+    with torch.no_grad():
+        type(optimizer).step(stepping)
+    return own.detach().double() - parameter.detach().double()
+
+
+def _copied(value: Any, parameter: Tensor | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A tensor's copy; in `dtype` where it is a moment, with an entry for each of the parameter's."""
+    if not isinstance(value, Tensor):
+        return value
+    is_moment = parameter is not None and value.shape == parameter.shape and value.dim() > 0
+    if dtype is not None and is_moment and value.is_floating_point():
+        return value.detach().to(dtype, copy=True)
+    return value.detach().clone()
