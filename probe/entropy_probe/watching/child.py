@@ -14,7 +14,11 @@ import threading
 def _end_with_parent(pipe: int) -> None:
     while os.read(pipe, 4096):
         pass
-    os.killpg(0, signal.SIGKILL)  # with what it has started: the parent made it a group of its own
+    if (
+        os.getpgrp() == os.getpid()
+    ):  # a group of its own, as the parent starts it: with all that it has started
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 if __name__ == "__main__":

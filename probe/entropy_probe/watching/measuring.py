@@ -27,6 +27,8 @@ LINKED, LINKED_NEXT = ".entropy-probe-measured", ".entropy-probe-next"
 """Folders of hard links, beside the checkpoint that is measured; no trainer takes them for a checkpoint."""
 PLACE = ".measuring"
 """Where a measurement writes, in the folder of the reports; what is there belongs to one that was not finished."""
+_SUITE = ("probe-checks",)
+"""Checks alone are run: the tests of the repository that we are in are not collected."""
 PASSED, FAILED, USAGE, NOTHING_SELECTED = 0, 1, 4, 5  # exit codes of pytest
 
 
@@ -136,16 +138,19 @@ class Measurement:
         """What came of it. Raises `ConfigError` where the options are wrong: no checkpoint would fare better."""
         code = self._process.returncode
         if code in (USAGE, NOTHING_SELECTED):
-            raise ConfigError("watch", self._last_line(), "give other options")
+            raise _wrong_options(self._text())
         if self._is_other():
             return Ended(False, None, gone=True)
         if code not in (PASSED, FAILED):
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             return Ended(
-                False, None, f"the measurement ended with {how}: {self._last_line()}", crashed=True
+                False,
+                None,
+                f"the measurement ended with {how}: {_complaint(self._text())}",
+                crashed=True,
             )
         if not self._report.is_file():
-            return Ended(False, None, self._failure() or self._last_line())
+            return Ended(False, None, self._failure() or _complaint(self._text()))
         return Ended(code == PASSED, self._true_report())
 
     def keep(self, path: Path, report: str) -> None:
@@ -175,34 +180,44 @@ class Measurement:
         lines = next((of.text or of.get("message", "") for of in failures), "").strip().splitlines()
         return lines[0] if lines else ""
 
-    def _last_line(self) -> str:
-        text = self._said.read_text(encoding="utf-8", errors="replace")
-        return _complaint(text)
+    def _text(self) -> str:
+        return self._said.read_text(encoding="utf-8", errors="replace")
 
 
 def command(given: Sequence[str]) -> list[str]:
-    """The process that measures. Checks alone are run: the tests of the repository we are in are not collected."""
-    return [sys.executable, child.__file__, "pytest", "probe-checks", *given]
+    """The process that measures, which must lead a group of its own, and ends when its standard input does."""
+    return [sys.executable, child.__file__, "pytest", *_SUITE, *given]
 
 
 def require_options(options: Sequence[str]) -> None:
     """Raises `ConfigError` for options that pytest would complain of, or that select no check: now, not when the first
     checkpoint comes."""
-    given = command(
-        [*options, "--probe-checkpoint=demo", "--collect-only", "-p", "no:cacheprovider"]
-    )
+    given = [*options, "--probe-checkpoint=demo", "--collect-only", "-p", "no:cacheprovider"]
     done = subprocess.run(  # noqa: S603 (our own)
-        given, stdin=subprocess.PIPE, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", *_SUITE, *given],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != PASSED:
-        raise ConfigError("watch", _complaint(done.stdout + done.stderr), "give other options")
+        raise _wrong_options(done.stderr + done.stdout)
+
+
+def _wrong_options(text: str) -> ConfigError:
+    problem, _, remedy = _complaint(text).rpartition("; ")
+    return ConfigError("watch", problem or remedy, remedy if problem else "give other options")
 
 
 def _complaint(text: str) -> str:
-    """What pytest complained of, or said last."""
+    """What pytest or the plugin complained of, or said last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    complaints = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return next(iter(complaints), lines[-1] if lines else "it said nothing")
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    ours = [number for number, line in enumerate(lines) if line.startswith("entropy-probe: ")]
+    if not errors and ours:  # wrapped, up to the last line
+        whole = " ".join(line for line in lines[ours[-1] :] if not line.startswith("="))
+        return whole.removeprefix("entropy-probe: ")
+    return next(iter(errors), lines[-1] if lines else "it said nothing")
 
 
 def write_page(reports: Sequence[Path], page: Path) -> None:
