@@ -8,6 +8,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import safetensors.torch
+
 import healthy
 import pages
 from entropy_probe import ProbeConfig, ProbeReport, run_probe
@@ -46,12 +48,13 @@ def prompts(folder: Path) -> Path:
 
 @cache
 def reports() -> tuple[ProbeReport, ...]:
-    """Of the three checkpoints, each on its own responses to the same prompts: the seeds differ."""
+    """Of the three checkpoints, each with larger weights than the last, on its own responses to the same prompts."""
     folder = Path(tempfile.mkdtemp())
     write(folder)
-    made = []
-    for step in STEPS:
-        values = pages._small(4) | {"batch": pages._small(4)["batch"] | {"seed": step}}
-        config = ProbeConfig.from_mapping(values)
-        made.append(run_probe(folder / f"checkpoint-{step}", config, prompts=prompts(folder)))
+    config, made = ProbeConfig.from_mapping(pages._small(4)), []
+    for k, step in enumerate(STEPS):
+        file = folder / f"checkpoint-{step}" / "model.safetensors"
+        larger = {name: (1 + 0.1 * k) * weight for name, weight in safetensors.torch.load_file(file).items()}
+        safetensors.torch.save_file(larger, file, {"format": "pt"})
+        made.append(run_probe(file.parent, config, prompts=prompts(folder)))
     return tuple(made)

@@ -48,9 +48,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch, template: Path, tmp_path: Path) -> Path:
     """Measurements that look at the bytes alone; the file into which they write what was given in part."""
-    monkeypatch.setattr(
-        measuring, "command", lambda given: [sys.executable, "-S", "-E", watched.__file__, *given]
-    )
+    monkeypatch.setattr(measuring, "command", lambda given: [sys.executable, "-S", "-E", watched.__file__, *given])
     monkeypatch.setattr(watcher, "_TICK", 0.01)
     monkeypatch.setenv(watched.TEMPLATE, str(template))
     monkeypatch.setenv(watched.PARTIAL, str(tmp_path / "partial"))
@@ -70,7 +68,9 @@ def run_with(folder: Path, *steps: int) -> Path:
     return folder
 
 
-def watch(run: Path, said: Callable[..., Any] = lambda *_: None, *, trackers: Trackers | None = None, **plan: Any) -> int:
+def watch(
+    run: Path, said: Callable[..., Any] = lambda *_: None, *, trackers: Trackers | None = None, **plan: Any
+) -> int:
     """Once, with an interval that is short; `said` is called with every event."""
     screen = Screen(live=False)
     screen.say = said  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,7 +100,7 @@ def test_every_prefix_of_every_file_is_seen_to_be_one(tmp_path: Path, step: int)
         file = folder / name
         file.unlink()
         assert bool(what_is_missing(folder)) == (name not in optional), name
-        for length in {0, 1, 7, 8, 9, len(content) // 2, len(content) - 1} - {len(content)}:
+        for length in {0, 1, 7, 8, 9, len(content) // 2, len(content) - 1} & set(range(len(content))):
             file.write_bytes(content[:length])
             is_whole = name.endswith((".pt", ".pth")) and 1 <= length < 4  # too short to say what it is
             assert is_whole or what_is_missing(folder), f"{name} at {length} of {len(content)}"
@@ -197,7 +197,7 @@ def test_a_state_that_is_none_is_one_line(tmp_path: Path) -> None:
 def test_a_second_watcher_says_so_and_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run")
     code = "import sys, time; from entropy_probe.watching.state import State; from pathlib import Path\n"
-    code += "State(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    code += "held = State(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     holds = subprocess.Popen([sys.executable, "-c", code, run / NAME], stdout=subprocess.PIPE)
     assert holds.stdout is not None
     assert holds.stdout.readline() == b"held\n"
@@ -267,9 +267,7 @@ def test_a_crash_is_tried_twice_and_does_not_end_the_watcher(
     killed = fails("os.kill(os.getpid(), signal.SIGKILL)")
     well = measuring.command
     is_first = "checkpoint-3="
-    monkeypatch.setattr(
-        measuring, "command", lambda given: (killed if is_first in str(given) else well)(given)
-    )
+    monkeypatch.setattr(measuring, "command", lambda given: (killed if is_first in str(given) else well)(given))
     assert watch(run, lambda *of: said.append(of[0])) == 1
     assert [(record["step"], record["passed"]) for record in records(run)] == [(3, False), (4, True)]
     assert records(run)[0]["answer"].startswith("Not measured: the measurement ended with signal 9")
@@ -475,7 +473,10 @@ def test_while_a_trainer_writes_and_deletes_and_the_watcher_is_killed(
 # The command
 
 
-def test_wrong_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run = run_with(tmp_path / "run", 3)
     for given, said in (
         (["gone"], "gone: no such folder; give the folder into which the trainer saves checkpoints"),

@@ -155,12 +155,16 @@ def _safetensors(path: Path, size: int) -> str:
 
 
 def _archive(path: Path, size: int) -> str:
-    """A zip archive ends with its directory, whose last record is at most 22 + 65535 bytes from the end."""
+    """A zip archive ends with its directory, whose last record says how long the comment behind it is."""
     with path.open("rb") as stream:
         if stream.read(4) != b"PK\3\4":
             return ""
-        stream.seek(max(0, size - (22 + 65535)))
-        return "" if b"PK\5\6" in stream.read() else "has no end yet"
+        start = max(0, size - (22 + 65535))
+        stream.seek(start)
+        tail = stream.read()
+    at = tail.rfind(b"PK\5\6")
+    comment = int.from_bytes(tail[at + 20 : at + 22], "little")
+    return "" if at >= 0 and start + at + 22 + comment == size else "has no end yet"
 
 
 def _shards(folder: Path, names: set[Path]) -> str:

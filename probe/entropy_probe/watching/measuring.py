@@ -128,6 +128,8 @@ class Measurement:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self.remove()
 
     def remove(self) -> None:
