@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import forked
 import small_run
 import watch_runs
 import watched
@@ -31,7 +31,7 @@ from entropy_probe.integrations.figures import figures
 from entropy_probe.integrations.trackers import Trackers, sink_of
 from entropy_probe.watching import child, measuring, watcher
 from entropy_probe.watching.complete import Seen, fingerprint, what_is_missing
-from entropy_probe.watching.screen import Screen, Shown, page
+from entropy_probe.watching.screen import Screen, Shown, entropy_chart, page
 from entropy_probe.watching.state import NAME, Record, State
 
 SCREENS = Path(__file__).parent / "page" / "screens"
@@ -320,9 +320,10 @@ def test_one_that_is_written_to_while_it_is_measured_does_not_count(
 
 def test_a_gate_that_fails_ends_with_1_and_x_stops_there(tmp_path: Path, cheap: Path, monkeypatch: Any) -> None:
     well = measuring.command
+    red = ["sh", "-c", '"$@"; exit 1', "sh"]
     monkeypatch.setattr(
-        measuring, "command", lambda given: ["sh", "-c", '"$@"; exit 1', "sh", *well(given)] if "2=" in str(given) else well(given)
-    )  # fmt: skip
+        measuring, "command", lambda given: [*(red if "checkpoint-2=" in str(given) else []), *well(given)]
+    )
     for exit_first, steps in ((False, [1, 2, 3]), (True, [1, 2])):
         run = run_with(tmp_path / f"run-{exit_first}", 1, 2, 3)
         assert watch(run, exit_first=exit_first) == 1
@@ -470,7 +471,145 @@ def test_while_a_trainer_writes_and_deletes_and_the_watcher_is_killed(
     assert found["measured"] >= 1
 
 
+# What is seen
+
+
+def shown_runs() -> tuple[list[Shown], list[tuple[str, str]]]:
+    """A run whose entropy falls, with a gate that fails, one that could not be loaded, and one that is measured."""
+    kept: list[Record] = []
+    for k in range(12):
+        figure = {
+            "probe/entropy": 1.4 - 0.01 * k * k,
+            "probe/entropy_se": 0.03,
+            "probe/delta_h_predicted": -0.0012 * k,
+            "probe/delta_h_se": 0.0004,
+            "probe/delta_h_realised": -0.0013 * k,
+            "probe/delta_h_realised_se": 0.0004,
+            "probe/ess": 0.98,
+            "probe/momentum_share": 0.89,
+        }
+        since = {"since": f"checkpoint-{50 * k}", "steps": 50, "delta_h": -0.011 * k, "se": 0.02, "paired": True}
+        predicted = {"predicted": -0.001, "predicted_se": 0.0004}
+        real = {"cosine": 0.987, "norm_ratio": 1.01, "steps_between": 50}
+        record = {
+            "checkpoint": f"checkpoint-{50 * (k + 1)}",
+            "step": 50 * (k + 1),
+            "path": "p",
+            "fingerprint": "f",
+            "passed": k < 9,
+            "kind": "good" if k < 9 else "bad",
+            "answer": "Healthy: x" if k < 9 else "Beyond your limits: entropy." if k < 11 else "Not measured: y.",
+            "failed": [] if k < 9 else ["entropy", "reward"],
+            "figures": {} if k == 11 else figure,
+            "fidelity": real if k % 3 == 0 else None,
+            "change": {**since, **predicted} if k else None,
+            "report": None if k == 11 else "r",
+            "seconds": 1.0,
+            "time": "t",
+        }
+        kept.append(Record.model_validate(record))
+    waiting = [("checkpoint-650", ""), ("checkpoint-700", "is being written"), ("checkpoint-750", "")]
+    events = [("12:00:01 checkpoint-650: is measured", "running"), ("12:00:02 a webhook " + 30 * "failed ", "warning")]
+    return [Shown("/data/runs/a", kept, ("checkpoint-650", 72.4), waiting)], events
+
+
+def rendered(width: int, height: int, *, plain: bool, next_look: float | None = None) -> list[str]:
+    from rich.console import Console
+
+    shown, events = shown_runs()
+    console = Console(width=width, height=height, color_system=None)
+    with console.capture() as capture:
+        console.print(page(shown, events, next_look, width=width, height=height, plain=plain))
+    return [text.rstrip() for text in capture.get().splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_live_page(width: int, plain: bool) -> None:
+    """As in the folder `screens`, within the terminal, and nothing is cut off but what is named as such."""
+    lines = rendered(width, 32, plain=plain)
+    text = "\n".join(lines) + "\n"
+    file = SCREENS / f"watch-{width}{'-plain' if plain else ''}.txt"
+    if os.environ.get("SCREENS_WRITTEN_ANEW"):
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 32
+    assert "…" not in text
+    assert text.isascii() == plain
+
+
+def test_a_low_terminal_keeps_the_newest() -> None:
+    for height in range(10, 40):
+        lines = rendered(80, height, plain=False, next_look=3.2)
+        assert len(lines) < height
+        assert any(text.startswith(" 600 ") for text in lines), height
+    assert "next look in 4 s; Ctrl-C ends" in lines
+
+
+def test_points_of_the_chart_are_where_the_entropies_are() -> None:
+    """The line of each point is the entropy's, to half a line; the bars reach as far as two standard errors."""
+    (of,), _ = shown_runs()
+    text = entropy_chart(of.records[:11], 80, 7, plain=False).plain.splitlines()
+    lines = text[1:8]
+    high, low = 1.4 + 0.06, 1.4 - 0.01 * 100 - 0.06
+    columns = sorted({x for row in lines for x, cell in enumerate(row) if cell == "●"})
+    assert len(columns) == 11
+    for k, x in enumerate(columns):
+        (y,) = [y for y, row in enumerate(lines) if len(row) > x and row[x] == "●"]
+        assert abs(high - y * (high - low) / 6 - (1.4 - 0.01 * k * k)) <= (high - low) / 12 + 1e-12
+    assert text[8].strip().startswith("└─ step 50 ")
+    assert text[8].endswith(" 550")
+
+
 # The command
+
+
+def test_a_killed_watcher_goes_on_with_real_measurements(tmp_path: Path) -> None:
+    """Its measurement ends with it. The next one measures the checkpoint once, with the verdicts of pytest itself, and
+    ends with 1 where a gate fails."""
+    run = small_run.write(tmp_path / "runs" / "a", (10,))
+    small_run.prompts(tmp_path)
+    (tmp_path / "probe.yaml").write_text(f"{small_run.YAML}limits: {{entropy: {{min: 6.0}}, reward: {{min: 0.0}}}}\n")
+    given = ["--config=probe.yaml", "--prompts=prompts.jsonl"]
+    begun = [sys.executable, "-m", "entropy_probe", "watch", "runs/a", "--interval=0.2", "-m", "gate", *given]
+    around = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    first = subprocess.Popen(begun, cwd=tmp_path, env=around, stdout=subprocess.DEVNULL)
+    linked = run / measuring.LINKED
+    wait_for(linked.exists, seconds=60)
+    time.sleep(0.5)
+    first.kill()
+    first.wait()
+    wait_for(lambda: not any(str(linked) in text for text in command_lines()))
+    done = forked.python(*begun[1:], "--once", "--html=page.html", cwd=tmp_path, environment=around)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (record,) = records(run)
+    assert (record["passed"], record["failed"], record["kind"]) == (False, ["entropy"], "bad")
+    assert record["answer"].startswith("Beyond your limits: entropy.")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-10", "entropy-probe", NAME]
+    assert "checkpoint-10" in (tmp_path / "page.html").read_text()
+    options = [option.replace("--", "--probe-") for option in given]
+    options += ["--probe-checkpoint=runs/a/checkpoint-10", "--probe-json=own.json", "--probe-log=jsonl:own.jsonl"]
+    own = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gate", *options], cwd=tmp_path, env=around, capture_output=True
+    )
+    assert own.returncode == 1
+    ours, theirs = (json.loads(Path(path).read_text()) for path in (record["report"], tmp_path / "own.json"))
+    for report in (ours, theirs):
+        for key in ("timing", "memory", "environment"):
+            del report[key]
+    assert ours == theirs
+    logged = json.loads((tmp_path / "own.jsonl").read_text())
+    assert {key: value for key, value in logged.items() if key.startswith("probe/")} == record["figures"]
+    assert logged["step"] == record["step"] == 10
+
+
+def command_lines() -> Iterator[str]:
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            yield file.read_text(errors="replace")
+        except OSError:
+            continue
 
 
 def test_wrong_use_is_one_line(

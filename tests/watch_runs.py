@@ -24,8 +24,8 @@ import watched
 PAUSE = 0.2
 """The watcher's interval, seconds."""
 LONG = 2.5
-"""Seconds after which a checkpoint must have been measured: a life of the watcher is 0.6 s at least, which is enough for
-one look after another and a measurement, and there are at most ten before it."""
+"""Seconds after which a checkpoint must have been measured: a life of the watcher is 0.6 s at least, which is enough
+for one look after another and a measurement, and there are at most ten before it."""
 _FORKS: Any = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["entropy_probe.watching.watcher", "rich.console"])
 

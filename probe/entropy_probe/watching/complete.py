@@ -93,7 +93,7 @@ def what_is_missing(folder: Path) -> str:
         return _missing(folder, Seen.of(folder))
     except (OSError, ProbeError) as error:
         problem = error.problem if isinstance(error, ProbeError) else error.strerror
-        return str(problem)
+        return str(problem).partition(" (")[0]
 
 
 def _missing(folder: Path, seen: Seen) -> str:

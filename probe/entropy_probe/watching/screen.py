@@ -52,6 +52,9 @@ class Screen:
         self._shown: Sequence[Shown] = ()
         self._next_look: float | None = None
         self._live: Live | None = None
+        self._encoding = (
+            sys.stdout.encoding or "ascii"
+        ).lower()  # before rich puts its own stream there
         if sys.stdout.isatty() if live is None else live:
             from rich.console import Console
             from rich.live import Live
@@ -82,8 +85,7 @@ class Screen:
         """An event: `kind` colours it."""
         self._events = [*self._events, (f"{time.strftime('%H:%M:%S')} {text}", kind)][-_EVENTS:]
         if self._live is None:
-            encoding = sys.stdout.encoding or "ascii"
-            print(text.encode(encoding, "replace").decode(encoding), flush=True)
+            print(text.encode(self._encoding, "replace").decode(self._encoding), flush=True)
         else:
             self._live.refresh()
 
@@ -95,7 +97,7 @@ class Screen:
 
     def _page(self) -> RenderableType:
         size = get_terminal_size((80, 24))
-        utf = (sys.stdout.encoding or "").lower().startswith("utf")
+        utf = self._encoding.startswith("utf")
         return page(
             self._shown,
             self._events,
@@ -148,7 +150,7 @@ def _of_run(one: Shown, width: int, room: int, *, plain: bool) -> list[Renderabl
     if waiting:
         below.append(Text(_short(f"waiting: {', '.join(waiting)}", width), style="dim"))
     drawn = [record for record in one.records if record.figure("entropy") is not None]
-    rows = room - 1 - len(below) - 2  # the heading of the table and its rule
+    rows = room - 1 - len(below) - 2  # the headings of the table
     chart = len(drawn) > 1 and rows >= _CHART + 2 + 3
     if chart:
         rows -= _CHART + 2
@@ -156,6 +158,8 @@ def _of_run(one: Shown, width: int, room: int, *, plain: bool) -> list[Renderabl
     if chart:
         blocks.append(entropy_chart(drawn, width, _CHART, plain=plain))
     if one.records:
+        legend = "ΔH/token: predicted and realised by the next step, came by the next checkpoint"
+        blocks.append(Text(legend.replace("Δ", "d") if plain else legend, style="dim"))
         blocks.append(_table(one.records, max(1, rows), width, plain=plain))
     return blocks + below
 
@@ -217,17 +221,11 @@ _WIDE = ("ESS/N", "momentum", "answer")
 def _table(records: Sequence[Record], most: int, width: int, *, plain: bool) -> Table:
     """A line a checkpoint, the newest `most` of them: ΔH per token predicted and realised for the next step, and how
     far it `came` to the next checkpoint; the cosine of v with the step that was made."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     wide = width >= _NARROW
-    table = Table(
-        box=box.ASCII2 if plain else box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for heading in (*_HEADINGS, *(_WIDE if wide else ())):
         left = heading in ("verdict", "answer")
         table.add_column(
