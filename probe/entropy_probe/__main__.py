@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from entropy_probe.options import overrides
 from entropy_probe.processes import torchrun
 
 if TYPE_CHECKING:
-    from entropy_probe import ProbeConfig
+    from entropy_probe import ProbeConfig, ProbeReport
     from entropy_probe.integrations.trackers import Sink
     from entropy_probe.model.checkpoint.inspection import Inspection
 
@@ -464,9 +465,67 @@ def _as_options_of_pytest(arguments: argparse.Namespace) -> list[str]:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from entropy_probe import compare
+    """Reports without verdicts, as `run` writes them, are judged here."""
+    if len(arguments.compared) < 2:
+        raise ConfigError("compare", "got one report", "give two or more")
+    if arguments.markdown and arguments.json:
+        raise ConfigError("--markdown", "is given beside --json", "choose one of them")
+    _configured(arguments)
+    _require_inputs(arguments)
+    found = [_report_of(given) for given in arguments.compared]
 
-    raise NotImplementedError(compare)
+    from entropy_probe.compare import Side, side_by_side
+    from entropy_probe_checks.shown import judged
+
+    reports = [
+        _measured(given, arguments) if report is None else report
+        for given, report in zip(arguments.compared, found, strict=True)
+    ]
+    names = [report.checkpoint.name for report in reports]
+    if len(set(names)) < len(names):
+        names = arguments.compared
+    made = side_by_side(
+        [Side(name, one, judged(one)) for name, one in zip(names, reports, strict=True)]
+    )
+    if arguments.json:
+        print(made.to_json())
+    elif arguments.markdown:
+        print(made.markdown(), end="")
+    else:
+        print(made.text(plain="utf" not in (sys.stdout.encoding or "").lower()))
+    return 0
+
+
+def _report_of(given: str) -> ProbeReport | None:
+    """The report in a file, or in a folder as report.json or the only file of JSON; `None` for a checkpoint."""
+    from entropy_probe import ProbeReport
+    from entropy_probe.layout import find_layout
+
+    path = Path(given).expanduser()
+    if path.is_file():
+        return ProbeReport.from_json(path)
+    folder = _folder(given)
+    if (folder / "report.json").is_file():
+        return ProbeReport.from_json(folder / "report.json")
+    try:
+        _ = find_layout(folder).optimizer
+    except ProbeError as error:
+        reports = list(folder.glob("*.json"))
+        if len(reports) != 1:
+            problem = f"is no checkpoint ({error.problem}), and holds {len(reports)} files of JSON"
+            raise ConfigError(given, problem, "give a report.json or a checkpoint") from None
+        return ProbeReport.from_json(reports[0])
+    return None
+
+
+def _measured(given: str, arguments: argparse.Namespace) -> ProbeReport:
+    from entropy_probe import ProbeReport
+
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "report.json"
+        nothing = {"evidence": None, "plot": None, "log": []}
+        _run(argparse.Namespace(**vars(arguments) | nothing | {"checkpoint": given, "out": out}))
+        return ProbeReport.from_json(out)
 
 
 def _configured(arguments: argparse.Namespace) -> ProbeConfig:
