@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def test_every_figure_is_the_reports_own() -> None:
         "probe/resolves": plain["resolution"]["per_token"],
         "probe/reward": plain["batch"]["mean_reward"],
     }
+
+
+def test_the_page_names_every_figure() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "beside.md").read_text()
+    rows = re.findall(r"^\| `probe/(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    assert rows == [(name, what) for name, (what, _) in FIGURES.items()]
 
 
 def test_the_verdict_is_a_number_where_something_was_judged() -> None:
