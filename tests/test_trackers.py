@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import forked
 import small_run
 from entropy_probe import ProbeError, ProbeReport, Verdict
+from entropy_probe.__main__ import main
 from entropy_probe.errors import ConfigError
 from entropy_probe.integrations import trackers
 from entropy_probe.integrations.figures import FIGURES, VERDICTS, figures
@@ -127,13 +129,14 @@ def history_of(file: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def test_wandb_has_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline. A step that is not larger than the last is no step of W&B's, and is logged all the same."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     first, second, third = logged()
     with Trackers([sink_of("wandb:mine")], keyed=True) as open_:
         for one in (first, third, second):
             open_.log(one)
+    wandb.teardown()  # as at the end of a process: its own process has written the file when this returns
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = [(step, values) for step, values in history_of(file) if "probe/entropy" in values]
     assert [values["probe/step"] for _, values in rows] == [10, 30, 20]
@@ -219,6 +222,25 @@ def test_one_sink_that_fails_leaves_the_others_theirs(tmp_path: Path) -> None:
         log_all(sinks, logged()[:1])
     assert str(caught.value).startswith(f"jsonl:{bad}: cannot be logged to (IsADirectoryError")
     assert len(good.read_text().splitlines()) == 1
+
+
+def test_run_logs_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    """Nothing was judged, so that there is no verdict; and the report is the one that is written."""
+    run = small_run.write(tmp_path / "a", (20,))
+    (tmp_path / "probe.yaml").write_text(small_run.YAML)
+    given = [f"--config={tmp_path / 'probe.yaml'}", f"--prompts={small_run.prompts(tmp_path)}"]
+    out, log = tmp_path / "report.json", tmp_path / "log.jsonl"
+    assert main(["run", str(run / "checkpoint-20"), "--out", str(out), f"--log=jsonl:{log}", *given]) == 0
+    known = {"run": str(run), "checkpoint": "checkpoint-20", "step": 20}
+    assert json.loads(log.read_text()) == {**known, **figures(ProbeReport.from_json(out))}
+
+
+def test_pytest_and_run_complain_before_they_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "demo", "--log=mlflow:x"]) == 4
+    assert capsys.readouterr().err.startswith("entropy-probe: --log: got 'mlflow:x'; give one of")
+    done = forked.python("-m", "pytest", "--probe-checkpoint=demo", "--probe-log=jsonl", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "ERROR: --probe-log: 'jsonl' does not say where; write jsonl:FILE" in done.stderr
 
 
 def test_nothing_imports_a_tracker() -> None:
