@@ -171,6 +171,13 @@ def read_report(text: str) -> ProbeReport:
     return ProbeReport.model_validate_json(text)
 
 
+def whole_report(texts: Sequence[str]) -> ProbeReport:
+    """The report of which `texts` are copies that differ in their verdicts, with all of these."""
+    reports = [read_report(text) for text in texts]
+    verdicts = {v.criterion: v for report in reports for v in report.verdicts}
+    return reports[0].model_copy(update={"verdicts": list(verdicts.values())})
+
+
 def write_evidence(folder: Path, name: str, report: ProbeReport) -> str:
     """The error line, if any."""
     from entropy_probe.evidence import evidence_file
@@ -189,11 +196,8 @@ def write_reports(path: Path, texts: Sequence[str]) -> str | None:
     The error line, if any.
     """
     with warnings_are_not_errors():
-        reports = [read_report(text) for text in texts]
-        verdicts = {v.criterion: v for report in reports for v in report.verdicts}
-        whole = reports[0].model_copy(update={"verdicts": list(verdicts.values())})
         try:
-            whole.to_json(path)
+            whole_report(texts).to_json(path)
         except ProbeError as error:
             return str(error)
     return None
@@ -211,6 +215,20 @@ def write_steps(path: Path, series: Sequence[tuple[str, int | None, ProbeReport]
     from entropy_probe.plots import save_steps
 
     return _draw(lambda: save_steps(list(series), path), path)
+
+
+def log_figures(
+    settings: Settings, series: Sequence[tuple[str, str, int | None, ProbeReport]]
+) -> str | None:
+    """Log the checkpoints (run, name, step, report) where --probe-log says. The error line, if any."""
+    from entropy_probe.integrations.trackers import Logged, log_all
+
+    with warnings_are_not_errors():
+        try:
+            log_all(settings.log, [Logged(*one) for one in series])
+        except ProbeError as error:
+            return str(error)
+    return None
 
 
 def skills_of_runs(

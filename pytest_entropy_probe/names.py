@@ -82,6 +82,12 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         True,
         "write the run here as one HTML page: verdict, figures, responses, every criterion (.html)",
     ),
+    "log": (
+        "SINK",
+        False,
+        "log the figures of every checkpoint at its step: tensorboard:DIR, wandb[:PROJECT], trackio[:PROJECT] or "
+        "jsonl:FILE; repeatable",
+    ),
     "baseline": (
         "PATH",
         True,
@@ -91,6 +97,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "golden_update": ("MODE", False, "write golden files: missing, changed or all"),
     "xfails": ("FILE", True, "known failures: id prefix and reason a line; strict"),
 }
+REPEATABLE = ("checkpoint", "log")
 FLAGS: dict[str, str] = {
     "golden_update_in_ci": "let --probe-golden-update write where CI is set",
     "no_cache": "measure again; a report that pytest's cache holds is neither used nor kept",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_entropy_probe import fixtures
-from pytest_entropy_probe.names import FLAGS, GOLDEN_FIXTURE, MARKERS, OPTIONS, option
+from pytest_entropy_probe.names import FLAGS, GOLDEN_FIXTURE, MARKERS, OPTIONS, REPEATABLE, option
 
 pytest.register_assert_rewrite("entropy_probe_checks")
 
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("entropy-probe", "entropy probe of training checkpoints")
     for key, (metavar, _, text) in OPTIONS.items():
         name, dest = option(key), f"probe_{key}"
-        if key == "checkpoint":
+        if key in REPEATABLE:
             group.addoption(name, dest=dest, action="append", metavar=metavar, help=text)
             parser.addini(dest, text, type="linelist", default=[])
         else:

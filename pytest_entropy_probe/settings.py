@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,6 +27,9 @@ from pytest_entropy_probe.values import (
     text_of,
 )
 
+if TYPE_CHECKING:
+    from entropy_probe.integrations.trackers import Sink
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,6 +44,7 @@ class Settings:
     evidence: Path | None = None
     plot_path: Path | None = None
     html_path: Path | None = None
+    log: tuple[Sink, ...] = ()
     baseline: Path | None = None
     golden_dir: Path | None = None
     golden_update: str | None = None
@@ -94,6 +99,7 @@ def read_settings(config: pytest.Config) -> Settings:
         prompts=existing(config, "prompts", "file or folder"),
         baseline=existing(config, "baseline", "file or folder"),
         evidence=_new_folder(config, "evidence"),
+        log=_sinks(config),
         golden_dir=_folder(config, "golden_dir"),
         golden_update=_golden_update(config),
         no_cache=flag(config, "no_cache"),
@@ -136,6 +142,18 @@ def _targets(config: pytest.Config) -> tuple[Target, ...]:
             why = "where pytest would write its cache"
             raise pytest.UsageError(f"{name}: {problem}, {why}; start pytest in another folder")
     return targets
+
+
+def _sinks(config: pytest.Config) -> tuple[Sink, ...]:
+    """Where figures are logged; of xdist's processes the controller alone does."""
+    given = config.getoption("probe_log") or config.getini("probe_log")
+    if not given or hasattr(config, "workerinput"):
+        return ()
+    from entropy_probe.integrations.trackers import sink_of
+
+    name, start = origin(config, "log")
+    with usage_errors():
+        return tuple(sink_of(not_empty(text, "log"), name, start) for text in given)
 
 
 def _budget(config: pytest.Config) -> str | None:

@@ -13,6 +13,9 @@ processes/                 several processes under torchrun
 config/, budgets, options  what can be set, by a file or on the command line
 report, golden, plots      the numbers: their classes, kept ones to compare with, figures;   page/  all of it in HTML
 schema/                    what every field of a report and of a configuration is
+watching/                  a training run followed from outside: each new checkpoint measured once
+compare, differences       reports side by side;   the difference of two entropies, and its standard error
+integrations/              what trackers and trainers are told of a report
 predictor_skill            predictors against the changes that a run made, from its reports
 answer                     what a report and its verdicts come to, in a sentence
 evidence, atomic           what the numbers are made of;   files that are whole or not there

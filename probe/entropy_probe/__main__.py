@@ -1,6 +1,7 @@
 """`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
-`report` shows reports as one HTML page, `audit` computes the figures of a report again, `drill` plants faults to see
-them caught, `rollouts` reads those of a trainer, `schema` says what every field of a report is."""
+`watch` follows a training run, `compare` puts reports side by side, `report` shows them as one HTML page, `audit`
+computes the figures of a report again, `drill` plants faults to see them caught, `rollouts` reads those of a trainer,
+`schema` says what every field of a report is."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,6 +26,7 @@ from entropy_probe.processes import torchrun
 
 if TYPE_CHECKING:
     from entropy_probe import ProbeConfig, ProbeReport
+    from entropy_probe.integrations.trackers import Sink
     from entropy_probe.model.checkpoint.inspection import Inspection
     from entropy_probe.page.contents import Checkpoint
 
@@ -59,7 +62,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the page of `report`: verdict, figures, every criterion (.html)",
     )
+    _add_log(run)
     _add_what_is_measured(run)
+    _add_watch(commands)
+    _add_compare(commands)
     inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
     inspect.add_argument(
         "checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one"
@@ -124,6 +130,97 @@ def parser() -> argparse.ArgumentParser:
         help="which of them: of a checkpoint (default), the configuration, or of a step in training",
     )
     return main_parser
+
+
+def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="follow training runs: measure each new checkpoint once, and end with 1 where one has failed",
+    )
+    watch.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="the folder into which a trainer saves its checkpoints",
+    )
+    watch.add_argument(
+        "-m",
+        default="acceptance or gate",
+        metavar="EXPRESSION",
+        help="which checks are made, as pytest's -m (default: acceptance or gate)",
+    )
+    watch.add_argument(
+        "--once",
+        action="store_true",
+        help="measure what is complete now, and end: for cron",
+    )
+    watch.add_argument(
+        "--interval",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how often the folders are looked at, and how long a checkpoint must not have changed (default: 30)",
+    )
+    watch.add_argument(
+        "-x",
+        "--exitfirst",
+        action="store_true",
+        help="end at the first checkpoint that fails",
+    )
+    watch.add_argument(
+        "--with-next",
+        action="store_true",
+        help="measure a checkpoint when the one after it is complete, and compare the predicted step with the real one",
+    )
+    watch.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="what is known of the run, a line a checkpoint (default: RUN/entropy-probe.jsonl); reports go beside it",
+    )
+    watch.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write all checkpoints as one HTML page after each measurement",
+    )
+    watch.add_argument("--webhook", metavar="URL", help="post each verdict there, as JSON")
+    _add_log(watch)
+    _add_what_is_measured(watch)
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare", help="put reports or checkpoints side by side, with differences and their errors"
+    )
+    compare.add_argument(
+        "compared",
+        nargs="+",
+        metavar="A",
+        help="a report.json, a folder with one, or a checkpoint, which is measured first; differences are to the first",
+    )
+    compare.add_argument("--markdown", action="store_true", help="a table in Markdown")
+    compare.add_argument("--json", action="store_true", help="for machines")
+    _add_what_is_measured(compare)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _add_log(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="SINK",
+        help="log the figures at the checkpoint's step: tensorboard:DIR, wandb[:PROJECT], trackio[:PROJECT] or "
+        "jsonl:FILE; repeatable",
+    )
 
 
 def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
@@ -230,6 +327,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return {
             "inspect": _inspect,
             "run": _run,
+            "watch": _watch,
+            "compare": _compare,
             "audit": _audit,
             "report": _page,
             "rollouts": _rollouts,
@@ -254,6 +353,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _configured(arguments)
     _require_inputs(arguments)
     _require_outputs(arguments)
+    sinks = _sinks(arguments)
 
     from entropy_probe import run_probe
     from entropy_probe.evidence import evidence_file
@@ -302,11 +402,140 @@ def _run(arguments: argparse.Namespace) -> int:
         report.to_json(arguments.out)
     if arguments.plot is not None:
         save_figure(report, arguments.plot)
+    if sinks:
+        from entropy_probe.integrations.trackers import Logged, log_all, step_of
+
+        of = report.checkpoint
+        log_all(sinks, [Logged(str(Path(of.path).parent), of.name, step_of(report), report)])
     if arguments.evidence is not None and report.evidence is not None:
         report.evidence.to_file(evidence_file(arguments.evidence, report.checkpoint.name))
     if arguments.html is not None:
         write_page(arguments.html, [_on_page(report)])
     return 0
+
+
+def _sinks(arguments: argparse.Namespace) -> list[Sink]:
+    from entropy_probe.integrations.trackers import sink_of
+
+    return [sink_of(text) for text in arguments.log]
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    _configured(arguments)
+    _require_inputs(arguments)
+    sinks = _sinks(arguments)
+    if arguments.state is not None and len(arguments.runs) > 1:
+        problem = f"is one file, and there are {len(arguments.runs)} runs"
+        raise ConfigError("--state", problem, "leave it out, or watch each run on its own")
+
+    from entropy_probe.integrations.trackers import Trackers
+    from entropy_probe.page.writing import require_page
+    from entropy_probe.watching import measuring
+    from entropy_probe.watching.screen import Screen
+    from entropy_probe.watching.watcher import Plan, Run, Watcher, ended_by_signals
+    from entropy_probe.watching.webhook import require_url
+
+    if arguments.html is not None:
+        from entropy_probe.atomic import require_writable
+
+        require_page(arguments.html)
+        require_writable(arguments.html)
+    if arguments.webhook is not None:
+        require_url(arguments.webhook)
+    plan = Plan(
+        options=["-m", arguments.m, *_as_options_of_pytest(arguments)],
+        interval=arguments.interval,
+        once=arguments.once,
+        exit_first=arguments.exitfirst,
+        with_next=arguments.with_next,
+        page=arguments.html,
+        webhook=arguments.webhook,
+    )
+    measuring.require_options(plan.options)
+    runs = [Run.open(path, arguments.state) for path in dict.fromkeys(arguments.runs)]
+    trackers = Trackers(sinks, keyed=True, several=len(runs) > 1)
+    with ended_by_signals(), Screen() as screen:
+        code = Watcher(runs, plan, screen, trackers).watch()
+    trackers.close()
+    return code
+
+
+def _as_options_of_pytest(arguments: argparse.Namespace) -> list[str]:
+    """What is measured, in the words of the plugin: its options have the same names, after `--probe-`."""
+    known = argparse.ArgumentParser(add_help=False)
+    _add_what_is_measured(known)
+    given = []
+    for action in known._actions:
+        value = getattr(arguments, action.dest)
+        if value is not None:
+            path = isinstance(value, Path)
+            text = str(value.expanduser().absolute()) if path else str(value)
+            given.append(f"--probe-{action.dest.replace('_', '-')}={text}")
+    return given
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Reports without verdicts, as `run` writes them, are judged here."""
+    if len(arguments.compared) < 2:
+        raise ConfigError("compare", "got one report", "give two or more")
+    if arguments.markdown and arguments.json:
+        raise ConfigError("--markdown", "is given beside --json", "choose one of them")
+    _configured(arguments)
+    _require_inputs(arguments)
+    found = [_report_of(given) for given in arguments.compared]
+
+    from entropy_probe.compare import Side, side_by_side
+    from entropy_probe_checks.shown import judged
+
+    reports = [
+        _measured(given, arguments) if report is None else report
+        for given, report in zip(arguments.compared, found, strict=True)
+    ]
+    names = [report.checkpoint.name for report in reports]
+    if len(set(names)) < len(names):
+        names = arguments.compared
+    made = side_by_side(
+        [Side(name, one, judged(one)) for name, one in zip(names, reports, strict=True)]
+    )
+    if arguments.json:
+        print(made.to_json())
+    elif arguments.markdown:
+        print(made.markdown(), end="")
+    else:
+        print(made.text(plain="utf" not in (sys.stdout.encoding or "").lower()))
+    return 0
+
+
+def _report_of(given: str) -> ProbeReport | None:
+    """The report in a file, or in a folder as report.json or the only file of JSON; `None` for a checkpoint."""
+    from entropy_probe import ProbeReport
+    from entropy_probe.layout import find_layout
+
+    path = Path(given).expanduser()
+    if path.is_file():
+        return ProbeReport.from_json(path)
+    folder = _folder(given)
+    if (folder / "report.json").is_file():
+        return ProbeReport.from_json(folder / "report.json")
+    try:
+        _ = find_layout(folder).optimizer
+    except ProbeError as error:
+        reports = list(folder.glob("*.json"))
+        if len(reports) != 1:
+            problem = f"is no checkpoint ({error.problem}), and holds {len(reports)} files of JSON"
+            raise ConfigError(given, problem, "give a report.json or a checkpoint") from None
+        return ProbeReport.from_json(reports[0])
+    return None
+
+
+def _measured(given: str, arguments: argparse.Namespace) -> ProbeReport:
+    from entropy_probe import ProbeReport
+
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "report.json"
+        nothing = {"evidence": None, "plot": None, "log": []}
+        _run(argparse.Namespace(**vars(arguments) | nothing | {"checkpoint": given, "out": out}))
+        return ProbeReport.from_json(out)
 
 
 def _configured(arguments: argparse.Namespace) -> ProbeConfig:

@@ -113,6 +113,23 @@ def find_layout(path: str | Path) -> Layout:
         ) from error
 
 
+def numbered(run: Path) -> list[tuple[int, Path]]:
+    """(N, folder) of every `checkpoint-N`, `step-N`, `global_step_N` in a run's folder, in the order of N.
+
+    Those below its `training_state/`, `checkpoint/` or `checkpoints/` count. Whether they are whole is not asked.
+    """
+    found = []
+    for place in (run / name for name in _RUNS):
+        try:
+            children = list(place.iterdir())
+        except OSError:  # no such folder, or one that was removed just now
+            continue
+        found += [
+            (int(m[1]), c) for c in children if (m := _NUMBERED.fullmatch(c.name)) and c.is_dir()
+        ]
+    return sorted(found)
+
+
 def configured(layout: Layout, base: Path | None) -> Layout:
     """The same with `weights` at the `base` model, where a format that may lack config.json does lack it.
 

@@ -10,11 +10,10 @@ run.skills["probe"].skill
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from entropy_probe.differences import entropy_per_token
 from entropy_probe.errors import ProbeError
 from entropy_probe.estimators.skill import Skill, skill
 from entropy_probe.report import ProbeReport
@@ -113,8 +112,8 @@ def run_skill(reports: Sequence[ProbeReport]) -> RunSkill:
     if any(_same_file(a, b) for a, b in pairs):
         problem = "two checkpoints were measured on the responses of one file"
         raise ProbeError(what, problem, "let each sample its own, or give each its own rollouts")
-    found = [_change(a, b) for a, b in pairs]
-    changes, errors = [value for value, _ in found], [se for _, se in found]
+    found = [entropy_per_token(a, b) for a, b in pairs]
+    changes, errors = [one.value for one in found], [one.se for one in found]
     skills = {}
     for name, (_, figure, fit) in PREDICTORS.items():
         known = [value for a, _ in pairs if (value := figure(a)) is not None]
@@ -138,13 +137,3 @@ def _same_file(one: ProbeReport, other: ProbeReport) -> bool:
     """Sampled responses may come out the same: the noise of one seed is, and a step may leave every choice."""
     given = one.batch.given != "sampled"
     return given and one.batch.fingerprint == other.batch.fingerprint
-
-
-def _change(before: ProbeReport, after: ProbeReport) -> tuple[float, float]:
-    """ΔH per token, and its SE: over prompts, of the differences where both have the same ones."""
-    one, two = before.entropy, after.entropy
-    change = two.per_token.value - one.per_token.value
-    if before.batch.prompts_fingerprint != after.batch.prompts_fingerprint:
-        return change, math.hypot(one.per_token.se, two.per_token.se)
-    terms = [b - a for a, b in zip(one.per_token_by_prompt, two.per_token_by_prompt, strict=True)]
-    return change, statistics.stdev(terms) / math.sqrt(len(terms))

@@ -179,6 +179,7 @@ class Summary:
         sources = [reports, *self._handed_over]
         self._write(sources)
         self._compare(sources)
+        self._log(sources)
         rows = {step.name: self._rows_of(step.name) for step in self._steps}
         if html is not None and self._steps:
             of = (self._steps, rows, sources, self._details, self._notes)
@@ -257,6 +258,17 @@ class Summary:
         self._skills = library.skills_of_runs(measured)
         if settings.plot_path is not None and len(settings.targets) > 1 and measured:
             self._fail(library.write_steps(settings.plot_path / "by_step.png", measured))
+
+    def _log(self, sources: list[dict[str, str]]) -> None:
+        """Figures of every checkpoint that was measured, with all its verdicts."""
+        settings, measured = self._config.stash[SETTINGS], []
+        for step in self._steps if settings.log else ():
+            texts = [source[step.name] for source in sources if step.name in source]
+            if texts:
+                report = library.whole_report(texts)
+                measured.append((step.run, step.name, step.step, report))
+        if measured:
+            self._fail(library.log_figures(settings, measured))
 
     def _said(self) -> list[str]:
         """The notes, one line for all checkpoints that share one."""

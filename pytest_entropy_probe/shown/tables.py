@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from entropy_probe.page.shown import brief
 from pytest_entropy_probe.judge import number
 
 if TYPE_CHECKING:
@@ -151,17 +152,17 @@ def step_of(
     step, cells = report.next_step, ("-", "-", "-")
     if step is not None:
         of_token = step.per_token
-        predicted = _with_se(of_token.predicted, of_token.predicted_se)
+        predicted = brief(of_token.predicted, of_token.predicted_se)
         cells = (
             (predicted if step.in_range else f"({predicted})") + ("*" if report.not_chosen else ""),
-            _with_se(of_token.realised, of_token.realised_se) + ("*" if report.not_chosen else ""),
+            brief(of_token.realised, of_token.realised_se) + ("*" if report.not_chosen else ""),
             f"{step.unclipped_ess_fraction:.2f}",
         )
     return Step(
         name,
         run,
         checkpoint.optimizer.step if checkpoint.global_step is None else checkpoint.global_step,
-        _with_se(per_token.value, per_token.se, signed=False) + ("*" if report.not_chosen else ""),
+        brief(per_token.value, per_token.se, signed=False) + ("*" if report.not_chosen else ""),
         *cells,
         verdicts(rows),
         "nats/token",
@@ -185,16 +186,6 @@ def by_step(steps: Iterable[Step]) -> list[Step]:
 def _last_number(name: str) -> int | None:
     digits = name[len(name.rstrip("0123456789")) :]
     return int(digits) if digits else None
-
-
-def _with_se(value: float | None, se: float | None, *, signed: bool = True) -> str:
-    """`value±se`, both to the first digit of the SE, as long as that is short."""
-    if value is None or se is None:
-        return "-"
-    sign, first = "+" * signed, -math.floor(math.log10(se)) if se > 0 and math.isfinite(se) else 0
-    if 1 <= first <= 4 and abs(value) < 100:
-        return f"{value:{sign}.{first}f}±{se:.{first}f}"
-    return f"{value:{sign}.2g}±{se:.1g}"
 
 
 STEP_HEADINGS = ("checkpoint", "H/token", "predicted", "realised", "ESS/N", "verdicts")

@@ -1,4 +1,5 @@
-"""Numbers as the page writes them: three digits, a true minus sign, a value beside its standard error."""
+"""Numbers as the page writes them: three digits, a true minus sign, a value beside its standard error; and as tables of
+the terminal do."""
 
 from __future__ import annotations
 
@@ -36,6 +37,16 @@ def with_se(value: float | None, se: float | None, *, signed: bool = False) -> s
     digits = min(max(0, largest - power + 1), 9)
     shown = f"({value / scale:{sign}.{digits}f} ± {se / scale:.{digits}f})e{largest}"
     return shown.replace("-", "−")
+
+
+def brief(value: float | None, se: float | None, *, signed: bool = True) -> str:
+    """`value±se`, both to the first digit of the SE, as long as that is short."""
+    if value is None or se is None:
+        return "-"
+    sign, first = "+" * signed, -math.floor(math.log10(se)) if se > 0 and math.isfinite(se) else 0
+    if 1 <= first <= 4 and abs(value) < 100:
+        return f"{value:{sign}.{first}f}±{se:.{first}f}"
+    return f"{value:{sign}.2g}±{se:.1g}"
 
 
 def percent(share: float | None, *, signed: bool = False) -> str:
