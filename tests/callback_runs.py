@@ -227,7 +227,10 @@ def main() -> None:
         found[name], trainer = run(folder / "run", "ddp", own, at_step=at_step)
         found[f"{name}, logged"] = logged(trainer)
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads, which outlive the group, abort one interpreter in ten while it shuts down
 
 
 if __name__ == "__main__":

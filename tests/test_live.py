@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -111,6 +112,7 @@ def in_trl(model: Any) -> Any:
 
 
 def in_accelerates_autocast(model: Any) -> Any:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer in this process has made its own
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     return accelerator.prepare_model(model, evaluation_mode=True)
 

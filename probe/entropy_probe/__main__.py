@@ -533,7 +533,7 @@ def _measured(given: str, arguments: argparse.Namespace) -> ProbeReport:
 
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "report.json"
-        nothing = {"evidence": None, "plot": None, "log": []}
+        nothing = {"evidence": None, "plot": None, "html": None, "log": []}
         _run(argparse.Namespace(**vars(arguments) | nothing | {"checkpoint": given, "out": out}))
         return ProbeReport.from_json(out)
 

@@ -140,7 +140,8 @@ def two_batch_identity(report: ProbeReport) -> Finding:
     s, t, lr = across.projections, across.update_projections, needed(report.update).lr
     size = math.fsum(map(abs, s)) / len(s)
     var_s, var_t = (variance(x) / len(x) if len(x) > 1 else 0.0 for x in (s, t))
-    of_both = (across.interaction or 0.0) / (len(s) * len(t))  # unknown to processes that send sums alone
+    # of several processes that send sums alone it is not known
+    of_both = (across.interaction or 0.0) / (len(s) * len(t))
     total = lr * math.sqrt(max(var_s + var_t - of_both, of_both / 4))
     deviations = [
         _relative(across.bars_dot, _weighted_mean(s, report.batch.num_prompts), size),
