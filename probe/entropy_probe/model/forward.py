@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from entropy_probe.errors import CacheError, MeasurementError, OverrideError, ProbeError
+from entropy_probe.model.attention import BlockedAttention, is_long
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.lending import Lending
 from entropy_probe.model.output_layer import Captured, OutputLayer
@@ -36,6 +37,9 @@ _ROWS = 64
 # The same where each piece is differentiated as it is made. A row of 196 (at a vocabulary of 32k) takes 0.8 of the time
 # of a row of 64; from 32 MB on, memory that is fetched anew for every piece takes the gain away.
 _CHUNK_DIFFERENTIATED = 3 << 21
+_MANY_HEADS = (
+    64  # of a model that does not say how many it has: each call of attention is then looked at
+)
 
 
 @dataclass(frozen=True)
@@ -136,16 +140,18 @@ class BoundModel:
         keep: slice = slice(None),
         override: Mapping[str, Tensor] | None = None,
         true_derivative: bool = False,
+        once: bool = False,
     ) -> Float[Tensor, "N K V"]:
         """Logits at the positions `keep`, at θ or with the parameters in `override` replaced.
 
         Without `mask` the rows are right-padded: the causal path needs none, since padding stands after every scored
         token. With `mask` positions count real tokens only, so that left padding changes no score. Buffers are never
-        overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode.
+        overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode; `once`: in
+        reverse mode, and no derivative of it.
         """
-        return self._kept(
-            self._called(ids, mask, keep, dict(override or {}), true_derivative), keep
-        )
+        with self._long_rows(ids, true_derivative, once):
+            called = self._called(ids, mask, keep, dict(override or {}), true_derivative)
+            return self._kept(called, keep)
 
     def read_logits(
         self,
@@ -157,10 +163,11 @@ class BoundModel:
         mask: Int[Tensor, "N L"] | None = None,
         override: Mapping[str, Tensor] | None = None,
         true_derivative: bool = False,
+        once: bool = False,
         rows_at_once: int | None = None,
         capture: Capture | None = None,
     ) -> tuple[Tensor, ...]:
-        """What `read` makes of the logits at the given positions, a few positions at a time; `mask` as in `logits`.
+        """What `read` makes of the logits at the given positions, a few positions at a time; options as in `logits`.
 
             read(logits(ids, ..)[rows, columns], slice(0, R))
 
@@ -174,25 +181,25 @@ class BoundModel:
         """
         mapping = dict(override or {})
         capturing = nullcontext() if capture is None else capture
+        long_rows = self._long_rows(ids, true_derivative, once or capture is not None)
         if capture is not None:
             ids = _marked(ids, capture)
         if self._split is None:
             first, last = int(columns.min()), int(columns.max()) + 1
             keep = slice(first, last)
-            with capturing:
-                logits = self.logits(
-                    ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative
-                )
+            with long_rows, capturing:
+                logits = self._kept(self._called(ids, mask, keep, mapping, true_derivative), keep)
             return read(logits[rows, columns - first], slice(0, len(rows)))
         output_layer, vocabulary = self._split
-        with output_layer.skipped() as captured, capturing:
+        with output_layer.skipped() as captured, long_rows, capturing:
             self._called(ids, mask, slice(None), mapping, true_derivative)
         assert captured.states is not None
         states = captured.states[rows, columns]
         own_names = output_layer.names_in(self._tensors)
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
-        once = capture is not None or not torch.is_grad_enabled()
-        if once:  # else pieces are made again later, each lent its own
+        if (
+            capture is not None or not torch.is_grad_enabled()
+        ):  # else pieces are made again later, each lent its own
             with capturing:
                 own_mapping |= self._lent(own_names, mapping)
         used = [mapping.get(name, self._tensors[name]) for name in own_names]
@@ -278,6 +285,16 @@ class BoundModel:
         with self._evaluating(), as_needed(self._switched), context, lent:
             yield
 
+    def _long_rows(
+        self, ids: Tensor, true_derivative: bool, once: bool
+    ) -> AbstractContextManager[object]:
+        """Attention in blocks, where some layer has so many scores. A capture is entered within it, and so sees a call
+        first and marks what comes of it."""
+        heads = getattr(getattr(self.language_model, "config", None), "num_attention_heads", None)
+        scores = ids.numel() * ids.shape[1] * (heads or _MANY_HEADS)
+        plain = once or not true_derivative
+        return BlockedAttention(once=plain) if is_long(scores) else nullcontext()
+
     def recording(self) -> AbstractContextManager[None]:
         """For `torch.autograd.grad(create_graph=True)`: that graph refers to the homes of lent parameters too."""
         return nullcontext() if self.lending is None else self.lending.recording()
@@ -360,7 +377,7 @@ class BoundModel:
         keep: slice = slice(None),
     ) -> Float[Tensor, "N K V"]:
         """The same logits at θ by calling the module itself: what the zero check compares with."""
-        with self._running():
+        with self._long_rows(ids, False, False), self._running():
             output = self.module(ids, **self._arguments(ids, mask, keep))
         return self._kept(output, keep)
 
