@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from entropy_probe.model.lending import Lending
 from entropy_probe.model.output_layer import Captured, OutputLayer
 from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
+from entropy_probe.model.recompute import layers_of, recomputed
 from entropy_probe.model.registry import Registry, unwrap
 from entropy_probe.model.switches import as_needed, switched
 
@@ -48,7 +49,8 @@ class BoundModel:
 
     `overridden` collects the names that any mapping replaced during the run. `lending`: how parameters that are
     elsewhere, or in another dtype, come to where they are used; `None` where all are there.
-    `ways` has how sampling reads rows, once that was tried.
+    `ways` has how sampling reads rows, once that was tried. `recompute`: a graph that is differentiated once keeps the
+    inputs of the decoder layers alone.
     `logits_at_once` is how many logits a piece may hold (at least one position's); `None`: as many as are fastest.
     """
 
@@ -58,6 +60,7 @@ class BoundModel:
     ways: list[Any] = field(default_factory=list)
     logits_at_once: int | None = None
     lending: Lending | None = None
+    recompute: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -180,8 +183,9 @@ class BoundModel:
         logits are neither kept nor computed twice.
         """
         mapping = dict(override or {})
-        capturing = nullcontext() if capture is None else capture
-        long_rows = self._long_rows(ids, true_derivative, once or capture is not None)
+        once = once or capture is not None
+        capturing = self._capturing(capture, ids, true_derivative, once and not mapping)
+        long_rows = self._long_rows(ids, true_derivative, once)
         if capture is not None:
             ids = _marked(ids, capture)
         if self._split is None:
@@ -200,7 +204,7 @@ class BoundModel:
         if (
             capture is not None or not torch.is_grad_enabled()
         ):  # else pieces are made again later, each lent its own
-            with capturing:
+            with nullcontext() if capture is None else capture:
                 own_mapping |= self._lent(own_names, mapping)
         used = [mapping.get(name, self._tensors[name]) for name in own_names]
         versions = [tensor._version for tensor in used]
@@ -294,6 +298,30 @@ class BoundModel:
         scores = ids.numel() * ids.shape[1] * (heads or _MANY_HEADS)
         plain = once or not true_derivative
         return BlockedAttention(once=plain) if is_long(scores) else nullcontext()
+
+    @contextmanager
+    def _capturing(
+        self, capture: Capture | None, ids: Tensor, true_derivative: bool, may_recompute: bool
+    ) -> Iterator[None]:
+        """The capture, and layers that are recomputed, within the same contexts as at first."""
+
+        @contextmanager
+        def again(activations: Sequence[Tensor]) -> Iterator[None]:
+            with (
+                self._long_rows(ids, true_derivative, once=True),
+                nullcontext() if capture is None else capture.again(activations),
+                self._running(true_derivative, record=False),
+            ):
+                yield
+
+        with ExitStack() as stack:
+            if self.recompute and may_recompute and torch.is_grad_enabled():
+                is_activation = (lambda _: False) if capture is None else capture.is_of_batch
+                layers = layers_of(self.language_model)
+                stack.enter_context(recomputed(layers, again, is_activation))
+            if capture is not None:
+                stack.enter_context(capture)
+            yield
 
     def recording(self) -> AbstractContextManager[None]:
         """For `torch.autograd.grad(create_graph=True)`: that graph refers to the homes of lent parameters too."""
