@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -289,13 +289,24 @@ class BoundModel:
         with self._evaluating(), as_needed(self._switched), context, lent:
             yield
 
+    def attention_of(self, rows: int, columns: int) -> Literal["short", "blocks", "whole"]:
+        """How so many rows are attended to where a derivative in forward mode or a second one is taken: `short` ones by
+        torch's MATH kernel, others in `blocks`, or `whole` where the model multiplies queries and keys itself."""
+        config = getattr(self.language_model, "config", None)
+        if not is_long(self._scores(rows, columns)):
+            return "short"
+        return "blocks" if getattr(config, "_attn_implementation", "") == "sdpa" else "whole"
+
+    def _scores(self, rows: int, columns: int) -> int:
+        heads = getattr(getattr(self.language_model, "config", None), "num_attention_heads", None)
+        return rows * columns**2 * (heads or _MANY_HEADS)
+
     def _long_rows(
         self, ids: Tensor, true_derivative: bool, once: bool
     ) -> AbstractContextManager[object]:
         """Attention in blocks, where some layer has so many scores. A capture is entered within it, and so sees a call
         first and marks what comes of it."""
-        heads = getattr(getattr(self.language_model, "config", None), "num_attention_heads", None)
-        scores = ids.numel() * ids.shape[1] * (heads or _MANY_HEADS)
+        scores = self._scores(*ids.shape)
         plain = once or not true_derivative
         return BlockedAttention(once=plain) if is_long(scores) else nullcontext()
 
