@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from counted import Sizes
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe
+from entropy_probe.cost import tensors
+from entropy_probe.cost.sizes import Network
 from entropy_probe.memory import LiveTensors, live_tensors
 from entropy_probe.model import attention
 from entropy_probe.model.forward import bind
@@ -25,7 +28,10 @@ FLOAT64 = {name: {"dtype": "float64"} for name in ("func_override", "tf_nograd",
 
 def passes(folder: Path, length: int) -> Passes:
     """Every kind of pass over rows of `length` tokens on a model of four layers, two heads each."""
-    sizes = Sizes(32, 64, layers=4, vocabulary=128, heads=2, prompt=16, response=length - 16)
+    return made(folder, Sizes(32, 64, layers=4, vocabulary=128, heads=2, prompt=16, response=length - 16))
+
+
+def made(folder: Path, sizes: Sizes) -> Passes:
     model = load_checkpoint(sizes.checkpoint(folder)).model
     bound, float64 = bind(model), bind(model, torch.float64)
     rollouts = read_rollouts(sizes.rollouts(folder / "e.jsonl", 2, 1), bound, None)
@@ -118,3 +124,41 @@ def close(one: Any, other: Any) -> bool:
     if isinstance(one, bool) or not isinstance(one, int | float):
         return one == other
     return bool(other == pytest.approx(one, rel=1e-9, abs=1e-16, nan_ok=True))
+
+
+# h, f, layers, heads, tokens of a row; few logits, so that activations are most of it
+SMALL = ((128, 384, 3, 4, 256), (192, 512, 4, 4, 192), (128, 512, 2, 8, 320))
+FORMULAS = {
+    "_score": (tensors.FORWARD, 4, False),
+    "_differentiate": (tensors.CAPTURE, 4, False),
+    "_differentiate again": (tensors.CAPTURE, 4, True),
+    "_differentiate_alone": (tensors.LOOP, 4, False),
+    "_differentiate_alone again": (tensors.LOOP, 4, True),
+    "_derive": (tensors.JVP, 8, False),
+    "_alpha": (tensors.ALPHA, 4, False),
+    "_twice": (tensors.SECOND, 8, False),
+}
+
+
+@pytest.fixture(scope="module")
+def ratios(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], float]:
+    """predicted/counted of one row's pass, every row a long one, in blocks."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LONG", 0), ("_AT_ONCE", 1 << 16)):
+            patch.setattr(attention, name, value)
+        for place, (h, f, layers, heads, length) in enumerate(SMALL):
+            sizes = Sizes(h, f, layers, 32, heads=heads, prompt=length - 8, response=8)
+            of = made(tmp_path_factory.mktemp("formulas"), sizes)
+            network = Network.of(of.bound.module)
+            for name, (kept, bytes_of, again) in FORMULAS.items():
+                one = replace(of, bound=replace(of.bound, recompute=again))
+                work = getattr(pass_memory, name.partition(" ")[0])
+                counted = live_tensors(lambda w=work, p=one: w(p, torch.arange(1)), CPU).most
+                found[name, place] = bytes_of * kept.numbers(network, 1, length, again=again) / counted
+    return found
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_of_long_rows(ratios: dict[tuple[str, int], float], name: str) -> None:
+    assert [ratios[name, place] for place in range(len(SMALL))] == pytest.approx([1.0] * len(SMALL), rel=0.15)

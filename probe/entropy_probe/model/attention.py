@@ -42,6 +42,11 @@ def is_long(scores: int) -> bool:
     return scores >= LONG
 
 
+def scores_of_a_block(scores: float, queries: float) -> float:
+    """How many of a call's scores, with so many queries in a row, are held at once."""
+    return min(scores, max(_AT_ONCE, _FEWEST * scores / queries))
+
+
 class BlockedAttention(TorchFunctionMode):
     """Within it long calls of `F.scaled_dot_product_attention` hold nothing of size T·S.
 
