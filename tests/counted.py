@@ -116,6 +116,7 @@ class Sizes:
     prompt: int = 10
     response: int = 20
     kind: str = "Qwen2"
+    heads: int = 4
 
     def checkpoint(self, folder: Path) -> Path:
         """Random weights and moments. LoRA (r = 8) on all linear layers of the blocks."""
@@ -125,7 +126,7 @@ class Sizes:
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
-            num_attention_heads=4,
+            num_attention_heads=self.heads,
             num_key_value_heads=2,
             max_position_embeddings=4096,
             eos_token_id=2,

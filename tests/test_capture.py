@@ -872,7 +872,7 @@ def not_normalised(capture: Capture, x: Any, shape: Any, weight: Any, bias: Any,
     own, kept = capture.weight(weight), x.detach()
     assert own is not None
     out = F.layer_norm(x, shape, weight.detach(), bias.detach(), eps)
-    return capture.tapped(out, lambda gradient: capture.add_broadcast(own, gradient * kept, None))
+    return capture.tapped(out, None, lambda gradient, _: capture.add_broadcast(own, gradient * kept, None))
 
 
 def rows_moved_on(capture: Capture) -> Tensor:

@@ -394,8 +394,9 @@ def _run(arguments: argparse.Namespace) -> int:
             f"entropy-probe: nothing about the next step: {report.no_second_moment}",
             file=sys.stderr,
         )
-    if report.memory.over_limit is not None:
-        print(f"entropy-probe: warning: {report.memory.over_limit}", file=sys.stderr)
+    for said in (report.memory.over_limit, report.memory.held_whole):
+        if said is not None:
+            print(f"entropy-probe: warning: {said}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:

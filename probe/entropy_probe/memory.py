@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from entropy_probe.errors import MeasurementError
+
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -154,10 +156,36 @@ def counted_bytes(work: Callable[[], object], device: torch.device) -> int:
         peak = Peak(device)
         work()
         return peak.bytes() or 0
+    return _count(work, device).most
+
+
+@dataclass(frozen=True)
+class LiveTensors:
+    """Bytes of the tensors made by some work: the most that lived at once, and the largest one."""
+
+    most: int
+    largest: int
+
+
+def live_tensors(work: Callable[[], object], device: torch.device) -> LiveTensors:
+    """The tensors that `work` made on the device, seen operation by operation, as they come and go.
+
+    Unlike a resident peak it does not depend on what the process did before, and it is never 0: work that makes no
+    tensor there raises `MeasurementError`.
+    """
+    count = _count(work, device)
+    if count.most == 0:
+        raise MeasurementError(
+            "memory", f"the work made no tensor on {device}", "count where it is done"
+        )
+    return LiveTensors(count.most, count.largest)
+
+
+def _count(work: Callable[[], object], device: torch.device) -> _Count:
     count = _Count(device)
     with count:
         work()
-    return count.most
+    return count
 
 
 class _Count(TorchDispatchMode):
@@ -165,7 +193,7 @@ class _Count(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.most = 0
+        self.most = self.largest = 0
         self._device, self._now = device, 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -194,6 +222,7 @@ class _Count(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, freed)
         self._now += size
+        self.largest = max(self.largest, size)
         self.most = max(self.most, self._now)
 
 

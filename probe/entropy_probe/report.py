@@ -749,6 +749,10 @@ class MemorySection(_Section):
 
     Under a `limit`: the most that was `expected` when the sizes were chosen, rows at once (`tf_batch_size`), and logits
     at once in a piece, `None`: as many as without a limit.
+
+    `recompute`: whether decoder layers are run again in gradients instead of keeping their graph. `attention` of the
+    longest rows where derivatives are taken: `short` rows hold all their weights, longer ones go in `blocks` of
+    queries; `whole` are the weights of long rows in a model that multiplies queries and keys itself.
     """
 
     counted: Literal["resident", "allocated"]
@@ -757,6 +761,18 @@ class MemorySection(_Section):
     expected: int | None
     tf_batch_size: int
     logits_at_once: int | None
+    recompute: bool
+    attention: Literal["short", "blocks", "whole"]
+
+    @property
+    def held_whole(self) -> str | None:
+        """What there is to say where the model's own attention holds what blocks would not."""
+        if self.attention != "whole":
+            return None
+        return (
+            "the model multiplies queries and keys itself: derivatives hold the attention weights of whole rows, "
+            "tokens squared for each head and layer"
+        )
 
     @property
     def peak(self) -> int | None:

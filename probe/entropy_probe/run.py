@@ -185,7 +185,7 @@ def _measure(
         baseline=None,
         distributed=distributed_section(world),
         environment=environment(models.bound, threads),
-        memory=memory_section(models.bound.device, clock.held, config, plan),
+        memory=memory_section(models.bound, (e, u), clock.held, config, plan),
         timing=clock.seconds,
     )
     return report.with_evidence(None if evidence is None else evidence.having("taylor", of_taylor))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -75,7 +75,7 @@ __all__ = [
 
 JUDGES = ("limits", "allow_inconclusive")
 """Sections that judge a report and have no part in its measurement."""
-MEANS = ("memory_limit", "device_map", "max_memory", "offload_folder")
+MEANS = ("memory_limit", "recompute", "device_map", "max_memory", "offload_folder")
 """Keys that say how a measurement finds room, and not what is measured."""
 
 _Config = TypeVar("_Config", bound="SequenceConfig")
@@ -117,13 +117,15 @@ class ProbeConfig(SequenceConfig):
     The values of the `budget` (`budgets.py`) stand where nothing else is given. `device_map` says
     where the parts of a model that outgrows one device are, as accelerate decides within
     `max_memory`, or by module name (docs/scaling.md). `memory_limit`, in bytes or as 8GiB, is kept
-    by smaller batches (`stages/memory/memory_limit.py`). `limits` holds the thresholds that differ
+    by smaller batches (`stages/memory/memory_limit.py`), and by decoder layers that are run again
+    in gradients, where `recompute` allows it (`model/recompute.py`). `limits` holds the thresholds that differ
     from their defaults, and the bounds of gates, which are off without.
     """
 
     budget: Name = "standard"
     device: Device = "cpu"
     memory_limit: MemoryLimit | None = None
+    recompute: Literal["auto", "never", "always"] = "auto"
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     offload_folder: Text | None = None

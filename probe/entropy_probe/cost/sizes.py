@@ -117,7 +117,8 @@ class Run:
     """E, and U (`None`: E serves as both); how many η; units of U and of E, where these are blocks of prompts.
 
     `rows_at_once` is `tf_batch_size`, `ranks` the number of processes, `cases` those of the drawn properties;
-    `logits_at_once` and other `rows_at_once` are in the report's `memory` where there was a limit.
+    `logits_at_once`, `recompute` and other `rows_at_once` are in the report's `memory` where there was a limit. `lent`:
+    the float64 copy shares the frozen parameters.
     """
 
     e: Batch
@@ -134,6 +135,8 @@ class Run:
     seed: int = 0
     pairs_gib: float = 1.0
     left_out: tuple[Part, ...] = ()
+    recompute: bool = False
+    lent: bool = False
 
     @classmethod
     def of(

@@ -4,7 +4,8 @@ What the interpreter and its libraries take comes on top, some 0.4 GiB of a proc
 keeps of freed memory. Four kinds of things add up:
 
     held           θ, Adam's moments, gradients, P, v and the copy in float64: multiples of N and D (`held`)
-    activations    of the rows that are computed together: multiples of h, f and heads·L for each token (`Kept`)
+    activations    of the rows that are computed together: multiples of h, f and heads·L for each token (`Kept`), and
+                   in place of heads·L, where rows are long, of the scores of one block (`model/attention.py`)
     logits         of one piece of positions: multiples of V (`BYTES_OF_A_LOGIT`)
     whole logits   of a few rows, by the checks of continuity alone (`_whole`)
 """
@@ -22,34 +23,51 @@ from entropy_probe.cost.computation import (
     whole_columns,
 )
 from entropy_probe.cost.sizes import Batch, Network, Run
+from entropy_probe.model.attention import is_long, scores_of_a_block
 
 
 @dataclass(frozen=True)
 class Kept:
     """Numbers for each token: multiples of h, of f (the gated MLP) and of heads·L (attention's weights); of every layer
-    where a graph is kept, else of one, where MLP and attention follow one another."""
+    where a graph is kept, else of one, where MLP and attention follow one another. Of long rows no weights are kept,
+    `blocks` multiples of the scores of one block are held, and `long` stands for h and f: the MATH kernel of short rows
+    keeps q and k scaled too."""
 
     h: float
     f: float
     pairs: float
     in_every_layer: bool
+    blocks: float = 0.0
+    long: tuple[float, float] | None = None
 
-    def numbers(self, network: Network, length: float) -> float:
-        of_mlp, of_attention = self.f * network.intermediate, self.pairs * network.heads * length
+    def numbers(
+        self, network: Network, rows: float, length: float, *, again: bool = False
+    ) -> float:
+        """Of all tokens of so many rows; `again`: layers keep their inputs, and one at a time is run again."""
+        tokens, scores, h, f = rows * length, rows * network.heads * length**2, self.h, self.f
+        of_weights, of_block = self.pairs * scores, 0.0
+        if is_long(int(scores)):
+            of_weights, of_block = 0.0, self.blocks * scores_of_a_block(scores, length)
+            h, f = self.long or (h, f)
+        of_states, of_mlp = h * network.hidden * tokens, f * network.intermediate * tokens
         if not self.in_every_layer:
-            return self.h * network.hidden + max(of_mlp, of_attention)
-        return (self.h * network.hidden + of_mlp + of_attention) * network.layers
+            return of_states + max(of_mlp, of_weights + of_block)
+        of_layer = of_states + of_mlp + of_weights
+        if again:
+            return INPUTS * network.hidden * network.layers * tokens + of_layer + of_mlp / f
+        return of_layer * network.layers + of_block
 
 
 # Measured by counting live tensors on Qwen2 with LoRA on all linear layers: 4 and 8 layers, h 128 and 256, f 384 and
 # 768, 4 heads, L 128 and 256. They hold to 10 % there, and are those of Llama (`tests/test_cost.py` counts again).
 FORWARD = Kept(4, 4, 0, in_every_layer=False)
-JVP = Kept(8, 12, 7, in_every_layer=False)
+JVP = Kept(8, 12, 7, in_every_layer=False, blocks=7)
 CAPTURE = Kept(9, 5, 0, in_every_layer=True)
-# where the true derivative is asked for, attention keeps its weights
-BY_WEIGHTS = LOOP = Kept(9, 5, 1, in_every_layer=True)
-ALPHA = Kept(19, 12, 4, in_every_layer=True)
-SECOND = Kept(20, 12, 5, in_every_layer=True)
+# where the true derivative is asked for, attention of short rows keeps its weights
+BY_WEIGHTS = LOOP = Kept(9, 5, 1, in_every_layer=True, long=(8, 4.5))
+ALPHA = Kept(19, 12, 4, in_every_layer=True, blocks=8)
+SECOND = Kept(20, 12, 5, in_every_layer=True, blocks=8)
+INPUTS = 1.4  # of h for each token and layer, where layers are run again: x, and what else they are given
 
 # Bytes for each logit of a piece, with its temporaries: log p and entropy are in float64 (`precision.entropy_fp64`).
 BYTES_OF_A_LOGIT = {
@@ -84,12 +102,20 @@ def held(network: Network, run: Run) -> dict[str, float]:
         "θ": dtype * n + (4 * n if run.float64 else 0),
         "moments": 8 * d,
         "X, Y": dtype * d * (2 * own_u + own_e) + sums,
-        "θ in float64": 0 if run.float64 else 8 * n,
+        "θ in float64": 0 if run.float64 else _in_float64(network, run),
         "Ȳ": 8 * d if run.ranks == 1 else 0,
         "P": 8 * d,
         "v": 8 * d,
         "v₀, D": 16 * d,
     }
+
+
+def _in_float64(network: Network, run: Run) -> float:
+    """A copy of all; where frozen parameters are lent, of what is trained and of one layer, or of the output layer."""
+    if not run.lent:
+        return 8 * network.parameters
+    of_layer = network.frozen / network.layers
+    return 8 * (network.trainable + max(of_layer, network.hidden * network.vocabulary))
 
 
 _MADE_IN = {
@@ -166,7 +192,7 @@ def _transient(
     positions = min(rows * batch.response, in_a_piece(network, run))
     states = rows * columns * network.hidden * bytes_of
     logits = states + positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
-    return max(rows * columns * kept.numbers(network, columns) * bytes_of, logits)
+    return max(kept.numbers(network, rows, columns) * bytes_of, logits)
 
 
 def graph_of(
@@ -180,10 +206,12 @@ def graph_of(
     if run.rb:
         of_piece, in_graph = of_piece | BYTES_WITH_ENTROPY, in_graph | BYTES_IN_GRAPH_WITH_ENTROPY
     in_all = rows * batch.response * in_graph.get(read, 0) * network.vocabulary
-    of_logits, of_rows = positions * of_piece[read] * network.vocabulary, rows * columns * bytes_of
-    graph = of_rows * kept.numbers(network, columns)
+    of_logits = positions * of_piece[read] * network.vocabulary
+    again = run.recompute and read in ("capture", "loop")
+    graph = bytes_of * kept.numbers(network, rows, columns, again=again)
     if read == "alpha":  # pieces are read while there is the forward's graph alone
-        return in_all + max(graph, of_rows * BY_WEIGHTS.numbers(network, columns) + of_logits)
+        forward = bytes_of * BY_WEIGHTS.numbers(network, rows, columns)
+        return in_all + max(graph, forward + of_logits)
     return in_all + graph + of_logits
 
 
@@ -215,7 +243,7 @@ def _continuity(network: Network, run: Run, jvp: float) -> float:
     """θ + ηv in float64 and logits of 8 rows; with the Taylor tests a JVP."""
     rows = some_rows(run)
     columns = run.e.longest_of(rows)
-    of_layer = rows * columns * FORWARD.numbers(network, columns) * 8
+    of_layer = FORWARD.numbers(network, rows, columns) * 8
     compared = 8 * network.trainable + max(_whole(network, run, rows, columns, 8), of_layer)
     return compared if run.leaves_out("taylor") else max(compared, jvp)
 

@@ -31,6 +31,8 @@ from entropy_probe.errors import MeasurementError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_Receiver = Callable[[Tensor, Any], None]
+"""Takes the gradient of an operation's result, and what was kept for it."""
 Sums = Sequence[Sequence[Tensor]] | Tensor
 """`sums[k][n]`: Σ over the rows of prompt n with the weights w_k, in the shape of what the gradient belongs to."""
 
@@ -183,7 +185,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = list(_tensors((*args, *kwargs.values())))
-        of_batch = any(self._is_of_batch(tensor) for tensor in tensors)
+        of_batch = any(self.is_of_batch(tensor) for tensor in tensors)
         out = None
         uses_weight = torch.is_grad_enabled() and any(
             self.weight(tensor) is not None for tensor in tensors
@@ -207,7 +209,7 @@ class Capture(TorchFunctionMode):
         for tensor in tensors:
             tensor._of_capture = self  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _is_of_batch(self, tensor: Tensor) -> bool:
+    def is_of_batch(self, tensor: Tensor) -> bool:
         return getattr(tensor, "_of_capture", None) is self
 
     def weight(self, tensor: object) -> _Weight | None:
@@ -217,7 +219,7 @@ class Capture(TorchFunctionMode):
 
     def is_activation(self, x: object) -> bool:
         """Whether `x` was made of the batch, and its leading dimensions are rows and positions."""
-        if not isinstance(x, Tensor) or not self._is_of_batch(x) or self.shape is None:
+        if not isinstance(x, Tensor) or not self.is_of_batch(x) or self.shape is None:
             return False
         leading = (1, len(self.rows_of)) if self.rows_of is not None else self.shape
         return x.dim() >= 2 and tuple(x.shape[:2]) == leading
@@ -226,20 +228,34 @@ class Capture(TorchFunctionMode):
         """The same with rows and positions in one dimension, row after row."""
         if (
             not isinstance(x, Tensor)
-            or not self._is_of_batch(x)
+            or not self.is_of_batch(x)
             or self.shape is None
             or self.rows_of is not None
         ):
             return False
         return x.dim() == 2 and len(x) == self.shape[0] * self.shape[1]
 
-    def tapped(self, out: Tensor, *receivers: Callable[[Tensor], None]) -> Tensor:
-        """`out`, whose gradient goes to each of the `receivers` while the capture listens."""
-        return _Tap.apply(out, self._tap, self, receivers)  # pyright: ignore[reportReturnType]
+    @contextmanager
+    def again(self, activations: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block a part of the forward runs a second time on these, as `model/recompute.py` has it: it saves
+        what the first run saved, and the tensors that it makes of parameters are nobody's."""
+        before = set(self._known)
+        try:
+            self.mark(*activations)
+            with self:
+                yield
+        finally:
+            for key in self._known.keys() - before:
+                del self._known[key]
 
-    def received(self, gradient: Tensor, receivers: Sequence[Callable[[Tensor], None]]) -> None:
+    def tapped(self, out: Tensor, kept: Tensor | None, *receivers: _Receiver) -> Tensor:
+        """`out`, whose gradient goes to each of the `receivers` while the capture listens, with what is `kept` for
+        them: as autograd keeps it, so that it can be made again instead."""
+        return _Tap.apply(out, kept, self._tap, self, receivers)  # pyright: ignore[reportReturnType]
+
+    def received(self, gradient: Tensor, kept: Any, receivers: Sequence[_Receiver]) -> None:
         for receive in receivers if self._listening else ():
-            receive(gradient)
+            receive(gradient, kept)
 
     # The backward
 
@@ -319,15 +335,19 @@ class _Tap(torch.autograd.Function):
     """The identity; its backward hands the gradient to the receivers. `tap` makes it a part of every backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, tap: Tensor, capture: Capture, receivers: Any) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, kept: Tensor | None, tap: Tensor, capture: Capture, receivers: Any
+    ) -> Tensor:
+        ctx.save_for_backward(kept)
         ctx.capture, ctx.receivers, ctx.device = capture, receivers, tap.device
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.capture.received(gradient, ctx.receivers)
-        return gradient, torch.zeros((), device=ctx.device), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (kept,) = ctx.saved_tensors
+        ctx.capture.received(gradient, kept, ctx.receivers)
+        return gradient, None, torch.zeros((), device=ctx.device), None, None
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -367,18 +387,19 @@ def _linear(capture: Capture, x: Any, weight: Any, bias: Any = None) -> Tensor |
     own, own_bias = capture.weight(weight), capture.weight(bias)
     if not capture.is_activation(x) or x.dim() != 3 or weight.dim() != 2:
         return None
-    rows, rows_of, kept = capture.rows(), capture.rows_of, x.detach().reshape(-1, x.shape[-1])
+    rows, rows_of, kept = capture.rows(), capture.rows_of, None
 
-    receivers = []
+    receivers: list[_Receiver] = []
     if own is not None:
+        kept = x.detach().reshape(-1, x.shape[-1])
         receivers.append(
-            lambda gradient: capture.add_outer(own, gradient.flatten(0, -2), kept, rows)
+            lambda gradient, kept: capture.add_outer(own, gradient.flatten(0, -2), kept, rows)
         )
     if own_bias is not None:
-        receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient, rows_of))
+        receivers.append(lambda gradient, _: capture.add_broadcast(own_bias, gradient, rows_of))
     used = weight.detach() if own is not None else weight
     return capture.tapped(
-        F.linear(x, used, bias if own_bias is None else bias.detach()), *receivers
+        F.linear(x, used, bias if own_bias is None else bias.detach()), kept, *receivers
     )
 
 
@@ -393,18 +414,18 @@ def _addmm(capture: Capture, bias: Any, x: Any, weight: Any, **options: Any) -> 
         or bias.dim() != 1
     ):
         return None
-    rows, kept = capture.rows(), x.detach()
+    rows, kept = capture.rows(), x.detach() if own is not None else None
 
-    receivers = []
+    receivers: list[_Receiver] = []
     if own is not None:
-        receivers.append(lambda gradient: capture.add_outer(own, kept, gradient, rows))
+        receivers.append(lambda gradient, kept: capture.add_outer(own, kept, gradient, rows))
     if own_bias is not None:
         receivers.append(
-            lambda gradient: capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None)
+            lambda gradient, _: capture.add_broadcast(own_bias, gradient.reshape(*shape, -1), None)
         )
     used = weight.detach() if own is not None else weight
     return capture.tapped(
-        torch.addmm(bias if own_bias is None else bias.detach(), x, used), *receivers
+        torch.addmm(bias if own_bias is None else bias.detach(), x, used), kept, *receivers
     )
 
 
@@ -426,13 +447,13 @@ def _embedding(
     rows, flat_ids = capture.rows(), ids.reshape(-1)
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(weight) + padding_idx
 
-    def receive(gradient: Tensor) -> None:
+    def receive(gradient: Tensor, _: None) -> None:
         values = gradient.reshape(-1, gradient.shape[-1])
         if padding is not None:  # as in torch: the padding token's vector gets no gradient
             values = values.masked_fill((flat_ids == padding)[:, None], 0.0)
         capture.add_at(own, flat_ids, values, rows)
 
-    return capture.tapped(F.embedding(ids, weight.detach()), receive)
+    return capture.tapped(F.embedding(ids, weight.detach()), None, receive)
 
 
 def _layer_norm(
@@ -441,20 +462,20 @@ def _layer_norm(
     own, own_bias = capture.weight(weight), capture.weight(bias)
     if not capture.is_activation(x) or x.dim() < 3:
         return None
-    kept, rows_of = x.detach(), capture.rows_of
+    kept, rows_of = x.detach() if own is not None else None, capture.rows_of
 
-    receivers = []
+    receivers: list[_Receiver] = []
     if own is not None:
         receivers.append(
-            lambda gradient: capture.add_broadcast(
+            lambda gradient, kept: capture.add_broadcast(
                 own, gradient * F.layer_norm(kept, shape, None, None, eps), rows_of
             )
         )
     if own_bias is not None:
-        receivers.append(lambda gradient: capture.add_broadcast(own_bias, gradient, rows_of))
+        receivers.append(lambda gradient, _: capture.add_broadcast(own_bias, gradient, rows_of))
     used = weight if own is None else weight.detach()
     used_bias = bias if own_bias is None else bias.detach()
-    return capture.tapped(F.layer_norm(x, shape, used, used_bias, eps), *receivers)
+    return capture.tapped(F.layer_norm(x, shape, used, used_bias, eps), kept, *receivers)
 
 
 def _elementwise(capture: Capture, one: Any, other: Any) -> tuple[_Weight, Tensor] | None:
@@ -476,7 +497,7 @@ def _mul(capture: Capture, one: Any, other: Any) -> Tensor | None:
     kept, rows_of = x.detach(), capture.rows_of
     out = x * own.tensor.detach()
     return capture.tapped(
-        out, lambda gradient: capture.add_broadcast(own, gradient * kept, rows_of)
+        out, kept, lambda gradient, kept: capture.add_broadcast(own, gradient * kept, rows_of)
     )
 
 
@@ -487,7 +508,9 @@ def _add(capture: Capture, one: Any, other: Any) -> Tensor | None:
     own, x = found
     rows_of = capture.rows_of
     return capture.tapped(
-        x + own.tensor.detach(), lambda gradient: capture.add_broadcast(own, gradient, rows_of)
+        x + own.tensor.detach(),
+        None,
+        lambda gradient, _: capture.add_broadcast(own, gradient, rows_of),
     )
 
 

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from entropy_probe.errors import CacheError, MeasurementError, OverrideError, ProbeError
+from entropy_probe.model.attention import BlockedAttention, is_long
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.lending import Lending
 from entropy_probe.model.output_layer import Captured, OutputLayer
 from entropy_probe.model.own_forward import with_own_forward
 from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
+from entropy_probe.model.recompute import layers_of, recomputed
 from entropy_probe.model.registry import Registry, unwrap
 from entropy_probe.model.switches import as_needed, switched
 
@@ -37,6 +39,9 @@ _ROWS = 64
 # The same where each piece is differentiated as it is made. A row of 196 (at a vocabulary of 32k) takes 0.8 of the time
 # of a row of 64; from 32 MB on, memory that is fetched anew for every piece takes the gain away.
 _CHUNK_DIFFERENTIATED = 3 << 21
+_MANY_HEADS = (
+    64  # of a model that does not say how many it has: each call of attention is then looked at
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class BoundModel:
 
     `overridden` collects the names that any mapping replaced during the run. `lending`: how parameters that are
     elsewhere, or in another dtype, come to where they are used; `None` where all are there.
-    `ways` has how sampling reads rows, once that was tried.
+    `ways` has how sampling reads rows, once that was tried. `recompute`: a graph that is differentiated once keeps the
+    inputs of the decoder layers alone.
     `logits_at_once` is how many logits a piece may hold (at least one position's); `None`: as many as are fastest.
     """
 
@@ -55,6 +61,7 @@ class BoundModel:
     ways: list[Any] = field(default_factory=list)
     logits_at_once: int | None = None
     lending: Lending | None = None
+    recompute: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -137,16 +144,18 @@ class BoundModel:
         keep: slice = slice(None),
         override: Mapping[str, Tensor] | None = None,
         true_derivative: bool = False,
+        once: bool = False,
     ) -> Float[Tensor, "N K V"]:
         """Logits at the positions `keep`, at θ or with the parameters in `override` replaced.
 
         Without `mask` the rows are right-padded: the causal path needs none, since padding stands after every scored
         token. With `mask` positions count real tokens only, so that left padding changes no score. Buffers are never
-        overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode.
+        overridden. `true_derivative`: the derivative of the function itself, in forward or reverse mode; `once`: in
+        reverse mode, and no derivative of it.
         """
-        return self._kept(
-            self._called(ids, mask, keep, dict(override or {}), true_derivative), keep
-        )
+        with self._long_rows(ids, true_derivative, once):
+            called = self._called(ids, mask, keep, dict(override or {}), true_derivative)
+            return self._kept(called, keep)
 
     def read_logits(
         self,
@@ -158,10 +167,11 @@ class BoundModel:
         mask: Int[Tensor, "N L"] | None = None,
         override: Mapping[str, Tensor] | None = None,
         true_derivative: bool = False,
+        once: bool = False,
         rows_at_once: int | None = None,
         capture: Capture | None = None,
     ) -> tuple[Tensor, ...]:
-        """What `read` makes of the logits at the given positions, a few positions at a time; `mask` as in `logits`.
+        """What `read` makes of the logits at the given positions, a few positions at a time; options as in `logits`.
 
             read(logits(ids, ..)[rows, columns], slice(0, R))
 
@@ -174,27 +184,28 @@ class BoundModel:
         logits are neither kept nor computed twice.
         """
         mapping = dict(override or {})
-        capturing = nullcontext() if capture is None else capture
+        once = once or capture is not None
+        capturing = self._capturing(capture, ids, true_derivative, once and not mapping)
+        long_rows = self._long_rows(ids, true_derivative, once)
         if capture is not None:
             ids = _marked(ids, capture)
         if self._split is None:
             first, last = int(columns.min()), int(columns.max()) + 1
             keep = slice(first, last)
-            with capturing:
-                logits = self.logits(
-                    ids, mask=mask, keep=keep, override=mapping, true_derivative=true_derivative
-                )
+            with long_rows, capturing:
+                logits = self._kept(self._called(ids, mask, keep, mapping, true_derivative), keep)
             return read(logits[rows, columns - first], slice(0, len(rows)))
         output_layer, vocabulary = self._split
-        with output_layer.skipped() as captured, capturing:
+        with output_layer.skipped() as captured, long_rows, capturing:
             self._called(ids, mask, slice(None), mapping, true_derivative)
         assert captured.states is not None
         states = captured.states[rows, columns]
         own_names = output_layer.names_in(self._tensors)
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
-        once = capture is not None or not torch.is_grad_enabled()
-        if once:  # else pieces are made again later, each lent its own
-            with capturing:
+        if (
+            capture is not None or not torch.is_grad_enabled()
+        ):  # else pieces are made again later, each lent its own
+            with nullcontext() if capture is None else capture:
                 own_mapping |= self._lent(own_names, mapping)
         used = [mapping.get(name, self._tensors[name]) for name in own_names]
         versions = [tensor._version for tensor in used]
@@ -279,6 +290,51 @@ class BoundModel:
         with self._evaluating(), as_needed(self._switched), context, lent:
             yield
 
+    def attention_of(self, rows: int, columns: int) -> Literal["short", "blocks", "whole"]:
+        """How so many rows are attended to where a derivative in forward mode or a second one is taken: `short` ones by
+        torch's MATH kernel, others in `blocks`, or `whole` where the model multiplies queries and keys itself."""
+        config = getattr(self.language_model, "config", None)
+        if not is_long(self._scores(rows, columns)):
+            return "short"
+        return "blocks" if getattr(config, "_attn_implementation", "") == "sdpa" else "whole"
+
+    def _scores(self, rows: int, columns: int) -> int:
+        heads = getattr(getattr(self.language_model, "config", None), "num_attention_heads", None)
+        return rows * columns**2 * (heads or _MANY_HEADS)
+
+    def _long_rows(
+        self, ids: Tensor, true_derivative: bool, once: bool
+    ) -> AbstractContextManager[object]:
+        """Attention in blocks, where some layer has so many scores. A capture is entered within it, and so sees a call
+        first and marks what comes of it."""
+        scores = self._scores(*ids.shape)
+        plain = once or not true_derivative
+        return BlockedAttention(once=plain) if is_long(scores) else nullcontext()
+
+    @contextmanager
+    def _capturing(
+        self, capture: Capture | None, ids: Tensor, true_derivative: bool, may_recompute: bool
+    ) -> Iterator[None]:
+        """The capture, and layers that are recomputed, within the same contexts as at first."""
+
+        @contextmanager
+        def again(activations: Sequence[Tensor]) -> Iterator[None]:
+            with (
+                self._long_rows(ids, true_derivative, once=True),
+                nullcontext() if capture is None else capture.again(activations),
+                self._running(true_derivative, record=False),
+            ):
+                yield
+
+        with ExitStack() as stack:
+            if self.recompute and may_recompute and torch.is_grad_enabled():
+                is_activation = (lambda _: False) if capture is None else capture.is_of_batch
+                layers = layers_of(self.language_model)
+                stack.enter_context(recomputed(layers, again, is_activation))
+            if capture is not None:
+                stack.enter_context(capture)
+            yield
+
     def recording(self) -> AbstractContextManager[None]:
         """For `torch.autograd.grad(create_graph=True)`: that graph refers to the homes of lent parameters too."""
         return nullcontext() if self.lending is None else self.lending.recording()
@@ -361,7 +417,7 @@ class BoundModel:
         keep: slice = slice(None),
     ) -> Float[Tensor, "N K V"]:
         """The same logits at θ by calling the module itself: what the zero check compares with."""
-        with self._running():
+        with self._long_rows(ids, False, False), self._running():
             output = self.module(ids, **self._arguments(ids, mask, keep))
         return self._kept(output, keep)
 

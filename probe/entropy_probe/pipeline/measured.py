@@ -50,12 +50,19 @@ class Models:
     ) -> tuple[Models, ProbeConfig, Plan | None]:
         """Models and configuration with sizes that keep to the limit of memory; without one as they are."""
         if config.memory_limit is None:
-            return self, config, None
+            if config.recompute != "always":
+                return self, config, None
+            bound = replace(self.bound, recompute=True)
+            one = self.float64 is self.bound
+            return (
+                Models(bound, bound if one else replace(self.float64, recompute=True)),
+                config,
+                None,
+            )
         with clock("memory limit"):
             plan = planned(self.bound, self.float64, batches, config, clock.world)
-        limited = (
-            replace(m, logits_at_once=plan.logits_at_once) for m in (self.bound, self.float64)
-        )
+        chosen = {"logits_at_once": plan.logits_at_once, "recompute": plan.recompute}
+        limited = (replace(m, **chosen) for m in (self.bound, self.float64))
         return Models(*limited), plan.config, plan
 
 

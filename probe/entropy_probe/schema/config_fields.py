@@ -11,6 +11,8 @@ ProbeConfig
   budget  name  How much is computed: `smoke`, `standard` or `full`. What you set yourself stays.
   device  name  Where it runs: `cpu`, `cuda` or `cuda:N`.
   memory_limit  bytes  Memory that smaller batches keep to, such as `8GiB`; null is no limit.
+  recompute  name  Whether decoder layers are run again in gradients instead of keeping their graph: `always`, `never`,
+      or `auto`, where they do not fit the memory limit otherwise.
   device_map  name  For a model that outgrows one device: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a map
       of module names to devices.
   max_memory  bytes  With `device_map`, how much each device may take, such as `{0: 20GiB, cpu: 60GiB}`.

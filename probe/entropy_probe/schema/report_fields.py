@@ -430,6 +430,9 @@ MemorySection
   expected  bytes  The most that was expected when the sizes of batches were chosen; null without a limit.
   tf_batch_size  count  How many rows are scored at once.
   logits_at_once  count  How many logits are held at once; null where no limit was set.
+  recompute  flag  Whether decoder layers are run again in gradients instead of keeping their graph.
+  attention  name  How the longest rows' attention is differentiated: `short` rows whole, long ones in `blocks` of
+      queries; `whole` where the model multiplies queries and keys itself.
 
 Verdict
   criterion  name  The criterion that was asked.

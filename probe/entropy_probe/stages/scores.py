@@ -90,6 +90,7 @@ def read_rows(
     *,
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
+    once: bool = False,
     rows_at_once: int | None = None,
     beside: Float[Tensor, "R Tmax *C"] | None = None,
     capture: Capture | None = None,
@@ -97,8 +98,8 @@ def read_rows(
     """`read(logits, tokens)` at every generated token of some rows, [R, T, …]; zero past the end of a response.
 
     The logits at position i−1 predict the token at position i. `read` gets some of the tokens and their logits at a
-    time, and returns tensors with one entry for each. T is the longest response of the rows. `capture` as in
-    `BoundModel.read_logits`.
+    time, and returns tensors with one entry for each. T is the longest response of the rows. `once` and `capture` as
+    in `BoundModel.read_logits`.
     """
     device = bound.device
     prompt_lens, gen_lens = rollouts.prompt_lens[rows], rollouts.gen_lens[rows]
@@ -116,6 +117,7 @@ def read_rows(
         lambda logits, part: read(logits, *(values[part] for values in given)),
         override=override,
         true_derivative=true_derivative,
+        once=once,
         rows_at_once=rows_at_once,
         capture=capture,
     )
@@ -164,6 +166,7 @@ def score_rows(
     *,
     override: Mapping[str, Tensor] | None = None,
     true_derivative: bool = False,
+    once: bool = False,
     rows_at_once: int | None = None,
 ) -> TokenScores:
     """Scores [R, T] of some rows; T is their longest response, entries past a response's end are zero.
@@ -174,6 +177,7 @@ def score_rows(
     options = {
         "override": override,
         "true_derivative": true_derivative,
+        "once": once,
         "rows_at_once": rows_at_once,
     }
     return TokenScores(*read_rows(bound, rollouts, rows, read, **options))

@@ -7,7 +7,7 @@ are counted, and what more of them take is bounded by that. What is held through
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import CacheError, ConfigError, MeasurementError
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.model.recompute import layers_of
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.products import IN_FLOAT64
 from entropy_probe.stages.gradients.units import bytes_of_units, units_within_memory
@@ -37,11 +38,12 @@ _OF_A_TOKEN = 30  # the same of a token, for scores, features and derivatives
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and the memory that is expected at most."""
+    """What was chosen, and the memory that is expected at most. `recompute`: layers are run again in gradients."""
 
     config: ProbeConfig
     logits_at_once: int
     expected: int
+    recompute: bool = False
 
 
 def planned(
@@ -54,10 +56,29 @@ def planned(
     """The configuration with as many rows at once as the limit allows, and no more than it has, and the logits at once;
     `batches` are those of all processes.
 
-    Pieces of logits shrink where one row at a time is too much; units of gradients are blocks where those of all
+    Pieces of logits shrink where one row at a time is too much; where that is not enough, decoder layers are run again
+    in gradients, if `recompute` is `auto`; units of gradients are blocks where those of all
     prompts do not fit, as under `max_gradient_gib`. Of several processes all choose what fits everywhere. Raises
     `MeasurementError` that says what would be needed.
     """
+    if config.recompute == "auto":
+        try:
+            return _planned(bound, float64, batches, config, world)
+        except MeasurementError:  # of all processes alike
+            if not layers_of(bound.language_model):
+                raise
+    again = config.recompute != "never"
+    bound, float64 = (replace(model, recompute=again) for model in (bound, float64))
+    return replace(_planned(bound, float64, batches, config, world), recompute=again)
+
+
+def _planned(
+    bound: BoundModel,
+    float64: BoundModel,
+    batches: tuple[Rollouts, ...],
+    config: ProbeConfig,
+    world: World,
+) -> Plan:
     limit, now = _limit(config), _held_now(bound.device)
     trainable = sum(p.numel() for p in bound.registry.trainable.values())
     tokens = sum(len(batch.ids) * batch.max_gen_len for batch in batches)
@@ -107,22 +128,26 @@ def planned(
 
 
 def memory_section(
-    device: torch.device,
+    bound: BoundModel,
+    batches: tuple[Rollouts, ...],
     held: Mapping[str, memory.Held],
     config: ProbeConfig,
     plan: Plan | None,
 ) -> r.MemorySection:
     """What each stage `held`, beside what was planned under a limit."""
+    columns = max(int((batch.prompt_lens + batch.gen_lens).max()) for batch in batches)
     stages = {
         stage: r.StageMemory(at_start=of.at_start, peak=of.peak) for stage, of in held.items()
     }
     return r.MemorySection(
-        counted=memory.kind(device),
+        counted=memory.kind(bound.device),
         stages=stages,
         limit=config.memory_limit,
         expected=None if plan is None else plan.expected,
         tf_batch_size=config.generation.tf_batch_size,
         logits_at_once=None if plan is None else plan.logits_at_once,
+        recompute=bound.recompute,
+        attention=bound.attention_of(config.generation.tf_batch_size, columns),
     )
 
 

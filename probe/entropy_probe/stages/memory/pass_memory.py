@@ -210,7 +210,8 @@ def _differentiate(of: Passes, rows: Tensor) -> None:
 
 def _differentiate_alone(of: Passes, rows: Tensor) -> None:
     """As the gradient witness does, response by response."""
-    loss = terms(of.bound, of.rollouts, rows, of.payload(len(rows)), of.config, true=True).sum()
+    payload = of.payload(len(rows))
+    loss = terms(of.bound, of.rollouts, rows, payload, of.config, true=True, once=True).sum()
     torch.autograd.grad(loss, list(of.bound.registry.trainable.values()), allow_unused=True)
 
 

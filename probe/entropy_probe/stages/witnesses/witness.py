@@ -198,7 +198,7 @@ def _naive(
             row = torch.tensor([n * group + g])
             if not rollouts.gen_lens[row]:
                 continue
-            loss = terms(bound, rollouts, row, payloads[0], config, true=true).sum()
+            loss = terms(bound, rollouts, row, payloads[0], config, true=true, once=True).sum()
             if not loss.requires_grad:
                 raise MeasurementError(
                     "gradients",
@@ -232,7 +232,7 @@ def rounding_of_gradient(bound: BoundModel, rollouts: Rollouts, row: Int[Tensor,
     def read(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         return (logits.gather(-1, tokens[:, None])[:, 0],)
 
-    (z,) = read_rows(bound, rollouts, row, read, true_derivative=True)
+    (z,) = read_rows(bound, rollouts, row, read, true_derivative=True, once=True)
     parameters = list(bound.registry.trainable.values())
     gradients = torch.autograd.grad(z.sum(), parameters, allow_unused=True)
     size = norm({str(k): d for k, d in enumerate(gradients) if d is not None})
@@ -247,16 +247,19 @@ def terms(
     config: ProbeConfig,
     *,
     true: bool,
+    once: bool = False,
 ) -> Float[Tensor, " R"]:
-    """f of some responses (`Payload`), with a graph, as `score_rows` scores them.
+    """f of some responses (`Payload`), with a graph, as `score_rows` scores them; `once`: which is differentiated once.
 
     Where f is S, log p is read alone: of what goes unused the graph would keep every piece of logits.
     """
     read = policy_scores(bound, config.generation, config.precision)
     if payload.coefficients is None:
-        (logp,) = read_rows(bound, rollouts, rows, lambda *of: read(*of)[:1], true_derivative=true)
+        (logp,) = read_rows(
+            bound, rollouts, rows, lambda *of: read(*of)[:1], true_derivative=true, once=once
+        )
         return payload.sums(logp, logp, rows)
-    scored = score_rows(bound, rollouts, rows, config, true_derivative=true)
+    scored = score_rows(bound, rollouts, rows, config, true_derivative=true, once=once)
     return payload.sums(scored.logp, scored.entropy, rows)
 
 
