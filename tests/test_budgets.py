@@ -80,7 +80,7 @@ def test_a_smoke_run_measures_and_says_what_it_left_out(tmp_path: Path) -> None:
     assert "projections_v" not in report.witness
     verdicts = {name: criterion(report) for name, criterion in CRITERIA.items()}
     assert {v.status for v in verdicts.values()} <= {"pass", "not_applicable"}, verdicts
-    unasked = {name for name, v in verdicts.items() if v.hint == "left out by budget smoke"}
+    unasked = {name for name, v in verdicts.items() if v.hint == "The budget smoke leaves this out."}
     assert unasked == {name for name, criterion in CRITERIA.items() if criterion.part}
     report.to_json(tmp_path / "r.json")
     assert ProbeReport.from_json(tmp_path / "r.json") == report

@@ -643,7 +643,7 @@ def test_what_the_budget_leaves_out_is_not_asked(report: ProbeReport) -> None:
             verdict = criterion(asked)
             if criterion.part in budget.left_out:
                 assert (verdict.status, verdict.value) == ("not_applicable", None)
-                assert verdict.hint == f"left out by budget {name}"
+                assert verdict.hint == f"The budget {name} leaves this out."
             else:
                 assert verdict == criterion(report)
 
@@ -685,7 +685,7 @@ def test_missing_state_chosen_as_identity_is_inconclusive(report: ProbeReport) -
 def test_why_no_step_is_in_range(report: ProbeReport) -> None:
     """What to do is said: other η where second order does not reach, other weights where they are of no use."""
     for reliable, remedy in (
-        (True, "give smaller true_delta_h.etas, or `auto`"),
+        (True, "Give smaller true_delta_h.etas, or `auto`"),
         (False, "more responses, or a fallback"),
     ):
         verdict = CRITERIA["prediction"](every_row(report, in_range=False, reliable=reliable))
@@ -750,6 +750,6 @@ def test_tensors_that_are_not_judged_are_named(report: ProbeReport) -> None:
     left_out = poisoned(report, "registry", taken_as_frozen=["a", "b", "c", "d"])
     for criterion in ("x_coverage", "y_coverage"):
         verdict = CRITERIA[criterion](left_out)
-        assert "[taken as frozen, without Adam state: a, b, c, …]" in verdict.hint
+        assert "[taken as frozen, because they have no Adam state: a, b, c, …]" in verdict.hint
     pairs = poisoned(report, "preconditioner", num_undecided=1, num_pairs=7, undecided=["a", "b"])
-    assert "an exchange would not be seen in 1 of 7 pairs [a, b]]" in CRITERIA["moments_match"](pairs).hint
+    assert "in 1 of 7 pairs an exchange would not be seen [a, b]]" in CRITERIA["moments_match"](pairs).hint

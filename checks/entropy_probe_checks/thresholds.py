@@ -34,205 +34,261 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "figures_recomputed",
                 1e-10,
-                "rounding of sums in another order; 1e-14 measured over 20 kinds of runs",
+                "Sums in another order differ by rounding: 1e-14 was measured over 20 kinds of runs",
             ),
             _limit(
-                "as_stored", 0.0, "sums of the same numbers, to 1e-9 for another order of adding"
+                "as_stored",
+                0.0,
+                "The sums are of the same numbers, and are compared to 1e-9 because the order of adding differs",
             ),
             _limit(
                 "moments_possible",
                 1.01,
-                "Cauchy-Schwarz gives 1; moments that were stored in bfloat16 are off by 0.6 %",
+                "Cauchy-Schwarz gives 1, and moments that were stored in bfloat16 are off by 0.6 %",
             ),
-            _limit("fresh_responses", 5.0, "standard errors of a normal; noise alone: once in 1e6"),
-            _limit("prompts_as_given", 0.0, "the same tokens"),
-            _limit("rewards_again", 0.0, "the same numbers"),
-            _limit("batches_independent", 0.0, "drawn without replacement, or each on its own"),
-            _limit("plain_forward", 1e-3, "nats; 2e-6 measured: float32 against the run's own"),
-            _limit("plain_step", 0.1, "float32 knows the change to a thirtieth where it is asked"),
+            _limit(
+                "fresh_responses",
+                5.0,
+                "The value is in standard errors of a normal distribution: noise alone exceeds the limit once in 1e6",
+            ),
+            _limit("prompts_as_given", 0.0, "The tokens must be the same"),
+            _limit("rewards_again", 0.0, "The numbers must be the same"),
+            _limit(
+                "batches_independent",
+                0.0,
+                "Prompts are drawn without replacement, or each batch is drawn independently",
+            ),
+            _limit(
+                "plain_forward",
+                1e-3,
+                "The limit is in nats: 2e-6 was measured, for float32 against the precision of the run",
+            ),
+            _limit(
+                "plain_step",
+                0.1,
+                "The criterion is asked only where float32 gives the change to a thirtieth",
+            ),
             _limit(
                 "zero_check",
                 0.0,
-                "same numbers through the same kernels in the same order: bit for bit",
+                "The same numbers go through the same kernels in the same order, so the results agree bit for bit",
             ),
             _limit(
                 "drawn_zero_check",
                 0.0,
-                "the same numbers through the same kernels, whatever v: bit for bit",
+                "Whatever v is, the same numbers go through the same kernels, so the results agree bit for bit",
             ),
             _limit(
                 "param_scaling",
                 2.0,
-                "tiny-step test of the precision notes; 1 ± 3e-9 measured in true float64",
+                "The limit is that of the tiny-step test of the precision notes; 1 ± 3e-9 was measured in true float64",
             ),
             _limit(
                 "logit_scaling",
                 3.0,
-                "tiny-step test of the precision notes; 1 ± 3e-4 measured in true float64",
+                "The limit is that of the tiny-step test of the precision notes; 1 ± 3e-4 was measured in true float64",
             ),
             _limit(
                 "logit_slope",
                 0.02,
-                "1 ± 2e-5 measured in true float64; float32 islands give 0.6 to 0.8",
+                "A slope of 1 ± 2e-5 was measured in true float64; a model with parts in float32 gives 0.6 to 0.8",
             ),
-            _limit("delta_h_slope", 0.02, "1 ± 1e-3 measured over 364 runs of six architectures"),
             _limit(
-                "taylor_order", 0.1, "2 ± 0.02 measured; a derivative with another baseline gives 1"
+                "delta_h_slope",
+                0.02,
+                "A slope of 1 ± 1e-3 was measured over 364 runs of six architectures",
+            ),
+            _limit(
+                "taylor_order",
+                0.1,
+                "A slope of 2 ± 0.02 was measured; a derivative with another baseline gives 1",
             ),
             _limit(
                 "change_identity",
                 1e-6,
-                "4e-11 measured in true float64; a derivative off by 1e-3 shows as 1e-5",
+                "4e-11 was measured in true float64; a derivative that is off by 1e-3 gives 1e-5",
             ),
             _limit(
                 "real_update_cosine",
                 1e-8,
-                "1e-9 measured over 54 settings of TRL; another normaliser gives 1e-3, no clipping 1e-2",
+                "1e-9 was measured over 54 settings of TRL; another normaliser gives 1e-3, and missing clipping 1e-2",
             ),
             _limit(
                 "real_update_norm",
                 1e-5,
-                "1e-6 measured over 54 settings of TRL; beyond it, four times what rounding explains",
-            ),
-            _limit("step_resolved", 1.0, "the step itself; 1e-4 to 1e-2 measured in float32"),
-            _limit(
-                "x_coverage", 1.0, "a tensor without a gradient is missing from every dot product"
+                "1e-6 was measured over 54 settings of TRL; four times the rounding is allowed where that is more",
             ),
             _limit(
-                "y_coverage", 1.0, "a tensor without a gradient is missing from every dot product"
+                "step_resolved",
+                1.0,
+                "The limit is the optimizer's own step; 1e-4 to 1e-2 was measured in float32",
+            ),
+            _limit(
+                "x_coverage", 1.0, "A tensor without a gradient is missing from every dot product"
+            ),
+            _limit(
+                "y_coverage", 1.0, "A tensor without a gradient is missing from every dot product"
             ),
             _limit(
                 "preconditioner_complete",
                 0.0,
-                "a tensor without Adam state would silently get P = 1",
+                "A tensor without Adam state would get P = 1 without notice",
             ),
             _limit(
-                "optimizer_as_saved", 0.0, "what the file holds, counted before anything is mapped"
+                "optimizer_as_saved",
+                0.0,
+                "The file's contents are counted before anything is mapped",
             ),
             _limit(
-                "preconditioner_finite", 0.0, "one non-finite entry makes every dot product NaN"
+                "preconditioner_finite",
+                0.0,
+                "One entry that is not finite makes every dot product NaN",
             ),
             _limit(
                 "preconditioner_witness",
                 1e-12,
-                "float64: 1e-15 measured; without bias correction 0.9",
+                "1e-15 was measured in float64; a missing bias correction gives 0.9",
             ),
             _limit(
                 "moments_match",
                 5.0,
-                "healthy: at most 0.3 on text as in training, 3.5 sampled, 6.2 random; exchanged LoRA factors 5 to 16",
+                "Healthy runs gave at most 0.3 on text as in training, 3.5 on sampled and 6.2 on random text; "
+                "exchanged LoRA factors gave 5 to 16",
             ),
-            _limit("buffers_overridden", 0.0, "the default path maps parameters only"),
+            _limit("buffers_overridden", 0.0, "The default path replaces parameters only"),
             _limit(
                 "live_model_unmodified",
                 0.0,
-                "checksum over parameters, buffers, gradients and training mode",
+                "The checksum covers parameters, buffers, gradients and training mode, and must not change",
             ),
             _limit(
                 "gradient_witness",
                 1e-3,
-                "two orders of summation in float32 differ by 1e-6 to 1e-5, a lost or doubled term by 1e-2 and more",
+                "Two orders of summation in float32 differ by 1e-6 to 1e-5, a lost or doubled term by 1e-2 and more",
             ),
             _limit(
                 "projections_agree",
                 1e-5,
-                "float32: 2e-7 measured; an X_k that is off by 1e-3 shows as 1e-5 to 1e-4, a lost or mixed one as 1e-2",
+                "2e-7 was measured in float32; an X_k that is off by 1e-3 gives 1e-5 to 1e-4, a lost or mixed one 1e-2",
             ),
             _limit(
                 "curvature_witness",
                 1e-6,
-                "true float64: at most 3e-10 measured, rounding of the difference; a factor 1.001 shows as 1e-3",
+                "At most 3e-10 was measured in true float64, which is rounding; a factor 1.001 gives 1e-3",
             ),
             _limit(
                 "u_cross_identity",
                 1e-9,
-                "float64 sums of 1e4 terms lose at most 1e-12 of their absolute sum",
+                "Sums of 1e4 terms in float64 lose at most 1e-12 of their absolute sum",
             ),
-            _limit("delta_h1_identity", 1e-9, "float64 sums of the same numbers in another order"),
-            _limit("two_batch_identity", 1e-9, "float64 sums of the same numbers in another order"),
+            _limit(
+                "delta_h1_identity",
+                1e-9,
+                "Both are sums of the same numbers in float64, in another order",
+            ),
+            _limit(
+                "two_batch_identity",
+                1e-9,
+                "Both are sums of the same numbers in float64, in another order",
+            ),
             _limit(
                 "se_formula",
                 1e-9,
-                "the same formula on the report's own row means; float64 rounding only",
+                "The same formula is applied to the report's own row means, so only float64 rounding differs",
             ),
             _limit(
                 "se_identity",
                 1e-9,
-                "se_jackknife/se_plugin = (U−1)/(U−2) exactly; float64 rounding only",
+                "se_jackknife/se_plugin is exactly (U−1)/(U−2), so only float64 rounding remains",
             ),
             _limit(
                 "se_by_prompt",
                 1e-6,
-                "the same number by two formulas; their rounding is that of ΔH over its terms",
+                "Two formulas give the same number, and their rounding is that of ΔH over its terms",
             ),
             _limit(
                 "se_agreement",
                 3.0,
-                "notes: jackknife and plug-in within a factor of 2 to 3 on few units",
+                "The notes ask that jackknife and plug-in agree within a factor of 2 to 3 on few units",
             ),
             _limit(
                 "sampler_parity",
                 1e-3,
-                "measured on the demo: the same model in bf16 3e-5, temperature 0.9 for 1 2e-3, 0.7 for 1 1e-1",
+                "On the demo, the same model in bf16 gives 3e-5; where 1 was asked for, "
+                "temperature 0.9 gives 2e-3 and 0.7 gives 1e-1",
             ),
             _limit(
                 "on_policy",
                 5.0,
-                "standard errors of a normal: a statistic of noise passes it once in 2e6",
+                "The value is in standard errors of a normal distribution: by noise alone, one statistic exceeds it once in 2e6",
             ),
-            _limit("ends_at_eos", 0.0, "a response ends with its first EOS, or at the limit"),
-            _limit("batches_as_given", 0.0, "each batch from where it was asked for"),
-            _limit("seeded", 0.9, "all but one of 16, whose token a rounding may turn"),
             _limit(
-                "gold_complete", 0.0, "a prompt without gold takes no part in the update, unnoticed"
+                "ends_at_eos",
+                0.0,
+                "A response ends with its first EOS token, or at the length limit",
             ),
-            _limit("optimizer_step_cosine", 1e-12, "float64 against float64: 2e-16 measured"),
             _limit(
-                "optimizer_step_norm", 1e-10, "float64 against float64; θ' − θ loses |θ|/|v| ulps"
+                "batches_as_given", 0.0, "Each batch must come from the source that was asked for"
             ),
-            _limit("virtual_step", 0.0, "the same numbers in the same operations"),
+            _limit(
+                "seeded", 0.9, "Of 16 responses, one may differ because rounding changed a token"
+            ),
+            _limit(
+                "gold_complete",
+                0.0,
+                "A prompt without a gold answer would take no part in the update, without notice",
+            ),
+            _limit("optimizer_step_cosine", 1e-12, "Both are in float64; 2e-16 was measured"),
+            _limit(
+                "optimizer_step_norm", 1e-10, "Both are in float64, and θ' − θ loses |θ|/|v| ulps"
+            ),
+            _limit("virtual_step", 0.0, "The same numbers go through the same operations"),
             _limit(
                 "real_step",
                 1e-12,
-                "5e-15 measured at 32 layers in float64; a moment off by 1e-3 shows as 1e-9",
+                "5e-15 was measured at 32 layers in float64; a moment that is off by 1e-3 gives 1e-9",
             ),
             _limit(
                 "sweep_identity",
                 2e-2,
-                "float32, small steps: at most 2e-3 measured; −v for v gives 0.9",
+                "At most 2e-3 was measured at small steps in float32; −v in place of v gives 0.9",
             ),
             _limit(
                 "curvature_identity",
                 2e-2,
-                "float32: at most 2e-3 measured; without 2·D_vR·D_vS 7e-2",
+                "At most 2e-3 was measured in float32; a curvature without the term 2·D_vR·D_vS gives 7e-2",
             ),
             _limit(
-                "prediction", 4.0, "standard errors of a normal; noise alone passes it once in 1e4"
+                "prediction",
+                4.0,
+                "The value is in standard errors of a normal distribution: noise alone exceeds the limit once in 1e4",
             ),
             _limit(
                 "change_estimators_agree",
                 4.0,
-                "standard errors of a normal; noise alone passes it once in 1e4",
+                "The value is in standard errors of a normal distribution: noise alone exceeds the limit once in 1e4",
             ),
-            _limit("slope_identity", 1e-4, "float32: 1e-6 measured"),
-            _limit("zero_step_change", 0.0, "at η = 0 both entropies are the same expression"),
-            _limit("zero_step_ess", 0.0, "at η = 0 every weight is 1"),
+            _limit("slope_identity", 1e-4, "1e-6 was measured in float32"),
+            _limit("zero_step_change", 0.0, "At η = 0 both entropies are the same expression"),
+            _limit("zero_step_ess", 0.0, "At η = 0 every weight is 1"),
         ]
     )
     | {
         "ess": Limit(
-            0.5, "the stricter end of the notes' 0.3 to 0.5", "true_delta_h.min_ess_fraction"
+            0.5,
+            "The notes give 0.3 to 0.5, and this is the stricter end",
+            "true_delta_h.min_ess_fraction",
         ),
         "pareto_k": Limit(
             0.7,
-            "Vehtari et al. 2024: above 0.7 the estimate is unreliable",
+            "Above 0.7 the estimate is unreliable (Vehtari et al. 2024)",
             "true_delta_h.max_pareto_k",
         ),
     }
     | {
         name: Limit(
             None,
-            "rounding: 4·√(depth·length)·eps·max(|log p|, |largest logit|), in the report",
+            "The report gives the bound on rounding: 4·√(depth·length)·eps·max(|log p|, |largest logit|)",
             None,
         )
         for name in (
@@ -245,14 +301,16 @@ LIMITS: dict[str, Limit] = (
     | {
         "cache_agrees": Limit(
             None,
-            "rounding: 40·√(depth·length)·eps·max |logit|, in the report; 4 to 8 measured at most",
+            "The report gives the bound on rounding: 40·√(depth·length)·eps·max |logit|, "
+            "where at most 4 to 8 was measured in place of 40",
             None,
         )
     }
     | {
         "drawn_scaling": Limit(
             None,
-            "0.1 for second order, of which 2e-4 was seen on six architectures, and rounding, in the report",
+            "The report gives the bound: 0.1 for second order, of which 2e-4 was seen on six architectures, "
+            "and rounding",
             None,
         )
     }

@@ -414,7 +414,7 @@ def _criterion(criterion: Criterion) -> str:
         )
     else:
         found = LIMITS[name]
-        value = "" if found.value is None else f"{found.value:g}; "
+        value = "" if found.value is None else f"{found.value:g}. "
         limit = f"{value}{found.source}." + (f" Set it with `{found.key}`." if found.key else "")
     lines = [
         f"### `{name}` {{#{name}}}\n",

@@ -74,7 +74,7 @@ def _one(criterion: Criterion) -> str:
 
 
 def _limit(limit: Limit) -> str:
-    value = "" if limit.value is None else f"{number(limit.value)}: "
+    value = "" if limit.value is None else f"{number(limit.value)}. "
     return f"{value}{limit.source}." + (f" Set it with {limit.key}." if limit.key else "")
 
 

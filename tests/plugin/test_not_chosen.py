@@ -79,7 +79,8 @@ def test_gates_are_inconclusive_and_can_be_let_through(folder: Path) -> None:
     """But for those that no prompt decides."""
     done = run(folder, "-m", "gate", "-v")
     assert done.returncode == 1
-    assert "The prompts are built in, not yours: give --probe-prompts=FILE, or --probe-rollouts=FILE." in done.stdout
+    why = "The prompts are the built-in ones, not yours. Give --probe-prompts=FILE or --probe-rollouts=FILE."
+    assert why in done.stdout
     outcomes = dict(re.findall(r"│ (entropy|reward|finite_moments) .* (\S+) +│", done.stdout))
     assert outcomes == {"entropy": "INCONCLUSIVE", "reward": "INCONCLUSIVE", "finite_moments": "PASS"}
     (folder / "lenient.yaml").write_text(

@@ -31,11 +31,11 @@ _CERTAIN = 5.0
 
 @from_evidence()
 def figures_recomputed(report: ProbeReport) -> Finding:
-    """Largest |reported − computed again| of any figure, over the size of its terms; infinite where a count or a text
-    is another.
+    """The largest |reported − recomputed| of any figure, relative to the size of its terms. It is infinite where a
+    count or a text differs.
 
-    A figure of the report is not what its own evidence (tokens, scores, derivatives, products of gradients) gives by
-    the formulas: a sign, a factor, a standard error, a column or a batch is wrong. Do not believe that figure.
+    A figure of the report is not what the formulas give from its own evidence (tokens, scores, derivatives, products of
+    gradients). A sign, a factor, a standard error, a column or a batch is wrong. Do not believe that figure.
     """
     line = worst(_lines(report))
     return at_most(line.difference, limit_for(report, "figures_recomputed"), detail=f"[{line}]")
@@ -71,11 +71,11 @@ def audited(report: ProbeReport, *fields: str) -> float:
 
 @from_evidence()
 def as_stored(report: ProbeReport) -> Finding:
-    """How many tensors are not what a second reader finds in the files: weights by shape, Σ and Σ²; moments by these,
-    step and hyper-parameters.
+    """The number of tensors that differ from what a second reader finds in the files. Weights are compared by shape, Σ
+    and Σ²; moments by these and by step and hyper-parameters.
 
-    What was measured with is not what the trainer saved: a moment, a weight, a step or a hyper-parameter was changed
-    between the file and the measurement. P, v and all that follows describe another checkpoint.
+    The probe did not measure with what the trainer saved: a moment, a weight, a step or a hyper-parameter was changed
+    between the file and the measurement. P, v and everything that follows from them describe another checkpoint.
     """
     facts, stored = _facts(report), _facts(report)["stored"]
     if isinstance(stored, str):
@@ -200,12 +200,13 @@ def _kind(step: float, hyper: Mapping[str, Any]) -> str:
 
 @from_evidence(needs_second_moment=True)
 def moments_possible(report: ProbeReport) -> Finding:
-    """Largest |exp_avg|/√exp_avg_sq of any entry, over the most that Adam can reach in as many steps:
-    (1−β₁)·√(Σ_{k<t}(β₁²/β₂)^k)/√(1−β₂), by Cauchy and Schwarz.
+    """The largest |exp_avg|/√exp_avg_sq of any entry, relative to the most that Adam can reach in that many steps. By
+    Cauchy and Schwarz this is (1−β₁)·√(Σ_{k<t}(β₁²/β₂)^k)/√(1−β₂).
 
-    No run of Adam with these betas leads to such moments: the two belong to different tensors, one of them is a root or
-    a square of itself, or step or betas are others. v has a wrong size or a wrong sign. Moments in 8 bits may be such:
-    a second moment stays where it is when a step changes it by less than its rounding. They are left out.
+    No run of Adam with these betas leads to such moments. The two belong to different tensors, one of them is a root or
+    a square of itself, or the step or the betas are wrong. v then has a wrong size or a wrong sign. Moments in 8 bits
+    are left out, because a correct run can lead to such ones: a second moment stays where it is when a step changes it
+    by less than its rounding.
     """
     shares = []
     ratios = _arrays(report)["sum.moment_ratio"]
@@ -216,18 +217,18 @@ def moments_possible(report: ProbeReport) -> Finding:
             series = float(steps) if q == 1 else (1 - q**steps) / (1 - q)
             shares.append(float(ratio) / ((1 - beta1) * math.sqrt(series / (1 - beta2))))
     if not shares:
-        return not_applicable("No tensor has a state of Adam's in more than 8 bits.")
+        return not_applicable("No tensor has Adam state in more than 8 bits.")
     return at_most(largest(*shares), limit_for(report, "moments_possible"))
 
 
 @from_evidence()
 def plain_forward(report: ProbeReport) -> Finding:
-    """Largest difference of a token's log p, entropy, features, place among all tokens or Σ_i p_i S_i from those of the
-    folder loaded by transformers and peft alone, one unpadded response at a time: two prompts of each batch, and fresh
-    ones (nats).
+    """The largest difference of a token's log p, entropy, features, place among all tokens or Σ_i p_i S_i from a plain
+    computation, in nats. There, transformers and peft alone load the folder and score one unpadded response at a time.
+    Two prompts of each batch are scored, and fresh ones.
 
-    The model that was measured is not the one in the folder, or its scores are not its own: a weight, a scaling, the
-    temperature, a position or a token is another. Nothing that is measured is about this checkpoint.
+    The measured model is not the one in the folder, or the scores are not its own: a weight, a scaling, the
+    temperature, a position or a token differs. Nothing that is measured is about this checkpoint.
     """
     plain = _facts(report)["plain"]
     if isinstance(plain, str):
@@ -251,11 +252,11 @@ def plain_forward(report: ProbeReport) -> Finding:
 
 @from_evidence(needs_second_moment=True)
 def plain_step(report: ProbeReport) -> Finding:
-    """|ΔS − ΔS of the plain model with ηv written into its parameters| at the largest η of the sweep, the worst
-    response over the largest |ΔS|.
+    """The difference |ΔS − ΔS of the plain model with ηv written into its parameters| at the largest η of the sweep.
+    The worst response is taken, relative to the largest |ΔS|.
 
-    The responses were not scored at θ + ηv: the direction does not reach the parameters, reaches others, or the scores
-    after the step are those of another η. No change of entropy of this report can be believed.
+    The responses were not scored at θ + ηv: the direction does not reach the parameters, it reaches others, or the
+    scores after the step are those of another η. Do not believe any change of entropy in this report.
     """
     plain = _facts(report)["plain"]
     if isinstance(plain, str):
@@ -275,7 +276,7 @@ def plain_step(report: ProbeReport) -> Finding:
     known = limit_for(report, "plain_forward") * tokens  # more is no rounding, and hides nothing
     if most <= 30 * rounding and rounding <= known:
         return unseen(
-            f"rounding hides what the step does: ΔS is at most {most:.1e}, and float32 knows S to {rounding:.1e}"
+            f"Rounding hides the effect of the step: ΔS is at most {most:.1e}, and float32 gives S to {rounding:.1e}."
         )
     value = float(np.abs((moved - own) - (after - before)).max() / most)
     return at_most(value, limit_for(report, "plain_step"))
@@ -283,10 +284,11 @@ def plain_step(report: ProbeReport) -> Finding:
 
 @from_evidence(needs_second_moment=True)
 def fresh_responses(report: ProbeReport) -> Finding:
-    """|Mean of Σ_t(−log p_t − H_t)| of the fresh responses of `fallback: resample`, scored at θ + ηv, in its standard
-    errors over responses: 0 if they were drawn there. The worst η.
+    """The value |mean of Σ_t(−log p_t − H_t)| over the fresh responses of `fallback: resample`, scored at θ + ηv, in
+    standard errors over responses. It is 0, apart from noise, if they were drawn at θ + ηv. The worst η counts.
 
-    The fresh responses were not drawn at θ + ηv: their mean entropy is that of other parameters, and no change.
+    The fresh responses were not drawn at θ + ηv. Their mean entropy is that of other parameters, so its difference from
+    the entropy at θ is not the change by this step.
     """
     arrays, found = _arrays(report), []
     for name in [name for name in arrays if name.startswith("fresh.") and name.endswith(".ids")]:
@@ -298,7 +300,7 @@ def fresh_responses(report: ProbeReport) -> Finding:
         se = float(surprise.std(ddof=1)) / math.sqrt(len(surprise))
         found.append(of_a_normal(in_se(float(surprise.mean()), se), len(surprise) - 1))
     if not found:
-        return not_applicable("No fresh responses were drawn, or all but the same ones.")
+        return not_applicable("No fresh responses were drawn, or nearly all of them are the same.")
     return at_most(largest(*found), limit_for(report, "fresh_responses"))
 
 
@@ -348,11 +350,11 @@ def _row(report: ProbeReport, name: str, place: int) -> np.ndarray:
 
 @from_evidence()
 def prompts_as_given(report: ProbeReport) -> Finding:
-    """Number of prompts, in both batches, whose tokens are not those of their line in the file, or of any question of
-    the split.
+    """The number of prompts, in both batches, whose tokens are not those of their line in the file, or not those of any
+    question of the split.
 
-    Other prompts are measured than were asked for: a token is missing, another split or another file is read, or lines
-    changed places.
+    The probe measures other prompts than you asked for: a token is missing, another split or another file was read, or
+    lines changed places.
     """
     return _of_inputs(
         report,
@@ -364,11 +366,11 @@ def prompts_as_given(report: ProbeReport) -> Finding:
 
 @from_evidence()
 def rewards_again(report: ProbeReport) -> Finding:
-    """Number of responses, of all in a file or of eight prompts of a batch, whose reward is not that of their line, or
-    of the decoded text and the gold answer of their prompt.
+    """The number of responses whose reward is not that of their line, or not that of the decoded text and the gold
+    answer of their prompt. All responses of a file are checked, or those of eight prompts of a batch.
 
-    The advantages, and with them the update, come from other rewards than these responses earn: they belong to other
-    responses or prompts, or to the gold answer of another question.
+    The advantages, and with them the update, come from other rewards than these responses earn. The rewards belong to
+    other responses or prompts, or to the gold answer of another question.
     """
 
     def wrong(which: str, found: Mapping[str, Any]) -> list[str]:
@@ -411,7 +413,8 @@ def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:
     if not known:
         why = next((of for of in inputs.values() if isinstance(of, str)), "")
         return not_applicable(
-            why or "Texts of a file, and rewards behind an entry point, are not read a second time."
+            why
+            or "The probe does not read texts of a file, or rewards behind an entry point, a second time."
         )
     found = [text for which, of in known.items() for text in wrong(which, of)]
     detail = f"[{', '.join(found[:5])}{' …' if len(found) > 5 else ''}]" if found else ""
@@ -420,11 +423,11 @@ def _of_inputs(report: ProbeReport, wrong: Any, name: str, key: str) -> Finding:
 
 @from_evidence()
 def batches_independent(report: ProbeReport) -> Finding:
-    """Number of prompts that E and U share where they were sampled without replacement, and of whole groups of
-    responses that they share otherwise, where they have more than 5 nats.
+    """The number of prompts that E and U share, if prompts were sampled without replacement. Otherwise it is the number
+    of whole groups of responses that they share, where a group has more than 5 nats.
 
-    The update comes from responses on which its effect is measured: the two batches are not independent, and neither
-    δH₁ nor its standard error is that of a step on other data.
+    The update comes from responses on which its effect is measured. The two batches are not independent, so δH₁ and its
+    standard error are not those of a step on other data.
     """
     if report.batch.same_batch:
         return not_applicable("One batch serves as both.")

@@ -21,39 +21,42 @@ from entropy_probe_checks.criteria.verdicts import (
 
 @Criterion
 def entropy(report: ProbeReport) -> Finding:
-    """Entropy of the policy in nats per token on the E batch, Rao-Blackwell.
+    """The entropy of the policy on the E batch, in nats per token, by the Rao-Blackwell estimator.
 
-    The policy has collapsed to few responses, or come apart: it no longer explores, or no longer answers. Go back to an
-    earlier checkpoint, with a smaller learning rate, a larger group or another penalty.
+    The policy has collapsed to few responses and no longer explores, or it has come apart and no longer answers. Go
+    back to an earlier checkpoint, with a smaller learning rate, a larger group or another penalty.
     """
     return _held(report, "entropy")
 
 
 @second_moment
 def predicted_change(report: ProbeReport) -> Finding:
-    """|lr·∇hᵀv|/h: the share of its entropy per token that the policy gains or loses in the next step, to first order.
+    """The ratio |lr·∇hᵀv|/h: the share of its entropy per token that the policy gains or loses in the next step, to
+    first order.
 
     The next step moves the entropy further than you allow. The learning rate is too large for these moments, or the
-    update has turned against the entropy: stop before it is taken.
+    update has turned against the entropy. Stop before this step is taken.
     """
     return _held(report, "predicted_change")
 
 
 @second_moment
 def realised_ratio(report: ProbeReport) -> Finding:
-    """ΔH realised over ΔH predicted at η = lr, per token; 1 where the step is as small as its derivatives assume.
+    """The realised ΔH divided by the predicted ΔH at η = lr, per token. The ratio is 1 where the step is as small as
+    its derivatives assume.
 
-    The step goes where first and second order no longer describe the entropy: a smaller learning rate is needed for any
-    statement about it.
+    The step leaves the range in which first and second order describe the entropy. Nothing can be said about this step
+    before the learning rate is smaller.
     """
     return _held(report, "realised_ratio")
 
 
 @Criterion
 def zero_advantage(report: ProbeReport) -> Finding:
-    """Share of the prompts of the U batch whose responses all have advantage 0, so that they add nothing to the update.
+    """The share of the prompts of the U batch whose responses all have advantage 0. Such prompts add nothing to the
+    update.
 
-    Most prompts are always solved, or never, and the gradient comes from few of them. Choose other prompts, or larger
+    Most prompts are always solved, or never, so the gradient comes from few of them. Choose other prompts, or larger
     groups.
     """
     return _held(report, "zero_advantage")
@@ -61,28 +64,28 @@ def zero_advantage(report: ProbeReport) -> Finding:
 
 @Criterion
 def adam_step(report: ProbeReport) -> Finding:
-    """|step of the optimizer's state − global_step of trainer_state.json|.
+    """The difference |step of the optimizer's state − global_step of trainer_state.json|.
 
-    Moments and weights are of different moments of the run: a file was copied from another checkpoint, or the optimizer
-    was started anew.
+    Moments and weights come from different steps of the run: a file was copied from another checkpoint, or the
+    optimizer was started anew.
     """
     return _held(report, "adam_step")
 
 
 @second_moment
 def finite_moments(report: ProbeReport) -> Finding:
-    """Entries of the preconditioner 1/(√v̂+ε) that are not finite.
+    """The number of entries of the preconditioner 1/(√v̂+ε) that are not finite.
 
-    The optimizer's second moments have overflowed, and its next step writes NaN into the weights.
+    The optimizer's second moments have overflowed. Its next step writes NaN into the weights.
     """
     return _held(report, "finite_moments")
 
 
 @Criterion
 def reward(report: ProbeReport) -> Finding:
-    """Mean reward of the responses of the E batch.
+    """The mean reward of the responses of the E batch.
 
-    The policy earns less than you allow: it forgot the task or its format, or the reward is no longer computed.
+    The policy earns less than you allow. It forgot the task or its format, or the reward is no longer computed.
     """
     return _held(report, "reward")
 
@@ -106,7 +109,7 @@ def _predicted_change(report: ProbeReport) -> Estimate | Finding:
 def share_of_entropy(change: float, se: float, size: Estimate) -> Estimate | Finding:
     """|change|/h of a change per token, with the bound on its standard error."""
     if size.value == 0:
-        return inconclusive("The entropy is 0: it has no relative change.")
+        return inconclusive("The entropy is 0, so it has no relative change.")
     share = abs(change) / size.value
     return Estimate(value=share, se=(se + share * size.se) / size.value)
 
@@ -116,7 +119,7 @@ def _realised_ratio(report: ProbeReport) -> Estimate | Finding:
     if report.no_second_moment is not None:
         return not_applicable(report.no_second_moment)
     if step is None:
-        return inconclusive("The report has no change at η = lr.")
+        return inconclusive("The report has no ΔH at η = lr.")
     return ratio_of_changes(step)
 
 
@@ -125,11 +128,13 @@ def ratio_of_changes(step: EntropyChangeRow) -> Estimate | Finding:
     found."""
     of = step.per_token
     if of.predicted is None or of.predicted_se is None or of.difference_se is None:
-        return not_applicable("top_p < 1: nothing is predicted about π restricted to the nucleus.")
+        return not_applicable(
+            "With top_p < 1, nothing is predicted about π restricted to the nucleus."
+        )
     if not step.reliable or of.ratio is None:
         return inconclusive(
-            f"The change at η = lr is not reliable: ESS/N {step.unclipped_ess_fraction:.2g}. "
-            "Give more responses, or true_delta_h.fallback: resample."
+            f"The change at η = lr is not reliable: ESS/N is {step.unclipped_ess_fraction:.2g}. "
+            "Give more responses, or set true_delta_h.fallback: resample."
         )
     se = (of.difference_se + abs(1 - of.ratio) * of.predicted_se) / abs(of.predicted)
     return Estimate(value=of.ratio, se=se)
@@ -151,7 +156,7 @@ def _adam_step(report: ProbeReport) -> Estimate | Finding:
         return not_applicable("The checkpoint has no trainer_state.json with a global_step.")
     if step is None:
         return not_applicable(
-            f"The optimizer is {report.checkpoint.optimizer.type}: its state has no step."
+            f"The optimizer is {report.checkpoint.optimizer.type}, whose state has no step."
         )
     return Estimate(value=float(abs(step - saved)), se=0.0)
 
@@ -202,7 +207,7 @@ def _held(report: ProbeReport, name: str) -> Finding:
     """The bound that is missed by most, or met by least."""
     bounds = bounds_of(report.config["limits"]).get(name)
     if bounds is None:
-        return not_applicable(f"Off: no bound under limits.{name}.")
+        return not_applicable(f"The gate is off: there is no bound under limits.{name}.")
     if (why := _not_the_users(report, name)) is not None:
         return inconclusive(why)
     found = _QUANTITIES[name](report)
@@ -211,7 +216,9 @@ def _held(report: ProbeReport, name: str) -> Finding:
     before = report.baseline.quantities.get(name) if report.baseline is not None else None
     of_before = "" if report.baseline is None else report.baseline.not_chosen
     if before is not None and of_before and set(bounds) & set(OF_A_BASELINE):
-        return inconclusive(f"The baseline is {of_before}: take a report on your own as baseline.")
+        return inconclusive(
+            f"The baseline is {of_before}. Use a report on your own prompts and reward as baseline."
+        )
     return held_against(name, found, before, bounds)
 
 
@@ -222,10 +229,10 @@ def held_against(
     met by least."""
     if before is None and set(bounds) & set(OF_A_BASELINE):
         return inconclusive(
-            f"The baseline has no {name}: take a report of a longer batch as baseline."
+            f"The baseline has no {name}. Use a report of a larger batch as baseline."
         )
     if math.isinf(found.se) or (before is not None and math.isinf(before.se)):
-        return inconclusive(f"The standard error of {name} is infinite.")
+        return inconclusive(f"The standard error of {name} is infinite. Give more prompts.")
     worst = max(
         _each(found, before, bounds),
         key=lambda held: math.inf if math.isnan(held.beyond) else held.beyond,
@@ -241,9 +248,9 @@ def _not_the_users(report: ProbeReport, name: str) -> str | None:
     if name in COUNTS:
         return None
     if report.batch.prompts_are_builtin or report.update_batch.prompts_are_builtin:
-        return "The prompts are built in, not yours: give --probe-prompts=FILE, or --probe-rollouts=FILE."
+        return "The prompts are the built-in ones, not yours. Give --probe-prompts=FILE or --probe-rollouts=FILE."
     if name != "entropy" and "stand_in" in (report.batch.reward, report.update_batch.reward):
-        return "The reward is a stand-in, not yours: name it under batch.reward, or give rollouts."
+        return "The reward is a stand-in, not yours. Name your reward under batch.reward, or give rollouts."
     return None
 
 

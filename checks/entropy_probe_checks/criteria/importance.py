@@ -21,7 +21,7 @@ from entropy_probe_checks.criteria.verdicts import (
 )
 from entropy_probe_checks.thresholds import limit_for
 
-_RESTRICTED = "top_p < 1: the weights are π/q, which differ from 1 at η = 0."
+_RESTRICTED = "With top_p < 1 the weights are π/q, which differ from 1 at η = 0."
 
 
 def _row(report: ProbeReport, eta: float) -> Any:
@@ -33,10 +33,10 @@ def _row(report: ProbeReport, eta: float) -> Any:
 
 @Criterion
 def zero_step_change(report: ProbeReport) -> Finding:
-    """Largest |ΔĤ| at η = 0, by every estimator, per response and per token.
+    """The largest |ΔĤ| at η = 0, over all estimators, per response and per token.
 
-    A step of zero changes the entropy: scores at θ and at θ+ηv do not come from one forward function, or the scores at
-    θ are stale.
+    A step of length zero changes the entropy. Either the scores at θ and at θ+ηv do not come from one forward function,
+    or the scores at θ are stale.
     """
     row = _row(report, 0.0)
     names = ("", "_rb", "_pd", "_per_token", "_per_token_naive", "_per_token_pd")
@@ -49,9 +49,10 @@ def zero_step_change(report: ProbeReport) -> Finding:
 
 @Criterion
 def zero_step_ess(report: ProbeReport) -> Finding:
-    """|N − ESS| at η = 0.
+    """The difference |N − ESS| at η = 0, where N is the number of responses and ESS the effective sample size.
 
-    Weights are not all 1 at η = 0: log-weights are not S(θ⁺) − log q of the same tokens.
+    Every importance weight must be 1 at η = 0, and some are not. The log-weights are not S(θ⁺) − log q of the same
+    tokens.
     """
     row = _row(report, 0.0)
     if row.restricted:
@@ -62,10 +63,11 @@ def zero_step_ess(report: ProbeReport) -> Finding:
 
 @Criterion
 def se_by_prompt(report: ProbeReport) -> Finding:
-    """Largest relative difference between a standard error, of H and of every ΔH, and sd/√B of what each prompt adds.
+    """The largest relative difference between a standard error and sd/√B, where sd is taken over what each of the B
+    prompts adds. The standard errors of H and of every ΔH are compared.
 
-    A standard error is not that of a mean over prompts: responses of one prompt are taken for independent, or √B is
-    missing. Every comparison in standard errors is then wrong by as much.
+    A standard error is not that of a mean over prompts: the responses of one prompt are taken for independent, or √B is
+    missing. Every comparison in standard errors is then wrong by the same factor.
     """
     pairs = [(report.entropy.rb.se, report.entropy.rb_by_prompt)]
     for row in report.entropy_change:
@@ -81,16 +83,19 @@ def se_by_prompt(report: ProbeReport) -> Finding:
 
 @second_moment
 def ess(report: ProbeReport) -> Finding:
-    """ESS/N at η = lr, the step that the optimizer would take; of the weights before any clipping.
+    """The ratio ESS/N at η = lr, the step that the optimizer would take. ESS is the effective sample size of the
+    weights before any clipping, and N the number of responses.
 
-    Few responses carry the weight: θ+ηv is too far for these samples, and ΔH there is not measured. Sample more
-    responses, or look at smaller steps (first_order.lr, true_delta_h.etas).
+    A few responses carry most of the weight: θ+ηv is too far away for these samples, so ΔH at this step is not
+    measured. Sample more responses, or look at smaller steps (first_order.lr, true_delta_h.etas).
     """
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
     if row.method != "snis":
         return not_applicable(
-            f"ΔH there comes from the fallback `{row.method}`.", row.unclipped_ess_fraction, limit
+            f"ΔH at η = lr comes from the fallback `{row.method}`.",
+            row.unclipped_ess_fraction,
+            limit,
         )
     least = -largest(-row.ess_fraction, -row.unclipped_ess_fraction)
     return at_least(least, limit, otherwise="inconclusive")
@@ -98,20 +103,20 @@ def ess(report: ProbeReport) -> Finding:
 
 @second_moment
 def pareto_k(report: ProbeReport) -> Finding:
-    """k-hat, the tail shape of the largest importance weights at η = lr.
+    """The shape k-hat of the tail of the largest importance weights, at η = lr.
 
-    The tail is so heavy that the weights' mean may not exist: ΔH at η = lr is not to be believed. Sample more
-    responses, or look at smaller steps.
+    The tail is so heavy that the mean of the weights may not exist. Do not believe ΔH at η = lr. Sample more responses,
+    or look at smaller steps.
     """
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
     if row.method == "resample":
-        return not_applicable("ΔH there comes from fresh responses.", row.pareto_k, limit)
+        return not_applicable("ΔH at η = lr comes from fresh responses.", row.pareto_k, limit)
     if row.pareto_k is None:
         size = report.batch.total_responses
         reason = (
-            f"k-hat means something only for N ≥ 64 and ESS/N < 0.95, and where the largest weights differ: N is {size}"
-            f", ESS/N is {row.unclipped_ess_fraction:.3f}."
+            f"k-hat is meaningful only for N ≥ 64, ESS/N < 0.95 and largest weights that differ. Here N is {size} "
+            f"and ESS/N is {row.unclipped_ess_fraction:.3f}."
         )
         return not_applicable(reason, None, limit)
     return at_most(row.pareto_k, limit, otherwise="inconclusive")

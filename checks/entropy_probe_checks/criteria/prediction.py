@@ -33,10 +33,11 @@ _ROUNDING = {"float32": 1e-6, "float64": 1e-14}
 
 @second_moment
 def optimizer_step_cosine(report: ProbeReport) -> Finding:
-    """1 − cosine between v and a step of torch's own optimizer in float64, worst over the whole and every parameter.
+    """The value 1 − cosine between v and a step of torch's own optimizer in float64. It is computed for the whole and
+    for every parameter, and the worst counts.
 
-    v is not the direction of the optimizer's next step: a moment, a bias correction, a decay or a sign is wrong.
-    Predicted and realised changes are then those of another update.
+    v is not the direction of the optimizer's next step: a moment, a bias correction, the weight decay or a sign is
+    wrong. Predicted and realised changes are then those of another update.
     """
     cosine = needed(report.update).cosine_with_optimizer_step
     if cosine is None:
@@ -48,9 +49,11 @@ def optimizer_step_cosine(report: ProbeReport) -> Finding:
 
 @second_moment
 def optimizer_step_norm(report: ProbeReport) -> Finding:
-    """|‖v‖/‖step‖ − 1| against a step of torch's own optimizer in float64, worst over the whole and every parameter.
+    """The value |‖v‖/‖step‖ − 1| for a step of torch's own optimizer in float64. It is computed for the whole and for
+    every parameter, and the worst counts.
 
-    v is as long as another step: a bias correction, epsilon or a learning rate of a group is wrong.
+    v does not have the length of the optimizer's step: a bias correction, epsilon or the learning rate of a group is
+    wrong.
     """
     ratio = needed(report.update).norm_ratio_with_optimizer_step
     if ratio is None:
@@ -60,10 +63,11 @@ def optimizer_step_norm(report: ProbeReport) -> Finding:
 
 @part("curvature witness", needs_second_moment=True)
 def curvature_witness(report: ProbeReport) -> Finding:
-    """Difference between D²_v by central differences and by reverse mode twice, on two prompts, relative to its terms.
+    """The difference between two computations of the curvature D²_v, relative to its terms, on two prompts. One uses
+    central differences, the other uses reverse mode twice.
 
-    The curvature along v, and with it η* and the second-order prediction, is not the second derivative of the entropy:
-    the step of the difference is wrong for this model, or one of its derivatives is.
+    The curvature along v is not the second derivative of the entropy. The second-order prediction and η* are then wrong
+    too. Either the step of the difference is wrong for this model, or one of the model's derivatives is.
     """
     value = (report.witness or {}).get("curvature")
     if value is None:
@@ -73,9 +77,11 @@ def curvature_witness(report: ProbeReport) -> Finding:
 
 @part("real step", needs_second_moment=True)
 def virtual_step(report: ProbeReport) -> Finding:
-    """|ΔH after θ + lr·v is written into a copy − ΔH by functional override|, and whether the copy was put back.
+    """The difference |ΔH after θ + lr·v is written into a copy − ΔH by functional override|. The criterion also asks
+    whether the copy was put back.
 
-    The functional path does not evaluate the model at θ + lr·v: a tensor is not replaced, or replaced twice (tied).
+    The functional path does not evaluate the model at θ + lr·v: a tensor is not replaced, or a tied tensor is replaced
+    twice.
     """
     step, limit = report.real_step, limit_for(report, "virtual_step")
     if step is None:
@@ -87,10 +93,11 @@ def virtual_step(report: ProbeReport) -> Finding:
 
 @part("real step", needs_second_moment=True)
 def real_step(report: ProbeReport) -> Finding:
-    """Largest relative difference in S and ΔH between θ + lr·v and a copy after one step of torch's own optimizer.
+    """The largest relative difference in S and ΔH between two models: one at θ + lr·v, and a copy after one step of
+    torch's own optimizer. S is the log-probability of a response.
 
-    The step that is measured is not the one that the optimizer takes: a learning rate of a group, clipping, a moment or
-    the decay is wrong.
+    The measured step is not the one that the optimizer takes: the learning rate of a group, clipping, a moment or the
+    weight decay is wrong.
     """
     step = report.real_step
     if step is None:
@@ -100,10 +107,12 @@ def real_step(report: ProbeReport) -> Finding:
 
 @second_moment
 def real_update_cosine(report: ProbeReport) -> Finding:
-    """1 − cosine of v with (θ′ − θ)/lr of the trainer's own next step, or of the gradients where that is larger.
+    """The value 1 − cosine between v and (θ′ − θ)/lr of the trainer's own next step. The same is computed for the
+    gradients, and the larger value counts.
 
-    On the trainer's own batch the probe makes another update than the trainer made: the recipe, a mask, the reference
-    model or a moment is not the run's. `recipe` in the report says which settings were taken, and from where.
+    On the trainer's own batch, the probe makes another update than the trainer made: the recipe, a mask, the reference
+    model or a moment is not the run's. The section `recipe` of the report says which settings were taken, and from
+    where.
     """
     return _of_real(
         report,
@@ -115,10 +124,11 @@ def real_update_cosine(report: ProbeReport) -> Finding:
 
 @second_moment
 def real_update_norm(report: ProbeReport) -> Finding:
-    """|‖v‖/‖(θ′ − θ)/lr‖ − 1| of the trainer's own next step, or of the gradients where that is larger.
+    """The value |‖v‖/‖(θ′ − θ)/lr‖ − 1| for the trainer's own next step. The same is computed for the gradients, and
+    the larger value counts.
 
-    The direction may be right and its size is not: the normaliser of the loss, clipping, a coefficient or the learning
-    rate differs from the run's.
+    The size of the update is wrong, even if its direction is right: the normaliser of the loss, clipping, a coefficient
+    or the learning rate differs from the run's.
     """
     return _of_real(
         report,
@@ -134,11 +144,11 @@ def _not_the_same(report: ProbeReport) -> str:
     if real is None:
         return report.real_update_missing or "There is no next checkpoint."
     if not real.own_batch:
-        return "U is another batch than the trainer's: give the captured one to --probe-update-rollouts."
+        return "The U batch is not the trainer's own: give the captured one to --probe-update-rollouts."
     if real.steps_between > 1:
         return f"{real.steps_between} steps lie between the two checkpoints."
     if recipe.not_reproduced:
-        return f"The recipe lacks: {'; '.join(recipe.not_reproduced)}."
+        return f"The recipe does not reproduce: {'; '.join(recipe.not_reproduced)}."
     return ""
 
 
@@ -155,22 +165,25 @@ def _of_real(
     pairs = zip(of_v_and_gradient(real), (real.rounding, real.gradient_rounding), strict=True)
     found = [off_and_rounding(value, by) for value, by in pairs if value is not None]
     if any(4 * rounding > 0.1 for _, rounding in found):
-        return inconclusive("The checkpoints are stored too coarsely to tell a step.", None, limit)
+        return inconclusive(
+            "The checkpoints are stored in too few bits to show a step.", None, limit
+        )
     return at_most(largest(*(off / max(1.0, 4 * by / limit) for off, by in found)), limit)
 
 
 @second_moment
 def prediction(report: ProbeReport) -> Finding:
-    """Largest |ΔH realised − predicted| in standard errors of that difference, of a normal, over the η in range.
+    """The largest |ΔH realised − predicted| over the η in range, in standard errors of that difference. It is given as
+    the equally rare number of standard errors of a normal distribution.
 
     The entropy does not change as slope and curvature say: v, the slope or the weights are wrong, or the responses are
-    not from this policy. Where the same responses serve both batches, the realised change holds what the update fitted
-    in them and the cross-fitted prediction does not: use two.
+    not from this policy. If the same responses serve both batches, use two batches. The realised change then contains
+    what the update fitted in these responses, and the cross-fitted prediction does not.
     """
     rows = [row for row in report.entropy_change if row.eta != 0 and row.predicted is not None]
     if not rows:
         return not_applicable(
-            "top_p < 1: the slope of π predicts nothing about π restricted to the nucleus."
+            "With top_p < 1, the slope of π predicts nothing about π restricted to the nucleus."
         )
     in_range, limit = [row for row in rows if row.in_range], limit_for(report, "prediction")
     if not in_range:
@@ -180,7 +193,9 @@ def prediction(report: ProbeReport) -> Finding:
     if not judged:
         dtype = report.config["precision"]["func_override"]["dtype"]
         return inconclusive(
-            f"No η in range is resolved in {dtype}: measure in float64 (precision).", None, limit
+            f"Rounding in {dtype} hides ΔH at every η in range. Measure in float64 (precision).",
+            None,
+            limit,
         )
     worst = largest(*(in_se(_unexplained(report, row), row.difference_se) for row in judged))
     found, seen = of_a_normal(worst, report.batch.num_prompts - 1), report.entropy.surprises
@@ -216,9 +231,10 @@ def _beyond(value: float, explained: float) -> float:
 
 @second_moment
 def change_estimators_agree(report: ProbeReport) -> Finding:
-    """Largest |ΔH by the performance difference − by importance sampling| in SE of that difference, of a normal.
+    """The largest difference between ΔH by the performance difference and ΔH by importance sampling, in standard errors
+    of that difference. It is given as the equally rare number of standard errors of a normal distribution.
 
-    Two estimates of one change on the same responses differ by more than noise: a weight, a prefix, a baseline or the
+    Two estimates of one change on the same responses differ by more than noise. A weight, a prefix, a baseline or the
     entropies at θ+ηv are wrong in one of them.
     """
     limit = limit_for(report, "change_estimators_agree")
@@ -229,14 +245,14 @@ def change_estimators_agree(report: ProbeReport) -> Finding:
     found = []
     for row in report.entropy_change:
         if row.delta_h_pd is None or row.delta_h_pd_by_prompt is None:
-            return not_applicable("top_p < 1: the performance difference is that of π.")
+            return not_applicable("With top_p < 1, the performance difference is still that of π.")
         if row.eta != 0 and row.plain and row.reliable and low <= abs(row.eta) <= high:
             pairs = zip(row.delta_h_pd_by_prompt, row.delta_h_rb_by_prompt, strict=True)
             terms = [one - other for one, other in pairs]
             off = _beyond(row.delta_h_pd - row.delta_h_rb, rounding)
             found.append(in_se(off, math.sqrt(variance(terms) / len(terms))))
     if not found:
-        return inconclusive("No η is reliable and resolved.", None, limit)
+        return inconclusive("At no η is ΔH both reliable and resolved.", None, limit)
     worst, seen = (
         of_a_normal(largest(*found), report.batch.num_prompts - 1),
         report.entropy.surprises,
@@ -249,17 +265,18 @@ def change_estimators_agree(report: ProbeReport) -> Finding:
 def _too_few(report: ProbeReport) -> str:
     batch = report.batch
     return (
-        f"{report.entropy.surprises} of {batch.num_tokens} tokens were less likely than not: of all but one response, "
-        "no standard error holds. Give more of them."
+        f"Only {report.entropy.surprises} of {batch.num_tokens} tokens had a probability below 1/2. "
+        "So few give no valid standard error. Give more responses."
     )
 
 
 @second_moment
 def sweep_identity(report: ProbeReport) -> Finding:
-    """|[ΔH(η) − ΔH(−η)]/2η − the derivative of this estimator on these responses|, relative to its terms; the best ±η.
+    """The difference |[ΔH(η) − ΔH(−η)]/2η − the derivative of this estimator on these responses|, relative to its
+    terms, at the best ±η.
 
-    The realised changes are not measured at θ + ηv: another direction, sign or length of the step, other responses or
-    other weights than those of the slope. There is no sampling noise in this difference.
+    The realised changes are not measured at θ + ηv. The direction, the sign or the length of the step, the responses or
+    the weights differ from those of the slope. Sampling noise is not the cause, because this difference contains none.
     """
     limit, update = limit_for(report, "sweep_identity"), needed(report.update)
     if report.config["generation"]["top_p"] < 1.0:
@@ -282,16 +299,17 @@ def sweep_identity(report: ProbeReport) -> Finding:
         for eta, (up, down) in pairs.items()
     }
     noise = {eta: relative(rounding / eta + of_slope, size) for eta in found}
-    missing = "No ±η is reliable and resolved: give both signs, or `auto`, in true_delta_h.etas."
+    missing = "At no pair ±η is ΔH both reliable and resolved. Give both signs, or `auto`, in true_delta_h.etas."
     return _at_agreeing_steps(found, noise, limit, missing, alone=len(pairs) == 1)
 
 
 @second_moment
 def curvature_identity(report: ProbeReport) -> Finding:
-    """|[ΔH(η) + ΔH(−η)]/η² − the second derivative of this estimator, from the curvature|, over its terms; the best ±η.
+    """The difference between [ΔH(η) + ΔH(−η)]/η² and the second derivative of this estimator, which follows from the
+    curvature. It is relative to its terms, at the best ±η.
 
-    The curvature is not the second derivative of what is measured: a term of it is missing or has a wrong factor.
-    Second-order prediction and η* are wrong with it.
+    The curvature is not the second derivative of the measured change: one of its terms is missing or has a wrong
+    factor. The second-order prediction and η* are then wrong too.
     """
     limit, update = limit_for(report, "curvature_identity"), needed(report.update)
     if report.config["generation"]["top_p"] < 1.0:
@@ -314,7 +332,7 @@ def curvature_identity(report: ProbeReport) -> Finding:
         for eta, (up, down) in pairs.items()
         if eta**2 * size * limit > rounding
     }
-    missing = "At every ±η second order is lost in rounding."
+    missing = "At every ±η rounding hides the second order."
     return _at_agreeing_steps(found, {}, limit, missing, alone=len(pairs) == 1)
 
 
@@ -366,7 +384,7 @@ def _at_agreeing_steps(
 
     value = best(etas)
     if value > limit and not agreeing and not alone:
-        return unseen("ΔH at ±η is not smooth: no two steps give the same difference.")
+        return unseen("ΔH is not smooth in η: no two steps give the same difference.")
     return at_most(best(agreeing) if agreeing and not math.isnan(value) else value, limit)
 
 
@@ -399,19 +417,20 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
     """What to do where no η is in range: the nearest ones are too far for the weights, or for second order."""
     nearest = min(abs(row.eta) for row in rows)
     if any(row.reliable for row in rows if abs(row.eta) == nearest):
-        return f"Second order does not reach to η = {nearest:.2g}: give smaller true_delta_h.etas, or `auto`."
+        return f"Second order does not describe ΔH at η = {nearest:.2g}. Give smaller true_delta_h.etas, or `auto`."
     return (
-        f"The importance weights at η = {nearest:.2g} are not to be believed: give smaller true_delta_h.etas or "
+        f"The importance weights at η = {nearest:.2g} cannot be believed. Give smaller true_delta_h.etas or "
         "first_order.lr, more responses, or a fallback."
     )
 
 
 @second_moment
 def slope_identity(report: ProbeReport) -> Finding:
-    """|−X̄ᵀv − mean of the slope's own terms| relative to the terms of −X̄ᵀv and their rounding: gradients against JVPs,
-    own weights each; the larger of that per response and that per token.
+    """The difference |−X̄ᵀv − mean of the slope's own terms|, relative to the terms of −X̄ᵀv and their rounding. X̄ᵀv
+    comes from gradients and the slope from JVPs, each with its own weights. Of the difference per response and that per
+    token, the larger counts.
 
-    The slope along v is not that of the gradients: a baseline, a term or a weight differs between the two.
+    The slope along v is not the one that the gradients give: a baseline, a term or a weight differs between the two.
     """
     update, first = needed(report.update), report.config["first_order"]
     name = "naive" if first["estimator"] == "naive" else f"rb_{update.baseline}"

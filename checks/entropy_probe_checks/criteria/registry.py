@@ -20,8 +20,8 @@ def _coverage(report: ProbeReport, value: float, limit: float, all_equal: str) -
     registry = report.registry
     if value == 0.0 < limit:
         return inconclusive(
-            f"The gradient is zero everywhere: within every prompt all responses have the same {all_equal}. "
-            "Give more prompts, or others.",
+            f"The gradient is zero everywhere, because all responses of a prompt have the same {all_equal}. "
+            "Give more prompts, or other prompts.",
             value,
             limit,
         )
@@ -29,7 +29,9 @@ def _coverage(report: ProbeReport, value: float, limit: float, all_equal: str) -
     if value < limit and not unexplained and registry.explained:
         name, reason = next(iter(registry.explained.items()))
         return not_applicable(f"{name}: {reason}", value, limit)
-    frozen = f"[taken as frozen, without Adam state: {_some(registry.taken_as_frozen)[1:]}"
+    frozen = (
+        f"[taken as frozen, because they have no Adam state: {_some(registry.taken_as_frozen)[1:]}"
+    )
     return at_least(
         value, limit, detail=_some(unexplained) or (frozen if registry.taken_as_frozen else "")
     )
@@ -41,10 +43,11 @@ def _some(names: list[str]) -> str:
 
 @Criterion
 def x_coverage(report: ProbeReport) -> Finding:
-    """Share of trainable tensors with a non-zero gradient in X, the entropy gradient.
+    """The share of trainable tensors that have a non-zero gradient in X, the gradient of the entropy.
 
-    The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
-    what is unused, or find where the graph is cut.
+    Some trainable tensors get no gradient: the forward pass does not use them, or a part of the graph is detached. They
+    are missing from every dot product. Freeze the tensors that the model does not use, or find the place where the
+    graph is cut.
     """
     return _coverage(
         report, report.registry.x_coverage, limit_for(report, "x_coverage"), "log-probability"
@@ -53,20 +56,21 @@ def x_coverage(report: ProbeReport) -> Finding:
 
 @Criterion
 def y_coverage(report: ProbeReport) -> Finding:
-    """Share of trainable tensors with a non-zero gradient in Y, the policy gradient.
+    """The share of trainable tensors that have a non-zero gradient in Y, the policy gradient.
 
-    The forward does not use these tensors, or a part of it is detached: they are missing from every dot product. Freeze
-    what is unused, or find where the graph is cut.
+    Some trainable tensors get no gradient: the forward pass does not use them, or a part of the graph is detached. They
+    are missing from every dot product. Freeze the tensors that the model does not use, or find the place where the
+    graph is cut.
     """
     return _coverage(report, report.registry.y_coverage, limit_for(report, "y_coverage"), "reward")
 
 
 @second_moment
 def preconditioner_complete(report: ProbeReport) -> Finding:
-    """Number of trainable tensors without Adam state.
+    """The number of trainable tensors that have no Adam state.
 
-    P is 1 for these tensors, so δH₁ is not that of Adam's step. Save the checkpoint after a step in which every
-    parameter took part.
+    No Adam state was found for these tensors. The probe sets P = 1 for them, so δH₁ is not that of Adam's step. Save
+    the checkpoint after a step in which every parameter took part.
     """
     missing = needed(report.preconditioner).missing
     chosen = report.config["first_order"]["missing_state"] == "identity"
@@ -80,10 +84,11 @@ def preconditioner_complete(report: ProbeReport) -> Finding:
 
 @second_moment
 def optimizer_as_saved(report: ProbeReport) -> Finding:
-    """Number of tensors whose Adam state was read with other hyper-parameters than the file has, or not at all.
+    """The number of tensors whose Adam state was not read, or was read with hyper-parameters that differ from those in
+    the file.
 
-    State in the file was not mapped to a parameter, or a group's learning rate, β, ε or decay was not taken: P and v
-    are those of another optimizer.
+    The probe did not read the optimizer as it was saved. Some state in the file was not mapped to a parameter, or a
+    group's learning rate, β, ε or weight decay was not read. P and v are then those of another optimizer.
     """
     saved, read = report.checkpoint.optimizer.saved, report.checkpoint.optimizer.read
     off = {key: abs(saved.get(key, 0) - read.get(key, 0)) for key in {*saved, *read}}
@@ -97,9 +102,9 @@ def optimizer_as_saved(report: ProbeReport) -> Finding:
 
 @second_moment
 def preconditioner_finite(report: ProbeReport) -> Finding:
-    """Number of entries of P = 1/(√v̂ + ε) that are NaN or infinite.
+    """The number of entries of P = 1/(√v̂ + ε) that are NaN or infinite.
 
-    ε is 0 and some second moments are 0, or the moments overflowed: every dot product is NaN.
+    Either ε is 0 and some second moments are 0, or the moments have overflowed. Every dot product is then NaN.
     """
     return at_most(
         float(needed(report.preconditioner).num_nonfinite),
@@ -109,10 +114,11 @@ def preconditioner_finite(report: ProbeReport) -> Finding:
 
 @second_moment
 def preconditioner_witness(report: ProbeReport) -> Finding:
-    """Largest relative difference between P and what torch's own Adam divides a vanishing gradient by, in float64.
+    """The largest relative difference between P and the same factor from torch's own Adam, in float64. Torch's factor
+    is found by giving its Adam a vanishing gradient.
 
-    P is not 1/(√v̂ + ε): the bias correction, ε, the running maximum of AMSGrad or a group's learning rate is wrong, and
-    U_cross and δH₁ with it.
+    P is not 1/(√v̂ + ε): the bias correction, ε, the running maximum of AMSGrad or the learning rate of a group is
+    wrong. U_cross and δH₁ are then wrong too.
     """
     value = needed(report.preconditioner).difference_from_torch
     if value is None:
@@ -122,24 +128,28 @@ def preconditioner_witness(report: ProbeReport) -> Finding:
 
 @second_moment
 def moments_match(report: ProbeReport) -> Finding:
-    """Evidence that two tensors of one shape hold each other's second moments, in standard errors; the largest.
+    """The evidence that two tensors of one shape hold each other's second moments, in standard errors. The pair with
+    the largest evidence counts.
 
-    Gradients of this batch look like another tensor's exp_avg_sq: optimizer state was mapped to parameters in another
-    order, and P, v, U_cross and δH₁ are wrong. Save the optimizer with names, or from parameters in the model's order.
+    The gradients of this batch look like the exp_avg_sq of another tensor. This happens when optimizer state is mapped
+    to the parameters in another order; P, v, U_cross and δH₁ are then wrong. Save the optimizer with parameter names,
+    or from parameters in the order of the model.
     """
     p = needed(report.preconditioner)
     if p.exchanged is None or p.exchanged_pair is None:
-        return not_applicable("No two tensors of one shape have second moments and a gradient.")
-    unseen = f"an exchange would not be seen in {p.num_undecided} of {p.num_pairs} pairs {_some(p.undecided)}"
+        return not_applicable(
+            "No two tensors of one shape both have second moments and a gradient."
+        )
+    unseen = f"in {p.num_undecided} of {p.num_pairs} pairs an exchange would not be seen {_some(p.undecided)}"
     detail = f"[{' and '.join(p.exchanged_pair)}; {unseen.strip()}]"
     return at_most(p.exchanged, limit_for(report, "moments_match"), detail=detail)
 
 
 @Criterion
 def buffers_overridden(report: ProbeReport) -> Finding:
-    """Number of buffers that a mapping of the default path replaced.
+    """The number of buffers that the functional call replaced. By default it replaces parameters only.
 
-    θ + ηv was evaluated with buffers of its own: it differs from θ by more than ηv. Map parameters only.
+    θ + ηv was evaluated with buffers of its own, so it differs from θ by more than ηv. Map parameters only.
     """
     names = report.integrity.buffers_overridden
     return at_most(float(len(names)), limit_for(report, "buffers_overridden"), detail=_some(names))
@@ -147,10 +157,11 @@ def buffers_overridden(report: ProbeReport) -> Finding:
 
 @Criterion
 def live_model_unmodified(report: ProbeReport) -> Finding:
-    """Number of modules whose checksum changed during the run: the live model, and the probe's own copies of it.
+    """The number of modules whose checksum changed during the run. The live model and the probe's own copies of it are
+    counted.
 
-    A parameter, buffer, gradient or training flag of the model is not what it was before the run: later numbers of
-    this run do not belong to the checkpoint. Look for code that writes into the module in place.
+    A parameter, a buffer, a gradient or the training flag of the model is no longer what it was before the run. Later
+    numbers of this run do not belong to the checkpoint. Look for code that writes into the module in place.
     """
     changed = report.integrity.checksum_before != report.integrity.checksum_after
     return at_most(

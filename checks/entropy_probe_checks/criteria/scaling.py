@@ -22,10 +22,11 @@ from entropy_probe_checks.thresholds import limit_for
 
 @Criterion
 def param_scaling(report: ProbeReport) -> Finding:
-    """Factor by which (‖Δθ‖ tiny/‖Δθ‖ main)/(η_tiny/η_main) is off from 1, in true float64.
+    """The factor by which (‖Δθ‖ tiny/‖Δθ‖ main)/(η_tiny/η_main) differs from 1, in true float64. ‖Δθ‖ is the distance
+    of θ + ηv from θ, at a tiny η and at the main η.
 
-    θ + ηv does not move θ in proportion to η: the addition runs in too few bits, v is zero, or v is not what is added.
-    Check the dtype of the override and the norm of the update direction.
+    θ + ηv does not move θ in proportion to η: the addition runs in too few bits, v is zero, or something other than v
+    is added. Check the dtype of the override and the norm of the update direction.
     """
     return at_most(
         factor_from_one(report.continuity.param_ratio), limit_for(report, "param_scaling")
@@ -34,10 +35,11 @@ def param_scaling(report: ProbeReport) -> Finding:
 
 @Criterion
 def logit_scaling(report: ProbeReport) -> Finding:
-    """Factor by which (‖Δlogits‖ tiny/‖Δlogits‖ main)/(η_tiny/η_main) is off from 1, in true float64.
+    """The factor by which (‖Δlogits‖ tiny/‖Δlogits‖ main)/(η_tiny/η_main) differs from 1, in true float64.
 
-    The logits do not follow η: at η = 1e-10 they move by rounding noise. A part of the forward runs in float32 or below
-    (a custom layer that casts with an operation the float64 context does not know), or it is not deterministic.
+    The logits do not follow η: at η = 1e-10 only rounding noise moves them. A part of the forward pass runs in float32
+    or below, or the forward pass is not deterministic. One cause is a custom layer that casts with an operation that
+    the float64 context does not know.
     """
     return at_most(
         factor_from_one(report.continuity.logit_ratio), limit_for(report, "logit_scaling")
@@ -46,16 +48,17 @@ def logit_scaling(report: ProbeReport) -> Finding:
 
 @Criterion
 def drawn_scaling(report: ProbeReport) -> Finding:
-    """1 − min(r, 1/r) with r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000 in true float64, on drawn rows along drawn v.
+    """The value 1 − min(r, 1/r), where r = (‖Δlogits(η/1000)‖/‖Δlogits(η)‖)·1000, in true float64. Rows and directions
+    v are drawn at random.
 
-    Along some few tensors the logits do not follow η, which a v that moves every tensor hides: a cast, a cached weight
-    or a random number in the one module that the example names.
+    Along a few tensors the logits do not follow η. A direction v that moves every tensor hides this. Look in the module
+    that the example names for a cast, a cached weight or a random number.
     """
     measured = report.invariance.scaling
     if measured is None:
         if report.invariance.num_examples == 0:
             return not_applicable("invariance.max_examples is 0.")
-        return unseen("No drawn v moves a logit above rounding.")
+        return unseen("None of the drawn directions v moves a logit by more than rounding.")
     bound = (
         measured.bound if measured.bound < 0.5 else math.nan
     )  # half of the largest value bounds nothing
@@ -69,10 +72,10 @@ def _off_from(value: float | None, expected: float, limit: float, missing: str) 
 
 @part("taylor")
 def logit_slope(report: ProbeReport) -> Finding:
-    """|log-log slope of ‖Δlogits‖ against η − 1| over four decades of η, in true float64.
+    """The value |s − 1|, where s is the log-log slope of ‖Δlogits‖ against η over four decades of η, in true float64.
 
-    The logits do not follow η, or do not grow with it: noise, rounding, or a forward that is not a function of θ. Look
-    for dropout, state that changes from one forward to the next, and casts.
+    The logits do not follow η, or do not grow with it. The cause is noise, rounding, or a forward pass that depends on
+    more than θ. Look for dropout, state that changes from one forward pass to the next, and casts.
     """
     limit = limit_for(report, "logit_slope")
     if report.continuity.logit_monotone is False:
@@ -82,11 +85,13 @@ def logit_slope(report: ProbeReport) -> Finding:
 
 @part("taylor")
 def delta_h_slope(report: ProbeReport) -> Finding:
-    """|log-log slope of |ΔH| against η − 1| in the range of first order, on a few responses in true float64.
+    """The value |s − 1|, where s is the log-log slope of |ΔH| against η in the range where first order holds. It is
+    measured on a few responses in true float64.
 
-    The realised change does not start in proportion to η: weights, payload or θ + ηv are not smooth in η.
+    At small η the realised change is not proportional to η: the weights, the payload that they multiply, or θ + ηv are
+    not smooth in η.
     """
-    missing = "Rounding or the model's kinks leave fewer than 1.5 decades of η in the range of first order."
+    missing = "Because of rounding or kinks of the model, fewer than 1.5 decades of η are in the range of first order."
     return _off_from(
         report.continuity.delta_h_slope, 1.0, limit_for(report, "delta_h_slope"), missing
     )
@@ -94,13 +99,14 @@ def delta_h_slope(report: ProbeReport) -> Finding:
 
 @part("taylor")
 def taylor_order(report: ProbeReport) -> Finding:
-    """|log-log slope of the remainder |ΔH − η·derivative| against η − 2|, the derivative being this estimator's own.
+    """The value |s − 2|, where s is the log-log slope of the remainder |ΔH − η·derivative| against η. The derivative is
+    that of this estimator.
 
-    What is left after the first order is not of second order: the derivative is not that of what is measured. A
-    baseline, a weight, a detached tensor or float32 in one of the two.
+    What remains after the first order is not of second order, so the derivative is not that of the measured quantity.
+    Look for another baseline, another weight, a detached tensor, or float32 in one of the two.
     """
     missing = (
-        "Rounding or kinks leave fewer than 1.5 decades of η for the remainder, or there is no "
+        "Because of rounding or kinks, fewer than 1.5 decades of η show the remainder, or the model has no "
         "forward-mode derivative."
     )
     return _off_from(
@@ -110,26 +116,28 @@ def taylor_order(report: ProbeReport) -> Finding:
 
 @part("taylor")
 def change_identity(report: ProbeReport) -> Finding:
-    """Largest relative error of dΔH/dη at 0 by finite difference against its JVP: naive, Rao-Blackwell, per token.
+    """The largest relative error of dΔH/dη at η = 0: a finite difference against a forward-mode derivative (JVP). The
+    naive, the Rao-Blackwell and the per-token estimator are compared.
 
-    Realised change and derivative do not belong to the same function of θ: reversed log-weights, another payload, a
-    detached tensor.
+    The realised change and the derivative do not belong to the same function of θ. Look for reversed log-weights, a
+    payload that differs between the two, or a detached tensor.
     """
     found = report.continuity
     errors = [found.identity_error_naive, found.identity_error_rb, found.identity_error_per_token]
     found = [error for error in errors if error is not None]
     if not found:
         return unseen(
-            "ΔH does not move along v, the model has kinks at every step, or there is no forward-mode derivative."
+            "ΔH does not change along v, the model has kinks at every step, or it has no forward-mode derivative."
         )
     return at_most(largest(*found), limit_for(report, "change_identity"))
 
 
 @part("taylor", needs_second_moment=True)
 def step_resolved(report: ProbeReport) -> Finding:
-    """Smallest step at which ΔH in the configured precision is within 10 % of that in true float64, over lr.
+    """The smallest step at which ΔH in the configured precision is within 10 % of ΔH in true float64, divided by lr.
 
-    The optimizer's step is lost in rounding: ΔH at η = lr is noise in this precision. Measure in float64 (precision).
+    The optimizer's step is lost in rounding: at η = lr, ΔH is noise in this precision. Measure in float64 (`precision`
+    in the configuration).
     """
     seen, lr = report.continuity, needed(report.update).lr
     if report.config["precision"]["func_override"]["dtype"] == "float64":
@@ -137,11 +145,11 @@ def step_resolved(report: ProbeReport) -> Finding:
     limit = limit_for(report, "step_resolved")
     if seen.trusted_eta_min is None or seen.trusted_eta_max is None:
         return inconclusive(
-            "ΔH differs from that in float64 at every η: measure in float64 (precision).",
+            "At every η, ΔH differs from its value in float64. Measure in float64 (precision).",
             None,
             limit,
         )
     if seen.trusted_eta_max < min(lr, seen.taylor_eta_max or lr):
-        detail = f"ΔH is resolved up to η = {seen.trusted_eta_max:.2g} only: measure in float64 (precision)."
+        detail = f"ΔH is resolved only up to η = {seen.trusted_eta_max:.2g}. Measure in float64 (precision)."
         return inconclusive(detail, seen.trusted_eta_min / lr, limit)
     return at_most(seen.trusted_eta_min / lr, limit, otherwise="inconclusive")

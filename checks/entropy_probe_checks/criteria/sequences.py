@@ -25,31 +25,34 @@ _FEW_NATS = 1.0  # per response: four and more responses of two prompts may well
 
 @Criterion
 def padding_invariance(report: ProbeReport) -> Finding:
-    """Largest |difference| of a token's log p or entropy between unpadded, right-padded and left-padded rows, in true
-    float64 and in the configured precision: of the two, the one nearer to its bound.
+    """The largest difference of a token's log p or entropy between unpadded, right-padded and left-padded rows. It is
+    measured in true float64 and in the configured precision, and the one nearer to its bound counts.
 
-    Padding changes a score: positions count padding, the mask lets it through, or the model does not honour
-    attention_mask and position_ids.
+    Padding changes a score: positions count padding, the mask lets padding through, or the model ignores attention_mask
+    or position_ids.
     """
     return _within_rounding(report.invariance.padding)
 
 
 @Criterion
 def batch_invariance(report: ProbeReport) -> Finding:
-    """Largest |difference| of a token's log p or entropy between a row scored alone and among other rows.
+    """The largest difference of a token's log p or entropy between a row that is scored alone and the same row among
+    others.
 
-    Rows of a batch touch each other: something in the model normalises over the batch, or the bookkeeping of the rows
-    is wrong. Scores then depend on tf_batch_size. Use one row at a time (generation.tf_batch_size: 1) if that is meant.
+    The rows of a batch influence each other: something in the model normalises over the batch, or the bookkeeping of
+    the rows is wrong. Scores then depend on tf_batch_size. If the model is meant to be so, score one row at a time
+    (generation.tf_batch_size: 1).
     """
     return _within_rounding(report.invariance.batch)
 
 
 @Criterion
 def chunk_invariance(report: ProbeReport) -> Finding:
-    """Largest |difference| of a token's log p or entropy between whole logits and pieces of a few positions.
+    """The largest difference of a token's log p or entropy between logits of the whole row and logits that are computed
+    for a few positions at a time.
 
-    The output layer is not a function of one position's hidden state, so it may not be applied to some positions at a
-    time: entropies and log-probabilities in this report are not the model's.
+    The output layer depends on more than the hidden state of one position, so it may not be applied to a few positions
+    at a time. The entropies and log-probabilities in this report are not the model's.
     """
     return _within_rounding(report.invariance.chunk)
 
@@ -62,12 +65,12 @@ def _within_rounding(measured: WorstCase) -> Finding:
 
 @Criterion
 def cache_agrees(report: ProbeReport) -> Finding:
-    """Largest |difference| of a logit between sampling, a token after the other, and the whole rows that are scored, at
-    the first tokens of two responses.
+    """The largest difference of a logit between sampling, one token after the other, and scoring, of whole rows. It is
+    measured at the first tokens of two responses.
 
     Responses are sampled from one distribution and scored with another: an adapter or a layer depends on more than the
-    model's cache holds, or on tokens that come later. Entropy, slope and importance weights are then of a policy that
-    nothing was sampled from. Give rollouts of an engine that reads whole rows (--probe-rollouts).
+    model's cache holds, or on later tokens. Entropy, slope and importance weights are then those of a policy from which
+    nothing was sampled. Give rollouts of an engine that reads whole rows (--probe-rollouts).
     """
     found = report.cache
     sources = (report.batch.source, report.update_batch.source)
@@ -75,19 +78,20 @@ def cache_agrees(report: ProbeReport) -> Finding:
         return not_applicable("The responses were not sampled here.")
     measured = found.over_cache if found.instead is None else found.instead
     if measured is None:
-        return not_applicable("Nothing was sampled over the model's cache.")
+        return not_applicable("The responses were sampled without the model's cache.")
     return _within_rounding(measured)
 
 
 @Criterion
 def on_policy(report: ProbeReport) -> Finding:
-    """Largest departure, in standard errors, of the responses from independent draws from q: |mean of
-    Σ_t(−log q_t − H(q_t))|, and the scale and the dependence of their tokens' probability integral transforms.
+    """The largest departure of the responses from independent draws from q, in standard errors. Three statistics are
+    tested: |mean of Σ_t(−log q_t − H(q_t))|, and the scale and the dependence of the tokens' probability integral
+    transforms.
 
-    The responses are not from this policy: another temperature or top_p, another checkpoint, other prompts than the
-    sampler saw, or tokens scored at the wrong positions; or responses share the noise that they were drawn with, as
-    with one seed for all. Entropy, slope, importance weights or standard errors are then of something else. Give the
-    settings and the checkpoint that sampled them, and every response noise of its own.
+    The responses are not from this policy. They were sampled at another temperature or top_p, from another checkpoint
+    or for other prompts, or tokens are scored at the wrong positions. Or the responses share their random numbers, as
+    with one seed for all. Entropy, slope, importance weights or standard errors then describe something else. Give the
+    settings and the checkpoint that sampled the responses, and draw each response with its own random numbers.
     """
     surprise = report.entropy.surprise
     found = {"surprise": in_se(surprise.value, surprise.se)}
@@ -98,20 +102,21 @@ def on_policy(report: ProbeReport) -> Finding:
     name = next(name for name, of in found.items() if of == value or math.isnan(value))
     limit, seen = limit_for(report, "on_policy"), report.entropy.surprises
     if name == "surprise" and surprise.value > 0 and value > limit and seen < ENOUGH_SURPRISES:
-        why = (
-            f"{seen} of {report.batch.num_tokens} tokens were less likely than not: what is so rare"
+        why = f"Only {seen} of {report.batch.num_tokens} tokens had a probability below 1/2."
+        return inconclusive(
+            f"{why} So few give no valid standard error. Give more responses.", value, limit
         )
-        return inconclusive(f"{why} has no standard error. Give more responses.", value, limit)
     detail = f"[{name}; surprise {surprise.value:+.3g} ± {surprise.se:.2g} nats/response]"
     return at_most(value, limit, detail=detail)
 
 
 @Criterion
 def ends_at_eos(report: ProbeReport) -> Finding:
-    """Number of responses, in both batches, that go on after an EOS or end without one before the length limit.
+    """The number of responses, in both batches, that go on after an EOS token or end without one before the length
+    limit.
 
-    Tokens after the end are scored as if they had been answered, or the EOS, a decision of the policy, is not: the
-    sampler does not stop, cuts the EOS off, or knows another one.
+    The sampler does not stop at the EOS token, cuts it off, or uses another one. Tokens after the end are then scored
+    as part of the answer, or the EOS token, which the policy chose, is not scored.
     """
     batches = (report.batch, report.update_batch)
     wrong = sum(batch.early_eos + (batch.unended or 0) for batch in batches)
@@ -120,9 +125,9 @@ def ends_at_eos(report: ProbeReport) -> Finding:
 
 @Criterion
 def batches_as_given(report: ProbeReport) -> Finding:
-    """Number of the two batches that do not come from where they were asked for: a file, or sampling.
+    """The number of batches, of the two, that do not come from the source that was asked for: a file, or sampling.
 
-    E and U are exchanged, or a file is not used: the update is judged on responses that it comes from.
+    E and U are exchanged, or a file is not used. The update is then judged on the responses that it comes from.
     """
     wrong = [
         batch.source for batch in (report.batch, report.update_batch) if batch.source != batch.given
@@ -133,9 +138,11 @@ def batches_as_given(report: ProbeReport) -> Finding:
 
 @Criterion
 def seeded(report: ProbeReport) -> Finding:
-    """Share of the responses of two prompts that come again with the same seed; with another seed some must differ.
+    """The share of the responses of two prompts that are drawn again with the same seed. With another seed, some
+    responses must differ.
 
-    The seed does not decide what is sampled: two runs are not the same run, or every run draws the same responses.
+    The seed does not decide what is sampled. Either two runs with one seed are not the same run, or every run draws the
+    same responses.
     """
     drawn, limit = report.sampling, limit_for(report, "seeded")
     if drawn is None:
@@ -153,41 +160,42 @@ def seeded(report: ProbeReport) -> Finding:
 
 @Criterion
 def gold_complete(report: ProbeReport) -> Finding:
-    """Number of prompts without a gold answer, in both batches, where `tag_pref` rewards sampled responses.
+    """The number of prompts without a gold answer, in both batches, where `tag_pref` rewards sampled responses.
 
-    Without gold the reward is 0 and all advantages of the prompt are 0: it adds nothing to the update. Give `gold`, or
-    a reward that needs none (batch.reward).
+    Without a gold answer the reward is 0, and so are all advantages of the prompt: it adds nothing to the update. Give
+    `gold`, or a reward that needs none (batch.reward).
     """
     batches = (report.batch, report.update_batch)
     sampled = [b for b in batches if b.source == "sampled" and "tag_pref" in b.reward]
     if not sampled:
-        return not_applicable("The rewards are not from tag_pref.")
+        return not_applicable("No batch was sampled here with rewards from tag_pref.")
     missing = float(sum(b.missing_gold for b in sampled))
     return at_most(missing, limit_for(report, "gold_complete"), otherwise="inconclusive")
 
 
 @Criterion
 def precision_invariance(report: ProbeReport) -> Finding:
-    """Largest |difference| of a token's log p or entropy between the configured precision and true float64.
+    """The largest difference of a token's log p or entropy between the configured precision and true float64.
 
-    The configured precision is not what it is called: TF32 or autocast within the forward, a softmax in fewer bits, or
-    an addition of θ and ηv in them.
+    The forward pass does not run in the precision that the configuration names. TF32 or autocast acts within it, or the
+    softmax or the addition of θ and ηv runs in fewer bits.
     """
     precision = report.config["precision"]
     if precision["func_override"]["dtype"] == "float64":
         return not_applicable("The run is in float64 itself.")
     if precision["allow_tf32"]:
-        return not_applicable("TF32 is allowed by the configuration.")
+        return not_applicable("The configuration allows TF32.")
     return _within_rounding(report.invariance.precision)
 
 
 @Criterion
 def sampler_parity(report: ProbeReport) -> Finding:
-    """KL from the sampler to teacher forcing per token (k3 estimate, nats), where rollouts carry `logprobs`.
+    """The KL divergence from the sampler to teacher forcing, per token (k3 estimate, in nats). It needs rollouts that
+    carry `logprobs`.
 
-    The engine that sampled does not agree with the model here: temperature or top_p on one side only, other weights,
-    or an engine in low precision. Importance weights are then wrong. Give the temperature and top_p that were used, and
-    the checkpoint that was sampled from.
+    The engine that sampled does not agree with the model here: the temperature or top_p is set on one side only, the
+    weights differ, or the engine runs in low precision. Importance weights are then wrong. Give the temperature and
+    top_p that were used, and the checkpoint that was sampled from.
     """
     measured = report.sampler_parity
     if measured is None:

@@ -32,10 +32,12 @@ from entropy_probe_checks.thresholds import limit_for
 
 @Criterion
 def gradient_witness(report: ProbeReport) -> Finding:
-    """Larger of ‖X_fast − X_naive‖ and the same of Y, relative to their terms, over two units that are recomputed.
+    """The larger of ‖X_fast − X_naive‖ and ‖Y_fast − Y_naive‖, relative to their terms. Two units are computed again by
+    the naive way.
 
-    The fast per-prompt gradients are not this model's: it uses a parameter in a way that mixes rows or prompts, such as
-    tokens that change places. U_cross and δH₁ cannot be believed; please report the architecture.
+    The fast per-prompt gradients are not the gradients of this model. The model uses a parameter in a way that mixes
+    rows or prompts, such as tokens that change places. Do not believe U_cross and δH₁, and please report the
+    architecture.
     """
     measured = report.witness
     if measured is None:
@@ -44,16 +46,20 @@ def gradient_witness(report: ProbeReport) -> Finding:
     found = [by_two_ways(d) for d in differences if d is not None]
     limit = limit_for(report, "gradient_witness")
     if found and not any(found) and report.registry.y_coverage > 0:
-        return inconclusive("Two ways agree to the last bit: the second was not gone.", 0.0, limit)
+        return inconclusive(
+            "Both ways agree to the last bit, so the second was not computed.", 0.0, limit
+        )
     return at_most(largest(*found), limit)
 
 
 @part("projections")
 def projections_agree(report: ProbeReport) -> Finding:
-    """Largest |s_k − X_kᵀw| relative to ‖X_k‖·‖w‖: w = PȲ by a JVP and by the α-trick, w = v by the run's own JVP.
+    """The largest |s_k − X_kᵀw| relative to ‖X_k‖·‖w‖, where s_k is the same projection computed in another way. For w
+    = PȲ, s_k comes from a JVP and from the α-trick; for w = v, it comes from the run's own JVP.
 
-    Several ways to the same projections of the entropy gradient differ: a gradient is cut, a mode of differentiation is
-    wrong for an operation of this model, or prompts are mixed up. Nothing of first order holds.
+    Several ways to compute the same projections of the entropy gradient give different results. A gradient is cut, a
+    mode of differentiation is wrong for an operation of this model, or prompts are mixed up. Do not believe any
+    first-order number.
     """
     if report.witness is None:
         return not_applicable("No prompt was recomputed.")
@@ -64,7 +70,11 @@ def projections_agree(report: ProbeReport) -> Finding:
         way: value for key, way in names.items() if (value := report.witness.get(key)) is not None
     }
     missing = [way for way in names.values() if way not in found]
-    detail = f"[no {', no '.join(missing)}: an operation lacks that derivative]" if missing else ""
+    detail = (
+        f"[no {', no '.join(missing)}: an operation of the model lacks that derivative]"
+        if missing
+        else ""
+    )
     if not found:
         return unseen(detail)
     value = largest(*map(by_two_ways, found.values()))
@@ -73,10 +83,10 @@ def projections_agree(report: ProbeReport) -> Finding:
 
 @second_moment
 def u_cross_identity(report: ProbeReport) -> Finding:
-    """Largest of |mean(r) − U_cross|, |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross| and the difference of all four
-    from those of the auditor, relative to their terms.
+    """The largest of |mean(r) − U_cross|, of |U/(U−1)·X̄ᵀPȲ − Σ_n X_nᵀPY_n/(U(U−1)) − U_cross|, and of the differences
+    of all four numbers from the auditor's. Each is relative to its terms.
 
-    U_cross, its row means and its bars and diagonal do not belong together: a factor B/(B−1), the diagonal or a
+    U_cross, its row means, its bars and its diagonal do not belong together: a factor B/(B−1), the diagonal or a
     preconditioner differs between them.
     """
     f = report.first_order
@@ -95,7 +105,9 @@ def u_cross_identity(report: ProbeReport) -> Finding:
 
 
 def _of_one_unit() -> Finding:
-    return not_applicable("The update batch has one prompt: U_cross multiplies those of two.")
+    return not_applicable(
+        "The update batch has one prompt, and U_cross multiplies gradients of two."
+    )
 
 
 def _of_first_order(fields: str) -> list[str]:
@@ -104,10 +116,10 @@ def _of_first_order(fields: str) -> list[str]:
 
 @second_moment
 def delta_h1_identity(report: ProbeReport) -> Finding:
-    """Largest relative deviation of δH₁ from −lr·U_cross, of its SE from lr·se_plugin, of its sums over units, layers,
-    modules and factors from the whole, and of each from the auditor's.
+    """The largest relative deviation of δH₁ from −lr·U_cross, of its standard error from lr·se_plugin, and of its sums
+    over units, layers, modules and factors from the whole. Each number is also compared with the auditor's.
 
-    δH₁ is not the first-order term of the U_cross beside it: a sign, the learning rate or a part is wrong.
+    δH₁ is not the first-order term of the U_cross that the report gives. A sign, the learning rate or a part is wrong.
     """
     f = report.first_order
     if f is None:
@@ -127,12 +139,12 @@ def delta_h1_identity(report: ProbeReport) -> Finding:
 
 @second_moment
 def two_batch_identity(report: ProbeReport) -> Finding:
-    """Largest relative deviation of X̄ᵀPȲ from the mean of its projections on either side, of δH₁ from −lr·X̄ᵀPȲ, of the
-    two SEs from the variances of projections and interaction, of sums over parts from the whole, and of all of them
-    from the auditor's.
+    """The largest relative deviation in four comparisons. X̄ᵀPȲ is compared with the mean of its projections on either
+    side, and δH₁ with −lr·X̄ᵀPȲ. The two standard errors are compared with the variances of projections and
+    interaction, and sums over parts with the whole. All of these are also compared with the auditor's.
 
     The two-batch term, its projections and its standard error do not belong together: units are weighted wrongly, or a
-    sign or the learning rate is.
+    sign or the learning rate is wrong.
     """
     across = report.two_batch
     if across is None:
@@ -179,11 +191,12 @@ def _relative(got: float | None, expected: float, scale: float) -> float:
 
 @second_moment
 def se_formula(report: ProbeReport) -> Finding:
-    """Largest relative deviation of both standard errors of U_cross, their ζ̂₁ and the interval from their formulas on
-    the row means, and from the auditor's: ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife over
-    U_{−u} = (U·U_cross − 2r_u)/(U−2).
+    """The largest relative deviation of both standard errors of U_cross, their ζ̂₁ and the interval from their formulas
+    on the row means, and from the auditor's numbers. The formulas are ζ̂₁ = Σ(r − r̄)²/(U−1) and SE = √(4ζ̂₁/U); the
+    jackknife uses U_{−u} = (U·U_cross − 2r_u)/(U−2).
 
-    A standard error has a wrong factor, such as U/4 in ζ̂₁: all that is said in units of SE is wrong with it.
+    A standard error has a wrong factor, such as U/4 in ζ̂₁. Every statement in units of that standard error is wrong
+    with it.
     """
     f = report.first_order
     if f is None:
@@ -193,7 +206,7 @@ def se_formula(report: ProbeReport) -> Finding:
     rounding = _rounding_of_se(report)
     se, limit = math.sqrt(4 * spread / (units - 1) / units), limit_for(report, "se_formula")
     if se <= rounding:
-        return not_applicable("The standard error is 0: all row means are equal.")
+        return not_applicable("The standard error is 0, because all row means are equal.")
     half = float(stdtrit(units - 1, 0.975)) * se
     expected = [(f.zeta1_plugin, spread / (units - 1)), (f.se_plugin, se)]
     expected += [(high - low, 2 * half) for low, high in [f.interval]]
@@ -227,21 +240,21 @@ def _ratio(report: ProbeReport) -> float | Finding:
     if f is None:
         return _of_one_unit()
     if f.num_units < 3 or f.se_jackknife is None or f.se_plugin is None:
-        return not_applicable(f"The jackknife needs 3 units, the batch has {f.num_units}.")
+        return not_applicable(f"The jackknife needs 3 units, and the batch has {f.num_units}.")
     if f.se_plugin <= _rounding_of_se(report) / limit_for(report, "se_identity"):
         return inconclusive(
-            "The standard error is 0: all row means are equal, as when no prompt has differing rewards. "
-            "Give more prompts."
+            "The standard error is 0, because all row means are equal. This happens when no prompt has differing "
+            "rewards. Give more prompts."
         )
     return f.se_jackknife / f.se_plugin
 
 
 @second_moment
 def se_identity(report: ProbeReport) -> Finding:
-    """|se_jackknife/se_plugin·(U−2)/(U−1) − 1|: the ratio is known exactly.
+    """The value |se_jackknife/se_plugin·(U−2)/(U−1) − 1|. It must be 0, because the ratio of the two is known exactly.
 
-    Plug-in and jackknife differ by more than their exact ratio (U−1)/(U−2): one of them has a wrong factor, such as U/4
-    in the plug-in or U−1 for U−2 in the jackknife.
+    The plug-in and the jackknife standard error differ by more than their exact ratio (U−1)/(U−2). One of them has a
+    wrong factor, such as U/4 in the plug-in, or U−1 in place of U−2 in the jackknife.
     """
     ratio = _ratio(report)
     if isinstance(ratio, Finding):
@@ -252,9 +265,9 @@ def se_identity(report: ProbeReport) -> Finding:
 
 @second_moment
 def se_agreement(report: ProbeReport) -> Finding:
-    """Factor between the jackknife and the plug-in standard error of U_cross.
+    """The factor between the jackknife and the plug-in standard error of U_cross.
 
-    The two standard errors are far apart: use more units before believing either.
+    The two standard errors are far apart. Use more units before you believe either of them.
     """
     ratio = _ratio(report)
     return (

@@ -20,7 +20,9 @@ Section = TypeVar("Section")
 ENOUGH_SURPRISES = 20
 """Of as many rare events a standard error is known to a sixth, 1/√(2·20)."""
 
-_NOT_AT_HAND = "The evidence is not at hand: the report was read from a file. `entropy-probe audit` reads both."
+_NOT_AT_HAND = (
+    "The report was read from a file without its evidence. `entropy-probe audit` reads both."
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Criterion:
 
     def __call__(self, report: ProbeReport) -> Verdict:
         if self.part in report.left_out:
-            found = not_applicable(f"left out by budget {report.config['budget']}")
+            found = not_applicable(f"The budget {report.config['budget']} leaves this out.")
         elif self.needs_second_moment and report.no_second_moment is not None:
             found = not_applicable(report.no_second_moment)
         elif self.needs_evidence and report.evidence is None:

@@ -15,10 +15,12 @@ from entropy_probe_checks.thresholds import limit_for
 
 @Criterion
 def zero_check(report: ProbeReport) -> Finding:
-    """max|logits of the module − logits of functional_call at θ + 0·v|, bit for bit, in the configured precision.
+    """The value max|logits of the module − logits of functional_call at θ + 0·v| in the configured precision. The two
+    must agree bit for bit.
 
-    The functional path and the module itself disagree at the same parameters, so θ and θ+ηv are not compared in one
-    context. Look for autocast, dropout, a wrapper around the model, or buffers that change between forwards.
+    The functional path and the module itself disagree at the same parameters, so θ and θ+ηv are not compared under the
+    same conditions. Look for autocast, dropout, a wrapper around the model, or buffers that change between forward
+    passes.
     """
     measured = report.continuity
     value = measured.zero_check_max_abs
@@ -31,10 +33,11 @@ def zero_check(report: ProbeReport) -> Finding:
 
 @Criterion
 def drawn_zero_check(report: ProbeReport) -> Finding:
-    """The same bit for bit on drawn rows, with drawn v in place of the update, in the configured precision.
+    """The same difference as in `zero_check`, on rows that are drawn at random, with a random v in place of the update.
 
-    On some rows, or with some tensors replaced, the functional path and the module itself disagree. The example names
-    them. Look for code that asks what a weight is (a Parameter, or the one it has seen) or that treats a token apart.
+    On some rows, or when some tensors are replaced, the functional path and the module itself disagree. The example
+    names them. Look for code that asks whether a weight is a Parameter, or the one that it saw before. Also look for
+    code that treats one token differently from the others.
     """
     measured = report.invariance.zero_step
     if measured is None:
