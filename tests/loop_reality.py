@@ -1,7 +1,7 @@
 """What the callback says during training, beside what came: TRL runs that collapse, and their healthy twins.
 
-    python tests/loop_reality.py measure FOLDER [SEED…]      two runs of each seed, about two minutes each on one core
-    python tests/loop_reality.py show FOLDER                 the tables of docs/in-the-loop.md
+    python tests/loop_reality.py measure FOLDER [SEED…]      two runs of each seed, about five minutes each on one core
+    python tests/loop_reality.py show FOLDER                 the tables of docs/howto/in-the-loop.md
 
 The runs are those of docs/collapse.py. The callback probes every step, which changes nothing of the training, so that
 what it says every fifth step is a part of the same. Every fifth step the change that came is measured on a second batch
