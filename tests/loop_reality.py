@@ -1,6 +1,6 @@
 """What the callback says during training, beside what came: TRL runs that collapse, and their healthy twins.
 
-    python tests/loop_reality.py measure FOLDER [SEED…]      two runs of each seed, about five minutes each on one core
+    python tests/loop_reality.py measure FOLDER [SEED…]      two runs of each seed, about four minutes each on one core
     python tests/loop_reality.py show FOLDER                 the tables of docs/howto/in-the-loop.md
 
 The runs are those of docs/collapse.py. The callback probes every step, which changes nothing of the training, so that
@@ -43,9 +43,10 @@ OTHER: dict[str, Any] = {
 }
 GATES: dict[str, Any] = {
     "entropy, fall 0.3": {"entropy": {"fall": 0.3}},
-    "entropy, fall 0.3, noise 3": {"entropy": {"fall": 0.3, "noise": 3}},
     "predicted change, max 0.2, noise 3": {"predicted_change": {"max": 0.2, "noise": 3}},
-    "both": {"entropy": {"fall": 0.3}, "predicted_change": {"max": 0.2, "noise": 3}},
+    "ess, min 0.5": {"ess": {"min": 0.5}},
+    "ess, min 0.9": {"ess": {"min": 0.9}},
+    "ess, min 0.7": {"ess": {"min": 0.7}},
 }
 
 

@@ -28,13 +28,13 @@ from entropy_probe.step_report import StepReport
 
 PROBED = [0, 7, 14]
 """Steps that are probed of `runs.STEPS`."""
-SHORT = 3
-"""Steps of a run that has one log."""
+ENDS = {"short": 3, "two probes": 9}
+"""Steps of a run that has one log, and of one that is probed twice."""
 
 
 def of_case(folder: Path, case: str, probe: dict[str, Any] | None) -> tuple[runs.Found, Any]:
-    if case == "short":
-        return runs.run(folder, "full", probe, max_steps=SHORT)
+    if case in ENDS:
+        return runs.run(folder, "full", probe, max_steps=ENDS[case])
     if case == "supervised":
         own = None if probe is None else {"prompts": runs.PROMPTS} | probe
         return runs.run(folder, case, own, runs.supervised)
@@ -231,11 +231,11 @@ OF_USE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", OF_USE)
 def test_an_error_of_use_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     options, said = OF_USE[name]
-    _, trainer = runs.run(tmp_path, "full", runs.PROBE | options, max_steps=3)
+    _, trainer = runs.run(tmp_path, "full", runs.PROBE | options, max_steps=2)
     (warning,) = warnings_of(caplog)
     assert warning.startswith("the entropy probe is off, and the training goes on: ")
     assert said in warning
-    assert trainer.state.global_step == 3
+    assert trainer.state.global_step == 2
     assert runs.logged(trainer) == []
 
 
@@ -294,10 +294,11 @@ def test_what_fails_in_the_middle_is_one_warning(
 ) -> None:
     """At step 5, when the first probe is done and the second is not: the training ends as without the callback."""
     options, at_step, said = plant(tmp_path)
-    found, trainer = runs.run(tmp_path / "run", "full", runs.PROBE | options, at_step=at_step)
+    steps = {"max_steps": ENDS["two probes"]}
+    found, trainer = runs.run(tmp_path / "run", "full", runs.PROBE | options, at_step=at_step, **steps)
     (warning,) = warnings_of(caplog)
     assert said in warning
-    assert differences(found, without("full")) == []
+    assert differences(found, without("two probes")) == []
     assert [entry["step"] - 1 for entry in runs.logged(trainer)] == [0]
 
 

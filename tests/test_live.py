@@ -98,8 +98,13 @@ def test_weight_norm_is_computed_by_its_hook() -> None:
     """torch's own hooks are a part of the forward."""
     with pytest.warns(FutureWarning):
         layer = nn.utils.weight_norm(nn.Linear(3, 2))
-    x = torch.randn(4, 3)
-    assert torch.equal(beside(layer)(x), layer(x))
+    x, clone = torch.randn(4, 3), beside(layer)
+    still = clone(x)
+    assert torch.equal(still, layer(x))
+    with torch.no_grad():
+        layer.weight_g.mul_(2.0)
+    assert not torch.equal(clone(x), still)
+    assert torch.equal(clone(x), layer(x))
 
 
 def as_it_is(model: Any) -> Any:

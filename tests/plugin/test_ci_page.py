@@ -105,7 +105,7 @@ def test_the_callback(tmp_path: Path) -> None:
     for text, steps in ((FILES["callback.py"], 2), (FILES["callback.py"].replace('"min": 0.05', '"min": 3.9'), 1)):
         scope: dict[str, Any] = {}
         exec(text, scope)  # noqa: S102 (the page's own text)
-        trainer = scope["with_gates"](callback_runs.grpo(tmp_path, "full", max_steps=2))
+        trainer = scope["with_gates"](callback_runs.grpo(tmp_path, "full", max_steps=2, learning_rate=1e-4))
         trainer.train()
         assert trainer.state.global_step == steps
         assert (tmp_path / "entropy-probe" / "step-0.json").is_file()

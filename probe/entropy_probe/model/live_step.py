@@ -118,8 +118,6 @@ def _moved(
     own.grad = gradient.to(dtype, copy=True)
     stepping: Any = object.__new__(type(optimizer))
     stepping.__dict__.update(vars(optimizer))
-    # an lr scheduler has put a `step` on the optimizer that is bound to it, and hooks are others'
-    stepping.__dict__.pop("step", None)
     stepping.__dict__.update({name: OrderedDict() for name in _OWN_HOOKS})
     plain = {key: value for key, value in _PLAIN.items() if exact and key in group}
     stepping.param_groups = [{k: _copied(v) for k, v in group.items() if k != "params"} | plain]
@@ -129,7 +127,9 @@ def _moved(
     if state:
         wider = dtype if exact else None
         stepping.state[own] = {key: _copied(v, parameter, wider) for key, v in state.items()}
-    with torch.no_grad():
+    with (
+        torch.no_grad()
+    ):  # by the class: an lr scheduler has put a `step` on the optimizer, bound to the live one
         type(optimizer).step(stepping)
     return own.detach().double() - parameter.detach().double()
 
