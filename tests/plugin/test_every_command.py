@@ -21,7 +21,7 @@ from test_site_commands import OURS, elsewhere, exists, shell
 import forked
 import kept_reports
 from entropy_probe.demo import checkpoint_path
-from site_pages import PAGES, ROOT, commands, lines
+from site_pages import PAGES, ROOT, fenced, lines
 
 NEEDS = ("a GPU", "a trainer", "a long time", "other packages")
 TEXTS = PAGES | {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
@@ -63,7 +63,13 @@ def run_by_others() -> list[str]:
     """The commands that the tests of the pages and CI run, as these know them."""
     (job,) = yaml.safe_load(test_ci_page.FILES[test_ci_page.WORKFLOW])["jobs"].values()
     return [
-        *(command for page in OURS for command, needs in commands(page) if not needs),
+        *(
+            line
+            for page in OURS
+            for kind, _, needs, text in fenced(page)
+            if kind == "sh" and not needs
+            for line in lines(text)
+        ),
         *test_ci_page.COMMANDS,
         *(step["run"] for step in job["steps"] if "run" in step),
         *test_readme.commands(),
