@@ -370,7 +370,8 @@ P and v are Adam's. An optimizer is taken for Adam only where every key of its p
 that Adam is known to write. Any other is named, and its checkpoint is measured without P and v, as
 [criteria](criteria.md#optimizers-that-are-not-adam) says.
 
-Each row below was made by `python tests/real_optimizers.py`: the real optimizer takes three steps of a tiny Llama, its
+Each row below was made by <!-- needs other packages -->
+`python tests/real_optimizers.py`: the real optimizer takes three steps of a tiny Llama, its
 checkpoint is loaded, and it takes one step more on a new gradient. *As it steps* means that lr·v, made from the file
 and that gradient, is that step: their cosine is at least 1 − 1e-9, and their norms are equal to float32's rounding of
 θ. `tests/test_real_optimizers.py` holds each row to that. Rows of a package are tested where it is installed, those of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import datetime
 import re
 import subprocess
 import sys
@@ -161,3 +162,22 @@ def test_every_sentence_of_the_notes_is_held_by_something_that_exists() -> None:
             assert re.search(r"`\w+\.py(::\w+)?`|departure \d|as above", by), sentence
         else:
             assert len(by.split()) >= 3, sentence
+
+
+DECISIONS = re.findall(r"^\* (.*(?:\n {2}.*)*)", (ROOT / "docs" / "decisions.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", DECISIONS, ids=lambda text: text[2:30])
+def test_every_decision_has_its_date(text: str) -> None:
+    """In bold what was decided, then the day on which it entered the repository: none before the first one."""
+    head = re.match(r"\*\*[^*]+\*\* \((\d{4}-\d\d-\d\d)\)[ ,]", text)
+    assert head is not None, text[:80]
+    assert datetime.date(2026, 11, 20) <= datetime.date.fromisoformat(head[1])
+
+
+def test_every_paragraph_of_the_decisions_is_one_of_them() -> None:
+    """Below the first heading there is nothing but headings and decisions, so that none can stand without a date."""
+    page = (ROOT / "docs" / "decisions.md").read_text()
+    lines = page[page.index("\n## ") :].splitlines()
+    assert [line for line in lines if line and not line.startswith(("## ", "* **", "  "))] == []
+    assert len(DECISIONS) > 50

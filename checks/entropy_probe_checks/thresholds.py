@@ -220,8 +220,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "on_policy",
                 5.0,
-                "The value is in standard errors of a normal distribution. By noise alone, one statistic exceeds it "
-                "once in 2e6",
+                "The value is in standard errors of a normal distribution: noise in one of them exceeds it once in 2e6",
             ),
             _limit(
                 "ends_at_eos",

@@ -41,9 +41,9 @@ OLDER = {
     "audit.md": "tests/plugin/test_site_commands.py::test_blocks_of_a_page",
     "ci.md": "tests/plugin/test_ci_page.py::test_commands_in_their_order",
     "overview.md": "tests/plugin/test_readme.py::test_command",
-    "predictors.md": "tests/plugin/test_skills.py::test_",
+    "predictors.md": "tests/plugin/test_every_command.py::test_command",
     "recipes.md": "tests/test_trl.py::test_the_next_checkpoint_is_asked",
-    "scaling.md": "tests/test_placement.py::test_command_line",
+    "scaling.md": "tests/plugin/test_every_command.py::test_command",
 }
 """Pages that were there before → the test that runs their commands, or the same with other names."""
 
