@@ -87,7 +87,8 @@ def ess(report: ProbeReport) -> Finding:
     weights before any clipping, and N the number of responses.
 
     A few responses carry most of the weight: θ+ηv is too far away for these samples, so ΔH at this step is not
-    measured. Sample more responses, or look at smaller steps (first_order.lr, true_delta_h.etas).
+    measured. More of them do not help. Look at smaller steps (first_order.lr, true_delta_h.etas), or sample at θ+ηv
+    (true_delta_h.fallback: resample).
     """
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
@@ -105,8 +106,8 @@ def ess(report: ProbeReport) -> Finding:
 def pareto_k(report: ProbeReport) -> Finding:
     """The shape k-hat of the tail of the largest importance weights, at η = lr.
 
-    The tail is so heavy that the mean of the weights may not exist. Do not believe ΔH at η = lr. Sample more responses,
-    or look at smaller steps.
+    The tail is so heavy that the mean of the weights may not exist. Do not believe ΔH at η = lr. Look at smaller
+    steps, or sample at θ+ηv (true_delta_h.fallback: resample).
     """
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
