@@ -21,7 +21,7 @@ from entropy_probe.__main__ import main
 from entropy_probe.errors import ConfigError
 from entropy_probe.integrations import trackers
 from entropy_probe.integrations.figures import FIGURES, VERDICTS, figures
-from entropy_probe.integrations.trackers import Logged, Trackers, log_all, sink_of, step_of
+from entropy_probe.integrations.trackers import Logged, Trackers, log_all, sink_of
 
 OF_A_VERDICT = {"family": "zero_check", "value": 0.0, "limit": 1.0, "hint": ""}
 FLOAT32 = 2.0**-24
@@ -29,7 +29,7 @@ FLOAT32 = 2.0**-24
 
 
 def logged(run: str = "runs/a") -> list[Logged]:
-    return [Logged(run, f"checkpoint-{step_of(one)}", step_of(one), one) for one in small_run.reports()]
+    return [Logged(run, f"checkpoint-{one.checkpoint.step}", one.checkpoint.step, one) for one in small_run.reports()]
 
 
 def judged(report: ProbeReport, *statuses: str) -> ProbeReport:
@@ -151,18 +151,18 @@ def test_trackio_has_what_was_logged(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     files = []
     for one in small_run.reports():
-        files.append(tmp_path / f"{step_of(one)}.json")
+        files.append(tmp_path / f"{one.checkpoint.step}.json")
         one.to_json(files[-1])
     code = """
 import json, os, sys
 os.environ["TRACKIO_DIR"] = sys.argv[1]
 from entropy_probe import ProbeReport
-from entropy_probe.integrations.trackers import Logged, Trackers, sink_of, step_of
+from entropy_probe.integrations.trackers import Logged, Trackers, sink_of
 reports = [ProbeReport.from_json(path) for path in sys.argv[2:]]
 for some in (reports[:2], reports[2:]):  # a watcher that was ended, and watches again
     with Trackers([sink_of("trackio:mine")], keyed=True) as open_:
         for one in some:
-            open_.log(Logged("runs/a", "c", step_of(one), one))
+            open_.log(Logged("runs/a", "c", one.checkpoint.step, one))
 from trackio.sqlite_storage import SQLiteStorage
 print(json.dumps(SQLiteStorage.get_logs("mine", "a")))
 """

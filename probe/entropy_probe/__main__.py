@@ -407,10 +407,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         save_figure(report, arguments.plot)
     if sinks:
-        from entropy_probe.integrations.trackers import Logged, log_all, step_of
+        from entropy_probe.integrations.trackers import Logged, log_all
 
         of = report.checkpoint
-        log_all(sinks, [Logged(str(Path(of.path).parent), of.name, step_of(report), report)])
+        log_all(sinks, [Logged(str(Path(of.path).parent), of.name, of.step, report)])
     if arguments.evidence is not None and report.evidence is not None:
         report.evidence.to_file(evidence_file(arguments.evidence, report.checkpoint.name))
     if arguments.html is not None:
@@ -640,9 +640,8 @@ def _on_page(report: ProbeReport) -> Checkpoint:
     from entropy_probe_checks.shown import explained, judged
 
     of = report.checkpoint
-    step = of.optimizer.step if of.global_step is None else of.global_step
     run, verdicts = str(Path(of.path).parent), explained(judged(report))
-    return Checkpoint(of.name, run, step, report, details_of(report), verdicts)
+    return Checkpoint(of.name, run, of.step, report, details_of(report), verdicts)
 
 
 def _rollouts(arguments: argparse.Namespace) -> int:

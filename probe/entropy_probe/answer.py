@@ -4,10 +4,10 @@ believed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from entropy_probe.report import ProbeReport
+from entropy_probe.report import ProbeReport, Verdict
 
 COLLAPSED = 0.02
 """Nats per token: of fifty tokens all but one are certain."""
@@ -26,6 +26,11 @@ class Checked(NamedTuple):
     name: str
     status: str
     gate: bool = False
+
+
+def checked(verdicts: Iterable[Verdict]) -> list[Checked]:
+    """The rows of a report that has been judged."""
+    return [Checked(v.criterion, v.status, v.family == "gate") for v in verdicts]
 
 
 class Answer(NamedTuple):

@@ -10,13 +10,12 @@ is taken as independent, SE = √(SE₁² + SE₂²): reports hold no parts of i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, NamedTuple
 
-from entropy_probe.answer import Checked, answer
+from entropy_probe.answer import answer, checked
 from entropy_probe.differences import (
     Difference,
     difference,
@@ -25,6 +24,7 @@ from entropy_probe.differences import (
 )
 from entropy_probe.errors import ConfigError
 from entropy_probe.report import Compared, Estimate, ProbeReport, Verdict
+from entropy_probe.text import number_in_json
 
 _WIDTH = 80
 
@@ -39,8 +39,7 @@ class Side:
 
     @property
     def answer(self) -> str:
-        rows = [Checked(v.criterion, v.status, v.family == "gate") for v in self.verdicts]
-        return str(answer(self.report, rows))
+        return str(answer(self.report, checked(self.verdicts)))
 
     @property
     def failed(self) -> list[str]:
@@ -264,9 +263,7 @@ def _plain(one: Figure | Difference | None) -> dict[str, Any] | None:
     if one is None:
         return None
     return {
-        key: str(value).replace("inf", "Infinity").replace("nan", "NaN")
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
+        key: number_in_json(value) if isinstance(value, float) else value
         for key, value in one._asdict().items()
     }
 

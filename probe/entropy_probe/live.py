@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -229,12 +229,9 @@ def measure_step(
     return ProbedStep(report, config, share, scores, along, predicted)
 
 
-@contextmanager
-def _undisturbed(config: ProbeConfig, model: nn.Module) -> Any:
-    """Precision and threads as configured, and put back; yields the threads."""
-    size = sum(p.numel() for p in model.parameters())
-    with numerics(config.precision, size) as threads:
-        yield threads
+def _undisturbed(config: ProbeConfig, model: nn.Module) -> AbstractContextManager[int]:
+    """`numerics` for a model of this size."""
+    return numerics(config.precision, sum(p.numel() for p in model.parameters()))
 
 
 def _bound(model: nn.Module, config: ProbeConfig) -> BoundModel:

@@ -69,6 +69,11 @@ class CheckpointSection(_Section):
     warnings: list[str]
     device_map: dict[str, str] | None
 
+    @property
+    def step(self) -> int | None:
+        """The trainer's steps, or the optimizer's where the trainer wrote none down."""
+        return self.optimizer.step if self.global_step is None else self.global_step
+
 
 class BatchSection(_Section):
     """One batch of responses: `num_responses` of each prompt, or of the one that has most of them, `total_responses` in
@@ -77,8 +82,8 @@ class BatchSection(_Section):
     neither with one nor at the length limit (`None` where the limit is not known, or stop strings end responses too).
     `fingerprint` is the SHA-256 of all token ids, the rewards, and the advantages of the file, `prompts_fingerprint` of
     the token ids of the prompts alone. `advantages`: `given` in the file, `weights` where it has those of tokens, or by
-    the `recipe`. `reward` names what gave the rewards, or is     `file`; `stand_in` says nothing of the policy. Where
-    `prompts_are_builtin` nobody chose them, and the entropy is     that on other questions than the policy's. `found`
+    the `recipe`. `reward` names what gave the rewards, or is `file`; `stand_in` says nothing of the policy. Where
+    `prompts_are_builtin` nobody chose them, and the entropy is that on other questions than the policy's. `found`
     says what was odd about prompts and ids, and what was done.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -93,3 +94,10 @@ def load_json(path: Path) -> Any:
         raise CheckpointError(
             path, f"is not readable JSON ({error})", "restore the file"
         ) from error
+
+
+def number_in_json(value: float) -> float | str:
+    """The number, or the string by which report.json writes one that JSON has not: NaN, Infinity, -Infinity."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

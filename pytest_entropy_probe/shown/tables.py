@@ -161,7 +161,7 @@ def step_of(
     return Step(
         name,
         run,
-        checkpoint.optimizer.step if checkpoint.global_step is None else checkpoint.global_step,
+        checkpoint.step,
         brief(per_token.value, per_token.se, signed=False) + ("*" if report.not_chosen else ""),
         *cells,
         verdicts(rows),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from entropy_probe.answer import Checked, answer
+from entropy_probe.answer import answer, checked
 from entropy_probe.report import Compared, ProbeReport
 
 PREFIX = "probe/"
@@ -26,8 +26,7 @@ def _verdict(report: ProbeReport) -> float | None:
     """`None` where nothing was judged."""
     if not report.verdicts:
         return None
-    rows = [Checked(v.criterion, v.status, v.family == "gate") for v in report.verdicts]
-    return VERDICTS[answer(report, rows).kind]
+    return VERDICTS[answer(report, checked(report.verdicts)).kind]
 
 
 FIGURES: dict[str, tuple[str, Callable[[ProbeReport], float | None]]] = {

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from entropy_probe.atomic import require_appendable, require_folder, require_wri
 from entropy_probe.errors import ConfigError, ProbeError, reason
 from entropy_probe.integrations.figures import PREFIX, figures
 from entropy_probe.report import ProbeReport
+from entropy_probe.text import number_in_json
 
 PROJECT = "entropy-probe"
 """The project of a sink that names none."""
@@ -39,12 +39,6 @@ class Logged(NamedTuple):
     name: str
     step: int | None
     report: ProbeReport
-
-
-def step_of(report: ProbeReport) -> int | None:
-    """The trainer's global step, or that of the optimizer's state where there is none."""
-    of = report.checkpoint
-    return of.optimizer.step if of.global_step is None else of.global_step
 
 
 @dataclass(frozen=True)
@@ -270,19 +264,15 @@ class _Lines:
 
     def log(self, one: Logged, values: Mapping[str, float]) -> None:
         known = {"run": one.run, "checkpoint": one.name, "step": one.step}
-        line = json.dumps({**known, **{name: _plain(value) for name, value in values.items()}})
+        line = json.dumps(
+            {**known, **{name: number_in_json(value) for name, value in values.items()}}
+        )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def close(self) -> None:
         """Every line is on its own."""
-
-
-def _plain(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 class _Kind(NamedTuple):

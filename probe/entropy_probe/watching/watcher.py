@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from entropy_probe.answer import Checked, answer
+from entropy_probe.answer import answer, checked
 from entropy_probe.differences import entropy_per_token
 from entropy_probe.errors import ConfigError, ProbeError
 from entropy_probe.integrations.figures import figures
@@ -182,10 +182,10 @@ class Watcher:
         """At every folder; the time at which it was begun."""
         began = self._now()
         for run in self._runs:
-            there = dict.fromkeys(folder for _, folder in numbered(run.path))
+            there = {path: step for step, path in numbered(run.path)}
             for path in [path for path in run.folders if path not in there]:
                 self._forget(run, run.folders.pop(path))
-            for step, path in numbered(run.path):
+            for path, step in there.items():
                 seen = Seen.of(path)
                 known = run.folders.get(path)
                 if known is None or known.seen != seen:
@@ -379,8 +379,7 @@ def record_of(
 ) -> Record:
     """What the first screen says of the checkpoint: the answer to its verdicts, and its figures."""
     verdicts = [] if report is None else report.verdicts
-    rows = [Checked(v.criterion, v.status, v.family == "gate") for v in verdicts]
-    said = answer(report, rows, ended.why)
+    said = answer(report, checked(verdicts), ended.why)
     allowed = [] if report is None else report.config["allow_inconclusive"]
     bad = [
         v.criterion
