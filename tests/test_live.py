@@ -17,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import trl_runs
 from entropy_probe.errors import MeasurementError, NoCopyError, ProbeError
+from entropy_probe.integrations.figures import FIGURES
 from entropy_probe.live import ProbedStep, measure_step
 from entropy_probe.model.beside import beside
 from entropy_probe.model.forward import bind
@@ -507,6 +508,9 @@ def test_figures_are_those_of_the_report(report: StepReport) -> None:
     assert figures["delta_h_came"] == report.came.delta_h_per_token_pd
     assert "delta_h_since" not in figures
     assert all(isinstance(value, float) for value in figures.values())
+    # what a checkpoint's report has too is logged under the same name; these are of a step inside of the loop alone
+    assert figures.keys() - FIGURES.keys() == {"gates_failed", "seconds", "delta_h_came", "delta_h_came_se"}
+    assert figures["ess"] == report.realised.unclipped_ess_fraction
 
 
 def test_frozen_parameters_stay_out() -> None:
