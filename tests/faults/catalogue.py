@@ -1272,6 +1272,12 @@ def batches_swapped(patch: Patch) -> None:
     then(patch, batches.draw_batches, lambda batches: batches[::-1])
 
 
+@fault("llama", "batches_as_given")
+def update_file_not_used(patch: Patch) -> None:
+    """The E batch serves as both, although U has a file of its own."""
+    then(patch, batches.draw_batches, lambda batches: (batches[0], batches[0]))
+
+
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def gradients_all_zero(patch: Patch) -> None:
     """The fast pass returns zeros, and two zeros agree."""

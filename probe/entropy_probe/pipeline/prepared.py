@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +150,18 @@ def _require_direction(checkpoint: Checkpoint, config: ProbeConfig) -> None:
         )
 
 
+def _asked(file: str | Path | None) -> str:
+    return str(file or "sampled")
+
+
+def _of_u(rollouts: str | Path | None, update_rollouts: str | Path | None) -> str | Path | None:
+    """The file that was asked for as U, under E's name where it is the same, whatever the batches were made of."""
+    if rollouts is None or update_rollouts is None:
+        return update_rollouts or rollouts
+    same = os.path.realpath(rollouts) == os.path.realpath(update_rollouts)
+    return rollouts if same else update_rollouts
+
+
 def _prepared(
     checkpoint: Checkpoint,
     config: ProbeConfig,
@@ -173,8 +186,7 @@ def _prepared(
         sampling = None
         if rollouts is None and world.first:
             sampling = sampling_section(bound, e, tokenizer, config)
-    of_u = rollouts if e is u else update_rollouts
-    given = str(rollouts or "sampled"), str(of_u or "sampled")
+    given = _asked(rollouts), _asked(_of_u(rollouts, update_rollouts))
     return Prepared(
         checkpoint, config, bound, e, u, given, sampling, checksum_before, recipe, clock,
         None if prompts is None else str(prompts),
