@@ -118,7 +118,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         self._folder, self._config = folder, config
         self.kept: dict[str, Any] = {"recipe": f"{RECIPE.name} ({RECIPE.source})"}
         self._setup: _Setup | None = None
-        self._off = self._due = False
+        self._off = self._due = self._has_written = False
         self._trouble: str | None = None
         self._probed: ProbedStep | None = None
         self._spent, self._training_since, self._steps = 0.0, 0.0, 0
@@ -235,7 +235,10 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
                 report = self._judged_report(self._probed, steps - 1)
             setup = self._setup
             assert setup is not None
+            if self._has_written and not setup.folder.exists():
+                _LOG.warning("%s was deleted; reports go on in a new one", setup.folder)
             report.to_json(setup.folder / f"step-{steps - 1}.json")
+            self._has_written = True
         except Exception as error:
             return _Told(_said(error), {}, [], self.kept)
         spent = self._spent + time.perf_counter() - start
