@@ -24,6 +24,7 @@ from entropy_probe.integrations import transformers as integration
 from entropy_probe.integrations.as_found import as_found
 from entropy_probe.integrations.of_trainer import gradient_scale
 from entropy_probe.integrations.transformers import EntropyProbeCallback
+from entropy_probe.model.live_step import live_step
 from entropy_probe.step_report import StepReport
 
 PROBED = [0, 7, 14]
@@ -422,8 +423,13 @@ def test_gradients_that_a_scaler_has_scaled() -> None:
     optimizer, scaler = torch.optim.SGD([weight], lr=0.1), Trainer.accelerator.scaler
     scaler.scale(weight.square().sum()).backward()
     assert gradient_scale(Trainer, optimizer) == 64.0
+    before = live_step(optimizer, {"weight": weight}, gradient_scale(Trainer, optimizer))
     scaler.unscale_(optimizer)
     assert gradient_scale(Trainer, optimizer) == 1.0
+    after = live_step(optimizer, {"weight": weight}, gradient_scale(Trainer, optimizer))
+    for step in (before, after):  # −lr·2w, whatever the gradient is multiplied by
+        assert torch.allclose(step.move["weight"], torch.full((3,), -0.2))
+        assert math.isclose(step.grad_norm, 12**0.5, rel_tol=1e-6)
     assert math.isclose(float(weight.grad.norm()), 12**0.5, rel_tol=1e-6)  # pyright: ignore[reportOptionalMemberAccess]
 
 
