@@ -623,7 +623,8 @@ def test_wrong_use_is_one_line(
         ([str(run), "--webhook", "file:///etc/passwd"], "--webhook: got 'file:///etc/passwd'; give an address"),
         ([str(run), str(tmp_path), "--state", "s"], "--state: is one file, and there are 2 runs"),
         ([str(run), "--log", "x"], "--log: got 'x'; give one of tensorboard:DIR"),
-        ([str(run), "--interval", "0"], "--interval: invalid _seconds value: '0'"),
+        ([str(run), "--interval", "0"], "--interval: got '0'; give a number of seconds above 0"),
+        ([str(run), "--next", str(tmp_path)], "--next: is one checkpoint, and a run has many; give --with-next"),
         ([str(run), "-m", "gate"], "watch: -m gate selects no check"),
     ):
         assert main(["watch", *given]) == 4

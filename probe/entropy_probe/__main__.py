@@ -199,9 +199,12 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a number of seconds above 0")
     return value
 
 
@@ -411,6 +414,8 @@ def _sinks(arguments: argparse.Namespace) -> list[Sink]:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
+    if arguments.next is not None:
+        raise ConfigError("--next", "is one checkpoint, and a run has many", "give --with-next")
     _configured(arguments)
     _require_inputs(arguments)
     sinks = _sinks(arguments)
@@ -442,12 +447,11 @@ def _watch(arguments: argparse.Namespace) -> int:
         webhook=arguments.webhook,
     )
     measuring.require_options(plan.options)
-    runs = [Run.open(path, arguments.state) for path in dict.fromkeys(arguments.runs)]
+    folders = {path.expanduser().resolve(): path for path in arguments.runs}
+    runs = [Run.open(path, arguments.state) for path in folders.values()]
     trackers = Trackers(sinks, keyed=True, several=len(runs) > 1)
     with ended_by_signals(), Screen() as screen:
-        code = Watcher(runs, plan, screen, trackers).watch()
-    trackers.close()
-    return code
+        return Watcher(runs, plan, screen, trackers).watch()
 
 
 def _as_options_of_pytest(arguments: argparse.Namespace) -> list[str]:

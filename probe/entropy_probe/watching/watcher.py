@@ -150,6 +150,10 @@ class Watcher:
             self._screen.say("ended; it goes on from here when it is started again")
         finally:
             self._show()
+            try:
+                self._trackers.close()
+            except ProbeError as error:
+                self._screen.say(str(error), "warning")
         failed = any(not record.passed for run in self._runs for record in run.records)
         return 1 if failed else 0
 
