@@ -232,6 +232,31 @@ def test_each_is_measured_once_in_order_also_by_the_next_watcher(tmp_path: Path,
     )
 
 
+def test_nothing_is_measured_before_it_is_as_it_was_for_an_interval(tmp_path: Path) -> None:
+    """By a clock of our own: a file that nobody misses comes late, another one changes in place, then nothing does."""
+    run, clock = run_with(tmp_path / "run", 3), [0.0]
+    folder = run / "checkpoint-3"
+    (folder / "rng_state.pth").unlink()
+    opened = watcher.Run.open(run)
+    plan = watcher.Plan(interval=1.0)
+    watches = watcher.Watcher([opened], plan, Screen(live=False), Trackers([]), now=lambda: clock[0])
+
+    def settled(at: float) -> bool:
+        clock[0] = at
+        watches._look()
+        return watches._next() is not None
+
+    assert not settled(0.0)
+    (folder / "rng_state.pth").write_bytes(watched.files_of(3)["rng_state.pth"])
+    assert not settled(1.0)
+    assert not settled(1.9)
+    os.utime(folder / "tokenizer.json", ns=(1, 1))  # as a write of the same length
+    assert not settled(2.0)
+    assert not settled(2.9)
+    assert settled(3.0)
+    opened.state.close()
+
+
 def test_one_that_was_written_anew_is_measured_again(tmp_path: Path, cheap: Path) -> None:
     run, said = run_with(tmp_path / "run", 3), []
     watch(run)

@@ -78,7 +78,7 @@ def write_in_pieces(run: Path, step: int, chance: random.Random, pause: float) -
                 stream.write(files[name][begin:end])
                 stream.flush()
                 is_marked = style != "quick" and (name in MARKED or name.startswith("model"))
-                time.sleep(chance.random() * (1.5 * pause if is_marked and chance.random() < 0.3 else 0.02 * pause))
+                time.sleep(chance.random() * (4 * pause if is_marked and chance.random() < 0.3 else 0.02 * pause))
     if at != final:
         at.rename(final)
 
