@@ -48,7 +48,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         "how much is computed: smoke, standard or full; anything you set yourself stays",
     ),
     "device": ("DEVICE", False, "where it runs: cpu, cuda, cuda:1"),
-    "memory_limit": ("SIZE", False, "memory that is kept to by smaller batches, such as 8GiB"),
+    "memory_limit": (
+        "SIZE",
+        False,
+        "the most memory to use, such as 8GiB; batches become smaller to keep it",
+    ),
     "device_map": (
         "NAME",
         False,
@@ -58,7 +62,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "offload_folder": (
         "DIR",
         True,
-        "where the part of it goes that outgrows the memory too; default: a temporary one",
+        "the folder for parts that do not fit into memory either; default: a temporary one",
     ),
     "seed": ("N", False, "one seed for all sampling"),
     "target_se": (
@@ -91,11 +95,15 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "baseline": (
         "PATH",
         True,
-        "report.json that gates compare with; or a folder of them, NAME.json each",
+        "report.json that gates compare with, or a folder with one NAME.json for each checkpoint",
     ),
     "golden_dir": ("DIR", True, "compare with the golden files in DIR/NAME/"),
     "golden_update": ("MODE", False, "write golden files: missing, changed or all"),
-    "xfails": ("FILE", True, "known failures: id prefix and reason a line; strict"),
+    "xfails": (
+        "FILE",
+        True,
+        "file of known failures: on each line the beginning of an id, and a reason; strict",
+    ),
 }
 REPEATABLE = ("checkpoint", "log")
 FLAGS: dict[str, str] = {

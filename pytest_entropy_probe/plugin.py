@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--probe-explain",
         metavar="CRITERION",
-        help="print what it measures, why its limit, what a failure means ('all' for every one), and exit",
+        help="print what it measures, where its limit comes from, what a failure means ('all' for every one), and exit",
     )
 
 

@@ -476,7 +476,7 @@ def test_two_orders_that_both_fit_are_an_error(adapter: Path, monkeypatch: pytes
     monkeypatch.setattr(order, "known_groupings", one_more)
     edit_optimizer(adapter, lambda c: [entry["exp_avg_sq"].fill_(1e-4) for entry in c["state"].values()])
     tensors = r"\S*layers.0.self_attn.q_proj.lora_A\S*, \S*layers.1.self_attn.q_proj.lora_A\S* \(0.00 against 0.00\)"
-    message = r"its order of parameters is ambiguous \(.*; another: all fit\), .* cannot tell apart " + tensors
+    message = r"the order of its parameters is ambiguous \(.*; another: all fit\), .* cannot tell apart " + tensors
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(adapter)
 

@@ -305,7 +305,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no optimizer": (
         edited(lambda m: [m.state_dict_metadata.pop(n) for n in list(m.state_dict_metadata) if "optimizer" in n]),
-        r"ckpt: holds no optimizer, the model alone; take an earlier step",
+        r"ckpt: holds only the model, and no optimizer; take an earlier step",
     ),
     "no model": (
         edited(lambda m: [m.state_dict_metadata.pop(n) for n in list(m.state_dict_metadata) if n[:6] == "model."]),

@@ -181,7 +181,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: shutil.copy(optim(f), str(optim(f)).replace("mp_rank_00", "mp_rank_01")), "ds_to_universal.py",
     ),
     "a rank twice": (
-        lambda f: shutil.copy(optim(f), str(optim(f)).replace("bf16_", "")), "not ZeRO's of data-parallel ranks",
+        lambda f: shutil.copy(optim(f), str(optim(f)).replace("bf16_", "")),
+        "not from ZeRO with data-parallel ranks only",
     ),
     "truncated": (lambda f: cut(optim(f, 1)), "cannot be read"),
     "no torch file": (lambda f: optim(f).write_bytes(b"x" * 50), "was not executed"),

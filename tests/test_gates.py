@@ -272,9 +272,9 @@ def test_limits_in_force_name_the_bounds() -> None:
         ({"entropy": {}}, "`limits.entropy` has no bound"),
         ({"entropy": {"noise": 2}}, "`limits.entropy` has no bound"),
         ({"entropy": {"min": 2, "max": 1}}, "min is above max"),
-        ({"entropy": {"fall": 0.5}}, "`limits.entropy.fall` speaks of a baseline; give --probe-baseline=report.json"),
+        ({"entropy": {"fall": 0.5}}, "`limits.entropy.fall` needs a baseline; give --probe-baseline=report.json"),
         ({"entropy": {"min": 1, "noise": 0.5}}, "`limits.entropy.noise` is 0.5; give 1 or more"),
-        ({"adam_step": {"min": 0}}, "`limits.adam_step.min`: the gate is a count; give `max` alone"),
+        ({"adam_step": {"min": 0}}, "`limits.adam_step.min`: the gate is a count; give only `max`"),
         ({"finite_moments": {"max": 0, "noise": 4}}, "the gate is a count"),
         ({"finite_moments": {"max": -1}}, "`limits.finite_moments.max` is -1; give 0 or more"),
         ({"predicted_change": {"max": -0.2}}, "`limits.predicted_change.max` is -0.2; give 0 or more"),
@@ -292,7 +292,9 @@ def test_bounds_of_a_baseline_are_fine_with_one() -> None:
     require_known({"entropy": {"fall": 0.5, "rise_se": 4}}, ["entropy", "ess"], has_baseline=True)
     with pytest.raises(ProbeError, match=r"entropy.fall` is -0.5; give 0 or more"):
         require_known({"entropy": {"fall": -0.5}}, has_baseline=True)
-    with pytest.raises(ProbeError, match=r"entropy.fall` is 50, which nothing falls by; give a share below 1"):
+    with pytest.raises(
+        ProbeError, match=r"entropy.fall` is 50, and nothing can fall by its whole size; give a share below 1"
+    ):
         require_known({"entropy": {"fall": 50}}, has_baseline=True)
     require_known({"reward": {"fall": 2, "max": -1}}, has_baseline=True)
 

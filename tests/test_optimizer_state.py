@@ -245,7 +245,7 @@ def test_every_file_counts(tmp_path: Path, name: str) -> None:
         (lambda names: {"names": names}, "is not a list of names for each group of"),
         (lambda names: None, "is not a list of names for each group of"),
         (lambda names: [names[0], ["x", *names[1][1:]]], "has state for x, which the model lacks"),
-        (lambda names: [names[0], [names[0][0], *names[1][1:]]], "stands in it twice"),
+        (lambda names: [names[0], [names[0][0], *names[1][1:]]], "is in it twice"),
         (lambda names: [[3] * len(names[0]), names[1]], "has state for 3, which the model lacks"),
     ],
 )

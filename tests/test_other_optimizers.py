@@ -250,7 +250,7 @@ SPOILT: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "a group of another": (
         "SGD with momentum",
         lambda c: c["param_groups"].append({"params": [c["param_groups"][0]["params"].pop()], "lr": 1e-3}),
-        "some of its groups alone are of SGD",
+        "only some of its groups are of SGD",
     ),
     "momentum was lost": ("SGD with momentum", lambda c: c["state"].update({4: {"x": 1}}), "tensor 4 lacks"),
     "never stepped": ("SGD with momentum", lambda c: c["state"].clear(), "was never stepped"),

@@ -614,7 +614,7 @@ def test_merged_tables_are_refused(tmp_path: Path, merge: str) -> None:
 
 
 def test_the_errors_are_ours(tmp_path: Path) -> None:
-    with pytest.raises(ProbeError, match="its settings are left unread"):
+    with pytest.raises(ProbeError, match="its settings are not read"):
         read_arguments(tmp_path / "nothing.bin")
 
 

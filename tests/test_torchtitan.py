@@ -219,7 +219,7 @@ def test_a_last_step_with_the_model_alone_is_passed_over(
     dcp.save({newer(n): t for n, t in model.state_dict().items()}, checkpoint_id=tmp_path / "step-4", no_dist=True)
     assert load_checkpoint(tmp_path, base).info.path.name == "step-3"
     assert inspect_checkpoint(tmp_path, base).note.endswith("1 newer without optimizer state")
-    with pytest.raises(CheckpointError, match="step-4: holds no optimizer, the model alone; take an earlier step"):
+    with pytest.raises(CheckpointError, match="step-4: holds only the model, and no optimizer; take an earlier step"):
         load_checkpoint(tmp_path / "step-4", base)
 
 

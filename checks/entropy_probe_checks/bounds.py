@@ -57,11 +57,11 @@ def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bo
     for key, value in bounds.items():
         where = f"`limits.{name}.{key}`"
         if name in COUNTS and key != "max":
-            raise ConfigError("configuration", f"{where}: the gate is a count", "give `max` alone")
+            raise ConfigError("configuration", f"{where}: the gate is a count", "give only `max`")
         if key in OF_A_BASELINE and not has_baseline:
             raise ConfigError(
                 "configuration",
-                f"{where} speaks of a baseline",
+                f"{where} needs a baseline",
                 "give --probe-baseline=report.json",
             )
         lowest = 1.0 if key in ("noise", "fall_se", "rise_se") else 0.0
@@ -70,7 +70,7 @@ def require_sensible(name: str, bounds: Mapping[str, float], *, has_baseline: bo
         if key == "fall" and name not in SIGNED and value >= 1:
             raise ConfigError(
                 "configuration",
-                f"{where} is {value:g}, which nothing falls by",
+                f"{where} is {value:g}, and nothing can fall by its whole size",
                 "give a share below 1",
             )
         if key in ("min", "max") and name == "zero_advantage" and not 0 <= value <= 1:

@@ -42,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one"
     )
     run.add_argument(
-        "--out", type=Path, metavar="FILE", help="where report.json goes (default: standard output)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the report.json to write (default: standard output)",
     )
     run.add_argument(
         "--evidence",
@@ -71,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="PATH", help="checkpoint or run folder, or `demo` for the bundled one"
     )
     inspect.add_argument("--base-model", type=Path, metavar="PATH", help="base model of an adapter")
-    inspect.add_argument("--json", action="store_true", help="for machines")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
     audit = commands.add_parser(
         "audit", help="compute every figure of a report again from its evidence, without torch"
     )
@@ -88,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     page.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="report.json")
     page.add_argument(
-        "--html", type=Path, metavar="FILE", required=True, help="where the page goes (.html)"
+        "--html", type=Path, metavar="FILE", required=True, help="the page to write (.html)"
     )
     page.add_argument(
         "--evidence",
@@ -101,14 +104,14 @@ def parser() -> argparse.ArgumentParser:
         help="read rollouts that a trainer wrote (verl, TRL, prime-rl), and write them as JSON lines",
     )
     rollouts.add_argument("rollouts", type=Path, metavar="PATH", help="the trainer's file")
-    rollouts.add_argument("--out", type=Path, metavar="FILE", help="where the lines go")
+    rollouts.add_argument("--out", type=Path, metavar="FILE", help="the file to write the lines to")
     rollouts.add_argument(
-        "--step", type=int, help="of several steps in the file (default: the last)"
+        "--step", type=int, help="which step to read, if the file has several (default: the last)"
     )
     rollouts.add_argument(
         "--rewards",
         metavar="NAMES",
-        help="the columns of TRL's table that are rewards, with commas",
+        help="the columns of TRL's table that are rewards, separated by commas",
     )
     drill = commands.add_parser(
         "drill",
@@ -243,7 +246,7 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target-se",
         metavar="X",
-        help="more prompts, up to batch.max_prompts, until the predicted change has a standard error of X nats per "
+        help="add prompts, up to batch.max_prompts, until the predicted change has a standard error of X nats per "
         "token; or 2se: half of that change",
     )
     group = run.add_argument_group("whose step")
@@ -275,7 +278,7 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="memory that is kept to by smaller batches, such as 8GiB",
+        help="the most memory to use, such as 8GiB; batches become smaller to keep it",
     )
     group.add_argument(
         "--device-map",
@@ -283,7 +286,9 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
         help="for a model that outgrows one device: auto, balanced, balanced_low_0 or sequential",
     )
     group.add_argument(
-        "--offload-folder", metavar="DIR", help="where the part goes that outgrows the memory too"
+        "--offload-folder",
+        metavar="DIR",
+        help="the folder for parts that do not fit into memory either",
     )
 
 
@@ -608,7 +613,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         lines = audit(report.model_dump(mode="json"), Evidence.from_file(place))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         problem = f"does not hold what the figures are made of ({type(error).__name__}: {error})"
-        raise ProbeError(place, problem, "give the evidence of this very report") from error
+        raise ProbeError(place, problem, "give the evidence of this report") from error
     print(text(lines))
     return EXIT_FAILED if any(not line.difference <= LIMIT for line in lines) else 0
 
@@ -645,7 +650,7 @@ def _on_page(report: ProbeReport) -> Checkpoint:
 
 
 def _rollouts(arguments: argparse.Namespace) -> int:
-    """What was understood goes to standard error, or to standard output where the lines go to a file."""
+    """What was understood goes to standard error, or to standard output the file to write the lines to to a file."""
     from entropy_probe.atomic import require_writable, write_atomically
     from entropy_probe.stages.responses.trainers_rollouts import understood
 
@@ -657,7 +662,9 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     if found is None:
         problem = "is no file of verl's, TRL's or prime-rl's rollouts"
         raise RolloutsError(
-            path, problem, "JSON lines of our own are given as they are, --rollouts"
+            path,
+            problem,
+            "if it is JSON lines in this project's format, give it to --rollouts as it is",
         )
     lines = [line for _, line in found.lines]
     sizes = [len(line["rewards"]) for line in lines]
@@ -722,7 +729,7 @@ def _statuses(given: Sequence[str], fault: str) -> dict[str, str]:
         lines = err.strip().splitlines() or [f"exit code {code}"]
         if not fault:
             raise ProbeError(
-                "drill", f"the run without a fault fails: {lines[-1]}", "mend that first"
+                "drill", f"the run without a fault fails: {lines[-1]}", "repair that first"
             )
         return {f"an error ({lines[-1].removeprefix('entropy-probe: ')})": "fail"}
     return json.loads(out.splitlines()[-1])

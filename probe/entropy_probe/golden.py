@@ -202,7 +202,7 @@ def read(path: Path) -> Golden | None:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f'{name} stands bare; "{name}" is the number')
+    raise ValueError(f'{name} is written without quotes; write "{name}"')
 
 
 def _no_golden(path: Path, problem: str) -> ProbeError:

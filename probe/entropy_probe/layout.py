@@ -169,7 +169,9 @@ def _named_adapter(folder: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(printable(place.name) for place in found)
         raise CheckpointError(
-            folder, f"holds several adapters ({names})", "leave that of the policy in it alone"
+            folder,
+            f"holds several adapters ({names})",
+            "leave only the adapter of the policy in it",
         )
     return next(iter(found), None)
 

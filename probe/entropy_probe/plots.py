@@ -46,7 +46,7 @@ def require_drawable(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(
             path,
-            "is not a kind of figure that is written",
+            "is not a kind of figure that can be written",
             f"end its name in {' or '.join(FORMATS)}",
         )
     if find_spec("matplotlib") is None:

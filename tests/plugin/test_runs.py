@@ -83,7 +83,7 @@ def test_a_baseline(folder: Path) -> None:
         ("nowhere", "--probe-baseline: no such file or folder: "),
         ("probe.yaml", "--probe-baseline: "),
         ("a", "checkpoint-100.json: cannot be read"),
-        (None, "`limits.entropy.fall` speaks of a baseline; give --probe-baseline=report.json"),
+        (None, "`limits.entropy.fall` needs a baseline; give --probe-baseline=report.json"),
     ],
 )
 def test_a_baseline_that_is_none(folder: Path, baseline: str | None, complaint: str) -> None:

@@ -189,7 +189,7 @@ def step_diagnostics(
         raise ConfigError(
             "eos_token_id",
             f"is {eos_token_id}, the logits have {vocabulary} entries",
-            "give ids among them",
+            "give an id below that number",
         )
     rows = logits.detach().reshape(-1, vocabulary)
     parts = [
@@ -276,7 +276,9 @@ def _check_policy(top_p: float, temperature: float) -> None:
 def _check_length(given: Tensor | None, steps: int) -> None:
     if given is not None and len(given) != steps:
         raise MeasurementError(
-            "diagnostics", f"{len(given)} tokens for {steps} steps of logits", "give one a step"
+            "diagnostics",
+            f"{len(given)} tokens for {steps} steps of logits",
+            "give one for each step",
         )
 
 
@@ -291,7 +293,7 @@ def sequence_diagnostics(
     steps = entropy.shape[0]
     if steps == 0:
         raise MeasurementError(
-            "diagnostics", "the response has no token", "leave empty responses out"
+            "diagnostics", "the response has no token", "leave out empty responses"
         )
     _check_length(surprisal, steps)
     if surprisal is not None and not bool(torch.isfinite(surprisal).all()):

@@ -152,8 +152,8 @@ class Capture(TorchFunctionMode):
             if weight.tensor._version != weight.version:
                 raise MeasurementError(
                     "gradients",
-                    "the model changes a tensor made of its parameters in place",
-                    "use plain expressions",
+                    "the model changes a tensor that is made of its parameters in place",
+                    "write that operation without a change in place",
                 )
             for k, p in self._each():
                 gradients = torch.autograd.grad(

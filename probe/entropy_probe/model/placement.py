@@ -165,7 +165,9 @@ def _named(model: nn.Module, asked: Mapping[str, str]) -> dict[str, str]:
     for name, _ in model.named_parameters():
         if not _covered(name, found):
             raise ConfigError(
-                "device_map", f"no entry covers {name}", 'add one, or "" for all that has none'
+                "device_map",
+                f"no entry covers {name}",
+                'add one, or "" for all modules without an entry',
             )
     return found
 

@@ -15,7 +15,7 @@ from entropy_probe.report import ProbeReport
 MOST_RESPONSES = 40
 """Responses in the table, those first that move the entropy most."""
 MOST_PROMPTS = 40
-_OF_THIS = "give the evidence of this very report"
+_OF_THIS = "give the evidence of this report"
 _BINS, _MOST_POSITIONS, _CARRIERS = 24, 120, 0.2
 
 

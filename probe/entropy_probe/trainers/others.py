@@ -128,12 +128,12 @@ def _yaml(path: Path) -> Any:
     with path.open("rb") as stream:
         data = stream.read(_MOST + 1)
     if len(data) > _MOST:
-        raise ProbeError(path, "is larger than settings are", "its settings are left unread")
+        raise ProbeError(path, "is too large for a file of settings", "its settings are not read")
     try:
         return yaml.load(data.decode("utf-8"), _Unmerged)  # noqa: S506 (a SafeLoader)
     except Exception as error:  # of tags, numbers and dates too
         problem = f"is no YAML ({type(error).__name__})"
-        raise ProbeError(path, problem, "its settings are left unread") from error
+        raise ProbeError(path, problem, "its settings are not read") from error
 
 
 class _Unmerged(yaml.SafeLoader):

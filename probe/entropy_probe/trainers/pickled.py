@@ -36,9 +36,9 @@ def read_arguments(path: Path) -> Note:
         note = _followed(_pickle_in(path))
     except Exception as error:  # whatever a damaged archive or pickle makes their readers raise
         problem = f"is not what transformers writes ({type(error).__name__}: {error})"[:200]
-        raise ProbeError(path, problem, "its settings are left unread") from error
+        raise ProbeError(path, problem, "its settings are not read") from error
     if not isinstance(note, Note) or not note.state:
-        raise ProbeError(path, "holds no settings", "its settings are left unread")
+        raise ProbeError(path, "holds no settings", "its settings are not read")
     return note
 
 

@@ -51,7 +51,7 @@ def training_settings(folder: str | Path) -> Trace:
                 return Trace(None, [str(error)])
             except Exception as error:  # a file from anywhere, in readers of several libraries
                 what = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-                return Trace(None, [f"{printable(path)}: its settings are left unread ({what})"])
+                return Trace(None, [f"{printable(path)}: its settings are not read ({what})"])
             if found is not None:
                 return Trace(found)
     return Trace()

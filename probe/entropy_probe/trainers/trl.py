@@ -27,7 +27,9 @@ def found(path: Path) -> Found:
     if "GRPO" in note.name or {"loss_type", "num_generations"} <= of.values.keys():
         return _grpo(of)
     kind = note.name.rpartition(".")[2][:60]
-    raise ProbeError(path, f"holds settings of {kind}, which no recipe is for", "name a recipe")
+    raise ProbeError(
+        path, f"holds settings of {kind}, for which there is no recipe", "name a recipe"
+    )
 
 
 class _Arguments:
@@ -61,7 +63,9 @@ def _grpo(of: _Arguments) -> Found:
     loss = of.text("loss_type", "grpo")
     name = f"trl-{loss}"
     if name not in RECIPES:
-        raise ProbeError(of.path, f"has the loss {loss!r}, which no recipe is for", "name a recipe")
+        raise ProbeError(
+            of.path, f"has the loss {loss!r}, for which there is no recipe", "name a recipe"
+        )
     parts, left = _common(of)
     scale = of.values.get("scale_rewards", "group")
     parts["scale"] = _SCALES.get(scale, scale)

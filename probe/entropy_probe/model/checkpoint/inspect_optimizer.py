@@ -38,7 +38,9 @@ def found_optimizer(
         more = len(broken) - _MOST_PROBLEMS
         found.problems.append(f"{path}: {more} more tensors cannot be used; see those above")
     if not states:
-        raise CheckpointError(path, "has moments of no tensor", "use a checkpoint of Adam or AdamW")
+        raise CheckpointError(
+            path, "has no moments of any tensor", "use a checkpoint of Adam or AdamW"
+        )
     if lost := adam.lost_to_rounding(states):
         found.warnings.append(lost)
     total = sum(len(of_group) for of_group in keys)

@@ -139,7 +139,7 @@ def _of_csv(path: Path) -> Rows:
                 if None in row:
                     problem = f"has more than {len(table.fieldnames)} columns"
                     raise RolloutsError(
-                        f"{path}:{table.line_num}", problem, "quote what has commas"
+                        f"{path}:{table.line_num}", problem, "quote the fields that contain commas"
                     )
                 yield f"{path}:{table.line_num}", _of_cells(row)
     except (OSError, ValueError, csv.Error) as error:

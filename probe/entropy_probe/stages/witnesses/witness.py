@@ -202,7 +202,7 @@ def _naive(
             if not loss.requires_grad:
                 raise MeasurementError(
                     "gradients",
-                    "no trainable parameter has a part in the scores",
+                    "no trainable parameter influences the scores",
                     "load the adapter without merging it",
                 )
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

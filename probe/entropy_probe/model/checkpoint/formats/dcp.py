@@ -178,7 +178,7 @@ def optimizer(folder: Path, items: list[Item]) -> dict[str, Any]:
 def _no_optimizer(folder: Path) -> CheckpointError:
     return CheckpointError(
         folder,
-        "holds no optimizer, the model alone",
+        "holds only the model, and no optimizer",
         "take an earlier step, or save the optimizer with it",
     )
 

@@ -114,7 +114,7 @@ def _rank_files(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("*_optim_states.pt")):
         match = _RANK_FILE.fullmatch(path.name)
         if match is None or int(match[2]) or int(match[1]) in found:
-            raise CheckpointError(path, "is not ZeRO's of data-parallel ranks alone", CONVERT)
+            raise CheckpointError(path, "is not from ZeRO with data-parallel ranks only", CONVERT)
         found[int(match[1])] = path
     for rank in range(max(found) + 1):
         if rank not in found:

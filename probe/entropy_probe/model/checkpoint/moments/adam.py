@@ -205,14 +205,14 @@ def map_adam_state(
                 continue  # it was handed to the optimizer and never stepped
             if name in mapped:
                 raise CheckpointError(
-                    path, f"{name} stands in it twice", "save the optimizer's state_dict again"
+                    path, f"{name} is in it twice", "save the optimizer's state_dict again"
                 )
             mapped[name] = adam_state(
                 name, state.get(key), group, parameters[name].shape, path, missing_state
             )
     if not mapped:
         raise CheckpointError(
-            path, "has state of none of its tensors", "save optimizer.state_dict() again"
+            path, "has no state of any of its tensors", "save optimizer.state_dict() again"
         )
     if notes is not None:
         notes += [line for line in (note, lost_to_rounding(mapped.values())) if line]

@@ -77,7 +77,7 @@ def names_of(
     ]
     raise CheckpointError(
         path,
-        f"its order of parameters is ambiguous ({'; '.join(labels)}: all fit), and its moments cannot tell apart "
+        f"the order of its parameters is ambiguous ({'; '.join(labels)}: all fit), and its moments cannot tell apart "
         f"{some_names(differ)} {compared}",
         "save the optimizer with names: AdamW(model.named_parameters())",
     )

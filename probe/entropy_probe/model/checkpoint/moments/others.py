@@ -126,7 +126,7 @@ def recognise(state_dict: Mapping[str, Any], path: Path) -> Kind | None:
     names = list(dict.fromkeys(kind.name for kind in kinds if kind is not _BARE))
     if _BARE in kinds:
         raise CheckpointError(
-            path, f"some of its groups alone are of {names[0]}", "save optimizer.state_dict()"
+            path, f"only some of its groups are of {names[0]}", "save optimizer.state_dict()"
         )
     return _in_one(names) if len(names) > 1 else _with_its_states(kinds[0], groups, entries, path)
 
@@ -240,7 +240,7 @@ def map_other(
     ]
     if len(trained) > len(set(trained)):
         raise CheckpointError(
-            path, "one parameter stands in it twice", "save the optimizer's state_dict again"
+            path, "one parameter is in it twice", "save the optimizer's state_dict again"
         )
     return described(kind, state_dict, path, tuple(trained))
 

@@ -242,7 +242,7 @@ def wrap(
         if n not in lora
     }
     if not rest and base is None:
-        raise CheckpointError(source, "holds the adapter alone", HOW_TO_NAME_A_BASE)
+        raise CheckpointError(source, "holds only the adapter", HOW_TO_NAME_A_BASE)
     if rest:
         gathered = Gathered.of(rest, source, stored.weights.files)
         model: Any = load_full_model(folder, gathered, values=values)
@@ -254,7 +254,7 @@ def wrap(
     missing = {name for name in model.state_dict() if ".lora_" in name} ^ lora.keys()
     if missing:
         raise CheckpointError(
-            source, f"{min(missing)} is in the file or in the model alone", _SAVED_TOGETHER
+            source, f"{min(missing)} is only in the file, or only in the model", _SAVED_TOGETHER
         )
     _take(weights, model, source)
     return model.eval()
