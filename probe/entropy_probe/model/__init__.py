@@ -7,6 +7,8 @@ precision     float64 that is float64, autocast off, derivatives that are deriva
 overrides     θ + ηv as a mapping of names, without touching the module
 forward       BoundModel: where the network is called, for θ and θ + ηv alike
 capture       weighted sums of per-row gradients from one forward and one backward pass
+attention     attention of long rows in blocks of queries, for every derivative
+recompute     decoder layers that keep their inputs alone in a graph, and run again
 lending       parameters that are elsewhere, or in another dtype, lent for the length of a forward
 placement     the parts of a model that outgrows one device;   disk  tensors whose data stands in a file
 device      the device that a name means
