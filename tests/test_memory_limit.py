@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import models
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.memory import Held, counted_bytes
+from entropy_probe.memory import Held, LiveTensors, counted_bytes, live_tensors
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients import products
@@ -379,3 +379,16 @@ def test_layers_are_run_again_where_nothing_else_fits(subject: Subject, monkeypa
                 plan(200 * MIB, recompute)
         else:
             assert plan(200 * MIB, recompute).recompute is small
+
+
+def test_a_count_of_nothing_is_an_error() -> None:
+    """Benchmarks and tests of memory take no 0 for an answer, and none that depends on what went before."""
+
+    def work() -> None:
+        torch.zeros(MIB // 4).add(1)
+
+    for before in (1, 64 * MIB):
+        torch.zeros(before)
+        assert live_tensors(work, CPU) == LiveTensors(2 * MIB, MIB)
+    with pytest.raises(MeasurementError, match="made no tensor on meta"):
+        live_tensors(work, torch.device("meta"))
