@@ -1,4 +1,5 @@
-"""Measures what runs cost and writes the table of `docs/scaling.md`: `python docs/scaling.py`, in some ten minutes.
+"""Measures what runs cost and writes the tables of `docs/scaling.md`: `python docs/scaling.py`, in some ten minutes;
+`python docs/scaling.py long`, in a second, that of long responses alone, which is made of formulas.
 
 Every size is a random Qwen2 in a process of its own. Flops and live tensors are counted as in `tests/test_cost.py`; the
 resident size is that of the report's `memory`, less what the process held before it loaded the checkpoint.
@@ -10,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +100,90 @@ def _row(size: str, what: str, ratios: dict[str, float]) -> str:
     return f"| {size} | {what} | {' | '.join(f'{ratios[s]:.2f}' if s in ratios else '' for s in SHOWN)} |\n"
 
 
+BEGIN_LONG, END_LONG = "<!-- long rows: docs/scaling.py long -->\n", "<!-- end of long rows -->\n"
+# layers, h, f, heads, key-value heads, tied: Qwen2.5's
+SHAPES = {
+    "7 B": (28, 3584, 18944, 28, 4, False),
+    "1.5 B": (28, 1536, 8960, 12, 2, True),
+}
+VOCABULARY, RANK = 152_064, 16
+
+
+def network(shape: str, *, lora: bool) -> object:
+    """The sizes of a decoder, trained in full or with LoRA on all linear layers of its blocks."""
+    from entropy_probe.cost import Network
+
+    layers, h, f, heads, pairs, tied = SHAPES[shape]
+    keys = pairs * h // heads
+    linear = [(h, h), (h, h), (h, keys), (h, keys), (h, f), (h, f), (f, h)]
+    blocks = layers * sum(a * b for a, b in linear)
+    factors = layers * RANK * sum(a + b for a, b in linear) if lora else 0
+    whole = blocks + (1 if tied else 2) * h * VOCABULARY
+    return Network(
+        layers=layers,
+        hidden=h,
+        heads=heads,
+        attention=h,
+        intermediate=f,
+        vocabulary=VOCABULARY,
+        frozen=blocks if lora else 0,
+        trained=factors if lora else blocks,
+        head_trained=not lora,
+        parameters=whole + factors,
+        trainable=factors if lora else whole,
+        tensors=layers * (14 if lora else 7),
+        entries=4096 * layers * (14 if lora else 7),
+        largest=RANK * f if lora else h * VOCABULARY,
+        groups=layers,
+    )
+
+
+def of_long_rows(shape: str, *, lora: bool, length: int) -> dict[str, float]:
+    """GiB on an accelerator by stage, one row at a time, layers run again, the float64 copy shared; `second order`: the
+    alpha-trick and the second derivative, which are part of the witnesses of the standard budget."""
+    from entropy_probe.cost import Batch, Run, peaks
+
+    batch = Batch(16, 8, 200, length)
+    blocks = None if lora else 2
+    run = Run(batch, batch, blocks=blocks, rows_at_once=1, lent=True, recompute=True)
+    first = replace(run, left_out=("projections", "curvature witness"))
+    of = network(shape, lora=lora)
+    held = peaks(of, first, on_accelerator=True)  # pyright: ignore[reportArgumentType]
+    second = peaks(of, run, on_accelerator=True)["witnesses"]  # pyright: ignore[reportArgumentType]
+    shown = ("scores", "gradients", "slopes", "entropy change", "real step", "witnesses")
+    return {
+        **{stage: held[stage] / 2**30 for stage in shown},
+        "most": max(held.values()) / 2**30,
+        "second order": second / 2**30,
+    }
+
+
+def long_rows() -> str:
+    rows = []
+    for shape, lora, length in (
+        ("7 B", True, 4096),
+        ("7 B", True, 16384),
+        ("1.5 B", True, 4096),
+        ("1.5 B", True, 16384),
+        ("1.5 B", False, 4096),
+    ):
+        found = of_long_rows(shape, lora=lora, length=length)
+        kind = "LoRA" if lora else "full"
+        rows.append((f"{shape} {kind}, T {length}", found))
+    head = f"| GiB | {' | '.join(rows[0][1])} |\n|{'---|' * (1 + len(rows[0][1]))}\n"
+    return head + "".join(
+        f"| {name} | {' | '.join(f'{value:.0f}' for value in found.values())} |\n"
+        for name, found in rows
+    )
+
+
 def main(arguments: list[str]) -> None:
+    if arguments == ["long"]:
+        before, _, rest = PAGE.read_text().partition(BEGIN_LONG)
+        PAGE.write_text(
+            before + BEGIN_LONG + "\n" + long_rows() + "\n" + END_LONG + rest.partition(END_LONG)[2]
+        )
+        return
     if not arguments:
         made = table()
         before, _, rest = PAGE.read_text().partition(BEGIN)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import models
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.memory import Held, counted_bytes
+from entropy_probe.memory import Held, LiveTensors, counted_bytes, live_tensors
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients import products
@@ -357,3 +357,38 @@ def test_limits_are_kept(folder: Path) -> None:
     assert max(stage["peak"] for stage in free["memory"]["stages"].values()) > limit
     for section, key in (("entropy", "rb"), ("update", "curvature"), ("two_batch", "delta_h1")):
         assert least[section][key] == pytest.approx(free[section][key], rel=1e-4)
+
+
+def test_layers_are_run_again_where_nothing_else_fits(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` first as without, `never` not at all, `always` from the start."""
+    recomputed = {False: 200 * MIB, True: 100 * MIB}
+    monkeypatch.setattr(memory_limit, "_held_now", lambda device: 0)
+    monkeypatch.setattr(
+        Passes, "kinds", lambda passes, usable: [lambda config, positions: recomputed[passes.bound.recompute]]
+    )
+    monkeypatch.setattr(Passes, "kinds_of_second_order", lambda passes, usable: [])
+
+    def plan(limit: int, recompute: str) -> memory_limit.Plan:
+        given = {"memory_limit": limit, "budget": "smoke", "recompute": recompute}
+        return planned(subject.bound, subject.float64, subject.batches, ProbeConfig.from_mapping(given))
+
+    for recompute, large, small in (("auto", False, True), ("always", True, True), ("never", False, None)):
+        assert plan(1024 * MIB, recompute).recompute is large
+        if small is None:
+            with pytest.raises(MeasurementError, match="too little for one response"):
+                plan(200 * MIB, recompute)
+        else:
+            assert plan(200 * MIB, recompute).recompute is small
+
+
+def test_a_count_of_nothing_is_an_error() -> None:
+    """Benchmarks and tests of memory take no 0 for an answer, and none that depends on what went before."""
+
+    def work() -> None:
+        torch.zeros(MIB // 4).add(1)
+
+    for before in (1, 64 * MIB):
+        torch.zeros(before)
+        assert live_tensors(work, CPU) == LiveTensors(2 * MIB, MIB)
+    with pytest.raises(MeasurementError, match="made no tensor on meta"):
+        live_tensors(work, torch.device("meta"))

@@ -1,7 +1,7 @@
 """`entropy-probe run CHECKPOINT --out report.json`: the measurement alone, without pytest. `inspect` looks first,
 `watch` follows a training run, `compare` puts reports side by side, `report` shows them as one HTML page, `audit`
-computes the figures of a report again, `drill` plants faults to see them caught, `rollouts` reads those of a trainer,
-`schema` says what every field of a report is."""
+computes the figures of a report again, `drill` plants faults to see them caught, `plan` says what a run would cost,
+`rollouts` reads those of a trainer, `schema` says what every field of a report is."""
 
 from __future__ import annotations
 
@@ -122,6 +122,20 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_what_is_measured(drill)
     drill.add_argument("--fault", help=argparse.SUPPRESS)  # in a process of its own
+    plan = commands.add_parser(
+        "plan", help="say what memory and how many flops a run would take, without loading weights"
+    )
+    plan.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or `demo` for the bundled one"
+    )
+    plan.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=200,
+        metavar="P",
+        help="tokens of a prompt (default: 200); responses have generation.max_new_tokens",
+    )
+    _add_what_is_measured(plan)
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of a report, or of the configuration"
     )
@@ -339,6 +353,7 @@ def _main(argv: Sequence[str] | None) -> int:
             "compare": _compare,
             "audit": _audit,
             "report": _page,
+            "plan": _plan,
             "rollouts": _rollouts,
             "drill": _drill if getattr(arguments, "fault", None) is None else _with_fault,
             "schema": _schema,
@@ -594,6 +609,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect_checkpoint(_folder(arguments.checkpoint), arguments.base_model)
     print(json.dumps(_plain(found), indent=2) if arguments.json else found.text())
     return EXIT_FAILED if found.problems else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = _configured(arguments)
+    if arguments.prompt_tokens < 1:
+        raise ConfigError("--prompt-tokens", f"is {arguments.prompt_tokens}", "give 1 or more")
+
+    from entropy_probe.cost.plan import plan
+
+    found = plan(
+        _folder(arguments.checkpoint), config, arguments.prompt_tokens, arguments.base_model
+    )
+    print(found.text())
+    return 0 if found.fits else EXIT_FAILED
 
 
 def _plain(found: Inspection) -> dict[str, Any]:

@@ -5,6 +5,7 @@ decoders of Llama's and Qwen's kind, fully trained or with LoRA. Left out: mixtu
 `fallback: resample`.
 
 sizes  of a network and of a run;   computation  flops;   tensors  bytes held;   traffic  bytes sent
+plan   what a run of a checkpoint would take, and what is chosen, before anything is loaded
 """
 
 from entropy_probe.cost.computation import GROWING, flops

@@ -127,9 +127,15 @@ _MADE_IN = {
 _ORDER = ("scores", "gradients", "first order", "update", "slopes", "entropy change", "real step")
 
 
-def peaks(network: Network, run: Run) -> dict[str, float]:
-    """The most that each stage holds, with all that is held by then."""
+_IN_MEMORY = ("moments", "X, Y", "Ȳ", "P", "v", "v₀, D")
+
+
+def peaks(network: Network, run: Run, *, on_accelerator: bool = False) -> dict[str, float]:
+    """The most that each stage holds, with all that is held by then; `on_accelerator`: there, without what stays in
+    memory beside it."""
     parts, above, found = held(network, run), _above(network, run), {}
+    if on_accelerator:
+        parts |= dict.fromkeys(_IN_MEMORY, 0)
     now = parts["θ"] + parts["moments"]
     for stage in _ORDER:
         now += sum(parts[name] for name in _MADE_IN.get(stage, ()))

@@ -1,0 +1,187 @@
+"""What a run of a checkpoint would take, from its files' headers and the configuration: `entropy-probe plan`.
+
+No weights are read, and nothing is computed but the formulas of `cost`. A run under a `memory_limit` counts passes on
+the model itself before it begins, and its choice is then the one that counts; this is the estimate of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from entropy_probe import memory
+from entropy_probe.base_model import find_base_model
+from entropy_probe.budgets import BUDGETS
+from entropy_probe.config import ProbeConfig
+from entropy_probe.cost.computation import flops
+from entropy_probe.cost.sizes import Batch, Network, Run
+from entropy_probe.cost.tensors import peaks
+from entropy_probe.layout import configured, find_layout
+from entropy_probe.model.attention import is_long
+from entropy_probe.model.checkpoint import readers
+from entropy_probe.model.checkpoint.weights.build import build
+
+_PROCESS = 0.4 * 2**30
+"""What the interpreter and its libraries take of a process's memory."""
+_SHORTEST = 16  # tokens of a response, below which none is suggested
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run by stage: the most bytes held, and flops; `room` is what there is, `None` where it is not known.
+
+    `run` has what was chosen: `rows_at_once` (`tf_batch_size`), `recompute`, and whether frozen parameters are `lent`
+    to the float64 copy. `remedies` are changes with which it would fit, and what each then takes.
+    """
+
+    network: Network
+    run: Run
+    device: str
+    room: float | None
+    whose: str
+    bytes: dict[str, float]
+    flops: dict[str, float]
+    remedies: list[str]
+
+    @property
+    def most(self) -> float:
+        return max(self.bytes.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.most <= self.room
+
+    def text(self) -> str:
+        """One line a stage, then what was chosen, and whether it fits."""
+        n, run = self.network, self.run
+        sizes = f"{n.parameters / 1e6:.4g} M parameters, {n.trainable / 1e6:.4g} M of them trained"
+        batches = " and ".join(f"{b.prompts} prompts × {b.group} responses" for b in run.batches)
+        lines = [
+            f"{sizes}; {batches}, {run.e.prompt:g} + {run.e.response:g} tokens; {self.device}",
+            f"{'stage':<16}{'GiB':>10}{'10¹² flops':>14}",
+        ]
+        for stage, computed in self.flops.items():
+            held = f"{self.bytes[stage] / 2**30:.2f}" if stage in self.bytes else ""
+            lines.append(f"{stage:<16}{held:>10}{computed / 1e12:>14.3g}")
+        lines.append(
+            f"{'most, and all':<16}{self.most / 2**30:>10.2f}{sum(self.flops.values()) / 1e12:>14.3g}"
+        )
+        scores = run.rows_at_once * n.heads * run.e.length**2
+        how = "long rows, in blocks" if is_long(int(scores)) else "short rows"
+        lines.append(f"chosen: {_said(run)}; attention of {how}")
+        if self.room is None:
+            lines.append("what memory there is cannot be known here: give --memory-limit")
+        else:
+            word = "fits" if self.fits else "does not fit"
+            lines.append(f"{word} {self.whose}, {self.room / 2**30:.3g} GiB")
+        return "\n".join([*lines, *(f"would fit: {remedy}" for remedy in self.remedies)])
+
+
+def plan(
+    path: str | Path, config: ProbeConfig, prompt: int, base_model: str | Path | None = None
+) -> Estimate:
+    """Of the checkpoint in a folder, with prompts of so many tokens and responses of `generation.max_new_tokens`.
+
+    Raises `CheckpointError` as loading does where names or shapes do not fit.
+    """
+    return estimate(network_of(path, base_model), config, prompt)
+
+
+def network_of(path: str | Path, base_model: str | Path | None = None) -> Network:
+    """The sizes of a checkpoint's model, from headers; the model is on the meta device."""
+    base = None if base_model is None else Path(base_model).expanduser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading notes of transformers
+        layout = configured(find_layout(path), base)
+        base = find_base_model(layout.weights, base) if layout.is_adapter else None
+        return Network.of(build(layout, readers.read(layout), base, values=False).model)
+
+
+def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
+    """As configured, or under a `memory_limit` the first choice that fits, the smallest where none does."""
+    device = torch.device(config.device)
+    accelerator, overhead = device.type != "cpu", 0.0 if device.type != "cpu" else _PROCESS
+    room, whose = config.memory_limit, "memory_limit"
+    if room is None:
+        known = device.type == "cpu" or torch.cuda.is_available()
+        room, whose = memory.available_bytes(device) if known else None, "what is free now"
+
+    def held(run: Run) -> dict[str, float]:
+        found = peaks(network, run, on_accelerator=accelerator)
+        return {stage: of + overhead for stage, of in found.items()}
+
+    def fitting(run: Run) -> Run | None:
+        return next((one for one in _choices(run, config) if most(one) <= (room or 0)), None)
+
+    def most(run: Run) -> float:
+        return max(held(run).values())
+
+    asked = chosen = _run(network, config, prompt)
+    remedies: list[str] = []
+    if config.memory_limit is not None:
+        chosen = fitting(asked) or [*_choices(asked, config)][-1]
+    if room is not None and most(chosen) > room:
+        under = None if config.memory_limit is not None else fitting(asked)
+        if under is not None:
+            remedies.append(f"memory_limit: {room / 2**30:.3g}GiB, with {_said(under)}")
+        for what, runs in _others(network, config, prompt):
+            found = next(((of, run) for of, one in runs if (run := fitting(one)) is not None), None)
+            if found is not None:
+                remedies.append(f"{what}: {found[0]}, with {_said(found[1])}")
+        remedies.append(f"a memory of {most([*_choices(asked, config)][-1]) / 2**30:.3g} GiB")
+    return Estimate(
+        network, chosen, config.device, room, whose, held(chosen), flops(network, chosen), remedies
+    )
+
+
+def _run(network: Network, config: ProbeConfig, prompt: int) -> Run:
+    group, tokens = config.generation.num_return_sequences, config.generation.max_new_tokens
+    e, u = (
+        Batch(prompts, group, prompt, tokens)
+        for prompts in (config.batch.num_prompts, config.batch.num_update_prompts)
+    )
+    etas = {} if config.true_delta_h.etas == "auto" else {"etas": len(config.true_delta_h.etas)}
+    again = config.recompute == "always"
+    return Run.of(network, config, e, u, sampled=True, recompute=again, **etas)
+
+
+def _choices(run: Run, config: ProbeConfig) -> Iterator[Run]:
+    """In the order in which a run under a limit tries them: as it is asked for; a float64 copy that shares the frozen
+    parameters, and fewer rows; layers that are run again."""
+    yield run
+    powers = [run.rows_at_once >> k for k in range(run.rows_at_once.bit_length())]
+    for again in (run.recompute, True) if config.recompute == "auto" else (run.recompute,):
+        for rows in powers:
+            yield replace(run, rows_at_once=rows, lent=True, recompute=again)
+
+
+def _said(run: Run) -> str:
+    """What is chosen of it."""
+    chosen = [f"tf_batch_size {run.rows_at_once}"]
+    chosen += ["layers run again"] if run.recompute else []
+    chosen += ["a shared float64 copy"] if run.lent else []
+    return ", ".join(chosen)
+
+
+Others = Iterator[tuple[str, Run]]
+
+
+def _others(network: Network, config: ProbeConfig, prompt: int) -> Iterator[tuple[str, Others]]:
+    """Keys of the configuration that make a run smaller, each with values in the order in which they are tried."""
+    asked = _run(network, config, prompt)
+    if set(asked.left_out) != set(BUDGETS["smoke"].left_out):
+        yield "budget", iter([("smoke", replace(asked, left_out=BUDGETS["smoke"].left_out))])
+
+    def shorter() -> Others:
+        tokens = config.generation.max_new_tokens // 2
+        while tokens >= _SHORTEST:
+            of = config.generation.model_copy(update={"max_new_tokens": tokens})
+            run = _run(network, config.model_copy(update={"generation": of}), prompt)
+            yield str(tokens), run
+            tokens //= 2
+
+    yield "generation.max_new_tokens", shorter()

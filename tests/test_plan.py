@@ -1,0 +1,88 @@
+"""`entropy-probe plan`: the sizes are those of the loaded model, what is chosen fits, and what would fit does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counted import Sizes
+from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.__main__ import main
+from entropy_probe.cost.plan import estimate, network_of
+from entropy_probe.cost.sizes import Network
+
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+
+
+def scaling() -> Any:
+    spec = importlib.util.spec_from_file_location("scaling", PAGE.with_suffix(".py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+def test_sizes_of_headers_are_those_of_the_model(tmp_path: Path, lora: bool) -> None:
+    folder = Sizes(lora=lora).checkpoint(tmp_path)
+    assert network_of(folder) == Network.of(load_checkpoint(folder).model)
+
+
+def config(**given: Any) -> ProbeConfig:
+    return ProbeConfig.from_mapping({"generation": {"max_new_tokens": 4096}, "device": "cuda"} | given)
+
+
+def test_choices_shrink_with_the_limit() -> None:
+    """Rows first, then layers that are run again; and where nothing fits, each remedy does."""
+    network, found = scaling().network("1.5 B", lora=True), []
+    for gib in (300, 120, 70, 36, 24, 16, 12):
+        of = estimate(network, config(memory_limit=f"{gib}GiB", budget="smoke"), 200)
+        assert of.fits
+        assert of.most <= gib * 2**30
+        found.append((of.run.recompute, -of.run.rows_at_once))
+    assert found == sorted(found)
+    assert len(set(found)) == len(found)
+    least = estimate(network, config(memory_limit="40GiB"), 200)
+    assert not least.fits
+    assert "budget: smoke" in least.remedies[0]
+    assert estimate(network, config(memory_limit="40GiB", budget="smoke"), 200).fits
+    tokens = next(re.search(r"max_new_tokens: (\d+)", said) for said in least.remedies if "max_new" in said)
+    assert tokens is not None
+    shorter = {"generation": {"max_new_tokens": int(tokens[1])}}
+    assert estimate(network, config(memory_limit="40GiB", **shorter), 200).fits
+    needed = re.search(r"a memory of ([\d.]+) GiB", least.remedies[-1])
+    assert needed is not None
+    assert estimate(network, config(memory_limit=f"{1.01 * float(needed[1])}GiB"), 200).fits
+
+
+def test_never_means_never() -> None:
+    network = scaling().network("1.5 B", lora=True)
+    of = estimate(network, config(memory_limit="20GiB", budget="smoke", recompute="never"), 200)
+    assert not of.run.recompute
+    assert estimate(network, config(memory_limit="20GiB", budget="smoke"), 200).run.recompute
+
+
+@pytest.mark.parametrize(("limit", "code", "said"), [("8GiB", 0, "fits memory_limit"), ("1MiB", 1, "would fit: ")])
+def test_the_command(capsys: pytest.CaptureFixture[str], limit: str, code: int, said: str) -> None:
+    assert main(["plan", "demo", "--memory-limit", limit]) == code
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert "slopes" in shown
+
+
+def test_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--prompt-tokens", "0"]) == 4
+    assert "--prompt-tokens: is 0; give 1 or more" in capsys.readouterr().err
+
+
+def test_the_table_is_what_the_formulas_say() -> None:
+    """And seven billion parameters with LoRA fit the cards that the page speaks of, but for the second order."""
+    made = scaling()
+    assert made.BEGIN_LONG + "\n" + made.long_rows() + "\n" + made.END_LONG in PAGE.read_text()
+    assert made.of_long_rows("7 B", lora=True, length=4096)["most"] <= 45
+    assert made.of_long_rows("7 B", lora=True, length=16384)["most"] <= 75
