@@ -57,7 +57,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--constraint constraints.txt --editable '.[dev,docs]'
-	-@$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib  # on both cores; not every file there is of this Python
 	@touch $@
 
 clean:

@@ -123,23 +123,45 @@ class Questions:
         if len(found) > _MOST:
             raise LookupError(f"{_MOST} questions are the most that are read a second time")
         by_tokens: dict[tuple[int, ...], Question | None] = {}
-        for question in found:
-            tokens = tuple(_encoded(question, tokenizer, batch))
+        for question, ids in zip(found, _encoded(found, tokenizer, batch), strict=True):
+            tokens = tuple(ids)
             known = by_tokens.get(tokens, question)
             by_tokens[tokens] = question if known == question else None
         return cls(tokenizer, by_tokens, len(by_tokens) == len(found))
 
 
-def _encoded(question: Question, tokenizer: Any, batch: Any) -> list[int]:
-    """Messages by the chat template in one go; of a text neither a second BOS nor an EOS of the tokenizer's."""
+def _encoded(questions: Sequence[Question], tokenizer: Any, batch: Any) -> list[list[int]]:
+    """Texts all at once, since a call takes longer than a text."""
+    prompts = [question.prompt for question in questions]
+    if (
+        batch.system_prompt is not None
+        or not prompts
+        or not all(isinstance(p, str) for p in prompts)
+    ):
+        return [_encoded_alone(question, tokenizer, batch) for question in questions]
+    usual = tokenizer(prompts).input_ids
+    plain = tokenizer(prompts, add_special_tokens=False).input_ids
+    begins, ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    return [
+        _without_marks(list(ids), list(own), begins, ends)
+        for ids, own in zip(usual, plain, strict=True)
+    ]
+
+
+def _without_marks(
+    ids: list[int], plain: list[int], begins: list[int | None], ends: list[int | None]
+) -> list[int]:
+    """Of a text neither a second BOS nor an EOS of the tokenizer's."""
+    if plain[:1] == begins and ids[: 1 + len(plain)] == [*begins, *plain]:
+        ids = ids[1:]
+    return ids[:-1] if ids[-1:] == ends != plain[-1:] and len(ids) > 1 else ids
+
+
+def _encoded_alone(question: Question, tokenizer: Any, batch: Any) -> list[int]:
+    """Messages by the chat template in one go."""
     turns = question.prompt
     if isinstance(turns, str) and batch.system_prompt is None:
-        ids = list(tokenizer(turns).input_ids)
-        plain = list(tokenizer(turns, add_special_tokens=False).input_ids)
-        begins, ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-        if plain[:1] == begins and ids[: 1 + len(plain)] == [*begins, *plain]:
-            ids = ids[1:]
-        return ids[:-1] if ids[-1:] == ends != plain[-1:] and len(ids) > 1 else ids
+        return _encoded([question], tokenizer, batch)[0]
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
     if batch.system_prompt is not None and turns[0]["role"] != "system":
