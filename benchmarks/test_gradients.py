@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from subjects import VOCABULARY, random_model, random_rollouts, relative_error
+from subjects import random_model, random_rollouts, relative_error, vocabulary
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients.payloads import payloads, response_weights
+from entropy_probe.stages.gradients.payloads import payloads
 from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -45,7 +45,7 @@ Units = tuple[dict[str, Tensor], dict[str, Tensor]]
 def rollouts_for(name: str, prompts: int) -> Rollouts:
     rows = prompts * GROUP
     lengths = SHORTEST + 17 * torch.arange(rows) % (LONGEST - SHORTEST + 1)  # 20 … 60, in no order
-    return random_rollouts(VOCABULARY[name], torch.full((rows,), PROMPT), lengths, GROUP)
+    return random_rollouts(vocabulary(name), torch.full((rows,), PROMPT), lengths, GROUP)
 
 
 def config_for(*, lora: bool) -> ProbeConfig:
@@ -156,7 +156,7 @@ def by_opacus(
 ) -> Units:
     unit_of = units(rollouts, config)
     sizes = torch.bincount(unit_of)
-    weights = [w.reshape(-1).float() for w in response_weights(rollouts, scores, config)]
+    weights = [of.weights.reshape(-1).float() for of in payloads(rollouts, scores, config)]
     named = {name: p for name, p in model._module.named_parameters() if p.requires_grad}
     sides: Units = tuple(
         {n: torch.zeros(len(sizes), p.numel()) for n, p in named.items()} for _ in weights
