@@ -11,7 +11,7 @@ scores          log p and entropy of every token of one response
 log_p           log p alone, one response
     Liger       the forward of its fused linear GRPO loss, which reads the vocabulary in blocks
 loss            gradient of Σ_t log p_t of one response with respect to LoRA's factors
-    Liger       `LigerFusedLinearGRPOLoss`, plain torch (its Triton kernels need a GPU), whose gradient at ratio 1 is that
+    Liger       `LigerFusedLinearGRPOLoss`, whose gradient at ratio 1 is that; plain torch, unlike its Triton kernels
     TRL         `selective_log_softmax`, and a backward pass
 per_prompt      X and Y of 2 prompts with 2 responses each: gradients of single responses, weighted
     Opacus      `GradSampleModule`
