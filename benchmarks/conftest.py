@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_timer = "time.process_time"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--tiny` one case of each benchmark."""
+    if subjects.TINY:
+        first = {str(item.originalname): item for item in reversed(items)}  # pyright: ignore[reportAttributeAccessIssue]
+        items[:] = [item for item in items if item in first.values()]
+
+
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:

@@ -1,7 +1,7 @@
 """X and Y of every prompt, against one forward and backward of their batch, the notes' loop, and Opacus.
 
-Prompts of 24 tokens with 4 responses of 20 to 60 random tokens each; LoRA on `s32k` with 16 and 32 prompts and on
-`deep` with 16; all parameters of `s32k` with 16 prompts, whose gradients are held as means over 4 blocks.
+Prompts of 24 tokens with 4 responses of 20 to 60 random tokens each; 16 prompts; LoRA on `s32k` and on `deep`,
+and all parameters of `s32k`, whose gradients are held as means over 4 blocks.
 
     ours      `unit_gradients`, as the product calls it
     bare      one forward and one backward of Σ S a microbatch, written out for this model: hidden states of generated
@@ -176,8 +176,8 @@ def by_opacus(
 
 @pytest.mark.parametrize(
     ("name", "lora", "prompts"),
-    [("s32k", True, 16), ("s32k", True, 32), ("deep", True, 16), ("s32k", False, 16)],
-    ids=["s32k LoRA 16", "s32k LoRA 32", "deep LoRA 16", "s32k full 16"],
+    [("s32k", True, 16), ("deep", True, 16), ("s32k", False, 16)],
+    ids=["s32k LoRA 16", "deep LoRA 16", "s32k full 16"],
 )
 def test_gradients(
     race: Callable[..., dict[str, float]], device: torch.device, name: str, lora: bool, prompts: int
