@@ -11,8 +11,9 @@ whether ΔH is 0 bit for bit at η = 0. Of the first two also: the same run on t
 again on the device, which must give every number again bit for bit. Of all but the demo: TRL's functions score the same
 responses, and one optimizer step is made by hand; time, memory, and the largest difference of log p and of an entropy.
 
-Each suite is a process of its own, so that its peak is its own. Those on the CPU run beside the others. Results are
-written after every case; what there is no time for is said to be left out. `--small` makes the models tiny.
+Each suite is a process of its own, so that its peak is its own. The three of one case run at once, and that on the CPU
+goes on beside the next cases: look at the times of the larger cases. Results are written after every case; what there
+is no time for is said to be left out. `--small` makes the models tiny.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,7 +59,7 @@ class Case:
     twice: bool = False
 
     def small(self) -> Case:
-        return Case("small", self.lora, min(self.length, 1024) // 64, 4, 2, self.twice)
+        return Case("small", self.lora, max(8, self.length // 64), 4, 2, self.twice)
 
 
 CASES = {
@@ -78,16 +80,22 @@ class Suite:
     """`pytest -m acceptance` of a checkpoint, begun; `result()` waits for its end."""
 
     def __init__(
-        self, checkpoint: str, device: str, folder: Path, *options: str, name: str = ""
+        self,
+        checkpoint: str,
+        device: str,
+        folder: Path,
+        *options: str,
+        name: str = "on-device",
+        threads: int | None = None,
     ) -> None:
-        self.report = folder / f"{name or device.replace(':', '-')}.json"
+        self.report = folder / f"{name}.json"
         plugin = [] if _installed() else ["-p", "pytest_entropy_probe.plugin"]
         own = [f"--probe-device={device}", f"--probe-json={self.report}", *options]
         command = [sys.executable, "-m", "pytest", *plugin, f"--probe-checkpoint={checkpoint}"]
         command += ["-m", "acceptance", "-q", "-p", "no:cacheprovider", *own]
         environment = {**os.environ, "COLUMNS": "120"}
-        if device == "cpu":
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(max(1, threads))
         self._log = (folder / f"{self.report.stem}.log").open("w+")
         self._began = time.perf_counter()
         self._process = subprocess.Popen(  # noqa: S603
@@ -99,8 +107,7 @@ class Suite:
         try:
             code: int | str = self._process.wait(timeout=max(limit, 1.0))
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.stop()
             code = f"ended after {limit:.0f} s"
         row: dict[str, Any] = {
             "exit": code,
@@ -122,6 +129,11 @@ class Suite:
         row["memory"] = said["memory"]
         row["report"] = said
         return row
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
 
 
 def _installed() -> bool:
@@ -274,6 +286,16 @@ class Session:
         self.device, self.small = given.device, given.small
         self._ends = time.perf_counter() + given.seconds
         self._waiting: list[Callable[[], None]] = []
+        self._suites: list[Suite] = []
+
+    def _begun(self, *arguments: Any, **options: Any) -> Suite:
+        self._suites.append(Suite(*arguments, **options))
+        return self._suites[-1]
+
+    def stop(self) -> None:
+        """End what still runs."""
+        for suite in self._suites:
+            suite.stop()
 
     @property
     def left(self) -> float:
@@ -283,12 +305,19 @@ class Session:
         self, row: dict[str, Any], checkpoint: str, folder: Path, *options: str, twice: bool
     ) -> None:
         """The suite on the device, into `row`; `twice`: again, and on the CPU, which is waited for at the end."""
-        cpu = Suite(checkpoint, "cpu", folder, *options, name="on-cpu") if twice else None
-        row |= Suite(checkpoint, self.device, folder, *options).result(self.left)
-        report = row.pop("report", None)
-        if cpu is None:
+        if not twice:
+            row |= self._begun(checkpoint, self.device, folder, *options).result(self.left)
+            row.pop("report", None)
             return
-        again = Suite(checkpoint, self.device, folder, *options, name="again").result(self.left)
+        cores = os.cpu_count() or 2
+        cpu = self._begun(checkpoint, "cpu", folder, *options, name="on-cpu", threads=cores // 2)
+        of_device = [
+            self._begun(checkpoint, self.device, folder, *options, name=name, threads=cores // 4)
+            for name in ("on-device", "again")
+        ]
+        first, again = (suite.result(self.left) for suite in of_device)
+        row |= first
+        report = row.pop("report", None)
 
         def compared() -> None:
             on_cpu = cpu.result(self.left)
@@ -416,24 +445,22 @@ def main() -> None:
         "cases": {},
     }
     with tempfile.TemporaryDirectory() as place:
-        for name in given.case or list(CASES):
-            folder = Path(place) / name
-            folder.mkdir()
-            results["cases"][name] = row = session.row(name, folder)
-            shown = {k: row.get(k) for k in ("exit", "seconds", "passed", "not_passed", "by_hand")}
-            print(name, json.dumps(shown)[:1500], flush=True)
+        try:
+            for name in given.case or list(CASES):
+                folder = Path(place) / name
+                folder.mkdir()
+                results["cases"][name] = row = session.row(name, folder)
+                keys = ("exit", "seconds", "passed", "not_passed", "by_hand")
+                print(name, json.dumps({k: row.get(k) for k in keys})[:1500], flush=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
+                case = CASES[name]
+                if case is not None and not case.twice:
+                    shutil.rmtree(folder, ignore_errors=True)
+            session.finish()
             out.write_text(json.dumps(results, indent=1) + "\n")
-            if not (CASES[name] is None or CASES[name].twice):
-                _removed(folder)
-        session.finish()
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        finally:
+            session.stop()
     print(out)
-
-
-def _removed(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
