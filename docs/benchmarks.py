@@ -82,6 +82,12 @@ def table(name: str) -> str:
             for of in found.values()
         ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
+    rounds = [edge for of in found.values() for spread in of["spread"].values() for edge in spread]
+    load = [one for of in found.values() for one in of["load"]]
+    lines.append(
+        f"\nRounds lie between {min(rounds):.2f} and {max(rounds):.2f} of their medians; "
+        f"{min(load):.0f} to {max(load):.0f} processes wanted to run on the machine."
+    )
     return "\n".join(lines) + "\n"
 
 
