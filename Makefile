@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE ?= cpu
+BENCH ?= $(wildcard benchmarks/test_*.py)
 GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 	--probe-rollouts=golden/demo/e.jsonl --probe-update-rollouts=golden/demo/u.jsonl
 
@@ -38,8 +39,10 @@ mutants: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 bench: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest benchmarks --device=$(DEVICE) \
-		--benchmark-json=benchmarks/results/$(shell date +%F)-$(DEVICE).json
+	for file in $(BENCH); do \
+		OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $$file --device=$(DEVICE) \
+			--benchmark-json=benchmarks/results/$(shell date +%F)-$(DEVICE)-$$(basename $$file .py).json || exit 1; \
+	done
 
 demo: $(READY)
 	$(BIN)/python -m entropy_probe.demo.train

@@ -2,7 +2,8 @@
 
 A machine that slows down then slows all of them. On a CPU one thread, and processor time, which a busy machine disturbs
 less than wall time; on a GPU (`--device=cuda`) wall time of finished kernels. Results go to `extra_info`, and so into
-the JSON that `make bench` leaves in results/, with the machine and the date; the terminal shows them as one table.
+the JSON that `make bench` leaves in results/, with the machine, its load and the date; the terminal shows them as one
+table. `--tiny` makes models and texts so small that every benchmark runs in a moment: tests/test_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import subjects
 import torch
 import transformers
 
@@ -26,20 +28,30 @@ _RACES = pytest.StashKey[list[tuple[str, dict[str, Any]]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the models are")
+    parser.addoption("--tiny", action="store_true", help="that everything runs, and not how fast")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RACES] = []
+    subjects.TINY = config.getoption("--tiny")
     if config.getoption("--device") == "cpu":
         torch.set_num_threads(1)
         config.option.benchmark_timer = "time.process_time"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--tiny` one case of each benchmark."""
+    if subjects.TINY:
+        first = {str(item.originalname): item for item in reversed(items)}  # pyright: ignore[reportAttributeAccessIssue]
+        items[:] = [item for item in items if item in first.values()]
+
+
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    """What the numbers depend on; not the machine's name."""
+    """What the numbers depend on; not the machine's name, and not every feature of its processor."""
     machine_info.pop("node", None)
+    machine_info["cpu"].pop("flags", None)
     device = torch.device(config.getoption("--device"))
     machine_info |= {
         "torch": torch.__version__,
@@ -50,6 +62,12 @@ def pytest_benchmark_update_machine_info(
         if device.type == "cuda"
         else platform.machine(),
     }
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    """The day, and whether something was not committed; a commit's id is another one after a rebase."""
+    for key in ("id", "project", "branch", "author_time"):
+        commit_info.pop(key, None)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +99,10 @@ def race(
     ) -> dict[str, float]:
         """`once`: ways too slow for more than one round, which the caller has warmed up. `times`: ways that did a part
         of the work, and how many times it is the whole. `quality`: how good ours is, measured by the caller. `targets`:
-        the ratios asked for."""
+        the ratios asked for. `spread` in the result is the fastest and the slowest round over the median, and `load`
+        how many processes wanted to run in the minute before, and at the end."""
+        rounds = 1 if subjects.TINY else rounds
+        load = [os.getloadavg()[0]]
         taken: dict[str, list[float]] = {name: [] for name in others}
 
         def turns() -> None:
@@ -97,11 +118,20 @@ def race(
             name: statistics.median(all_of[1:] or all_of) * scale.get(name, 1.0)
             for name, all_of in taken.items()
         }
+        load.append(os.getloadavg()[0])
+        kept = {name: all_of[1:] or all_of for name, all_of in taken.items()}
+        kept["ours"] = list(benchmark.stats.stats.data)
         own = benchmark.stats.stats.median
         ratios = {name: other / own for name, other in seconds.items()}
         found: dict[str, Any] = {
             "seconds": {"ours": own, **seconds},
             "ratios": ratios,
+            "spread": {
+                name: [min(of) / statistics.median(of), max(of) / statistics.median(of)]
+                for name, of in kept.items()
+            },
+            "rounds": {name: len(of) for name, of in kept.items()},
+            "load": load,
             "quality": dict(quality or {}),
             "targets": dict(targets or {}),
         }

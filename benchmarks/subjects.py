@@ -16,7 +16,25 @@ import transformers
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.stages.responses.rollouts import Rollouts
 
-VOCABULARY = {"s32k": 32_000, "s152k": 151_936, "deep": 8192}
+TINY = False  # set by `--tiny`: the same work on next to nothing
+_VOCABULARY = {"s32k": 32_000, "s152k": 151_936, "deep": 8192}
+
+
+def vocabulary(name: str) -> int:
+    return 512 if TINY else _VOCABULARY[name]
+
+
+def small(**sizes: int) -> dict[str, int]:
+    """The sizes of a network as they are asked for, or tiny ones."""
+    tiny = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 512,
+    }
+    return {name: tiny[name] if TINY else size for name, size in sizes.items()}
 
 
 def random_model(
@@ -26,12 +44,14 @@ def random_model(
     torch.manual_seed(0)
     deep = name == "deep"
     config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY[name],
-        hidden_size=512 if deep else 256,
-        intermediate_size=1536 if deep else 768,
-        num_hidden_layers=12 if deep else 6,
-        num_attention_heads=8 if deep else 4,
-        num_key_value_heads=2,
+        **small(
+            vocab_size=_VOCABULARY[name],
+            hidden_size=512 if deep else 256,
+            intermediate_size=1536 if deep else 768,
+            num_hidden_layers=12 if deep else 6,
+            num_attention_heads=8 if deep else 4,
+            num_key_value_heads=2,
+        ),
         tie_word_embeddings=name == "s152k",
     )
     model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()

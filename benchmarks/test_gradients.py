@@ -1,7 +1,7 @@
 """X and Y of every prompt, against one forward and backward of their batch, the notes' loop, and Opacus.
 
-Prompts of 24 tokens with 4 responses of 20 to 60 random tokens each; LoRA on `s32k` with 16 and 32 prompts and on
-`deep` with 16; all parameters of `s32k` with 16 prompts, whose gradients are held as means over 4 blocks.
+Prompts of 24 tokens with 4 responses of 20 to 60 random tokens each; 16 prompts; LoRA on `s32k` and on `deep`,
+and all parameters of `s32k`, whose gradients are held as means over 4 blocks.
 
     ours      `unit_gradients`, as the product calls it
     bare      one forward and one backward of Σ S a microbatch, written out for this model: hidden states of generated
@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from subjects import VOCABULARY, random_model, random_rollouts, relative_error
+from subjects import random_model, random_rollouts, relative_error, vocabulary
 from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.stages.gradients.payloads import payloads, response_weights
+from entropy_probe.stages.gradients.payloads import payloads
 from entropy_probe.stages.gradients.unit_gradients import unit_gradients
 from entropy_probe.stages.gradients.units import units_of
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -45,7 +45,7 @@ Units = tuple[dict[str, Tensor], dict[str, Tensor]]
 def rollouts_for(name: str, prompts: int) -> Rollouts:
     rows = prompts * GROUP
     lengths = SHORTEST + 17 * torch.arange(rows) % (LONGEST - SHORTEST + 1)  # 20 … 60, in no order
-    return random_rollouts(VOCABULARY[name], torch.full((rows,), PROMPT), lengths, GROUP)
+    return random_rollouts(vocabulary(name), torch.full((rows,), PROMPT), lengths, GROUP)
 
 
 def config_for(*, lora: bool) -> ProbeConfig:
@@ -156,7 +156,7 @@ def by_opacus(
 ) -> Units:
     unit_of = units(rollouts, config)
     sizes = torch.bincount(unit_of)
-    weights = [w.reshape(-1).float() for w in response_weights(rollouts, scores, config)]
+    weights = [of.weights.reshape(-1).float() for of in payloads(rollouts, scores, config)]
     named = {name: p for name, p in model._module.named_parameters() if p.requires_grad}
     sides: Units = tuple(
         {n: torch.zeros(len(sizes), p.numel()) for n, p in named.items()} for _ in weights
@@ -176,8 +176,8 @@ def by_opacus(
 
 @pytest.mark.parametrize(
     ("name", "lora", "prompts"),
-    [("s32k", True, 16), ("s32k", True, 32), ("deep", True, 16), ("s32k", False, 16)],
-    ids=["s32k LoRA 16", "s32k LoRA 32", "deep LoRA 16", "s32k full 16"],
+    [("s32k", True, 16), ("deep", True, 16), ("s32k", False, 16)],
+    ids=["s32k LoRA 16", "deep LoRA 16", "s32k full 16"],
 )
 def test_gradients(
     race: Callable[..., dict[str, float]], device: torch.device, name: str, lora: bool, prompts: int

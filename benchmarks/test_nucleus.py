@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from subjects import small
 from torch import Tensor
 
 from entropy_probe.estimators.policy import NUCLEUS_EDGE, nucleus
@@ -52,6 +53,7 @@ def test_nucleus(
     make: Callable[[int, torch.Generator], Tensor],
     vocabulary: int,
 ) -> None:
+    vocabulary = small(vocab_size=vocabulary)["vocab_size"]
     logp = make(vocabulary, torch.Generator().manual_seed(0)).to(device)
     sizes = by_sort(logp).sum(-1).sort().values
     differing = (by_sort(logp) != nucleus(logp, TOP_P)).sum(-1)  # ties at the edge are all kept

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from subjects import small
 
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.stages.responses.sampling import sample
@@ -23,12 +24,14 @@ PROMPTS, GROUP, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 4, 8, 128, 48, 8192
 def random_model(device: torch.device) -> BoundModel:
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **small(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
     )
     return bind(transformers.AutoModelForCausalLM.from_config(config).eval().to(device))
 
@@ -73,7 +76,7 @@ def test_sampling(
 ) -> None:
     bound = random_model(device)
     prompts = torch.randint(
-        VOCABULARY, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0)
+        bound.vocabulary, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0)
     ).tolist()
     for way in (by_generate, by_sample):
         assert [len(response) for response in way(bound, prompts, top_p)] == [NEW_TOKENS] * (

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import VOCABULARY, random_model, random_rollouts, relative_error
+from subjects import random_model, random_rollouts, relative_error, vocabulary
 from torch import Tensor
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -42,7 +42,7 @@ def rollouts_for(name: str) -> Rollouts:
     prompts = torch.tensor(PROMPT_LENGTHS).repeat_interleave(GROUP)
     lengths = 4 + 41 * torch.arange(len(prompts)) % 97  # 4 … 100, in no order
     lengths[-1] += GENERATED - lengths.sum()
-    return random_rollouts(VOCABULARY[name], prompts, lengths, GROUP)
+    return random_rollouts(vocabulary(name), prompts, lengths, GROUP)
 
 
 def generated(rollouts: Rollouts, first: int) -> Tensor:
@@ -117,7 +117,7 @@ def fits(name: str, device: torch.device) -> bool:
     found = re.search(
         r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii")
     )
-    return found is not None and int(found[1]) * 1024 > 3.3 * 4 * 32 * 192 * VOCABULARY[name] + 1e9
+    return found is not None and int(found[1]) * 1024 > 3.3 * 4 * 32 * 192 * vocabulary(name) + 1e9
 
 
 @pytest.mark.parametrize("name", ["s32k", "s152k"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import subjects
 
 import pytest_entropy_probe
 
@@ -57,7 +58,7 @@ def test_startup(benchmark: Any, tmp_path: Path, environment: dict[str, str]) ->
         collect("-pno:entropy_probe")
         without.append(children() - start)
 
-    benchmark.pedantic(collect, setup=turn, rounds=PAIRS, warmup_rounds=1)
+    benchmark.pedantic(collect, setup=turn, rounds=1 if subjects.TINY else PAIRS, warmup_rounds=1)
     taken = list(benchmark.stats.stats.data)
     differences = [a - b for a, b in zip(taken, without[1:], strict=True)]
     more = 1000 * statistics.median(differences)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import VOCABULARY, random_model
+from subjects import random_model, vocabulary
 from torch import Tensor
 from torch.func import functional_call
 
@@ -29,7 +29,7 @@ def test_sweep(race: Callable[..., dict[str, float]], device: torch.device, lora
     bound = random_model("deep", lora=lora, device=device)
     model: Any = bound.module
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCABULARY["deep"], (ROWS, LENGTH), generator=random).to(device)
+    ids = torch.randint(vocabulary("deep"), (ROWS, LENGTH), generator=random).to(device)
     v = {
         name: torch.randn(p.shape, generator=random).to(p)
         for name, p in bound.registry.trainable.items()

@@ -27,6 +27,7 @@ NEEDS = ("a GPU", "a trainer", "a long time", "other packages")
 TEXTS = PAGES | {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
 BY_TESTS = {
     "make site": "tests/test_site.py::built",
+    "python docs/benchmarks.py": "tests/test_benchmarks.py::test_pages_say",
     "pytest --probe-checkpoint=runs --probe-prompts=prompts.parquet --probe-config=probe.yaml -m acceptance": (
         "tests/plugin/test_readme.py::test_prompts_and_reward"
     ),
