@@ -366,15 +366,15 @@ def line(package: str, name: str, of: Found) -> str:
 
 HEAD = """# Optimizers, and what is done with each
 
-P and v are defined by Adam's moments. The probe takes an optimizer for Adam only if it knows that Adam writes every key of
-the param_groups and of the states. Any other optimizer is named. Its checkpoint is measured without P and v, as
+P and v are defined by Adam's moments. The probe takes an optimizer for Adam only if it knows that Adam writes every key
+of the param_groups and of the states. Any other optimizer is named. Its checkpoint is measured without P and v, as
 [criteria](criteria.md#optimizers-that-are-not-adam) says.
 
 <!-- needs other packages -->
 `python tests/real_optimizers.py` made each row below. The real optimizer takes three steps of a tiny Llama, the probe
 loads its checkpoint, and the optimizer takes one more step on a new gradient. *As it steps* means that this step is
-lr·v, where v is made from the file and that gradient. Their cosine is at least 1 − 1e-9, and their norms are equal up to
-float32's rounding of θ. `tests/test_real_optimizers.py` tests each row. Rows of a package are tested only if the
+lr·v, where v is made from the file and that gradient. Their cosine is at least 1 − 1e-9, and their norms are equal up
+to float32's rounding of θ. `tests/test_real_optimizers.py` tests each row. Rows of a package are tested only if the
 package is installed. Rows of torch and of the layouts are always tested. A *layout* is the format of a trainer whose
 package needs a GPU or no longer exists. The test writes its keys and its arithmetic itself.
 """
@@ -384,7 +384,7 @@ KEYS = """
 
 | keys of a group | what is done |
 |---|---|
-| `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize` | they are used as in torch; numbers, tensors of one element and lists are read |
+| `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize` | as in torch; numbers, tensors of one element, lists |
 | `decoupled_weight_decay`, `adam_w_mode` | they choose AdamW's decay or Adam's; without them the decay is AdamW's |
 | `bias_correction` | if it is off, t is infinite in the formulas of v and P |
 | `correct_bias` | the same, and the form of AdamW in transformers 4, below |
@@ -399,12 +399,12 @@ GaLore and APOLLO share the form of transformers 4. There ε is added before the
 the parameters after the step.
 
 States hold `step`, `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq`, or bitsandbytes' `state1` and `state2`. Moments in 8
-bits are stored block by block as codes. The probe reads the numbers that the codes mean, and the optimizer makes its own
-next step from the same numbers. If a second moment is rounded to 0, it is 0 for the optimizer too. P is 1/ε at such
+bits are stored block by block as codes. The probe reads the numbers that the codes mean, and the optimizer makes its
+own next step from the same numbers. If a second moment is rounded to 0, it is 0 for the optimizer too. P is 1/ε at such
 values, and a warning counts them. `moments_match` leaves out what 8 bits do not tell precisely enough.
 
-If you added a key of your own that changes nothing in the step, the optimizer counts as unknown too. Remove the key from
-the param_groups in a copy of the file.
+If you added a key of your own that changes nothing in the step, the optimizer counts as unknown too. Remove the key
+from the param_groups in a copy of the file.
 
 A file does not tell everything. On a GPU, bitsandbytes' kernels apply the decay after the step, which changes v by
 lr·weight_decay of itself. apex and torchao do not write whether the decay is Adam's or AdamW's.

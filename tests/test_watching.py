@@ -285,6 +285,18 @@ def fails(code: str) -> Callable[[Any], list[str]]:
     return lambda given: [sys.executable, "-S", "-c", f"import os, shutil, signal, sys\n{code}", *given]
 
 
+def test_a_folder_of_runs_is_not_watched_in_silence(tmp_path: Path) -> None:
+    """A run that has saved nothing yet is watched without a word, unless it is looked at once."""
+    said: list[str] = []
+    (tmp_path / "logs").mkdir()
+    assert watch(tmp_path, lambda text, _: said.append(text)) == 0
+    run_with(tmp_path / "b", 3)
+    run_with(tmp_path / "a" / "checkpoints", 3, 4)
+    assert watch(tmp_path, lambda text, _: said.append(text)) == 0
+    alone = f"{tmp_path} has no checkpoint-N, step-N or global_step_N"
+    assert said == [alone, f"{alone}; to watch the runs in it, give their folders: a, b"]
+
+
 def test_a_crash_is_tried_twice_and_does_not_end_the_watcher(
     tmp_path: Path, cheap: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
