@@ -190,7 +190,7 @@ def test_a_line_that_was_cut_off_anywhere_is_removed(tmp_path: Path) -> None:
 def test_a_state_that_is_none_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / NAME
     file.write_text('{"checkpoint": 3}\n')
-    with pytest.raises(ConfigError, match=rf"{NAME}:1: is no record of a watcher; remove the line"):
+    with pytest.raises(ConfigError, match=rf"{NAME}:1: is not a record of a watcher; remove the line"):
         State(file)
 
 

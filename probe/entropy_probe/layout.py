@@ -81,7 +81,7 @@ def find_layout(path: str | Path) -> Layout:
     """The checkpoint at `path`, or the one with the largest N of `checkpoint-N`, `step-N` (or `_N`) in a run folder.
 
     A folder is a run where it has no optimizer's file of its own; of its checkpoints, also below its `training_state/`,
-    `checkpoint/` or `checkpoints/`, those that have one count. Raises `CheckpointError` for what is no folder, a run
+    `checkpoint/` or `checkpoints/`, those that have one count. Raises `CheckpointError` for what is not a folder, a run
     without optimizer states, or a folder of runs, whose checkpoints the message names.
     """
     folder = Path(path).expanduser()

@@ -99,7 +99,7 @@ def test_prompts_and_reward(tmp_path: Path) -> None:
     done = run(tmp_path, f"{run_it} --probe-budget=smoke --probe-json=r.json")
     assert done.returncode == 1, done.stdout  # nobody has learned an answer: a reward of 0 is no update, and it is said
     shown = done.stdout.partition("= entropy probe =")[2]
-    assert "gold answers are those of `answer`" in shown
+    assert "gold answers are from the column `answer`" in shown
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["batch"]["reward"], report["batch"]["prompts_are_builtin"]) == ("rewards:accuracy", False)
     red = set(re.findall(r"^│ (\w+) .* (?:FAIL|INCONCLUSIVE) +│$", shown, re.MULTILINE))

@@ -151,7 +151,7 @@ def _sampled(
     stop = None
     if generation.stop:
         if tokenizer is None:
-            problem = "needs a tokenizer, the checkpoint has none"
+            problem = "needs a tokenizer, but the checkpoint has none"
             raise MeasurementError("generation.stop", problem, "leave it out")
         stop = StopStrings(tokenizer.decode, tuple(generation.stop))
     group = generation.num_return_sequences
