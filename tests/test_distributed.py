@@ -118,7 +118,7 @@ def ended(request: pytest.FixtureRequest, folder: Path) -> tuple[int, int, str, 
         assert running.stderr is not None
         for line in running.stderr:
             said += line
-            if found := re.search(r"\(pid (\d+) on \S+; stage: scores\): has not been heard of", line):
+            if found := re.search(r"\(pid (\d+) on \S+; stage: scores\): has sent no sign of life", line):
                 with suppress(ProcessLookupError):
                     os.kill(int(found[1]), signal.SIGKILL)  # torchrun would wait 30 s for it
         code = running.wait()

@@ -593,8 +593,8 @@ def test_padding_of_ids_is_left_out(tmp_path: Path) -> None:
     assert torch.equal(one.gen_lens, other.gen_lens)
     assert other.logprobs.tolist() == [[-1, -2], [-3, -4]] * 2
     assert other.found == (
-        "2 prompts began with padding, which was left out (1.jsonl:1 is the first)",
-        "4 responses ended with padding, which was left out (1.jsonl:1 is the first)",
+        "2 prompts began with padding, which was left out (first: 1.jsonl:1)",
+        "4 responses ended with padding, which was left out (first: 1.jsonl:1)",
     )
     own.pad_token = own.eos_token
     line = clean | {"response_ids": [[30, eos, eos, eos], [31, 32]]}

@@ -50,7 +50,7 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
     red = [row for row in rows if row.status in ("fail", "xpass")]
     failed, limits = [row for row in red if not row.gate], [row for row in red if row.gate]
     undecided = [row for row in rows if row.status == "inconclusive"]
-    passed = _passed([row for row in rows if row not in red])
+    passed = _passed([row for row in rows if row not in red], others=bool(limits))
     asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
     if report is None:
         why = state.removeprefix("checkpoint ") or "no report"
@@ -129,8 +129,9 @@ def _change(report: ProbeReport) -> _Change:
     return _Change("Cannot tell", f"{noise}{more}.")
 
 
-def _passed(rows: Sequence[Checked]) -> str:
-    """How many checks were made, and that they passed: it is said where none failed."""
+def _passed(rows: Sequence[Checked], *, others: bool) -> str:
+    """How many checks were made, and that they passed: it is said where no check failed; of limits, whether these are
+    `others` than those that are missed."""
     asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
     without = len([row for row in rows if row.status == "not_applicable"])
     known = len([row for row in asked if row.status == "xfail"])
@@ -138,6 +139,8 @@ def _passed(rows: Sequence[Checked]) -> str:
         return "No check was made of these numbers."
     if all(row.gate for row in asked):
         held = f"All {len(asked)} limits hold" if len(asked) > 1 else "The one limit holds"
+        if others:
+            held = f"The other {f'{len(asked)} limits hold' if len(asked) > 1 else 'limit holds'}"
         return f"{held}; whether the numbers can be trusted was not asked (-m acceptance)."
     said = f"All {len(asked)} checks passed" if len(asked) > 1 else "The one check passed"
     if known:
