@@ -158,9 +158,7 @@ def seeded(report: ProbeReport) -> Finding:
             f"{math.exp(-nats):.2g}: on these prompts the policy hardly ever varies. So the seed cannot be judged. "
             f"Nothing is wrong with the other figures. If you expect so little entropy, list `seeded` under "
             f"allow_inconclusive. Otherwise give prompts whose responses vary, or raise "
-            f"generation.num_return_sequences.",
-            1.0,
-            limit,
+            f"generation.num_return_sequences."
         )
     responses = 2 * report.config["generation"]["num_return_sequences"]
     return at_least(
