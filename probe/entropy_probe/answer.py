@@ -46,7 +46,10 @@ class Answer(NamedTuple):
 
 def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "") -> Answer:
     """The first of these that holds: it was not measured; checks failed; limits of the user's are missed; prompts or
-    rewards are not the user's; checks cannot tell; the policy has collapsed, or is about to; noise; all is well."""
+    rewards are not the user's; checks cannot tell; the policy has collapsed, or is about to; noise; all is well.
+
+    A policy that has collapsed leaves checks open, because its responses do not differ. That comes second then.
+    """
     red = [row for row in rows if row.status in ("fail", "xpass")]
     failed, limits = [row for row in red if not row.gate], [row for row in red if row.gate]
     undecided = [row for row in rows if row.status == "inconclusive"]
@@ -65,17 +68,19 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
     if report.not_chosen:
         rest = f"{said.text} {passed}"
         return Answer("unknown", report.not_chosen.capitalize(), rest)
+    h = report.entropy.per_token.value
+    dead = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same."
     if undecided:
         count = _count(undecided, "check")
-        rest = f"{count} could not be decided ({_names(undecided)}). {said.capitalised}"
-        return Answer("unknown", "Cannot tell", rest)
+        open_ones = f"{count} could not be decided ({_names(undecided)})."
+        if h < COLLAPSED:
+            return Answer("bad", "Collapsed", f"{dead} {open_ones}")
+        return Answer("unknown", "Cannot tell", f"{open_ones} {said.capitalised}")
     if report.update is None:
         rest = f"nothing is known of the next step: {report.no_second_moment}. {passed}"
         return Answer("unknown", "No next step", rest)
-    h = report.entropy.per_token.value
     if h < COLLAPSED:
-        rest = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same. {passed}"
-        return Answer("bad", "Collapsed", rest)
+        return Answer("bad", "Collapsed", f"{dead} {passed}")
     if not asked:
         return Answer("unknown", "Not judged", f"{said.text} {passed}")
     if all(row.gate for row in asked) and said.word not in ("Collapsing", "Exploding"):
