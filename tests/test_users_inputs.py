@@ -476,7 +476,7 @@ def test_rollouts_of_verl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "is not a rollouts file that verl, TRL or prime-rl writes" in capsys.readouterr().err
     dumped(file, [{**verl_rows()[0], "score": "high"}])
     assert main(["rollouts", str(file)]) == 4
-    assert "7.jsonl:1: is no row of verl's (TypeError: 'high' is not a number)" in capsys.readouterr().err
+    assert "7.jsonl:1: is not a row of verl (TypeError: 'high' is not a number)" in capsys.readouterr().err
 
 
 def test_rollouts_of_prime_rl(tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_columns_that_trl_logged_beside_rewards(tmp_path: Path) -> None:
 def test_tokens_that_the_policy_did_not_choose_are_refused(tmp_path: Path) -> None:
     rows = prime_rows(ids=True)
     rows[1]["trajectory"][0]["tokens"]["completion_mask"] = [1, 0]
-    with pytest.raises(RolloutsError, match=r"a\.jsonl:2: is no row of prime-rl's .*completion_mask has a 0"):
+    with pytest.raises(RolloutsError, match=r"a\.jsonl:2: is not a row of prime-rl .*completion_mask has a 0"):
         understood(dumped(tmp_path / "a.jsonl", rows))
     rows = prime_rows(ids=False)
     rows[2]["advantage"] = None

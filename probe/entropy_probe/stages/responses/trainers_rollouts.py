@@ -74,7 +74,7 @@ def understood(
         try:
             one = read(row)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            problem = f"is no row of {trainer}'s ({type(error).__name__}: {error})"
+            problem = f"is not a row of {trainer} ({type(error).__name__}: {error})"
             raise RolloutsError(where, problem[:300], "give the file as it was written") from error
         groups = steps.setdefault(_step(row.get("step")), {})
         again = again or (last != (id(groups), one.key) and one.key in groups)
