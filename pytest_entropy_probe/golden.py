@@ -112,11 +112,11 @@ class ProbeGolden:
         """
         if not _NAME.fullmatch(name) or name in (".", ".."):
             allowed = "use letters, digits, `.`, `_`, `+` and `-`"
-            raise ProbeError(f"golden {name!r}", "is no name of a file", allowed)
+            raise ProbeError(f"golden {name!r}", "is not the name of a file", allowed)
         if any(part in ("", ".", "..") for part in self._subject.name.split("/")):
             raise ProbeError(
                 f"checkpoint {self._subject.name!r}",
-                "is no name of a folder",
+                "is not the name of a folder",
                 "give --probe-checkpoint=NAME=PATH",
             )
         folder = self._request.config.stash[SETTINGS].golden_dir

@@ -40,7 +40,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
     "reference_model": (
         "PATH",
         True,
-        "the reference of a KL term; an adapter's base where none is given",
+        "the reference of a KL term; by default an adapter's base",
     ),
     "budget": (
         "NAME",
@@ -107,7 +107,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
 }
 REPEATABLE = ("checkpoint", "log")
 FLAGS: dict[str, str] = {
-    "golden_update_in_ci": "let --probe-golden-update write where CI is set",
+    "golden_update_in_ci": "let --probe-golden-update write even if CI is set",
     "no_cache": "measure again; a report that pytest's cache holds is neither used nor kept",
 }
 MARKERS = {

@@ -189,7 +189,7 @@ def _golden_update(config: pytest.Config) -> str | None:
     if text_of(config, "golden_dir") is None:
         raise pytest.UsageError(f"{name}: there is nothing to update; give --probe-golden-dir=DIR")
     if os.environ.get("CI") and not flag(config, "golden_update_in_ci"):
-        problem = "CI is set, where golden files are compared, not written"
+        problem = "CI is set, and then golden files are compared and not written"
         raise pytest.UsageError(f"{name}: {problem}; give --probe-golden-update-in-ci too")
     return mode
 

@@ -366,17 +366,17 @@ def line(package: str, name: str, of: Found) -> str:
 
 HEAD = """# Optimizers, and what is done with each
 
-P and v are Adam's. An optimizer is taken for Adam only where every key of its param_groups and of its states is one
-that Adam is known to write. Any other is named, and its checkpoint is measured without P and v, as
+P and v are defined by Adam's moments. The probe takes an optimizer for Adam only if it knows that Adam writes every key
+of the param_groups and of the states. Any other optimizer is named. Its checkpoint is measured without P and v, as
 [criteria](criteria.md#optimizers-that-are-not-adam) says.
 
-Each row below was made by <!-- needs other packages -->
-`python tests/real_optimizers.py`: the real optimizer takes three steps of a tiny Llama, its
-checkpoint is loaded, and it takes one step more on a new gradient. *As it steps* means that lr·v, made from the file
-and that gradient, is that step: their cosine is at least 1 − 1e-9, and their norms are equal to float32's rounding of
-θ. `tests/test_real_optimizers.py` holds each row to that. Rows of a package are tested where it is installed, those of
-torch and of the layouts always. A layout is one that a trainer writes and whose package needs a GPU or is no longer
-there: it is written in the test, keys and arithmetic.
+<!-- needs other packages -->
+`python tests/real_optimizers.py` made each row below. The real optimizer takes three steps of a tiny Llama, the probe
+loads its checkpoint, and the optimizer takes one more step on a new gradient. *As it steps* means that this step is
+lr·v, where v is made from the file and that gradient. Their cosine is at least 1 − 1e-9, and their norms are equal up
+to float32's rounding of θ. `tests/test_real_optimizers.py` tests each row. Rows of a package are tested only if the
+package is installed. Rows of torch and of the layouts are always tested. A *layout* is the format of a trainer whose
+package needs a GPU or no longer exists. The test writes its keys and its arithmetic itself.
 """
 
 KEYS = """
@@ -384,29 +384,30 @@ KEYS = """
 
 | keys of a group | what is done |
 |---|---|
-| `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize` | as torch; numbers, tensors of one element, lists |
-| `decoupled_weight_decay`, `adam_w_mode` | AdamW's decay or Adam's; AdamW's where neither is there |
-| `bias_correction` | off: t is infinite in the formulas of v and P |
+| `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize` | as in torch; numbers, tensors of one element, lists |
+| `decoupled_weight_decay`, `adam_w_mode` | they choose AdamW's decay or Adam's; without them the decay is AdamW's |
+| `bias_correction` | if it is off, t is infinite in the formulas of v and P |
 | `correct_bias` | the same, and the form of AdamW in transformers 4, below |
-| `step` | where the states have none (apex, DeepSpeed) |
-| `initial_lr` | the learning rate where `lr` is 0, which the summary then says |
-| `param_names` | the names of the parameters |
+| `step` | it is used if the states have none (apex, DeepSpeed) |
+| `initial_lr` | it is the learning rate if `lr` is 0, and the summary then says so |
+| `param_names` | they are the names of the parameters |
 | `fused`, `foreach`, `capturable`, `differentiable` | nothing: they say how a step is computed |
-| `name`, `lr_scale`, `max_lr`, `base_momentum` … | nothing: notes of schedulers and trainers |
-| `alpha`, `caution`, `use_muon`, `moe` … | nothing where they are off; on, the optimizer is not Adam |
+| `name`, `lr_scale`, `max_lr`, `base_momentum` … | nothing: they are notes of schedulers and trainers |
+| `alpha`, `caution`, `use_muon`, `moe` … | nothing if they are off; if one is on, the optimizer is not Adam |
 
-In the form of transformers 4, which GaLore and APOLLO share, ε is added before the bias is corrected, and the decay
-acts on what the step has made.
+GaLore and APOLLO share the form of transformers 4. There ε is added before the bias is corrected, and the decay acts on
+the parameters after the step.
 
 States hold `step`, `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq`, or bitsandbytes' `state1` and `state2`. Moments in 8
-bits, block by block, are read as the numbers that their codes stand for, of which the optimizer makes its own next
-step. A second moment that is rounded to 0 is 0 there too: P is 1/ε at such values, and a warning counts them.
-`moments_match` leaves out what 8 bits say too vaguely.
+bits are stored block by block as codes. The probe reads the numbers that the codes mean, and the optimizer makes its
+own next step from the same numbers. If a second moment is rounded to 0, it is 0 for the optimizer too. P is 1/ε at such
+values, and a warning counts them. `moments_match` leaves out what 8 bits do not tell precisely enough.
 
-A key that is your own, and changes nothing in the step, makes the optimizer an unknown one as well: remove it from the
-param_groups of a copy of the file. What a file cannot tell: bitsandbytes' kernels on a GPU let the decay act after the
-step, which changes v by lr·weight_decay of itself; apex and torchao do not write whether the decay is Adam's or
-AdamW's.
+If you added a key of your own that changes nothing in the step, the optimizer counts as unknown too. Remove the key
+from the param_groups in a copy of the file.
+
+A file does not tell everything. On a GPU, bitsandbytes' kernels apply the decay after the step, which changes v by
+lr·weight_decay of itself. apex and torchao do not write whether the decay is Adam's or AdamW's.
 """
 
 

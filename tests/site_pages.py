@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def commands(page: str) -> list[tuple[str, str]]:
 def lines(text: str) -> list[str]:
     """Commands of a block, each on one line."""
     return [re.sub(r" +", " ", line) for line in text.replace(" \\\n", " ").splitlines() if line.strip()]
+
+
+def own_inputs(place: Path) -> None:
+    """`rewards.py` and `prompts.parquet` as the page on a TRL checkpoint makes them; other pages go on from there."""
+    written = {title: text for _, title, _, text in fenced("start/checkpoint.md") if title}
+    (place / "rewards.py").write_text(written["rewards.py"])
+    with contextlib.chdir(place):
+        exec(written["save_prompts.py"], {})  # noqa: S102 (the page's own text)
 
 
 def prose(page: str) -> list[str]:

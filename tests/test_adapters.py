@@ -190,9 +190,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a kind that adds to the loss": ("lora", settings(peft_type="ADALORA"), r"peft_type is 'ADALORA'.*; use DoRA, "),
     "a kind of prompts": ("lora", settings(peft_type="PROMPT_TUNING"), r"json: peft_type is 'PROMPT_TUNING'"),
     "a kind that the file is not": ("lora", settings(peft_type="IA3"), r"peft_type is 'IA3', and .* holds no tensor"),
-    "adapters of two names": ("lora", two_names, r"holds several adapters \(policy, value\); leave that of the policy"),
+    "adapters of two names": ("lora", two_names, r"holds several adapters \(policy, value\); leave only the adapter of the policy"),
     "quantised": ("full", config_of(quantization_config={"quant_method": "x"}), r"config.json: is quantised"),
-    "an image model": ("full", config_of(model_type="llava"), r"'llava' is multimodal; give its language model alone"),
+    "an image model": ("full", config_of(model_type="llava"), r"'llava' is multimodal; give only its language model"),
     "an encoder with a decoder": ("full", config_of(model_type="t5"), r"'t5' is an encoder with a decoder; give"),
     "no model of text": ("full", config_of(model_type="vit"), r"'vit' does not continue text; give a causal language"),
     "a wider configuration": ("full", config_of(hidden_size=48), r"\(67, 24\), config.json asks for \(67, 48\)"),
@@ -242,6 +242,6 @@ def test_a_wrapper_whose_text_part_is_known(tmp_path: Path) -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     folder = models.save_checkpoint(tmp_path / "ckpt", model, optimizer)
-    with pytest.raises(CheckpointError, match="has no place in the model; give its language model alone") as caught:
+    with pytest.raises(CheckpointError, match="has no place in the model; give only its language model") as caught:
         load_checkpoint(folder)
     assert str(caught.value) in inspect_checkpoint(folder).problems

@@ -214,7 +214,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 OF_USE: dict[str, tuple[dict[str, Any], str]] = {
     "gate": ({"gates": {"entropie": {"min": 1}}}, "unknown gate `entropie`; did you mean `entropy`?"),
     "files": ({"gates": {"reward": {"min": 1}}}, "`reward` is not measured inside of the training loop"),
-    "bound": ({"gates": {"entropy": {"least": 1}}}, "`entropy.least` is no bound"),
+    "bound": ({"gates": {"entropy": {"least": 1}}}, "`entropy.least` is not a bound"),
     "unbounded": ({"gates": {"entropy": 0.1}}, "`entropy` is 0.1"),
     "value": ({"gates": {"entropy": {"min": "a"}}}, "`entropy.min` is 'a'; give a number"),
     "action": ({"action": "halt"}, "action: is 'halt'; give `warn` or `stop`"),

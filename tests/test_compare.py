@@ -201,7 +201,7 @@ def test_a_checkpoint_is_measured_first(capsys: pytest.CaptureFixture[str], tmp_
     [
         (["a.json"], "compare: got one report; give two or more"),
         (["gone", "gone"], "gone: no such folder; give a checkpoint folder"),
-        (["empty", "empty"], "empty: is no checkpoint"),
+        (["empty", "empty"], "empty: is not a checkpoint"),
         (["a.json", "a.json", "--json", "--markdown"], "--markdown: is given beside --json; choose one of them"),
         (["bad.json", "bad.json"], "bad.json: is not a report"),
     ],

@@ -111,6 +111,22 @@ def drawn_again(report: ProbeReport, same: float, other: float) -> ProbeReport:
     return report.model_copy(update={"sampling": SamplingSection(same_seed=same, other_seed=other)})
 
 
+def of_size(report: ProbeReport, responses: int, **limits: float) -> ProbeReport:
+    """As if every prompt had so many responses, with limits of the user's."""
+    generation = report.config["generation"] | {"num_return_sequences": responses}
+    return report.model_copy(update={"config": {**report.config, "generation": generation, "limits": limits}})
+
+
+def first_two_certain(logq: Any) -> Any:
+    """log q where the first two prompts have one response each, all but surely, and the others have many."""
+    logq[:2] /= 100 * abs(logq[:2]).sum()
+    return logq
+
+
+FEW = [0.1, 0.2, 9.0, 9.0]
+"""Entropies of prompts of which the first two have next to none, although the mean is large."""
+
+
 def over_a_cache(report: ProbeReport, off: float, bound: float = 1e-5, instead: float | None = None) -> ProbeReport:
     over_cache, others = (
         None if value is None else WorstCase(worst=value, bound=bound, example="a token") for value in (off, instead)
@@ -520,10 +536,16 @@ POISON: dict[str, list[tuple[Any, str]]] = {
     "seeded": [
         (lambda r: drawn_again(r, 1.0, 0.0), "pass"),
         (lambda r: drawn_again(r, 0.94, 0.5), "pass"),
+        (lambda r: drawn_again(of_size(r, 4), 7 / 8, 0.5), "pass"),
+        (lambda r: drawn_again(of_size(r, 4), 6 / 8, 0.5), "fail"),
+        (lambda r: drawn_again(of_size(r, 8), 14 / 16, 0.5), "fail"),
+        (lambda r: drawn_again(of_size(r, 4, seeded=1.0), 7 / 8, 0.5), "fail"),
         (lambda r: drawn_again(r, 0.5, 0.0), "fail"),
         (lambda r: drawn_again(r, math.nan, 0.0), "fail"),
         (lambda r: drawn_again(r, 1.0, 1.0), "fail"),
-        (lambda r: drawn_again(poisoned(r, "entropy", rb=Estimate(value=0.1, se=0.1)), 1.0, 1.0), "inconclusive"),
+        (lambda r: drawn_again(with_array(r, "e.logq", first_two_certain), 1.0, 1.0), "inconclusive"),
+        (lambda r: drawn_again(without_evidence(r), 1.0, 1.0), "fail"),
+        (lambda r: drawn_again(without_evidence(poisoned(r, "entropy", rb_by_prompt=FEW)), 1.0, 1.0), "inconclusive"),
     ],
     "gold_complete": [
         (lambda r: poisoned(poisoned(r, "batch", **BY_TAGS), "update_batch", missing_gold=1), "pass"),

@@ -258,14 +258,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"__0_0\.distcp: holds more than tensors and plain values, and was not executed",
     ),
     "payload in a tensor": (planted(LAYER), r"__0_0\.distcp: holds more than tensors .* was not executed"),
-    "empty .metadata": (lambda f: (f / ".metadata").write_bytes(b""), r"\.metadata: is no metadata of .*; copy"),
+    "empty .metadata": (lambda f: (f / ".metadata").write_bytes(b""), r"\.metadata: is not metadata of .*; copy"),
     "truncated .metadata": (
         lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:-50]),
-        r"\.metadata: is no metadata of .*\(pickle data was truncated\)",
+        r"\.metadata: is not metadata of .*\(pickle data was truncated\)",
     ),
     "another pickle": (
         lambda f: (f / ".metadata").write_bytes(pickle.dumps([1, 2])),
-        r"\.metadata: is no metadata of",
+        r"\.metadata: is not metadata of",
     ),
     "no file of pieces": (
         lambda f: (f / "__0_0.distcp").unlink(),

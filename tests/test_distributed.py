@@ -118,7 +118,7 @@ def ended(request: pytest.FixtureRequest, folder: Path) -> tuple[int, int, str, 
         assert running.stderr is not None
         for line in running.stderr:
             said += line
-            if found := re.search(r"\(pid (\d+) on \S+; stage: scores\): has not been heard of", line):
+            if found := re.search(r"\(pid (\d+) on \S+; stage: scores\): has sent no sign of life", line):
                 with suppress(ProcessLookupError):
                     os.kill(int(found[1]), signal.SIGKILL)  # torchrun would wait 30 s for it
         code = running.wait()
@@ -211,7 +211,7 @@ def test_an_error_of_one_is_the_error_of_all(folder: Path, size: int) -> None:
 
 def test_a_process_that_dies_or_hangs_is_named(ended: tuple[int, int, str, str]) -> None:
     size, code, _, said = ended
-    how = "ended" if size == 2 else "has not been heard of for 8 s"
+    how = "ended" if size == 2 else "has sent no sign of life for 8 s"
     assert code != 0
     assert re.search(rf"rank 1 \(pid \d+ on \S+; stage: scores\): {how}; ", said), said
 

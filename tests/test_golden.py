@@ -115,7 +115,7 @@ def test_what_a_file_cannot_hold_is_said_in_a_line(value: Any) -> None:
 
 
 def test_a_field_is_named_by_a_text() -> None:
-    with pytest.raises(ProbeError, match=r"^golden field 0: its name is no text; name fields by texts$"):
+    with pytest.raises(ProbeError, match=r"^golden field 0: its name is not a text; name fields by texts$"):
         new_field(0, 1.0)
 
 

@@ -113,7 +113,7 @@ WARNINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "lora_B": (zero_b, "every lora_B is zero: the adapter does nothing"),
     "step": (
         lambda f: json_edit(f / "trainer_state.json", global_step=120),
-        "the optimizer's step is 100, the trainer's global step 120",
+        "the optimizer's step is 100, but the trainer's global step is 120",
     ),
     "steps": (
         lambda f: edit_optimizer(f, lambda c: c["state"][0].update(step=99.0)),

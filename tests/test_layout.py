@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,34 @@ def test_a_run_without_optimizer_states(tmp_path: Path) -> None:
     found = inspect_checkpoint(tmp_path)
     assert len(found.problems) == 1
     assert main(["inspect", str(tmp_path)]) == 1
+
+
+def test_a_folder_of_runs_names_the_checkpoints_in_them(tmp_path: Path) -> None:
+    """What is one level too high is refused with the names; the folders that have no optimizer's file are not named."""
+    for name in ("a/checkpoint-3", "a/checkpoint-20", "b/checkpoints/step_7", "alone", "logs"):
+        (tmp_path / name).mkdir(parents=True)
+        if name != "logs":
+            (tmp_path / name / "optimizer.pt").touch()
+    (tmp_path / "a" / "checkpoint-30").mkdir()
+    names = "a/checkpoint-3, a/checkpoint-20, alone, b/checkpoints/step_7"
+    said = rf"neither a checkpoint nor a run, .*: {names}; give one of them, such as {tmp_path}/b/checkpoints/step_7$"
+    with pytest.raises(CheckpointError, match=said):
+        find_layout(tmp_path)
+    assert [names in problem for problem in inspect_checkpoint(tmp_path).problems] == [True]
+    for more in range(9):
+        (tmp_path / "a" / f"checkpoint-10{more}").mkdir()
+        (tmp_path / "a" / f"checkpoint-10{more}" / "optimizer.bin").touch()
+    with pytest.raises(CheckpointError, match=r": a/checkpoint-3, .*, a/checkpoint-102 …; give one"):
+        find_layout(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoint-3" / "optimizer.pt").touch()
+    (tmp_path / "A").mkdir(mode=0)
+    with pytest.raises(CheckpointError, match="a/checkpoint-3"):
+        find_layout(tmp_path)
 
 
 @pytest.fixture

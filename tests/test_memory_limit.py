@@ -295,7 +295,7 @@ def test_weights_are_aligned(tmp_path: Path) -> None:
 def test_a_load_that_took_more_is_an_error() -> None:
     config = ProbeConfig.from_mapping({"memory_limit": "1GiB"})
     require_loaded_within(config, Held(0, 2**30))
-    with pytest.raises(MeasurementError, match="1 GiB is too little: loading alone took 2 GiB"):
+    with pytest.raises(MeasurementError, match="1 GiB is too little: merely loading took 2 GiB"):
         require_loaded_within(config, Held(0, 2**31))
 
 
@@ -318,7 +318,7 @@ def test_sizes(given: object, expected: int | None) -> None:
     "given", ["8", "much", "", True, [1], "1e30", "9" * 400 + "GiB", "-1GiB", "5 GiB of it", "8ib", "99 gbit", 1000]
 )
 def test_what_is_no_size(given: object) -> None:
-    with pytest.raises(ConfigError, match=r"`memory_limit`: .* is no size of 1 MiB or more: give one such as 8GiB"):
+    with pytest.raises(ConfigError, match=r"`memory_limit`: .* is not a size of 1 MiB or more: give one such as 8GiB"):
         ProbeConfig.from_mapping({"memory_limit": given})
 
 

@@ -193,7 +193,7 @@ def test_parameters_frozen_in_training_stand_in_the_optimizer(tmp_path: Path) ->
     named = f"{', '.join(frozen[:4])} and {len(frozen) - 4} more"
     assert info.warnings == (f"taken as frozen, without state in the optimizer: {named}",)
     warned = inspect_checkpoint(folder).warnings
-    assert f"{len(frozen)} frozen tensors stand in the optimizer, without moments" in warned
+    assert f"{len(frozen)} frozen tensors are in the optimizer, without moments" in warned
     assert load_checkpoint(folder, missing_state="identity").info.taken_as_frozen == ()
     saved = torch.load(folder / "optimizer.pt", weights_only=True)
     saved["state"][99] = saved["state"].pop(20)

@@ -393,7 +393,7 @@ def test_disk_lowers_the_peak(tmp_path: Path) -> None:
         ({"max_memory": {"cpu": 1}}, r"max_memory: is given without a device_map; set device_map: auto, or .*"),
         (
             {"device_map": {"": "disk"}, "offload_folder": "/nowhere"},
-            r"offload_folder /nowhere: is no folder; make it.*",
+            r"offload_folder /nowhere: is not a folder; make it.*",
         ),
         (
             {"device_map": "auto", "max_memory": {"tape": 1}},
@@ -421,7 +421,7 @@ def test_a_folder_that_cannot_be_written() -> None:
         ({"device_map": {"lm_head": "tape"}}, "`device_map`: 'lm_head' is mapped to 'tape', expected cpu, disk, .*"),
         ({"device_map": {}}, "`device_map`: got {}, expected one of .*"),
         ({"max_memory": {"cpu": "lots"}}, "`max_memory`: cpu has 'lots', expected bytes, or a size such as 20GiB; .*"),
-        ({"max_memory": {"tape": 3}}, "`max_memory`: 'tape' is no device: give N, .*"),
+        ({"max_memory": {"tape": 3}}, "`max_memory`: 'tape' is not a device: give N, .*"),
         ({"max_memory": "20GiB"}, "`max_memory`: got '20GiB', expected a map .*"),
     ],
 )

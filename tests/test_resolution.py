@@ -172,11 +172,11 @@ def test_half_of_the_change_is_that_of_the_update_batch() -> None:
     ("batch", "said"),
     [
         ({"target_se": 0.1}, "batch.target_se: the E batch is read from a file, to which no prompts can be added"),
-        ({"target_se": 0.1, "max_prompts": 3}, "batch.target_se: batch.max_prompts is 3, batch.num_prompts 4"),
-        ({"target_se": 0.0}, "`batch.target_se`: 0.0 is no standard error: give nats per token above 0, or 2se"),
-        ({"target_se": "3se"}, "'3se' is no standard error"),
-        ({"target_se": True}, "true is no standard error"),
-        ({"target_se": math.inf}, "inf is no standard error"),
+        ({"target_se": 0.1, "max_prompts": 3}, "batch.target_se: batch.max_prompts is 3, and batch.num_prompts is 4"),
+        ({"target_se": 0.0}, "`batch.target_se`: 0.0 is not a standard error: give nats per token above 0, or 2se"),
+        ({"target_se": "3se"}, "'3se' is not a standard error"),
+        ({"target_se": True}, "true is not a standard error"),
+        ({"target_se": math.inf}, "inf is not a standard error"),
     ],
 )
 def test_a_target_that_cannot_be_is_one_line(batch: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "reward text": ({**GOOD, "rewards": [1, "a"]}, "`rewards` holds 'a'"),
     "unequal G": (
         {**GOOD, "response_ids": [[7]] * 3, "rewards": [1] * 3},
-        "has 3 responses, the first line 2; give the same number on every line, or give it",
+        "has 3 responses, but the first line has 2; give the same number on every line, or give it",
     ),
-    "advantages on some": ({**GOOD, "advantages": [1, 2]}, "`advantages` stand on some lines only"),
+    "advantages on some": ({**GOOD, "advantages": [1, 2]}, "only some lines have `advantages`"),
     "reward enormous": ({**GOOD, "rewards": [1, 10**400]}, "`rewards` holds 1000"),
     "logprobs too few": ({**GOOD, "logprobs": [[-1.0], [-1.0]]}, "`logprobs` has [1, 1] numbers"),
     "logprobs text": ({**GOOD, "logprobs": "x"}, "has no list under `logprobs`"),
@@ -56,9 +56,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "a key of nobody's": ({**GOOD, "zzz": 1}, "unknown key 'zzz'; keys are prompt_ids"),
     "advantages of too few tokens": ({**GOOD, "advantages": [[1], [1]]}, "`advantages` has [1, 1] numbers"),
     "in_step of numbers": ({**GOOD, "in_step": [1, 0]}, "`in_step` is [1, 0]; give one true or false"),
-    "in_step on some": ({**GOOD, "in_step": [True, False]}, "`in_step` stand on some lines only"),
+    "in_step on some": ({**GOOD, "in_step": [True, False]}, "only some lines have `in_step`"),
     "micro-batches below 0": ({**GOOD, "micro_batches": [0, -1]}, "`micro_batches` is [0, -1]"),
-    "another step": ({**GOOD, "after_step": 3}, "`after_step` is 3, on the first line None"),
+    "another step": ({**GOOD, "after_step": 3}, "`after_step` is 3, but on the first line it is None"),
     "a step of text": ({**GOOD, "after_step": "3"}, "`after_step` is '3'"),
     "weights and advantages": (
         {**GOOD, "weights": [[1, 2], [3]], "advantages": [1, 2]},

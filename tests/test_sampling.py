@@ -128,7 +128,7 @@ def activated(architecture: str = "llama") -> Any:
     return model.eval()
 
 
-DIFFERS = "over its cache logits are up to"
+DIFFERS = "with its cache, logits differ by up to"
 OTHER_CACHES: dict[str, tuple[Any, type, str]] = {
     "activated LoRA": (activated, WholeRows, DIFFERS),
     "positions of its own": (lambda: tiny_model("bart"), Unpadded, DIFFERS),

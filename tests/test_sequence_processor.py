@@ -781,7 +781,7 @@ def test_sample_prompts() -> None:
     assert prompts == scored.sample_prompts("arithmetic", num_prompts=200, seed=1)
     assert prompts != scored.sample_prompts("arithmetic", num_prompts=200, seed=2)
     assert len(scored.sample_prompts("arithmetic", "test", 1000, seed=0)) == 1000
-    with pytest.raises(ConfigError, match="num_prompts: 1001 asked for, 1000 in arithmetic test"):
+    with pytest.raises(ConfigError, match="num_prompts: 1001 were asked for, but arithmetic test has 1000"):
         scored.sample_prompts("arithmetic", "test", 1001)
     with pytest.raises(ConfigError, match="did you mean `arithmetic`"):
         scored.sample_prompts("arithmetik")

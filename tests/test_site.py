@@ -37,7 +37,7 @@ import written_pages
 WRITTEN = written_pages.pages()
 PLAIN = [page for page in PAGES if page == "index.md" or page.startswith(("start/", "concepts/"))]
 CONCEPTS = ["entropy", "next-step", "u-statistic", "importance", "verdict"]
-FILES = ("bin", "jsonl", "json", "pt", "py", "yaml")
+FILES = ("bin", "jsonl", "json", "pt", "py", "yaml", "parquet")
 NAMES_OF_THE_NOTES = (
     "build_functional_params_named",
     "teacher_force_logprobs",

@@ -92,7 +92,7 @@ def test_prompts_are_drawn_without_repeats_and_splits_are_disjoint() -> None:
     assert len({p.text for p in drawn}) == 40
     assert drawn == draw_prompts(train, 40, seed=3, with_replacement=False)
     assert drawn != draw_prompts(train, 40, seed=4, with_replacement=False)
-    with pytest.raises(ConfigError, match="3 in the dataset"):
+    with pytest.raises(ConfigError, match="the dataset has 3"):
         draw_prompts(train[:3], 4, seed=0, with_replacement=False)
     assert len(draw_prompts(train[:3], 10, seed=0, with_replacement=True)) == 10
 

@@ -190,8 +190,8 @@ def test_lines_are_appended_and_hold_what_json_cannot(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("mlflow:x", "--log: got 'mlflow:x'; give one of tensorboard:DIR, wandb[:PROJECT], trackio[:PROJECT], jsonl:"),
-        ("jsonl", "--log: 'jsonl' does not say where; write jsonl:FILE"),
-        ("tensorboard:", "--log: 'tensorboard:' does not say where; write tensorboard:DIR"),
+        ("jsonl", "--log: 'jsonl' does not say where to write; write jsonl:FILE"),
+        ("tensorboard:", "--log: 'tensorboard:' does not say where to write; write tensorboard:DIR"),
         ("jsonl:.", "is a folder; give the path of a file"),
         ("tensorboard:file", "is a file; give a folder"),
     ],
@@ -240,7 +240,7 @@ def test_pytest_and_run_complain_before_they_measure(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("entropy-probe: --log: got 'mlflow:x'; give one of")
     done = forked.python("-m", "pytest", "--probe-checkpoint=demo", "--probe-log=jsonl", cwd=tmp_path)
     assert done.returncode == 4
-    assert "ERROR: --probe-log: 'jsonl' does not say where; write jsonl:FILE" in done.stderr
+    assert "ERROR: --probe-log: 'jsonl' does not say where to write; write jsonl:FILE" in done.stderr
 
 
 def test_nothing_imports_a_tracker() -> None:

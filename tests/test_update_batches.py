@@ -144,5 +144,5 @@ def test_an_e_batch_needs_more(folder: Path) -> None:
     """One file for both is one batch, and E's own rules hold."""
     report_of(folder, "uneven")
     config = ProbeConfig.from_mapping(CONFIG)
-    with pytest.raises(RolloutsError, match=r"has 2 responses, the first line 4.*or give it as the update rollouts"):
+    with pytest.raises(RolloutsError, match=r"has 2 responses, but the first line has 4.*give it as the update"):
         run_probe(folder / "ckpt", config, folder / "uneven.jsonl", folder / "uneven.jsonl")

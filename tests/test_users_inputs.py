@@ -402,7 +402,7 @@ def test_entropy_and_prompts_are_those_of_trl(trained: Any) -> None:
     assert {n: v for n, v in verdicts.items() if v.status not in ("pass", "not_applicable")} == {}
     assert verdicts["prompts_as_given"].status == verdicts["rewards_again"].status == "pass"
     assert not report.not_chosen
-    assert "E and U: gold answers are those of `answer`" in report.doubts
+    assert "E and U: gold answers are from the column `answer`" in report.doubts
 
 
 # Rollouts that trainers wrote
@@ -473,10 +473,10 @@ def test_rollouts_of_verl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [line for _, line in understood(as_text).lines] == [line for _, line in found.lines]
     ours = dumped(tmp_path / "ours.jsonl", [{"prompt_ids": [3], "response_ids": [[4]], "rewards": 3}])
     assert main(["rollouts", str(ours)]) == 4
-    assert "is no file of verl's, TRL's or prime-rl's rollouts" in capsys.readouterr().err
+    assert "is not a rollouts file that verl, TRL or prime-rl writes" in capsys.readouterr().err
     dumped(file, [{**verl_rows()[0], "score": "high"}])
     assert main(["rollouts", str(file)]) == 4
-    assert "7.jsonl:1: is no row of verl's (TypeError: 'high' is no number)" in capsys.readouterr().err
+    assert "7.jsonl:1: is not a row of verl (TypeError: 'high' is not a number)" in capsys.readouterr().err
 
 
 def test_rollouts_of_prime_rl(tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_columns_that_trl_logged_beside_rewards(tmp_path: Path) -> None:
 def test_tokens_that_the_policy_did_not_choose_are_refused(tmp_path: Path) -> None:
     rows = prime_rows(ids=True)
     rows[1]["trajectory"][0]["tokens"]["completion_mask"] = [1, 0]
-    with pytest.raises(RolloutsError, match=r"a\.jsonl:2: is no row of prime-rl's .*completion_mask has a 0"):
+    with pytest.raises(RolloutsError, match=r"a\.jsonl:2: is not a row of prime-rl .*completion_mask has a 0"):
         understood(dumped(tmp_path / "a.jsonl", rows))
     rows = prime_rows(ids=False)
     rows[2]["advantage"] = None
@@ -593,8 +593,8 @@ def test_padding_of_ids_is_left_out(tmp_path: Path) -> None:
     assert torch.equal(one.gen_lens, other.gen_lens)
     assert other.logprobs.tolist() == [[-1, -2], [-3, -4]] * 2
     assert other.found == (
-        "2 prompts began with padding, which was left out (1.jsonl:1 is the first)",
-        "4 responses ended with padding, which was left out (1.jsonl:1 is the first)",
+        "2 prompts began with padding, which was left out (first: 1.jsonl:1)",
+        "4 responses ended with padding, which was left out (first: 1.jsonl:1)",
     )
     own.pad_token = own.eos_token
     line = clean | {"response_ids": [[30, eos, eos, eos], [31, 32]]}

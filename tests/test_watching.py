@@ -190,7 +190,7 @@ def test_a_line_that_was_cut_off_anywhere_is_removed(tmp_path: Path) -> None:
 def test_a_state_that_is_none_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / NAME
     file.write_text('{"checkpoint": 3}\n')
-    with pytest.raises(ConfigError, match=rf"{NAME}:1: is no record of a watcher; remove the line"):
+    with pytest.raises(ConfigError, match=rf"{NAME}:1: is not a record of a watcher; remove the line"):
         State(file)
 
 
@@ -283,6 +283,18 @@ def test_one_that_is_not_complete_is_named_and_left(tmp_path: Path, cheap: Path)
 def fails(code: str) -> Callable[[Any], list[str]]:
     """A measurement that is this code, `sys.argv[1:]` being what it was given."""
     return lambda given: [sys.executable, "-S", "-c", f"import os, shutil, signal, sys\n{code}", *given]
+
+
+def test_a_folder_of_runs_is_not_watched_in_silence(tmp_path: Path) -> None:
+    """A run that has saved nothing yet is watched without a word, unless it is looked at once."""
+    said: list[str] = []
+    (tmp_path / "logs").mkdir()
+    assert watch(tmp_path, lambda text, _: said.append(text)) == 0
+    run_with(tmp_path / "b", 3)
+    run_with(tmp_path / "a" / "checkpoints", 3, 4)
+    assert watch(tmp_path, lambda text, _: said.append(text)) == 0
+    alone = f"{tmp_path} has no checkpoint-N, step-N or global_step_N"
+    assert said == [alone, f"{alone}; to watch the runs in it, give their folders: a, b"]
 
 
 def test_a_crash_is_tried_twice_and_does_not_end_the_watcher(

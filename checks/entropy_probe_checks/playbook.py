@@ -8,7 +8,8 @@ from __future__ import annotations
 GATES: dict[str, tuple[str, ...]] = {
     "entropy": (
         "Stop the run, or let it go no further than this checkpoint.",
-        "Look in the responses, and in the figure over positions, for where entropy is left: one phrase may have won.",
+        "Look in the responses, and in the figure over positions, for the places where entropy is left: one phrase may "
+        "have won.",
         "Go back to the last checkpoint that passed, and train on with a smaller learning rate, a higher upper clip, "
         "larger groups, or a KL or entropy term.",
     ),
@@ -19,7 +20,7 @@ GATES: dict[str, tuple[str, ...]] = {
     ),
     "realised_ratio": (
         "Compare lr with η* in the report: at η*, the second order is as large as the first.",
-        "Lower the learning rate below η*, or use the realised change alone.",
+        "Lower the learning rate below η*, or use only the realised change.",
     ),
     "zero_advantage": (
         "Leave out prompts that are always or never solved, or draw more responses of each.",

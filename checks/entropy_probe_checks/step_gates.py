@@ -17,7 +17,7 @@ STEP_GATES = {
     "entropy": gate.entropy.meaning,
     "predicted_change": gate.predicted_change.meaning,
     "realised_ratio": gate.realised_ratio.meaning,
-    "ess": "The step is so large that few of the responses still stand for the policy after it: what it does to the "
+    "ess": "The step is so large that few of the responses still represent the policy after it. So its effect on the "
     "entropy cannot be known beforehand. A smaller learning rate is needed.",
 }
 """Gates that are asked inside of the loop, and what it means that one is missed; the others speak of rewards, or of
@@ -52,7 +52,7 @@ def _numbers(name: str, bounds: object) -> dict[str, float]:
         raise ConfigError("gates", f"`{name}` is {bounds!r}", f'write {{"{name}": {{"max": …}}}}')
     for key, value in bounds.items():
         if key not in _KEYS:
-            raise ConfigError("gates", f"`{name}.{key}` is no bound", f"give {', '.join(_KEYS)}")
+            raise ConfigError("gates", f"`{name}.{key}` is not a bound", f"give {', '.join(_KEYS)}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError("gates", f"`{name}.{key}` is {value!r}", "give a number")
     return {str(key): float(value) for key, value in bounds.items()}

@@ -66,7 +66,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "plain_step",
                 0.1,
-                "The criterion is asked only where float32 gives the change to a thirtieth",
+                "The criterion is asked only if float32 gives the change to a thirtieth",
             ),
             _limit(
                 "zero_check",
@@ -81,12 +81,12 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "param_scaling",
                 2.0,
-                "The limit is that of the tiny-step test of the precision notes; 1 ± 3e-9 was measured in true float64",
+                "The tiny-step test of the original design notes has this limit; 1 ± 3e-9 was measured in float64",
             ),
             _limit(
                 "logit_scaling",
                 3.0,
-                "The limit is that of the tiny-step test of the precision notes; 1 ± 3e-4 was measured in true float64",
+                "The tiny-step test of the original design notes has this limit; 1 ± 3e-4 was measured in float64",
             ),
             _limit(
                 "logit_slope",
@@ -116,7 +116,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "real_update_norm",
                 1e-5,
-                "1e-6 was measured over 54 settings of TRL; four times the rounding is allowed where that is more",
+                "1e-6 was measured over 54 settings of TRL; four times the rounding is allowed if that is more",
             ),
             _limit(
                 "step_resolved",
@@ -204,7 +204,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "se_by_prompt",
                 1e-6,
-                "Two formulas give the same number, and their rounding is that of ΔH over its terms",
+                "Two formulas give the same number, and their rounding is the rounding of ΔH relative to its terms",
             ),
             _limit(
                 "se_agreement",
@@ -214,7 +214,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "sampler_parity",
                 1e-3,
-                "On the demo, the same model in bf16 gives 3e-5; where 1 was asked for, "
+                "On the demo, the same model in bf16 gives 3e-5; if 1 was asked for, "
                 "temperature 0.9 gives 2e-3 and 0.7 gives 1e-1",
             ),
             _limit(
@@ -231,7 +231,9 @@ LIMITS: dict[str, Limit] = (
                 "batches_as_given", 0.0, "Each batch must come from the source that was asked for"
             ),
             _limit(
-                "seeded", 0.9, "Of 16 responses, one may differ because rounding changed a token"
+                "seeded",
+                0.9,
+                "One response may differ, of more than 16 a tenth: rounding can change a token",
             ),
             _limit(
                 "gold_complete",
@@ -302,7 +304,7 @@ LIMITS: dict[str, Limit] = (
         "cache_agrees": Limit(
             None,
             "The report gives the bound on rounding: 40·√(depth·length)·eps·max |logit|, "
-            "where at most 4 to 8 was measured in place of 40",
+            "and at most 4 to 8 was measured in place of 40",
             None,
         )
     }

@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     watch = commands.add_parser(
         "watch",
-        help="follow training runs: measure each new checkpoint once, and end with 1 where one has failed",
+        help="follow training runs: measure each new checkpoint once, and exit with 1 if one has failed",
     )
     watch.add_argument(
         "runs",
@@ -281,7 +281,7 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
         "--reference-model",
         type=Path,
         metavar="PATH",
-        help="the reference of a KL term; an adapter's base where none is given",
+        help="the reference of a KL term; by default an adapter's base",
     )
     group = run.add_argument_group("how, and with what")
     group.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
@@ -547,7 +547,9 @@ def _report_of(given: str) -> ProbeReport | None:
     except ProbeError as error:
         reports = list(folder.glob("*.json"))
         if len(reports) != 1:
-            problem = f"is no checkpoint ({error.problem}), and holds {len(reports)} files of JSON"
+            problem = (
+                f"is not a checkpoint ({error.problem}), and it holds {len(reports)} JSON files"
+            )
             raise ConfigError(given, problem, "give a report.json or a checkpoint") from None
         return ProbeReport.from_json(reports[0])
     return None
@@ -689,7 +691,7 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     rewards = [name.strip() for name in (arguments.rewards or "").split(",") if name.strip()]
     found = understood(path, arguments.step, rewards)
     if found is None:
-        problem = "is no file of verl's, TRL's or prime-rl's rollouts"
+        problem = "is not a rollouts file that verl, TRL or prime-rl writes"
         raise RolloutsError(
             path,
             problem,

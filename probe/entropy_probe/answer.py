@@ -46,11 +46,14 @@ class Answer(NamedTuple):
 
 def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "") -> Answer:
     """The first of these that holds: it was not measured; checks failed; limits of the user's are missed; prompts or
-    rewards are not the user's; checks cannot tell; the policy has collapsed, or is about to; noise; all is well."""
+    rewards are not the user's; checks cannot tell; the policy has collapsed, or is about to; noise; all is well.
+
+    A policy that has collapsed leaves checks open, because its responses do not differ. That comes second then.
+    """
     red = [row for row in rows if row.status in ("fail", "xpass")]
     failed, limits = [row for row in red if not row.gate], [row for row in red if row.gate]
     undecided = [row for row in rows if row.status == "inconclusive"]
-    passed = _passed([row for row in rows if row not in red])
+    passed = _passed([row for row in rows if row not in red], others=bool(limits))
     asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
     if report is None:
         why = state.removeprefix("checkpoint ") or "no report"
@@ -65,17 +68,19 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
     if report.not_chosen:
         rest = f"{said.text} {passed}"
         return Answer("unknown", report.not_chosen.capitalize(), rest)
+    h = report.entropy.per_token.value
+    dead = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same."
     if undecided:
         count = _count(undecided, "check")
-        rest = f"{count} could not be decided ({_names(undecided)}). {said.capitalised}"
-        return Answer("unknown", "Cannot tell", rest)
+        open_ones = f"{count} could not be decided ({_names(undecided)})."
+        if h < COLLAPSED:
+            return Answer("bad", "Collapsed", f"{dead} {open_ones}")
+        return Answer("unknown", "Cannot tell", f"{open_ones} {said.capitalised}")
     if report.update is None:
         rest = f"nothing is known of the next step: {report.no_second_moment}. {passed}"
         return Answer("unknown", "No next step", rest)
-    h = report.entropy.per_token.value
     if h < COLLAPSED:
-        rest = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same. {passed}"
-        return Answer("bad", "Collapsed", rest)
+        return Answer("bad", "Collapsed", f"{dead} {passed}")
     if not asked:
         return Answer("unknown", "Not judged", f"{said.text} {passed}")
     if all(row.gate for row in asked) and said.word not in ("Collapsing", "Exploding"):
@@ -129,8 +134,9 @@ def _change(report: ProbeReport) -> _Change:
     return _Change("Cannot tell", f"{noise}{more}.")
 
 
-def _passed(rows: Sequence[Checked]) -> str:
-    """How many checks were made, and that they passed: it is said where none failed."""
+def _passed(rows: Sequence[Checked], *, others: bool) -> str:
+    """How many checks were made, and that they passed: it is said where no check failed; of limits, whether these are
+    `others` than those that are missed."""
     asked = [row for row in rows if row.status not in ("not_applicable", "inconclusive")]
     without = len([row for row in rows if row.status == "not_applicable"])
     known = len([row for row in asked if row.status == "xfail"])
@@ -138,6 +144,8 @@ def _passed(rows: Sequence[Checked]) -> str:
         return "No check was made of these numbers."
     if all(row.gate for row in asked):
         held = f"All {len(asked)} limits hold" if len(asked) > 1 else "The one limit holds"
+        if others:
+            held = f"The other {f'{len(asked)} limits hold' if len(asked) > 1 else 'limit holds'}"
         return f"{held}; whether the numbers can be trusted was not asked (-m acceptance)."
     said = f"All {len(asked)} checks passed" if len(asked) > 1 else "The one check passed"
     if known:

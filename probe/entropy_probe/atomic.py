@@ -35,7 +35,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def require_writable(path: Path) -> None:
     """Raise `ConfigError` where `write_atomically(path)` would fail, by making an empty file and removing it.
 
-    What is no regular file is not tried: writing to a pipe has consequences. Nor is a full disk seen.
+    What is not a regular file is not tried: writing to a pipe has consequences. Nor is a full disk seen.
     """
     try:
         place = path.resolve()
@@ -45,7 +45,7 @@ def require_writable(path: Path) -> None:
             return
         there = next(folder for folder in place.parents if folder.exists())
         if not there.is_dir():
-            raise ConfigError(path, f"{there} is no folder", "choose another path")
+            raise ConfigError(path, f"{there} is not a folder", "choose another path")
         for part in place.relative_to(there).parts:  # which may be too long
             (there / part).exists()
         if there == place.parent:

@@ -108,7 +108,7 @@ def new_field(name: Any, value: Any, rtol: float | None = None, atol: float | No
     Raises `ProbeError` for a name or value that a file cannot hold, and for a tolerance that is none.
     """
     if not isinstance(name, str):
-        raise ProbeError(f"golden field {name!r}", "its name is no text", "name fields by texts")
+        raise ProbeError(f"golden field {name!r}", "its name is not a text", "name fields by texts")
     dtypes: set[str] = set()
     plain = _plain(name, value, dtypes)
     found = [_BY_DTYPE.get(dtype, _COARSEST) for dtype in dtypes] or [_EXACT]

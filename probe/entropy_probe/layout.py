@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ IN_PIECES = frozenset({FSDP, DCP, TORCHTITAN, VERL, ZERO, UNIVERSAL})
 """Formats whose weights and moments lie in several files, also in folders below the checkpoint's."""
 _NUMBERED = re.compile(r"(?:(?:checkpoint|step)[-_]|global_step_?)(\d+)", re.ASCII)
 _RUNS = (".", "training_state", "checkpoint", "checkpoints")
+_SHOWN = 5
+"""Checkpoints below a folder that a message names."""
 _OF_RANKS = {  # one of the optimizer's files, below the checkpoint's or DeepSpeed's own folder → format
     "optim_world_size_*_rank_*.pt": VERL,
     "*_optim_states.pt": ZERO,
@@ -78,8 +81,8 @@ def find_layout(path: str | Path) -> Layout:
     """The checkpoint at `path`, or the one with the largest N of `checkpoint-N`, `step-N` (or `_N`) in a run folder.
 
     A folder is a run where it has no optimizer's file of its own; of its checkpoints, also below its `training_state/`,
-    `checkpoint/` or `checkpoints/`, those that have one count. Raises `CheckpointError` for what is no folder, or a run
-    without optimizer states.
+    `checkpoint/` or `checkpoints/`, those that have one count. Raises `CheckpointError` for what is not a folder, a run
+    without optimizer states, or a folder of runs, whose checkpoints the message names.
     """
     folder = Path(path).expanduser()
     try:
@@ -223,7 +226,34 @@ def _chosen(folder: Path) -> tuple[Path, str]:
             raise _no_optimizer(
                 run, f"none of its {len(numbered)} checkpoints has an optimizer state"
             )
+    if not _has_config(folder) and (below := one_level_below(folder)):
+        raise CheckpointError(
+            folder,
+            "is neither a checkpoint nor a run, but it has checkpoints one level below: "
+            + listed(folder, below),
+            f"give one of them, such as {printable(below[-1])}",
+        )
     return folder, ""
+
+
+def listed(folder: Path, places: Sequence[Path]) -> str:
+    """The first few places, by their names below the folder."""
+    names = [printable(place.relative_to(folder)) for place in places]
+    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+
+
+def one_level_below(folder: Path) -> list[Path]:
+    """Checkpoints among the folders in `folder`, and in these: by the folder's name, then by their number."""
+    found: list[Path] = []
+    for child in sorted(folder.iterdir()):
+        try:
+            if not child.is_dir():
+                continue
+            inside = [place for _, place in numbered(child) if _with_optimizer(place) is not None]
+            found += inside or ([child] if _with_optimizer(child) is not None else [])
+        except OSError:  # a folder that cannot be read is no reason to refuse the others
+            continue
+    return found
 
 
 def _with_optimizer(folder: Path) -> Path | None:

@@ -166,7 +166,7 @@ def measure_step(
         config if isinstance(config, ProbeConfig) else ProbeConfig.from_mapping(dict(config or {}))
     )
     if config.generation.top_p < 1:
-        problem = "is below 1, where nothing is predicted of the policy's entropy"
+        problem = "is below 1, and then nothing is predicted about the policy's entropy"
         raise ConfigError("generation.top_p", problem, "leave it out")
     seed = config.batch.seed + after_step if seed is None else seed
     seconds, module = _Seconds(), unwrap(model)

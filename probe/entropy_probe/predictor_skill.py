@@ -65,10 +65,10 @@ class RunSkill:
     def note(self) -> str:
         """What was fitted."""
         if self.apart == 1:
-            return "kappa is fitted on earlier changes alone; of the probe nothing is fitted"
+            return "kappa is fitted on earlier changes only; nothing is fitted for the probe"
         return (
-            f"{self.apart} steps lie between, and the probe predicts one: kappa is fitted to all, on earlier "
-            "changes alone. Compare signs and ranks"
+            f"{self.apart} steps lie between, and the probe predicts one: kappa is fitted for every predictor, on "
+            "earlier changes only. Compare signs and ranks"
         )
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -909,10 +909,10 @@ class ProbeReport(_Section):
         if self.batch.prompts_are_builtin or u.prompts_are_builtin:
             said.append("built-in prompts: give yours, --probe-prompts=FILE (or rollouts)")
         if "stand_in" in (self.batch.reward, u.reward):
-            said.append("stand-in reward, which says nothing of the policy: set batch.reward")
+            said.append("stand-in reward, which says nothing about the policy: set batch.reward")
         if u.zero_advantage_fraction >= MOST_WITHOUT_ADVANTAGE:
             share = f"{u.zero_advantage_fraction:.0%} of the update's prompts have no advantage"
-            said.append(f"{share}: v is momentum and decay alone")
+            said.append(f"{share}: v is only momentum and decay")
         asked = self.config["first_order"]["lr"]
         if self.update is not None and self.checkpoint.optimizer.lr == 0 and asked is None:
             source = "lr" if self.first_order is None else self.first_order.lr_source

@@ -121,7 +121,7 @@ class SequenceProcessor:
         """
         pool = _pool(dataset_name, split)
         if _positive("num_prompts", num_prompts) > len(pool):
-            problem = f"{num_prompts} asked for, {len(pool)} in {dataset_name} {split}"
+            problem = f"{num_prompts} were asked for, but {dataset_name} {split} has {len(pool)}"
             raise ConfigError("num_prompts", problem, "ask for fewer")
         return draw_prompts(pool, num_prompts, seed=_seed(seed), with_replacement=False)
 
@@ -335,7 +335,7 @@ class SequenceProcessor:
             problem = f"are {shown(sequences)}"
             raise MeasurementError("sequences", problem, "give BatchedSequences")
         if wanted.graph and torch.is_inference_mode_enabled():
-            problem = "inference mode is on, in which there are no graphs"
+            problem = "inference mode is on, and it makes no graphs"
             raise MeasurementError("with_grad", problem, "leave it")
         with self._bound() as bound, torch.set_grad_enabled(wanted.graph):
             override = override_of(bound, params or {}, buffers or {})

@@ -31,7 +31,7 @@ def open_regular(path: Path) -> BinaryIO:
     file.close()
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
-    raise OSError(errno.EINVAL, "is no regular file", str(path))
+    raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def read_text(path: Path) -> str:

@@ -68,7 +68,7 @@ def _one(criterion: Criterion) -> str:
     if without:
         parts["budget"] = f"not asked under {', '.join(without)}"
     if criterion.needs_second_moment:
-        parts["optimizer"] = "asked of Adam alone"
+        parts["optimizer"] = "only for Adam"
     wrapped = [_wrapped(head, text) for head, text in parts.items()]
     return "\n".join([f"{criterion.name} (-m {criterion.family})", *wrapped, ""])
 

@@ -122,43 +122,44 @@ def scaled(by: float) -> Callable[[Any], Any]:
 
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def bracket_not_detached(patch: Patch) -> None:
-    """The gradient flows through the bracket S − S̄ too: X is twice what it is."""
+    """The gradient also flows through the bracket S − S̄, so X is twice what it should be."""
     then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, x=scaled(2.0)))
 
 
 @fault("llama", "gradient_witness slope_identity")
 def bracket_not_detached_in_the_weights(patch: Patch) -> None:
-    """The same 2X, from the weights with which ∇S enters X: the fast pass computes what it is told."""
+    """The same factor 2 in X comes from the weights with which ∇S enters X. The fast pass computes what it is told."""
     then(patch, advantages.x_weights, scaled(2.0))
 
 
 @fault("llama", "gradient_witness slope_identity")
 def no_leave_one_out_baseline(patch: Patch) -> None:
-    """X_n = mean S∇S without a baseline: unbiased, with a larger variance."""
+    """X_n = mean S∇S without a baseline. It is unbiased, and its variance is larger."""
     everywhere(patch, advantages.x_weights, lambda seq_logp, present=None: seq_logp / seq_logp.shape[1])
 
 
 @fault("llama", "gradient_witness slope_identity")
 def baseline_holds_the_response_itself(patch: Patch) -> None:
-    """S̄ over all G responses, its own included: X shrinks by (G−1)/G."""
+    """S̄ is over all G responses, including the response itself. X shrinks by (G−1)/G."""
     everywhere(patch, advantages.x_weights, lambda s, present=None: (s - s.mean(1, keepdim=True)) / s.shape[1])
 
 
 @fault("llama", "gradient_witness slope_identity")
 def baseline_across_prompts(patch: Patch) -> None:
-    """S̄ over the responses of all prompts: unbiased but for the own response, and prompts are no longer independent."""
+    """S̄ is over the responses of all prompts. Apart from the own response it is unbiased, but prompts are no longer
+    independent."""
     everywhere(patch, advantages.x_weights, lambda s, present=None: (s - (s.sum() - s) / (s.numel() - 1)) / s.shape[1])
 
 
 @fault("llama", "gradient_witness")
 def advantages_not_centred(patch: Patch) -> None:
-    """The raw rewards stand for advantages."""
+    """The raw rewards are used as advantages."""
     everywhere(patch, update_weights.advantages, lambda recipe, batch: batch.rewards)
 
 
 @fault("llama", "gradient_witness")
 def loss_over_own_length(patch: Patch) -> None:
-    """Each response is divided by its own length where the configured loss divides by the prompt's longest."""
+    """Each response is divided by its own length, although the configured loss divides by the prompt's longest."""
     original = update_weights.normaliser
     own = {"normaliser": "sequence_mean"}
     everywhere(patch, original, lambda recipe, batch: original(recipe.model_copy(update=own), batch))
@@ -166,7 +167,7 @@ def loss_over_own_length(patch: Patch) -> None:
 
 @fault("llama", "gradient_witness projections_agree slope_identity")
 def gradients_of_another_row(patch: Patch) -> None:
-    """A layer's inputs meet the output gradients of the next row's tokens."""
+    """A layer's inputs are combined with the output gradients of the next row's tokens."""
     original = Capture.add_outer
     patch.setattr(Capture, "add_outer", lambda c, w, left, right, rows: original(c, w, left, right.roll(1, 0), rows))
 
@@ -189,7 +190,7 @@ def blocks_of_y_mixed_up(patch: Patch) -> None:
 
 @fault("llama", "x_coverage y_coverage curvature_witness change_identity taylor_order")
 def part_of_the_forward_detached(patch: Patch) -> None:
-    """An MLP's output is detached: its parameters move the entropy, and no gradient says so."""
+    """An MLP's output is detached. Its parameters move the entropy, but their gradients are missing."""
 
     def detached(checkpoint: Any) -> Any:
         layer = checkpoint.model.model.layers[0].mlp
@@ -201,13 +202,13 @@ def part_of_the_forward_detached(patch: Patch) -> None:
 
 @fault("llama", "gradient_witness", first_order={"estimator": "rb", "baseline": "hk"})
 def later_entropy_one_step_late(patch: Patch) -> None:
-    """Coefficients R_{>t+1} in place of R_{>t}."""
+    """The coefficients are R_{>t+1} in place of R_{>t}."""
     then(patch, baselines.rb_coefficients, lambda c: torch.cat([c[..., 1:], torch.zeros_like(c[..., :1])], -1))
 
 
 @fault("llama", "gradient_witness", first_order={"estimator": "rb", "baseline": "hk_ema"})
 def ema_holds_the_prompt_itself(patch: Patch) -> None:
-    """The mean of R_{>t} that serves as a baseline holds the prompt's own responses."""
+    """The mean of R_{>t} that serves as a baseline includes the prompt's own responses."""
 
     def of_all(later: Tensor, present: Tensor, among: Any) -> Tensor:
         return (later.sum((0, 1)) / present.double().sum((0, 1)).clamp(min=1.0))[None, None]
@@ -222,7 +223,7 @@ def ema_holds_the_prompt_itself(patch: Patch) -> None:
     "llama", "projections_agree", also="slope_identity delta_h1_identity se_formula two_batch_identity u_cross_identity"
 )
 def preconditioner_twice(patch: Patch) -> None:
-    """P on both sides of X̄ᵀPȲ."""
+    """P is applied on both sides of X̄ᵀPȲ."""
     original = products._gram
     patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None if p is None else p.square()))
 
@@ -231,7 +232,7 @@ def preconditioner_twice(patch: Patch) -> None:
     "llama", "projections_agree", also="slope_identity delta_h1_identity se_formula two_batch_identity u_cross_identity"
 )
 def preconditioner_on_neither_side(patch: Patch) -> None:
-    """X̄ᵀȲ in place of X̄ᵀPȲ."""
+    """X̄ᵀȲ is used in place of X̄ᵀPȲ."""
     original = products._gram
     patch.setattr(products, "_gram", lambda a, b, p: original(a, b, None))
 
@@ -261,7 +262,7 @@ def epsilon_inside_the_root(patch: Patch) -> None:
 
 @fault("amsgrad", "preconditioner_witness")
 def preconditioner_without_the_maximum(patch: Patch) -> None:
-    """P of an AMSGrad checkpoint from exp_avg_sq, not from its running maximum."""
+    """P of an AMSGrad checkpoint is made from exp_avg_sq and not from its running maximum."""
     original = update.adam_preconditioner
 
     def plain(states: Any) -> Any:
@@ -272,7 +273,7 @@ def preconditioner_without_the_maximum(patch: Patch) -> None:
 
 @fault("llama", "preconditioner_witness")
 def preconditioner_gated_on_gradients(patch: Patch) -> None:
-    """The second moment is read only where a parameter has a .grad, which between two steps none has: P = 1."""
+    """The second moment is read only if a parameter has a .grad. Between two steps none has one, so P = 1."""
     then(patch, update.adam_preconditioner, lambda p: {name: torch.ones_like(value) for name, value in p.items()})
 
 
@@ -297,19 +298,19 @@ def _direction(patch: Patch, change: Callable[..., Any]) -> None:
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def v_without_bias_correction(patch: Patch) -> None:
-    """v from the moments as they are, not over 1 − β^t."""
+    """v is made from the moments as they are, without division by 1 − β^t."""
     _direction(patch, lambda f, *a: f(*a[:5], math.inf, a[6]))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def v_of_the_wrong_step(patch: Patch) -> None:
-    """Bias corrections of the step that was taken, not of the next one."""
+    """The bias corrections are those of the last step and not of the next one."""
     _direction(patch, lambda f, *a: f(*a[:5], a[5] - 1, a[6]))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def v_with_epsilon_inside_the_root(patch: Patch) -> None:
-    """√(ŝ + ε) in place of √ŝ + ε."""
+    """√(ŝ + ε) is used in place of √ŝ + ε."""
 
     def inside(f: Any, p: Any, y: Any, m: Any, s: Any, maximum: Any, step: float, h: Any) -> Any:
         more = h.eps * (1 - h.beta2 ** (step + 1)) / h.beta2
@@ -324,13 +325,13 @@ def _hyper(patch: Patch, **changes: Any) -> None:
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def weight_decay_dropped(patch: Patch) -> None:
-    """v without −weight_decay·θ."""
+    """v lacks −weight_decay·θ."""
     _hyper(patch, weight_decay=0.0)
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def momentum_dropped(patch: Patch) -> None:
-    """v from the gradient alone: exp_avg counts as zero."""
+    """v is made only from the gradient: exp_avg counts as zero."""
     _direction(patch, lambda f, *a: f(a[0], a[1], torch.zeros_like(a[2]), *a[3:]))
 
 
@@ -342,25 +343,25 @@ def v_too_long(patch: Patch) -> None:
 
 @fault("llama", "optimizer_step_cosine real_step")
 def v_uphill(patch: Patch) -> None:
-    """The sign of v."""
+    """The sign of v is wrong."""
     _direction(patch, lambda f, *a: tuple(-part for part in f(*a)))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def v_from_the_gradient_of_the_objective(patch: Patch) -> None:
-    """g = Ȳ in place of −Ȳ: only the new gradient's part of v has the wrong sign."""
+    """g = Ȳ in place of −Ȳ. Only the part of v that comes from the new gradient has the wrong sign."""
     _direction(patch, lambda f, *a: (f(a[0], -a[1], *a[2:])[0], -f(*a)[1]))
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def default_hyper_parameters(patch: Patch) -> None:
-    """torch's default β and ε in place of those of the group."""
+    """torch's default β and ε are used in place of those of the group."""
     _hyper(patch, beta1=0.9, beta2=0.999, eps=1e-8)
 
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm real_step")
 def hyper_parameters_of_the_first_group(patch: Patch) -> None:
-    """The first group's decay for every parameter, the norms included."""
+    """The first group's decay is used for every parameter, including the norms."""
     _hyper(patch, weight_decay=0.1)
 
 
@@ -372,13 +373,13 @@ def one_learning_rate_for_all_groups(patch: Patch) -> None:
 
 @fault("amsgrad", "optimizer_step_cosine optimizer_step_norm real_step")
 def amsgrad_ignored(patch: Patch) -> None:
-    """v from the second moment, not from its running maximum."""
+    """v is made from the second moment and not from its running maximum."""
     _hyper(patch, amsgrad=False)
 
 
 @fault("coupled", "optimizer_step_cosine optimizer_step_norm real_step")
 def coupled_decay_taken_for_decoupled(patch: Patch) -> None:
-    """Plain Adam's decay subtracted from θ, where it goes through the moments."""
+    """Plain Adam's decay is subtracted from θ, although it should go through the moments."""
     _hyper(patch, decoupled=True)
 
 
@@ -393,7 +394,7 @@ def clipping_forgotten(patch: Patch) -> None:
 
 @fault("lora", refused="the parameter is frozen")
 def frozen_weight_in_v(patch: Patch) -> None:
-    """v holds a weight of the base model, which the optimizer does not train."""
+    """v includes a weight of the base model, which the optimizer does not train."""
 
     def with_base(direction: Any) -> Any:
         extra = torch.ones(67, 24, dtype=torch.float64)
@@ -404,7 +405,7 @@ def frozen_weight_in_v(patch: Patch) -> None:
 
 @fault("qwen2", "moments_match")
 def state_of_another_parameter(patch: Patch) -> None:
-    """Adam's moments of two parameters of one shape change places when the file is read."""
+    """Two parameters of one shape exchange their Adam moments when the file is read."""
 
     def swapped(states: Any) -> Any:
         one, other = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
@@ -419,7 +420,7 @@ def _after(original: Any, change: Callable[[Any], Any]) -> Any:
 
 @fault("llama", "optimizer_as_saved")
 def default_hyper_parameters_when_read(patch: Patch) -> None:
-    """The groups' β, ε and decay are not read from the file at all: torch's defaults stand for them."""
+    """The groups' β, ε and decay are not read from the file. torch's defaults are used."""
 
     def default(states: Any) -> Any:
         values = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -430,7 +431,7 @@ def default_hyper_parameters_when_read(patch: Patch) -> None:
 
 @fault("llama", "optimizer_as_saved")
 def parameter_lost_when_read(patch: Patch) -> None:
-    """State that is in the file is not mapped: the parameter counts as frozen, and v leaves it where it is."""
+    """A state that is in the file is not mapped. The parameter counts as frozen, and v does not move it."""
 
     def lost(states: Any) -> Any:
         return {name: state for name, state in states.items() if "down_proj" not in name}
@@ -453,25 +454,25 @@ def _moments(patch: Patch, change: Callable[[Any, Tensor], dict[str, Any]]) -> N
 
 @fault("llama", "u_cross_identity", also="delta_h1_identity se_formula")
 def factor_of_u_dropped(patch: Patch) -> None:
-    """U_cross without U/(U−1): the sum of the off-diagonal entries over U²."""
+    """U_cross lacks U/(U−1): the sum of the off-diagonal entries is divided by U²."""
     _moments(patch, lambda m, k: {"u_cross": m.u_cross * (m.num_units - 1) / m.num_units})
 
 
 @fault("llama", "u_cross_identity", also="delta_h1_identity se_formula")
 def diagonal_kept(patch: Patch) -> None:
-    """X̄ᵀPȲ, with each prompt's own X_nᵀPY_n, for U_cross."""
+    """X̄ᵀPȲ, which includes each prompt's own X_nᵀPY_n, is used as U_cross."""
     _moments(patch, lambda m, k: {"u_cross": m.bars_dot})
 
 
 @fault("llama", "u_cross_identity se_identity se_formula", also="se_agreement delta_h1_identity")
 def diagonal_kept_in_the_row_means(patch: Patch) -> None:
-    """The mean of the other prompts holds the prompt itself."""
+    """The mean over the other prompts includes the prompt itself."""
     _moments(patch, lambda m, k: {"row_means": 0.5 * (k.mean(1) + k.mean(0))})
 
 
 @fault("llama", "se_identity se_formula", also="delta_h1_identity u_cross_identity")
 def row_means_of_one_side(patch: Patch) -> None:
-    """r_n from X_nᵀP·Ȳ alone, without Y_nᵀP·X̄: the mean is right, and half the spread is missing."""
+    """r_n is made only from X_nᵀP·Ȳ, without Y_nᵀP·X̄. The mean is right, and half of the spread is missing."""
     _moments(patch, lambda m, k: {"row_means": (k.sum(1) - k.diagonal()) / (m.num_units - 1)})
 
 
@@ -487,7 +488,7 @@ def _statistic(patch: Patch, change: Callable[[Any, int], dict[str, Any]]) -> No
 
 @fault("llama", "se_identity se_formula", also="delta_h1_identity")
 def plugin_with_a_spurious_factor(patch: Patch) -> None:
-    """ζ̂₁ with U/(4(U−1)) in place of 1/(U−1): invisible at U = 4, 5.7 times too large at 128."""
+    """ζ̂₁ has U/(4(U−1)) in place of 1/(U−1). This is invisible at U = 4, and 5.7 times too large at 128."""
     _statistic(
         patch, lambda s, u: {"se_plugin": s.se_plugin * math.sqrt(u / 4), "zeta1_plugin": s.zeta1_plugin * u / 4}
     )
@@ -495,13 +496,13 @@ def plugin_with_a_spurious_factor(patch: Patch) -> None:
 
 @fault("llama", "se_identity se_formula")
 def jackknife_over_one_unit_too_many(patch: Patch) -> None:
-    """U_{−u} over U−1 in place of U−2."""
+    """U_{−u} is divided by U−1 in place of U−2."""
     _statistic(patch, lambda s, u: {"se_jackknife": s.se_jackknife * (u - 2) / (u - 1)})
 
 
 @fault("llama", "se_identity se_agreement se_formula", also="delta_h1_identity")
 def standard_error_of_a_sum(patch: Patch) -> None:
-    """√(4ζ̂₁·U), the standard error of a sum, for that of a mean."""
+    """√(4ζ̂₁·U), the standard error of a sum, is used for the mean."""
     _statistic(patch, lambda s, u: {"se_plugin": s.se_plugin * u})
 
 
@@ -513,7 +514,7 @@ def delta_h1_with_the_wrong_sign(patch: Patch) -> None:
 
 @fault("llama", "two_batch_identity")
 def interaction_counted_twice(patch: Patch) -> None:
-    """The standard error across two batches holds the interaction of prompts in both of its terms."""
+    """The standard error across two batches includes the interaction of prompts in both of its terms."""
     from entropy_probe.estimators import two_batch
 
     def more(moments: Any) -> Any:
@@ -524,13 +525,13 @@ def interaction_counted_twice(patch: Patch) -> None:
 
 @fault("llama", "se_by_prompt")
 def responses_taken_for_independent(patch: Patch) -> None:
-    """The standard error of ΔĤ over N responses, as if those of one prompt did not belong together."""
+    """The standard error of ΔĤ is over N responses, as if those of one prompt were independent."""
     everywhere(patch, importance.cluster_se, lambda phi: float(phi.std()) / math.sqrt(phi.numel()))
 
 
 @fault("llama", "se_by_prompt")
 def entropy_with_the_error_of_one_prompt(patch: Patch) -> None:
-    """The spread of the prompts' means, not over √B, for the standard error of the entropy."""
+    """The standard error of the entropy is the spread of the prompts' means, not divided by √B."""
     everywhere(patch, importance.mean_and_se, lambda v: (float(v.mean()), float(v.double().mean(1).std())))
 
 
@@ -539,7 +540,7 @@ def entropy_with_the_error_of_one_prompt(patch: Patch) -> None:
 
 @fault("llama", "change_identity")
 def per_token_slope_without_its_denominator(patch: Patch) -> None:
-    """Σ R·D_vS + D_vR over ΣT: the lengths' own change with the weights is forgotten."""
+    """The slope per token is Σ(R·D_vS + D_vR)/ΣT. It forgets that the mean length changes with the weights too."""
 
     def without(rb_sum: Tensor, lengths: Tensor, d_seq_logp: Tensor, d_rb_sum: Tensor) -> Any:
         terms = (rb_sum * d_seq_logp + d_rb_sum) * lengths.numel() / lengths.sum()
@@ -550,7 +551,7 @@ def per_token_slope_without_its_denominator(patch: Patch) -> None:
 
 @fault("gpt2", "curvature_witness")
 def nested_jvp(patch: Patch) -> None:
-    """D²_v by a JVP within a JVP, which torch gets silently wrong in a layer norm."""
+    """D²_v is a JVP within a JVP. In a layer norm torch computes it wrongly without an error."""
     original = slopes.slopes_along
 
     def nested(bound: BoundModel, float64: BoundModel, share: Any, s: Any, v: Any, config: Any, *rest: Any) -> Any:
@@ -574,7 +575,7 @@ def nested_jvp(patch: Patch) -> None:
 
 @fault("sampled", "curvature_identity", first_order={"lr": 3e-3})
 def curvature_without_the_cross_term(patch: Patch) -> None:
-    """vᵀ∇²Hv without 2·D_vH_t·D_v of what stands before."""
+    """vᵀ∇²Hv lacks 2·D_vH_t times D_v of the tokens before."""
     original = performance_difference.expansion
 
     def without(d_logp: Tensor, d_entropy: Tensor, *rest: Tensor) -> Any:
@@ -597,19 +598,19 @@ def _with_terms(patch: Patch, of_terms: Callable[[Tensor, Tensor, Tensor], Tenso
 
 @fault("sampled", "figures_recomputed curvature_identity", first_order={"lr": 3e-3})
 def change_by_tokens_weighs_with_the_own_token(patch: Patch) -> None:
-    """The weight of a step holds its own token: w_{≤t} for w_{<t}."""
+    """The weight of a step includes its own token: w_{≤t} in place of w_{<t}."""
     _with_terms(patch, lambda d, h, c: d.cumsum(-1).exp() * (h + torch.expm1(d) * c))
 
 
 @fault("sampled", "figures_recomputed curvature_identity", first_order={"lr": 3e-3})
 def change_by_tokens_with_the_prefix_of_the_step_before(patch: Patch) -> None:
-    """The weight of a step misses the token before it."""
+    """The weight of a step lacks the token just before it."""
     _with_terms(patch, lambda d, h, c: (d.cumsum(-1) - d - d.roll(1, -1)).exp() * (h + torch.expm1(d) * c))
 
 
 @fault("sampled", "sweep_identity figures_recomputed", also="prediction")
 def change_by_tokens_counts_its_own_step(patch: Patch) -> None:
-    """R_{≥t} for R_{>t}, in the change alone: the entropy of the step is counted twice."""
+    """Only in the change, R_{≥t} takes the place of R_{>t}: the entropy of the step is counted twice."""
 
     def with_own(logp: Tensor, entropy: Tensor, logp_after: Tensor, entropy_after: Tensor, c: Tensor) -> Tensor:
         return original(logp, entropy, logp_after, entropy_after, c + torch.stack([entropy, torch.zeros_like(entropy)]))
@@ -620,7 +621,7 @@ def change_by_tokens_counts_its_own_step(patch: Patch) -> None:
 
 @fault("sampled", "figures_recomputed")
 def group_baseline_holds_the_response_itself(patch: Patch) -> None:
-    """The mean of the prompt's responses that serves as a baseline holds the own one, unshrunk."""
+    """The mean of the prompt's responses that serves as a baseline includes the own one, and is not shrunk."""
     original = baselines.rb_coefficients
 
     def with_own(entropy: Tensor, lengths: Tensor, baseline: Any, *rest: Any) -> Tensor:
@@ -639,7 +640,7 @@ def group_baseline_holds_the_response_itself(patch: Patch) -> None:
     also="change_estimators_agree prediction sweep_identity curvature_identity",
 )
 def change_by_tokens_of_another_response(patch: Patch) -> None:
-    """What the responses say of the change stands for their neighbours' entropies at θ+ηv."""
+    """What a response says about the change is combined with its neighbour's entropies at θ+ηv."""
 
     def shifted(logp: Tensor, entropy: Tensor, logp_after: Tensor, entropy_after: Tensor, c: Tensor) -> Tensor:
         return original(logp, entropy, logp_after, entropy_after.roll(1, 0), c)
@@ -650,14 +651,14 @@ def change_by_tokens_of_another_response(patch: Patch) -> None:
 
 @fault("llama", "slope_identity", first_order={"estimator": "rb"})
 def slope_without_the_entropy_of_the_step(patch: Patch) -> None:
-    """The Rao-Blackwell slope without Σ_t D_vH_t."""
+    """The Rao-Blackwell slope lacks Σ_t D_vH_t."""
     original = slope.rb_slope
     everywhere(patch, original, lambda c, d_logp, d_entropy: original(c, d_logp, torch.zeros_like(d_entropy)))
 
 
 @fault("dora", "change_identity", also="sweep_identity curvature_witness taylor_order")
 def detached_norm_taken_for_the_derivative(patch: Patch) -> None:
-    """DoRA's weight norm is detached by peft, and that is taken for the derivative of the function."""
+    """peft detaches DoRA's weight norm, and the result is taken for the derivative of the function."""
     patch.setattr(BoundModel, "autograd_is_derivative", True)
 
 
@@ -665,7 +666,7 @@ def detached_norm_taken_for_the_derivative(patch: Patch) -> None:
     "llama", "projections_agree change_identity", also="curvature_witness slope_identity sweep_identity taylor_order"
 )
 def derivatives_all_zero(patch: Patch) -> None:
-    """A forward-mode pass whose tangents got lost gives D_v = 0 everywhere."""
+    """A forward-mode pass loses its tangents and gives D_v = 0 everywhere."""
     then(
         patch,
         derivatives.directional_derivatives,
@@ -696,7 +697,7 @@ def weights_from_p_in_place_of_q(patch: Patch) -> None:
 
 @fault("llama", "change_identity taylor_order sweep_identity", also="se_by_prompt")
 def weights_not_self_normalised(patch: Patch) -> None:
-    """Σwf/N in place of Σwf/Σw."""
+    """Σwf/N is used in place of Σwf/Σw."""
     original = importance.snis_weights
 
     def plain(log_weights: Tensor, clip: float | None = None) -> Any:
@@ -707,7 +708,7 @@ def weights_not_self_normalised(patch: Patch) -> None:
 
 @fault("llama", "zero_step_ess")
 def ess_of_weights_that_are_not_normalised(patch: Patch) -> None:
-    """ESS = 1/Σw² of weights that do not add up to 1."""
+    """ESS = 1/Σw², although the weights do not add up to 1."""
     original = importance.snis_weights
 
     def other(log_weights: Tensor, clip: float | None = None) -> Any:
@@ -718,7 +719,7 @@ def ess_of_weights_that_are_not_normalised(patch: Patch) -> None:
 
 @fault("llama", "zero_step_change zero_step_ess")
 def stale_scores(patch: Patch) -> None:
-    """The scores at θ are from before θ changed."""
+    """The scores at θ were made before θ changed."""
 
     def stale(s: Any) -> Any:
         read = ("token_logp", "token_logq", "rb_entropy", "rb_entropy_q")
@@ -734,13 +735,13 @@ def stale_scores(patch: Patch) -> None:
     also="se_by_prompt taylor_order real_step virtual_step prediction",
 )
 def change_that_is_no_number(patch: Patch) -> None:
-    """ΔĤ comes out as NaN."""
+    """ΔĤ is NaN."""
     then(patch, importance.entropy_change, lambda c: dataclasses.replace(c, value=math.nan))
 
 
 @fault("llama", "change_identity sweep_identity", also="se_by_prompt")
 def change_that_is_always_zero(patch: Patch) -> None:
-    """ΔĤ is 0 at every η: perfect at η = 0, and nowhere else."""
+    """ΔĤ is 0 at every η, which is right only at η = 0."""
     then(patch, importance.entropy_change, lambda c: dataclasses.replace(c, value=0.0, influence=0.0 * c.influence))
 
 
@@ -772,7 +773,7 @@ def realised_at_the_opposite_step(patch: Patch) -> None:
     also="change_identity curvature_witness delta_h_slope logit_scaling real_step taylor_order",
 )
 def not_theta_at_zero(patch: Patch) -> None:
-    """The mapping at η = 0 is off from θ by one part in a million."""
+    """The mapping at η = 0 differs from θ by one part in a million."""
     _stepped(patch, lambda registry, mapping, eta: scaled(1 + 1e-6)(mapping))
 
 
@@ -803,13 +804,13 @@ def added_in_float32(patch: Patch) -> None:
     also="curvature_witness projections_agree slope_identity",
 )
 def nothing_overridden(patch: Patch) -> None:
-    """The mapping is empty: θ + ηv is θ, and no change is a perfect one."""
+    """The mapping is empty: θ + ηv is θ, and no change looks like a perfect one."""
     _stepped(patch, lambda registry, mapping, eta: {})
 
 
 @fault("lora", "real_step sweep_identity", also="prediction live_model_unmodified")
 def base_weights_moved(patch: Patch) -> None:
-    """A weight of the frozen base model moves with η wherever ΔH is measured."""
+    """A weight of the frozen base model moves with η at every measurement of ΔH."""
 
     def moved(registry: Registry, mapping: dict[str, Tensor], eta: float) -> dict[str, Tensor]:
         name = "base_model.model.lm_head.weight"
@@ -823,7 +824,7 @@ def base_weights_moved(patch: Patch) -> None:
 
 @fault("qwen2", "virtual_step real_step", also="projections_agree slope_identity curvature_witness change_identity")
 def tied_weights_updated_once_of_twice(patch: Patch) -> None:
-    """The override reaches the embeddings, and not the output layer that is tied to them."""
+    """The override reaches the embeddings, but not the output layer that is tied to them."""
     original = OutputLayer.names_in
 
     def by_name(self: Any, tensors: Any) -> dict[str, str]:
@@ -834,7 +835,7 @@ def tied_weights_updated_once_of_twice(patch: Patch) -> None:
 
 @fault("llama", "buffers_overridden")
 def buffers_overridden(patch: Patch) -> None:
-    """Each pass brings its own copy of the buffers."""
+    """Each pass uses its own copy of the buffers."""
     original = scores.read_rows
 
     def read_rows(bound: BoundModel, *a: Any, override: Any = None, **k: Any) -> Any:
@@ -858,7 +859,7 @@ def _after_sweep(patch: Patch, size: float) -> None:
 
 @fault("llama", "live_model_unmodified")
 def live_model_changed(patch: Patch) -> None:
-    """One weight of the user's model is not put back."""
+    """One weight of the user's model is not restored."""
     _after_sweep(patch, 1e-4)
 
 
@@ -867,13 +868,13 @@ _FLOAT64 = {"dtype": "float64"}
 
 @fault("llama", "live_model_unmodified", precision=_FLOAT64)
 def own_copy_changed(patch: Patch) -> None:
-    """One weight of the float64 copy is not put back."""
+    """One weight of the float64 copy is not restored."""
     _after_sweep(patch, 1e-9)
 
 
 @fault("llama", refused="no parameter gets a gradient")
 def registry_of_another_module(patch: Patch) -> None:
-    """Names stand for the parameters of a copy of the module that runs."""
+    """The names belong to the parameters of a copy of the module that runs."""
 
     def of_a_copy(bound: BoundModel) -> BoundModel:
         bound.registry.__dict__["parameters"] = dict(copy.deepcopy(bound.module).named_parameters())
@@ -884,7 +885,7 @@ def registry_of_another_module(patch: Patch) -> None:
 
 @fault("llama", "virtual_step", also="real_step")
 def step_not_undone(patch: Patch) -> None:
-    """One tensor is not put back after θ + ηv was written into the copy."""
+    """θ + ηv was written into the copy, and one tensor is not restored."""
     original = real_step.virtually_stepped
 
     @contextlib.contextmanager
@@ -907,7 +908,7 @@ def step_not_undone(patch: Patch) -> None:
     "projections_agree real_step sampler_parity slope_identity taylor_order x_coverage y_coverage",
 )
 def rows_normalised_together(patch: Patch) -> None:
-    """A norm takes its scale from all rows of the batch."""
+    """A norm computes its scale from all rows of the batch."""
 
     def together(checkpoint: Any) -> Any:
         norm = checkpoint.model.model.layers[0].input_layernorm
@@ -980,7 +981,7 @@ def products_in_tf32(patch: Patch) -> None:
     also="change_identity curvature_witness delta_h_slope taylor_order",
 )
 def float32_islands_in_float64(patch: Patch) -> None:
-    """A float64 copy whose norms, rotary embeddings and softmax still run in float32."""
+    """In the float64 copy, norms, rotary embeddings and softmax still run in float32."""
     plain = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))  # noqa: E731
     patch.setattr(precision.TrueFloat64, "__torch_function__", plain)
 
@@ -1004,13 +1005,13 @@ def _arguments(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]])
 
 @fault("gpt2", "padding_invariance")
 def no_position_ids(patch: Patch) -> None:
-    """Positions count padding: a left-padded row starts late. Rotary positions hide it."""
+    """Positions count padding, so a left-padded row starts late. Rotary positions hide this."""
     _arguments(patch, lambda k: {name: value for name, value in k.items() if name != "position_ids"})
 
 
 @fault("llama", "padding_invariance")
 def mask_lets_padding_through(patch: Patch) -> None:
-    """An attention mask of ones on left-padded rows."""
+    """The attention mask is all ones on left-padded rows."""
     _arguments(patch, lambda k: {n: torch.ones_like(v) if n == "attention_mask" else v for n, v in k.items()})
 
 
@@ -1027,7 +1028,7 @@ def adapter_not_applied(patch: Patch) -> None:
 
 @fault("lora", "x_coverage y_coverage")
 def adapter_merged(patch: Patch) -> None:
-    """A layer's adapter is merged into its weight: scores are the same, and its factors move nothing any more."""
+    """A layer's adapter is merged into its weight. The scores are the same, but its factors move nothing any more."""
 
     def merged(model: Any) -> Any:
         model.base_model.model.model.layers[0].mlp.down_proj.merge()
@@ -1038,7 +1039,7 @@ def adapter_merged(patch: Patch) -> None:
 
 @fault("lora", refused="no trainable parameter has a part")
 def every_adapter_merged(patch: Patch) -> None:
-    """The whole adapter is merged: no trainable parameter has a part in the forward."""
+    """The whole adapter is merged: no trainable parameter takes part in the forward."""
 
     def merged(checkpoint: Any) -> Any:
         checkpoint.model.merge_adapter()
@@ -1049,7 +1050,7 @@ def every_adapter_merged(patch: Patch) -> None:
 
 @fault("lora", "sampler_parity")
 def another_base_model(patch: Patch) -> None:
-    """The adapter lies on base weights that it was not trained on."""
+    """The adapter is put on base weights that it was not trained on."""
     from entropy_probe.model.checkpoint.weights import pretrained
 
     def other(model: Any) -> Any:
@@ -1066,7 +1067,7 @@ def another_base_model(patch: Patch) -> None:
 
 @fault("llama", "chunk_invariance sampler_parity padding_invariance", also="batch_invariance")
 def logits_one_position_late(patch: Patch) -> None:
-    """The token at i is scored with the logits at i, which have seen it."""
+    """The token at i is scored with the logits at i, which have already seen it."""
     original = BoundModel.read_logits
 
     def late(self: Any, ids: Tensor, rows: Tensor, columns: Tensor, *a: Any, **k: Any) -> Any:
@@ -1077,7 +1078,7 @@ def logits_one_position_late(patch: Patch) -> None:
 
 @fault("llama", "chunk_invariance", also="batch_invariance curvature_witness")
 def entropy_of_the_wrong_step(patch: Patch) -> None:
-    """H_t from the logits of the step before."""
+    """H_t is computed from the logits of the step before."""
     original = scores._scored
 
     def rolled(*a: Any) -> tuple[Tensor, ...]:
@@ -1115,7 +1116,7 @@ def eos_dropped(patch: Patch) -> None:
 
 @fault("llama", "sampler_parity on_policy", also="ends_at_eos")
 def padding_scored(patch: Patch) -> None:
-    """Every response counts as being as long as the longest."""
+    """Every response counts as if it were as long as the longest."""
 
     def as_long(r: Any) -> Any:
         room = r.ids.shape[1] - r.prompt_lens
@@ -1126,7 +1127,7 @@ def padding_scored(patch: Patch) -> None:
 
 @fault("llama", refused="goes on after the EOS")
 def tokens_after_eos(patch: Patch) -> None:
-    """The engine did not stop at an EOS, and its file holds what came after."""
+    """The engine did not stop at an EOS, and its file has the tokens that came after."""
     original = trainers_rollouts.json_lines
 
     def lines(*a: Any) -> Any:
@@ -1143,14 +1144,14 @@ def tokens_after_eos(patch: Patch) -> None:
     also="slope_identity batch_invariance",
 )
 def temperature_in_the_gradients_only(patch: Patch) -> None:
-    """Scores are those of temperature 1, gradients those of the configured one."""
+    """Scores are at temperature 1, and gradients at the configured one."""
     original = policy.score_tokens
     patch.setattr(scores, "score_tokens", lambda z, tokens, temperature, *a, **k: original(z, tokens, 1.0, *a, **k))
 
 
 @fault("temperature", "gradient_witness projections_agree", also="slope_identity")
 def temperature_in_the_scores_only(patch: Patch) -> None:
-    """Gradients are those of temperature 1, scores those of the configured one."""
+    """Gradients are at temperature 1, and scores at the configured one."""
     original = policy.token_logp
     everywhere(patch, original, lambda logits, tokens, temperature: original(logits, tokens, 1.0))
 
@@ -1162,7 +1163,7 @@ def temperature_of_the_sampler_only(patch: Patch) -> None:
 
 @fault("top_k", "sampler_parity")
 def top_k_left_at_50(patch: Patch) -> None:
-    """The engine cut to its default top_k of 50; the policy here is not cut."""
+    """The engine cut to its default top_k of 50. The policy that is scored is not cut."""
 
 
 @fault("nucleus", refused="outside the nucleus")
@@ -1186,7 +1187,7 @@ def sampler_at_another_temperature(patch: Patch) -> None:
 
 @fault("sampled", "on_policy", generation={"temperature": 1.5})
 def sampler_with_a_default_top_k(patch: Patch) -> None:
-    """Tokens are drawn from the 50 largest logits, as generate() does unless told otherwise."""
+    """Tokens are drawn from the 50 largest logits, which is the default of generate()."""
     original = drawing.masses
 
     def cut(logits: Tensor, *a: Any) -> Tensor:
@@ -1197,7 +1198,7 @@ def sampler_with_a_default_top_k(patch: Patch) -> None:
 
 @fault("sampled", "on_policy", generation={"top_p": 0.5})
 def sampler_without_the_crossing_token(patch: Patch) -> None:
-    """The nucleus that is sampled from ends before the token that crosses top_p."""
+    """The sampler's nucleus ends before the token that crosses top_p."""
 
     def narrower(logp: Tensor, top_p: float, **k: Any) -> Tensor:
         ranked, order = logp.exp().sort(descending=True)
@@ -1216,7 +1217,7 @@ def prompt_scored_with_the_response(patch: Patch) -> None:
 
 @fault("sampled", inconclusive="y_coverage se_identity", also="on_policy")
 def one_noise_for_all_responses(patch: Patch) -> None:
-    """The responses of a prompt are drawn with the same numbers, and are one response G times."""
+    """The responses of a prompt are drawn with the same numbers, so they are one response G times."""
     original = drawing.noise_of
     patch.setattr(sampling, "noise_of", lambda seed, prompt, response: original(seed, prompt, 0))
 
@@ -1230,7 +1231,7 @@ def seed_ignored(patch: Patch) -> None:
 
 @fault("sampled", "cache_agrees", also="on_policy")
 def cached_positions_one_too_late(patch: Patch) -> None:
-    """Tokens that are read after the prompt stand a position too late, and whether the cache agrees is not asked."""
+    """Tokens after the prompt are read one position too late, and nothing asks whether the cache agrees."""
     original = BoundModel.next_logits
 
     def late(self: BoundModel, ids: Tensor, mask: Tensor, cache: Any = None, **k: Any) -> Any:
@@ -1250,7 +1251,7 @@ def cached_positions_one_too_late(patch: Patch) -> None:
 
 @fault("sampled", "ends_at_eos")
 def sampler_goes_on_after_eos(patch: Patch) -> None:
-    """Responses run to the length limit, whatever they hold."""
+    """Responses run to the length limit, even after an EOS."""
     patch.setattr(sampled_rollouts, "eos_ids", lambda model, tokenizer: [])
 
 
@@ -1286,7 +1287,7 @@ def gradients_all_zero(patch: Patch) -> None:
 
 @fault("llama", "optimizer_step_cosine optimizer_step_norm")
 def step_compared_with_itself(patch: Patch) -> None:
-    """The step of torch's optimizer is compared for no parameter at all."""
+    """The step of torch's optimizer is compared for none of the parameters."""
     original = torch_step.optimizer_step_agreement
     everywhere(patch, original, lambda registry, states, *a: original(registry, {}, *a))
 
@@ -1314,11 +1315,11 @@ def _code(name: str) -> str:
 
 _PAGE = """# Planted faults
 
-What the acceptance suite is there for: {count} faults, each planted in the code or in the files where such a slip would
-be made. Criteria under *caught by* must turn red; those in the last column may, because they read the same damaged
-numbers, and so may those of the family `audit`, which read all of them; no other one does. `tests/faults/` plants every
-fault; this page is written by
-`PYTHONPATH=tests python -m faults.catalogue > docs/faults.md`.
+The acceptance suite exists to notice mistakes. This page lists {count} faults. Each is planted in the code or in the
+files, where such a mistake would be made. The criteria under *caught by* must then turn red. Those in the last column
+may turn red as well, because they read the same damaged numbers. So may all criteria of the family `audit`, which read
+every number. No other criterion turns red. `tests/faults/` plants every fault, and
+`PYTHONPATH=tests python -m faults.catalogue > docs/faults.md` writes this page.
 
 | fault | what is wrong | revealed on | caught by | may be red too |
 |---|---|---|---|---|
@@ -1327,7 +1328,7 @@ fault; this page is written by
 _UNSEEN = """
 ## What no criterion sees
 
-{missed} of them leave every criterion as it was: only tests against slow references stand between them and a user.
+{missed} of them change no criterion. Only tests against slow references keep them from a user.
 
 | fault | what is wrong | tried on |
 |---|---|---|

@@ -20,7 +20,7 @@ from faults.more import FIGURE, fault, published
 
 @fault("chat", "prompts_as_given")
 def answer_is_not_opened(patch: Patch) -> None:
-    """Messages are rendered without what opens the answer: the policy goes on as if it were the user."""
+    """Messages are rendered without the beginning of an answer. The policy goes on as if it were the user."""
     original = Door.rendered
     opening = "<|im_start|>assistant\n"
     patch.setattr(Door, "rendered", lambda door, *of: original(door, *of).removesuffix(opening))
@@ -28,7 +28,7 @@ def answer_is_not_opened(patch: Patch) -> None:
 
 @fault("chat", "prompts_as_given")
 def system_message_is_lost(patch: Patch) -> None:
-    """Messages are rendered without the system's."""
+    """Messages are rendered without the system's message."""
     original = Door.rendered
     patch.setattr(
         Door,
@@ -39,7 +39,7 @@ def system_message_is_lost(patch: Patch) -> None:
 
 @fault("chat", "rewards_again", also="gradient_witness")
 def columns_of_the_next_prompt(patch: Patch) -> None:
-    """Every response is rewarded by the columns of the prompt that follows its own."""
+    """Every response is rewarded by the columns of the next prompt."""
     original = rewards._by_trl
 
     def shifted(function: Any, name: str, asked: Any) -> Any:
@@ -57,13 +57,13 @@ def columns_of_the_next_prompt(patch: Patch) -> None:
 
 @fault("uneven", f"gradient_witness {FIGURE}")
 def missing_responses_count(patch: Patch) -> None:
-    """What a smaller group lacks counts as responses of no token with the reward 0."""
+    """Where a group is smaller, the missing responses count as empty ones with reward 0."""
     patch.setattr(UpdateBatch, "present", property(lambda batch: torch.ones_like(batch.lengths, dtype=torch.bool)))
 
 
 @fault("uneven", FIGURE)
 def spread_of_prompts_for_that_of_batches(patch: Patch) -> None:
-    """The spread of ΔH over update batches is that over prompts."""
+    """The spread over prompts is published as the spread of ΔH over update batches."""
     published(
         patch,
         slopes.update_section,
@@ -73,7 +73,7 @@ def spread_of_prompts_for_that_of_batches(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def one_se_is_resolved(patch: Patch) -> None:
-    """What the noise resolves is one standard error for two, so that too few prompts seem to be needed."""
+    """The change that the noise resolves is one standard error and not two, so too few prompts seem to be needed."""
     original = next_step._resolution
 
     def halved(*args: Any) -> Any:
@@ -85,7 +85,7 @@ def one_se_is_resolved(patch: Patch) -> None:
 
 @fault("grown", "slope_identity sweep_identity")
 def derivatives_of_the_rest_come_first(patch: Patch) -> None:
-    """Of an E batch that grew, the derivatives of the added prompts stand before those of the first ones."""
+    """In an E batch that grew, the derivatives of the added prompts come before those of the first ones."""
     original = Share.joined
 
     def exchanged(whole: Share, first: Any, then: Any) -> Any:
@@ -100,7 +100,7 @@ def derivatives_of_the_rest_come_first(patch: Patch) -> None:
 
 @fault("llama", "slope_identity")
 def length_has_no_part_in_the_gradient_per_token(patch: Patch) -> None:
-    """X̄ per token without the coefficients of the length: the entropy per response over the mean length."""
+    """X̄ per token lacks the coefficients of the length: it is the entropy per response over the mean length."""
     original = slopes.gradient_per_token
 
     def without(bound: Any, share: Any, scores: Any, along: Any, config: Any) -> Any:

@@ -61,7 +61,7 @@ def rotated(patch: Patch, *fields: str) -> None:
 
 @fault("llama", "as_stored")
 def momentum_read_as_zeros(patch: Patch) -> None:
-    """exp_avg is read as zeros: v has no momentum, and torch's own step has none either."""
+    """exp_avg is read as zeros. v has no momentum, and torch's own step has none either."""
     read(patch, lambda s: with_fields(s, exp_avg=torch.zeros_like))
 
 
@@ -73,31 +73,31 @@ def momentum_read_negated(patch: Patch) -> None:
 
 @fault("llama", "as_stored moments_possible")
 def momentum_read_twice_as_large(patch: Patch) -> None:
-    """exp_avg is read as twice itself."""
+    """exp_avg is read twice as large as it is."""
     read(patch, lambda s: with_fields(s, exp_avg=lambda m: 2 * m))
 
 
 @fault("llama", "as_stored moments_possible")
 def momentum_of_the_neighbour(patch: Patch) -> None:
-    """exp_avg belongs to another tensor of the same shape; exp_avg_sq to the tensor itself."""
+    """exp_avg belongs to another tensor of the same shape, exp_avg_sq to the tensor itself."""
     rotated(patch, "exp_avg")
 
 
 @fault("llama", "as_stored moments_possible", also="moments_match")
 def second_moment_of_the_neighbour(patch: Patch) -> None:
-    """exp_avg_sq belongs to another tensor of the same shape; exp_avg to the tensor itself."""
+    """exp_avg_sq belongs to another tensor of the same shape, exp_avg to the tensor itself."""
     rotated(patch, "exp_avg_sq")
 
 
 @fault("llama", "as_stored", also="moments_match")
 def root_of_the_second_moment(patch: Patch) -> None:
-    """√exp_avg_sq is read for exp_avg_sq."""
+    """√exp_avg_sq is read in place of exp_avg_sq."""
     read(patch, lambda s: with_fields(s, exp_avg_sq=torch.sqrt))
 
 
 @fault("llama", "as_stored moments_possible", also="moments_match")
 def square_of_the_second_moment(patch: Patch) -> None:
-    """exp_avg_sq² is read for exp_avg_sq."""
+    """exp_avg_sq² is read in place of exp_avg_sq."""
     read(patch, lambda s: with_fields(s, exp_avg_sq=torch.square))
 
 
@@ -116,43 +116,43 @@ def moments_read_in_bfloat16(patch: Patch) -> None:
 
 @fault("llama", "as_stored")
 def adamw_read_as_adam(patch: Patch) -> None:
-    """The decay goes through the moments, where AdamW's does not."""
+    """The decay goes through the moments, but AdamW's does not."""
     read(patch, lambda s: dataclasses.replace(s, decoupled=False))
 
 
 @fault("coupled", "as_stored")
 def adam_read_as_adamw(patch: Patch) -> None:
-    """The decay goes past the moments, where Adam's goes through them."""
+    """The decay does not go through the moments, but Adam's does."""
     read(patch, lambda s: dataclasses.replace(s, decoupled=True))
 
 
 @fault("amsgrad", "as_stored")
 def amsgrad_lost(patch: Patch) -> None:
-    """The flag of AMSGrad is not read, and its maximum not used."""
+    """The flag of AMSGrad is not read, and its maximum is not used."""
     read(patch, lambda s: dataclasses.replace(s, amsgrad=False, max_exp_avg_sq=None))
 
 
 @fault("llama", "as_stored", also="optimizer_as_saved")
 def maximize_read(patch: Patch) -> None:
-    """The optimizer is read as one that ascends."""
+    """The optimizer is read as one that maximizes."""
     read(patch, lambda s: dataclasses.replace(s, maximize=True))
 
 
 @fault("llama", "as_stored", also="optimizer_as_saved moments_possible")
 def step_read_one_late(patch: Patch) -> None:
-    """One step more has been taken."""
+    """The step is read as one more than it is."""
     read(patch, lambda s: with_fields(s, step=lambda t: t + 1))
 
 
 @fault("llama", "as_stored moments_possible", also="optimizer_as_saved")
 def step_read_one_early(patch: Patch) -> None:
-    """One step fewer has been taken."""
+    """The step is read as one less than it is."""
     read(patch, lambda s: with_fields(s, step=lambda t: t - 1))
 
 
 @fault("llama", "as_stored optimizer_as_saved", also="moments_possible")
 def betas_read_backwards(patch: Patch) -> None:
-    """β₂ stands for β₁."""
+    """β₁ and β₂ are exchanged."""
     read(patch, lambda s: with_fields(s, betas=lambda b: b[::-1]))
 
 
@@ -170,7 +170,7 @@ def one_learning_rate_read_for_both(patch: Patch) -> None:
 
 @fault("llama", "as_stored optimizer_as_saved")
 def decay_read_for_all(patch: Patch) -> None:
-    """Norms decay as matrices do."""
+    """Norms decay as matrices do, although their group has no decay."""
     read(patch, lambda s: dataclasses.replace(s, weight_decay=0.1))
 
 
@@ -200,25 +200,25 @@ def weights_moved(patch: Patch) -> None:
 
 @fault("llama", "as_stored plain_forward", also="plain_step sampler_parity on_policy")
 def a_norm_left_as_it_was_made(patch: Patch) -> None:
-    """The last norm keeps the ones of its construction."""
+    """The last norm is not read and keeps the ones of its construction."""
     weights(patch, pretrained.load_full_model, lambda n, p: torch.ones_like(p) if n == "model.norm.weight" else p)
 
 
 @fault("llama", "plain_forward", also="plain_step as_stored sampler_parity on_policy")
 def rows_of_a_weight_reversed(patch: Patch) -> None:
-    """The rows of the values' projection stand in reverse: the same numbers, and the same sums."""
+    """The rows of the values' projection are in reverse order. The numbers and the sums are the same."""
     weights(patch, pretrained.load_full_model, lambda n, p: p.flip(0) if "v_proj" in n else p)
 
 
 @fault("llama", "plain_forward", also="plain_step as_stored sampler_parity on_policy")
 def embedding_shifted_by_a_token(patch: Patch) -> None:
-    """Every token has the embedding of the one before it: the same numbers, and the same sums."""
+    """Every token has the embedding of the token before it. The numbers and the sums are the same."""
     weights(patch, pretrained.load_full_model, lambda n, p: p.roll(1, 0) if "embed_tokens" in n else p)
 
 
 @fault("lora", "plain_forward", also="plain_step sampler_parity on_policy")
 def lora_scaling_halved(patch: Patch) -> None:
-    """alpha/r is halved: no weight is another, and the model is."""
+    """alpha/r is halved. No weight differs, but the model does."""
 
     def halved(model: Any) -> Any:
         for module in model.modules():
@@ -231,13 +231,13 @@ def lora_scaling_halved(patch: Patch) -> None:
 
 @fault("lora", "plain_forward as_stored", also="plain_step sampler_parity on_policy")
 def lora_factor_left_at_zero(patch: Patch) -> None:
-    """B of the values' adapter is not read: it keeps the zeros of its construction."""
+    """B of the values' adapter is not read and keeps the zeros of its construction."""
     weights(patch, adapter.load_adapter, lambda n, p: 0 * p if "v_proj.lora_B" in n else p)
 
 
 @fault("dora", "plain_forward as_stored", also="plain_step sampler_parity on_policy")
 def dora_magnitude_left_as_it_was_made(patch: Patch) -> None:
-    """DoRA's magnitudes are not read: they keep the norms of the base model."""
+    """DoRA's magnitudes are not read and keep the norms of the base model."""
     weights(patch, adapter.load_adapter, lambda n, p: 1.1 * p if "magnitude" in n else p)
 
 
@@ -279,7 +279,7 @@ def norms_of_means_for_norms_of_sums(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def norms_exchanged(patch: Patch) -> None:
-    """‖ΣX‖ and ‖ΣY‖ change places."""
+    """‖ΣX‖ and ‖ΣY‖ are exchanged."""
     of_u(patch, lambda s: {"norm_x_sum": s.norm_y_sum, "norm_y_sum": s.norm_x_sum})
 
 
@@ -291,13 +291,13 @@ def plain_product_with_the_preconditioner(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="se_formula")
 def unbiased_variance_halved(patch: Patch) -> None:
-    """The unbiased variance of U_cross has a factor."""
+    """The unbiased variance of U_cross is halved."""
     of_u(patch, lambda s: {"var_unbiased": s.var_unbiased / 2})
 
 
 @fault("llama", FIGURE, also="delta_h1_identity")
 def parts_of_modules_exchanged(patch: Patch) -> None:
-    """The part of the attention and that of the MLP change places; their sum is what it was."""
+    """The parts of attention and of the MLP are exchanged. Their sum is the same."""
 
     def change(section: Any) -> dict[str, Any]:
         table = dict(section.delta_h1_parts.module)
@@ -335,7 +335,7 @@ def two_batches_without_the_preconditioner(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="two_batch_identity")
 def two_batches_with_x_of_the_update(patch: Patch) -> None:
-    """X of U stands for X of E: the section agrees with itself, on one batch."""
+    """X of U is used in place of X of E. The section agrees with itself, but it is about one batch."""
     original = first_order.two_batch_section
     everywhere(patch, original, lambda e, u, *more: original(u, u, *more))
 
@@ -349,7 +349,7 @@ def standard_errors(patch: Patch, factor: Callable[[int], float]) -> None:
 
 @fault("llama", FIGURE, also="prediction")
 def errors_of_slopes_not_over_root_b(patch: Patch) -> None:
-    """SEs of slopes and predictions are standard deviations: so wide that `prediction` says nothing."""
+    """SEs of slopes and predictions are standard deviations. They are so wide that `prediction` says nothing."""
     standard_errors(patch, math.sqrt)
 
 
@@ -361,7 +361,7 @@ def errors_of_slopes_over_root_b_twice(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="slope_identity")
 def columns_of_estimators_exchanged(patch: Patch) -> None:
-    """In the table of estimators naive and Rao-Blackwell without a baseline change places."""
+    """In the table of estimators, naive and Rao-Blackwell without a baseline are exchanged."""
 
     def change(section: Any) -> dict[str, Any]:
         table = dict(section.estimators)
@@ -373,25 +373,25 @@ def columns_of_estimators_exchanged(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def eta_star_halved(patch: Patch) -> None:
-    """η* without its 2. It is `None` where curvature is not decided: then it stands."""
+    """η* lacks its factor 2. If the curvature is not decided, η* is `None` and stays so."""
     everywhere(patch, prediction.eta_star, lambda s, c: abs(s.value) / abs(c.value))
 
 
 @fault("llama", FIGURE)
 def curvature_per_token_is_that_per_response(patch: Patch) -> None:
-    """The curvature per token holds the one per response."""
+    """The curvature per response is published as the one per token."""
     of_update(patch, lambda s: {"curvature_per_token": s.curvature})
 
 
 @fault("llama", FIGURE)
 def error_per_token_is_that_per_response(patch: Patch) -> None:
-    """The SE of the slope per token is that per response."""
+    """The SE of the slope per response is published as the one per token."""
     of_update(patch, lambda s: {"delta_h1_per_lr_per_token_se": s.delta_h1_per_lr_rb_se})
 
 
 @fault("llama", FIGURE)
 def norm_of_momentum_is_that_of_v(patch: Patch) -> None:
-    """‖v₀‖ holds ‖v‖."""
+    """‖v‖ is published as ‖v₀‖."""
     of_update(patch, lambda s: {"norm_v0": s.norm})
 
 
@@ -403,19 +403,19 @@ def gradient_norm_after_clipping(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def slopes_of_units_reversed(patch: Patch) -> None:
-    """The slopes of the units of U stand in reverse: their sum is what it was."""
+    """The slopes of the units of U are in reverse order. Their sum is the same."""
     of_update(patch, lambda s: {"slope_by_unit": s.slope_by_unit[::-1]})
 
 
 @fault("one batch", FIGURE)
 def cross_fitted_slope_is_the_plain_one(patch: Patch) -> None:
-    """On one batch the slope is not cross-fitted: it holds the diagonal X_nᵀDY_n."""
+    """With one batch the slope is not cross-fitted: it includes the diagonal X_nᵀDY_n."""
     of_update(patch, lambda s: {"delta_h1_per_lr_cross": s.delta_h1_per_lr_naive})
 
 
 @fault("one batch", FIGURE, also="prediction")
 def cross_fitted_with_the_preconditioner(patch: Patch) -> None:
-    """The cross-fitted slope takes half of D."""
+    """The cross-fitted slope uses half of D."""
     original = slopes.cross_fitted_slope
 
     def half(units: Any, direction: Any) -> Any:
@@ -426,7 +426,7 @@ def cross_fitted_with_the_preconditioner(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="se_by_prompt zero_step_change sweep_identity curvature_identity prediction")
 def naive_and_rao_blackwell_exchanged(patch: Patch) -> None:
-    """ΔH of −S and of R change places in the row, with their SEs."""
+    """In the row, the ΔH of −S and of R are exchanged, with their SEs."""
     of_rows(
         patch,
         lambda row: {
@@ -438,21 +438,21 @@ def naive_and_rao_blackwell_exchanged(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def intervals_of_90_percent(patch: Patch) -> None:
-    """The 95 % intervals of ΔH hold 90 %."""
+    """The 95 % intervals of ΔH are 90 % intervals."""
     names = ("delta_h_interval", "delta_h_rb_interval", "delta_h_per_token_interval")
     of_rows(patch, lambda row: {name: narrower(getattr(row, name)) for name in names})
 
 
 @fault("llama", FIGURE)
 def interval_of_a_normal(patch: Patch) -> None:
-    """The quantile of a normal stands for Student's in the intervals of ΔH."""
+    """The intervals of ΔH use the quantile of a normal in place of Student's."""
     original = importance.Change.interval
     patch.setattr(importance.Change, "interval", lambda self: narrower(original(self), 0.7))
 
 
 @fault("llama", FIGURE, also="prediction")
 def prediction_without_the_half(patch: Patch) -> None:
-    """η·slope + η²·curvature."""
+    """The prediction is η·slope + η²·curvature."""
     original = prediction.predict
 
     def whole(eta: float, realised: Any, slope_of: Any, bent: Any, unit_of: Any) -> Any:
@@ -464,37 +464,37 @@ def prediction_without_the_half(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def ratio_upside_down(patch: Patch) -> None:
-    """Predicted over realised."""
+    """The ratio is predicted over realised."""
     of_rows(patch, lambda row: {"ratio": None if not row.ratio else 1 / row.ratio})
 
 
 @fault("llama", FIGURE, also="prediction")
 def errors_of_differences_as_if_independent(patch: Patch) -> None:
-    """The SE of realised minus predicted as if they were measured on different prompts."""
+    """The SE of realised minus predicted is computed as if they were measured on different prompts."""
     of_rows(patch, lambda row: {"difference_se": math.hypot(row.delta_h_pd_se, row.predicted_se)})
 
 
 @fault("llama", FIGURE, also="prediction")
 def everything_in_range(patch: Patch) -> None:
-    """Every η counts as one at which prediction and realisation are to be compared."""
+    """Prediction and realisation are compared at every η."""
     of_rows(patch, lambda row: {"in_range": not row.in_range})
 
 
 @fault("llama", FIGURE, also="prediction")
 def changes_of_prompts_reversed(patch: Patch) -> None:
-    """The changes of the prompts stand in reverse; their spread is what it was."""
+    """The changes of the prompts are in reverse order. Their spread is the same."""
     of_rows(patch, lambda row: {"delta_h_rb_by_prompt": row.delta_h_rb_by_prompt[::-1]})
 
 
 @fault("llama", FIGURE, also="sweep_identity")
 def per_token_is_per_response(patch: Patch) -> None:
-    """ΔH per token holds the one per response."""
+    """ΔH per response is published as the one per token."""
     of_rows(patch, lambda row: {"delta_h_per_token": row.delta_h_rb})
 
 
 @fault("llama", FIGURE)
 def per_token_naive_is_rao_blackwell(patch: Patch) -> None:
-    """The naive ΔH per token holds the Rao-Blackwell one."""
+    """The Rao-Blackwell ΔH per token is published as the naive one."""
     of_rows(patch, lambda row: {"delta_h_per_token_naive": row.delta_h_per_token})
 
 
@@ -506,7 +506,7 @@ def mean_for_the_median_of_weights(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="ess zero_step_ess")
 def ess_of_squared_weights(patch: Patch) -> None:
-    """ESS is that of the squared weights."""
+    """ESS is computed from the squared weights."""
     original = importance.snis_weights
     everywhere(
         patch, original, lambda lw, clip=None: dataclasses.replace(original(lw, clip), ess=original(2 * lw, clip).ess)
@@ -515,7 +515,7 @@ def ess_of_squared_weights(patch: Patch) -> None:
 
 @fault("llama", FIGURE, true_delta_h={"clip_log_weight": 1e-4})
 def ess_before_clipping_is_the_one_after(patch: Patch) -> None:
-    """Clipped weights always look healthy: their ESS is published as that of the others."""
+    """The ESS of clipped weights, which always look healthy, is published as the ESS before clipping."""
     of_rows(patch, lambda row: {"unclipped_ess_fraction": row.ess_fraction})
 
 
@@ -527,43 +527,43 @@ def clipped_weights_not_counted(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="se_by_prompt")
 def entropy_rb_holds_the_naive_one(patch: Patch) -> None:
-    """The Rao-Blackwell entropy holds the naive one."""
+    """The naive entropy is published as the Rao-Blackwell one."""
     of_entropy(patch, lambda s: {"rb": s.naive})
 
 
 @fault("llama", FIGURE)
 def entropy_per_token_is_a_mean_of_ratios(patch: Patch) -> None:
-    """Per token: the mean over prompts of R/T in place of ΣR/ΣT."""
+    """The entropy per token is the mean over prompts of R/T in place of ΣR/ΣT."""
     of_entropy(patch, lambda s: {"per_token": s.per_token.model_copy(update={"value": s.per_token.value * 1.05})})
 
 
 @fault("nucleus", FIGURE)
 def entropy_of_the_nucleus_is_that_of_the_policy(patch: Patch) -> None:
-    """The entropy of what was sampled from holds that of π."""
+    """The entropy of π is published as the entropy of what was sampled from."""
     of_entropy(patch, lambda s: {"rb_q": s.rb})
 
 
 @fault("llama", FIGURE)
 def surprise_in_wide_errors(patch: Patch) -> None:
-    """The SE of the surprise is ten times what it is: `on_policy` passes whatever comes."""
+    """The SE of the surprise is ten times too large, so `on_policy` passes everything."""
     of_entropy(patch, lambda s: {"surprise": s.surprise.model_copy(update={"se": 10 * s.surprise.se})})
 
 
 @fault("llama", FIGURE)
 def entropies_of_prompts_reversed(patch: Patch) -> None:
-    """The entropies of the prompts stand in reverse."""
+    """The entropies of the prompts are in reverse order."""
     of_entropy(patch, lambda s: {"rb_by_prompt": s.rb_by_prompt[::-1]})
 
 
 @fault("llama", FIGURE)
 def zero_advantages_inverted(patch: Patch) -> None:
-    """The share of prompts that add nothing is that of those that do."""
+    """The share of prompts that add nothing is exchanged with the share of those that do."""
     published(patch, batches.batch_section, lambda b: {"zero_advantage_fraction": 1 - b.zero_advantage_fraction})
 
 
 @fault("llama", FIGURE)
 def mean_reward_of_the_first_responses(patch: Patch) -> None:
-    """The mean reward is not that of the batch."""
+    """The mean reward is half of that of the batch."""
     published(patch, batches.batch_section, lambda b: {"mean_reward": 0.5 * b.mean_reward})
 
 
@@ -575,13 +575,13 @@ def error_of_the_reward_as_if_responses_were_prompts(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def tokens_of_the_prompts_counted(patch: Patch) -> None:
-    """The scored tokens are counted with one more of every response."""
+    """The count of scored tokens has one more for every response."""
     published(patch, batches.batch_section, lambda b: {"num_tokens": b.num_tokens + b.num_prompts})
 
 
 @fault("llama", FIGURE)
 def range_of_the_preconditioner_exchanged(patch: Patch) -> None:
-    """The smallest and the largest entry of P change places."""
+    """The smallest and the largest entry of P are exchanged."""
     published(patch, moments.preconditioner_section, lambda p: {"smallest": p.largest, "largest": p.smallest})
 
 
@@ -593,7 +593,7 @@ def parameters_counted_twice(patch: Patch) -> None:
 
 @fault("llama", FIGURE, also="delta_h1_identity two_batch_identity prediction")
 def learning_rate_of_the_default(patch: Patch) -> None:
-    """The learning rate of δH₁ is the default, and said to be the optimizer's."""
+    """The learning rate of δH₁ is the default, and the report calls it the optimizer's."""
     everywhere(patch, update.learning_rate, lambda *_: (1e-4, "optimizer"))
 
 
@@ -643,7 +643,7 @@ def update_has_the_prompts_of_e(patch: Patch) -> None:
 
 @fault("llama", "prompts_as_given rewards_again", also="on_policy")
 def lines_in_reverse(patch: Patch) -> None:
-    """The prompts of a file stand in reverse."""
+    """The prompts of a file are in reverse order."""
     then(
         patch, batches.draw_batches, lambda both: tuple(b.of_prompts(torch.arange(b.num_prompts).flip(0)) for b in both)
     )
@@ -701,7 +701,7 @@ def noise_of_e_for_u(patch: Patch) -> None:
 
 @fault("sampled", "on_policy", generation=MANY_TOKENS)
 def update_drawn_too_cold(patch: Patch) -> None:
-    """U alone is drawn at 0.6 of its temperature."""
+    """Only U is drawn at 0.6 of its temperature."""
     original = sampled_rollouts.sample
 
     def colder(*given: Any, temperature: float, seed: int, **more: Any) -> Any:
@@ -713,7 +713,7 @@ def update_drawn_too_cold(patch: Patch) -> None:
 
 @fault("llama", "plain_forward", also="on_policy")
 def mass_before_a_token_with_its_own(patch: Patch) -> None:
-    """The mass before a token holds the token's own."""
+    """The mass before a token includes the token's own."""
 
     def wider(logits: Tensor, tokens: Tensor, temperature: float, top_p: float) -> Tensor:
         own = (logits / temperature).softmax(-1).gather(-1, tokens[:, None]).double()
@@ -753,7 +753,7 @@ def temperature_forgotten_everywhere(patch: Patch) -> None:
 
 @fault("sampled", "plain_forward", also="fresh_responses", **SAMPLED_AGAIN)
 def fresh_responses_scored_at_theta(patch: Patch) -> None:
-    """What was drawn at θ + ηv is scored at θ, and reported as reliable."""
+    """Responses that were drawn at θ + ηv are scored at θ, and reported as reliable."""
     original = entropy_change.score
 
     def at_theta(bound: Any, batch: Any, config: Any, override: Any = None, **more: Any) -> Any:
@@ -764,21 +764,21 @@ def fresh_responses_scored_at_theta(patch: Patch) -> None:
 
 @fault("sampled", "fresh_responses", **SAMPLED_AGAIN)
 def fresh_responses_drawn_at_theta(patch: Patch) -> None:
-    """What is scored at θ + ηv was drawn at θ, and is reported as reliable."""
+    """Responses that are scored at θ + ηv were drawn at θ, and are reported as reliable."""
     original = sampled_rollouts.redrawn
     everywhere(patch, original, lambda *a, override, **k: original(*a, override={}, **k))
 
 
 @fault("llama", "plain_step", also="prediction sweep_identity curvature_identity ess real_step virtual_step")
 def scored_after_half_a_step(patch: Patch) -> None:
-    """The sweep scores at θ + ½ηv what it reports at η."""
+    """The sweep scores at θ + ½ηv and reports this as η."""
     original = entropy_change.theta_plus_eta_v
     patch.setattr(entropy_change, "theta_plus_eta_v", lambda r, v, eta, dtype: original(r, v, eta / 2, dtype))
 
 
 @fault("llama", FIGURE)
 def rewards_of_e_in_the_section_of_u(patch: Patch) -> None:
-    """The section of U says what is true of another batch."""
+    """The section of U has the rewards of E."""
     original, first = batches.batch_section, []
 
     def same(*arguments: Any) -> Any:

@@ -27,20 +27,20 @@ def columns(patch: Patch, change: Any) -> None:
 
 @fault("temperature", "plain_forward")
 def mean_of_s_at_temperature_1(patch: Patch) -> None:
-    """Σ_i p_i S_i is that of the policy before its temperature; log p and H are not."""
+    """Σ_i p_i S_i belongs to the policy before its temperature. log p and H do not."""
     original = predictors.mean_s
     everywhere(patch, original, lambda logits, _: original(logits, 1.0))
 
 
 @fault("llama", "plain_forward")
 def mean_of_s_is_the_collision(patch: Patch) -> None:
-    """Σ_i p_i² stands for Σ_i p_i S_i."""
+    """Σ_i p_i² is used in place of Σ_i p_i S_i."""
     everywhere(patch, predictors.mean_s, lambda logits, t: (logits.double() / t).softmax(-1).square().sum(-1))
 
 
 @fault("llama", FIGURE)
 def covariance_is_not_centred(patch: Patch) -> None:
-    """mean(A·log p) is published as the covariance: with responses of several lengths the mean of A is not 0."""
+    """mean(A·log p) is published as the covariance. If responses differ in length, the mean of A is not 0."""
 
     def change(sums: Tensor) -> None:
         sums[:, LOGP] = 0.0
@@ -50,7 +50,7 @@ def covariance_is_not_centred(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def covariance_has_the_other_sign(patch: Patch) -> None:
-    """Cov for −Cov: a predictor without the sign of the change."""
+    """Cov is published in place of −Cov: the predictor lacks the sign of the change."""
     then(patch, predictors.of_scores, lambda found: found | {"cov_logp_advantage": _negated(found)})
 
 
@@ -61,7 +61,7 @@ def _negated(found: Any) -> Any:
 
 @fault("llama", FIGURE)
 def steer_and_wang_exchanged(patch: Patch) -> None:
-    """Each of the two has the other's name."""
+    """The two predictors have each other's name."""
 
     def change(sums: Tensor) -> None:
         sums[:, [STEER, WANG]] = sums[:, [WANG, STEER]]
@@ -71,7 +71,7 @@ def steer_and_wang_exchanged(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def predictors_of_prompts_not_of_tokens(patch: Patch) -> None:
-    """Every prompt counts as much as another, whatever its tokens."""
+    """Every prompt has the same weight, however many tokens it has."""
 
     def change(sums: Tensor) -> None:
         sums[:, [LOGP, ADVANTAGE, PRODUCT, STEER, WANG]] /= sums[:, [TOKENS]]
@@ -89,12 +89,12 @@ def errors_of_predictors_without_bessel(patch: Patch) -> None:
 
 @fault("llama", FIGURE)
 def parts_of_the_slope_exchanged(patch: Patch) -> None:
-    """What the entropies of the steps do, and who is visited, change places: their sum is what it was."""
+    """The part of the entropies and the part of the visits are exchanged. Their sum is the same."""
     then(patch, predictors.parts_of_slope, lambda parts: parts[::-1])
 
 
 @fault("one batch", FIGURE)
 def parts_of_the_slope_without_the_mean_length(patch: Patch) -> None:
-    """The part of the entropies per token is that per response."""
+    """The part of the entropies per response is published as the one per token."""
     original = predictors.parts_of_slope
     everywhere(patch, original, lambda slope, d_r, lengths=None: original(slope, d_r))

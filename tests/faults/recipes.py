@@ -41,7 +41,7 @@ def found(patch: Patch, **changes: Any) -> None:
 
 @fault("trl", REAL, also="real_update_norm")
 def loss_taken_for_another(patch: Patch) -> None:
-    """The loss `dapo` is read as `grpo`: responses of other lengths have other weights."""
+    """The loss `dapo` is read as `grpo`, so responses of other lengths have other weights."""
     found(patch, name=lambda of: "trl-grpo")
 
 
@@ -53,7 +53,7 @@ def clipping_of_the_trainer_unread(patch: Patch) -> None:
 
 @fault("trl", REAL, also="real_update_norm")
 def scale_of_rewards_unread(patch: Patch) -> None:
-    """Advantages are not divided by the deviation of their prompt's rewards."""
+    """Advantages are not divided by the standard deviation of their prompt's rewards."""
     found(patch, parts=lambda of: {**of.parts, "scale": "none"})
 
 
@@ -87,19 +87,19 @@ def step_takes_half_of_its_batch(patch: Patch) -> None:
 
 @fault("llama", "gradient_witness", **MASKED)
 def truncated_responses_count(patch: Patch) -> None:
-    """Responses without an end have their weight, although the recipe masks them."""
+    """Responses without an end keep their weight, although the recipe masks them."""
     everywhere(patch, update_weights._of_responses, lambda recipe, batch: torch.ones_like(batch.rewards))
 
 
 @fault("llama", "gradient_witness", **FEW)
 def tokens_of_low_entropy_act(patch: Patch) -> None:
-    """Of the tokens those with the smallest entropy have a weight, in place of those with the largest."""
+    """The tokens with the smallest entropy have a weight, in place of those with the largest."""
     then(patch, update_weights.high_entropy, lambda acts: 1 - acts)
 
 
 @fault("llama", "gradient_witness", **FEW)
 def micro_batches_are_one(patch: Patch) -> None:
-    """The normaliser of a micro-batch counts the tokens of all."""
+    """The normaliser of a micro-batch counts the tokens of all micro-batches."""
     original = update_weights.of_micro_batches
     everywhere(patch, original, lambda tokens, micro: original(tokens, torch.zeros_like(micro)))
 
@@ -120,7 +120,7 @@ def kl_term_pulls_away(patch: Patch) -> None:
 
 @fault("llama", "gradient_witness", recipe={"name": "nemo-rl"})
 def deviation_of_the_whole_group(patch: Patch) -> None:
-    """A response's own reward is in the deviation that its advantage is divided by."""
+    """The standard deviation that divides an advantage includes the response's own reward."""
     original = update_weights.advantages
     other = {"scale": "group"}
     everywhere(patch, original, lambda recipe, batch: original(recipe.model_copy(update=other), batch))

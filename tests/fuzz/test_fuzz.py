@@ -52,8 +52,8 @@ def test_a_tokenizer_that_fails_when_it_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("batch: {1: 2}", "the key 1 is no text"),
-        ("limits: {entropy: {null: 2}}", "the key None is no text"),
+        ("batch: {1: 2}", "the key 1 is not a text"),
+        ("limits: {entropy: {null: 2}}", "the key None is not a text"),
         ("!!int ", "is not readable YAML"),
         ("a: &a [1]\nb: *a", "stands for a section or a list"),
     ],

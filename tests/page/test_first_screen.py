@@ -131,6 +131,10 @@ def test_the_answer_says_what_holds_first(three: list[Checkpoint]) -> None:
     assert said(report).rest.endswith(" All 3 checks passed (1 do not apply).")
     assert str(said(report, [red, limit, undecided, *GOOD])) == "Not to be trusted: 1 check failed (x)."
     assert said(report, [limit, undecided, *GOOD]).word == "Beyond your limits"
+    assert said(report, [limit, GOOD[-1]]).rest.endswith(
+        "The other limit holds; whether the numbers can be trusted was not asked (-m acceptance)."
+    )
+    assert "The other 2 limits hold; " in said(report, [limit, GOOD[-1], GOOD[-1]]).rest
     assert said(with_section(report, "batch", prompts_are_builtin=True), [undecided]).word == "Not your prompts"
     assert str(said(report, [undecided, *GOOD])).startswith("Cannot tell: 1 check could not be decided (ess). The next")
     assert said(report, []).word == "Not judged"
@@ -138,6 +142,12 @@ def test_the_answer_says_what_holds_first(three: list[Checkpoint]) -> None:
     assert said(report, [Checked("a", "xfail"), *GOOD]).rest.endswith(
         "3 of 4 checks passed, 1 fail as expected (1 do not apply)."
     )
+    dead = with_section(report, "entropy", per_token=report.entropy.per_token.model_copy(update={"value": 0.0038}))
+    assert str(said(dead, [undecided, *GOOD])) == (
+        "Collapsed: the entropy is 0.0038 nats/token, and the policy says almost always the same. "
+        "1 check could not be decided (ess)."
+    )
+    assert said(dead, [red, undecided]).word == "Not to be trusted"
     assert str(answer(None, [], "checkpoint not loaded")) == "Not measured: not loaded."
     six = [Checked(f"c{n}", "fail") for n in range(6)]
     assert str(said(report, six)) == "Not to be trusted: 6 checks failed (c0, c1, c2, c3 and 2 more)."

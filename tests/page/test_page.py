@@ -392,7 +392,7 @@ def test_evidence_of_another_run_is_one_line(three: list[Checkpoint]) -> None:
     assert report is not None
     assert report.evidence is not None
     assert other is not None
-    with pytest.raises(ProbeError, match=r"^evidence: is of another run: .*; give the evidence of this report$"):
+    with pytest.raises(ProbeError, match=r"^evidence: belongs to another run: .*; give the evidence of this report$"):
         details_of(report.with_evidence(other.evidence))
     facts = report.evidence.facts
     few = Evidence({name: a for name, a in report.evidence.arrays.items() if name != "e.rewards"}, facts)

@@ -23,6 +23,7 @@ from entropy_probe import ProbeConfig
 from entropy_probe.demo import checkpoint_path
 from entropy_probe_checks.bounds import GATES
 from entropy_probe_checks.thresholds import require_known
+from site_pages import own_inputs
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "ci.md").read_text()
@@ -45,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in FILES.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text)
+    own_inputs(place)
     return place
 
 

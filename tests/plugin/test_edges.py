@@ -319,7 +319,7 @@ def test_a_relative_gate_says_in_what_it_is_measured() -> None:
 
 def test_headings_of_an_explanation_stand_apart() -> None:
     text = explanation("preconditioner_witness")
-    assert "  optimizer asked of Adam alone" in text
+    assert "  optimizer only for Adam" in text
     assert max(map(len, explanation("all").splitlines())) <= 80
 
 

@@ -226,7 +226,7 @@ def test_a_file_belongs_to_one_test_and_lies_in_its_folder(project: Project) -> 
     for line in (
         "golden 'same': was already compared by test_own.py::test_many?ckpt-0?; give every check a name of its own",
         "golden 'once': was already compared by test_own.py::test_one?ckpt?; give every check a name of its own",
-        "golden '../out': is no name of a file; use letters, *",
+        "golden '../out': is not the name of a file; use letters, *",
     ):
         result.stdout.fnmatch_lines([line])
     written = {path.relative_to(project.pytester.path).as_posix() for path in project.pytester.path.rglob("*.json")}
@@ -237,7 +237,7 @@ def test_a_file_belongs_to_one_test_and_lies_in_its_folder(project: Project) -> 
     outside = project.pytester.runpytest_subprocess(
         *("test_own.py", "-k", "two", "--probe-checkpoint=..=ckpt", "--probe-golden-dir=goldens/deep", MISSING)
     )
-    outside.stdout.fnmatch_lines(["checkpoint '..': is no name of a folder; give --probe-checkpoint=NAME=PATH"])
+    outside.stdout.fnmatch_lines(["checkpoint '..': is not the name of a folder; give --probe-checkpoint=NAME=PATH"])
 
 
 WHOLE = """

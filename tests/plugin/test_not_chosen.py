@@ -19,7 +19,7 @@ from entropy_probe_checks.criteria.gate import baseline_of
 MARK = "not your prompts, nor reward"
 FIRST = [
     "built-in prompts: give yours, --probe-prompts=FILE (or rollouts)",
-    "stand-in reward, which says nothing of the policy: set batch.reward",
+    "stand-in reward, which says nothing about the policy: set batch.reward",
 ]
 LIMITS = "limits: {entropy: {min: 0.05}, reward: {min: 0.1}, finite_moments: {max: 0}}\n"
 
@@ -111,7 +111,7 @@ def test_what_is_asked_for_is_not_marked(folder: Path) -> None:
             "not your reward": (False, "stand_in"),
         }
         assert (builtin, reward) == expected[mark]
-        told = "100% of the update's prompts have no advantage: v is momentum and decay alone" in done.stderr
+        told = "100% of the update's prompts have no advantage: v is only momentum and decay" in done.stderr
         assert told == (reward == "tag_pref")  # nobody answers in tags
 
 

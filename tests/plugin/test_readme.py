@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -78,8 +79,17 @@ def test_live_model_snippet(place: Path) -> None:
     assert re.fullmatch(r"torch.Size\(\[1, 4\]\) [\d.]+\n", done.stdout), done.stdout
 
 
+def test_the_reward_takes_text_and_messages() -> None:
+    scope: dict[str, Any] = {}
+    exec(snippet("def accuracy("), scope)  # noqa: S102 (the page's own text)
+    texts = ["it is 5", "6"]
+    assert scope["accuracy"](completions=texts, answer=["5", "5"], prompts=[""]) == [1.0, 0.0]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    assert scope["accuracy"](completions=messages, answer=["5", "5"]) == [1.0, 0.0]
+
+
 def test_prompts_and_reward(tmp_path: Path) -> None:
-    """The five lines that come first under *Your own checkpoint*, on a chat model that TRL has trained."""
+    """The six lines that come first under *Your own checkpoint*, on a chat model that TRL has trained."""
     import chat
 
     chat.run_of_trl(tmp_path / "runs")
@@ -99,7 +109,7 @@ def test_prompts_and_reward(tmp_path: Path) -> None:
     done = run(tmp_path, f"{run_it} --probe-budget=smoke --probe-json=r.json")
     assert done.returncode == 1, done.stdout  # nobody has learned an answer: a reward of 0 is no update, and it is said
     shown = done.stdout.partition("= entropy probe =")[2]
-    assert "gold answers are those of `answer`" in shown
+    assert "gold answers are from the column `answer`" in shown
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["batch"]["reward"], report["batch"]["prompts_are_builtin"]) == ("rewards:accuracy", False)
     red = set(re.findall(r"^│ (\w+) .* (?:FAIL|INCONCLUSIVE) +│$", shown, re.MULTILINE))

@@ -22,7 +22,7 @@ import kept_reports
 from entropy_probe import ProbeConfig
 from entropy_probe.demo import checkpoint_path
 from entropy_probe_checks.thresholds import require_known
-from site_pages import PAGES, ROOMS, ROOT, commands, fenced, lines
+from site_pages import PAGES, ROOMS, ROOT, commands, fenced, lines, own_inputs
 
 OURS = [page for page in PAGES if page.startswith(ROOMS)]
 TRAINER = "needs a trainer"
@@ -62,6 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("e.jsonl", "u.jsonl"):
         shutil.copyfile(ROOT / "golden" / "demo" / name, place / name)
     (place / "step.jsonl").write_text("".join(json.dumps(ROLLOUT | {"score": of}) + "\n" for of in (1.0, 0.0)))
+    own_inputs(place)
     kept_reports.copy(kept_reports.OURS, place / kept_reports.PLACE)
     return place
 

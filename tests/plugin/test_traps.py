@@ -105,7 +105,8 @@ def test_report_that_could_not_be_written_is_refused_beforehand(project: pytest.
 def test_devices_that_are_none(project: pytest.Pytester, device: str) -> None:
     result = project.runpytest_subprocess("--probe-checkpoint=ckpt", f"--probe-device={device}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: configuration: `device`: '{device}' is no device: give cpu, cuda or cuda:N*"])
+    said = f"ERROR: configuration: `device`: '{device}' is not a device: give cpu, cuda or cuda:N*"
+    result.stderr.fnmatch_lines([said])
 
 
 def test_ini_paths_start_at_the_ini_file(project: pytest.Pytester) -> None:

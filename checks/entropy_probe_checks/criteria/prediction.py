@@ -245,7 +245,7 @@ def change_estimators_agree(report: ProbeReport) -> Finding:
     found = []
     for row in report.entropy_change:
         if row.delta_h_pd is None or row.delta_h_pd_by_prompt is None:
-            return not_applicable("With top_p < 1, the performance difference is still that of π.")
+            return not_applicable("With top_p < 1, the performance difference is still about π.")
         if row.eta != 0 and row.plain and row.reliable and low <= abs(row.eta) <= high:
             pairs = zip(row.delta_h_pd_by_prompt, row.delta_h_rb_by_prompt, strict=True)
             terms = [one - other for one, other in pairs]
@@ -280,7 +280,7 @@ def sweep_identity(report: ProbeReport) -> Finding:
     """
     limit, update = limit_for(report, "sweep_identity"), needed(report.update)
     if report.config["generation"]["top_p"] < 1.0:
-        return not_applicable("top_p < 1: the weights are those of the restricted policy.")
+        return not_applicable("top_p < 1: the weights belong to the restricted policy.")
     mean_length = report.batch.num_tokens / report.batch.total_responses
     kinds = [
         ("delta_h_per_token", update.slope_of_change_per_token, mean_length),
@@ -313,7 +313,7 @@ def curvature_identity(report: ProbeReport) -> Finding:
     """
     limit, update = limit_for(report, "curvature_identity"), needed(report.update)
     if report.config["generation"]["top_p"] < 1.0:
-        return not_applicable("top_p < 1: the weights are those of the restricted policy.")
+        return not_applicable("top_p < 1: the weights belong to the restricted policy.")
     mean_length = report.batch.num_tokens / report.batch.total_responses
     size, pairs = update.curvature_of_change_size, _pairs(report)
     kinds = [("delta_h_per_token_pd", update.curvature_per_token, size / mean_length)]

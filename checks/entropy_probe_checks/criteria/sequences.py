@@ -20,7 +20,8 @@ from entropy_probe_checks.criteria.verdicts import (
 from entropy_probe_checks.thresholds import limit_for
 from entropy_probe_checks.uniform import departures
 
-_FEW_NATS = 1.0  # per response: four and more responses of two prompts may well be the same
+_RARE = math.log(2e6)
+"""Nats of responses that chance repeats once in two million times, as rarely as it fails `on_policy`."""
 
 
 @Criterion
@@ -138,24 +139,41 @@ def batches_as_given(report: ProbeReport) -> Finding:
 
 @Criterion
 def seeded(report: ProbeReport) -> Finding:
-    """The share of the responses of two prompts that are drawn again with the same seed. With another seed, some
-    responses must differ.
+    """The share of the responses of two prompts that are drawn again with the same seed; one response may always
+    differ. With another seed, some responses must differ.
 
     The seed does not decide what is sampled. Either two runs with one seed are not the same run, or every run draws the
-    same responses.
+    same responses. Run again with --probe-no-cache. If the check fails again, set generation.gen_batch_size to 1: if it
+    then passes, the sampled tokens depend on the other rows of a batch.
     """
     drawn, limit = report.sampling, limit_for(report, "seeded")
     if drawn is None:
         return not_applicable("The responses were not sampled here.")
     if drawn.other_seed == 1.0 and drawn.same_seed == 1.0:
-        known = report.entropy.rb.value < _FEW_NATS
-        return Finding(
-            "inconclusive" if known else "fail",
-            1.0,
-            limit,
-            "[another seed draws the same responses]",
+        nats = _nats_of_two_prompts(report)
+        if nats > _RARE:
+            return Finding("fail", 1.0, limit, "[another seed draws the same responses]")
+        return inconclusive(
+            f"Another seed draws the same responses of the two prompts, which chance alone does with probability "
+            f"{math.exp(-nats):.2g}: on these prompts the policy hardly ever varies. So the seed cannot be judged. "
+            f"Nothing is wrong with the other figures. If you expect so little entropy, list `seeded` under "
+            f"allow_inconclusive. Otherwise give prompts whose responses vary, or raise "
+            f"generation.num_return_sequences."
         )
-    return at_least(drawn.same_seed, limit)
+    responses = 2 * report.config["generation"]["num_return_sequences"]
+    return at_least(
+        drawn.same_seed, limit if limit == 1.0 else min(limit, (responses - 1) / responses)
+    )
+
+
+def _nats_of_two_prompts(report: ProbeReport) -> float:
+    """−Σ log q of the responses of E's first two prompts: independent draws are the same with probability e^−that. It
+    is G·ΣH of the two, which is its expectation, where no evidence is at hand."""
+    if report.evidence is not None:
+        return -float(report.evidence.arrays["e.logq"][:2].sum())
+    return report.config["generation"]["num_return_sequences"] * math.fsum(
+        report.entropy.rb_by_prompt[:2]
+    )
 
 
 @Criterion

@@ -45,7 +45,7 @@ class Criterion:
 
     The first paragraph of the function's docstring says what is measured (`measures`), the second what a failure
     usually means and what to do (`meaning`); the name of its file is its family. `part` is the part of the measurement
-    without which it is not asked, as some budgets leave it out. What `needs_second_moment` is asked of Adam alone, what
+    without which it is not asked, as some budgets leave it out. What `needs_second_moment` is only for Adam, what
     `needs_evidence` of a report that was just made, or read with its evidence.
     """
 

@@ -29,7 +29,7 @@ def read_again(
     Where the format has no such files, the reason.
     """
     if not optimizer_file.is_file() or optimizer_file.suffix not in (".pt", ".bin"):
-        return f"{optimizer_file.name} is no file of one optimizer"
+        return f"{optimizer_file.name} is not the file of one optimizer"
     states = _states(optimizer_file) if is_adam else []
     if isinstance(states, str):
         return states
@@ -53,7 +53,7 @@ def _states(optimizer_file: Path) -> list[dict[str, Any]] | str:
     for key in ("optimizer", "optimizer_state_dict"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not {"state", "param_groups"} <= set(content):
-        return f"{optimizer_file.name} is no state_dict of torch's"
+        return f"{optimizer_file.name} is not a state_dict of torch"
     return [
         _state(moments, group)
         for group in content["param_groups"]

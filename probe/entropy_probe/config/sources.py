@@ -88,7 +88,9 @@ def require_text_keys(values: Any, where: object) -> None:
         if isinstance(inner, dict):
             for key in inner:
                 if not isinstance(key, str):
-                    raise ConfigError(where, f"the key {shown(key)} is no text", "correct the key")
+                    raise ConfigError(
+                        where, f"the key {shown(key)} is not a text", "correct the key"
+                    )
             rest.extend(inner.values())
         elif isinstance(inner, list):
             rest.extend(inner)

@@ -62,7 +62,7 @@ def _is_target_se(given: Any) -> Any:
     sensible = value == OF_THE_CHANGE or (value is not None and 0 < value < math.inf)
     if isinstance(given, bool) or not sensible:
         raise ValueError(
-            f"{shown(given)} is no standard error: give nats per token above 0, or {OF_THE_CHANGE}"
+            f"{shown(given)} is not a standard error: give nats per token above 0, or {OF_THE_CHANGE}"
         )
     return value
 
@@ -75,13 +75,13 @@ TargetSE = Annotated[float | Literal["2se"], BeforeValidator(_is_target_se)]
 def _is_memory_limit(given: Any) -> Any:
     size = size_in_bytes(given) or 0
     if not _LEAST <= size < _TOO_MUCH:
-        raise ValueError(f"{shown(given)} is no size of 1 MiB or more: give one such as 8GiB")
+        raise ValueError(f"{shown(given)} is not a size of 1 MiB or more: give one such as 8GiB")
     return size
 
 
 def _is_device(name: str) -> str:
     if not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", name):
-        raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:N")
+        raise ValueError(f"{name!r} is not a device: give cpu, cuda or cuda:N")
     return name
 
 
@@ -120,7 +120,7 @@ def _is_max_memory(value: Any) -> Any:
         raise ValueError(f"got {shown(value)}, expected {expected}")
     for key, size in value.items():
         if _home(key) is None:
-            raise ValueError(f"{shown(key)} is no device: give N, cuda:N, cpu or disk")
+            raise ValueError(f"{shown(key)} is not a device: give N, cuda:N, cpu or disk")
         if size_in_bytes(size) is None:
             raise ValueError(f"{key} has {shown(size)}, expected bytes, or a size such as 20GiB")
     return {_home(key): int(size) if str(size).isdecimal() else size for key, size in value.items()}

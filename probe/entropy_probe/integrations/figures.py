@@ -80,7 +80,7 @@ FIGURES: dict[str, tuple[str, Callable[[ProbeReport], float | None]]] = {
     ),
     "reward": ("mean reward of the responses", lambda r: r.batch.mean_reward),
     "verdict": (
-        "1 where all is well, 0 where there is no telling, -1 where it is bad; absent where nothing was judged",
+        "1 if all is well, 0 if that cannot be told, -1 if it is bad; absent if nothing was judged",
         _verdict,
     ),
 }

@@ -72,7 +72,7 @@ def sink_of(text: str, option: str = "--log", start: Path | None = None) -> Sink
         raise ConfigError(option, f"got {text!r}", f"give one of {forms}")
     of = _KINDS[kind]
     if not place and "[" not in of.form:
-        raise ConfigError(option, f"{text!r} does not say where", f"write {of.form}")
+        raise ConfigError(option, f"{text!r} does not say where to write", f"write {of.form}")
     if of.library and find_spec(of.library) is None:
         remedy = f"pip install pytest-entropy-probe[{kind}]"
         raise ConfigError(option, f"the library {of.library} is not installed", remedy)

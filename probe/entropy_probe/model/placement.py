@@ -195,7 +195,7 @@ def _require_writable(folder: Path | None, *, needed: bool) -> None:
     if folder is not None and not folder.is_dir():
         raise ConfigError(
             f"offload_folder {folder}",
-            "is no folder",
+            "is not a folder",
             "make it, or give another --probe-offload-folder",
         )
     if needed:

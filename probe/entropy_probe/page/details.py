@@ -35,7 +35,7 @@ def _details(report: ProbeReport, evidence: Evidence) -> dict[str, Any]:
     found = conventions(report, evidence)
     h, again = report.entropy.per_token.value, found["rows"][0]["values"]["all"]["per_token"]
     if not math.isclose(h, again, rel_tol=1e-6, abs_tol=1e-9):  # a sum in another order
-        problem = f"is of another run: {again:.6g} nats per token, the report has {h:.6g}"
+        problem = f"belongs to another run: it gives {again:.6g} nats per token, but the report has {h:.6g}"
         raise ProbeError("evidence", problem, _OF_THIS)
     return {
         "conventions": found,

@@ -104,7 +104,7 @@ def _change(report: ProbeReport, rows: Sequence[EntropyChangeRow], power: int) -
     step = report.next_step
     said = f"Realised and predicted change of the entropy in {unit}, for {len(rows)} step sizes η."
     if power:
-        said += " Where first order holds, it does not depend on η."
+        said += " As far as first order holds, it does not depend on η."
     elif step is not None:
         said += f" At η = lr = {number(lr)} the change is {with_se(*step.realised_per_token)} nats per token"
         predicted = with_se(step.predicted_per_token, step.predicted_per_token_se)

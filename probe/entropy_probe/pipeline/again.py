@@ -36,8 +36,8 @@ def found_again(of: Measured, then: NextStep, prepared: Prepared) -> dict[str, A
         is_adam = of.checkpoint.other is None
         stored = read_again(info.path, info.optimizer_file, info.base_model, is_adam=is_adam)
     except Exception as error:  # whatever a library raises: this is a second opinion
-        stored = f"cannot be read by the libraries alone ({type(error).__name__}: {error})"
-    plain: dict[str, Any] | str = "its weights are not those of a file that transformers reads"
+        stored = f"the libraries alone cannot read it ({type(error).__name__}: {error})"
+    plain: dict[str, Any] | str = "its weights are not in a file that transformers reads"
     if isinstance(stored, dict):
         try:
             plain = _plain(of, then)

@@ -77,7 +77,7 @@ class Pulse:
             if time.monotonic() > look:
                 dead = self._without(self._timeout)
                 if dead is not None:
-                    problem = f"has not been heard of for {self._timeout:g} s"
+                    problem = f"has sent no sign of life for {self._timeout:g} s"
                     raise DistributedError(dead, problem, REMEDY)
                 look = time.monotonic() + BEAT
 

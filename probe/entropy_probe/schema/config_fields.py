@@ -74,7 +74,7 @@ BatchConfig
   seed  count  One seed for all sampling.
   target_se  nats/token  Prompts are added to E until the predicted change has this standard error; or `2se`, half of
       that change; null adds none.
-  max_prompts  count  How many prompts E may have in the end, where `target_se` adds some.
+  max_prompts  count  How many prompts E may have in the end, if `target_se` adds some.
 
 FirstOrderConfig
   mode  name  `exact`: a unit of the U-statistic is a prompt. `block`: it is a block of prompts.
@@ -83,7 +83,7 @@ FirstOrderConfig
   loss  name  An older spelling of `recipe.normaliser`: `lmax`, `sequence_mean`, `token_mean` or `constant`.
   estimator  name  The estimator of the entropy gradient X: `naive` or `rb`.
   baseline  name  What Rao-Blackwell estimates subtract; `auto` is `hk_group`.
-  missing_state  name  What happens where a tensor lacks Adam state: `raise` an error, or take P as the `identity`.
+  missing_state  name  What happens if a tensor lacks Adam state: `raise` an error, or take P as the `identity`.
   lr  η  The learning rate; null takes the optimizer's own.
   max_gradient_gib  ratio  How many GiB the gradients of single prompts may take; beyond that, prompts are put into
       blocks.
@@ -118,7 +118,7 @@ Recipe
       `batch`, of all `advantages`, or none.
   ddof  count  0 or 1: the standard deviation divides by n or by n − 1.
   eps  reward  What is added to the standard deviation.
-  undivided_at_zero  flag  Whether an advantage stays as it is where the standard deviation is 0.
+  undivided_at_zero  flag  Whether an advantage stays as it is if the standard deviation is 0.
   whiten  flag  Whether the advantages of all tokens are centred and divided by their standard deviation.
   drop  name  Which responses do not count: those of prompts with equal rewards (`zero_std`), or with advantage 0
       (`zero_advantage`).

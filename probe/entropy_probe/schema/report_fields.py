@@ -9,7 +9,7 @@ from __future__ import annotations
 UNITS = {
     "nats/response": "natural units of information, of a whole response",
     "nats/token": "natural units of information, of one token",
-    "nats": "natural units of information, of a whole response, or of one token where "
+    "nats": "natural units of information, of a whole response, or of one token if "
     "`true_delta_h.normalize` is `per_token`",
     "nats/response/η": "change of the entropy of a response per unit of the learning rate",
     "nats/token/η": "change of the entropy per token per unit of the learning rate",
@@ -40,7 +40,7 @@ UNITS = {
 FIELDS = """
 OptimizerSection
   type  name  Which optimizer wrote the states, as the keys of its file show.
-  lr  η  The learning rate that the file records; null where it records none.
+  lr  η  The learning rate that the file records; null if it records none.
   betas  ratio  Adam's two decay rates, β₁ and β₂.
   eps  ratio  Adam's ε, which is added to the root of the second moment.
   weight_decay  ratio  The weight decay of the parameter group.
@@ -49,7 +49,7 @@ OptimizerSection
   total  count  How many tensors are trainable.
   saved  count  Under each set of hyper-parameters in the file, how many tensors it holds.
   read  count  Under each set of hyper-parameters, how many tensors were read with it; it must equal `saved`.
-  no_second_moment  text  Why there is no second moment, where the optimizer is not Adam; null for Adam.
+  no_second_moment  text  Why there is no second moment, if the optimizer is not Adam; null for Adam.
 
 CheckpointSection
   name  name  The checkpoint's name in tables and file names.
@@ -63,7 +63,7 @@ CheckpointSection
   global_step  step  The training step that `trainer_state.json` records; null without that file.
   optimizer  section  The optimizer as the checkpoint recorded it.
   warnings  text  What had to be concluded about the checkpoint because no file says it, one line each.
-  device_map  name  The device of each module; null where all modules are on one device.
+  device_map  name  The device of each module; null if all modules are on one device.
 
 BatchSection
   num_prompts  count  How many prompts the batch has.
@@ -80,7 +80,7 @@ BatchSection
   missing_gold  count  How many prompts have no gold answer.
   given  name  Where the responses were asked to come from: `sampled`, or the file.
   early_eos  count  How many responses have an EOS before their last token.
-  unended  count  How many responses end neither with an EOS nor at the length limit; null where the limit is not
+  unended  count  How many responses end neither with an EOS nor at the length limit; null if the limit is not
       known or stop strings end responses too.
   fingerprint  digest  A SHA-256 over the token ids, the rewards, and the advantages that were given.
   advantages  name  Where the advantages come from: `given` in the file, as `weights` of tokens, or by the `recipe`.
@@ -109,7 +109,7 @@ Estimate
 
 Part
   value  nats/response  What this group of tensors adds to δH₁.
-  se  nats/response  The standard error of this part; null where a single unit does not tell it.
+  se  nats/response  The standard error of this part; null if a single unit does not tell it.
 
 EntropySection
   naive  nats/response  The mean of −log p over whole responses; noisy, and unbiased.
@@ -158,7 +158,7 @@ FirstOrderSection
 TwoBatchSection
   bars_dot  nats/response/η  X̄_EᵀPȲ_U, the product of the mean gradients of the two batches.
   delta_h1  nats/response  −lr·X̄_EᵀPȲ_U: the change by a fresh gradient step, from two independent batches.
-  delta_h1_se  nats/response  Its standard error over both batches; null where U is a single unit.
+  delta_h1_se  nats/response  Its standard error over both batches; null if U is a single unit.
   conditional_se  nats/response  The standard error with the update held fixed.
   projections  nats/response/η  s_k = X_kᵀPȲ_U of every unit k of the E batch.
   update_projections  nats/response/η  t_m = X̄_EᵀPY_m of every unit m of the U batch.
@@ -177,7 +177,7 @@ UpdateSection
   norm  θ/η  ‖v‖, the length of the update direction.
   norm_v0  θ/η  ‖v₀‖, the length of the part that momentum and weight decay decide.
   grad_norm  gradient  The norm of the gradient of the U batch, before clipping.
-  clip_factor  ratio  What clipping multiplied the gradient by; 1 where it did nothing.
+  clip_factor  ratio  What clipping multiplied the gradient by; 1 if it did nothing.
   grad_norm_logged  gradient  The last gradient norm that the trainer wrote down, of an earlier step.
   momentum_share  ratio  v₀ᵀv/‖v‖²: how much of v was decided before this batch.
   delta_h1_per_lr_naive  nats/response/η  The slope ∇Hᵀv of the entropy along v, by the naive estimator.
@@ -185,7 +185,7 @@ UpdateSection
   delta_h1_per_lr_rb  nats/response/η  The slope ∇Hᵀv by the Rao-Blackwell estimator with `baseline`; predictions use
       it.
   delta_h1_per_lr_rb_se  nats/response/η  Its standard error.
-  delta_h1_per_lr_cross  nats/response/η  The cross-fitted slope, where one batch serves as both; else null.
+  delta_h1_per_lr_cross  nats/response/η  The cross-fitted slope, if one batch serves as both; else null.
   delta_h1_per_lr_cross_se  nats/response/η  Its standard error.
   delta_h1_per_lr_cross_per_token  nats/token/η  The cross-fitted slope per token; null with two batches.
   delta_h1_per_lr_cross_per_token_se  nats/token/η  Its standard error.
@@ -216,7 +216,7 @@ UpdateSection
   curvature_se  nats/response/η²  Its standard error.
   curvature_per_token  nats/token/η²  The second derivative of the entropy per token along v.
   curvature_per_token_se  nats/token/η²  Its standard error.
-  eta_star  η  2·|slope|/|curvature|, the step at which second order is as large as first; null where the curvature is
+  eta_star  η  2·|slope|/|curvature|, the step at which second order is as large as first; null if the curvature is
       within its noise.
 
 RealUpdateSection
@@ -230,7 +230,7 @@ RealUpdateSection
       where several steps lie between.
   gradient_norm_ratio  ratio  The norm of our gradient over that of the trainer's.
   gradient_rounding  ratio  How far the stored number formats alone can move the gradients.
-  clip_factor  ratio  What clipping multiplied the trainer's gradient by; null where nothing tells it.
+  clip_factor  ratio  What clipping multiplied the trainer's gradient by; null if nothing tells it.
   logged_grad_norm  gradient  The norm before clipping that the trainer logged.
   delta_h  nats/response  The change of the entropy along the trainer's step, by importance sampling.
   delta_h_se  nats/response  Its standard error.
@@ -248,10 +248,10 @@ Look
 ResolutionSection
   per_token  nats/token  The change that the run resolves: two standard errors of the predicted one.
   per_response  nats/response  The same per response.
-  prompts_needed  count  About how many prompts would make the predicted change two standard errors; null where it is 0.
-  next_step  nats/token  A 95 % interval of the change by a step with another U batch of this size; null where the U
+  prompts_needed  count  About how many prompts would make the predicted change two standard errors; null if it is 0.
+  next_step  nats/token  A 95 % interval of the change by a step with another U batch of this size; null if the U
       batch was given or has one prompt.
-  target_se  nats/token  The standard error that was asked for; null where none was.
+  target_se  nats/token  The standard error that was asked for; null if none was.
   looks  section  The sizes of the E batch at which the standard error was looked at.
 
 PredictorsSection
@@ -275,7 +275,7 @@ Reweighting
   ess  count  The effective sample size (Σw)²/Σw² of the weights in use.
   ess_fraction  share  The effective sample size over the number of responses.
   unclipped_ess_fraction  share  The same of the weights before clipping; the verdict uses this one.
-  pareto_k  ratio  k̂, the tail shape of the largest weights; null where it means nothing.
+  pareto_k  ratio  k̂, the tail shape of the largest weights; null if it means nothing.
   clip_fraction  share  The share of weights that were clipped.
   log_weight_min  nats/response  The smallest log-weight, log p at θ + ηv minus log q.
   log_weight_median  nats/response  The median log-weight.
@@ -305,7 +305,7 @@ EntropyChangeRow
   delta_h_per_token_pd  nats/token  The realised change per token in the performance-difference form.
   delta_h_per_token_pd_se  nats/token  Its standard error.
   delta_h_per_token_pd_interval  nats/token  Its 95 % interval.
-  predicted  nats  η·slope + ½η²·curvature: what first and second order say; null where top_p < 1.
+  predicted  nats  η·slope + ½η²·curvature: what first and second order say; null if top_p < 1.
   predicted_se  nats  Its standard error.
   difference  nats  The realised change minus the predicted one.
   difference_se  nats  The standard error of the difference; it is small, since both share their responses.
@@ -368,8 +368,8 @@ InvarianceSection
 CacheSection
   read  text  How sampling reads rows: over the cache, prompts of one length at a time, or from whole rows.
   over_cache  section  How far logits over the cache are from those of whole rows; null without a usable cache.
-  instead  section  The same for what sampling does in its place; null where it uses the cache.
-  why  text  Why sampling does not use the cache; null where it does.
+  instead  section  The same for what sampling does in its place; null if it uses the cache.
+  why  text  Why sampling does not use the cache; null if it does.
 
 SamplerParitySection
   num_tokens  count  How many tokens have a log-probability that the sampler reported.
@@ -377,7 +377,7 @@ SamplerParitySection
   max_abs_difference  nats/token  The largest of them.
   kl  nats/token  The mean of log p of the sampler − log q here, an estimate of KL(sampler ‖ q).
   k3  nats/token  The same by the estimator ρ − 1 − log ρ, which is never negative.
-  pearson  ratio  The correlation of the two probabilities; null where one of them does not vary.
+  pearson  ratio  The correlation of the two probabilities; null if one of them does not vary.
   ratio_min  ratio  The smallest ρ, which is q here over p of the sampler.
   ratio_mean  ratio  The mean of ρ, which is 1 in expectation.
   ratio_max  ratio  The largest ρ.
@@ -393,7 +393,7 @@ RegistrySection
   taken_as_frozen  name  Tensors of a full model that the optimizer has no state of; they do not count as trainable.
 
 MomentsMatch
-  exchanged  SE  The strongest evidence that two tensors of one shape have each other's second moments; null where
+  exchanged  SE  The strongest evidence that two tensors of one shape have each other's second moments; null if
       nothing can be compared.
   exchanged_pair  name  The two tensors with that evidence.
   num_pairs  count  How many pairs of tensors of one shape were compared.
@@ -429,20 +429,20 @@ MemorySection
   limit  bytes  The limit of memory that was set; null without one.
   expected  bytes  The most that was expected when the sizes of batches were chosen; null without a limit.
   tf_batch_size  count  How many rows are scored at once.
-  logits_at_once  count  How many logits are held at once; null where no limit was set.
+  logits_at_once  count  How many logits are held at once; null if no limit was set.
   recompute  flag  Whether decoder layers are run again in gradients instead of keeping their graph.
   attention  name  How the longest rows' attention is differentiated: `short` rows whole, long ones in `blocks` of
-      queries; `whole` where the model multiplies queries and keys itself.
+      queries; `whole` if the model multiplies queries and keys itself.
 
 Verdict
   criterion  name  The criterion that was asked.
   family  name  The family it belongs to, which is also its marker.
   status  name  `pass`, `fail`, `inconclusive` or `not_applicable`.
-  value  value  What was found; null where nothing was measured.
-  limit  value  What it was compared with; null where there is no limit.
+  value  value  What was found; null if nothing was measured.
+  limit  value  What it was compared with; null if there is no limit.
   hint  text  What the verdict means and what to do.
   unseen  flag  Whether the criterion would see nothing here, because rounding, kinks or a missing derivative hide it.
-  unit  name  The unit of value and limit, where they are not values of the quantity itself.
+  unit  name  The unit of value and limit, if they are not values of the quantity itself.
 
 BaselineSection
   name  name  The checkpoint whose report is the baseline.
@@ -459,13 +459,13 @@ ProbeReport
   recipe  section  Whose update this is: how the trainer makes a gradient from a batch.
   batch  section  The E batch, on which the entropy is measured.
   update_batch  section  The U batch, from which the update comes.
-  sampling  section  Whether the seed decides what is sampled; null where nothing was sampled here.
+  sampling  section  Whether the seed decides what is sampled; null if nothing was sampled here.
   entropy  section  The entropy of the policy at the checkpoint.
-  first_order  section  The first-order term of a fresh gradient step, from the U batch alone; null where the
+  first_order  section  The first-order term of a fresh gradient step, from only the U batch; null if the
       optimizer is not Adam.
-  two_batch  section  The same term from both batches; null where one batch serves as both.
+  two_batch  section  The same term from both batches; null if one batch serves as both.
   update  section  The optimizer's own next step v, and the slope and curvature of the entropy along it.
-  resolution  section  What the noise resolves of the next step; null where no change is predicted.
+  resolution  section  What the noise resolves of the next step; null if no change is predicted.
   predictors  section  What other authors' formulas tell of the next step, and the two parts of the slope.
   entropy_change  section  The realised and the predicted change of the entropy, one row for every η.
   continuity  section  Whether η = 0 changes nothing, and whether small steps behave as their derivatives say.
@@ -475,14 +475,14 @@ ProbeReport
       log-probabilities.
   witness  ratio  Numbers by another way on a few prompts: U_cross twice, and relative differences of X, of Y, of
       projections and of second derivatives.
-  real_step  section  The change after a step that was really taken on a copy; null where there is no memory for one.
+  real_step  section  The change after a step that was really taken on a copy; null if there is no memory for one.
   real_step_missing  text  Why `real_step` is null.
   real_update  section  The step that the trainer really made, beside v; null without the next checkpoint.
   real_update_missing  text  What was wrong with the next checkpoint.
   registry  section  Which tensors are trained, and whether each gets a gradient.
   preconditioner  section  P = 1/(√v̂ + ε) over all trainable tensors.
   integrity  section  Whether the live model is what it was.
-  verdicts  section  What each criterion concluded; empty where nobody judged.
+  verdicts  section  What each criterion concluded; empty if nobody judged.
   baseline  section  The report that gates compare with; null without one.
   distributed  section  What several processes sent each other; null for one process.
   environment  name  The versions of Python and of the libraries, the device, and the number of threads.

@@ -18,7 +18,7 @@ StepReport
   predicted_per_response  section  The change of the entropy of a response that the step was expected to bring.
   realised  section  The change at θ plus the step, measured before the step was taken; η = 1 is the whole step.
   resolution  section  What the E batch can tell about the step.
-  came  section  The change at the θ' that the trainer made, on the same responses; null where the step was not taken.
+  came  section  The change at the θ' that the trainer made, on the same responses; null if the step was not taken.
   since  section  The change since the probe before this one; null for the first.
   gates  section  A verdict for each bound that the user set.
   environment  section  Versions, device and threads.
@@ -42,7 +42,7 @@ StepUpdateSection
 
 StepPrediction
   first_order  section  The slope of the entropy along the step, with its standard error over prompts.
-  second_order  section  The same with half the curvature along the step; null where the budget leaves it out.
+  second_order  section  The same with half the curvature along the step; null if the budget leaves it out.
 
 SinceSection
   after_step  step  How many steps had been taken at the probe before.

@@ -217,17 +217,17 @@ def _require_room_to_grow(config: ProbeConfig, rollouts: str | Path | None) -> N
         problem = "the E batch is read from a file, to which no prompts can be added"
         raise ConfigError(key, problem, "leave out --probe-rollouts, or the target")
     if batch.max_prompts < batch.num_prompts:
-        problem = f"batch.max_prompts is {batch.max_prompts}, batch.num_prompts {batch.num_prompts}"
+        problem = f"batch.max_prompts is {batch.max_prompts}, and batch.num_prompts is {batch.num_prompts}"
         raise ConfigError(key, problem, "give a larger batch.max_prompts")
     if config.generation.top_p < 1:
-        problem = "generation.top_p is below 1, where nothing is predicted"
+        problem = "generation.top_p is below 1, and then nothing is predicted"
         raise ConfigError(key, problem, "set generation.top_p to 1, or leave out the target")
 
 
 def _about(pool: Sequence[tasks.Prompt]) -> tuple[str, ...]:
     """From which column of a file the gold answers are, where it is none of that name."""
     column = pool.gold if isinstance(pool, PromptFile) else None
-    return () if column in (None, "gold") else (f"gold answers are those of `{column}`",)
+    return () if column in (None, "gold") else (f"gold answers are from the column `{column}`",)
 
 
 def batch_section(

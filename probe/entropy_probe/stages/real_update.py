@@ -134,7 +134,9 @@ def _steps_between(before: Checkpoint, after: Checkpoint) -> int:
     steps = [max(state.step for state in c.adam.values()) for c in (before, after)]
     count = round(steps[1] - steps[0])
     if count < 1:
-        problem = f"is at step {steps[1]:g} of the optimizer, this checkpoint at {steps[0]:g}"
+        problem = (
+            f"is at step {steps[1]:g} of the optimizer, but this checkpoint is at {steps[0]:g}"
+        )
         raise MeasurementError(after.info.path, problem, "give a later one of the same run")
     return count
 

@@ -36,7 +36,7 @@ def reference_logp(
         folder = Path(config.reference_model).expanduser()
         other = bind(load_full_model(folder, Saved(folder, "model")).to(bound.device), bound.dtype)
         if other.vocabulary != bound.vocabulary:
-            problem = f"has {other.vocabulary} tokens, the checkpoint {bound.vocabulary}"
+            problem = f"has {other.vocabulary} tokens, but the checkpoint has {bound.vocabulary}"
             raise MeasurementError(folder, problem, "give the model that training began with")
         return score(other, rollouts, config).token_logp
     off = _without_adapter(model)

@@ -132,7 +132,7 @@ def _yaml(path: Path) -> Any:
     try:
         return yaml.load(data.decode("utf-8"), _Unmerged)  # noqa: S506 (a SafeLoader)
     except Exception as error:  # of tags, numbers and dates too
-        problem = f"is no YAML ({type(error).__name__})"
+        problem = f"is not YAML ({type(error).__name__})"
         raise ProbeError(path, problem, "its settings are not read") from error
 
 

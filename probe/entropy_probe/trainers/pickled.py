@@ -83,7 +83,7 @@ def _followed(data: bytes) -> Any:
 
     def texts(items: list[Any]) -> list[str]:
         if not all(type(item) is str for item in items):
-            raise ValueError("a name is no text")
+            raise ValueError("a name is not a text")
         return items
 
     def call() -> Note:
@@ -157,5 +157,5 @@ def _followed(data: bytes) -> Any:
         elif name.rstrip("1248").endswith(_VALUES):
             stack.append(arg)
         else:
-            raise ValueError(f"{name} does not stand in settings")
+            raise ValueError(f"{name} does not belong in settings")
     raise ValueError("it has no end")

@@ -89,7 +89,7 @@ def _grpo(of: _Arguments) -> Found:
         parts["kl_coef"] = of.number("beta")
         parts["kl"] = "k3_ratio" if of.flag("use_bias_correction_kl") else "k3"
         if (of.path.parent / "ref").is_dir():
-            left.append("reference adapter (ref/): the base stands for it")
+            left.append("reference adapter (ref/): the base takes its place")
     by_sequence = of.text("importance_sampling_level") == "sequence"
     if by_sequence and parts.get("kl") == "k3_ratio":
         left.append("KL weighted by a response's ratio: the gradient of the weight")

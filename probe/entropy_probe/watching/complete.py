@@ -136,7 +136,7 @@ def _file(path: Path, size: int) -> str:
         try:
             json.loads(path.read_bytes())
         except ValueError:
-            return "is no JSON yet"
+            return "is not JSON yet"
     return ""
 
 

@@ -147,5 +147,5 @@ class State:
             try:
                 self.records.append(Record.model_validate_json(line))
             except ValidationError as error:
-                problem = "is no record of a watcher"
+                problem = "is not a record of a watcher"
                 raise ConfigError(f"{self.path}:{number}", problem, "remove the line") from error

@@ -22,7 +22,7 @@ from entropy_probe.differences import entropy_per_token
 from entropy_probe.errors import ConfigError, ProbeError
 from entropy_probe.integrations.figures import figures
 from entropy_probe.integrations.trackers import Logged, Trackers
-from entropy_probe.layout import OPTIMIZER_FILES, numbered
+from entropy_probe.layout import OPTIMIZER_FILES, listed, numbered, one_level_below
 from entropy_probe.report import ProbeReport
 from entropy_probe.watching import measuring, webhook
 from entropy_probe.watching.complete import Seen, fingerprint, what_is_missing
@@ -145,6 +145,8 @@ class Watcher:
             for run in self._runs:
                 if run.state.repaired:
                     self._say(run, "a line that was cut off is removed from the state", "warning")
+                if not numbered(run.path):
+                    self._say_what_is_below(run)
             self._passes()
         except KeyboardInterrupt:
             self._screen.say("ended; it goes on from here when it is started again")
@@ -349,6 +351,16 @@ class Watcher:
             action()
         except ProbeError as error:
             self._say(run, str(error), "warning")
+
+    def _say_what_is_below(self, run: Run) -> None:
+        """A run may have saved nothing yet; or the folder holds runs, and is watched for nothing."""
+        names = [place.relative_to(run.path).parts for place in one_level_below(run.path)]
+        below = list(dict.fromkeys(run.path / parts[0] for parts in names if len(parts) > 1))
+        text = f"{run.path} has no checkpoint-N, step-N or global_step_N"
+        if below:
+            text += f"; to watch the runs in it, give their folders: {listed(run.path, below)}"
+        if below or self._plan.once:
+            self._say(run, text, "warning")
 
     def _say(self, run: Run, text: str, kind: str = "") -> None:
         several = len(self._runs) > 1

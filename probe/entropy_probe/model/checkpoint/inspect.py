@@ -80,7 +80,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
             tokenizer = None if loaded is None else len(loaded)
     steps = of_optimizer.step[-1:] if of_optimizer is not None else []
     if step is not None and steps not in ([], [step]):
-        said = f"the optimizer's step is {steps[0]:g}, the trainer's global step {step}"
+        said = f"the optimizer's step is {steps[0]:g}, but the trainer's global step is {step}"
         found.warnings.append(said)
     files = file_sizes(layout)
     if skipped := [name for name in files if any(map(Path(name).match, _NEVER_OPENED))]:

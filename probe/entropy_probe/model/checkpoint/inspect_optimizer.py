@@ -126,7 +126,7 @@ def _compare(
         remedy = "save it after a step of every parameter"
         raise CheckpointError(path, f"{missing} tensors have no moments", remedy)
     if (frozen := total - len(states)) > 0:
-        found.warnings.append(f"{frozen} frozen tensors stand in the optimizer, without moments")
+        found.warnings.append(f"{frozen} frozen tensors are in the optimizer, without moments")
     moments = Counter(tuple(state.exp_avg.shape) for state in states)
     rest = moments - Counter(weights.shapes.values())
     values = sum(state.exp_avg.numel() for state in states)

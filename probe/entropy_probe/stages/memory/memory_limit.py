@@ -221,7 +221,7 @@ def require_loaded_within(config: ProbeConfig, loading: memory.Held | None) -> N
     ):
         raise MeasurementError(
             "memory_limit",
-            f"{config.memory_limit / 2**30:.3g} GiB is too little: loading alone took {loading.peak / 2**30:.3g} GiB",
+            f"{config.memory_limit / 2**30:.3g} GiB is too little: merely loading took {loading.peak / 2**30:.3g} GiB",
             "raise it",
         )
 

@@ -50,7 +50,7 @@ class Door:
         """What was found, each kind with its count and where it was found first."""
         of = {text: self.firsts[text] for text in self.found}
         return tuple(
-            f"{count} {text}{of[text] and f' ({of[text]} is the first)'}"
+            f"{count} {text}{of[text] and f' (first: {of[text]})'}"
             for text, count in self.found.items()
         )
 

@@ -73,17 +73,19 @@ def _require_alike_in_size(group: Group, first: Group, where: str) -> None:
         problem = f"has {size} responses, expected at least 2"
         raise RolloutsError(where, problem, f"give 2 or more{_ONLY_UPDATE}")
     if size != expected:
-        problem = f"has {size} responses, the first line {expected}"
+        problem = f"has {size} responses, but the first line has {expected}"
         raise RolloutsError(where, problem, f"give the same number on every line{_ONLY_UPDATE}")
 
 
 def _require_alike(group: Group, first: Group, where: str) -> None:
     if group.after_step != first.after_step:
-        problem = f"`after_step` is {group.after_step}, on the first line {first.after_step}"
+        problem = (
+            f"`after_step` is {group.after_step}, but on the first line it is {first.after_step}"
+        )
         raise RolloutsError(where, problem, "give the batch of one step")
     for key in _BESIDE:
         if (getattr(group, key) is None) != (getattr(first, key) is None):
-            problem = f"`{key}` stand on some lines only"
+            problem = f"only some lines have `{key}`"
             raise RolloutsError(where, problem, "give them on every line or on none")
     if (group.weighed, _of_tokens(group)) != (first.weighed, _of_tokens(first)):
         problem = "advantages of responses, of tokens, and weights are mixed"

@@ -69,7 +69,7 @@ def sample_rollouts(
     asked = []
     of_prompts = zip(prompts, drawn, strict=True)
     for number, (prompt, responses) in enumerate(of_prompts, start=first_prompt + 1):
-        door.at = f"of prompt {number}"
+        door.at = f"prompt {number}"
         asked += [Asked(prompt, door.text_of(response), response) for response in responses]
     # one process asks for all of them: a reward may compare the responses of a batch
     given = world.told(rewards(asked) if world.first else None) or []
@@ -151,7 +151,7 @@ def _sampled(
     stop = None
     if generation.stop:
         if tokenizer is None:
-            problem = "needs a tokenizer, the checkpoint has none"
+            problem = "needs a tokenizer, but the checkpoint has none"
             raise MeasurementError("generation.stop", problem, "leave it out")
         stop = StopStrings(tokenizer.decode, tuple(generation.stop))
     group = generation.num_return_sequences

@@ -191,7 +191,10 @@ def _first_right(bound: BoundModel, two: list[Sequence[int]], tokens: int) -> Wa
             continue
         if worst.worst <= worst.bound:
             return Way(steps, why)
-        why = why or f"over its cache logits are up to {worst.worst:.2g} from those of whole rows"
+        why = (
+            why
+            or f"with its cache, logits differ by up to {worst.worst:.2g} from those of whole rows"
+        )
     return Way(WholeRows, why)
 
 

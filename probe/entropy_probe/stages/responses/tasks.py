@@ -140,8 +140,9 @@ def draw_prompts(
     if not with_replacement and count > len(pool):
         raise ConfigError(
             "batch.num_prompts",
-            f"{count} prompts asked for (E and U together), {len(pool)} in the dataset",
-            "give more prompts, ask for fewer, or set batch.with_replacement: true",
+            f"E and U need {count} prompts together, but the dataset has {len(pool)}",
+            "give more prompts, set batch.num_prompts and batch.num_update_prompts lower, or set "
+            "batch.with_replacement: true",
         )
     places = rng.choices(every, k=count) if with_replacement else rng.sample(every, count)
     return _at(pool, places)

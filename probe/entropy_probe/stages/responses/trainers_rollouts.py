@@ -74,7 +74,7 @@ def understood(
         try:
             one = read(row)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            problem = f"is no row of {trainer}'s ({type(error).__name__}: {error})"
+            problem = f"is not a row of {trainer} ({type(error).__name__}: {error})"
             raise RolloutsError(where, problem[:300], "give the file as it was written") from error
         groups = steps.setdefault(_step(row.get("step")), {})
         again = again or (last != (id(groups), one.key) and one.key in groups)
@@ -211,13 +211,13 @@ def _text(value: Any) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content")
     if not isinstance(value, str):
-        raise TypeError(f"{shown(value)} is no text of one turn")
+        raise TypeError(f"{shown(value)} is not a text of one turn")
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{shown(value)} is no number")
+        raise TypeError(f"{shown(value)} is not a number")
     return float(value)
 
 

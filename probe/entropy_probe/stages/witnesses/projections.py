@@ -203,6 +203,6 @@ def by_alpha(
         sizes += torch.stack([parts.sum(), parts.abs().sum()])
     if (projections.sum() - sizes[0]).abs() > _EULER * sizes[
         1
-    ]:  # not so where a number is no number: that is a fault
+    ]:  # not so where a number is not a number: that is a fault
         raise NotImplementedError("the backward pass of an operation left no graph")
     return projections

@@ -157,7 +157,7 @@ def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:
         )
     except (RuntimeError, TypeError) as error:
         raise NoCopyError(
-            "the model", f"cannot be copied ({error})", "remove what it was given beside it"
+            "the model", f"cannot be copied ({error})", "remove its other arguments"
         ) from error
 
 

@@ -78,7 +78,7 @@ def read_items(folder: Path) -> list[Item]:
         Exception
     ) as error:  # whatever a damaged pickle makes the unpickler, or what it left to be read, raise
         raise damaged(
-            folder, f"is no metadata of torch.distributed.checkpoint ({reason(error)})"
+            folder, f"is not metadata of torch.distributed.checkpoint ({reason(error)})"
         ) from error
 
 
@@ -166,7 +166,7 @@ def _shape(sizes: Any) -> Shape:
     if not isinstance(sizes, tuple | list) or not all(
         type(size) is int and size >= 0 for size in sizes
     ):
-        raise TypeError(f"{sizes!r} is no shape")
+        raise TypeError(f"{sizes!r} is not a shape")
     if math.prod(max(size, 1) for size in sizes) >= 2**60:
         raise TypeError(f"{sizes!r} is larger than any file")
     return tuple(sizes)

@@ -23,8 +23,8 @@ from entropy_probe.model.checkpoint.stand_ins import DEEPSPEED, standing_in
 from entropy_probe.model.checkpoint.stored import Gathered, Saved, Stored, require_rounded
 
 CONVERT = (
-    "where you trust it, convert it: python ds_to_universal.py --input_folder global_stepN --output_folder "
-    "global_stepN_universal (weights alone: python zero_to_fp32.py)"
+    "if you trust it, convert it: python ds_to_universal.py --input_folder global_stepN --output_folder "
+    "global_stepN_universal (only the weights: python zero_to_fp32.py)"
 )
 _RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt", re.ASCII)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

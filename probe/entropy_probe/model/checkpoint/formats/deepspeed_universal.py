@@ -40,7 +40,7 @@ def read(layout: Layout) -> Stored:
     of_model = [named[m] for m in sorted((m for m in named if m), key=lambda m: int(m[1] or 0))]
     models = [load(path) for path in of_model]
     if not models or len(named) != len(models) or models[0].get("mp_world_size", 1) != 1:
-        problem = "does not hold the *_model_states.pt of data-parallel ranks alone"
+        problem = "holds *_model_states.pt of other ranks than data-parallel ones, or none"
         raise CheckpointError(
             zero.parent, problem, "copy the whole folder of a run without tensor parallelism"
         )
@@ -86,7 +86,7 @@ def read(layout: Layout) -> Stored:
 
 def _tensors(zero: Path, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
     if Path(name).name != name or name == "..":
-        raise ValueError(f"{name[:60]!r} is no parameter's name")
+        raise ValueError(f"{name[:60]!r} is not the name of a parameter")
     found: dict[str, Tensor] = {}
     for what in ("fp32", "exp_avg", "exp_avg_sq"):
         path = zero / name / f"{what}.pt"

@@ -24,9 +24,7 @@ from entropy_probe.model.checkpoint.stand_ins import OF_OPTIMIZERS, standing_in
 from entropy_probe.text import load_json
 
 MissingState = Literal["raise", "identity"]
-_ONLY_TENSORS = (
-    "save the optimizer's state_dict alone, with tensors and numbers in place of objects"
-)
+_ONLY_TENSORS = "save only the optimizer's state_dict, with tensors and numbers in place of objects"
 _USE_ADAM = "use a checkpoint of Adam or AdamW"
 _IDENTITY = "set first_order.missing_state: identity to take P = 1 there"
 _NAMES_FILE = "optimizer_param_names.json"

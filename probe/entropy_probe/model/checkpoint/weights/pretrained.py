@@ -28,8 +28,8 @@ _ELSEWHERE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LAYERS = re.compile(r"((num|n)_(\w+_)?layers?|(en|de)coder_layers)")
 _RESTORE = "restore the weights that belong to config.json"
 _RESTORE_BOTH = "restore config.json and weights"
-_TEXT_ALONE = "give its language model alone, saved by itself with save_pretrained"
-_DECODER_ALONE = "give a model that is a decoder alone"
+_TEXT_ALONE = "give only its language model, saved by itself with save_pretrained"
+_DECODER_ALONE = "give a model that has only a decoder"
 _MULTIMODAL = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",

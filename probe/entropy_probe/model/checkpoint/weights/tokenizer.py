@@ -64,7 +64,7 @@ def load_tokenizer(places: Sequence[Path | None], num_embeddings: int | None = N
         raise CheckpointError(
             folder,
             f"its tokenizer has a token {largest}, the embedding {num_embeddings} rows",
-            "restore the tokenizer that belongs to the model; where tokens were added in training, give a copy of "
+            "restore the tokenizer that belongs to the model; if tokens were added in training, give a copy of "
             f"the base after resize_token_embeddings({largest + 1}) as --probe-base-model",
         )
     return tokenizer
