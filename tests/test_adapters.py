@@ -190,9 +190,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a kind that adds to the loss": ("lora", settings(peft_type="ADALORA"), r"peft_type is 'ADALORA'.*; use DoRA, "),
     "a kind of prompts": ("lora", settings(peft_type="PROMPT_TUNING"), r"json: peft_type is 'PROMPT_TUNING'"),
     "a kind that the file is not": ("lora", settings(peft_type="IA3"), r"peft_type is 'IA3', and .* holds no tensor"),
-    "adapters of two names": (
-        "lora", two_names, r"holds several adapters \(policy, value\); leave only the adapter of the policy"
-    ),
+    "adapters of two names": ("lora", two_names, r"holds several adapters \(policy, value\); leave only the adapter"),
     "quantised": ("full", config_of(quantization_config={"quant_method": "x"}), r"config.json: is quantised"),
     "an image model": ("full", config_of(model_type="llava"), r"'llava' is multimodal; give only its language model"),
     "an encoder with a decoder": ("full", config_of(model_type="t5"), r"'t5' is an encoder with a decoder; give"),
