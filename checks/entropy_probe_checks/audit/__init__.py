@@ -3,15 +3,14 @@
 NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each file holds the formulas of a part of
 `MATH.md`, in its order:
 
-batches      counts, rewards, fingerprints;   entropy  Ĥ at θ
+batches      counts, rewards, fingerprints; Ĥ at θ
 first_order  U_cross, δH₁, two batches;   slopes  along v;   change  ΔH(η) and its prediction
 resolution   what the noise can tell
 predictors   those that need no gradient, and the parts of the slope
 optimizer    coverage and P;   taylor  small steps;   student, tail  two distributions
+terms        numbers with the size of what was added, means with standard errors
 sheet        what is compared, and how
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -22,7 +21,6 @@ import numpy as np
 from entropy_probe_checks.audit import (
     batches,
     change,
-    entropy,
     first_order,
     optimizer,
     predictors,
@@ -53,15 +51,14 @@ def audit(report: Mapping[str, Any], evidence: Kept) -> list[Line]:
     sheet = Sheet(report, evidence.arrays, evidence.facts)
     sheet.write("checkpoint.fingerprint", evidence.facts["fingerprint"])
     batches.write(sheet)
-    entropy.write(sheet)
     along = None
     if sheet.has("u.gram.k") or sheet.has("u.gram.sums"):
         first_order.write(sheet)
         along = slopes.write(sheet)
-        resolution.write(sheet, along)
     else:
-        for name in ("first_order", "two_batch", "update", "resolution"):
+        for name in ("first_order", "two_batch", "update"):
             sheet.write(name, None)
+    resolution.write(sheet, along)
     predictors.write(sheet, along)
     change.write(sheet, along)
     optimizer.write(sheet)

@@ -1,6 +1,4 @@
-"""What the batches hold: counts, rewards, ends, fingerprints; and the sampler's own log-probabilities."""
-
-from __future__ import annotations
+"""What the batches hold: counts, rewards, advantages, fingerprints; the entropy at θ; the sampler's own scores."""
 
 import hashlib
 import json
@@ -10,28 +8,23 @@ from typing import Any
 import numpy as np
 
 from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.terms import Terms, estimate, ratio, scatter, terms
+
+LOGIT_VAR = 5
+"""The place of Var_q(logit) among the features of a token."""
 
 
 def write(sheet: Sheet) -> None:
-    for section, which, place in (("batch", "e", 0), ("update_batch", update(sheet), 1)):
-        _batch(sheet, section, which, place)
-    if sheet.report["sampler_parity"] is not None or sheet.has("e.sampler_logprobs"):
-        _parity(sheet)
+    sheet.section("batch", _batch(sheet, "e", 0))
+    sheet.section("update_batch", _batch(sheet, update(sheet), 1))
+    sheet.section("entropy", _entropy(sheet))
+    reported = sheet.has("e.sampler_logprobs")
+    sheet.write("sampler_parity", _parity(sheet) if reported else None)
 
 
 def update(sheet: Sheet) -> str:
     """What the arrays of the U batch begin with: those of E, where one batch serves as both."""
     return "u" if sheet.has("u.ids") else "e"
-
-
-def responses(sheet: Sheet, which: str) -> list[list[int]]:
-    """The tokens of every response."""
-    starts, lengths = sheet[f"{which}.prompt_lens"], sheet[f"{which}.gen_lens"]
-    rows = sheet[f"{which}.ids"]
-    return [
-        row[start : start + length].tolist()
-        for row, start, length in zip(rows, starts, lengths, strict=True)
-    ]
 
 
 def part(sheet: Sheet, name: str) -> Any:
@@ -40,151 +33,141 @@ def part(sheet: Sheet, name: str) -> Any:
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
-    """The file's own (of tokens the largest in size), else r less its baseline, over its standard deviation + eps, as
-    the recipe says; 0 of a response that a smaller group lacks."""
+    """(r − baseline)/(sd + eps) as the recipe says, 0 of a response that a smaller group lacks; or the file's own, of
+    tokens the largest in size."""
     if sheet.has(f"{which}.given_advantages"):
-        given = sheet[f"{which}.given_advantages"]
-        return given if given.ndim == 2 else np.take_along_axis(given, _largest(given), 2)[..., 0]
-    baseline, scale = part(sheet, "baseline"), part(sheet, "scale")
-    rewards, there = sheet[f"{which}.rewards"], present(sheet, which)
-    groups = [own[is_there] for own, is_there in zip(rewards, there, strict=True)]
-    found = [[_centred(own, g, baseline) for g in range(len(own))] for own in groups]
-    every, of_all = np.concatenate(groups), [a for own in found for a in own]
-    if scale == "advantages":
-        mean = math.fsum(of_all) / len(of_all)
-        found = [[a - mean for a in own] for own in found]
-        every = np.array(of_all) - mean
-    scaled = np.zeros(rewards.shape)
-    for n, own in enumerate(found):
-        for g, a in enumerate(own):
-            among = {"group": groups[n], "leave_one_out": np.delete(groups[n], g)}
-            spread = _deviation(among.get(scale, every), part(sheet, "ddof"))
-            whole = scale == "none" or (spread == 0 and part(sheet, "undivided_at_zero"))
-            scaled[n, g] = a if whole else a / (spread + part(sheet, "eps"))
-    return scaled
+        given = sheet[f"{which}.given_advantages"].reshape(*sheet[f"{which}.rewards"].shape, -1)
+        return np.take_along_axis(given, np.abs(given).argmax(2)[..., None], 2)[..., 0]
+    baseline, scale, ddof, eps = (part(sheet, n) for n in ("baseline", "scale", "ddof", "eps"))
+    there = sheet.lengths(which) > 0
+    groups = [own[some] for own, some in zip(sheet[f"{which}.rewards"], there, strict=True)]
 
+    def among(kind: str, n: int, g: int) -> np.ndarray:
+        """What a baseline or a deviation is of."""
+        own = {"mean": groups[n], "group": groups[n], "leave_one_out": np.delete(groups[n], g)}
+        return own.get(kind, every)
 
-def _largest(given: np.ndarray) -> np.ndarray:
-    return np.abs(given).argmax(2)[..., None]
-
-
-def present(sheet: Sheet, which: str) -> np.ndarray:
-    """Whether prompt n has a response g: a smaller group lacks some."""
-    return sheet[f"{which}.gen_lens"].reshape(sheet[f"{which}.rewards"].shape) > 0
-
-
-def _centred(own: np.ndarray, g: int, baseline: str) -> float:
-    if baseline == "none":
-        return float(own[g])
-    among = own if baseline == "mean" else np.delete(own, g)
-    return float(own[g]) - math.fsum(among) / max(len(among), 1)
-
-
-def _deviation(values: np.ndarray, ddof: int) -> float:
-    if len(values) <= ddof or values.max() == values.min():
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((values - mean) ** 2) / (len(values) - ddof))
-
-
-def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
-    rewards, config, facts = sheet[f"{which}.rewards"], sheet.report["config"], sheet.facts
-    prompts, group = rewards.shape
-    texts, ends = [text for text in responses(sheet, which) if text], set(facts["eos"])
-    mean = math.fsum(rewards.ravel()) / len(texts)
-    off = np.where(present(sheet, which), rewards - mean, 0.0).sum(1)
-    se = (
-        math.sqrt(prompts / (prompts - 1) * math.fsum(off**2)) / len(texts) if prompts > 1 else None
-    )
-    size = float(np.abs(rewards).max())
-    own = advantages(sheet, which)
-    sheet.hold(f"{which}.advantages", own, float(np.abs(own).max()))
-    idle = [
-        float(np.abs(a).max()) <= 1e-12 * float(np.abs(r).max())
-        for a, r in zip(own, rewards, strict=True)
+    every = np.zeros(1)  # of the baseline "none"
+    left = [
+        [
+            r - math.fsum(among(baseline, n, g)) / max(len(among(baseline, n, g)), 1)
+            for g, r in enumerate(own)
+        ]
+        for n, own in enumerate(groups)
     ]
-    source = facts["source"][place]
-    limit = config["generation"]["max_new_tokens"]
-    unended = None
-    if source == "sampled" and not config["generation"]["stop"]:
-        unended = sum(text[-1] not in ends and len(text) < limit for text in texts)
-
-    def line(name: str, again: object, size: float | None = None) -> None:
-        sheet.write(f"{section}.{name}", again, size)
-
-    line("num_prompts", prompts)
-    line("num_responses", group)
-    line("total_responses", len(texts))
-    line("num_tokens", sum(len(text) for text in texts))
-    line("source", source)
-    line("same_batch", update(sheet) == "e")
-    line("mean_reward", mean, size)
-    line("mean_reward_se", se, size)
-    line("zero_advantage_fraction", sum(idle) / prompts)
-    line("missing_gold", facts["missing_gold"][place])
-    line("given", facts["given"][place])
-    line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
-    line("unended", unended)
-    line("fingerprint", _fingerprint(sheet, which))
-    line("prompts_fingerprint", _of_prompts(sheet, which))
-    line("reward", facts["reward"][place])
-    line("prompts_are_builtin", facts["builtin"][place])
-    line("found", facts["found"][place])
-    given = "weights" if facts["weighed"][place] else "given"
-    line("advantages", given if sheet.has(f"{which}.given_advantages") else "recipe")
+    every = np.concatenate(left if scale == "advantages" else groups)
+    if scale == "advantages":
+        left = [np.array(own) - math.fsum(every) / len(every) for own in left]
+    found = np.zeros(there.shape)
+    for n, own in enumerate(left):
+        for g, a in enumerate(own):
+            of = among(scale, n, g)
+            varied = len(of) > ddof and of.max() > of.min()
+            sd = math.sqrt(scatter(of) / (len(of) - ddof)) if varied else 0.0
+            as_it_is = scale == "none" or (sd == 0 and part(sheet, "undivided_at_zero"))
+            found[n, g] = a if as_it_is else a / (sd + eps)
+    return found
 
 
-def _fingerprint(sheet: Sheet, which: str) -> str:
-    """SHA-256 of every row with where its response begins, of the rewards, and of advantages that were given."""
-    rows = []
-    for row, start, length in zip(
-        sheet[f"{which}.ids"].tolist(),
-        sheet[f"{which}.prompt_lens"].tolist(),
-        sheet[f"{which}.gen_lens"].tolist(),
-        strict=True,
-    ):
-        rows.append([start, *row[: start + length]])
-    name = f"{which}.given_advantages"
-    given = sheet[name].tolist() if sheet.has(name) else None
-    content = (rows, sheet[f"{which}.rewards"].tolist(), given)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _of_prompts(sheet: Sheet, which: str) -> str:
-    """SHA-256 of the ids of every prompt, which stand in its first response."""
-    group = sheet[f"{which}.rewards"].shape[1]
-    rows, starts = sheet[f"{which}.ids"][::group], sheet[f"{which}.prompt_lens"][::group]
-    content = [row[:start].tolist() for row, start in zip(rows, starts, strict=True)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _parity(sheet: Sheet) -> None:
-    """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
-    logq, lengths = sheet["e.logq"], sheet["e.gen_lens"]
-    scored = np.concatenate(
-        [row[:n] for row, n in zip(logq.reshape(len(lengths), -1), lengths, strict=True)]
-    )
-    reported = np.concatenate(
-        [row[:n] for row, n in zip(sheet["e.sampler_logprobs"], lengths, strict=True)]
-    )
-    delta = reported - scored
-    ratio = np.exp(-delta)
-    p, q = np.exp(reported), np.exp(scored)
-    a, b = q - q.mean(), p - p.mean()
-    norms = math.sqrt(math.fsum(a * a)), math.sqrt(math.fsum(b * b))
-    constant = min(norms) <= 1e-12 * math.sqrt(len(q))
-    size = float(np.abs(reported).mean() + np.abs(scored).mean())
-    again = {
-        "num_tokens": len(delta),
-        "mean_abs_difference": float(np.abs(delta).mean()),
-        "max_abs_difference": float(np.abs(delta).max()),
-        "kl": math.fsum(delta) / len(delta),
-        "k3": math.fsum(np.expm1(-delta) + delta) / len(delta),
-        "pearson": None if constant else math.fsum(a * b) / norms[0] / norms[1],
-        "ratio_min": float(ratio.min()),
-        "ratio_mean": float(ratio.mean()),
-        "ratio_max": float(ratio.max()),
-        "share_outside": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
+def _batch(sheet: Sheet, which: str, place: int) -> dict[str, Any]:
+    rewards, facts, generation = sheet[f"{which}.rewards"], sheet.facts, sheet.config["generation"]
+    starts, lengths = sheet[f"{which}.prompt_lens"].tolist(), sheet[f"{which}.gen_lens"].tolist()
+    rows = [row.tolist() for row in sheet[f"{which}.ids"]]
+    ranges = list(zip(rows, starts, lengths, strict=True))
+    texts = [row[start : start + length] for row, start, length in ranges if length]
+    eos, limit = set(facts["eos"]), generation["max_new_tokens"]
+    reward = ratio(rewards, sheet.lengths(which) > 0)
+    own = advantages(sheet, which)
+    sheet.hold(f"{which}.advantages", Terms(own, np.full(own.shape, np.abs(own).max())))
+    idle = np.abs(own).max(1) <= 1e-12 * np.abs(rewards).max(1)
+    given, unended = "recipe", None
+    if sheet.has(f"{which}.given_advantages"):
+        given = "weights" if facts["weighed"][place] else "given"
+    if facts["source"][place] == "sampled" and not generation["stop"]:
+        unended = sum(text[-1] not in eos and len(text) < limit for text in texts)
+    return {
+        "num_prompts": rewards.shape[0],
+        "num_responses": rewards.shape[1],
+        "total_responses": len(texts),
+        "num_tokens": sum(lengths),
+        "same_batch": update(sheet) == "e",
+        **estimate("mean_reward", reward),
+        "zero_advantage_fraction": float(idle.mean()),
+        "early_eos": sum(any(token in eos for token in text[:-1]) for text in texts),
+        "unended": unended,
+        "fingerprint": _fingerprint(sheet, which, ranges),
+        "prompts_fingerprint": _sha([row[:n] for row, n, _ in ranges[:: rewards.shape[1]]]),
+        "prompts_are_builtin": facts["builtin"][place],
+        "advantages": given,
+        **{
+            name: facts[name][place]
+            for name in ("source", "missing_gold", "given", "reward", "found")
+        },
     }
-    sizes = dict.fromkeys(again, size) | {"share_outside": None, "num_tokens": None, "pearson": 1.0}
-    sheet.write("sampler_parity", again, sizes)
+
+
+def _fingerprint(sheet: Sheet, which: str, ranges: list[tuple[list[int], int, int]]) -> str:
+    """Of every row with where its response begins, of the rewards, and of advantages that were given."""
+    given = sheet.arrays.get(f"{which}.given_advantages")
+    rows = [[start, *row[: start + length]] for row, start, length in ranges]
+    rewards = sheet[f"{which}.rewards"].tolist()
+    return _sha((rows, rewards, None if given is None else given.astype(float).tolist()))
+
+
+def _sha(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _entropy(sheet: Sheet) -> dict[str, Any]:
+    """naive −S, rb R and R of q, per response; R/T per token; and −log q − R of q, which has mean 0 under q."""
+    logp, logq, h, h_q = sheet.terms("e", "logp logq entropy entropy_q")
+    s, r, r_q = logp.sum(-1), h.sum(-1), h_q.sum(-1)
+    per_token, surprise = ratio(r, sheet.lengths("e")), (-logq.sum(-1) - r_q).mean()
+    variance = (
+        sheet["e.features"][..., LOGIT_VAR].sum() / sheet.config["generation"]["temperature"] ** 2
+    )
+    return {
+        **{
+            name: {"value": of.mean(), "se": of.se}
+            for name, of in (
+                ("naive", -s.mean(1)),
+                ("rb", r.mean(1)),
+                ("rb_q", r_q.mean(1)),
+                ("per_token", per_token),
+            )
+        },
+        "rb_by_prompt": r.mean(1),
+        "per_token_by_prompt": per_token,
+        "surprises": int((logp.value < math.log(0.5)).sum()),
+        "surprise": {
+            "value": surprise,
+            "se": Terms(math.sqrt(variance) / s.value.size, surprise.size),
+        },
+    }
+
+
+def _parity(sheet: Sheet) -> dict[str, Any]:
+    """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
+    lengths, scored = sheet["e.gen_lens"], sheet["e.logq"]
+    scored, reported = (
+        np.concatenate([row[:n] for row, n in zip(rows, lengths, strict=True)])
+        for rows in (scored.reshape(len(lengths), -1), sheet["e.sampler_logprobs"])
+    )
+    delta = terms(reported) - scored
+    rho, size = np.exp(-delta.value), delta.size.mean()
+    varied = min(np.exp(reported).std(), np.exp(scored).std()) > 1e-12
+    correlation = varied and np.corrcoef(np.exp(scored), np.exp(reported))[0, 1]
+    figures = {
+        "mean_abs_difference": np.abs(delta.value).mean(),
+        "max_abs_difference": np.abs(delta.value).max(),
+        "kl": delta.value.mean(),
+        "k3": (np.expm1(-delta.value) + delta.value).mean(),
+        "ratio_min": rho.min(),
+        "ratio_mean": rho.mean(),
+        "ratio_max": rho.max(),
+    }
+    return {name: Terms(value, size) for name, value in figures.items()} | {
+        "num_tokens": len(delta.value),
+        "pearson": Terms(correlation, 1.0) if varied else None,
+        "share_outside": float(((rho < 0.9) | (rho > 1.1)).mean()),
+    }

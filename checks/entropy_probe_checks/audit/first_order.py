@@ -1,60 +1,48 @@
-"""U_cross, its standard errors and δH₁, from K_nm = X_nᵀPY_m by tensor (MATH.md, the cross-prompt U-statistic)."""
-
-from __future__ import annotations
+"""U_cross, its standard errors and δH₁, from K_nm = X_nᵀPY_m by tensor (MATH.md, one batch and two batches)."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit import student
 from entropy_probe_checks.audit.batches import update
 from entropy_probe_checks.audit.sheet import Line, Sheet
+from entropy_probe_checks.audit.terms import Terms, interval, scatter, terms
 
 
 @dataclass(frozen=True)
 class K:
-    """Of K: Σ_m K_nm, Σ_m K_mn and K_nn of every unit n; and K itself, where one process has all of it."""
+    """Σ_m K_nm, Σ_m K_mn and K_nn of every unit n; and K itself, where one process has all of it."""
 
-    rows: np.ndarray
-    columns: np.ndarray
-    diagonal: np.ndarray
+    rows: Terms
+    columns: Terms
+    diagonal: Terms
     whole: np.ndarray | None
 
     @property
-    def r(self) -> np.ndarray:
+    def r(self) -> Terms:
         """r_n = ½[Σ_{m≠n} K_nm + Σ_{m≠n} K_mn]/(U−1), whose mean is U_cross."""
         off = (self.rows - self.diagonal) + (self.columns - self.diagonal)
-        return off / 2 / (len(off) - 1)
-
-    @property
-    def u_cross(self) -> float:
-        return math.fsum(self.r) / len(self.r)
-
-    @property
-    def size(self) -> float:
-        """Mean |K_nm| off the diagonal; of sums what they give."""
-        if self.whole is None:
-            return float((np.abs(self.rows) + np.abs(self.diagonal)).mean() / (len(self.rows) - 1))
-        return float(np.abs(self.whole).mean() + np.abs(self.diagonal).mean() / len(self.rows))
+        return off / (2 * (len(off.value) - 1))
 
 
 def of_tensors(sheet: Sheet, prefix: str, tensors: list[int]) -> K:
     """K of some tensors together: their products add."""
     if sheet.has(f"{prefix}.k"):
-        k = sheet[f"{prefix}.k"][tensors].sum(0)
-        return K(k.sum(1), k.sum(0), np.diag(k), k)
+        k = terms(sheet[f"{prefix}.k"][tensors].sum(0))
+        return K(k.sum(1), k.sum(0), k.each(np.diag), k.value)
     if sheet.facts["world_size"] == 1:
         sheet.lines.append(Line(prefix, "its sums", "all of it, in one process", math.inf))
     rows, columns, diagonal = sheet[f"{prefix}.sums"][tensors].sum(0).T
-    return K(rows, columns, diagonal, None)
+    return K(terms(rows), terms(columns), terms(diagonal), None)
 
 
 def learning_rate(sheet: Sheet) -> tuple[float, str]:
     """(lr, where it is from): configured; the largest of the optimizer's; of the initial ones; 1e-4."""
-    configured = sheet.report["config"]["first_order"]["lr"]
+    configured = sheet.config["first_order"]["lr"]
     now = max((h["lr"] for h in sheet.facts["hyper"]), default=0.0)
     first = max((h["initial_lr"] or 0.0 for h in sheet.facts["hyper"]), default=0.0)
     if configured is not None:
@@ -66,95 +54,129 @@ def learning_rate(sheet: Sheet) -> tuple[float, str]:
     return 1e-4, "default 0.0001: the optimizer's lr is 0 and it has no initial_lr"
 
 
-def plug_in(k: K) -> tuple[float, float]:
-    """(ζ̂₁, SE): Σ(r − r̄)²/(U−1), √(4ζ̂₁/U)."""
-    units, mean = len(k.r), k.u_cross
-    zeta = math.fsum((r - mean) ** 2 for r in k.r) / (units - 1)
-    return zeta, math.sqrt(4 * zeta / units)
-
-
-def jackknife(k: K) -> tuple[float | None, float | None]:
-    """(ζ̂₁, SE) from U without each unit in turn, which is (Σ_all − Σ_own)/((U−1)(U−2))."""
-    units = len(k.r)
-    if units < 3:
-        return None, None
-    own = [2 * (units - 1) * r for r in k.r]
-    total = math.fsum(own) / 2
-    left = [(total - o) / (units - 1) / (units - 2) for o in own]
-    centre = math.fsum(left) / units
-    variance = (units - 1) / units * math.fsum((x - centre) ** 2 for x in left)
-    return units / 4 * variance, math.sqrt(variance)
-
-
-def unbiased(k: K) -> float | None:
-    """Unbiased Var(U_cross): with h_ij = ½(K_ij + K_ji), W = mean_{i<j}(h − U)², A = Σ(r − r̄)²·(U−1)/(U−2), it is
-    [4(U−2)(A−W)/(U−4) + 2W]/[U(U−1) + 4(U−2)/(U−4) − 2]."""
-    units, mean = len(k.r), k.u_cross
-    if units < 5 or k.whole is None:
-        return None
-    pairs = [
-        ((k.whole[i, j] + k.whole[j, i]) / 2 - mean) ** 2
-        for i in range(units)
-        for j in range(i + 1, units)
-    ]
-    w = math.fsum(pairs) / len(pairs)
-    a = math.fsum((r - mean) ** 2 for r in k.r) * (units - 1) / (units - 2)
-    factor = 4 * (units - 2) / (units - 4)
-    return (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
-
-
 def write(sheet: Sheet) -> None:
-    names, u = list(range(len(sheet.facts["names"]))), update(sheet)
-    k = of_tensors(sheet, "u.gram", names)
-    units, (lr, source) = len(k.rows), learning_rate(sheet)
-    sheet.write("update.lr", float(lr))
-    if units == 1:
+    tensors = list(range(len(sheet.facts["names"])))
+    sheet.write("update.lr", float(learning_rate(sheet)[0]))
+    k, two = of_tensors(sheet, "u.gram", tensors), update(sheet) == "u"
+    if len(k.rows.value) > 1:
+        sheet.section("first_order", _first_order(sheet, k))
+    else:
         sheet.write("first_order", None)
-        _two_batches(sheet, names, lr)
-        return
-    zeta, se = plug_in(k)
-    zeta_jackknife, se_jackknife = jackknife(k)
-    half = student.quantile(0.95, units - 1) * se
-    size, prompts = k.size, len(sheet[f"{u}.rewards"])
-    spread = size**2
-    lines = {
-        "mode": (sheet.facts["mode"], None),
-        "estimator": (sheet.report["config"]["first_order"]["estimator"], None),
-        "num_units": (units, None),
-        "u_cross": (k.u_cross, size),
-        "zeta1_plugin": (zeta, spread),
-        "zeta1_jackknife": (zeta_jackknife, spread),
-        "se_plugin": (se, size),
-        "se_jackknife": (se_jackknife, size),
-        "var_unbiased": (unbiased(k), spread),
-        "interval": ([k.u_cross - half, k.u_cross + half], size + half),
-        "bars_dot": (math.fsum(k.rows) / units**2, size),
-        "bars_dot_plain": (math.fsum(sheet["sum.plain"]), float(np.abs(sheet["sum.plain"]).sum())),
-        "diag_sum": (math.fsum(k.diagonal), units * size),
-        "row_means": (list(k.r), size),
-        "norm_x_sum": (prompts * math.sqrt(math.fsum(sheet["sum.x_bar_squared"])), None),
-        "norm_y_sum": (prompts * math.sqrt(math.fsum(sheet["sum.y_bar_squared"])), None),
-        "lr": (float(lr), None),
-        "lr_source": (source, None),
-        "delta_h1": (-lr * k.u_cross, lr * size),
-        "delta_h1_se": (lr * se, lr * size),
-        "delta_h1_by_unit": ([-lr * r / units for r in k.r], lr * size),
-    }
-    for name, (again, terms) in lines.items():
-        sheet.write(f"first_order.{name}", again, terms)
-
-    def of_part(tensors: list[int]) -> dict[str, float | None]:
-        part = of_tensors(sheet, "u.gram", tensors)
-        return {"value": -lr * part.u_cross, "se": lr * plug_in(part)[1]}
-
-    sheet.write("first_order.delta_h1_parts", parts(sheet, of_part), lr * size)
-    if u == "u":
-        _two_batches(sheet, names, lr)
+    if two:
+        sheet.section("two_batch", _two_batch(sheet, tensors))
     else:
         sheet.write("two_batch", None)
 
 
-def parts(sheet: Sheet, of: Callable[[list[int]], dict[str, float | None]]) -> dict[str, dict]:
+def se_plugin(r: Terms) -> float:
+    """√(4ζ̂₁/U), ζ̂₁ = Σ(r − r̄)²/(U−1)."""
+    units = len(r.value)
+    return math.sqrt(4 * scatter(r.value) / (units - 1) / units)
+
+
+def _first_order(sheet: Sheet, k: K) -> dict[str, Any]:
+    r, (lr, source) = k.r, learning_rate(sheet)
+    units, u_cross, se = len(r.value), r.mean(), se_plugin(r)
+    size = float(u_cross.size)
+    jackknife = None
+    if units > 2:  # U_{−u} = (U·U_cross − 2r_u)/(U−2)
+        left = (units * u_cross.value - 2 * r.value) / (units - 2)
+        jackknife = (units - 1) / units * scatter(left)
+    prompts = len(sheet[f"{update(sheet)}.rewards"])
+
+    def of_part(tensors: list[int]) -> dict[str, Terms]:
+        own = of_tensors(sheet, "u.gram", tensors).r
+        return {
+            "value": Terms(-lr * own.value.mean(), lr * size),
+            "se": Terms(lr * se_plugin(own), lr * size),
+        }
+
+    return {
+        "mode": sheet.facts["mode"],
+        "estimator": sheet.config["first_order"]["estimator"],
+        "num_units": units,
+        "u_cross": u_cross,
+        "zeta1_plugin": Terms(units / 4 * se**2, size**2),
+        "zeta1_jackknife": None if jackknife is None else Terms(units / 4 * jackknife, size**2),
+        "se_plugin": Terms(se, size),
+        "se_jackknife": None if jackknife is None else Terms(math.sqrt(jackknife), size),
+        "var_unbiased": unbiased(k, size),
+        "interval": interval(u_cross, se, units - 1),
+        "bars_dot": k.rows.sum() / units**2,
+        "bars_dot_plain": terms(sheet["sum.plain"]).sum(),
+        "diag_sum": k.diagonal.sum(),
+        "row_means": r,
+        "norm_x_sum": prompts * math.sqrt(math.fsum(sheet["sum.x_bar_squared"])),
+        "norm_y_sum": prompts * math.sqrt(math.fsum(sheet["sum.y_bar_squared"])),
+        "lr": float(lr),
+        "lr_source": source,
+        "delta_h1": -lr * u_cross,
+        "delta_h1_se": Terms(lr * se, lr * size),
+        "delta_h1_by_unit": -lr / units * r,
+        "delta_h1_parts": parts(sheet, of_part),
+    }
+
+
+def unbiased(k: K, size: float) -> Terms | None:
+    """Unbiased Var(U_cross): with h_ij = ½(K_ij + K_ji), W = mean_{i<j}(h − U_cross)², A = Σ(r − r̄)²·(U−1)/(U−2),
+
+    [4(U−2)(A−W)/(U−4) + 2W]/[U(U−1) + 4(U−2)/(U−4) − 2]
+    """
+    r = k.r.value
+    units = len(r)
+    if units < 5 or k.whole is None:
+        return None
+    h = (k.whole + k.whole.T)[np.triu_indices(units, 1)] / 2
+    w, a = ((h - r.mean()) ** 2).mean(), scatter(r) * (units - 1) / (units - 2)
+    factor = 4 * (units - 2) / (units - 4)
+    return Terms((factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2), size**2)
+
+
+def _two_batch(sheet: Sheet, tensors: list[int]) -> dict[str, Any]:
+    """X̄_EᵀPȲ_U, s_k = X_kᵀPȲ_U, t_m = X̄_EᵀPY_m, and the SEs of s, t and what is left of K after both."""
+    lr = learning_rate(sheet)[0]
+    of_e, of_u = (
+        np.bincount(units) / len(units)
+        for units in (sheet["e.unit_of_prompt"], sheet["u.unit_of_prompt"])
+    )
+
+    def figures(tensors: list[int]) -> dict[str, Any]:
+        k = None
+        if sheet.has("eu.gram.k"):
+            k = terms(sheet["eu.gram.k"][tensors].sum(0))
+            s, t = (k * of_u).sum(1), (k * of_e[:, None]).sum(0)
+        else:
+            s, t = (terms(sheet[f"eu.gram.{side}"][tensors].sum(0)) for side in "st")
+        mean, size, (n, m) = (s * of_e).sum(), s.size.mean(), (len(s.value), len(t.value))
+        var_s, var_t = (x.se.value**2 if x.se else 0.0 for x in (s, t))
+        interaction, variance = None, var_s + var_t
+        if k is not None and m > 1:
+            left = k.value - s.value[:, None] - t.value + mean.value
+            interaction = Terms((left**2).sum() / (n - 1) / (m - 1), size**2)
+            once = interaction.value / n / m
+            variance = max(variance - once, once / 4)
+        # one unit does not say how others differ
+        se = Terms(lr * math.sqrt(variance), lr * size) if m > 1 else None
+        return {
+            "bars_dot": mean,
+            "delta_h1": -lr * mean,
+            "delta_h1_se": se,
+            "conditional_se": Terms(lr * math.sqrt(var_s), lr * size),
+            "projections": s,
+            "update_projections": t,
+            "interaction": interaction,
+        }
+
+    whole = figures(tensors)
+
+    def of_part(tensors: list[int]) -> dict[str, Terms | None]:
+        own = figures(tensors)
+        return {"value": own["delta_h1"], "se": own["delta_h1_se"]}
+
+    return whole | {"delta_h1_parts": parts(sheet, of_part)}
+
+
+def parts(sheet: Sheet, of: Callable[[list[int]], dict[str, Any]]) -> dict[str, dict]:
     """{table: {label: figure of the tensors with that label}}."""
     tables: dict[str, dict[str, list[int]]] = {"layer": {}, "module": {}, "factor": {}}
     for place, name in enumerate(sheet.facts["names"]):
@@ -181,51 +203,3 @@ def labels(name: str) -> tuple[str, str, str]:
     plain = name.replace("lora_embedding_", "lora_")
     own = "bias" if name.endswith("bias") else "weight"
     return layer, kind, next((factor for factor in FACTORS if factor in plain), own)
-
-
-def _two_batches(sheet: Sheet, names: list[int], lr: float) -> None:
-    """X̄_EᵀPȲ_U, s_k = X_kᵀPȲ_U, t_m = X̄_EᵀPY_m, and the SEs of s, t and what is left of K after both."""
-    sizes = [np.bincount(sheet[f"{which}.unit_of_prompt"]) for which in ("e", "u")]
-    weights = [of / of.sum() for of in sizes]
-
-    def moments(tensors: list[int]) -> tuple:
-        if sheet.has("eu.gram.k"):
-            k = sheet["eu.gram.k"][tensors].sum(0)
-            s, t = k @ weights[1], weights[0] @ k
-        else:
-            k = None
-            s, t = (sheet[f"eu.gram.{side}"][tensors].sum(0) for side in ("s", "t"))
-        mean = math.fsum(weights[0] * s)
-        var_s, var_t = (float(of.var(ddof=1)) / len(of) if len(of) > 1 else 0.0 for of in (s, t))
-        interaction, total = None, var_s + var_t
-        if k is not None and len(t) > 1:
-            left = [
-                (k[i, j] - s[i] - t[j] + mean) ** 2 for i in range(len(s)) for j in range(len(t))
-            ]
-            interaction = math.fsum(left) / (len(s) - 1) / (len(t) - 1)
-            once = interaction / len(s) / len(t)
-            total = max(total - once, once / 4)
-        se = math.sqrt(total) if len(t) > 1 else None  # one unit does not say how others differ
-        return mean, s, t, interaction, math.sqrt(var_s), se
-
-    mean, s, t, interaction, given, total = moments(names)
-    size = float(np.abs(s).mean() + np.abs(t).mean())
-    if sheet.has("eu.gram.k"):
-        size = float(np.abs(sheet["eu.gram.k"].sum(0)).mean())
-    lines = {
-        "bars_dot": (mean, size),
-        "delta_h1": (-lr * mean, lr * size),
-        "delta_h1_se": (None if total is None else lr * total, lr * size),
-        "conditional_se": (lr * given, lr * size),
-        "projections": (list(s), size),
-        "update_projections": (list(t), size),
-        "interaction": (interaction, size**2),
-    }
-    for name, (again, terms) in lines.items():
-        sheet.write(f"two_batch.{name}", again, terms)
-
-    def of_part(tensors: list[int]) -> dict[str, float | None]:
-        value, *_, se = moments(tensors)
-        return {"value": -lr * value, "se": None if se is None else lr * se}
-
-    sheet.write("two_batch.delta_h1_parts", parts(sheet, of_part), lr * size)

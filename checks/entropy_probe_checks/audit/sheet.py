@@ -1,13 +1,13 @@
 """A sheet on which every figure of a report stands beside the same figure computed again."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from entropy_probe_checks.audit.terms import Terms, terms
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,65 @@ class Sheet:
     def has(self, name: str) -> bool:
         return name in self.arrays
 
-    def write(self, name: str, again: Any, size: Any = None) -> None:
-        """Compare the field `name` of the report, a path with dots, with `again`, whose terms have that `size` (of each
-        entry; without it the figure's own)."""
-        self._compare(name, _at(self.report, name), again, size)
+    def terms(self, prefix: str, names: str) -> list[Terms]:
+        return [terms(self[f"{prefix}.{name}"]) for name in names.split()]
 
-    def hold(self, name: str, again: Any, size: Any = None) -> None:
-        """The same of an array of the evidence, which was used as it is."""
-        self._compare(name, self[name].tolist(), again, size)
+    def lengths(self, which: str) -> np.ndarray:
+        """Tokens of every response [B, G]."""
+        prompts = len(self[f"{which}.rewards"])
+        return self[f"{which}.gen_lens"].reshape(prompts, -1).astype(np.float64)
 
-    def _compare(self, name: str, reported: Any, again: Any, size: Any) -> None:
-        if isinstance(again, Mapping):
-            keys = list(again) if isinstance(reported, Mapping) else []
-            if not isinstance(reported, Mapping) or set(reported) != set(again):
-                self.lines.append(Line(name, reported, again, math.inf))
-            for key in keys if isinstance(reported, Mapping) else []:
-                if key in reported:
-                    own = size[key] if isinstance(size, Mapping) else size
-                    self._compare(f"{name}.{key}", reported[key], again[key], own)
-        elif isinstance(again, list | tuple | np.ndarray):
-            if not isinstance(reported, Sequence) or len(reported) != len(again):
-                self.lines.append(Line(name, reported, again, math.inf))
-                return
-            for k, (one, other) in enumerate(zip(reported, again, strict=True)):
-                own = size[k] if isinstance(size, list | tuple | np.ndarray) else size
-                self._compare(f"{name}[{k}]", one, other, own)
-        else:
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.report["config"]
+
+    @property
+    def restricted(self) -> bool:
+        """Whether weights reach no further than the nucleus."""
+        return self.config["generation"]["top_p"] < 1
+
+    def write(self, name: str, again: Any) -> None:
+        """Compare the field `name` of the report, a path with dots, with `again`."""
+        reported: Any = self.report
+        for key in name.split("."):
+            reported = reported[int(key)] if isinstance(reported, list) else reported[key]
+        self._compare(name, reported, again)
+
+    def section(self, name: str, figures: Mapping[str, Any]) -> None:
+        for key, again in figures.items():
+            self.write(f"{name}.{key}", again)
+
+    def hold(self, name: str, again: Any) -> None:
+        """Compare an array of the evidence, which was used as it is."""
+        self._compare(name, self[name], again)
+
+    def _compare(self, name: str, reported: Any, again: Any) -> None:
+        own, theirs = _parts(again), _parts(reported)
+        if own is None:
+            again, size = (again.value, again.size) if isinstance(again, Terms) else (again, None)
             self.lines.append(Line(name, reported, again, difference(reported, again, size)))
+            return
+        theirs = theirs or {}
+        if own.keys() != theirs.keys():
+            self.lines.append(Line(name, reported, again, math.inf))
+        for key, entry in own.items():
+            if key in theirs:
+                self._compare(name + key, theirs[key], entry)
 
 
-def difference(reported: Any, again: Any, size: float | None) -> float:
-    """|reported − again|/size. Texts, flags and None are the same or not: 0 or infinity. So are counts."""
+def _parts(of: Any) -> dict[str, Any] | None:
+    """The entries of a mapping or a list, by what their names end with."""
+    if isinstance(of, Mapping):
+        return {f".{key}": entry for key, entry in of.items()}
+    if isinstance(of, list | tuple) or np.ndim(of.value if isinstance(of, Terms) else of):
+        size = len(of.value if isinstance(of, Terms) else of)
+        return {f"[{k}]": of[k] for k in range(size)}
+    return None
+
+
+def difference(reported: Any, again: Any, size: float | None = None) -> float:
+    """|reported − again|/size, without a size over |again|. Texts, flags, counts and None are the same or not: 0 or
+    infinity."""
     if isinstance(again, np.generic):
         again = again.item()
     if not isinstance(again, float):
@@ -89,9 +117,3 @@ def difference(reported: Any, again: Any, size: float | None) -> float:
         return math.inf
     scale = max(abs(again) if size is None else float(size), abs(again))
     return abs(reported - again) / scale if scale > 0 else math.inf
-
-
-def _at(report: Any, name: str) -> Any:
-    for key in name.split("."):
-        report = report[int(key)] if isinstance(report, list) else report[key]
-    return report

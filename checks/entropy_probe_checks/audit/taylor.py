@@ -1,12 +1,11 @@
 """The Taylor tests: ΔĤ(η) of a few responses against its own derivatives (MATH.md, the realised change)."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 
 from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.terms import Terms, terms
 
 SLOPE_RANGE, ORDER_RANGE, DECADES = 0.02, 0.1, 1.5
 """Orders hold up to these shares of the radius, over at least so many decades of η."""
@@ -22,81 +21,62 @@ def write(sheet: Sheet) -> None:
     """The fields of section `continuity` that belong to them, where they were made."""
     if not sheet.has("taylor.etas"):
         return
-    etas, delta, moved, weights = (
-        sheet[f"taylor.{name}"] for name in ("etas", "delta_h", "logits", "weights")
+    etas, delta, opposite, moved, asymmetry, w, s, r, lengths, stencil = (
+        sheet[f"taylor.{name}"]
+        for name in "etas delta_h opposite logits asymmetry weights seq_logp rb_sum gen_lens stencil".split()
     )
-    s, r = sheet["taylor.seq_logp"], sheet["taylor.rb_sum"]
-    config, unit = sheet.report["config"], 10 * float(etas[-1])
-    if config["generation"]["top_p"] == 1.0:
-        sheet.hold("taylor.weights", np.full(s.shape, 1 / s.size).tolist())
-    entropy = float((weights * r).sum())
-    each = math.sqrt(float(sheet["taylor.gen_lens"].mean()) / s.size)
-    terms_of_change = max(entropy, each * (1 + float(sheet["taylor.logit"].max()) * entropy) / 10)
-    floor = 1e3 * float(np.finfo(float).eps) * terms_of_change
-    first, second, third = _derivatives(sheet["taylor.stencil"][1], unit * WIDTHS["stencil"])
-    radius = _radius(first, second, third)
-    jvp, size, smooth = None, 0.0, True
-    errors: dict[str, float | None] = dict.fromkeys(("naive", "rb", "per_token"))
+    unit, few = 10 * float(etas[-1]), etas[::2]
+    sheet.hold("taylor.etas", unit * 10 ** ((np.arange(len(etas)) - (len(etas) - 1)) / 2 - 1))
+    if not sheet.restricted:
+        sheet.hold("taylor.weights", np.full(s.shape, 1 / s.size))
+    entropy, each = float((w * r).sum()), math.sqrt(lengths.mean() / s.size)
+    change = max(entropy, each * (1 + float(sheet["taylor.logit"].max()) * entropy) / 10)
+    floor = 1e3 * float(np.finfo(float).eps) * change
+    first, second, third = _derivatives(stencil[1], unit * WIDTHS["stencil"])
+    radius = min(_over(2 * first, second), _over(3 * second, third))
+    radius = radius if math.isfinite(first + second + third) else math.nan
+    errors, smooth, slope, order = dict.fromkeys(("naive", "rb", "per_token")), True, None, None
     if sheet.has("taylor.d_seq_logp"):
-        d_s, d_r = sheet["taylor.d_seq_logp"], sheet["taylor.d_rb_sum"]
-        terms = {
-            name: np.stack([weights * (f - (weights * f).sum()) * d_s, weights * d_f])
-            for name, f, d_f in (("naive", -s, -d_s), ("rb", r, d_r))
-        }
-        jvp, size = float(terms["rb"].sum()), float(np.abs(terms["rb"]).sum())
-        of = {
-            which: [
-                _error(sheet[f"taylor.{which}"][k], terms[name], unit * width, terms_of_change)
-                for k, name in enumerate(("naive", "rb"))
-            ]
-            for which, width in WIDTHS.items()
-        }
-        smooth = _kinks(of, errors)
-        if smooth and errors["rb"] is not None and config["generation"]["top_p"] == 1.0:
-            lengths = sheet["taylor.gen_lens"].astype(np.float64)
-            per_token = r.mean() / lengths.mean()
-            slope = (d_r + (r - per_token * lengths) * d_s).mean() / lengths.mean()
-            found = _derivatives(sheet["taylor.stencil"][2], unit * WIDTHS["stencil"])[0]
-            of_size = size / lengths.mean()
-            errors["per_token"] = float(abs(found - slope) / of_size) if of_size > 0 else math.inf
-    order, opposite = None, sheet["taylor.opposite"]
-    if jvp is not None:
-        both = delta - jvp * etas, opposite + jvp * etas
-        order = _order(etas, *both, floor, ORDER_RANGE * radius)
-    asymmetry, some = sheet["taylor.asymmetry"], etas[::2]
-    trusted = np.ones(len(etas), bool)
+        d_s, d_r = sheet.terms("taylor", "d_seq_logp d_rb_sum")
+        # d/dη of Σŵf: Σŵ(f − Ĥ)·D_vS + ŵ·D_vf
+        naive, rb = (
+            (w * terms(f - (w * f).sum()) * d_s + w * d_f).sum()
+            for f, d_f in ((-s, -d_s), (r, d_r))
+        )
+        slope = rb
+        errors["naive"], errors["rb"], smooth = _identities(sheet, (naive, rb), unit, change)
+        if smooth and errors["rb"] is not None and not sheet.restricted:
+            # D of Σŵf/ΣŵT, over the size of the terms of rb
+            mean, h = lengths.mean(), r.mean() / lengths.mean()
+            own = (d_r.value + (r - h * lengths) * d_s.value).mean() / mean
+            found = _derivatives(stencil[2], unit * WIDTHS["stencil"])[0]
+            errors["per_token"] = _over(found - own, rb.size / mean)
+        remainders = delta - rb.value * etas, opposite + rb.value * etas
+        order = _order(etas, *remainders, floor, ORDER_RANGE * radius)
+    trusted = slice(None)
     if sheet.has("taylor.delta_h_there"):
-        least = max(abs(first), TRUSTED * size) * etas
+        least = max(abs(first), TRUSTED * (slope.size if slope else 0.0)) * etas
         off = np.abs(sheet["taylor.delta_h_there"] - delta)
         trusted = _longest(off <= TRUSTED * np.maximum(np.abs(delta), least))
-    known = etas[trusted]
-    tiny = (some <= 1.5e-4 * unit) & (some <= _smooth_up_to(some, asymmetry <= LIKE * moved))
-    moves = bool((moved != 0).any())
+    known = [float(eta) for eta in etas[trusted]]
+    tiny = (few <= 1.5e-4 * unit) & (few <= _smooth_up_to(few, asymmetry <= LIKE * moved))
+    moves, of_delta = bool(moved.any()), _order(etas, delta, -opposite, floor, SLOPE_RANGE * radius)
     figures = {
         "taylor_eta_min": float(etas[0]),
         "taylor_eta_max": float(etas[-1]),
         "taylor_radius": radius,
-        "taylor_slope": jvp,
-        "taylor_order": order if smooth else None,
-        "delta_h_slope": _order(etas, delta, -opposite, floor, SLOPE_RANGE * radius)
-        if smooth
-        else None,
-        "logit_slope": _loglog(some[tiny], moved[tiny]) if moves else None,
+        "taylor_slope": slope,
+        # what is left once the slope is taken off may be no more than a thousand roundings
+        "taylor_order": Terms(order, 1e3) if smooth and order is not None else None,
+        "delta_h_slope": of_delta if smooth else None,
+        "logit_slope": _loglog(few[tiny], moved[tiny]) if moves else None,
         "logit_monotone": bool((np.diff(moved[tiny]) > 0).all()) if moves else None,
-        "trusted_eta_min": float(known[0]) if len(known) else None,
-        "trusted_eta_max": float(known[-1]) if len(known) else None,
+        "trusted_eta_min": min(known, default=None),
+        "trusted_eta_max": max(known, default=None),
     }
-    figures |= {f"identity_error_{name}": error for name, error in errors.items()}
-    # what is left once the slope is taken off may be no more than a thousand roundings
-    sizes = {
-        "taylor_slope": size,
-        "taylor_order": 1e3,
-        **{n: 1.0 for n in figures if n.startswith("identity")},
-    }
-    for name, again in figures.items():
-        sheet.write(f"continuity.{name}", again, sizes.get(name))
-    grid = unit * 10 ** (np.arange(len(etas)) / 2 - (len(etas) - 1) / 2 - 1)
-    sheet.hold("taylor.etas", grid.tolist())
+    for name, error in errors.items():
+        figures[f"identity_error_{name}"] = None if error is None else Terms(error, 1.0)
+    sheet.section("continuity", figures)
 
 
 def _derivatives(at: np.ndarray, h: float) -> tuple[float, float, float]:
@@ -113,36 +93,32 @@ def _derivatives(at: np.ndarray, h: float) -> tuple[float, float, float]:
     )
 
 
-def _radius(first: float, second: float, third: float) -> float:
-    """min(2|f′/f″|, 3|f″/f‴|)."""
-    if not math.isfinite(first + second + third):
-        return math.nan
-    found = []
-    for above, below in ((2 * abs(first), abs(second)), (3 * abs(second), abs(third))):
-        found.append(above / below if below else (math.inf if above else 0.0))
-    return min(found)
+def _over(a: float, b: float) -> float:
+    """|a/b|, infinite over 0, but 0 of 0."""
+    return abs(a) / abs(b) if b else (math.inf if a else 0.0)
 
 
-def _error(at: np.ndarray, terms: np.ndarray, h: float, change: float) -> float | None:
-    """|f′ − Σterms|/Σ|terms|; None where both are within the rounding of a difference, 1e-8/h of what is added up in a
-    `change`."""
-    found, size = _derivatives(at, h)[0], float(np.abs(terms).sum())
-    if max(size, abs(found)) <= 1e-8 * change / h:
-        return None
-    return abs(found - float(terms.sum())) / size if size else math.inf
+def _identities(
+    sheet: Sheet, slopes: tuple[Terms, Terms], unit: float, change: float
+) -> tuple[float | None, float | None, bool]:
+    """|f′ − slope|/size of naive and rb, by the step that crosses no kink, and whether there are none in the range.
 
-
-def _kinks(of: dict[str, list[float | None]], errors: dict[str, float | None]) -> bool:
-    """Whether there are none in the range; `errors` of naive and rb by the step that crosses none."""
-    short, near, far = (
-        max((e for e in of[which] if e is not None), default=0.0) for which in WIDTHS
-    )
-    errors["naive"], errors["rb"] = of["stencil"]
+    None where both are within the rounding of a difference, 1e-8/h of what is added up in a `change`.
+    """
+    of: dict[str, list[float | None]] = {}
+    for which, width in WIDTHS.items():
+        h = unit * width
+        found = [_derivatives(row, h)[0] for row in sheet[f"taylor.{which}"][:2]]
+        of[which] = [
+            None
+            if max(slope.size, abs(f)) <= 1e-8 * change / h
+            else _over(f - slope.value, slope.size)
+            for f, slope in zip(found, slopes, strict=True)
+        ]
+    short, near, far = (max((e for e in row if e is not None), default=0.0) for row in of.values())
     if short > SHORT and near < short / 10:
-        both = [None, None] if SHORT < near < KINKED else of["near"]
-        errors["naive"], errors["rb"] = both
-        return False
-    return not (short <= SHORT and far > KINKED)
+        return *([None, None] if SHORT < near < KINKED else of["near"]), False
+    return *of["stencil"], not (short <= SHORT and far > KINKED)
 
 
 def _loglog(etas: np.ndarray, values: np.ndarray) -> float:
@@ -162,29 +138,24 @@ def _order(
         return math.nan
     inside = np.flatnonzero(etas <= most)
     lost = inside[np.abs(values[inside]) <= floor]
-    chosen = inside[inside > (lost[-1] if len(lost) else -1)]
-    apart = np.abs(values - mirrored)[chosen]
-    like = apart <= LIKE * np.maximum(np.abs(values), np.abs(mirrored))[chosen]
-    chosen = chosen[etas[chosen] <= _smooth_up_to(etas[chosen], like)]
+    chosen = inside[inside > lost.max(initial=-1)]
+    like = np.abs(values - mirrored) <= LIKE * np.maximum(np.abs(values), np.abs(mirrored))
+    chosen = chosen[etas[chosen] <= _smooth_up_to(etas[chosen], like[chosen])]
     return _loglog(etas[chosen], values[chosen]) if _spans(etas[chosen]) else None
 
 
 def _smooth_up_to(etas: np.ndarray, like: np.ndarray) -> float:
     """The last η before the first that is not `like`; infinite where all are, or where too few lie before it."""
-    before = len(etas) if like.all() else int(np.argmin(like))
-    return float(etas[before - 1]) if before < len(etas) and _spans(etas[:before]) else math.inf
+    before = etas[: len(etas) if like.all() else int(np.argmin(like))]
+    return float(before[-1]) if len(before) < len(etas) and _spans(before) else math.inf
 
 
 def _spans(etas: np.ndarray) -> bool:
     return len(etas) >= 2 and math.log10(etas[-1] / etas[0]) >= DECADES - 1e-9
 
 
-def _longest(holds: np.ndarray) -> np.ndarray:
-    """True on the longest stretch on which it holds; of equally long ones, the last."""
-    best, start = range(0), 0
-    for end in range(len(holds) + 1):
-        if end == len(holds) or not holds[end]:
-            if end > start and end - start >= len(best):
-                best = range(start, end)
-            start = end + 1
-    return np.isin(np.arange(len(holds)), best)
+def _longest(holds: np.ndarray) -> slice:
+    """The longest stretch on which it holds; of equally long ones, the last."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], holds, [False]]).astype(int)))
+    stretches = edges.reshape(-1, 2).tolist()
+    return slice(*max(stretches, key=lambda s: (s[1] - s[0], s[0]), default=(0, 0)))
