@@ -18,16 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from entropy_probe_checks.audit import (
-    batches,
-    change,
-    first_order,
-    optimizer,
-    predictors,
-    resolution,
-    slopes,
-    taylor,
-)
+from entropy_probe_checks.audit import batches, change, first_order, optimizer, slopes, taylor
 from entropy_probe_checks.audit.sheet import Line, Sheet
 
 __all__ = ["LIMIT", "Line", "audit", "text", "worst"]
@@ -49,19 +40,22 @@ class Kept(Protocol):
 def audit(report: Mapping[str, Any], evidence: Kept) -> list[Line]:
     """A line for every figure, the report as a plain dict (that of report.json)."""
     sheet = Sheet(report, evidence.arrays, evidence.facts)
-    sheet.write("checkpoint.fingerprint", evidence.facts["fingerprint"])
+    sheet.compare(
+        "checkpoint.fingerprint", report["checkpoint"]["fingerprint"], sheet.facts["fingerprint"]
+    )
     batches.write(sheet)
+    optimizer.write(sheet)
     along = None
-    if sheet.has("u.gram.k") or sheet.has("u.gram.sums"):
+    if "u.gram.k" in sheet or "u.gram.sums" in sheet:
         first_order.write(sheet)
         along = slopes.write(sheet)
-    else:
-        for name in ("first_order", "two_batch", "update"):
-            sheet.write(name, None)
-    resolution.write(sheet, along)
-    predictors.write(sheet, along)
+    else:  # an optimizer without a second moment has no such step
+        for section in ("first_order", "two_batch", "update"):
+            sheet.nothing(section)
+        for name in ("of_entropies", "of_visits"):
+            sheet.estimate(f"predictors.{name}", None)
+            sheet.estimate(f"predictors.{name}_per_response", None)
     change.write(sheet, along)
-    optimizer.write(sheet)
     taylor.write(sheet)
     return sheet.lines
 

@@ -23,11 +23,11 @@ def write(sheet: Sheet) -> None:
         "y_coverage": len(y) / len(names),
         "uncovered": [n for n in names if n not in x & y],
     }
-    if not sheet.has("sum.p_min"):
-        sheet.section("registry", registry)
-        sheet.write("preconditioner", None)
+    if "sum.p_min" not in sheet:
+        sheet.write("registry", **registry)
+        sheet.nothing("preconditioner")
         return
-    sheet.section("registry", registry | {"num_parameters": int(sheet["sum.numel"].sum())})
+    sheet.write("registry", **registry, num_parameters=int(sheet["sum.numel"].sum()))
     fresh = {h["name"] for h in sheet.facts["hyper"] if h["step"] == 0}
     preconditioner = {
         "num_tensors": len(sheet["sum.p_min"]),
@@ -36,7 +36,7 @@ def write(sheet: Sheet) -> None:
         "smallest": float(np.min(sheet["sum.p_min"])),
         "largest": float(np.max(sheet["sum.p_max"])),
     }
-    sheet.section("preconditioner", preconditioner | _match(sheet, y))
+    sheet.write("preconditioner", **preconditioner, **_match(sheet, y))
 
 
 def _match(sheet: Sheet, with_gradient: set[str]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class Line:
 
     def __str__(self) -> str:
         reported, again = (
-            f"{value:.17g}" if isinstance(value, float) else str(value)[:60]
-            for value in (self.reported, self.again)
+            f"{x:.17g}" if isinstance(x, float) else str(x)[:60]
+            for x in (self.reported, self.again)
         )
         return f"{self.name}: {reported} reported, {again} computed again"
 
@@ -42,16 +42,15 @@ class Sheet:
         array = self.arrays[name]
         return array.astype(np.float64) if array.dtype.kind == "f" else array
 
-    def has(self, name: str) -> bool:
+    def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
     def terms(self, prefix: str, names: str) -> list[Terms]:
         return [terms(self[f"{prefix}.{name}"]) for name in names.split()]
 
     def lengths(self, which: str) -> np.ndarray:
-        """Tokens of every response [B, G]."""
-        prompts = len(self[f"{which}.rewards"])
-        return self[f"{which}.gen_lens"].reshape(prompts, -1).astype(np.float64)
+        """Tokens of every response [B, G]; 0 of one that a smaller group lacks."""
+        return self[f"{which}.gen_lens"].reshape(self[f"{which}.rewards"].shape).astype(np.float64)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -62,58 +61,59 @@ class Sheet:
         """Whether weights reach no further than the nucleus."""
         return self.config["generation"]["top_p"] < 1
 
-    def write(self, name: str, again: Any) -> None:
-        """Compare the field `name` of the report, a path with dots, with `again`."""
-        reported: Any = self.report
-        for key in name.split("."):
-            reported = reported[int(key)] if isinstance(reported, list) else reported[key]
-        self._compare(name, reported, again)
+    def write(self, place: str, /, **figures: Any) -> None:
+        """Compare fields of a section of the report, a path with dots, with these figures."""
+        for name, again in figures.items():
+            reported: Any = self.report
+            for key in (*place.split("."), name):
+                key = int(key) if isinstance(reported, list) else key
+                reported = None if reported is None else reported[key]
+            self.compare(f"{place}.{name}", reported, again)
 
-    def section(self, name: str, figures: Mapping[str, Any]) -> None:
-        for key, again in figures.items():
-            self.write(f"{name}.{key}", again)
+    def estimate(self, name: str, of: Terms | None, with_interval: bool = False) -> None:
+        """Compare the field `name`, its standard error and its interval."""
+        place, _, name = name.rpartition(".")
+        se = of.se if of is not None and len(of.value) > 1 else None
+        self.write(place, **{name: of and of.mean(), f"{name}_se": se})
+        if with_interval:
+            self.write(place, **{f"{name}_interval": of and of.interval})
 
-    def hold(self, name: str, again: Any) -> None:
-        """Compare an array of the evidence, which was used as it is."""
-        self._compare(name, self[name], again)
+    def nothing(self, section: str) -> None:
+        """Say that the report has no such section."""
+        self.compare(section, self.report[section], None)
 
-    def _compare(self, name: str, reported: Any, again: Any) -> None:
-        own, theirs = _parts(again), _parts(reported)
+    def compare(self, name: str, reported: Any, again: Any) -> None:
+        own, theirs = _entries(again), _entries(reported) or {}
         if own is None:
-            again, size = (again.value, again.size) if isinstance(again, Terms) else (again, None)
-            self.lines.append(Line(name, reported, again, difference(reported, again, size)))
-            return
-        theirs = theirs or {}
-        if own.keys() != theirs.keys():
+            value, size = (again.value, again.size) if isinstance(again, Terms) else (again, None)
+            self.lines.append(Line(name, reported, value, difference(reported, value, size)))
+        elif own.keys() != theirs.keys():
             self.lines.append(Line(name, reported, again, math.inf))
-        for key, entry in own.items():
+        for key, entry in (own or {}).items():
             if key in theirs:
-                self._compare(name + key, theirs[key], entry)
+                self.compare(name + key, theirs[key], entry)
 
 
-def _parts(of: Any) -> dict[str, Any] | None:
-    """The entries of a mapping or a list, by what their names end with."""
+def _entries(of: Any) -> dict[str, Any] | None:
+    """Of a mapping or a list, by what their names end with."""
     if isinstance(of, Mapping):
         return {f".{key}": entry for key, entry in of.items()}
     if isinstance(of, list | tuple) or np.ndim(of.value if isinstance(of, Terms) else of):
-        size = len(of.value if isinstance(of, Terms) else of)
-        return {f"[{k}]": of[k] for k in range(size)}
+        length = len(of.value if isinstance(of, Terms) else of)
+        return {f"[{k}]": of[k] for k in range(length)}
     return None
 
 
 def difference(reported: Any, again: Any, size: float | None = None) -> float:
     """|reported − again|/size, without a size over |again|. Texts, flags, counts and None are the same or not: 0 or
     infinity."""
-    if isinstance(again, np.generic):
-        again = again.item()
     if not isinstance(again, float):
         return 0.0 if reported == again else math.inf
-    if reported is None or isinstance(reported, bool):
+    if isinstance(reported, bool | None):
         return math.inf
     reported = float(reported)  # "NaN" and "Infinity" are texts in JSON
     if reported == again or (math.isnan(reported) and math.isnan(again)):
         return 0.0
-    if not (math.isfinite(reported) and math.isfinite(again)):
-        return math.inf
     scale = max(abs(again) if size is None else float(size), abs(again))
-    return abs(reported - again) / scale if scale > 0 else math.inf
+    off = abs(reported - again) / scale if scale > 0 else math.inf
+    return off if math.isfinite(off) else math.inf

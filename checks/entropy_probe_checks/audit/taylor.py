@@ -19,16 +19,29 @@ WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 3e-2}
 
 def write(sheet: Sheet) -> None:
     """The fields of section `continuity` that belong to them, where they were made."""
-    if not sheet.has("taylor.etas"):
+    if "taylor.etas" not in sheet:
         return
     etas, delta, opposite, moved, asymmetry, w, s, r, lengths, stencil = (
         sheet[f"taylor.{name}"]
-        for name in "etas delta_h opposite logits asymmetry weights seq_logp rb_sum gen_lens stencil".split()
+        for name in [
+            "etas",
+            "delta_h",
+            "opposite",
+            "logits",
+            "asymmetry",
+            "weights",
+            "seq_logp",
+            "rb_sum",
+            "gen_lens",
+            "stencil",
+        ]
     )
     unit, few = 10 * float(etas[-1]), etas[::2]
-    sheet.hold("taylor.etas", unit * 10 ** ((np.arange(len(etas)) - (len(etas) - 1)) / 2 - 1))
+    sheet.compare(
+        "taylor.etas", etas, unit * 10 ** ((np.arange(len(etas)) - (len(etas) - 1)) / 2 - 1)
+    )
     if not sheet.restricted:
-        sheet.hold("taylor.weights", np.full(s.shape, 1 / s.size))
+        sheet.compare("taylor.weights", w, np.full(s.shape, 1 / s.size))
     entropy, each = float((w * r).sum()), math.sqrt(lengths.mean() / s.size)
     change = max(entropy, each * (1 + float(sheet["taylor.logit"].max()) * entropy) / 10)
     floor = 1e3 * float(np.finfo(float).eps) * change
@@ -36,7 +49,7 @@ def write(sheet: Sheet) -> None:
     radius = min(_over(2 * first, second), _over(3 * second, third))
     radius = radius if math.isfinite(first + second + third) else math.nan
     errors, smooth, slope, order = dict.fromkeys(("naive", "rb", "per_token")), True, None, None
-    if sheet.has("taylor.d_seq_logp"):
+    if "taylor.d_seq_logp" in sheet:
         d_s, d_r = sheet.terms("taylor", "d_seq_logp d_rb_sum")
         # d/dη of Σŵf: Σŵ(f − Ĥ)·D_vS + ŵ·D_vf
         naive, rb = (
@@ -54,7 +67,7 @@ def write(sheet: Sheet) -> None:
         remainders = delta - rb.value * etas, opposite + rb.value * etas
         order = _order(etas, *remainders, floor, ORDER_RANGE * radius)
     trusted = slice(None)
-    if sheet.has("taylor.delta_h_there"):
+    if "taylor.delta_h_there" in sheet:
         least = max(abs(first), TRUSTED * (slope.size if slope else 0.0)) * etas
         off = np.abs(sheet["taylor.delta_h_there"] - delta)
         trusted = _longest(off <= TRUSTED * np.maximum(np.abs(delta), least))
@@ -76,7 +89,7 @@ def write(sheet: Sheet) -> None:
     }
     for name, error in errors.items():
         figures[f"identity_error_{name}"] = None if error is None else Terms(error, 1.0)
-    sheet.section("continuity", figures)
+    sheet.write("continuity", **figures)
 
 
 def _derivatives(at: np.ndarray, h: float) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Numbers that know the size of what was added to make them; and figures that are means over prompts."""
+"""Numbers that know the size of what was added to make them; and estimates, which are means over prompts."""
 
 import math
 from collections.abc import Callable
@@ -37,47 +37,50 @@ class Terms:
         other = terms(other)
         return Terms(self.value + other.value, self.size + other.size)
 
+    def __mul__(self, other: Any) -> "Terms":
+        other = terms(other)
+        return Terms(self.value * other.value, self.size * other.size)
+
+    def __truediv__(self, other: Any) -> "Terms":
+        """Of a/b it is what an error of either changes: |a|/b + |a/b|·|b|/b."""
+        if not isinstance(other, Terms):
+            return self * (1 / other)
+        size = self.size + abs(self.value / other.value) * other.size
+        return Terms(self.value / other.value, size / abs(other.value))
+
+    def __sub__(self, other: Any) -> "Terms":
+        return self + -terms(other)
+
     def __neg__(self) -> "Terms":
         return Terms(-self.value, self.size)
 
     def __abs__(self) -> "Terms":
         return Terms(abs(self.value), self.size)
 
-    def __sub__(self, other: Any) -> "Terms":
-        return self + -terms(other)
-
-    def __rsub__(self, other: Any) -> "Terms":
-        return -self + other
-
-    def __mul__(self, other: Any) -> "Terms":
-        other = terms(other)
-        return Terms(self.value * other.value, self.size * other.size)
-
-    def __truediv__(self, other: Any) -> "Terms":
-        """Of a/b it is what an error in either changes: |a|/b + |a/b|·|b|/b."""
-        if not isinstance(other, Terms):
-            return self * (1 / other)
-        ratio, under = self.value / other.value, np.abs(other.value)
-        return Terms(ratio, self.size / under + np.abs(ratio) * other.size / under)
-
     __radd__, __rmul__ = __add__, __mul__
 
     @property
-    def se(self) -> "Terms | None":
-        if len(self.value) < 2:
-            return None
-        return Terms(
-            math.sqrt(scatter(self.value) / (len(self.value) - 1) / len(self.value)),
-            self.size.mean(),
-        )
-
-    @property
-    def interval(self) -> "Terms | None":
-        return self.se and interval(self.mean(), self.se.value, len(self.value) - 1)
-
-    @property
-    def influence(self) -> "Terms":
+    def beside(self) -> "Terms":
+        """What is beside the mean."""
         return Terms(self.value - self.value.mean(), self.size)
+
+    @property
+    def even(self) -> "Terms":
+        """With entries that are all of the same size."""
+        return Terms(self.value, self.size.mean() * np.ones(self.value.shape))
+
+    @property
+    def se(self) -> "Terms":
+        n = len(self.value)
+        return Terms(math.sqrt(scatter(self.value) / (n - 1) / n), self.size.mean())
+
+    @property
+    def interval(self) -> "Terms":
+        return interval(self.mean(), self.se.value, len(self.value) - 1)
+
+    @property
+    def both(self) -> dict[str, "Terms"]:
+        return {"value": self.mean(), "se": self.se}
 
 
 def terms(of: Any) -> Terms:
@@ -90,6 +93,11 @@ def scatter(x: np.ndarray) -> float:
     return math.fsum((x - math.fsum(x) / len(x)) ** 2)
 
 
+def norm(squares: np.ndarray) -> float:
+    """√Σ, of squares by tensor."""
+    return math.sqrt(math.fsum(squares))
+
+
 def interval(centre: Terms, se: float, degrees: int) -> Terms:
     """95 %: centre ± t·SE."""
     half = student.quantile(0.95, degrees) * se
@@ -97,18 +105,12 @@ def interval(centre: Terms, se: float, degrees: int) -> Terms:
 
 
 def around(value: Terms, influence: np.ndarray) -> Terms:
-    """An estimate with this value, from what each prompt says of it."""
-    return Terms(value.value + influence - influence.mean(), value.size * np.ones(len(influence)))
+    """The estimate with this value, of which every prompt says so much more or less."""
+    return Terms(value.value + influence - influence.mean(), value.size + 0 * influence)
 
 
 def ratio(over: Any, under: Any) -> Terms:
-    """The estimate h = Σa/Σb: prompt n says (Σ_g a_ng − h·Σ_g b_ng)/b̄, with b̄ the mean of Σ_g b_ng over prompts."""
+    """The estimate h = Σa/Σb. Prompt n says (a_n − h·b_n)/b̄, with a_n and b_n the sums of its responses."""
     a, b = (terms(x).each(lambda x: x.reshape(len(x), -1).sum(1)) for x in (over, under))
     h = a.sum() / b.sum().value
     return around(h, (a.value - h.value * b.value) / b.value.mean())
-
-
-def estimate(name: str, of: Terms | None, with_interval: bool = False) -> dict[str, Any]:
-    """The fields of an estimate, by name."""
-    found = {name: of and of.mean(), f"{name}_se": of and of.se}
-    return found | ({f"{name}_interval": of and of.interval} if with_interval else {})
