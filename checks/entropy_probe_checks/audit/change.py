@@ -1,5 +1,4 @@
-"""ΔĤ(η) by importance weights, how far the prediction is from it, and what the noise can tell of the next step (MATH.md,
-realised change)."""
+"""ΔĤ(η) by importance weights, its prediction, what the noise can tell of the next step (MATH.md, realised change)."""
 
 import math
 from functools import partial
@@ -7,7 +6,6 @@ from functools import partial
 import numpy as np
 
 from entropy_probe_checks.audit import slopes, tail
-from entropy_probe_checks.audit.batches import update
 from entropy_probe_checks.audit.first_order import learning_rate
 from entropy_probe_checks.audit.sheet import Sheet
 from entropy_probe_checks.audit.slopes import Along
@@ -52,7 +50,7 @@ def weights(log_w: np.ndarray, clip: float | None = None) -> tuple[np.ndarray, f
 def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     """Ĥ⁺ − Ĥ, Ĥ = Σŵf/ΣŵT of f = −S (naive) or R (rb), with T = 1 per response; its prediction, and what is between."""
     row, config = f"entropy_change.{k}", sheet.config["true_delta_h"]
-    write, estimate = partial(sheet.write, row), sheet.estimate
+    write, estimates = partial(sheet.write, row), partial(sheet.estimates, row)
     t, by_token = sheet.lengths("e"), config["normalize"] == "per_token"
     s, s_q, r = (sheet[f"e.{name}"].sum(-1) for name in ("logp", "logq", "entropy"))
     s_after, r_after = (sheet[f"after.{k}.{name}"].sum(-1) for name in ("logp", "entropy"))
@@ -89,26 +87,28 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     if along is not None and not sheet.restricted:
         pd, pd_token = by_performance(sheet, k)
         pd = pd_token if by_token else pd
-    estimate(f"{row}.delta_h", change(-s, -s_after, by_token), with_interval=True)
-    estimate(f"{row}.delta_h_rb", rb, with_interval=True)
-    estimate(f"{row}.delta_h_per_token", rb_token, with_interval=True)
-    estimate(f"{row}.delta_h_per_token_naive", change(-s, -s_after, True))
-    estimate(f"{row}.delta_h_pd", pd, with_interval=True)
-    estimate(f"{row}.delta_h_per_token_pd", pd_token, with_interval=True)
-    write(delta_h_rb_by_prompt=rb.beside, delta_h_pd_by_prompt=pd and pd.beside)
+    estimates(delta_h=change(-s, -s_after, by_token), delta_h_rb=rb, delta_h_pd=pd)
+    estimates(delta_h_per_token=rb_token, delta_h_per_token_pd=pd_token)
+    estimates(delta_h_per_token_naive=change(-s, -s_after, True))
+    write(delta_h_rb_by_prompt=rb - rb.mean(), delta_h_pd_by_prompt=pd and pd - pd.mean())
     if pd and method == "snis" and not clipped:
         rb, rb_token = pd, pd_token
-    predicted = in_range = None
-    for ending, realised, name in (("_per_token", rb_token, "of_tokens"), ("", rb, "asked")):
-        difference = None
-        if along is not None and not sheet.restricted:
-            predicted = expansion(sheet, eta, *getattr(along, name))
-            difference = of_units(sheet, realised, len(predicted.value)) - predicted
-            in_range = bool(reliable and enough and abs(eta) <= along.reach)
-        estimate(f"{row}.predicted{ending}", predicted)
-        estimate(f"{row}.difference{ending}", difference)
-    some = predicted is not None and predicted.mean().value != 0
-    write(ratio=rb.mean() / predicted.mean() if some else None, in_range=in_range)
+    if along is None or sheet.restricted:
+        names = ("predicted", "difference", "predicted_per_token", "difference_per_token")
+        estimates(**dict.fromkeys(names))
+        write(ratio=None, in_range=None)
+        return
+    for ending, realised, pair in (
+        ("", rb, along.asked),
+        ("_per_token", rb_token, along.of_tokens),
+    ):
+        predicted = expansion(sheet, eta, *pair)
+        off = of_units(sheet, realised, len(predicted.value)) - predicted
+        estimates(**{f"predicted{ending}": predicted, f"difference{ending}": off})
+        if not ending:
+            some = predicted.mean().value != 0
+            write(ratio=rb.mean() / predicted.mean() if some else None)
+    write(in_range=bool(reliable and enough and abs(eta) <= along.reach))
 
 
 def by_performance(sheet: Sheet, k: int) -> tuple[Terms, Terms]:
@@ -119,7 +119,7 @@ def by_performance(sheet: Sheet, k: int) -> tuple[Terms, Terms]:
     h, h_after = terms(sheet["e.entropy"]), terms(sheet[f"after.{k}.entropy"])
     log_rho = sheet[f"after.{k}.logp"] - sheet["e.logp"]
     before = np.exp(np.cumsum(log_rho, -1) - log_rho)
-    c, c_length = slopes.both_coefficients(sheet, slopes.in_use(sheet))
+    c, c_length = slopes.coefficients(sheet)
     d = (before * (h_after - h) + before * np.expm1(log_rho) * c).sum(-1)
     e = (before * np.expm1(log_rho) * c_length).sum(-1)
     r, lengths = h.sum(-1), sheet.lengths("e")
@@ -153,9 +153,9 @@ def _resolution(sheet: Sheet, along: Along) -> None:
     mean, se, size = token.mean().value, token.se.value, token.size.mean()
     write(per_token=2 * token.se, per_response=2 * response.se)
     write(prompts_needed=math.ceil(prompts * (2 * se / mean) ** 2) if mean else None)
-    spread, next_step = slopes.spread(slopes.by_unit(sheet, "u.y_dxt"), lr), None
+    spread, next_step = along.spread, None
     if sheet.facts["source"][1] == "sampled" and spread:
-        degrees = min(prompts, len(sheet[f"{update(sheet)}.rewards"])) - 1
+        degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
         both = math.hypot(se, math.sqrt(2) * spread.value)
         next_step = interval(Terms(mean, size + spread.size), both, degrees)
     target = sheet.config["batch"]["target_se"]

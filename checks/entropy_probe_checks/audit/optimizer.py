@@ -2,60 +2,49 @@
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.batches import update
 from entropy_probe_checks.audit.sheet import Sheet
 from entropy_probe_checks.audit.terms import Terms
 
+# of second moments: standard errors that decide, entries that say something, what rows and columns share
 CLEAR, FEWEST, SHARED = 5.0, 8, 0.04
-"""Of second moments: standard errors that decide, entries that say something, and what rows and columns share."""
 
 
 def write(sheet: Sheet) -> None:
-    names = sheet.facts["names"]
-    x, y = (set(itertools.compress(names, of)) for of in sheet[f"{update(sheet)}.reached"])
-    registry = {
-        "num_tensors": len(names),
-        "x_coverage": len(x) / len(names),
-        "y_coverage": len(y) / len(names),
-        "uncovered": [n for n in names if n not in x & y],
-    }
+    names, hyper = sheet.facts["names"], sheet.facts["hyper"]
+    x, y = (set(itertools.compress(names, of)) for of in sheet[f"{sheet.u}.reached"])
+    uncovered = [name for name in names if name not in x & y]
+    sheet.write("registry", num_tensors=len(names), uncovered=uncovered)
+    sheet.write("registry", x_coverage=len(x) / len(names), y_coverage=len(y) / len(names))
     if "sum.p_min" not in sheet:
-        sheet.write("registry", **registry)
         sheet.nothing("preconditioner")
         return
-    sheet.write("registry", **registry, num_parameters=int(sheet["sum.numel"].sum()))
-    fresh = {h["name"] for h in sheet.facts["hyper"] if h["step"] == 0}
-    preconditioner = {
-        "num_tensors": len(sheet["sum.p_min"]),
-        "missing": [n for n in names if n in fresh or n not in sheet.facts["moved"]],
-        "num_nonfinite": int(sheet["sum.p_nonfinite"].sum()),
-        "smallest": float(np.min(sheet["sum.p_min"])),
-        "largest": float(np.max(sheet["sum.p_max"])),
-    }
-    sheet.write("preconditioner", **preconditioner, **_match(sheet, y))
-
-
-def _match(sheet: Sheet, with_gradient: set[str]) -> dict[str, Any]:
-    """The pair of tensors of one shape that would fit each other's second moments best, and those nothing speaks of."""
-    sizes = {h["name"]: math.prod(h["shape"]) for h in sheet.facts["hyper"]}
+    sheet.write("registry", num_parameters=int(sheet["sum.numel"].sum()))
+    stepped = {h["name"] for h in hyper if h["step"] > 0}
+    known = set(sheet.facts["moved"]) - {h["name"] for h in hyper if h["step"] == 0}
+    p_min, p_max, nonfinite = (sheet[f"sum.p_{n}"] for n in ("min", "max", "nonfinite"))
+    sheet.write("preconditioner", num_tensors=len(p_min), num_nonfinite=int(nonfinite.sum()))
+    sheet.write("preconditioner", smallest=float(p_min.min()), largest=float(p_max.max()))
+    sheet.write("preconditioner", missing=[name for name in names if name not in known])
+    # the pair of one shape that would fit each other's second moments best, and tensors nothing speaks of
     shapes: dict[tuple[int, ...], list[str]] = {}
-    for one in sheet.facts["hyper"]:
-        if one["step"] > 0 and one["name"] in with_gradient:
+    for one in hyper:
+        if one["name"] in stepped & y:
             shapes.setdefault(tuple(one["shape"]), []).append(one["name"])
+    sizes = {name: math.prod(shape) for shape, names in shapes.items() for name in names}
     pairs = [pair for names in shapes.values() for pair in itertools.combinations(names, 2)]
     evidence = sheet["match.pairs"] if pairs else np.zeros(0)
     undecided = {n for pair, e in zip(pairs, evidence, strict=True) if e > -CLEAR for n in pair}
-    return {
-        "exchanged": Terms(_exchange(sheet), 1e6) if pairs else None,
-        "exchanged_pair": pairs[int(np.argmax(evidence))] if pairs else None,
-        "num_pairs": len(pairs),
-        "num_undecided": int((evidence > -CLEAR).sum()),
-        "undecided": sorted(undecided, key=lambda name: (sizes[name], name)),
-    }
+    sheet.write(
+        "preconditioner",
+        exchanged=Terms(_exchange(sheet), 1e6) if pairs else None,
+        exchanged_pair=pairs[int(np.argmax(evidence))] if pairs else None,
+        num_pairs=len(pairs),
+        num_undecided=int((evidence > -CLEAR).sum()),
+        undecided=sorted(undecided, key=lambda name: (sizes[name], name)),
+    )
 
 
 def _exchange(sheet: Sheet) -> float:
@@ -64,8 +53,7 @@ def _exchange(sheet: Sheet) -> float:
     for i, j in itertools.product(range(2), repeat=2):
         squares, moments = sheet["match.squares"][i], sheet["match.of_pair"][j]
         both = (squares > 0) & (moments > 0)
-        entries[i, j] = max(both.sum(), FEWEST)
-        a, b = np.log(squares[both]), np.log(moments[both])
+        a, b, entries[i, j] = np.log(squares[both]), np.log(moments[both]), max(both.sum(), FEWEST)
         if len(a) >= FEWEST and a.std() * b.std() > 1e-12:
             z[i, j] = math.atanh(np.clip(np.corrcoef(a, b)[0, 1], -0.999, 0.999))
     gain = 0.5 * (z[0, 1] + z[1, 0] - z[0, 0] - z[1, 1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.terms import Terms, terms
+from entropy_probe_checks.audit.terms import Terms, interval, terms
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Sheet:
     facts: Mapping[str, Any]
     lines: list[Line] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.config = self.report["config"]
+        self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
+        self.restricted = self.config["generation"]["top_p"] < 1  # weights reach the nucleus alone
+
     def __getitem__(self, name: str) -> np.ndarray:
         """An array of the evidence, in float64 unless it holds integers."""
         array = self.arrays[name]
@@ -52,35 +57,31 @@ class Sheet:
         """Tokens of every response [B, G]; 0 of one that a smaller group lacks."""
         return self[f"{which}.gen_lens"].reshape(self[f"{which}.rewards"].shape).astype(np.float64)
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.report["config"]
+    def section(self, path: str) -> dict[str, Any]:
+        found: Any = self.report
+        for key in path.split("."):
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        return found
 
-    @property
-    def restricted(self) -> bool:
-        """Whether weights reach no further than the nucleus."""
-        return self.config["generation"]["top_p"] < 1
-
-    def write(self, place: str, /, **figures: Any) -> None:
-        """Compare fields of a section of the report, a path with dots, with these figures."""
+    def write(self, path: str, /, **figures: Any) -> None:
+        """Compare fields of a section, whose path has dots, with these figures."""
+        reported = self.section(path)
         for name, again in figures.items():
-            reported: Any = self.report
-            for key in (*place.split("."), name):
-                key = int(key) if isinstance(reported, list) else key
-                reported = None if reported is None else reported[key]
-            self.compare(f"{place}.{name}", reported, again)
+            self.compare(f"{path}.{name}", reported and reported[name], again)
 
-    def estimate(self, name: str, of: Terms | None, with_interval: bool = False) -> None:
-        """Compare the field `name`, its standard error and its interval."""
-        place, _, name = name.rpartition(".")
-        se = of.se if of is not None and len(of.value) > 1 else None
-        self.write(place, **{name: of and of.mean(), f"{name}_se": se})
-        if with_interval:
-            self.write(place, **{f"{name}_interval": of and of.interval})
+    def estimates(self, path: str, /, **figures: Terms | None) -> None:
+        """The same of estimates, their standard errors, and their intervals where the section has them."""
+        for name, of in figures.items():
+            se = of.se if of and len(of.value) > 1 else None
+            self.write(path, **{name: of and of.mean(), f"{name}_se": se})
+            if f"{name}_interval" in (self.section(path) or ()):
+                around = interval(of.mean(), se.value, len(of.value) - 1) if of and se else None
+                self.write(path, **{f"{name}_interval": around})
 
-    def nothing(self, section: str) -> None:
+    def nothing(self, *sections: str) -> None:
         """Say that the report has no such section."""
-        self.compare(section, self.report[section], None)
+        for section in sections:
+            self.compare(section, self.report[section], None)
 
     def compare(self, name: str, reported: Any, again: Any) -> None:
         own, theirs = _entries(again), _entries(reported) or {}
@@ -95,13 +96,12 @@ class Sheet:
 
 
 def _entries(of: Any) -> dict[str, Any] | None:
-    """Of a mapping or a list, by what their names end with."""
+    """Of a mapping or a list, by what their names end with. Those of an array are all of its mean size."""
     if isinstance(of, Mapping):
         return {f".{key}": entry for key, entry in of.items()}
-    if isinstance(of, list | tuple) or np.ndim(of.value if isinstance(of, Terms) else of):
-        length = len(of.value if isinstance(of, Terms) else of)
-        return {f"[{k}]": of[k] for k in range(length)}
-    return None
+    if isinstance(of, Terms) and np.ndim(of.value):
+        of = [Terms(value, of.size.mean()) for value in of.value]
+    return {f"[{k}]": of[k] for k in range(len(of))} if np.ndim(of) else None
 
 
 def difference(reported: Any, again: Any, size: float | None = None) -> float:

@@ -6,31 +6,32 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.batches import part, update
-from entropy_probe_checks.audit.first_order import gram, learning_rate, row_means
+from entropy_probe_checks.audit.first_order import gram, learning_rate
 from entropy_probe_checks.audit.sheet import Sheet
 from entropy_probe_checks.audit.terms import Terms, around, norm, ratio, terms
 
+# of `hk_group`: prompts that differ by a smaller share of R_{>t} differ by nothing
 NOTICED = 1e-6
-"""Of `hk_group`: prompts that differ by a smaller share of R_{>t} differ by nothing."""
+# of `hk_ridge`: prompt n is in fold n mod 5; the penalty for each row; how far a standardised feature counts
 FOLDS, RIDGE, DEVIATIONS = 5, 1e-2, 10.0
-"""Of `hk_ridge`: prompt n is in fold n mod 5; the penalty for each row; how far a standardised feature counts."""
 
 
 @dataclass(frozen=True)
 class Along:
-    """Slope and curvature by which ΔH is predicted: per response, per token, and as the configuration asks."""
+    """Slope and curvature by which ΔH is predicted: per response, per token, and as the configuration asks; and the sd
+    of the change per token over update batches."""
 
     of_response: tuple[Terms, Terms]
     of_tokens: tuple[Terms, Terms]
     asked: tuple[Terms, Terms]
+    spread: Terms | None
 
     @property
     def eta_star(self) -> Terms | None:
         """2|slope/curvature|; none where the curvature is within 2 SE of 0."""
         slope, curvature = (x.mean() for x in self.asked)
-        undecided = abs(curvature.value) < 2 * self.asked[1].se.value or not curvature.value
-        return None if undecided else abs(2 * slope / curvature)
+        decided = curvature.value and abs(curvature.value) >= 2 * self.asked[1].se.value
+        return abs(2 * slope / curvature) if decided else None
 
     @property
     def reach(self) -> float:
@@ -42,98 +43,83 @@ class Along:
 
 def write(sheet: Sheet) -> Along:
     """Section `update`, the parts of the slope, and what the change is predicted by."""
-    write, estimate = partial(sheet.write, "update"), sheet.estimate
-    lr, lengths, rho = learning_rate(sheet)[0], sheet.lengths("e"), sheet["e.d_rounding"]
-    per_response = sheet.terms("e", "logp entropy d_logp d_entropy d2_logp d2_entropy")
-    s, r, d_s, d_r, d2_s, d2_r = (x.sum(-1) for x in per_response)
-    group = s.value.shape[1]
+    write, estimates = partial(sheet.write, "update"), partial(sheet.estimates, "update")
+    lr, t, rho = learning_rate(sheet)[0], sheet.lengths("e"), sheet["e.d_rounding"]
+    of_tokens = sheet.terms("e", "logp entropy d_logp d_entropy d2_logp d2_entropy")
+    s, r, d_s, d_r, d2_s, d2_r = (x.sum(-1) for x in of_tokens)
+    group, ones = t.shape[1], np.ones(t.shape)
     centred = (s - s.mean(1)[:, None]) * (group / (group - 1))  # S − S̄ of the others
     by = {"naive": (-centred * d_s).mean(1)}
     for baseline in ("none", "hk", "hk_ema", "hk_ridge", "hk_group"):
         by[f"rb_{baseline}"] = of_responses(sheet, baseline)[0].mean(1)
-    slope, bent = (x.mean(1) for x in of_responses(sheet, in_use(sheet))[:2])
-    of_tokens, cross, cross_tokens = per_token(sheet), None, None
-    if update(sheet) == "e":
-        cross, cross_tokens = _cross(sheet, "u"), _cross(sheet, "crossed")
-    pairs = (cross or slope, bent), (cross_tokens or of_tokens[0], of_tokens[1])
-    along = Along(*pairs, pairs[sheet.config["true_delta_h"]["normalize"] == "per_token"])
-    write(estimators={name: x.both for name, x in by.items()}, baseline=in_use(sheet))
-    estimate("update.delta_h1_per_lr_naive", by["naive"])
-    estimate("update.delta_h1_per_lr_rb", slope)
-    estimate("update.delta_h1_per_lr_per_token", of_tokens[0])
-    estimate("update.delta_h1_per_lr_cross", cross)
-    estimate("update.delta_h1_per_lr_cross_per_token", cross_tokens)
-    estimate("update.curvature", bent)
-    estimate("update.curvature_per_token", of_tokens[1])
-    write(eta_star=along.eta_star)
-    _norms(sheet)
-
-    # derivatives at 0 of Σŵ⁺R⁺: mean[D_vR + (R − R̄)·D_vS], and the second; and of Σŵ⁺R⁺/Σŵ⁺T
-    over, h, push = r - r.mean(), r.value.sum() / lengths.sum(), d2_s + d_s * d_s
-    first, second = d_r + over * d_s, d2_r + 2 * d_r * d_s + over * push
-    of_second = second.mean() - 2 * d_s.mean() * first.mean()
-    write(slope_of_change=first.mean(), curvature_of_change=of_second)
-    write(slope_of_change_size=(abs(d_r) + abs(over * d_s)).mean())
-    write(curvature_of_change_size=(abs(d2_r) + abs(2 * d_r * d_s) + abs(over * push)).mean())
-    per_length = d_r + (r - h * lengths) * d_s
-    write(slope_of_change_per_token=per_length.sum() / lengths.sum())
-    # what the rounding ρ of each token's D_v can do to a sum of coefficients · D_v
-    c, c_length = both_coefficients(sheet, in_use(sheet))
-    is_naive = sheet.config["first_order"]["estimator"] == "naive"
-    for name, weight, number in (
-        ("slope_rounding", abs(centred)[..., None] if is_naive else 1 + abs(c), lengths.size),
-        ("slope_rounding_per_token", 1 + abs(c - h * c_length), lengths.sum()),
-        ("slope_of_change_rounding", 1 + abs(over)[..., None], lengths.size),
-    ):
-        error = norm((weight.value * rho).ravel() ** 2) / number
-        write(**{name: Terms(error, error + rho.mean())})
-    for ending, x in (("", "x"), ("_per_token", "xt")):
-        units, of_v0 = by_unit(sheet, f"u.y_d{x}"), -terms(sheet[f"e.{x}_v0"]).sum()
-        write(**{f"slope_of_v0{ending}": of_v0, f"slope_by_unit{ending}": units.even})
-        write(**{f"spread_over_batches{ending}": spread(units, lr)})
-    # of the slope, mean[D_vR] over the mean length or over 1, and what is left
-    for ending, t, whole in (("", lengths, of_tokens[0]), ("_per_response", lengths**0, slope)):
-        of_entropies = ratio(d_r, t)
-        estimate(f"predictors.of_entropies{ending}", lr * of_entropies)
-        estimate(f"predictors.of_visits{ending}", lr * (whole - of_entropies))
-    return along
-
-
-def _norms(sheet: Sheet) -> None:
-    """‖v‖, ‖v₀‖, v₀ᵀv/‖v‖², ‖Ȳ‖ of what v moves, min(1, max_grad_norm/(‖Ȳ‖ + 1e-6))."""
-    moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
-    v, v0, y = (
-        norm(sheet["sum.v_squared"]),
-        norm(sheet["sum.v0_squared"]),
-        norm(sheet["sum.y_bar_squared"][moved]),
+    d, d2, *of_length = of_responses(sheet)
+    slope, bent = d.mean(1), d2.mean(1)
+    token, bent_token = of_ratio(r, t, d, d2, *of_length)
+    cross = cross_token = None
+    if sheet.u == "e":
+        cross, cross_token = _cross(sheet, "u"), _cross(sheet, "crossed")
+    configured = sheet.config["first_order"]["baseline"]
+    write(baseline="hk_group" if configured == "auto" else configured)
+    write(estimators={name: of.both for name, of in by.items()})
+    estimates(delta_h1_per_lr_naive=by["naive"], delta_h1_per_lr_rb=slope)
+    estimates(delta_h1_per_lr_per_token=token, delta_h1_per_lr_cross=cross)
+    estimates(delta_h1_per_lr_cross_per_token=cross_token)
+    estimates(curvature=bent, curvature_per_token=bent_token)
+    # of Σŵ⁺R⁺ and Σŵ⁺R⁺/Σŵ⁺T: at 0 ŵ moves by D_vS and D²_vS + (D_vS)²
+    d2_w, over = d2_s + d_s * d_s, r - r.mean()
+    (change, change2), (change_token, _) = (
+        of_ratio(r, x, d_r + r * d_s, d2_r + 2 * d_r * d_s + r * d2_w, x * d_s, x * d2_w)
+        for x in (ones, t)
     )
-    most = part(sheet, "max_grad_norm")
-    sheet.write("update", norm=v, norm_v0=v0, grad_norm=y)
-    sheet.write("update", clip_factor=1.0 if most is None else min(1.0, most / (y + 1e-6)))
-    share = Terms(math.fsum(sheet["sum.v0_v"]) / v**2, v0 / v) if v else 0.0
-    sheet.write("update", momentum_share=share)
-
-
-def by_unit(sheet: Sheet, name: str) -> Terms:
-    """−X̄ᵀD·Y_u of every unit, weighted by its share of the prompts."""
-    unit_of_prompt = sheet[f"{update(sheet)}.unit_of_prompt"]
-    return -terms(sheet[name]) * (np.bincount(unit_of_prompt) / len(unit_of_prompt))
-
-
-def spread(units: Terms, lr: float) -> Terms | None:
-    """The sd of lr·Σ_u over update batches: lr·U·SE of the mean over units."""
-    number = len(units.value)
-    return lr * number * units.se if number > 1 else None
+    write(slope_of_change=change.mean(), curvature_of_change=change2.mean())
+    write(slope_of_change_per_token=change_token.mean())
+    write(slope_of_change_size=(abs(d_r) + abs(over * d_s)).mean())
+    write(curvature_of_change_size=(abs(d2_r) + abs(2 * d_r * d_s) + abs(over * d2_w)).mean())
+    # what the rounding ρ of each token's D_v can do to a sum of weights · D_v
+    c, c_length = coefficients(sheet)
+    naive = sheet.config["first_order"]["estimator"] == "naive"
+    for name, weight, number in (
+        ("slope_rounding", abs(centred)[..., None] if naive else 1 + abs(c), t.size),
+        ("slope_rounding_per_token", 1 + abs(c - r.value.sum() / t.sum() * c_length), t.sum()),
+        ("slope_of_change_rounding", 1 + abs(over)[..., None], t.size),
+    ):
+        error = norm((weight.value * rho) ** 2) / number
+        write(**{name: Terms(error, error + rho.mean())})
+    # −X̄ᵀD·Y_u of every unit, weighted by its share of the prompts; over update batches their sum has sd √U·sd_u
+    prompts, spread = np.bincount(sheet[f"{sheet.u}.unit_of_prompt"]), None
+    for ending, x in (("", "x"), ("_per_token", "xt")):
+        units = -terms(sheet[f"u.y_d{x}"]) * (prompts / prompts.sum())
+        spread = lr * len(prompts) * units.se if len(prompts) > 1 else None
+        write(**{f"slope_of_v0{ending}": -terms(sheet[f"e.{x}_v0"]).sum()})
+        write(**{f"slope_by_unit{ending}": units, f"spread_over_batches{ending}": spread})
+    # ‖v‖, ‖v₀‖, ‖Ȳ‖ of what v moves
+    moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
+    v, v0, y = (sheet[f"sum.{name}_squared"] for name in ("v", "v0", "y_bar"))
+    v, v0, y = norm(v), norm(v0), norm(y[moved])
+    most = sheet.report["recipe"]["settings"]["max_grad_norm"]["value"]
+    write(norm=v, norm_v0=v0, grad_norm=y)
+    write(clip_factor=1.0 if most is None else min(1.0, most / (y + 1e-6)))
+    write(momentum_share=Terms(math.fsum(sheet["sum.v0_v"]) / v**2, v0 / v) if v else 0.0)
+    # of the slope, mean[D_vR] over the mean length or over 1, and what is left
+    for ending, length, whole in (("", t, token), ("_per_response", ones, slope)):
+        own = {f"of_entropies{ending}": lr * ratio(d_r, length)}
+        own[f"of_visits{ending}"] = lr * whole - own[f"of_entropies{ending}"]
+        sheet.estimates("predictors", **own)
+    pairs = (cross or slope, bent), (cross_token or token, bent_token)
+    asked = pairs[sheet.config["true_delta_h"]["normalize"] == "per_token"]
+    along = Along(*pairs, asked, spread)
+    write(eta_star=along.eta_star)
+    return along
 
 
 def _cross(sheet: Sheet, prefix: str) -> Terms:
     """−X̄ᵀv₀ − U_cross of K_um = X_uᵀDY_m, the slope along v without its diagonal; unit u says −X_uᵀv₀ − 2r_u."""
     x_v0 = terms(sheet[f"{prefix}.x_v0"])
-    r = row_means(*gram(sheet, f"{prefix}.gram_d", list(range(len(sheet.facts["moved"])))))
+    r, *_ = gram(sheet, f"{prefix}.gram_d", list(range(len(sheet.facts["moved"]))))
     return around(-x_v0.mean() - r.mean(), -x_v0.value - 2 * r.value)
 
 
-def of_responses(sheet: Sheet, baseline: str) -> tuple[Terms, Terms, Terms, Terms]:
+def of_responses(sheet: Sheet, baseline: str = "") -> list[Terms]:
     """What a response says of ΔH and of the change of length ΔL at 0, D′, D″, E′, E″ [B, G]: derivatives of
 
     Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t], where log w_{<t} = Σ_{k<t} log ρ_k: with d = D_v log p_t,
@@ -141,55 +127,53 @@ def of_responses(sheet: Sheet, baseline: str) -> tuple[Terms, Terms, Terms, Term
     """
     d, d_h, d2, d2_h = sheet.terms("e", "d_logp d_entropy d2_logp d2_entropy")
     so_far, found = d.each(lambda x: np.cumsum(x, -1) - x), []
-    for c, of_h in zip(both_coefficients(sheet, baseline), (1.0, 0.0), strict=True):
-        first = of_h * d_h + c * d
-        second = of_h * d2_h + c * (d2 + d * d) + 2 * so_far * first
-        found += [first.sum(-1), second.sum(-1)]
-    return tuple(found)
+    for c, of_h in zip(coefficients(sheet, baseline), (1.0, 0.0), strict=True):
+        once = of_h * d_h + c * d
+        twice = of_h * d2_h + c * (d2 + d * d) + 2 * so_far * once
+        found += [once.sum(-1), twice.sum(-1)]
+    return found
 
 
 def per_token(sheet: Sheet) -> tuple[Terms, Terms]:
-    """h′ = (D′ − hE′)/L and h″ = (D″ − hE″ − 2h′E′)/L of h = (M + D)/(L + E) at 0; a response says of them what the
-    derivatives of [R + D − h·(T + E)]/(L + E) are."""
-    d, d2, e, e2 = of_responses(sheet, in_use(sheet))
-    r, lengths = sheet["e.entropy"].sum(-1), sheet.lengths("e")
-    mean, h = lengths.mean(), r.mean() / lengths.mean()
-    slope = (d.mean() - h * e.mean()) / mean
-    bent = (d2.mean() - h * e2.mean() - 2 * slope.value * e.mean()) / mean
-    at_0 = (r - h * lengths) / mean
-    once = ((d - h * e).value - slope.value * lengths - e.value.mean() * at_0) / mean
-    twice = (d2 - h * e2 - 2 * slope.value * e).value - bent.value * lengths
-    twice = (twice - e2.value.mean() * at_0 - 2 * e.value.mean() * once) / mean
+    """Slope and curvature of the entropy per token."""
+    return of_ratio(terms(sheet["e.entropy"].sum(-1)), sheet.lengths("e"), *of_responses(sheet))
+
+
+def of_ratio(
+    m: Terms, l: np.ndarray, m1: Terms, m2: Terms, l1: Terms, l2: Terms
+) -> tuple[Terms, Terms]:
+    """h′ = (M′ − hL′)/L and h″ = (M″ − hL″ − 2h′L′)/L of h = M/L, means of what responses have; a response says of them
+    what the derivatives of its (M_i − h·L_i)/L are."""
+    mean, h = l.mean(), m.value.mean() / l.mean()
+    slope = (m1.mean() - h * l1.mean()) / mean
+    bent = (m2.mean() - h * l2.mean() - 2 * slope.value * l1.mean()) / mean
+    at_0 = (m.value - h * l) / mean
+    once = ((m1 - h * l1).value - slope.value * l - l1.value.mean() * at_0) / mean
+    twice = (m2 - h * l2 - 2 * slope.value * l1).value - bent.value * l
+    twice = (twice - l2.value.mean() * at_0 - 2 * l1.value.mean() * once) / mean
     return around(slope, once.mean(1)), around(bent, twice.mean(1))
 
 
-def in_use(sheet: Sheet) -> str:
-    baseline = sheet.config["first_order"]["baseline"]
-    return "hk_group" if baseline == "auto" else baseline
+def coefficients(sheet: Sheet, baseline: str = "") -> tuple[Terms, Terms]:
+    """c_t = R_{≥t} − b_t of every token [B, G, T], 0 past the end; and the same of the length, where every step counts 1.
 
-
-def both_coefficients(sheet: Sheet, baseline: str) -> tuple[Terms, Terms]:
-    """c_t of the entropy, and of the length: the same where every step counts 1."""
-    h = sheet["e.entropy"]
-    return coefficients(sheet, h, baseline), coefficients(sheet, np.ones_like(h), baseline)
-
-
-def coefficients(sheet: Sheet, h: np.ndarray, baseline: str) -> Terms:
-    """c_t = R_{≥t} − b_t of every token [B, G, T], 0 past the end. b_t is 0 (none), H_t (hk), or H_t and what is
-    expected of R_{>t}: the mean over other prompts' responses that have a step t (hk_ema), the same shrunk to from the
-    own prompt's other responses (hk_group), or a ridge regression fitted on other folds of prompts (hk_ridge)."""
-    there = np.arange(h.shape[2]) < sheet.lengths("e")[..., None]
-    h = np.where(there, h, 0.0)
-    onward = np.cumsum(h[..., ::-1], -1)[..., ::-1]
-    expected = {
-        "none": lambda *_: -h,
-        "hk": lambda *_: 0 * h,
-        "hk_ema": _others,
-        "hk_group": _shrunk,
-    }
-    ridge = partial(_ridge, sheet["e.features"])
-    b = h + expected.get(baseline, ridge)(onward - h, there)
-    return terms(onward) - b * there
+    b_t is 0 (none), H_t (hk), or H_t and what is expected of R_{>t}: the mean over other prompts' responses that have a
+    step t (hk_ema), the same shrunk to from the own prompt's other responses (hk_group), or a ridge regression fitted
+    on other folds of prompts (hk_ridge).
+    """
+    there = np.arange(sheet["e.entropy"].shape[2]) < sheet.lengths("e")[..., None]
+    found = []
+    for h in (np.where(there, sheet["e.entropy"], 0.0), 1.0 * there):
+        onward = np.cumsum(h[..., ::-1], -1)[..., ::-1]
+        later = onward - h
+        expected = {
+            "none": lambda: -h,
+            "hk": lambda: 0 * h,
+            "hk_ema": lambda: _others(later, there),
+            "hk_ridge": lambda: _ridge(sheet["e.features"], later, there),
+        }.get(baseline or sheet.config["first_order"]["baseline"], lambda: _shrunk(later, there))
+        found.append(terms(onward) - (h + expected()) * there)
+    return tuple(found)
 
 
 def _others(later: np.ndarray, there: np.ndarray) -> np.ndarray:

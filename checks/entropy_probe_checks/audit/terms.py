@@ -60,23 +60,9 @@ class Terms:
     __radd__, __rmul__ = __add__, __mul__
 
     @property
-    def beside(self) -> "Terms":
-        """What is beside the mean."""
-        return Terms(self.value - self.value.mean(), self.size)
-
-    @property
-    def even(self) -> "Terms":
-        """With entries that are all of the same size."""
-        return Terms(self.value, self.size.mean() * np.ones(self.value.shape))
-
-    @property
     def se(self) -> "Terms":
         n = len(self.value)
         return Terms(math.sqrt(scatter(self.value) / (n - 1) / n), self.size.mean())
-
-    @property
-    def interval(self) -> "Terms":
-        return interval(self.mean(), self.se.value, len(self.value) - 1)
 
     @property
     def both(self) -> dict[str, "Terms"]:
@@ -94,8 +80,8 @@ def scatter(x: np.ndarray) -> float:
 
 
 def norm(squares: np.ndarray) -> float:
-    """√Σ, of squares by tensor."""
-    return math.sqrt(math.fsum(squares))
+    """√Σ of squares."""
+    return math.sqrt(math.fsum(squares.ravel()))
 
 
 def interval(centre: Terms, se: float, degrees: int) -> Terms:
