@@ -2,8 +2,8 @@
 
 NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each file holds the formulas of a part of
 `MATH.md`: `batches` (rewards, advantages, Ĥ at θ), `optimizer` (coverage and P), `first_order` (U_cross, δH₁, two
-batches), `slopes` (along v), `change` (ΔH(η), its prediction, what the noise can tell), `taylor` (small steps). `terms`
-are numbers that know their rounding, `sheet` is what is compared, `student` and `tail` are two distributions.
+batches), `slopes` (along v) with `baselines`, `change` (ΔH(η), its prediction, what the noise can tell), `taylor`
+(small steps). `student` and `tail` are two distributions; `sheet` is what is compared, and how.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from entropy_probe_checks.audit import batches, change, first_order, optimizer, slopes, taylor
-from entropy_probe_checks.audit.sheet import Line, Sheet
+from entropy_probe_checks.audit.sheet import Line, Sheet, moved
 
 __all__ = ["LIMIT", "Line", "audit", "text", "worst"]
 
@@ -21,7 +21,15 @@ LIMIT = 1e-10
 
 def audit(report: Mapping[str, Any], evidence: Any) -> list[Line]:
     """A line for every figure. The report is a dict, that of report.json; evidence has `arrays` by name and `facts`."""
-    sheet = Sheet(report, evidence.arrays, evidence.facts)
+    arrays = evidence.arrays
+    sheet, *others = (
+        _written(Sheet(report, numbers, evidence.facts))
+        for numbers in (arrays, moved(arrays, 1.0), moved(arrays, 2.0))
+    )
+    return sheet.lines([other.again for other in others])
+
+
+def _written(sheet: Sheet) -> Sheet:
     sheet.write("checkpoint", fingerprint=sheet.facts["fingerprint"])
     batches.write(sheet)
     optimizer.write(sheet)
@@ -35,7 +43,7 @@ def audit(report: Mapping[str, Any], evidence: Any) -> list[Line]:
         sheet.estimates("predictors", **nothing, **{f"{n}_per_response": None for n in nothing})
     change.write(sheet, along)
     taylor.write(sheet)
-    return sheet.lines
+    return sheet
 
 
 def worst(lines: list[Line]) -> Line:

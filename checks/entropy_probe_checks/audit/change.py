@@ -5,22 +5,23 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit import slopes, tail
+from entropy_probe_checks.audit import tail
+from entropy_probe_checks.audit.baselines import coefficients
 from entropy_probe_checks.audit.first_order import learning_rate
-from entropy_probe_checks.audit.sheet import Sheet
-from entropy_probe_checks.audit.slopes import Along
-from entropy_probe_checks.audit.terms import Terms, around, interval, ratio, terms
+from entropy_probe_checks.audit.sheet import Sheet, interval, ratio, se
+from entropy_probe_checks.audit.slopes import Along, Pair, of_ratio, of_responses
 
 
 def write(sheet: Sheet, along: Along | None) -> None:
     for k, eta in enumerate(_grid(sheet, along)):
         sheet.write(f"entropy_change.{k}", eta=eta)
+    along = None if sheet.restricted else along
     for k, eta in enumerate(sheet.facts["etas"]):
         _row(sheet, k, float(eta), along)
-    if along is None or sheet.restricted:
-        sheet.nothing("resolution")
-    else:
+    if along:
         _resolution(sheet, along)
+    else:
+        sheet.nothing("resolution")
 
 
 def _grid(sheet: Sheet, along: Along | None) -> list[float]:
@@ -35,8 +36,7 @@ def _grid(sheet: Sheet, along: Along | None) -> list[float]:
     if variance > 0:
         end = min(lr, math.sqrt(-math.log(config["min_ess_fraction"]) / variance) or lr)
     steps = [end / 10 ** (k / 2) for k in range(5)]
-    if 0 < along.reach < steps[-1]:
-        steps.append(along.reach)
+    steps += [along.reach] * (0 < along.reach < steps[-1])
     return sorted({0.0, lr, *steps, *(-step for step in steps)})
 
 
@@ -52,121 +52,119 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     row, config = f"entropy_change.{k}", sheet.config["true_delta_h"]
     write, estimates = partial(sheet.write, row), partial(sheet.estimates, row)
     t, by_token = sheet.lengths("e"), config["normalize"] == "per_token"
-    s, s_q, r = (sheet[f"e.{name}"].sum(-1) for name in ("logp", "logq", "entropy"))
-    s_after, r_after = (sheet[f"after.{k}.{name}"].sum(-1) for name in ("logp", "entropy"))
+    s, s_q, r = (x.sum(-1) for x in sheet.of("e", "logp logq entropy"))
+    s_after, r_after = (x.sum(-1) for x in sheet.of(f"after.{k}", "logp entropy"))
     clip, log_w = config["clip_log_weight"], s_after - s_q
-    (now, _), (w, ess), (_, whole_ess) = (
-        weights(s - s_q, clip),
-        weights(log_w, clip),
-        weights(log_w),
-    )
+    now, (w, ess), full_ess = weights(s - s_q, clip)[0], weights(log_w, clip), weights(log_w)[1]
     k_hat, smooth, t_after = None, log_w.ravel(), t
-    if s.size >= 64 and whole_ess < 0.95:
+    if s.size >= 64 and full_ess < 0.95:
         smooth, k_hat = tail.smoothed(smooth)
     clipped = 0 if clip is None else int((np.abs(log_w) > clip).sum())
-    heavy, enough = (k_hat or 0.0) > config["max_pareto_k"], whole_ess >= config["min_ess_fraction"]
+    heavy, enough = (k_hat or 0.0) > config["max_pareto_k"], full_ess >= config["min_ess_fraction"]
     method, reliable = "snis", enough and not heavy and not clipped
     if config["fallback"] == "psis" and eta != 0 and not reliable and k_hat is not None:
         method, reliable, w = "psis", not heavy, weights(smooth)[0].reshape(w.shape)
     if f"fresh.{k}.logp" in sheet:
         method, reliable, now, w = "resample", True, s**0 / s.size, s**0 / s.size
-        s_after, r_after = (sheet[f"fresh.{k}.{name}"].sum(-1) for name in ("logp", "entropy"))
+        s_after, r_after = (x.sum(-1) for x in sheet.of(f"fresh.{k}", "logp entropy"))
         t_after = sheet[f"fresh.{k}.gen_lens"].reshape(t.shape).astype(np.float64)
-    size, ordered = np.abs(log_w).max() + np.abs(s).mean(), np.sort(log_w.ravel())
-    write(eta=eta, ess=ess * s.size, ess_fraction=ess, unclipped_ess_fraction=whole_ess)
-    write(clip_fraction=clipped / s.size, pareto_k=None if k_hat is None else Terms(k_hat, 1.0))
-    for name, place in (("min", 0), ("median", (s.size - 1) // 2), ("max", -1)):
-        write(**{f"log_weight_{name}": Terms(ordered[place], size)})
+    ordered = np.sort(log_w.ravel())
+    write(eta=eta, ess=ess * s.size, ess_fraction=ess, unclipped_ess_fraction=full_ess)
+    write(clip_fraction=clipped / s.size, pareto_k=k_hat, log_weight_min=ordered[0])
+    write(log_weight_median=ordered[(s.size - 1) // 2], log_weight_max=ordered[-1])
     write(method=method, reliable=bool(reliable), restricted=sheet.restricted)
 
-    def change(f: np.ndarray, f_after: np.ndarray, by_token: bool) -> Terms:
+    def change(f: np.ndarray, f_after: np.ndarray, by_token: bool) -> np.ndarray:
         before, after = (of**by_token for of in (t, t_after))
-        return ratio(w * terms(f_after), w * after) - ratio(now * terms(f), now * before)
+        return ratio(w * f_after, w * after) - ratio(now * f, now * before)
 
     rb, rb_token, pd, pd_token = change(r, r_after, by_token), change(r, r_after, True), None, None
-    if along is not None and not sheet.restricted:
-        pd, pd_token = by_performance(sheet, k)
+    if along:
+        pd, pd_token = _by_performance(sheet, k)
         pd = pd_token if by_token else pd
-    estimates(delta_h=change(-s, -s_after, by_token), delta_h_rb=rb, delta_h_pd=pd)
-    estimates(delta_h_per_token=rb_token, delta_h_per_token_pd=pd_token)
-    estimates(delta_h_per_token_naive=change(-s, -s_after, True))
-    write(delta_h_rb_by_prompt=rb - rb.mean(), delta_h_pd_by_prompt=pd and pd - pd.mean())
-    if pd and method == "snis" and not clipped:
+    naive, naive_token = (change(-s, -s_after, of_tokens) for of_tokens in (by_token, True))
+    found = {"delta_h": naive, "delta_h_rb": rb, "delta_h_per_token": rb_token, "delta_h_pd": pd}
+    found["delta_h_per_token_pd"] = pd_token
+    estimates(**found, delta_h_per_token_naive=naive_token)
+    for name, of in found.items():
+        both = None if of is None else interval(of.mean(), se(of) or 0.0, len(of) - 1)
+        write(**{f"{name}_interval": both})
+    write(
+        delta_h_rb_by_prompt=rb - rb.mean(),
+        delta_h_pd_by_prompt=None if pd is None else pd - pd.mean(),
+    )
+    if pd is not None and method == "snis" and not clipped:
         rb, rb_token = pd, pd_token
-    if along is None or sheet.restricted:
-        names = ("predicted", "difference", "predicted_per_token", "difference_per_token")
-        estimates(**dict.fromkeys(names))
-        write(ratio=None, in_range=None)
-        return
-    for ending, realised, pair in (
-        ("", rb, along.asked),
-        ("_per_token", rb_token, along.of_tokens),
-    ):
-        predicted = expansion(sheet, eta, *pair)
-        off = of_units(sheet, realised, len(predicted.value)) - predicted
-        estimates(**{f"predicted{ending}": predicted, f"difference{ending}": off})
-        if not ending:
-            some = predicted.mean().value != 0
-            write(ratio=rb.mean() / predicted.mean() if some else None)
-    write(in_range=bool(reliable and enough and abs(eta) <= along.reach))
+    ratio_of_both = None
+    pairs = (along.of_tokens, along.asked) if along else (None, None)
+    for ending, realised, pair in zip(("_per_token", ""), (rb_token, rb), pairs, strict=True):
+        own = expansion(sheet, eta, pair) if pair else None
+        off = of_units(sheet, realised, len(own)) - own if own is not None else None
+        estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
+        if own is not None and own.mean():
+            ratio_of_both = realised.mean() / own.mean()
+    within = bool(reliable and enough and abs(eta) <= along.reach) if along else None
+    write(ratio=ratio_of_both, in_range=within)
 
 
-def by_performance(sheet: Sheet, k: int) -> tuple[Terms, Terms]:
+def _by_performance(sheet: Sheet, k: int) -> Pair:
     """ΔH = mean D per response and Δh = (M + D)/(L + E) − M/L per token by the performance difference, at the k-th η,
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t],  E the same of the length (H = H⁺ = 1),  w_{<t} = Π_{s<t} ρ_s
     """
-    h, h_after = terms(sheet["e.entropy"]), terms(sheet[f"after.{k}.entropy"])
-    log_rho = sheet[f"after.{k}.logp"] - sheet["e.logp"]
-    before = np.exp(np.cumsum(log_rho, -1) - log_rho)
-    c, c_length = slopes.coefficients(sheet)
-    d = (before * (h_after - h) + before * np.expm1(log_rho) * c).sum(-1)
-    e = (before * np.expm1(log_rho) * c_length).sum(-1)
-    r, lengths = h.sum(-1), sheet.lengths("e")
-    return d.mean(1), ratio(r + d, lengths + e) - ratio(r, lengths)
+    h, log_rho, (c, c_length) = (
+        sheet["e.entropy"],
+        sheet[f"after.{k}.logp"] - sheet["e.logp"],
+        coefficients(sheet),
+    )
+    before, step = np.exp(np.cumsum(log_rho, -1) - log_rho), np.expm1(log_rho)
+    d = (before * (sheet[f"after.{k}.entropy"] - h + step * c)).sum(-1)
+    e, r, t = (before * step * c_length).sum(-1), h.sum(-1), sheet.lengths("e")
+    return d.mean(1), ratio(r + d, t + e) - ratio(r, t)
 
 
-def expansion(sheet: Sheet, eta: float, slope: Terms, curvature: Terms) -> Terms:
+def expansion(sheet: Sheet, eta: float, pair: Pair) -> np.ndarray:
     """η·slope + ½η²·curvature, of prompts, or of blocks of prompts where the slope is."""
-    return eta * slope + eta**2 / 2 * of_units(sheet, curvature, len(slope.value))
+    return eta * pair[0] + eta**2 / 2 * of_units(sheet, pair[1], len(pair[0]))
 
 
-def of_units(sheet: Sheet, of: Terms, units: int) -> Terms:
-    """Averaged in each block, where there are fewer blocks than prompts."""
-    if len(of.value) == units:
+def of_units(sheet: Sheet, of: np.ndarray, units: int) -> np.ndarray:
+    """Averaged in each block, where there are fewer blocks than prompts; with the mean over prompts."""
+    if len(of) == units:
         return of
     blocks = sheet["e.unit_of_prompt"]
-    return around(of.mean(), np.bincount(blocks, weights=of.value) / np.bincount(blocks))
+    averages = np.bincount(blocks, weights=of) / np.bincount(blocks)
+    return averages - averages.mean() + of.mean()
 
 
 def _resolution(sheet: Sheet, along: Along) -> None:
-    """2 SE of the predicted change at η = lr; B·(2 SE/predicted)² prompts; and the interval
-
-    predicted ± t·√(SE² + 2·spread²) of a step with another update batch.
-    """
-    write, lr, prompts = (
+    """2 SE of the predicted change at η = lr; B·(2 SE/predicted)² prompts; and the interval of a step with another update
+    batch, predicted ± t·√(SE² + 2·spread²)."""
+    write, (lr, _), prompts = (
         partial(sheet.write, "resolution"),
-        learning_rate(sheet)[0],
+        learning_rate(sheet),
         len(sheet["e.logp"]),
     )
-    token, response = (expansion(sheet, lr, *of) for of in (along.of_tokens, along.of_response))
-    mean, se, size = token.mean().value, token.se.value, token.size.mean()
-    write(per_token=2 * token.se, per_response=2 * response.se)
-    write(prompts_needed=math.ceil(prompts * (2 * se / mean) ** 2) if mean else None)
-    spread, next_step = along.spread, None
-    if sheet.facts["source"][1] == "sampled" and spread:
+    token, response = (expansion(sheet, lr, pair) for pair in (along.of_tokens, along.of_response))
+    mean, error, target, next_step = (
+        token.mean(),
+        se(token) or 0.0,
+        sheet.config["batch"]["target_se"],
+        None,
+    )
+    write(per_token=2 * error, per_response=2 * (se(response) or 0.0))
+    write(prompts_needed=math.ceil(prompts * (2 * error / mean) ** 2) if mean else None)
+    if sheet.facts["source"][1] == "sampled" and along.spread is not None:
         degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
-        both = math.hypot(se, math.sqrt(2) * spread.value)
-        next_step = interval(Terms(mean, size + spread.size), both, degrees)
-    target = sheet.config["batch"]["target_se"]
+        next_step = interval(mean, math.hypot(error, math.sqrt(2) * along.spread), degrees)
     if target == "2se":
-        target = lr * abs(float(sheet["target.terms"].mean())) / 2
-    write(next_step=next_step, target_se=None if target is None else Terms(float(target), size))
+        target = lr * abs(sheet["target.terms"].mean()) / 2
+    write(next_step=next_step, target_se=None if target is None else float(target))
     looks = []
     for first in sheet.facts.get("looks", []):  # the SE, had E had its first prompts alone
-        lengths = sheet.lengths("e")[:first].ravel()
         arrays = {n: of[:first] for n, of in sheet.arrays.items() if n.startswith("e.")}
-        part = Sheet(sheet.report, arrays | {"e.gen_lens": lengths}, sheet.facts)
-        looked = expansion(part, lr, *slopes.per_token(part)).se.value
-        looks.append({"num_prompts": first, "se": Terms(looked, size)})
+        part = Sheet(sheet.report, arrays | {"e.gen_lens": sheet.lengths("e")[:first]}, sheet.facts)
+        r, t = part["e.entropy"].sum(-1), part.lengths("e")
+        looked = expansion(part, lr, of_ratio(r, t, *of_responses(part)))
+        looks.append({"num_prompts": first, "se": se(looked)})
     write(looks=looks)

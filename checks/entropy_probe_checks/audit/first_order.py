@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.sheet import Line, Sheet
-from entropy_probe_checks.audit.terms import Terms, interval, norm, scatter, terms
+from entropy_probe_checks.audit.sheet import Sheet, interval, norm, se
 
 KINDS = {  # of modules; the first that a name holds decides
     "norm": r"(norm|(\b|_)ln)[^.]*\.(modules_to_save\.[^.]+\.)?[^.]+$",
@@ -23,13 +22,12 @@ FACTORS = ("lora_A", "lora_B", "magnitude", "modules_to_save")
 
 def learning_rate(sheet: Sheet) -> tuple[float, str]:
     """(lr, where it is from): configured; the largest of the optimizer's; of the initial ones; 1e-4."""
-    hyper = sheet.facts["hyper"]
+    hyper, configured = sheet.facts["hyper"], sheet.config["first_order"]["lr"]
+    now, first = (max((h[n] or 0.0 for h in hyper), default=0.0) for n in ("lr", "initial_lr"))
     found = {
-        "first_order.lr": sheet.config["first_order"]["lr"] or 0.0,
-        "optimizer": max((h["lr"] for h in hyper), default=0.0),
-        "initial_lr: the optimizer's lr is 0, its scheduler has ended": max(
-            (h["initial_lr"] or 0.0 for h in hyper), default=0.0
-        ),
+        "first_order.lr": configured or 0.0,
+        "optimizer": now,
+        "initial_lr: the optimizer's lr is 0, its scheduler has ended": first,
         "default 0.0001: the optimizer's lr is 0 and it has no initial_lr": 1e-4,
     }
     return next((float(lr), source) for source, lr in found.items() if lr > 0)
@@ -37,69 +35,61 @@ def learning_rate(sheet: Sheet) -> tuple[float, str]:
 
 def write(sheet: Sheet) -> None:
     sheet.write("update", lr=learning_rate(sheet)[0])
-    one_unit = sheet[f"{sheet.u}.unit_of_prompt"].max() == 0
-    absent = ["first_order"] * bool(one_unit) + ["two_batch"] * (sheet.u == "e")
-    sheet.nothing(*absent)
     tensors = list(range(len(sheet.facts["names"])))
-    if "first_order" not in absent:
-        _first_order(sheet, tensors)
-    if "two_batch" not in absent:
-        _two_batch(sheet, tensors)
+    for section, of, there in (
+        ("first_order", _first_order, sheet[f"{sheet.u}.unit_of_prompt"].any()),
+        ("two_batch", _two_batch, sheet.u == "u"),
+    ):
+        of(sheet, tensors) if there else sheet.nothing(section)
 
 
-def gram(sheet: Sheet, prefix: str, tensors: list[int]) -> tuple[Terms, Terms, Terms]:
+def gram(sheet: Sheet, prefix: str, tensors: list[int]) -> tuple[np.ndarray, ...]:
     """r, Σ_m K_nm and K_nn of every unit n, of some tensors together, whose products add:
 
     r_n = ½[Σ_{m≠n} K_nm + Σ_{m≠n} K_mn]/(U−1), whose mean is U_cross.
     """
     if f"{prefix}.k" in sheet:
-        k = terms(sheet[f"{prefix}.k"][tensors].sum(0))
-        rows, columns, diagonal = k.sum(1), k.sum(0), k.each(np.diag)
+        k = sheet[f"{prefix}.k"][tensors].sum(0)
+        rows, columns, diagonal = k.sum(1), k.sum(0), np.diag(k)
     else:
+        rows, columns, diagonal = sheet[f"{prefix}.sums"][tensors].sum(0).T
         if sheet.facts["world_size"] == 1:
-            sheet.lines.append(Line(prefix, "its sums", "all of it, in one process", math.inf))
-        rows, columns, diagonal = map(terms, sheet[f"{prefix}.sums"][tensors].sum(0).T)
-    r = (rows + columns - 2 * diagonal) / (2 * (len(rows.value) - 1))
-    return r, rows, diagonal
+            sheet.compare(prefix, "its sums", "all of it, in one process")
+    return (rows + columns - 2 * diagonal) / 2 / (len(rows) - 1), rows, diagonal
 
 
 def _first_order(sheet: Sheet, tensors: list[int]) -> None:
     """ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife has U_{−u} = (U·U_cross − 2r_u)/(U−2), ζ̂₁ = U/4·SE²."""
     write, (lr, source) = partial(sheet.write, "first_order"), learning_rate(sheet)
     r, rows, diagonal = gram(sheet, "u.gram", tensors)
-    units, u_cross, size, se = len(r.value), r.mean(), r.size.mean(), 2 * r.se.value
+    units, u_cross, zeta = len(r), r.mean(), r.var(ddof=1)
+    plugin = math.sqrt(4 * zeta / units)
     write(mode=sheet.facts["mode"], estimator=sheet.config["first_order"]["estimator"])
     write(num_units=units, lr=lr, lr_source=source)
-    write(u_cross=u_cross, row_means=r, diag_sum=diagonal.sum())
-    write(bars_dot=rows.sum() / units**2, bars_dot_plain=terms(sheet["sum.plain"]).sum())
-    for side in "xy":
-        bar = norm(sheet[f"sum.{side}_bar_squared"])
-        write(**{f"norm_{side}_sum": len(sheet[f"{sheet.u}.rewards"]) * bar})
-    write(se_plugin=Terms(se, size), zeta1_plugin=Terms(units / 4 * se**2, size**2))
-    write(interval=interval(u_cross, se, units - 1))
-    jackknife = zeta = unbiased = None
+    write(u_cross=u_cross, row_means=r, bars_dot=rows.sum() / units**2, diag_sum=diagonal.sum())
+    write(bars_dot_plain=sheet["sum.plain"].sum())
+    x, y = (norm(sheet[f"sum.{side}_bar_squared"]) for side in "xy")
+    prompts = len(sheet[f"{sheet.u}.rewards"])
+    write(norm_x_sum=prompts * x, norm_y_sum=prompts * y)
+    write(se_plugin=plugin, zeta1_plugin=zeta, interval=interval(u_cross, plugin, units - 1))
+    jackknife = unbiased = None
     if units > 2:
-        left = (units * u_cross.value - 2 * r.value) / (units - 2)
-        variance = (units - 1) / units * scatter(left)
-        jackknife, zeta = Terms(math.sqrt(variance), size), Terms(units / 4 * variance, size**2)
+        left = (units * u_cross - 2 * r) / (units - 2)
+        jackknife = math.sqrt((units - 1) * left.var())
     if units > 4 and "u.gram.k" in sheet:
         # h_ij = ½(K_ij + K_ji), W = mean_{i<j}(h − U_cross)², A = Σ(r − r̄)²·(U−1)/(U−2):
         # [4(U−2)(A−W)/(U−4) + 2W]/[U(U−1) + 4(U−2)/(U−4) − 2]
         k, factor = sheet["u.gram.k"].sum(0), 4 * (units - 2) / (units - 4)
         h = ((k + k.T) / 2)[np.triu_indices(units, 1)]
-        w, a = ((h - u_cross.value) ** 2).mean(), scatter(r.value) * (units - 1) / (units - 2)
-        over = units * (units - 1) + factor - 2
-        unbiased = Terms((factor * (a - w) + 2 * w) / over, size**2)
-    write(se_jackknife=jackknife, zeta1_jackknife=zeta, var_unbiased=unbiased)
-    write(delta_h1=-lr * u_cross, delta_h1_se=Terms(lr * se, lr * size))
-    write(delta_h1_by_unit=-lr / units * r)
+        w, a = ((h - u_cross) ** 2).mean(), zeta * (units - 1) ** 2 / (units - 2)
+        unbiased = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
+    write(se_jackknife=jackknife, var_unbiased=unbiased)
+    write(zeta1_jackknife=None if jackknife is None else units / 4 * jackknife**2)
+    write(delta_h1=-lr * u_cross, delta_h1_se=lr * plugin, delta_h1_by_unit=-lr * r / units)
 
-    def of_part(tensors: list[int]) -> dict[str, Terms]:
-        own = lr * gram(sheet, "u.gram", tensors)[0].value
-        return {
-            "value": Terms(-own.mean(), lr * size),
-            "se": Terms(2 * terms(own).se.value, lr * size),
-        }
+    def of_part(tensors: list[int]) -> dict[str, float | None]:
+        own = gram(sheet, "u.gram", tensors)[0]
+        return {"value": -lr * own.mean(), "se": 2 * lr * (se(own) or 0.0)}
 
     write(delta_h1_parts=_parts(sheet, of_part))
 
@@ -111,30 +101,35 @@ def _two_batch(sheet: Sheet, tensors: list[int]) -> None:
     blocks = (sheet[f"{which}.unit_of_prompt"] for which in "eu")
     of_e, of_u = (np.bincount(units) / len(units) for units in blocks)
 
-    def figures(tensors: list[int]) -> tuple[Terms, Terms, Terms, Terms | None, Terms | None]:
-        if whole := "eu.gram.k" in sheet:
-            k = terms(sheet["eu.gram.k"][tensors].sum(0))
-            s, t = (k * of_u).sum(1), (k * of_e[:, None]).sum(0)
-        else:
-            s, t = (terms(sheet[f"eu.gram.{n}"][tensors].sum(0)) for n in "st")
-        mean, size, n, m = (s * of_e).sum(), s.size.mean(), len(s.value), len(t.value)
-        if m < 2:  # one unit does not say how others differ
-            return s, t, mean, None, None
-        variance, interaction = s.se.value**2 + t.se.value**2, None
+    def figures(tensors: list[int]) -> dict[str, Any]:
+        whole, interaction, variance = "eu.gram.k" in sheet, None, None
         if whole:
-            left = k.value - s.value[:, None] - t.value + mean.value
-            once = (left**2).sum() / (n - 1) / (m - 1) / n / m
-            variance, interaction = max(variance - once, once / 4), Terms(once * n * m, size**2)
-        return s, t, mean, Terms(math.sqrt(variance), size), interaction
+            k = sheet["eu.gram.k"][tensors].sum(0)
+            s, t = k @ of_u, of_e @ k
+        else:
+            s, t = (sheet[f"eu.gram.{side}"][tensors].sum(0) for side in "st")
+        mean, n, m = of_e @ s, len(s), len(t)
+        if m > 1:  # one unit does not say how others differ
+            variance = (se(s) or 0.0) ** 2 + (se(t) or 0.0) ** 2
+        if m > 1 and whole:
+            interaction = ((k - s[:, None] - t + mean) ** 2).sum() / (n - 1) / (m - 1)
+            once = interaction / n / m
+            variance = max(variance - once, once / 4)
+        return {
+            "bars_dot": mean,
+            "delta_h1": -lr * mean,
+            "delta_h1_se": None if variance is None else lr * math.sqrt(variance),
+            "conditional_se": lr * (se(s) or 0.0),
+            "projections": s,
+            "update_projections": t,
+            "interaction": interaction,
+        }
 
-    def of_part(tensors: list[int]) -> dict[str, Terms | None]:
-        _, _, mean, se, _ = figures(tensors)
-        return {"value": -lr * mean, "se": se and lr * se}
+    def of_part(tensors: list[int]) -> dict[str, float | None]:
+        own = figures(tensors)
+        return {"value": own["delta_h1"], "se": own["delta_h1_se"]}
 
-    s, t, mean, se, interaction = figures(tensors)
-    write(bars_dot=mean, projections=s, update_projections=t, interaction=interaction)
-    write(delta_h1=-lr * mean, delta_h1_se=se and lr * se, conditional_se=lr * s.se)
-    write(delta_h1_parts=_parts(sheet, of_part))
+    write(**figures(tensors), delta_h1_parts=_parts(sheet, of_part))
 
 
 def _parts(sheet: Sheet, of: Callable[[list[int]], dict[str, Any]]) -> dict[str, dict[str, Any]]:

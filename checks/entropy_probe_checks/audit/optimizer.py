@@ -6,7 +6,6 @@ import math
 import numpy as np
 
 from entropy_probe_checks.audit.sheet import Sheet
-from entropy_probe_checks.audit.terms import Terms
 
 # of second moments: standard errors that decide, entries that say something, what rows and columns share
 CLEAR, FEWEST, SHARED = 5.0, 8, 0.04
@@ -39,7 +38,7 @@ def write(sheet: Sheet) -> None:
     undecided = {n for pair, e in zip(pairs, evidence, strict=True) if e > -CLEAR for n in pair}
     sheet.write(
         "preconditioner",
-        exchanged=Terms(_exchange(sheet), 1e6) if pairs else None,
+        exchanged=_exchange(sheet) if pairs else None,
         exchanged_pair=pairs[int(np.argmax(evidence))] if pairs else None,
         num_pairs=len(pairs),
         num_undecided=int((evidence > -CLEAR).sum()),

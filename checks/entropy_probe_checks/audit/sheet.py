@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.terms import Terms, interval, terms
+from entropy_probe_checks.audit import student
+
+ROUNDING = 2.0**-50
+"""By how much of itself a number of the evidence is moved to see what depends on its last places."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One figure: `difference` is |reported − again| over the size of the terms; infinite where one of them is missing,
-    or a text, a count or a flag is another."""
+    """One figure: `difference` is |reported − again| over its size; infinite where one of them is missing, or a text, a
+    count or a flag is another."""
 
     name: str
     reported: Any
@@ -21,25 +24,20 @@ class Line:
     difference: float
 
     def __str__(self) -> str:
-        reported, again = (
-            f"{x:.17g}" if isinstance(x, float) else str(x)[:60]
-            for x in (self.reported, self.again)
-        )
+        both = (self.reported, self.again)
+        reported, again = (f"{x:.17g}" if isinstance(x, float) else str(x)[:60] for x in both)
         return f"{self.name}: {reported} reported, {again} computed again"
 
 
-@dataclass
 class Sheet:
-    """The report as a plain dict, the evidence, and the lines that are written so far."""
+    """The report as a plain dict, the evidence, and the figures that are written so far, by their path."""
 
-    report: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
-    facts: Mapping[str, Any]
-    lines: list[Line] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.config = self.report["config"]
-        self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
+    def __init__(self, report: Mapping, arrays: Mapping[str, np.ndarray], facts: Mapping) -> None:
+        self.report, self.arrays, self.facts = report, arrays, facts
+        self.reported: dict[str, Any] = {}
+        self.again: dict[str, Any] = {}
+        self.config = report["config"]
+        self.u = "u" if "u.ids" in arrays else "e"  # what arrays of U begin with; E serves as both
         self.restricted = self.config["generation"]["top_p"] < 1  # weights reach the nucleus alone
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -50,70 +48,106 @@ class Sheet:
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
-    def terms(self, prefix: str, names: str) -> list[Terms]:
-        return [terms(self[f"{prefix}.{name}"]) for name in names.split()]
+    def of(self, prefix: str, names: str) -> list[np.ndarray]:
+        return [self[f"{prefix}.{name}"] for name in names.split()]
 
     def lengths(self, which: str) -> np.ndarray:
         """Tokens of every response [B, G]; 0 of one that a smaller group lacks."""
         return self[f"{which}.gen_lens"].reshape(self[f"{which}.rewards"].shape).astype(np.float64)
 
-    def section(self, path: str) -> dict[str, Any]:
-        found: Any = self.report
-        for key in path.split("."):
-            found = found[int(key)] if isinstance(found, list) else found[key]
-        return found
+    def compare(self, path: str, reported: Any, again: Any) -> None:
+        self.reported |= _leaves(path, reported)
+        self.again |= _leaves(path, again)
 
     def write(self, path: str, /, **figures: Any) -> None:
-        """Compare fields of a section, whose path has dots, with these figures."""
-        reported = self.section(path)
+        """Compare fields of a section of the report with these figures."""
+        section: Any = self.report
+        for key in path.split("."):
+            section = section[int(key)] if isinstance(section, list) else section[key]
         for name, again in figures.items():
-            self.compare(f"{path}.{name}", reported and reported[name], again)
+            self.compare(f"{path}.{name}", section and section[name], again)
 
-    def estimates(self, path: str, /, **figures: Terms | None) -> None:
-        """The same of estimates, their standard errors, and their intervals where the section has them."""
+    def estimates(self, path: str, /, **figures: np.ndarray | None) -> None:
+        """The same of estimates and their standard errors."""
         for name, of in figures.items():
-            se = of.se if of and len(of.value) > 1 else None
-            self.write(path, **{name: of and of.mean(), f"{name}_se": se})
-            if f"{name}_interval" in (self.section(path) or ()):
-                around = interval(of.mean(), se.value, len(of.value) - 1) if of and se else None
-                self.write(path, **{f"{name}_interval": around})
+            mean = None if of is None else of.mean()
+            self.write(path, **{name: mean, f"{name}_se": None if of is None else se(of)})
 
     def nothing(self, *sections: str) -> None:
-        """Say that the report has no such section."""
+        """Say that the report has no such sections."""
         for section in sections:
             self.compare(section, self.report[section], None)
 
-    def compare(self, name: str, reported: Any, again: Any) -> None:
-        own, theirs = _entries(again), _entries(reported) or {}
-        if own is None:
-            value, size = (again.value, again.size) if isinstance(again, Terms) else (again, None)
-            self.lines.append(Line(name, reported, value, difference(reported, value, size)))
-        elif own.keys() != theirs.keys():
-            self.lines.append(Line(name, reported, again, math.inf))
-        for key, entry in (own or {}).items():
-            if key in theirs:
-                self.compare(name + key, theirs[key], entry)
+    def lines(self, moved: list[dict[str, Any]]) -> list[Line]:
+        """The size of a figure is its own, or what it moves by over what the evidence was moved by."""
+        found = []
+        for name, again in (self.again | self.reported).items():
+            reported, again = (of.get(name, "nothing") for of in (self.reported, self.again))
+            size = 0.0
+            if isinstance(again, float):
+                others = [other.get(name) for other in moved]
+                off = [abs(x - again) for x in others if isinstance(x, float)]
+                size = max(abs(again), *(x / ROUNDING for x in off if math.isfinite(x)), 0.0)
+            found.append(Line(name, reported, again, difference(reported, again, size)))
+        return found
 
 
-def _entries(of: Any) -> dict[str, Any] | None:
-    """Of a mapping or a list, by what their names end with. Those of an array are all of its mean size."""
+def _leaves(path: str, of: Any) -> dict[str, Any]:
+    """The entries of mappings and lists, by their path."""
     if isinstance(of, Mapping):
-        return {f".{key}": entry for key, entry in of.items()}
-    if isinstance(of, Terms) and np.ndim(of.value):
-        of = [Terms(value, of.size.mean()) for value in of.value]
-    return {f"[{k}]": of[k] for k in range(len(of))} if np.ndim(of) else None
+        entries = {f"{path}.{key}": entry for key, entry in of.items()}
+    elif np.ndim(of):
+        entries = {f"{path}[{k}]": entry for k, entry in enumerate(of)}
+    else:
+        return {path: of}
+    return {name: x for part, entry in entries.items() for name, x in _leaves(part, entry).items()}
 
 
-def difference(reported: Any, again: Any, size: float | None = None) -> float:
-    """|reported − again|/size, without a size over |again|. Texts, flags, counts and None are the same or not: 0 or
-    infinity."""
+def difference(reported: Any, again: Any, size: float) -> float:
+    """|reported − again|/size. Texts, flags, counts and None are the same or not: 0 or infinity."""
     if not isinstance(again, float):
         return 0.0 if reported == again else math.inf
-    if isinstance(reported, bool | None):
+    if isinstance(reported, bool | None) or reported == "nothing":
         return math.inf
     reported = float(reported)  # "NaN" and "Infinity" are texts in JSON
     if reported == again or (math.isnan(reported) and math.isnan(again)):
         return 0.0
-    scale = max(abs(again) if size is None else float(size), abs(again))
-    off = abs(reported - again) / scale if scale > 0 else math.inf
+    off = abs(reported - again) / size if size > 0 else math.inf
     return off if math.isfinite(off) else math.inf
+
+
+def moved(arrays: Mapping[str, np.ndarray], seed: float) -> dict[str, np.ndarray]:
+    """Every number by up to 4 of its last places, by its bits, so that equal ones stay so."""
+    found = dict(arrays)
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            x = array.astype(np.float64)
+            found[name] = x * (1 + ROUNDING * np.sin(seed * (x.view(np.int64) % 999983)))
+    return found
+
+
+def se(of: np.ndarray) -> float | None:
+    """Of the mean over prompts: sd/√B."""
+    return float(of.std(ddof=1)) / math.sqrt(len(of)) if len(of) > 1 else None
+
+
+def both(of: np.ndarray) -> dict[str, float | None]:
+    return {"value": float(of.mean()), "se": se(of)}
+
+
+def interval(mean: float, se: float, degrees: int) -> list[float]:
+    """95 %: mean ± t·SE."""
+    half = student.quantile(0.95, degrees) * se
+    return [mean - half, mean + half]
+
+
+def norm(squares: np.ndarray) -> float:
+    """√Σ of squares."""
+    return math.sqrt(math.fsum(squares.ravel()))
+
+
+def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """The estimate h = Σa/Σb by prompt: h and (a_n − h·b_n)/b̄, with a_n and b_n the sums of its responses."""
+    a, b = (x.reshape(len(x), -1).sum(1) for x in (over, under))
+    h = a.sum() / b.sum()
+    return h + (a - h * b) / b.mean()

@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 
 from entropy_probe_checks.audit.sheet import Sheet
-from entropy_probe_checks.audit.terms import Terms, terms
 
 # orders hold up to these shares of the radius, over so many decades of η
 SLOPE_RANGE, ORDER_RANGE, DECADES = 0.02, 0.1, 1.5
@@ -42,29 +41,25 @@ def write(sheet: Sheet) -> None:
     if "d_seq_logp" in of:
         d_s, d_r = of["d_seq_logp"], of["d_rb_sum"]
         # d/dη of Σŵf at 0: Σŵ(f − Ĥ)·D_vS + ŵ·D_vf
-        slopes = [
-            (terms(w * (f - (w * f).sum()) * d_s) + terms(w * d_f)).sum()
-            for f, d_f in ((-s, -d_s), (r, d_r))
+        parts = [
+            np.stack([w * (f - (w * f).sum()) * d_s, w * d_f]) for f, d_f in ((-s, -d_s), (r, d_r))
         ]
-        slope, smooth = slopes[1], True
-        naive, rb, smooth = _identities(of, slopes, unit, 1e-8 * added)
+        slope, size = parts[1].sum(), abs(parts[1]).sum()
+        naive, rb, smooth = _identities(of, parts, unit, 1e-8 * added)
         if smooth and rb is not None and not sheet.restricted:
             # of Σŵf/ΣŵT, over the terms of Σŵf
             centred = r - r.mean() / lengths.mean() * lengths
             off = _derivatives(of["stencil"][2], unit * WIDTHS["stencil"])[0] * lengths.mean()
-            per_token = _over(off - (d_r + centred * d_s).mean(), slope.size)
+            per_token = _over(off - (d_r + centred * d_s).mean(), size)
         order = order_of(
-            delta - slope.value * etas,
-            of["opposite"] + slope.value * etas,
+            delta - slope * etas,
+            of["opposite"] + slope * etas,
             most=ORDER_RANGE * radius,
         )
-        least = max(least, TRUSTED * slope.size)
+        least = max(least, TRUSTED * size)
     for name, error in (("naive", naive), ("rb", rb), ("per_token", per_token)):
-        write(**{f"identity_error_{name}": None if error is None else Terms(error, 1.0)})
-    # what is left once the slope is taken off may be no more than a thousand roundings
-    write(
-        taylor_slope=slope, taylor_order=None if not smooth or order is None else Terms(order, 1e3)
-    )
+        write(**{f"identity_error_{name}": error})
+    write(taylor_slope=slope, taylor_order=order if smooth else None)
     of_delta = order_of(delta, -of["opposite"], most=SLOPE_RANGE * radius)
     write(delta_h_slope=of_delta if smooth else None)
     if "delta_h_there" in of:
@@ -92,9 +87,9 @@ def _over(a: float, b: float) -> float:
 
 
 def _identities(
-    of: dict[str, np.ndarray], slopes: list[Terms], unit: float, rounding: float
+    of: dict[str, np.ndarray], parts: list[np.ndarray], unit: float, rounding: float
 ) -> tuple[float | None, float | None, bool]:
-    """|f′ − slope|/size of naive and rb, by the step that crosses no kink, and whether there are none in the range.
+    """|f′ − Σ terms|/Σ |terms| of naive and rb, by the step that crosses no kink, and whether there are none in the range.
 
     None where both are within the rounding of a difference over h.
     """
@@ -103,10 +98,10 @@ def _identities(
         found = [_derivatives(row, unit * width)[0] for row in of[which][:2]]
         by.append(
             [
-                _over(f - slope.value, slope.size)
-                if max(slope.size, abs(f)) > rounding / (unit * width)
+                _over(f - part.sum(), abs(part).sum())
+                if max(abs(part).sum(), abs(f)) > rounding / (unit * width)
                 else None
-                for f, slope in zip(found, slopes, strict=True)
+                for f, part in zip(found, parts, strict=True)
             ]
         )
     short, near, far = (max((e for e in row if e is not None), default=0.0) for row in by)
