@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from entropy_probe_checks.audit import batches, change, first_order, optimizer, slopes, taylor
-from entropy_probe_checks.audit.sheet import Line, Sheet, moved
+from entropy_probe_checks.audit.sheet import Line, Sheet, compared, moved
 
 __all__ = ["LIMIT", "Line", "audit", "text", "worst"]
 
@@ -21,29 +21,20 @@ LIMIT = 1e-10
 
 def audit(report: Mapping[str, Any], evidence: Any) -> list[Line]:
     """A line for every figure. The report is a dict, that of report.json; evidence has `arrays` by name and `facts`."""
-    arrays = evidence.arrays
-    sheet, *others = (
-        _written(Sheet(report, numbers, evidence.facts))
-        for numbers in (arrays, moved(arrays, 1.0), moved(arrays, 2.0))
-    )
-    return sheet.lines([other.again for other in others])
-
-
-def _written(sheet: Sheet) -> Sheet:
-    sheet.write("checkpoint", fingerprint=sheet.facts["fingerprint"])
-    batches.write(sheet)
-    optimizer.write(sheet)
-    along = None
-    if "u.gram.k" in sheet or "u.gram.sums" in sheet:  # not without a second moment
-        first_order.write(sheet)
-        along = slopes.write(sheet)
-    else:
-        sheet.nothing("first_order", "two_batch", "update")
-        nothing = dict.fromkeys(("of_entropies", "of_visits"))
-        sheet.estimates("predictors", **nothing, **{f"{n}_per_response": None for n in nothing})
-    change.write(sheet, along)
-    taylor.write(sheet)
-    return sheet
+    sheets = []
+    for seed in (0, 1, 2):
+        sheet = Sheet(report, moved(evidence.arrays, seed), evidence.facts)
+        sheet.write("checkpoint", fingerprint=sheet.facts["fingerprint"])
+        batches.write(sheet)
+        optimizer.write(sheet)
+        stepped = "u.gram.k" in sheet or "u.gram.sums" in sheet  # not without a second moment
+        if stepped:
+            first_order.write(sheet)
+        along = slopes.write(sheet) if stepped else slopes.nothing(sheet)
+        change.write(sheet, along)
+        taylor.write(sheet)
+        sheets.append(sheet)
+    return compared(*sheets)
 
 
 def worst(lines: list[Line]) -> Line:

@@ -11,7 +11,7 @@ FOLDS, RIDGE, DEVIATIONS = 5, 1e-2, 10.0
 
 
 def coefficients(sheet: Sheet, baseline: str = "") -> list[np.ndarray]:
-    """c_t = R_{≥t} − b_t of every token [B, G, T], 0 past the end; and the same of the length, whose steps count 1 each.
+    """c_t = R_{≥t} − b_t of every token [B, G, T], 0 past the end; and that of the length, whose steps count 1 each.
 
     b_t is 0 (none), H_t (hk), or H_t and what is expected of R_{>t}: the mean over other prompts' responses that have a
     step t (hk_ema), the same shrunk to from the own prompt's other responses (hk_group), or a ridge regression fitted

@@ -20,7 +20,7 @@ def write(sheet: Sheet) -> None:
     if "e.sampler_logprobs" in sheet:
         _parity(sheet)
     else:
-        sheet.nothing("sampler_parity")
+        sheet.write("", sampler_parity=None)
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
@@ -68,25 +68,22 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     write(num_tokens=sum(lengths), same_batch=sheet.u == "e")
     write(**{n: facts[n][place] for n in ("source", "missing_gold", "given", "reward", "found")})
     write(prompts_are_builtin=facts["builtin"][place])
-    sheet.estimates(section, mean_reward=ratio(rewards, sheet.lengths(which) > 0))
+    most, mean = abs(rewards).max(), ratio(rewards, sheet.lengths(which) > 0)
+    sheet.estimates(section, size=most, mean_reward=mean)
     a = advantages(sheet, which)
-    sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a)
+    sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a, size=abs(a).max())
     idle = np.abs(a).max(1) <= 1e-12 * np.abs(rewards).max(1)
     write(zero_advantage_fraction=float(idle.mean()))
     eos, unended, full = set(facts["eos"]), None, generation["max_new_tokens"]
     if facts["source"][place] == "sampled" and not generation["stop"]:
         unended = sum(text[-1] not in eos and len(text) < full for text in texts)
     write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts), unended=unended)
-    source, given = "recipe", None
-    if (name := f"{which}.given_advantages") in sheet:
-        source = "weights" if facts["weighed"][place] else "given"
-        given = np.asarray(sheet.arrays[name], np.float64).tolist()
-    write(advantages=source)
+    given = sheet.get(f"{which}.given_advantages")
+    from_file = "weights" if facts["weighed"][place] else "given"
+    write(advantages="recipe" if given is None else from_file)
+    whole = (rows, rewards.tolist(), None if given is None else given.tolist())
     prompt_ids = [row[1 : 1 + row[0]] for row in rows[::group]]
-    for name, content in (
-        ("fingerprint", (rows, rewards.tolist(), given)),
-        ("prompts_fingerprint", prompt_ids),
-    ):
+    for name, content in (("fingerprint", whole), ("prompts_fingerprint", prompt_ids)):
         write(**{name: hashlib.sha256(json.dumps(content).encode()).hexdigest()})
 
 
@@ -97,28 +94,29 @@ def _entropy(sheet: Sheet) -> None:
     write(naive=both(-s.mean(1)), rb=both(r.mean(1)), rb_q=both(r_q.mean(1)))
     write(rb_by_prompt=r.mean(1), per_token_by_prompt=ratio(r, lengths))
     write(per_token=both(ratio(r, lengths)), surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
-    variance = (
-        sheet["e.features"][..., LOGIT_VAR].sum() / sheet.config["generation"]["temperature"] ** 2
+    sd = (
+        math.sqrt(sheet["e.features"][..., LOGIT_VAR].sum())
+        / sheet.config["generation"]["temperature"]
     )
-    write(surprise={"value": (-s_q - r_q).mean(), "se": math.sqrt(variance) / s.size})
+    write(surprise={"value": (-s_q - r_q).mean(), "se": sd / s.size})
 
 
 def _predictors(sheet: Sheet) -> None:
     """Those of the change that need no gradient, on U: −Cov(log p, A), −mean[A(1 − p)(H + log p)] and
     −mean[A(S − Σ_i p_i S_i)] with S = p(H + log p), over the tokens of the step."""
     l, h, mean_s = sheet.of(sheet.u, "logp entropy mean_s")
-    chosen = np.arange(l.shape[2]) < sheet.lengths(sheet.u)[..., None]
-    if f"{sheet.u}.in_step" in sheet:
-        chosen &= sheet[f"{sheet.u}.in_step"].astype(bool)[..., None]
-    given = f"{sheet.u}.given_advantages"
-    a = sheet[given] if given in sheet else advantages(sheet, sheet.u)
-    a, p = (a if a.ndim == 3 else a[..., None]) * chosen, np.exp(l)
+    lengths, p = sheet.lengths(sheet.u), np.exp(l)
+    in_step = sheet.get(f"{sheet.u}.in_step", lengths > 0).astype(bool)
+    chosen = (np.arange(l.shape[2]) < lengths[..., None]) & in_step[..., None]
+    a = sheet.get(f"{sheet.u}.given_advantages", advantages(sheet, sheet.u))
+    a = (a if a.ndim == 3 else a[..., None]) * chosen
     of_tokens = {
         "cov_logp_advantage": (l - l[chosen].mean()) * (a - a[chosen].mean()) * chosen,
         "steer": a * (1 - p) * (h + l),
         "wang": a * (p * (h + l) - mean_s),
     }
-    sheet.estimates("predictors", **{name: -ratio(of, chosen) for name, of in of_tokens.items()})
+    size = abs(a * l).mean()  # A may be the same everywhere
+    sheet.estimates("predictors", size, **{n: -ratio(of, chosen) for n, of in of_tokens.items()})
 
 
 def _parity(sheet: Sheet) -> None:

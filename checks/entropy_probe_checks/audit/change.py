@@ -21,7 +21,7 @@ def write(sheet: Sheet, along: Along | None) -> None:
     if along:
         _resolution(sheet, along)
     else:
-        sheet.nothing("resolution")
+        sheet.write("", resolution=None)
 
 
 def _grid(sheet: Sheet, along: Along | None) -> list[float]:
@@ -36,7 +36,7 @@ def _grid(sheet: Sheet, along: Along | None) -> list[float]:
     if variance > 0:
         end = min(lr, math.sqrt(-math.log(config["min_ess_fraction"]) / variance) or lr)
     steps = [end / 10 ** (k / 2) for k in range(5)]
-    steps += [along.reach] * (0 < along.reach < steps[-1])
+    steps += [along.reach] if 0 < along.reach < steps[-1] else []
     return sorted({0.0, lr, *steps, *(-step for step in steps)})
 
 
@@ -80,19 +80,17 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
 
     rb, rb_token, pd, pd_token = change(r, r_after, by_token), change(r, r_after, True), None, None
     if along:
-        pd, pd_token = _by_performance(sheet, k)
+        pd, pd_token = _by_performance(sheet, k, along)
         pd = pd_token if by_token else pd
     naive, naive_token = (change(-s, -s_after, of_tokens) for of_tokens in (by_token, True))
     found = {"delta_h": naive, "delta_h_rb": rb, "delta_h_per_token": rb_token, "delta_h_pd": pd}
     found["delta_h_per_token_pd"] = pd_token
     estimates(**found, delta_h_per_token_naive=naive_token)
     for name, of in found.items():
-        both = None if of is None else interval(of.mean(), se(of) or 0.0, len(of) - 1)
+        both = None if of is None else interval(of.mean(), se(of), len(of) - 1)
         write(**{f"{name}_interval": both})
-    write(
-        delta_h_rb_by_prompt=rb - rb.mean(),
-        delta_h_pd_by_prompt=None if pd is None else pd - pd.mean(),
-    )
+    write(delta_h_rb_by_prompt=rb - rb.mean())
+    write(delta_h_pd_by_prompt=None if pd is None else pd - pd.mean())
     if pd is not None and method == "snis" and not clipped:
         rb, rb_token = pd, pd_token
     ratio_of_both = None
@@ -107,19 +105,15 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     write(ratio=ratio_of_both, in_range=within)
 
 
-def _by_performance(sheet: Sheet, k: int) -> Pair:
+def _by_performance(sheet: Sheet, k: int, along: Along) -> Pair:
     """ΔH = mean D per response and Δh = (M + D)/(L + E) − M/L per token by the performance difference, at the k-th η,
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t],  E the same of the length (H = H⁺ = 1),  w_{<t} = Π_{s<t} ρ_s
     """
-    h, log_rho, (c, c_length) = (
-        sheet["e.entropy"],
-        sheet[f"after.{k}.logp"] - sheet["e.logp"],
-        coefficients(sheet),
-    )
+    h, log_rho = sheet["e.entropy"], sheet[f"after.{k}.logp"] - sheet["e.logp"]
     before, step = np.exp(np.cumsum(log_rho, -1) - log_rho), np.expm1(log_rho)
-    d = (before * (sheet[f"after.{k}.entropy"] - h + step * c)).sum(-1)
-    e, r, t = (before * step * c_length).sum(-1), h.sum(-1), sheet.lengths("e")
+    d = (before * (sheet[f"after.{k}.entropy"] - h + step * along.c[0])).sum(-1)
+    e, r, t = (before * step * along.c[1]).sum(-1), h.sum(-1), sheet.lengths("e")
     return d.mean(1), ratio(r + d, t + e) - ratio(r, t)
 
 
@@ -138,8 +132,8 @@ def of_units(sheet: Sheet, of: np.ndarray, units: int) -> np.ndarray:
 
 
 def _resolution(sheet: Sheet, along: Along) -> None:
-    """2 SE of the predicted change at η = lr; B·(2 SE/predicted)² prompts; and the interval of a step with another update
-    batch, predicted ± t·√(SE² + 2·spread²)."""
+    """2 SE of the predicted change at η = lr; B·(2 SE/predicted)² prompts; and the interval of a step with another
+    update batch, predicted ± t·√(SE² + 2·spread²)."""
     write, (lr, _), prompts = (
         partial(sheet.write, "resolution"),
         learning_rate(sheet),
@@ -148,11 +142,11 @@ def _resolution(sheet: Sheet, along: Along) -> None:
     token, response = (expansion(sheet, lr, pair) for pair in (along.of_tokens, along.of_response))
     mean, error, target, next_step = (
         token.mean(),
-        se(token) or 0.0,
+        se(token),
         sheet.config["batch"]["target_se"],
         None,
     )
-    write(per_token=2 * error, per_response=2 * (se(response) or 0.0))
+    write(per_token=2 * error, per_response=2 * se(response))
     write(prompts_needed=math.ceil(prompts * (2 * error / mean) ** 2) if mean else None)
     if sheet.facts["source"][1] == "sampled" and along.spread is not None:
         degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
@@ -162,9 +156,9 @@ def _resolution(sheet: Sheet, along: Along) -> None:
     write(next_step=next_step, target_se=None if target is None else float(target))
     looks = []
     for first in sheet.facts.get("looks", []):  # the SE, had E had its first prompts alone
-        arrays = {n: of[:first] for n, of in sheet.arrays.items() if n.startswith("e.")}
+        arrays = {n: of[:first] for n, of in sheet.items() if n.startswith("e.")}
         part = Sheet(sheet.report, arrays | {"e.gen_lens": sheet.lengths("e")[:first]}, sheet.facts)
         r, t = part["e.entropy"].sum(-1), part.lengths("e")
-        looked = expansion(part, lr, of_ratio(r, t, *of_responses(part)))
+        looked = expansion(part, lr, of_ratio(r, t, *of_responses(part, coefficients(part))))
         looks.append({"num_prompts": first, "se": se(looked)})
     write(looks=looks)

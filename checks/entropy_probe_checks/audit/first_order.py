@@ -17,6 +17,8 @@ KINDS = {  # of modules; the first that a name holds decides
     "embedding": r"embed|wte|wpe",
     "output": r"lm_head|embed_out|output",
 }
+Tensors = slice | list[int]
+ALL = slice(None)
 FACTORS = ("lora_A", "lora_B", "magnitude", "modules_to_save")
 
 
@@ -35,15 +37,17 @@ def learning_rate(sheet: Sheet) -> tuple[float, str]:
 
 def write(sheet: Sheet) -> None:
     sheet.write("update", lr=learning_rate(sheet)[0])
-    tensors = list(range(len(sheet.facts["names"])))
-    for section, of, there in (
-        ("first_order", _first_order, sheet[f"{sheet.u}.unit_of_prompt"].any()),
-        ("two_batch", _two_batch, sheet.u == "u"),
-    ):
-        of(sheet, tensors) if there else sheet.nothing(section)
+    if sheet[f"{sheet.u}.unit_of_prompt"].any():
+        _first_order(sheet)
+    else:
+        sheet.write("", first_order=None)
+    if sheet.u == "u":
+        _two_batch(sheet)
+    else:
+        sheet.write("", two_batch=None)
 
 
-def gram(sheet: Sheet, prefix: str, tensors: list[int]) -> tuple[np.ndarray, ...]:
+def gram(sheet: Sheet, prefix: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
     """r, Σ_m K_nm and K_nn of every unit n, of some tensors together, whose products add:
 
     r_n = ½[Σ_{m≠n} K_nm + Σ_{m≠n} K_mn]/(U−1), whose mean is U_cross.
@@ -58,12 +62,14 @@ def gram(sheet: Sheet, prefix: str, tensors: list[int]) -> tuple[np.ndarray, ...
     return (rows + columns - 2 * diagonal) / 2 / (len(rows) - 1), rows, diagonal
 
 
-def _first_order(sheet: Sheet, tensors: list[int]) -> None:
+def _first_order(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float]:
     """ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife has U_{−u} = (U·U_cross − 2r_u)/(U−2), ζ̂₁ = U/4·SE²."""
     write, (lr, source) = partial(sheet.write, "first_order"), learning_rate(sheet)
     r, rows, diagonal = gram(sheet, "u.gram", tensors)
     units, u_cross, zeta = len(r), r.mean(), r.var(ddof=1)
     plugin = math.sqrt(4 * zeta / units)
+    if tensors is not ALL:
+        return {"value": -lr * u_cross, "se": lr * plugin}
     write(mode=sheet.facts["mode"], estimator=sheet.config["first_order"]["estimator"])
     write(num_units=units, lr=lr, lr_source=source)
     write(u_cross=u_cross, row_means=r, bars_dot=rows.sum() / units**2, diag_sum=diagonal.sum())
@@ -71,11 +77,14 @@ def _first_order(sheet: Sheet, tensors: list[int]) -> None:
     x, y = (norm(sheet[f"sum.{side}_bar_squared"]) for side in "xy")
     prompts = len(sheet[f"{sheet.u}.rewards"])
     write(norm_x_sum=prompts * x, norm_y_sum=prompts * y)
-    write(se_plugin=plugin, zeta1_plugin=zeta, interval=interval(u_cross, plugin, units - 1))
-    jackknife = unbiased = None
+    size = abs(rows).max()  # two units have the same r
+    write(size, se_plugin=plugin, interval=interval(u_cross, plugin, units - 1))
+    write(size**2, zeta1_plugin=zeta)
+    jackknife = of_jackknife = unbiased = None
     if units > 2:
         left = (units * u_cross - 2 * r) / (units - 2)
         jackknife = math.sqrt((units - 1) * left.var())
+        of_jackknife = units / 4 * jackknife**2
     if units > 4 and "u.gram.k" in sheet:
         # h_ij = ½(K_ij + K_ji), W = mean_{i<j}(h − U_cross)², A = Σ(r − r̄)²·(U−1)/(U−2):
         # [4(U−2)(A−W)/(U−4) + 2W]/[U(U−1) + 4(U−2)/(U−4) − 2]
@@ -83,56 +92,39 @@ def _first_order(sheet: Sheet, tensors: list[int]) -> None:
         h = ((k + k.T) / 2)[np.triu_indices(units, 1)]
         w, a = ((h - u_cross) ** 2).mean(), zeta * (units - 1) ** 2 / (units - 2)
         unbiased = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
-    write(se_jackknife=jackknife, var_unbiased=unbiased)
-    write(zeta1_jackknife=None if jackknife is None else units / 4 * jackknife**2)
+    write(se_jackknife=jackknife, zeta1_jackknife=of_jackknife, var_unbiased=unbiased)
     write(delta_h1=-lr * u_cross, delta_h1_se=lr * plugin, delta_h1_by_unit=-lr * r / units)
-
-    def of_part(tensors: list[int]) -> dict[str, float | None]:
-        own = gram(sheet, "u.gram", tensors)[0]
-        return {"value": -lr * own.mean(), "se": 2 * lr * (se(own) or 0.0)}
-
-    write(delta_h1_parts=_parts(sheet, of_part))
+    write(delta_h1_parts=_parts(sheet, partial(_first_order, sheet)))
+    return {}
 
 
-def _two_batch(sheet: Sheet, tensors: list[int]) -> None:
+def _two_batch(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float | None]:
     """X̄_EᵀPȲ_U, s_k = X_kᵀPȲ_U, t_m = X̄_EᵀPY_m, and Var(δH₁) = lr²·[Var(s)/B_E + Var(t)/B_U − s²_int/(B_E·B_U)] with
     s²_int what is left of K after both; not less than a quarter of its term."""
     write, lr = partial(sheet.write, "two_batch"), learning_rate(sheet)[0]
     blocks = (sheet[f"{which}.unit_of_prompt"] for which in "eu")
     of_e, of_u = (np.bincount(units) / len(units) for units in blocks)
-
-    def figures(tensors: list[int]) -> dict[str, Any]:
-        whole, interaction, variance = "eu.gram.k" in sheet, None, None
-        if whole:
-            k = sheet["eu.gram.k"][tensors].sum(0)
-            s, t = k @ of_u, of_e @ k
-        else:
-            s, t = (sheet[f"eu.gram.{side}"][tensors].sum(0) for side in "st")
-        mean, n, m = of_e @ s, len(s), len(t)
-        if m > 1:  # one unit does not say how others differ
-            variance = (se(s) or 0.0) ** 2 + (se(t) or 0.0) ** 2
-        if m > 1 and whole:
-            interaction = ((k - s[:, None] - t + mean) ** 2).sum() / (n - 1) / (m - 1)
-            once = interaction / n / m
-            variance = max(variance - once, once / 4)
-        return {
-            "bars_dot": mean,
-            "delta_h1": -lr * mean,
-            "delta_h1_se": None if variance is None else lr * math.sqrt(variance),
-            "conditional_se": lr * (se(s) or 0.0),
-            "projections": s,
-            "update_projections": t,
-            "interaction": interaction,
-        }
-
-    def of_part(tensors: list[int]) -> dict[str, float | None]:
-        own = figures(tensors)
-        return {"value": own["delta_h1"], "se": own["delta_h1_se"]}
-
-    write(**figures(tensors), delta_h1_parts=_parts(sheet, of_part))
+    k = sheet["eu.gram.k"][tensors].sum(0) if "eu.gram.k" in sheet else None
+    if k is None:
+        s, t = (sheet[f"eu.gram.{side}"][tensors].sum(0) for side in "st")
+    else:
+        s, t = k @ of_u, of_e @ k
+    mean, pairs, error, interaction = of_e @ s, len(s) * len(t), None, None
+    if len(t) > 1:  # one unit does not say how others differ
+        variance = se(s) ** 2 + se(t) ** 2
+        if k is not None:
+            left = k - s[:, None] - t + mean
+            interaction = (left**2).sum() / (len(s) - 1) / (len(t) - 1)
+            variance = max(variance - interaction / pairs, interaction / pairs / 4)
+        error = lr * math.sqrt(variance)
+    if tensors is ALL:
+        write(bars_dot=mean, projections=s, update_projections=t, interaction=interaction)
+        write(delta_h1=-lr * mean, delta_h1_se=error, conditional_se=lr * se(s))
+        write(delta_h1_parts=_parts(sheet, partial(_two_batch, sheet)))
+    return {"value": -lr * mean, "se": error}
 
 
-def _parts(sheet: Sheet, of: Callable[[list[int]], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _parts(sheet: Sheet, of: Callable[[Tensors], Any]) -> dict[str, dict[str, Any]]:
     """{table: {label: figure of the tensors with that label}}: by layer, by kind of module, and by what is trained."""
     tables: dict[str, dict[str, list[int]]] = {"layer": {}, "module": {}, "factor": {}}
     for place, name in enumerate(sheet.facts["names"]):

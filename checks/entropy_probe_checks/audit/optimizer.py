@@ -18,7 +18,7 @@ def write(sheet: Sheet) -> None:
     sheet.write("registry", num_tensors=len(names), uncovered=uncovered)
     sheet.write("registry", x_coverage=len(x) / len(names), y_coverage=len(y) / len(names))
     if "sum.p_min" not in sheet:
-        sheet.nothing("preconditioner")
+        sheet.write("", preconditioner=None)
         return
     sheet.write("registry", num_parameters=int(sheet["sum.numel"].sum()))
     stepped = {h["name"] for h in hyper if h["step"] > 0}

@@ -1,4 +1,8 @@
-"""A sheet on which every figure of a report stands beside the same figure computed again."""
+"""A sheet on which every figure of a report stands beside the same figure computed again.
+
+How far rounding moves a figure is measured: the figures are computed twice more, from evidence that is moved at random by
+a small share of itself. What a figure moves by, over that share, is the size of its terms (as in stochastic arithmetic).
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,14 +13,14 @@ import numpy as np
 
 from entropy_probe_checks.audit import student
 
-ROUNDING = 2.0**-50
-"""By how much of itself a number of the evidence is moved to see what depends on its last places."""
+SHARE = 2.0**-36
+STILL = ("rewards", "given_advantages", "features")  # of these it matters whether they are equal
 
 
 @dataclass(frozen=True)
 class Line:
-    """One figure: `difference` is |reported − again| over its size; infinite where one of them is missing, or a text, a
-    count or a flag is another."""
+    """One figure: `difference` is |reported − again| over the size of the terms; infinite where one of them is missing,
+    or a text, a count or a flag is another."""
 
     name: str
     reported: Any
@@ -29,24 +33,17 @@ class Line:
         return f"{self.name}: {reported} reported, {again} computed again"
 
 
-class Sheet:
-    """The report as a plain dict, the evidence, and the figures that are written so far, by their path."""
+class Sheet(dict[str, np.ndarray]):
+    """The evidence by name, the report as a plain dict, and both sides of every figure by its path."""
 
     def __init__(self, report: Mapping, arrays: Mapping[str, np.ndarray], facts: Mapping) -> None:
-        self.report, self.arrays, self.facts = report, arrays, facts
+        super().__init__(arrays)
+        self.report, self.facts, self.config = report, facts, report["config"]
         self.reported: dict[str, Any] = {}
         self.again: dict[str, Any] = {}
-        self.config = report["config"]
-        self.u = "u" if "u.ids" in arrays else "e"  # what arrays of U begin with; E serves as both
+        self.sizes: dict[str, float] = {}
+        self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
         self.restricted = self.config["generation"]["top_p"] < 1  # weights reach the nucleus alone
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """An array of the evidence, in float64 unless it holds integers."""
-        array = self.arrays[name]
-        return array.astype(np.float64) if array.dtype.kind == "f" else array
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
 
     def of(self, prefix: str, names: str) -> list[np.ndarray]:
         return [self[f"{prefix}.{name}"] for name in names.split()]
@@ -55,41 +52,26 @@ class Sheet:
         """Tokens of every response [B, G]; 0 of one that a smaller group lacks."""
         return self[f"{which}.gen_lens"].reshape(self[f"{which}.rewards"].shape).astype(np.float64)
 
-    def compare(self, path: str, reported: Any, again: Any) -> None:
+    def compare(self, path: str, reported: Any, again: Any, size: float = 0.0) -> None:
+        """`size` is given where terms may cancel in all of the evidence."""
         self.reported |= _leaves(path, reported)
-        self.again |= _leaves(path, again)
+        self.again |= (leaves := _leaves(path, again))
+        self.sizes |= dict.fromkeys(leaves, size)
 
-    def write(self, path: str, /, **figures: Any) -> None:
-        """Compare fields of a section of the report with these figures."""
+    def write(self, path: str, /, size: float = 0.0, **figures: Any) -> None:
+        """Compare fields of a section of the report, or whole sections, with these figures."""
         section: Any = self.report
-        for key in path.split("."):
+        for key in path.split(".") if path else ():
             section = section[int(key)] if isinstance(section, list) else section[key]
         for name, again in figures.items():
-            self.compare(f"{path}.{name}", section and section[name], again)
+            at = f"{path}.{name}" if path else name
+            self.compare(at, section and section[name], again, size)
 
-    def estimates(self, path: str, /, **figures: np.ndarray | None) -> None:
+    def estimates(self, path: str, /, size: float = 0.0, **figures: np.ndarray | None) -> None:
         """The same of estimates and their standard errors."""
         for name, of in figures.items():
-            mean = None if of is None else of.mean()
-            self.write(path, **{name: mean, f"{name}_se": None if of is None else se(of)})
-
-    def nothing(self, *sections: str) -> None:
-        """Say that the report has no such sections."""
-        for section in sections:
-            self.compare(section, self.report[section], None)
-
-    def lines(self, moved: list[dict[str, Any]]) -> list[Line]:
-        """The size of a figure is its own, or what it moves by over what the evidence was moved by."""
-        found = []
-        for name, again in (self.again | self.reported).items():
-            reported, again = (of.get(name, "nothing") for of in (self.reported, self.again))
-            size = 0.0
-            if isinstance(again, float):
-                others = [other.get(name) for other in moved]
-                off = [abs(x - again) for x in others if isinstance(x, float)]
-                size = max(abs(again), *(x / ROUNDING for x in off if math.isfinite(x)), 0.0)
-            found.append(Line(name, reported, again, difference(reported, again, size)))
-        return found
+            value, error = both(of).values()
+            self.write(path, size, **{name: value, f"{name}_se": error})
 
 
 def _leaves(path: str, of: Any) -> dict[str, Any]:
@@ -101,6 +83,32 @@ def _leaves(path: str, of: Any) -> dict[str, Any]:
     else:
         return {path: of}
     return {name: x for part, entry in entries.items() for name, x in _leaves(part, entry).items()}
+
+
+def moved(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """In float64 and integers; by up to a share of itself each, but for the first seed."""
+    found, random = dict(arrays), np.random.default_rng(seed)
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            most = 0.0 if seed == 0 or name.endswith(STILL) else SHARE
+            found[name] = array * (1 + most * random.uniform(-1, 1, array.shape))
+    return found
+
+
+def compared(sheet: Sheet, *others: Sheet) -> list[Line]:
+    """A line for every figure. A standard error has at least the size of what it is the error of."""
+    found, sizes = [], dict(sheet.sizes)
+    for name, again in sheet.again.items():
+        if isinstance(again, float):
+            both = (x for other in others if isinstance(x := other.again.get(name), float))
+            moves = [move / SHARE for x in both if math.isfinite(move := abs(x - again))]
+            sizes[name] = max(sizes[name], abs(again), *moves)
+    for name in sheet.again | sheet.reported:
+        pair = [side.get(name, "nothing") for side in (sheet.reported, sheet.again)]
+        of = f"{name[:-3]}.value" if name.endswith(".se") else name.removesuffix("_se")
+        size = max(sizes.get(name, 0.0), sizes.get(of, 0.0))
+        found.append(Line(name, *pair, difference(*pair, size)))
+    return found
 
 
 def difference(reported: Any, again: Any, size: float) -> float:
@@ -116,23 +124,15 @@ def difference(reported: Any, again: Any, size: float) -> float:
     return off if math.isfinite(off) else math.inf
 
 
-def moved(arrays: Mapping[str, np.ndarray], seed: float) -> dict[str, np.ndarray]:
-    """Every number by up to 4 of its last places, by its bits, so that equal ones stay so."""
-    found = dict(arrays)
-    for name, array in arrays.items():
-        if array.dtype.kind == "f":
-            x = array.astype(np.float64)
-            found[name] = x * (1 + ROUNDING * np.sin(seed * (x.view(np.int64) % 999983)))
-    return found
-
-
-def se(of: np.ndarray) -> float | None:
+def se(of: np.ndarray) -> float:
     """Of the mean over prompts: sd/√B."""
-    return float(of.std(ddof=1)) / math.sqrt(len(of)) if len(of) > 1 else None
+    return float(of.std(ddof=1)) / math.sqrt(len(of))
 
 
-def both(of: np.ndarray) -> dict[str, float | None]:
-    return {"value": float(of.mean()), "se": se(of)}
+def both(of: np.ndarray | None) -> dict[str, float | None]:
+    """A figure and its standard error; one prompt has none."""
+    value = None if of is None else float(of.mean())
+    return {"value": value, "se": None if of is None or len(of) < 2 else se(of)}
 
 
 def interval(mean: float, se: float, degrees: int) -> list[float]:
@@ -147,7 +147,7 @@ def norm(squares: np.ndarray) -> float:
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """The estimate h = Σa/Σb by prompt: h and (a_n − h·b_n)/b̄, with a_n and b_n the sums of its responses."""
+    """The estimate h = Σa/Σb by prompt: h + (a_n − h·b_n)/b̄, with a_n and b_n the sums of its responses."""
     a, b = (x.reshape(len(x), -1).sum(1) for x in (over, under))
     h = a.sum() / b.sum()
     return h + (a - h * b) / b.mean()

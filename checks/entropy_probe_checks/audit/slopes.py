@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from entropy_probe_checks.audit.baselines import coefficients
-from entropy_probe_checks.audit.first_order import gram, learning_rate
+from entropy_probe_checks.audit.first_order import ALL, gram, learning_rate
 from entropy_probe_checks.audit.sheet import Sheet, both, norm, ratio, se
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -15,14 +15,15 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Along(NamedTuple):
-    """By what ΔH is predicted: per response, per token, and as the configuration asks; up to which η; and the sd of the
-    change per token over update batches."""
+    """By what ΔH is predicted: per response, per token, and as the configuration asks; up to which η; the sd of the
+    change per token over update batches; and the coefficients of entropy and length."""
 
     of_response: Pair
     of_tokens: Pair
     asked: Pair
     reach: float
     spread: float | None
+    c: list[np.ndarray]
 
 
 def write(sheet: Sheet) -> Along:
@@ -35,12 +36,13 @@ def write(sheet: Sheet) -> Along:
     centred = (s - s.mean(1, keepdims=True)) * group / (group - 1)  # S − S̄ of the others
     by = {"naive": -(centred * d_s).mean(1)}
     for baseline in ("none", "hk", "hk_ema", "hk_ridge", "hk_group"):
-        by[f"rb_{baseline}"] = of_responses(sheet, baseline)[0].mean(1)
-    d, d2, e, e2 = of_responses(sheet)
+        by[f"rb_{baseline}"] = of_responses(sheet, coefficients(sheet, baseline))[0].mean(1)
+    c, c_length = coefficients(sheet)
+    d, d2, e, e2 = of_responses(sheet, [c, c_length])
     slope, bent, (token, bent_token) = d.mean(1), d2.mean(1), of_ratio(r, t, d, d2, e, e2)
-    cross = cross_token = None
+    used, used_token, cross, cross_token = slope, token, None, None
     if sheet.u == "e":
-        cross, cross_token = _cross(sheet, "u"), _cross(sheet, "crossed")
+        used, used_token = cross, cross_token = _cross(sheet, "u"), _cross(sheet, "crossed")
     configured = sheet.config["first_order"]["baseline"]
     write(baseline="hk_group" if configured == "auto" else configured)
     write(estimators={name: both(of) for name, of in by.items()})
@@ -60,16 +62,13 @@ def write(sheet: Sheet) -> Along:
     write(curvature_of_change=change2.mean())
     write(curvature_of_change_size=(abs(d2_r) + abs(2 * d_r * d_s) + abs(over * d2_w)).mean())
     # what the rounding ρ of each token's D_v can do to a sum of weights · D_v
-    c, c_length = coefficients(sheet)
-    naive = sheet.config["first_order"]["estimator"] == "naive"
-    weight, token_weight = (
-        abs(centred)[..., None] if naive else 1 + abs(c),
-        c - r.sum() / t.sum() * c_length,
-    )
-    write(slope_rounding=norm((weight * rho) ** 2) / t.size)
-    write(slope_rounding_per_token=norm(((1 + abs(token_weight)) * rho) ** 2) / t.sum())
-    write(slope_of_change_rounding=norm(((1 + abs(over))[..., None] * rho) ** 2) / t.size)
-
+    naive, h = sheet.config["first_order"]["estimator"] == "naive", r.sum() / t.sum()
+    for name, weight, number in (
+        ("slope_rounding", abs(centred)[..., None] if naive else 1 + abs(c), t.size),
+        ("slope_rounding_per_token", 1 + abs(c - h * c_length), t.sum()),
+        ("slope_of_change_rounding", 1 + abs(over)[..., None], t.size),
+    ):
+        write(**{name: norm((weight * rho) ** 2) / number})
     # −X̄ᵀD·Y_u of every unit, weighted by its share of the prompts; over update batches their sum has sd √U·sd_u
     prompts, spread = np.bincount(sheet[f"{sheet.u}.unit_of_prompt"]), None
     for ending, x in (("", "x"), ("_per_token", "xt")):
@@ -89,27 +88,30 @@ def write(sheet: Sheet) -> Along:
         left = {f"of_entropies{ending}": own, f"of_visits{ending}": lr * whole - own}
         sheet.estimates("predictors", **left)
 
-    pairs = (
-        (slope if cross is None else cross, bent),
-        (token if cross_token is None else cross_token, bent_token),
-    )
+    pairs = (used, bent), (used_token, bent_token)
     asked = pairs[sheet.config["true_delta_h"]["normalize"] == "per_token"]
     # η* = 2|slope/curvature|, where the curvature is decided; a tenth of it, with 2 SE in place of a smaller slope
-    a, b, se_a, se_b = (f(x) for f in (np.mean, se) for x in asked)
-    decided = b and abs(b) >= 2 * se_b
-    write(eta_star=2 * abs(a) / abs(b) if decided else None)
-    return Along(
-        *pairs, asked, 0.2 * max(abs(a), 2 * se_a) / abs(b) if decided else math.inf, spread
-    )
+    (a, b), (se_a, se_b) = [abs(x.mean()) for x in asked], map(se, asked)
+    decided = b and b >= 2 * se_b
+    write(eta_star=2 * a / b if decided else None)
+    reach = 0.2 * max(a, 2 * se_a) / b if decided else math.inf
+    return Along(*pairs, asked, reach, spread, [c, c_length])
+
+
+def nothing(sheet: Sheet) -> None:
+    """Without a second moment there is no step, and no P."""
+    sheet.write("", first_order=None, two_batch=None, update=None)
+    names = (f"{n}{end}" for n in ("of_entropies", "of_visits") for end in ("", "_per_response"))
+    sheet.estimates("predictors", **dict.fromkeys(names))
 
 
 def _cross(sheet: Sheet, prefix: str) -> np.ndarray:
-    """−X̄ᵀv₀ − U_cross of K_um = X_uᵀDY_m, the slope along v without its diagonal; of unit u, −X_uᵀv₀ − (2r_u − U_cross)."""
-    r, *_ = gram(sheet, f"{prefix}.gram_d", list(range(len(sheet.facts["moved"]))))
+    """−X̄ᵀv₀ − U_cross of K_um = X_uᵀDY_m, the slope along v without its diagonal; by unit −X_uᵀv₀ − 2r_u + U_cross."""
+    r, *_ = gram(sheet, f"{prefix}.gram_d", ALL)
     return -sheet[f"{prefix}.x_v0"] - (2 * r - r.mean())
 
 
-def of_responses(sheet: Sheet, baseline: str = "") -> list[np.ndarray]:
+def of_responses(sheet: Sheet, coefficients: list[np.ndarray]) -> list[np.ndarray]:
     """What a response says of ΔH and of the change of length ΔL at 0, D′, D″, E′, E″ [B, G]: derivatives of
 
     Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t], where log w_{<t} = Σ_{k<t} log ρ_k: with d = D_v log p_t,
@@ -117,7 +119,7 @@ def of_responses(sheet: Sheet, baseline: str = "") -> list[np.ndarray]:
     """
     d, d_h, d2, d2_h = sheet.of("e", "d_logp d_entropy d2_logp d2_entropy")
     before, found = np.cumsum(d, -1) - d, []
-    for c, of_h in zip(coefficients(sheet, baseline), (1.0, 0.0), strict=True):
+    for c, of_h in zip(coefficients, (1.0, 0.0), strict=True):
         once = of_h * d_h + c * d
         twice = of_h * d2_h + c * (d2 + d**2) + 2 * before * once
         found += [once.sum(-1), twice.sum(-1)]

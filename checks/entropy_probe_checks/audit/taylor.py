@@ -21,7 +21,7 @@ def write(sheet: Sheet) -> None:
     """The fields of section `continuity` that belong to them, where they were made."""
     if "taylor.etas" not in sheet:
         return
-    of = {name[7:]: sheet[name] for name in sheet.arrays if name.startswith("taylor.")}
+    of = {name[7:]: sheet[name] for name in sheet if name.startswith("taylor.")}
     write, w, s, r = partial(sheet.write, "continuity"), of["weights"], of["seq_logp"], of["rb_sum"]
     etas, delta, moved, lengths = of["etas"], of["delta_h"], of["logits"], of["gen_lens"]
     unit = 10 * float(etas[-1])
@@ -89,7 +89,7 @@ def _over(a: float, b: float) -> float:
 def _identities(
     of: dict[str, np.ndarray], parts: list[np.ndarray], unit: float, rounding: float
 ) -> tuple[float | None, float | None, bool]:
-    """|f′ − Σ terms|/Σ |terms| of naive and rb, by the step that crosses no kink, and whether there are none in the range.
+    """|f′ − Σ terms|/Σ |terms| of naive and rb, by the step that crosses no kink; and whether none is in the range.
 
     None where both are within the rounding of a difference over h.
     """
