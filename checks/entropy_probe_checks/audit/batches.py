@@ -17,10 +17,7 @@ def write(sheet: Sheet) -> None:
     _batch(sheet, "update_batch", sheet.u, 1)
     _entropy(sheet)
     _predictors(sheet)
-    if "e.sampler_logprobs" in sheet:
-        _parity(sheet)
-    else:
-        sheet.write("", sampler_parity=None)
+    _parity(sheet)
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
@@ -54,11 +51,7 @@ def advantages(sheet: Sheet, which: str) -> np.ndarray:
 
 
 def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
-    write, facts, generation = (
-        partial(sheet.write, section),
-        sheet.facts,
-        sheet.config["generation"],
-    )
+    write, facts = partial(sheet.write, section), sheet.facts
     rewards, (prompts, group) = sheet[f"{which}.rewards"], sheet[f"{which}.rewards"].shape
     ids, starts, lengths = (of.tolist() for of in sheet.of(which, "ids prompt_lens gen_lens"))
     # where the response begins, and the tokens of prompt and response
@@ -74,8 +67,9 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a, size=abs(a).max())
     idle = np.abs(a).max(1) <= 1e-12 * np.abs(rewards).max(1)
     write(zero_advantage_fraction=float(idle.mean()))
-    eos, unended, full = set(facts["eos"]), None, generation["max_new_tokens"]
+    eos, unended, generation = set(facts["eos"]), None, sheet.config["generation"]
     if facts["source"][place] == "sampled" and not generation["stop"]:
+        full = generation["max_new_tokens"]
         unended = sum(text[-1] not in eos and len(text) < full for text in texts)
     write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts), unended=unended)
     given = sheet.get(f"{which}.given_advantages")
@@ -94,11 +88,10 @@ def _entropy(sheet: Sheet) -> None:
     write(naive=both(-s.mean(1)), rb=both(r.mean(1)), rb_q=both(r_q.mean(1)))
     write(rb_by_prompt=r.mean(1), per_token_by_prompt=ratio(r, lengths))
     write(per_token=both(ratio(r, lengths)), surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
-    sd = (
-        math.sqrt(sheet["e.features"][..., LOGIT_VAR].sum())
-        / sheet.config["generation"]["temperature"]
-    )
-    write(surprise={"value": (-s_q - r_q).mean(), "se": sd / s.size})
+    variance = sheet["e.features"][..., LOGIT_VAR].sum()
+    temperature = sheet.config["generation"]["temperature"]
+    se = math.sqrt(variance) / temperature / s.size
+    write(surprise={"value": (-s_q - r_q).mean(), "se": se})
 
 
 def _predictors(sheet: Sheet) -> None:
@@ -110,17 +103,18 @@ def _predictors(sheet: Sheet) -> None:
     chosen = (np.arange(l.shape[2]) < lengths[..., None]) & in_step[..., None]
     a = sheet.get(f"{sheet.u}.given_advantages", advantages(sheet, sheet.u))
     a = (a if a.ndim == 3 else a[..., None]) * chosen
-    of_tokens = {
-        "cov_logp_advantage": (l - l[chosen].mean()) * (a - a[chosen].mean()) * chosen,
-        "steer": a * (1 - p) * (h + l),
-        "wang": a * (p * (h + l) - mean_s),
-    }
-    size = abs(a * l).mean()  # A may be the same everywhere
-    sheet.estimates("predictors", size, **{n: -ratio(of, chosen) for n, of in of_tokens.items()})
+    covariance = (l - l[chosen].mean()) * (a - a[chosen].mean()) * chosen
+    write, size = partial(sheet.estimates, "predictors"), abs(a * l).mean()
+    write(size, cov_logp_advantage=-ratio(covariance, chosen))  # A may be the same everywhere
+    write(steer=-ratio(a * (1 - p) * (h + l), chosen))
+    write(wang=-ratio(a * (p * (h + l) - mean_s), chosen))
 
 
 def _parity(sheet: Sheet) -> None:
     """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
+    if "e.sampler_logprobs" not in sheet:
+        sheet.write("", sampler_parity=None)
+        return
     write, lengths = partial(sheet.write, "sampler_parity"), sheet["e.gen_lens"]
     scored, reported = (
         np.concatenate([row[:n] for row, n in zip(rows, lengths, strict=True)])

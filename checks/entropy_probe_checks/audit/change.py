@@ -134,23 +134,15 @@ def of_units(sheet: Sheet, of: np.ndarray, units: int) -> np.ndarray:
 def _resolution(sheet: Sheet, along: Along) -> None:
     """2 SE of the predicted change at η = lr; B·(2 SE/predicted)² prompts; and the interval of a step with another
     update batch, predicted ± t·√(SE² + 2·spread²)."""
-    write, (lr, _), prompts = (
-        partial(sheet.write, "resolution"),
-        learning_rate(sheet),
-        len(sheet["e.logp"]),
-    )
+    write, lr = partial(sheet.write, "resolution"), learning_rate(sheet)[0]
     token, response = (expansion(sheet, lr, pair) for pair in (along.of_tokens, along.of_response))
-    mean, error, target, next_step = (
-        token.mean(),
-        se(token),
-        sheet.config["batch"]["target_se"],
-        None,
-    )
+    mean, error, prompts, next_step = token.mean(), se(token), len(sheet["e.logp"]), None
     write(per_token=2 * error, per_response=2 * se(response))
     write(prompts_needed=math.ceil(prompts * (2 * error / mean) ** 2) if mean else None)
     if sheet.facts["source"][1] == "sampled" and along.spread is not None:
         degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
         next_step = interval(mean, math.hypot(error, math.sqrt(2) * along.spread), degrees)
+    target = sheet.config["batch"]["target_se"]
     if target == "2se":
         target = lr * abs(sheet["target.terms"].mean()) / 2
     write(next_step=next_step, target_se=None if target is None else float(target))

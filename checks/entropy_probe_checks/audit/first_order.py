@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.sheet import Sheet, interval, norm, se
+from entropy_probe_checks.audit.sheet import Sheet, interval, se
 
 KINDS = {  # of modules; the first that a name holds decides
     "norm": r"(norm|(\b|_)ln)[^.]*\.(modules_to_save\.[^.]+\.)?[^.]+$",
@@ -72,12 +72,13 @@ def _first_order(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float]:
         return {"value": -lr * u_cross, "se": lr * plugin}
     write(mode=sheet.facts["mode"], estimator=sheet.config["first_order"]["estimator"])
     write(num_units=units, lr=lr, lr_source=source)
-    write(u_cross=u_cross, row_means=r, bars_dot=rows.sum() / units**2, diag_sum=diagonal.sum())
-    write(bars_dot_plain=sheet["sum.plain"].sum())
-    x, y = (norm(sheet[f"sum.{side}_bar_squared"]) for side in "xy")
+    # where rows and their diagonal all but cancel, and where two units have one r
+    size = (abs(rows) + abs(diagonal)).mean() / (units - 1)
+    write(size, u_cross=u_cross, row_means=r, diag_sum=diagonal.sum())
+    write(bars_dot=rows.sum() / units**2, bars_dot_plain=sheet["sum.plain"].sum())
+    x, y = (math.sqrt(sheet[f"sum.{side}_bar_squared"].sum()) for side in "xy")
     prompts = len(sheet[f"{sheet.u}.rewards"])
     write(norm_x_sum=prompts * x, norm_y_sum=prompts * y)
-    size = abs(rows).max()  # two units have the same r
     write(size, se_plugin=plugin, interval=interval(u_cross, plugin, units - 1))
     write(size**2, zeta1_plugin=zeta)
     jackknife = of_jackknife = unbiased = None
@@ -93,8 +94,9 @@ def _first_order(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float]:
         w, a = ((h - u_cross) ** 2).mean(), zeta * (units - 1) ** 2 / (units - 2)
         unbiased = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
     write(se_jackknife=jackknife, zeta1_jackknife=of_jackknife, var_unbiased=unbiased)
-    write(delta_h1=-lr * u_cross, delta_h1_se=lr * plugin, delta_h1_by_unit=-lr * r / units)
-    write(delta_h1_parts=_parts(sheet, partial(_first_order, sheet)))
+    write(lr * size, delta_h1=-lr * u_cross, delta_h1_se=lr * plugin)
+    write(lr * size, delta_h1_by_unit=-lr * r / units)
+    write(lr * size, delta_h1_parts=_parts(sheet, partial(_first_order, sheet)))
     return {}
 
 
@@ -130,10 +132,8 @@ def _parts(sheet: Sheet, of: Callable[[Tensors], Any]) -> dict[str, dict[str, An
     for place, name in enumerate(sheet.facts["names"]):
         kind = next((kind for kind, of in KINDS.items() if re.search(of, name.lower())), "other")
         layer = next((f"layer {int(n)}" for n in name.split(".")[1:-1] if n.isdigit()), kind)
-        own, plain = (
-            "bias" if name.endswith("bias") else "weight",
-            name.replace("lora_embedding_", "lora_"),
-        )
+        own = "bias" if name.endswith("bias") else "weight"
+        plain = name.replace("lora_embedding_", "lora_")
         factor = next((factor for factor in FACTORS if factor in plain), own)
         for table, label in zip(tables.values(), (layer, kind, factor), strict=True):
             table.setdefault(label, []).append(place)

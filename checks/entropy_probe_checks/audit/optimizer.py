@@ -36,14 +36,11 @@ def write(sheet: Sheet) -> None:
     pairs = [pair for names in shapes.values() for pair in itertools.combinations(names, 2)]
     evidence = sheet["match.pairs"] if pairs else np.zeros(0)
     undecided = {n for pair, e in zip(pairs, evidence, strict=True) if e > -CLEAR for n in pair}
-    sheet.write(
-        "preconditioner",
-        exchanged=_exchange(sheet) if pairs else None,
-        exchanged_pair=pairs[int(np.argmax(evidence))] if pairs else None,
-        num_pairs=len(pairs),
-        num_undecided=int((evidence > -CLEAR).sum()),
-        undecided=sorted(undecided, key=lambda name: (sizes[name], name)),
-    )
+    exchanged, pair = (_exchange(sheet), pairs[int(evidence.argmax())]) if pairs else (None, None)
+    undecided = sorted(undecided, key=lambda name: (sizes[name], name))
+    sheet.write("preconditioner", exchanged=exchanged, exchanged_pair=pair, undecided=undecided)
+    number = int((evidence > -CLEAR).sum())
+    sheet.write("preconditioner", num_pairs=len(pairs), num_undecided=number)
 
 
 def _exchange(sheet: Sheet) -> float:

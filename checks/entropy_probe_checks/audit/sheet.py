@@ -1,7 +1,7 @@
 """A sheet on which every figure of a report stands beside the same figure computed again.
 
-How far rounding moves a figure is measured: the figures are computed twice more, from evidence that is moved at random by
-a small share of itself. What a figure moves by, over that share, is the size of its terms (as in stochastic arithmetic).
+How far rounding moves a figure is measured, as in stochastic arithmetic: the figures are computed twice more, from
+evidence that is moved at random by a share of itself. What a figure moves by, over the share, is the size of its terms.
 """
 
 import math
@@ -14,7 +14,8 @@ import numpy as np
 from entropy_probe_checks.audit import student
 
 SHARE = 2.0**-36
-STILL = ("rewards", "given_advantages", "features")  # of these it matters whether they are equal
+# it matters whether these are equal, and of these third differences are taken
+STILL = ("rewards", "given_advantages", "features", "stencil")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class Sheet(dict[str, np.ndarray]):
     def __init__(self, report: Mapping, arrays: Mapping[str, np.ndarray], facts: Mapping) -> None:
         super().__init__(arrays)
         self.report, self.facts, self.config = report, facts, report["config"]
-        self.reported: dict[str, Any] = {}
-        self.again: dict[str, Any] = {}
-        self.sizes: dict[str, float] = {}
+        self.figures: dict[str, tuple[Any, Any, float]] = {}
         self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
         self.restricted = self.config["generation"]["top_p"] < 1  # weights reach the nucleus alone
 
@@ -54,9 +53,9 @@ class Sheet(dict[str, np.ndarray]):
 
     def compare(self, path: str, reported: Any, again: Any, size: float = 0.0) -> None:
         """`size` is given where terms may cancel in all of the evidence."""
-        self.reported |= _leaves(path, reported)
-        self.again |= (leaves := _leaves(path, again))
-        self.sizes |= dict.fromkeys(leaves, size)
+        own, theirs = _leaves(path, again), _leaves(path, reported)
+        for name in own | theirs:
+            self.figures[name] = theirs.get(name, "nothing"), own.get(name, "nothing"), size
 
     def write(self, path: str, /, size: float = 0.0, **figures: Any) -> None:
         """Compare fields of a section of the report, or whole sections, with these figures."""
@@ -97,17 +96,17 @@ def moved(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
 
 def compared(sheet: Sheet, *others: Sheet) -> list[Line]:
     """A line for every figure. A standard error has at least the size of what it is the error of."""
-    found, sizes = [], dict(sheet.sizes)
-    for name, again in sheet.again.items():
-        if isinstance(again, float):
-            both = (x for other in others if isinstance(x := other.again.get(name), float))
-            moves = [move / SHARE for x in both if math.isfinite(move := abs(x - again))]
-            sizes[name] = max(sizes[name], abs(again), *moves)
-    for name in sheet.again | sheet.reported:
-        pair = [side.get(name, "nothing") for side in (sheet.reported, sheet.again)]
+    found: list[Line] = []
+    sizes: dict[str, float] = {}
+    for name, (reported, again, size) in sheet.figures.items():
         of = f"{name[:-3]}.value" if name.endswith(".se") else name.removesuffix("_se")
-        size = max(sizes.get(name, 0.0), sizes.get(of, 0.0))
-        found.append(Line(name, *pair, difference(*pair, size)))
+        size = max(size, sizes.get(of, 0.0))
+        if isinstance(again, float):
+            there = (other.figures[name][1] for other in others if name in other.figures)
+            moves = [abs(x - again) / SHARE for x in there if isinstance(x, float)]
+            size = max(size, abs(again), *(x for x in moves if math.isfinite(x)))
+        sizes[name] = size
+        found.append(Line(name, reported, again, difference(reported, again, size)))
     return found
 
 
@@ -139,11 +138,6 @@ def interval(mean: float, se: float, degrees: int) -> list[float]:
     """95 %: mean ± t·SE."""
     half = student.quantile(0.95, degrees) * se
     return [mean - half, mean + half]
-
-
-def norm(squares: np.ndarray) -> float:
-    """√Σ of squares."""
-    return math.sqrt(math.fsum(squares.ravel()))
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from entropy_probe_checks.audit.baselines import coefficients
 from entropy_probe_checks.audit.first_order import ALL, gram, learning_rate
-from entropy_probe_checks.audit.sheet import Sheet, both, norm, ratio, se
+from entropy_probe_checks.audit.sheet import Sheet, both, ratio, se
 
 Pair = tuple[np.ndarray, np.ndarray]
 """Slope and curvature, by prompt (the slope by unit, where it is cross-fitted)."""
@@ -68,7 +68,7 @@ def write(sheet: Sheet) -> Along:
         ("slope_rounding_per_token", 1 + abs(c - h * c_length), t.sum()),
         ("slope_of_change_rounding", 1 + abs(over)[..., None], t.size),
     ):
-        write(**{name: norm((weight * rho) ** 2) / number})
+        write(**{name: math.sqrt(((weight * rho) ** 2).sum()) / number})
     # −X̄ᵀD·Y_u of every unit, weighted by its share of the prompts; over update batches their sum has sd √U·sd_u
     prompts, spread = np.bincount(sheet[f"{sheet.u}.unit_of_prompt"]), None
     for ending, x in (("", "x"), ("_per_token", "xt")):
@@ -77,8 +77,9 @@ def write(sheet: Sheet) -> Along:
         write(**{f"slope_of_v0{ending}": of_v0, f"slope_by_unit{ending}": units})
         write(**{f"spread_over_batches{ending}": spread})
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
-    v, v0, y = (sheet[f"sum.{name}_squared"] for name in ("v", "v0", "y_bar"))
-    v, v0, y = norm(v), norm(v0), norm(y[moved])
+    squares = sheet.of("sum", "v_squared v0_squared y_bar_squared")
+    squares[2] = squares[2][moved]
+    v, v0, y = (math.sqrt(of.sum()) for of in squares)
     most = sheet.report["recipe"]["settings"]["max_grad_norm"]["value"]
     write(norm=v, norm_v0=v0, momentum_share=sheet["sum.v0_v"].sum() / v**2 if v else 0.0)
     write(grad_norm=y, clip_factor=1.0 if most is None else min(1.0, most / (y + 1e-6)))

@@ -41,21 +41,18 @@ def write(sheet: Sheet) -> None:
     if "d_seq_logp" in of:
         d_s, d_r = of["d_seq_logp"], of["d_rb_sum"]
         # d/dη of Σŵf at 0: Σŵ(f − Ĥ)·D_vS + ŵ·D_vf
-        parts = [
-            np.stack([w * (f - (w * f).sum()) * d_s, w * d_f]) for f, d_f in ((-s, -d_s), (r, d_r))
-        ]
-        slope, size = parts[1].sum(), abs(parts[1]).sum()
-        naive, rb, smooth = _identities(of, parts, unit, 1e-8 * added)
+        terms = np.array(
+            [(w * (f - (w * f).sum()) * d_s, w * d_f) for f, d_f in ((-s, -d_s), (r, d_r))]
+        )
+        slope, size = terms[1].sum(), abs(terms[1]).sum()
+        naive, rb, smooth = _identities(of, terms.reshape(2, -1), unit, 1e-8 * added)
         if smooth and rb is not None and not sheet.restricted:
             # of Σŵf/ΣŵT, over the terms of Σŵf
             centred = r - r.mean() / lengths.mean() * lengths
             off = _derivatives(of["stencil"][2], unit * WIDTHS["stencil"])[0] * lengths.mean()
             per_token = _over(off - (d_r + centred * d_s).mean(), size)
-        order = order_of(
-            delta - slope * etas,
-            of["opposite"] + slope * etas,
-            most=ORDER_RANGE * radius,
-        )
+        rest = delta - slope * etas, of["opposite"] + slope * etas
+        order = order_of(*rest, most=ORDER_RANGE * radius)
         least = max(least, TRUSTED * size)
     for name, error in (("naive", naive), ("rb", rb), ("per_token", per_token)):
         write(**{f"identity_error_{name}": error})
@@ -87,28 +84,23 @@ def _over(a: float, b: float) -> float:
 
 
 def _identities(
-    of: dict[str, np.ndarray], parts: list[np.ndarray], unit: float, rounding: float
+    of: dict[str, np.ndarray], terms: np.ndarray, unit: float, rounding: float
 ) -> tuple[float | None, float | None, bool]:
-    """|f′ − Σ terms|/Σ |terms| of naive and rb, by the step that crosses no kink; and whether none is in the range.
-
-    None where both are within the rounding of a difference over h.
-    """
-    by: list[list[float | None]] = []
+    """|f′ − Σ terms|/Σ |terms| of naive and rb, None where both are within the rounding of a difference over h, by the
+    step that crosses no kink; and whether none is in the range."""
+    errors: list[list[float | None]] = []
     for which, width in WIDTHS.items():
-        found = [_derivatives(row, unit * width)[0] for row in of[which][:2]]
-        by.append(
-            [
-                _over(f - part.sum(), abs(part).sum())
-                if max(abs(part).sum(), abs(f)) > rounding / (unit * width)
-                else None
-                for f, part in zip(found, parts, strict=True)
-            ]
-        )
-    short, near, far = (max((e for e in row if e is not None), default=0.0) for row in by)
+        h, own = unit * width, []
+        for row, part in zip(of[which][:2], terms, strict=True):
+            found, size = _derivatives(row, h)[0], abs(part).sum()
+            unseen = max(size, abs(found)) <= rounding / h
+            own.append(None if unseen else _over(found - part.sum(), size))
+        errors.append(own)
+    short, near, far = (max((e for e in own if e is not None), default=0.0) for own in errors)
     if short > SHORT and near < short / 10:
-        naive, rb = (None, None) if SHORT < near < KINKED else by[1]
+        naive, rb = (None, None) if SHORT < near < KINKED else errors[1]
         return naive, rb, False
-    return *by[0], not (short <= SHORT and far > KINKED)
+    return *errors[0], not (short <= SHORT and far > KINKED)
 
 
 def _loglog(etas: np.ndarray, values: np.ndarray) -> float:
