@@ -62,9 +62,9 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     write(**{n: facts[n][place] for n in ("source", "missing_gold", "given", "reward", "found")})
     write(prompts_are_builtin=facts["builtin"][place])
     most, mean = abs(rewards).max(), ratio(rewards, sheet.lengths(which) > 0)
-    sheet.estimates(section, size=most, mean_reward=mean)
+    sheet.estimates(section, most, mean_reward=mean)
     a = advantages(sheet, which)
-    sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a, size=abs(a).max())
+    sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a, abs(a).max())
     idle = np.abs(a).max(1) <= 1e-12 * np.abs(rewards).max(1)
     write(zero_advantage_fraction=float(idle.mean()))
     eos, unended, generation = set(facts["eos"]), None, sheet.config["generation"]

@@ -91,18 +91,21 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
         write(**{f"{name}_interval": both})
     write(delta_h_rb_by_prompt=rb - rb.mean())
     write(delta_h_pd_by_prompt=None if pd is None else pd - pd.mean())
-    if pd is not None and method == "snis" and not clipped:
+    if pd is not None and pd_token is not None and method == "snis" and not clipped:
         rb, rb_token = pd, pd_token
-    ratio_of_both = None
-    pairs = (along.of_tokens, along.asked) if along else (None, None)
-    for ending, realised, pair in zip(("_per_token", ""), (rb_token, rb), pairs, strict=True):
-        own = expansion(sheet, eta, pair) if pair else None
-        off = of_units(sheet, realised, len(own)) - own if own is not None else None
-        estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
-        if own is not None and own.mean():
-            ratio_of_both = realised.mean() / own.mean()
-    within = bool(reliable and enough and abs(eta) <= along.reach) if along else None
-    write(ratio=ratio_of_both, in_range=within)
+    if along is None:
+        names = ("predicted", "difference", "predicted_per_token", "difference_per_token")
+        estimates(**dict.fromkeys(names))
+        write(ratio=None, in_range=None)
+        return
+    own, own_token = (expansion(sheet, eta, pair) for pair in (along.asked, along.of_tokens))
+    off, off_token = (
+        of_units(sheet, of, len(by)) - by for of, by in ((rb, own), (rb_token, own_token))
+    )
+    estimates(predicted=own, difference=off)
+    estimates(predicted_per_token=own_token, difference_per_token=off_token)
+    write(ratio=rb.mean() / own.mean() if own.mean() else None)
+    write(in_range=bool(reliable and enough and abs(eta) <= along.reach))
 
 
 def _by_performance(sheet: Sheet, k: int, along: Along) -> Pair:

@@ -57,7 +57,7 @@ class Sheet(dict[str, np.ndarray]):
         for name in own | theirs:
             self.figures[name] = theirs.get(name, "nothing"), own.get(name, "nothing"), size
 
-    def write(self, path: str, /, size: float = 0.0, **figures: Any) -> None:
+    def write(self, path: str, size: float = 0.0, /, **figures: Any) -> None:
         """Compare fields of a section of the report, or whole sections, with these figures."""
         section: Any = self.report
         for key in path.split(".") if path else ():
@@ -66,7 +66,7 @@ class Sheet(dict[str, np.ndarray]):
             at = f"{path}.{name}" if path else name
             self.compare(at, section and section[name], again, size)
 
-    def estimates(self, path: str, /, size: float = 0.0, **figures: np.ndarray | None) -> None:
+    def estimates(self, path: str, size: float = 0.0, /, **figures: np.ndarray | None) -> None:
         """The same of estimates and their standard errors."""
         for name, of in figures.items():
             value, error = both(of).values()

@@ -100,7 +100,8 @@ def _identities(
     if short > SHORT and near < short / 10:
         naive, rb = (None, None) if SHORT < near < KINKED else errors[1]
         return naive, rb, False
-    return *errors[0], not (short <= SHORT and far > KINKED)
+    naive, rb = errors[0]
+    return naive, rb, not (short <= SHORT and far > KINKED)
 
 
 def _loglog(etas: np.ndarray, values: np.ndarray) -> float:
