@@ -78,29 +78,33 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
         before, after = (of**by_token for of in (t, t_after))
         return ratio(w * f_after, w * after) - ratio(now * f, now * before)
 
-    rb, rb_token, pd, pd_token = change(r, r_after, by_token), change(r, r_after, True), None, None
-    if along:
-        pd, pd_token = _by_performance(sheet, k, along)
-        pd = pd_token if by_token else pd
-    naive, naive_token = (change(-s, -s_after, of_tokens) for of_tokens in (by_token, True))
-    found = {"delta_h": naive, "delta_h_rb": rb, "delta_h_per_token": rb_token, "delta_h_pd": pd}
-    found["delta_h_per_token_pd"] = pd_token
-    estimates(**found, delta_h_per_token_naive=naive_token)
-    for name, of in found.items():
-        both = None if of is None else interval(of.mean(), se(of), len(of) - 1)
-        write(**{f"{name}_interval": both})
+    def with_intervals(**found: np.ndarray) -> None:
+        sheet.estimates(row, **found)
+        for name, of in found.items():
+            write(**{f"{name}_interval": interval(of.mean(), se(of), len(of) - 1)})
+
+    rb, rb_token = change(r, r_after, by_token), change(r, r_after, True)
+    with_intervals(delta_h=change(-s, -s_after, by_token), delta_h_rb=rb)
+    with_intervals(delta_h_per_token=rb_token)
+    estimates(delta_h_per_token_naive=change(-s, -s_after, True))
     write(delta_h_rb_by_prompt=rb - rb.mean())
-    write(delta_h_pd_by_prompt=None if pd is None else pd - pd.mean())
-    if pd is not None and pd_token is not None and method == "snis" and not clipped:
-        rb, rb_token = pd, pd_token
     if along is None:
-        names = ("predicted", "difference", "predicted_per_token", "difference_per_token")
-        estimates(**dict.fromkeys(names))
-        write(ratio=None, in_range=None)
+        for name in ("delta_h_pd", "delta_h_per_token_pd"):
+            write(**{name: None, f"{name}_se": None, f"{name}_interval": None})
+        estimates(predicted=None, predicted_per_token=None)
+        estimates(difference=None, difference_per_token=None)
+        write(delta_h_pd_by_prompt=None, ratio=None, in_range=None)
         return
+    pd, pd_token = _by_performance(sheet, k, along)
+    pd = pd_token if by_token else pd
+    with_intervals(delta_h_pd=pd, delta_h_per_token_pd=pd_token)
+    write(delta_h_pd_by_prompt=pd - pd.mean())
+    if method == "snis" and not clipped:
+        rb, rb_token = pd, pd_token
     own, own_token = (expansion(sheet, eta, pair) for pair in (along.asked, along.of_tokens))
     off, off_token = (
-        of_units(sheet, of, len(by)) - by for of, by in ((rb, own), (rb_token, own_token))
+        of_units(sheet, rb, own) - own,
+        of_units(sheet, rb_token, own_token) - own_token,
     )
     estimates(predicted=own, difference=off)
     estimates(predicted_per_token=own_token, difference_per_token=off_token)
@@ -122,12 +126,12 @@ def _by_performance(sheet: Sheet, k: int, along: Along) -> Pair:
 
 def expansion(sheet: Sheet, eta: float, pair: Pair) -> np.ndarray:
     """η·slope + ½η²·curvature, of prompts, or of blocks of prompts where the slope is."""
-    return eta * pair[0] + eta**2 / 2 * of_units(sheet, pair[1], len(pair[0]))
+    return eta * pair[0] + eta**2 / 2 * of_units(sheet, pair[1], pair[0])
 
 
-def of_units(sheet: Sheet, of: np.ndarray, units: int) -> np.ndarray:
-    """Averaged in each block, where there are fewer blocks than prompts; with the mean over prompts."""
-    if len(of) == units:
+def of_units(sheet: Sheet, of: np.ndarray, as_in: np.ndarray) -> np.ndarray:
+    """Averaged in each block, where the other is of fewer blocks than prompts; with the mean over prompts."""
+    if len(of) == len(as_in):
         return of
     blocks = sheet["e.unit_of_prompt"]
     averages = np.bincount(blocks, weights=of) / np.bincount(blocks)

@@ -120,7 +120,7 @@ def difference(reported: Any, again: Any, size: float) -> float:
     if reported == again or (math.isnan(reported) and math.isnan(again)):
         return 0.0
     off = abs(reported - again) / size if size > 0 else math.inf
-    return off if math.isfinite(off) else math.inf
+    return float(off) if math.isfinite(off) else math.inf
 
 
 def se(of: np.ndarray) -> float:
