@@ -1,190 +1,129 @@
-"""What the batches hold: counts, rewards, ends, fingerprints; and the sampler's own log-probabilities."""
-
-from __future__ import annotations
+"""What the batches hold: counts, rewards, advantages, fingerprints; the entropy at θ; the sampler's own scores."""
 
 import hashlib
 import json
 import math
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.sheet import Sheet, both, ratio
+
+LOGIT_VAR = 5  # the place of Var_q(logit) among the features of a token
 
 
 def write(sheet: Sheet) -> None:
-    for section, which, place in (("batch", "e", 0), ("update_batch", update(sheet), 1)):
-        _batch(sheet, section, which, place)
-    if sheet.report["sampler_parity"] is not None or sheet.has("e.sampler_logprobs"):
-        _parity(sheet)
-
-
-def update(sheet: Sheet) -> str:
-    """What the arrays of the U batch begin with: those of E, where one batch serves as both."""
-    return "u" if sheet.has("u.ids") else "e"
-
-
-def responses(sheet: Sheet, which: str) -> list[list[int]]:
-    """The tokens of every response."""
-    starts, lengths = sheet[f"{which}.prompt_lens"], sheet[f"{which}.gen_lens"]
-    rows = sheet[f"{which}.ids"]
-    return [
-        row[start : start + length].tolist()
-        for row, start, length in zip(rows, starts, lengths, strict=True)
-    ]
-
-
-def part(sheet: Sheet, name: str) -> Any:
-    """A part of the recipe."""
-    return sheet.report["recipe"]["settings"][name]["value"]
+    _batch(sheet, "batch", "e", 0)
+    _batch(sheet, "update_batch", sheet.u, 1)
+    _entropy(sheet)
+    _predictors(sheet)
+    _parity(sheet)
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
-    """The file's own (of tokens the largest in size), else r less its baseline, over its standard deviation + eps, as
-    the recipe says; 0 of a response that a smaller group lacks."""
-    if sheet.has(f"{which}.given_advantages"):
-        given = sheet[f"{which}.given_advantages"]
-        return given if given.ndim == 2 else np.take_along_axis(given, _largest(given), 2)[..., 0]
-    baseline, scale = part(sheet, "baseline"), part(sheet, "scale")
-    rewards, there = sheet[f"{which}.rewards"], present(sheet, which)
-    groups = [own[is_there] for own, is_there in zip(rewards, there, strict=True)]
-    found = [[_centred(own, g, baseline) for g in range(len(own))] for own in groups]
-    every, of_all = np.concatenate(groups), [a for own in found for a in own]
-    if scale == "advantages":
-        mean = math.fsum(of_all) / len(of_all)
-        found = [[a - mean for a in own] for own in found]
-        every = np.array(of_all) - mean
-    scaled = np.zeros(rewards.shape)
-    for n, own in enumerate(found):
-        for g, a in enumerate(own):
-            among = {"group": groups[n], "leave_one_out": np.delete(groups[n], g)}
-            spread = _deviation(among.get(scale, every), part(sheet, "ddof"))
-            whole = scale == "none" or (spread == 0 and part(sheet, "undivided_at_zero"))
-            scaled[n, g] = a if whole else a / (spread + part(sheet, "eps"))
+    """A = (r − baseline)/(sd + eps), as the recipe says, and 0 of a response that a smaller group lacks; or the file's
+    own, of tokens the largest in size."""
+    r, there = sheet[f"{which}.rewards"], sheet.lengths(which) > 0
+    if f"{which}.given_advantages" in sheet:
+        given = sheet[f"{which}.given_advantages"].reshape(*r.shape, -1)
+        return np.take_along_axis(given, np.abs(given).argmax(2)[..., None], 2)[..., 0]
+    recipe = {name: of["value"] for name, of in sheet.report["recipe"]["settings"].items()}
+
+    def among(kind: str, n: int, g: int) -> np.ndarray:
+        """What a baseline or a deviation is taken of."""
+        own = r[n][there[n]]
+        groups = {"none": own[:0], "mean": own, "group": own, "leave_one_out": np.delete(own, g)}
+        return groups[kind] if kind in groups else (a if kind == "advantages" else r)[there]
+
+    a, places = np.zeros(r.shape), np.argwhere(there)
+    for n, g in places:
+        of = among(recipe["baseline"], n, g)
+        a[n, g] = r[n, g] - (of.mean() if len(of) else 0.0)
+    if recipe["scale"] == "advantages":
+        a = np.where(there, a - a[there].mean(), 0.0)
+    scaled = a.copy()
+    for n, g in places if recipe["scale"] != "none" else ():
+        of, ddof = among(recipe["scale"], n, g), recipe["ddof"]
+        sd = of.std(ddof=ddof) if len(of) > ddof and np.ptp(of) else 0.0
+        if sd or not recipe["undivided_at_zero"]:
+            scaled[n, g] = a[n, g] / (sd + recipe["eps"])
     return scaled
 
 
-def _largest(given: np.ndarray) -> np.ndarray:
-    return np.abs(given).argmax(2)[..., None]
-
-
-def present(sheet: Sheet, which: str) -> np.ndarray:
-    """Whether prompt n has a response g: a smaller group lacks some."""
-    return sheet[f"{which}.gen_lens"].reshape(sheet[f"{which}.rewards"].shape) > 0
-
-
-def _centred(own: np.ndarray, g: int, baseline: str) -> float:
-    if baseline == "none":
-        return float(own[g])
-    among = own if baseline == "mean" else np.delete(own, g)
-    return float(own[g]) - math.fsum(among) / max(len(among), 1)
-
-
-def _deviation(values: np.ndarray, ddof: int) -> float:
-    if len(values) <= ddof or values.max() == values.min():
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((values - mean) ** 2) / (len(values) - ddof))
-
-
 def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
-    rewards, config, facts = sheet[f"{which}.rewards"], sheet.report["config"], sheet.facts
-    prompts, group = rewards.shape
-    texts, ends = [text for text in responses(sheet, which) if text], set(facts["eos"])
-    mean = math.fsum(rewards.ravel()) / len(texts)
-    off = np.where(present(sheet, which), rewards - mean, 0.0).sum(1)
-    se = (
-        math.sqrt(prompts / (prompts - 1) * math.fsum(off**2)) / len(texts) if prompts > 1 else None
-    )
-    size = float(np.abs(rewards).max())
-    own = advantages(sheet, which)
-    sheet.hold(f"{which}.advantages", own, float(np.abs(own).max()))
-    idle = [
-        float(np.abs(a).max()) <= 1e-12 * float(np.abs(r).max())
-        for a, r in zip(own, rewards, strict=True)
-    ]
-    source = facts["source"][place]
-    limit = config["generation"]["max_new_tokens"]
-    unended = None
-    if source == "sampled" and not config["generation"]["stop"]:
-        unended = sum(text[-1] not in ends and len(text) < limit for text in texts)
-
-    def line(name: str, again: object, size: float | None = None) -> None:
-        sheet.write(f"{section}.{name}", again, size)
-
-    line("num_prompts", prompts)
-    line("num_responses", group)
-    line("total_responses", len(texts))
-    line("num_tokens", sum(len(text) for text in texts))
-    line("source", source)
-    line("same_batch", update(sheet) == "e")
-    line("mean_reward", mean, size)
-    line("mean_reward_se", se, size)
-    line("zero_advantage_fraction", sum(idle) / prompts)
-    line("missing_gold", facts["missing_gold"][place])
-    line("given", facts["given"][place])
-    line("early_eos", sum(any(token in ends for token in text[:-1]) for text in texts))
-    line("unended", unended)
-    line("fingerprint", _fingerprint(sheet, which))
-    line("prompts_fingerprint", _of_prompts(sheet, which))
-    line("reward", facts["reward"][place])
-    line("prompts_are_builtin", facts["builtin"][place])
-    line("found", facts["found"][place])
-    given = "weights" if facts["weighed"][place] else "given"
-    line("advantages", given if sheet.has(f"{which}.given_advantages") else "recipe")
+    write, facts = partial(sheet.write, section), sheet.facts
+    rewards, (prompts, group) = sheet[f"{which}.rewards"], sheet[f"{which}.rewards"].shape
+    ids, starts, lengths = (of.tolist() for of in sheet.of(which, "ids prompt_lens gen_lens"))
+    # where the response begins, and the tokens of prompt and response
+    rows = [[n, *row[: n + t]] for row, n, t in zip(ids, starts, lengths, strict=True)]
+    texts = [row[1 + row[0] :] for row in rows if len(row) > 1 + row[0]]
+    write(num_prompts=prompts, num_responses=group, total_responses=len(texts))
+    write(num_tokens=sum(lengths), same_batch=sheet.u == "e")
+    write(**{n: facts[n][place] for n in ("source", "missing_gold", "given", "reward", "found")})
+    write(prompts_are_builtin=facts["builtin"][place])
+    most, mean = abs(rewards).max(), ratio(rewards, sheet.lengths(which) > 0)
+    sheet.estimates(section, most, mean_reward=mean)
+    a = advantages(sheet, which)
+    sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a, abs(a).max())
+    idle = np.abs(a).max(1) <= 1e-12 * np.abs(rewards).max(1)
+    write(zero_advantage_fraction=float(idle.mean()))
+    eos, unended, generation = set(facts["eos"]), None, sheet.config["generation"]
+    if facts["source"][place] == "sampled" and not generation["stop"]:
+        full = generation["max_new_tokens"]
+        unended = sum(text[-1] not in eos and len(text) < full for text in texts)
+    write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts), unended=unended)
+    given = sheet.get(f"{which}.given_advantages")
+    from_file = "weights" if facts["weighed"][place] else "given"
+    write(advantages="recipe" if given is None else from_file)
+    whole = (rows, rewards.tolist(), None if given is None else given.tolist())
+    prompt_ids = [row[1 : 1 + row[0]] for row in rows[::group]]
+    for name, content in (("fingerprint", whole), ("prompts_fingerprint", prompt_ids)):
+        write(**{name: hashlib.sha256(json.dumps(content).encode()).hexdigest()})
 
 
-def _fingerprint(sheet: Sheet, which: str) -> str:
-    """SHA-256 of every row with where its response begins, of the rewards, and of advantages that were given."""
-    rows = []
-    for row, start, length in zip(
-        sheet[f"{which}.ids"].tolist(),
-        sheet[f"{which}.prompt_lens"].tolist(),
-        sheet[f"{which}.gen_lens"].tolist(),
-        strict=True,
-    ):
-        rows.append([start, *row[: start + length]])
-    name = f"{which}.given_advantages"
-    given = sheet[name].tolist() if sheet.has(name) else None
-    content = (rows, sheet[f"{which}.rewards"].tolist(), given)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _entropy(sheet: Sheet) -> None:
+    """naive −S, rb R, and R of q, per response; R/T per token; and −log q − R of q, which has mean 0 under q."""
+    write, lengths = partial(sheet.write, "entropy"), sheet.lengths("e")
+    s, s_q, r, r_q = (x.sum(-1) for x in sheet.of("e", "logp logq entropy entropy_q"))
+    write(naive=both(-s.mean(1)), rb=both(r.mean(1)), rb_q=both(r_q.mean(1)))
+    write(rb_by_prompt=r.mean(1), per_token_by_prompt=ratio(r, lengths))
+    write(per_token=both(ratio(r, lengths)), surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
+    variance = sheet["e.features"][..., LOGIT_VAR].sum()
+    temperature = sheet.config["generation"]["temperature"]
+    se = math.sqrt(variance) / temperature / s.size
+    write(surprise={"value": (-s_q - r_q).mean(), "se": se})
 
 
-def _of_prompts(sheet: Sheet, which: str) -> str:
-    """SHA-256 of the ids of every prompt, which stand in its first response."""
-    group = sheet[f"{which}.rewards"].shape[1]
-    rows, starts = sheet[f"{which}.ids"][::group], sheet[f"{which}.prompt_lens"][::group]
-    content = [row[:start].tolist() for row, start in zip(rows, starts, strict=True)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _predictors(sheet: Sheet) -> None:
+    """Those of the change that need no gradient, on U: −Cov(log p, A), −mean[A(1 − p)(H + log p)] and
+    −mean[A(S − Σ_i p_i S_i)] with S = p(H + log p), over the tokens of the step."""
+    l, h, mean_s = sheet.of(sheet.u, "logp entropy mean_s")
+    lengths, p = sheet.lengths(sheet.u), np.exp(l)
+    in_step = sheet.get(f"{sheet.u}.in_step", lengths > 0).astype(bool)
+    chosen = (np.arange(l.shape[2]) < lengths[..., None]) & in_step[..., None]
+    a = sheet.get(f"{sheet.u}.given_advantages", advantages(sheet, sheet.u))
+    a = (a if a.ndim == 3 else a[..., None]) * chosen
+    covariance = (l - l[chosen].mean()) * (a - a[chosen].mean()) * chosen
+    write, size = partial(sheet.estimates, "predictors"), abs(a * l).mean()
+    write(size, cov_logp_advantage=-ratio(covariance, chosen))  # A may be the same everywhere
+    write(steer=-ratio(a * (1 - p) * (h + l), chosen))
+    write(wang=-ratio(a * (p * (h + l) - mean_s), chosen))
 
 
 def _parity(sheet: Sheet) -> None:
     """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
-    logq, lengths = sheet["e.logq"], sheet["e.gen_lens"]
-    scored = np.concatenate(
-        [row[:n] for row, n in zip(logq.reshape(len(lengths), -1), lengths, strict=True)]
+    if "e.sampler_logprobs" not in sheet:
+        sheet.write("", sampler_parity=None)
+        return
+    write, lengths = partial(sheet.write, "sampler_parity"), sheet["e.gen_lens"]
+    scored, reported = (
+        np.concatenate([row[:n] for row, n in zip(rows, lengths, strict=True)])
+        for rows in (sheet["e.logq"].reshape(len(lengths), -1), sheet["e.sampler_logprobs"])
     )
-    reported = np.concatenate(
-        [row[:n] for row, n in zip(sheet["e.sampler_logprobs"], lengths, strict=True)]
-    )
-    delta = reported - scored
-    ratio = np.exp(-delta)
-    p, q = np.exp(reported), np.exp(scored)
-    a, b = q - q.mean(), p - p.mean()
-    norms = math.sqrt(math.fsum(a * a)), math.sqrt(math.fsum(b * b))
-    constant = min(norms) <= 1e-12 * math.sqrt(len(q))
-    size = float(np.abs(reported).mean() + np.abs(scored).mean())
-    again = {
-        "num_tokens": len(delta),
-        "mean_abs_difference": float(np.abs(delta).mean()),
-        "max_abs_difference": float(np.abs(delta).max()),
-        "kl": math.fsum(delta) / len(delta),
-        "k3": math.fsum(np.expm1(-delta) + delta) / len(delta),
-        "pearson": None if constant else math.fsum(a * b) / norms[0] / norms[1],
-        "ratio_min": float(ratio.min()),
-        "ratio_mean": float(ratio.mean()),
-        "ratio_max": float(ratio.max()),
-        "share_outside": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
-    }
-    sizes = dict.fromkeys(again, size) | {"share_outside": None, "num_tokens": None, "pearson": 1.0}
-    sheet.write("sampler_parity", again, sizes)
+    delta, p, q = reported - scored, np.exp(reported), np.exp(scored)
+    rho, varied = np.exp(-delta), min(p.std(), q.std()) > 1e-12
+    write(mean_abs_difference=abs(delta).mean(), max_abs_difference=abs(delta).max())
+    write(kl=delta.mean(), k3=(np.expm1(-delta) + delta).mean())
+    write(ratio_min=rho.min(), ratio_mean=rho.mean(), ratio_max=rho.max())
+    write(num_tokens=len(delta), share_outside=float(((rho < 0.9) | (rho > 1.1)).mean()))
+    write(pearson=np.corrcoef(q, p)[0, 1] if varied else None)

@@ -1,7 +1,5 @@
 """Quantiles of Student's t, from the finite sums that its distribution is for whole degrees of freedom."""
 
-from __future__ import annotations
-
 import math
 
 
@@ -11,16 +9,14 @@ def inside(t: float, degrees: int) -> float:
     ν even   sin θ·[1 + ½cos²θ + (1·3)/(2·4)·cos⁴θ + … up to cos^{ν−2}θ]
     ν odd    (2/π)·{θ + sin θ·[cos θ + ⅔cos³θ + … up to cos^{ν−2}θ]}, 2θ/π for ν = 1
     """
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    even = degrees % 2 == 0
-    term, total = (1.0, 1.0) if even else (cosine, cosine)
-    for k in range(2 if even else 3, degrees - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
+    angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
         total += term
-    if even:
-        return sine * total
-    return 2 / math.pi * (angle + (sine * total if degrees > 1 else 0.0))
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 def quantile(level: float, degrees: int) -> float:
@@ -28,9 +24,7 @@ def quantile(level: float, degrees: int) -> float:
     low, high = 0.0, 1.0
     while inside(high, degrees) < level:
         high *= 2
-    for _ in range(200):
+    for _ in range(64):
         middle = (low + high) / 2
-        if middle in (low, high):
-            break
         low, high = (middle, high) if inside(middle, degrees) < level else (low, middle)
-    return (low + high) / 2
+    return high

@@ -1,58 +1,40 @@
 """The tail of importance weights: the generalised Pareto fit of Zhang and Stephens (2009), and the smoothing of Vehtari
 et al. (2024, arXiv:1507.02646, appendix C)."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 
 
-def smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float | None]:
+def smoothed(log_w: np.ndarray) -> tuple[np.ndarray, float | None]:
     """(log w with the quantiles of the fitted tail in place of the largest, up to a constant; k̂), or as they are and
-    `None` where the largest are equal, so that nothing can be fitted.
+    `None` where nothing can be fitted.
 
     The tail has ⌊min(N/5, 3√N)⌋ values, what it exceeds is the largest of the others.
     """
-    size = len(log_weights)
-    relative = log_weights - log_weights.max()
-    tail = size // 5 if size <= 225 else math.floor(3 * math.sqrt(size))
-    order = np.argsort(relative, kind="stable")
-    among, cut = order[size - tail :], math.exp(relative[order[size - tail - 1]])
-    largest = relative[among]
-    if tail < 5 or largest[-1] - largest[0] < np.finfo(float).tiny:
-        return log_weights, None
-    found = fit(np.exp(largest) - cut)
-    if found is None:
-        return log_weights, None
-    k, sigma = found
-    fitted = relative.copy()
-    for place, index in enumerate(among):
-        p = (place + 0.5) / tail
-        excess = -math.log1p(-p) if k == 0 else math.expm1(-k * math.log1p(-p)) / k
-        fitted[index] = min(math.log(cut + sigma * excess), 0.0)
-    return fitted, k
-
-
-def fit(excess: np.ndarray) -> tuple[float, float] | None:
-    """(k̂, σ̂) of sorted values above 0; `None` where it does not exist."""
-    n = len(excess)
-    quarter = excess[int(n / 4 + 0.5) - 1]
-    if quarter <= 0 or excess[-1] <= 0:
-        return None
-    grid = 30 + int(math.sqrt(n))
-    profile, theta = [], []
-    for j in range(1, grid + 1):
-        b = 1 / excess[-1] + (1 - math.sqrt(grid / (j - 0.5))) / (3 * quarter)
-        k = float(np.mean(np.log1p(-b * excess)))
-        theta.append(b)
-        profile.append(n * (math.log(-b / k) - k - 1))
-    weights = np.exp(np.array(profile) - max(profile))
-    weights /= weights.sum()
-    kept = weights >= 10 * np.finfo(float).eps
-    b = float((np.array(theta)[kept] * weights[kept]).sum() / weights[kept].sum())
-    k = float(np.mean(np.log1p(-b * excess)))
-    sigma = -k / b
+    n, fitted = len(log_w), log_w - log_w.max()
+    size = n // 5 if n <= 225 else math.floor(3 * math.sqrt(n))
+    order = np.argsort(fitted, kind="stable")
+    tail, cut = order[n - size :], math.exp(fitted[order[n - size - 1]])
+    excess, quarter = np.exp(fitted[tail]) - cut, int(size / 4 + 0.5) - 1
+    if size < 5 or np.ptp(fitted[tail]) < np.finfo(float).tiny or excess[quarter] <= 0:
+        return log_w, None
+    # θ = k/σ by its mean over a grid, weighted by the profile likelihood
+    grid = 30 + int(math.sqrt(size))
+    spread = 1 - np.sqrt(grid / (np.arange(grid) + 0.5))
+    theta = 1 / excess[-1] + spread / (3 * excess[quarter])
+    k = np.log1p(-theta[:, None] * excess).mean(1)
+    profile = size * (np.log(-theta / k) - k - 1)
+    weights = np.exp(profile - profile.max())
+    weights[weights < 10 * np.finfo(float).eps * weights.sum()] = 0.0
+    mean = (theta * weights).sum() / weights.sum()
+    k = float(np.log1p(-mean * excess).mean())
+    sigma = -k / mean
     if not (math.isfinite(k) and sigma > 0):
-        return None
-    return (n * k + 10 * 0.5) / (n + 10), sigma
+        return log_w, None
+    k = (size * k + 10 * 0.5) / (size + 10)
+    log_q = np.log1p(-(np.arange(size) + 0.5) / size)  # q = 1 − p
+    fitted[tail] = np.minimum(
+        np.log(cut + sigma * (np.expm1(-k * log_q) / k if k else -log_q)), 0.0
+    )
+    return fitted, k
