@@ -14,7 +14,7 @@ SHORT, KINKED, TRUSTED = 1e-7, 1e-4, 0.1
 """A difference with a short step is off by less, with a long one by more where there are kinks; 10 % is trusted."""
 LIKE = 0.5
 """What is smooth differs from its mirror image by less than this share of itself."""
-WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 3e-2}
+WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 2e-2}
 """Steps of the five-point rules: log p of the fastest response moves by as much."""
 
 
@@ -50,6 +50,7 @@ def write(sheet: Sheet) -> None:
                 for k, name in enumerate(("naive", "rb"))
             ]
             for which, width in WIDTHS.items()
+            if sheet.has(f"taylor.{which}")
         }
         smooth = _kinks(of, errors)
         if smooth and errors["rb"] is not None and config["generation"]["top_p"] == 1.0:
@@ -63,14 +64,14 @@ def write(sheet: Sheet) -> None:
     if jvp is not None:
         both = delta - jvp * etas, opposite + jvp * etas
         order = _order(etas, *both, floor, ORDER_RANGE * radius)
-    asymmetry, some = sheet["taylor.asymmetry"], etas[::2]
-    trusted = np.ones(len(etas), bool)
+    asymmetry, some = sheet["taylor.asymmetry"], unit * 10.0 ** np.arange(-8, -3)
+    known = etas
     if sheet.has("taylor.delta_h_there"):
-        least = max(abs(first), TRUSTED * size) * etas
-        off = np.abs(sheet["taylor.delta_h_there"] - delta)
-        trusted = _longest(off <= TRUSTED * np.maximum(np.abs(delta), least))
-    known = etas[trusted]
-    tiny = (some <= 1.5e-4 * unit) & (some <= _smooth_up_to(some, asymmetry <= LIKE * moved))
+        there, looked = sheet["taylor.delta_h_there"], etas > 10**-6.5 * unit
+        least = max(abs(first), TRUSTED * size) * etas[looked]
+        off = np.abs(there - delta[looked])
+        known = etas[looked][_longest(off <= TRUSTED * np.maximum(np.abs(delta[looked]), least))]
+    tiny = some <= _smooth_up_to(some, asymmetry <= LIKE * moved)
     moves = bool((moved != 0).any())
     figures = {
         "taylor_eta_min": float(etas[0]),
@@ -95,7 +96,7 @@ def write(sheet: Sheet) -> None:
     }
     for name, again in figures.items():
         sheet.write(f"continuity.{name}", again, sizes.get(name))
-    grid = unit * 10 ** (np.arange(len(etas)) / 2 - (len(etas) - 1) / 2 - 1)
+    grid = unit * 10 ** (0.75 * (np.arange(len(etas)) - (len(etas) - 1)) - 1)
     sheet.hold("taylor.etas", grid.tolist())
 
 
@@ -135,10 +136,10 @@ def _error(at: np.ndarray, terms: np.ndarray, h: float, change: float) -> float 
 def _kinks(of: dict[str, list[float | None]], errors: dict[str, float | None]) -> bool:
     """Whether there are none in the range; `errors` of naive and rb by the step that crosses none."""
     short, near, far = (
-        max((e for e in of[which] if e is not None), default=0.0) for which in WIDTHS
+        max((e for e in of.get(which, ()) if e is not None), default=0.0) for which in WIDTHS
     )
     errors["naive"], errors["rb"] = of["stencil"]
-    if short > SHORT and near < short / 10:
+    if "near" in of and short > SHORT and near < short / 10:
         both = [None, None] if SHORT < near < KINKED else of["near"]
         errors["naive"], errors["rb"] = both
         return False

@@ -281,8 +281,12 @@ class BoundModel:
         """The state of the module and of torch in which a forward runs; `record`: where it is recorded, the graph is to
         refer to the homes of what it is lent."""
         differentiate = true_derivative and not self.autograd_is_derivative
+        in_forward_mode = true_derivative and not torch.is_grad_enabled()
         context = forward_context(
-            self.dtype, forward_mode=true_derivative, differentiate=differentiate
+            self.dtype,
+            forward_mode=true_derivative,
+            differentiate=differentiate,
+            tangents=in_forward_mode and self.registry.has_frozen,
         )
         lent = nullcontext()
         if self.lending is not None:

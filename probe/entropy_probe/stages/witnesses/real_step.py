@@ -28,7 +28,7 @@ from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.witnesses.taylor import with_plain_weights
 from entropy_probe.stages.witnesses.torch_step import learning_rates, take_step
 
-_PROMPTS = 4
+_PROMPTS = 2
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def real_step(
     lr: float,
     config: ProbeConfig,
 ) -> RealStepSection:
-    """ΔĤ_RB(lr) of up to four prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
+    """ΔĤ_RB(lr) of up to two prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
     was made from, before clipping.
 
     Raises `NoCopyError` where the copy and its optimizer do not fit.
@@ -54,7 +54,7 @@ def real_step(
     ).long()
     few = rollouts.of_prompts(prompts)
     # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.
-    before = score(float64, few, config, {}).with_logq_of(scores, prompts)
+    before = score(float64, few, config, {}).with_logq_of(scores.of_prompts(prompts))
     functional = score(
         float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype)
     )
