@@ -40,8 +40,8 @@ def write(sheet: Sheet, along: Along | None) -> None:
 
 
 def _grid(sheet: Sheet, along: Along | None) -> list[float]:
-    """0, lr and the configured η; or `auto`: ± the smaller of lr and the η at which exp(−η²·Var D_vS) is
-    `min_ess_fraction`, and ± a tenth of it; `fine`: ± five, two a decade, down from it. And ± the reach of the prediction, where that is smaller."""
+    """0, lr and the configured η; or of the smaller of lr and the η at which exp(−η²·Var D_vS) is
+    `min_ess_fraction` ± 10^−½ and ± 10^−1 (`auto`), or ± five, two a decade down from it (`fine`). And ± the reach of the prediction, where that is smaller."""
     if along is None:
         return [0.0]
     config, (lr, _) = sheet.report["config"]["true_delta_h"], learning_rate(sheet)
@@ -50,7 +50,7 @@ def _grid(sheet: Sheet, along: Along | None) -> list[float]:
     spread, end = float(along.d_s.var(ddof=1)), lr
     if spread > 0:
         end = min(lr, math.sqrt(-math.log(config["min_ess_fraction"]) / spread) or lr)
-    steps = [end / 10 ** (k / 2) for k in ((0, 2) if config["etas"] == "auto" else range(5))]
+    steps = [end / 10 ** (k / 2) for k in ((1, 2) if config["etas"] == "auto" else range(5))]
     if 0 < along.reach < steps[-1]:
         steps.append(along.reach)
     return sorted({0.0, lr, *steps, *(-step for step in steps)})

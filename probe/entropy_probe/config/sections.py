@@ -178,7 +178,8 @@ class FirstOrderConfig(Section):
 
 
 class TrueDeltaHConfig(Section):
-    """The sweep over η, and how much its importance weights may differ from one. `auto` is ± two η, `fine` ± five."""
+    """The sweep over η, and how much its importance weights may differ from one. `auto` is
+    ± two η below the step, `fine` ± five from there on."""
 
     etas: Literal["auto", "fine"] | list[Annotated[float, Field(ge=-1e3, le=1e3)]] = "auto"
     clip_log_weight: PositiveFloat | None = None

@@ -123,7 +123,7 @@ class Run:
 
     e: Batch
     u: Batch | None = None
-    etas: int = 5
+    etas: int = 6
     blocks: int | None = None
     rows_at_once: int = 8
     logits_at_once: int | None = None
@@ -146,7 +146,7 @@ class Run:
         e: Batch,
         u: Batch | None,
         *,
-        etas: int = 5,
+        etas: int = 6,
         **others: Any,
     ) -> Run:
         """What the configuration says beside the batches; `auto` makes 11 to 14 η."""

@@ -156,7 +156,7 @@ def _above(network: Network, run: Run) -> dict[str, float]:
     bytes_of, units = _dtype(run), -(-run.units_u // run.ranks)
     jvp = 8 * d + _transient(network, run, JVP, own_e, 8, "jvp")
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
-    few, at_once = run.e.of(4), run.rows_at_once
+    few, at_once = run.e.of(2), run.rows_at_once
     of_u = (
         min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
     )
@@ -230,14 +230,14 @@ def _witnesses(network: Network, run: Run) -> float:
     )
     if run.leaves_out("projections"):
         return looped
-    by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(4), bytes_of, "jvp")
+    by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(2), bytes_of, "jvp")
     by_alpha = (
-        8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
+        8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(2), few, bytes_of, "alpha")
     )
     ways = max(looped, by_jvp, by_alpha)
     if run.leaves_out("curvature witness"):
         return ways
-    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(2), few, 8, "second"))
+    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(1), few, 8, "second"))
 
 
 def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int) -> float:
@@ -246,7 +246,7 @@ def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int)
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
-    """θ + ηv in float64 and logits of 8 rows; with the Taylor tests a JVP."""
+    """θ + ηv in float64 and logits of 4 rows; with the Taylor tests a JVP."""
     rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = FORWARD.numbers(network, rows, columns) * 8

@@ -26,8 +26,9 @@ from entropy_probe.stages.share import Share
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_STEPS = {"auto": (0, -1), "fine": (0, -0.5, -1, -1.5, -2)}
-"""log10 of the η of a grid over the largest: for a difference and its check, or two a decade."""
+_STEPS = {"auto": (-0.5, -1), "fine": (0, -0.5, -1, -1.5, -2)}
+"""log10 of the η of a grid over the farthest that there may be. The largest is too long for a difference of second order,
+and a hundredth of it lost in the rounding of float32: two that agree lie between."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ class EntropyChange:
 def grid(
     config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf
 ) -> list[float]:
-    """The configured η, or `auto`: ± the smaller of lr and the η at which ESS/N is expected to fall to
-    `min_ess_fraction`, and ± a tenth of it; `fine`: two a decade down to a hundredth. And ± `reach`, as far as slope
-    and curvature are taken for the change, where that is smaller than all of these. η = 0 and lr are always in it.
+    """The configured η; or of the smaller of lr and the η at which ESS/N is expected to fall to `min_ess_fraction`
+    `auto`: ± a third and ± a tenth (10^−½ and 10^−1), `fine`: ± two a decade from itself to a hundredth. And ± `reach`,
+    as far as slope and curvature are taken for the change, where that is smaller than all of these. η = 0 and lr are
+    always in it.
 
         ESS/N ≈ exp(−η²·Var D_vS)       (log-weights are normal and small: their variance is η²·Var D_vS)
     """

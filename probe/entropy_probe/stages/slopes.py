@@ -117,7 +117,7 @@ def slopes_of(share: Share, scores: Scores, of: Derived, config: ProbeConfig) ->
     at_theta, twice, kinked = of.at_theta, of.twice, of.num_kinked
     baseline = chosen(config.first_order.baseline)
     tables = scores.rb_entropy, scores.gen_lens
-    c = performance_difference.coefficients(*tables, baseline, scores.features, share.among)
+    c = coefficients_of(share, scores, config)
 
     def rb(other: Baseline) -> PromptMean:
         own = other == baseline
@@ -364,12 +364,28 @@ def gradient_per_token(
     c and cᴸ are the baseline's coefficients of entropy and length, h = ΣR/ΣT, L = ΣT/N. One backward pass of the batch,
     which keeps no more than one gradient.
     """
+    payload = whole_per_token_payload(share, scores, along.coefficients)
+    return unit_gradients(bound, share.in_one_unit, config, payload).mean_x()
+
+
+def whole_per_token_payload(
+    share: Share, scores: Scores, coefficients: Float[Tensor, "2 b G t"]
+) -> Payload:
+    """That of `gradient_per_token`."""
     of_all = share.scores(scores)
     h, mean_t = of_all.rb_sum.sum() / of_all.gen_lens.sum(), of_all.gen_lens.double().mean()
-    of_entropy, of_length = along.coefficients
+    of_entropy, of_length = coefficients
     weights = torch.full_like(scores.rb_sum, -1.0 / (share.rollouts.num_responses * float(mean_t)))
-    payload = Payload(weights, of_entropy - h * of_length)
-    return unit_gradients(bound, share.in_one_unit, config, payload).mean_x()
+    return Payload(weights, of_entropy - h * of_length)
+
+
+def coefficients_of(
+    share: Share, scores: Scores, config: ProbeConfig
+) -> Float[Tensor, "2 b G t"]:
+    """Those of the baseline in use, of entropy and length, for the share's own prompts."""
+    baseline = chosen(config.first_order.baseline)
+    tables = scores.rb_entropy, scores.gen_lens
+    return performance_difference.coefficients(*tables, baseline, scores.features, share.among)
 
 
 def slope_sources(

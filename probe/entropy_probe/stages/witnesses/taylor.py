@@ -214,7 +214,8 @@ def _identity(
             smooth = False
     else:
         at_far = along.stencil(unit * _FAR_CHANGE)
-        smooth = _worst(errors(at_far, unit * _FAR_CHANGE)) <= _FAR_ERROR
+        far = _worst(errors(at_far, unit * _FAR_CHANGE))
+        smooth = not (worst <= _SMOOTH and far > _FAR_ERROR)
     per_token = None
     if smooth and rb is not None and along.config.generation.top_p == 1.0:
         found, *_ = _by_difference(stencil, "per_token", h)
