@@ -172,13 +172,18 @@ class LeanTangents(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.linear or kwargs or any(map(_has_tangent, args[1:])):
-            return func(*args, **kwargs)
-        x, tangent = forward_ad.unpack_dual(args[0])
+        place = _INPUT.get(func)
+        if place is None or kwargs or any(map(_has_tangent, (*args[:place], *args[place + 1 :]))):
+            return func(*args, **(kwargs or {}))
+        x, tangent = forward_ad.unpack_dual(args[place])
         if tangent is None:
             return func(*args)
-        return forward_ad.make_dual(func(x, *args[1:]), func(tangent, args[1]))
+        of_tangent = tangent @ args[2] if func is torch.addmm else F.linear(tangent, args[1])
+        return forward_ad.make_dual(func(*args[:place], x, *args[place + 1 :]), of_tangent)
+
+
+_INPUT: dict[Any, int] = {F.linear: 0, torch.addmm: 1}
+"""Where x stands among the arguments of y = Wx + b; GPT-2's layers are the second kind."""
 
 
 def _has_tangent(value: object) -> bool:
