@@ -52,6 +52,10 @@ ALPHA = Pass(3, 5, 5, 3, 5, again=1)
 SECOND = Pass(4, 9, 9, 4, 9, again=2)
 
 
+# one more backward of a captured forward, and one more sum
+AGAIN = Pass(1, 2, 2, 1, 2)
+
+
 def capture(sums: int) -> Pass:
     """The gradient of x, and `sums` weighted sums of that of W."""
     return Pass(2, 2 + sums, 3 if sums == 1 else 3.5, 2, 2 + sums)
@@ -154,12 +158,15 @@ def sampling(network: Network, run: Run, batch: Batch) -> float:
 
 
 def _gradients(network: Network, run: Run, e: Batch, u: Batch) -> float:
-    """X and Y of U in one pass, or by Rao-Blackwell in two; X of E."""
+    """X and Y of U in one pass, or by Rao-Blackwell in two; X of E, and X̄ per token from the same forward."""
     once = with_graph(network, capture(1), run, u, run.rows_at_once)
     of_u = 2 * once if run.rb else with_graph(network, capture(2), run, u, run.rows_at_once)
-    return of_u + (
-        0.0 if run.same_batch else with_graph(network, capture(1), run, e, run.rows_at_once)
-    )
+    if run.same_batch:
+        return of_u
+    of_e = with_graph(network, capture(1), run, e, run.rows_at_once)
+    if run.shares_a_forward(network):
+        of_e += with_graph(network, AGAIN, run, e, run.rows_at_once)
+    return of_u + of_e
 
 
 def _products(network: Network, run: Run) -> float:
@@ -182,10 +189,12 @@ def _slopes(network: Network, run: Run, e: Batch) -> float:
 
 
 def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:
-    """X̄ per token by one more pass of E, and its products and those of X̄; of one batch X_n per token too, and two
+    """X̄ per token by one more pass of E, where X did not bring it along, and its products and those of X̄; of one batch X_n per token too, and two
     slopes that are cross-fitted."""
     d, units = network.trainable, -(-run.units_u // run.ranks)
-    found = with_graph(network, capture(1), run, e, run.rows_at_once) + 2 * (2 * d * units)
+    found = 2.0 * (2 * d * units)
+    if not run.shares_a_forward(network):
+        found += with_graph(network, capture(1), run, e, run.rows_at_once)
     if run.same_batch:
         columns = run.units_u if run.ranks == 1 or run.paired(network) else 2
         found += 2 * (2 * d * units * columns)

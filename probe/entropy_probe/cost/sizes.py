@@ -190,6 +190,11 @@ class Run:
     def units_e(self) -> int:
         return min(self.blocks or self.e.prompts, self.e.prompts)
 
+    def shares_a_forward(self, network: Network) -> bool:
+        """Whether X of E and X̄ per token come from one forward: `stages.gradients.unit_gradients`."""
+        apart = self.rb or self.recompute or self.same_batch or network.head_trained
+        return not apart and self.ranks == 1
+
     def paired(self, network: Network) -> bool:
         """Whether of several processes Y of all units goes round (stages/gradients/units.py)."""
         sent = self.units_u * network.trainable * (8 if self.float64 else 4)
