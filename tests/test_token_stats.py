@@ -338,6 +338,23 @@ def test_features_against_enumeration(
         assert features[t].tolist() == close(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_features_alone_are_those_of_the_diagnostics(scale: float, temperature: float, dtype: torch.dtype) -> None:
+    """float32 rounds each of the V terms by 6e-8 of itself and each d by 6e-8·|d|; a vocabulary that is no multiple of
+    the blocks, tokens that cannot be, and steps that are all but certain."""
+    logits = scale * torch.randn(9, 1000, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    logits[2, 5:] = -torch.inf
+    logits[3, 7] = 300.0
+    expected = token_stats.step_features(token_stats.step_diagnostics(logits, 1.0, temperature))
+    found = token_stats.features_of_logits(logits, 1.0, temperature)
+    rounding = 1e-12 if dtype is torch.float64 else 1e-6 * max(1.0, scale)
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding * max(1.0, scale))
+    nucleus = token_stats.step_features(token_stats.step_diagnostics(logits, 0.8, temperature))
+    assert torch.equal(token_stats.features_of_logits(logits, 0.8, temperature), nucleus)
+
+
 def test_features_are_functions_of_the_prefix() -> None:
     """What comes after a step, the response's own length included, is not in its features."""
     logits = logits_of("normal", 12, 20, 4)

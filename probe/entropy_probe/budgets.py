@@ -32,6 +32,7 @@ BUDGETS: dict[Name, Budget] = {
         {
             "generation": {"num_return_sequences": 16},
             "batch": {"num_prompts": 64, "num_update_prompts": 64},
+            "true_delta_h": {"etas": "fine"},
             "invariance": {"max_examples": 100},
         }
     ),

@@ -188,7 +188,7 @@ def blocks_of_y_mixed_up(patch: Patch) -> None:
     then(patch, unit_gradients.unit_gradients, lambda units: with_fields(units, y=_rolled))
 
 
-@fault("llama", "x_coverage y_coverage curvature_witness change_identity taylor_order")
+@fault("llama", "x_coverage y_coverage curvature_witness change_identity taylor_order", also="sweep_identity")
 def part_of_the_forward_detached(patch: Patch) -> None:
     """An MLP's output is detached. Its parameters move the entropy, but their gradients are missing."""
 
@@ -538,7 +538,7 @@ def entropy_with_the_error_of_one_prompt(patch: Patch) -> None:
 # --- the slopes and the curvature
 
 
-@fault("llama", "change_identity")
+@fault("llama", "change_identity", also="sweep_identity")
 def per_token_slope_without_its_denominator(patch: Patch) -> None:
     """The slope per token is Σ(R·D_vS + D_vR)/ΣT. It forgets that the mean length changes with the weights too."""
 
@@ -962,7 +962,7 @@ class _ShortMantissa(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@fault("llama", "precision_invariance", also="padding_invariance")
+@fault("llama", "precision_invariance", also="padding_invariance projections_agree slope_identity")
 def products_in_tf32(patch: Patch) -> None:
     """Matrix products round their factors to TF32's 10 bits."""
     original = precision.forward_context

@@ -14,7 +14,7 @@ SHORT, KINKED = 1e-7, 1e-4
 # ΔĤ made again may be off by this share; what is smooth differs from its mirror image by less than that
 TRUSTED, LIKE = 0.1, 0.5
 # steps of the five-point rules: log p of the fastest response moves by as much
-WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 3e-2}
+WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 2e-2}
 
 
 def write(sheet: Sheet) -> None:
@@ -25,7 +25,9 @@ def write(sheet: Sheet) -> None:
     write, w, s, r = partial(sheet.write, "continuity"), of["weights"], of["seq_logp"], of["rb_sum"]
     etas, delta, moved, lengths = of["etas"], of["delta_h"], of["logits"], of["gen_lens"]
     unit = 10 * float(etas[-1])
-    sheet.compare("taylor.etas", etas, unit * 10 ** ((np.arange(len(etas)) - len(etas) - 1) / 2))
+    sheet.compare(
+        "taylor.etas", etas, unit * 10 ** (0.75 * (np.arange(len(etas)) + 1 - len(etas)) - 1)
+    )
     if not sheet.restricted:
         sheet.compare("taylor.weights", w, np.full(s.shape, 1 / s.size))
     # what is added up in a change: Ĥ, or what the rounding of a logit does to it
@@ -37,7 +39,7 @@ def write(sheet: Sheet) -> None:
     write(taylor_eta_min=float(etas[0]), taylor_eta_max=float(etas[-1]), taylor_radius=radius)
     order_of = partial(_order, etas, floor=1e3 * float(np.finfo(float).eps) * added)
     naive = rb = per_token = order = slope = None
-    smooth, least, trusted = True, abs(first), slice(None)
+    smooth, least, known = True, abs(first), etas
     if "d_seq_logp" in of:
         d_s, d_r = of["d_seq_logp"], of["d_rb_sum"]
         # d/dη of Σŵf at 0: Σŵ(f − Ĥ)·D_vS + ŵ·D_vf
@@ -60,11 +62,15 @@ def write(sheet: Sheet) -> None:
     of_delta = order_of(delta, -of["opposite"], most=SLOPE_RANGE * radius)
     write(delta_h_slope=of_delta if smooth else None)
     if "delta_h_there" in of:
-        off = np.abs(of["delta_h_there"] - delta)
-        trusted = _longest(off <= TRUSTED * np.maximum(np.abs(delta), least * etas))
-    known, few = etas[trusted].tolist(), etas[::2]
-    write(trusted_eta_min=min(known, default=None), trusted_eta_max=max(known, default=None))
-    tiny = (few <= 1.5e-4 * unit) & _smooth(few, of["asymmetry"] <= LIKE * moved)
+        seen = etas > 10**-6.5 * unit  # float32 knows no smaller change
+        known, size = etas[seen], np.maximum(np.abs(delta), least * etas)[seen]
+        known = known[_longest(np.abs(of["delta_h_there"] - delta[seen]) <= TRUSTED * size)]
+    few = unit * 10.0 ** np.arange(-8, -3)
+    write(
+        trusted_eta_min=min(known.tolist(), default=None),
+        trusted_eta_max=max(known.tolist(), default=None),
+    )
+    tiny = _smooth(few, of["asymmetry"] <= LIKE * moved)
     logit = _loglog(few[tiny], moved[tiny]) if moved.any() else None
     monotone = bool((np.diff(moved[tiny]) > 0).all()) if moved.any() else None
     write(logit_slope=logit, logit_monotone=monotone)
@@ -88,20 +94,22 @@ def _identities(
 ) -> tuple[float | None, float | None, bool]:
     """|f′ − Σ terms|/Σ |terms| of naive and rb, None where both are within the rounding of a difference over h, by the
     step that crosses no kink; and whether none is in the range."""
-    errors: list[list[float | None]] = []
-    for which, width in WIDTHS.items():
-        h, own = unit * width, []
+    errors: dict[str, list[float | None]] = {}
+    for which, h in ((which, unit * width) for which, width in WIDTHS.items() if which in of):
+        errors[which] = []
         for row, part in zip(of[which][:2], terms, strict=True):
             found, size = _derivatives(row, h)[0], abs(part).sum()
             unseen = max(size, abs(found)) <= rounding / h
-            own.append(None if unseen else _over(found - part.sum(), size))
-        errors.append(own)
-    short, near, far = (max((e for e in own if e is not None), default=0.0) for own in errors)
-    if short > SHORT and near < short / 10:
-        naive, rb = (None, None) if SHORT < near < KINKED else errors[1]
-        return naive, rb, False
-    naive, rb = errors[0]
-    return naive, rb, not (short <= SHORT and far > KINKED)
+            errors[which].append(None if unseen else _over(found - part.sum(), size))
+    worst = {
+        which: max((e for e in own if e is not None), default=0.0) for which, own in errors.items()
+    }
+    naive, rb = errors["stencil"]
+    if worst["stencil"] <= SHORT:
+        return naive, rb, worst["far"] <= KINKED
+    if worst["near"] < worst["stencil"] / 10:
+        return *((None, None) if SHORT < worst["near"] < KINKED else errors["near"]), False
+    return naive, rb, True
 
 
 def _loglog(etas: np.ndarray, values: np.ndarray) -> float:

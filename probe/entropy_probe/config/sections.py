@@ -178,9 +178,10 @@ class FirstOrderConfig(Section):
 
 
 class TrueDeltaHConfig(Section):
-    """The sweep over η, and how much its importance weights may differ from one."""
+    """The sweep over η, and how much its importance weights may differ from one. `auto` is
+    ± two η below the step, `fine` ± five from there on."""
 
-    etas: Literal["auto"] | list[Annotated[float, Field(ge=-1e3, le=1e3)]] = "auto"
+    etas: Literal["auto", "fine"] | list[Annotated[float, Field(ge=-1e3, le=1e3)]] = "auto"
     clip_log_weight: PositiveFloat | None = None
     normalize: Literal["per_sequence", "per_token"] = "per_sequence"
     min_ess_fraction: Probability = 0.5

@@ -18,13 +18,14 @@ from entropy_probe.stages.witnesses.properties import Case, Space, draw
 
 _TOKENS = 4096  # of a pass without a graph, where `tf_batch_size` rows have fewer: stages/scores.py
 LOGITS, _LOGIT_ROWS = 1 << 21, 64  # that are held at once: model/forward.py
-_WITNESSED = 2  # units whose gradient is made by the loop; prompts of the second derivative
-_PROJECTED = _STEPPED = 4  # prompts of the other ways of a projection, and of the real step
-_SOME_ROWS, _LOGIT_ETAS = 8, 8  # of continuity: rows, and η at which their logits are compared
-_RESPONSES, _ETAS, _STENCILS, _STENCIL = 16, 15, 3, 4  # of the Taylor tests
+_WITNESSED = 2  # units whose gradient is made by the loop
+_PROJECTED = 2  # prompts of the other ways of a projection
+_STEPPED = 2  # prompts of the real step, and responses of each
+_SOME_ROWS, _POSITIONS, _LOGIT_ETAS = 4, 8, 5  # of continuity: rows, and logits at ±η
+_RESPONSES, _ETAS, _ETAS_THERE, _STENCILS = 4, 11, 8, 8  # of the Taylor tests
 _PLAIN = 4  # responses of a prompt that are scored by the plain model: pipeline/again.py
 _COLUMNS = 56  # that a drawn row has at most, on a model that takes as many
-_INVARIANT_ROWS, _WHOLE = 6, 64  # of invariance: rows, and positions of one that are read at once
+_INVARIANT_ROWS, _WHOLE = 4, 64  # of invariance: rows, and positions of one that are read at once
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,18 @@ class Pass:
 
 
 FORWARD = Pass(1, 1, 1, 1, 1)
-# y = xWᵀ and ẏ = ẋWᵀ + xẆᵀ; torch computes the last one for a frozen W too, with zeros for Ẇ
-JVP = Pass(3, 3, 3, 3, 3)
+# y = xWᵀ and ẏ = ẋWᵀ + xẆᵀ, of which a frozen W has no Ẇ (`model.precision.LeanTangents`)
+JVP = Pass(2, 3, 3, 2, 3)
 # the gradient of x, and of W; attention by the kernel that keeps its weights has four products in the backward
 LOOP = Pass(2, 3, 3, 2, 3, again=1)
 # the derivative of the backward's products towards the gradient alone, which α multiplies
 ALPHA = Pass(3, 5, 5, 3, 5, again=1)
 # the same towards x and W too, and a backward through the forward
 SECOND = Pass(4, 9, 9, 4, 9, again=2)
+
+
+# one more backward of a captured forward, and one more sum
+AGAIN = Pass(1, 2, 2, 1, 2)
 
 
 def capture(sums: int) -> Pass:
@@ -111,13 +116,15 @@ def flops(network: Network, run: Run) -> dict[str, float]:
     """By stage, as `timing` of the report names them, of the process that computes most (rank 0)."""
     e, u, at_once = run.own(run.e), run.own(run.update), run.rows_at_once
     scored = without_graph(network, FORWARD, e, at_once)
-    of_few = without_graph(network, FORWARD, run.e.of(_STEPPED), at_once)
+    few = run.e.of(_STEPPED)
+    few = replace(few, group=min(few.group, _STEPPED))
+    of_few = without_graph(network, FORWARD, few, at_once)
     return {
         "integrity": 0.0,
         "rollouts": sum(sampling(network, run, batch) for batch in run.batches),
         "scores": scored + (0.0 if run.same_batch else without_graph(network, FORWARD, u, at_once)),
         "gradients": _gradients(network, run, e, u),
-        "slopes": 3 * without_graph(network, JVP, e, at_once) + _slope_products(network, run, e, u),
+        "slopes": _slopes(network, run, e) + _slope_products(network, run, e, u),
         "first order": _products(network, run),
         "update": 0.0,
         "entropy change": run.etas * scored,
@@ -151,12 +158,15 @@ def sampling(network: Network, run: Run, batch: Batch) -> float:
 
 
 def _gradients(network: Network, run: Run, e: Batch, u: Batch) -> float:
-    """X and Y of U in one pass, or by Rao-Blackwell in two; X of E."""
+    """X and Y of U in one pass, or by Rao-Blackwell in two; X of E, and X̄ per token from the same forward."""
     once = with_graph(network, capture(1), run, u, run.rows_at_once)
     of_u = 2 * once if run.rb else with_graph(network, capture(2), run, u, run.rows_at_once)
-    return of_u + (
-        0.0 if run.same_batch else with_graph(network, capture(1), run, e, run.rows_at_once)
-    )
+    if run.same_batch:
+        return of_u
+    of_e = with_graph(network, capture(1), run, e, run.rows_at_once)
+    if run.shares_a_forward(network):
+        of_e += with_graph(network, AGAIN, run, e, run.rows_at_once)
+    return of_u + of_e
 
 
 def _products(network: Network, run: Run) -> float:
@@ -171,11 +181,20 @@ def _products(network: Network, run: Run) -> float:
     return 2 * d * units * (2 * units + (0 if run.same_batch else run.units_e))
 
 
+def _slopes(network: Network, run: Run, e: Batch) -> float:
+    """D_v at θ ± hv in float64; at θ too where the run is in float64, else of one response of each prompt."""
+    few = e if run.float64 else replace(e, group=1)
+    at_once = run.rows_at_once
+    return sum(without_graph(network, JVP, batch, at_once) for batch in (e, e, few))
+
+
 def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:
-    """X̄ per token by one more pass of E, and its products and those of X̄; of one batch X_n per token too, and two
+    """X̄ per token by one more pass of E, where X did not bring it along, and its products and those of X̄; of one batch X_n per token too, and two
     slopes that are cross-fitted."""
     d, units = network.trainable, -(-run.units_u // run.ranks)
-    found = with_graph(network, capture(1), run, e, run.rows_at_once) + 2 * (2 * d * units)
+    found = 2.0 * (2 * d * units)
+    if not run.shares_a_forward(network):
+        found += with_graph(network, capture(1), run, e, run.rows_at_once)
     if run.same_batch:
         columns = run.units_u if run.ranks == 1 or run.paired(network) else 2
         found += 2 * (2 * d * units * columns)
@@ -184,7 +203,7 @@ def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:
 
 
 def _witnesses(network: Network, run: Run) -> float:
-    """Two units by the loop, four prompts (or one block) by a JVP and by the α-trick, two twice in reverse."""
+    """Two units by the loop, two prompts (or one block) by a JVP and by the α-trick, one twice in reverse."""
     of_units = run.update.of(_WITNESSED * -(-run.update.prompts // run.units_u))
     looped = with_graph(network, LOOP, run, of_units, 1) * (2 if run.rb else 1)
     if run.leaves_out("projections"):
@@ -197,11 +216,11 @@ def _witnesses(network: Network, run: Run) -> float:
         network, ALPHA, run, few, at_once
     )
     along_v = 2 * network.trainable * (-(-run.units_e // run.ranks) + _PROJECTED)
-    of_two = run.e.of(_WITNESSED)
+    of_one = run.e.of(1)
     second = (
         0.0
         if run.leaves_out("curvature witness")
-        else with_graph(network, SECOND, run, of_two, at_once)
+        else with_graph(network, SECOND, run, of_one, at_once)
     )
     return looped + ways + along_v + second
 
@@ -229,18 +248,19 @@ def _evidence(network: Network, run: Run) -> float:
 
 
 def _continuity(network: Network, run: Run) -> float:
-    """Logits of 8 rows at five points; the Taylor tests on some 16 responses; invariance on 6 rows."""
+    """Logits of 4 rows at six points; the Taylor tests on 4 responses; invariance on 4 rows."""
     e, models = run.e, 1 if run.float64 else 2
     rows = some_rows(run)
     longest = e.longest_of(rows)
-    total = 5 * of_pass(network, FORWARD, rows, longest, whole_columns(network, run, rows, longest))
+    total = 6 * of_pass(network, FORWARD, rows, longest, whole_columns(network, run, rows, longest))
     if not run.leaves_out("taylor"):
-        some = e.of(max(2, _RESPONSES // e.group))
-        points = 1 + _STENCILS * _STENCIL + models * _ETAS
+        count = min(e.prompts, _RESPONSES)
+        some = replace(e, prompts=count, group=min(e.group, -(-_RESPONSES // count)))
+        points = 1 + _STENCILS + 2 * _ETAS + (models - 1) * (1 + _ETAS_THERE)
         total += points * without_graph(network, FORWARD, some, run.rows_at_once)
         total += without_graph(network, JVP, some, run.rows_at_once)
-        total += (1 + _LOGIT_ETAS) * of_pass(
-            network, FORWARD, rows, longest, min(_SOME_ROWS, longest)
+        total += (1 + 2 * _LOGIT_ETAS) * of_pass(
+            network, FORWARD, rows, longest, min(_POSITIONS, longest)
         )
     rows, whole = some_rows(run, _INVARIANT_ROWS), min(_WHOLE, e.response)
     longest = e.longest_of(rows)
@@ -249,7 +269,7 @@ def _continuity(network: Network, run: Run) -> float:
     together = of_pass(network, FORWARD, rows, longest, e.response)
     among = of_pass(network, FORWARD, rows, e.length, e.response)
     in_whole = of_pass(network, FORWARD, rows, e.prompt + whole, whole)
-    return total + models * (2 * padded + alone + 2 * together + among + in_whole) + 2 * together
+    return total + models * (2 * padded + alone + 2 * together + among + in_whole)
 
 
 def drawn_cases(network: Network, run: Run) -> list[Case]:

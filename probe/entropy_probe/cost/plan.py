@@ -144,7 +144,8 @@ def _run(network: Network, config: ProbeConfig, prompt: int) -> Run:
         Batch(prompts, group, prompt, tokens)
         for prompts in (config.batch.num_prompts, config.batch.num_update_prompts)
     )
-    etas = {} if config.true_delta_h.etas == "auto" else {"etas": len(config.true_delta_h.etas)}
+    given = config.true_delta_h.etas
+    etas = {} if given == "auto" else {"etas": 11 if given == "fine" else len(given)}
     again = config.recompute == "always"
     return Run.of(network, config, e, u, sampled=True, recompute=again, **etas)
 

@@ -123,7 +123,7 @@ class Run:
 
     e: Batch
     u: Batch | None = None
-    etas: int = 12
+    etas: int = 6
     blocks: int | None = None
     rows_at_once: int = 8
     logits_at_once: int | None = None
@@ -146,7 +146,7 @@ class Run:
         e: Batch,
         u: Batch | None,
         *,
-        etas: int = 12,
+        etas: int = 6,
         **others: Any,
     ) -> Run:
         """What the configuration says beside the batches; `auto` makes 11 to 14 η."""
@@ -189,6 +189,11 @@ class Run:
     @property
     def units_e(self) -> int:
         return min(self.blocks or self.e.prompts, self.e.prompts)
+
+    def shares_a_forward(self, network: Network) -> bool:
+        """Whether X of E and X̄ per token come from one forward: `stages.gradients.unit_gradients`."""
+        apart = self.rb or self.recompute or self.same_batch or network.head_trained
+        return not apart and self.ranks == 1
 
     def paired(self, network: Network) -> bool:
         """Whether of several processes Y of all units goes round (stages/gradients/units.py)."""

@@ -12,7 +12,7 @@ keeps of freed memory. Four kinds of things add up:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from entropy_probe.cost.computation import (
     LOGITS,
@@ -69,21 +69,23 @@ ALPHA = Kept(19, 12, 4, in_every_layer=True, blocks=8)
 SECOND = Kept(20, 12, 5, in_every_layer=True, blocks=8)
 INPUTS = 1.4  # of h for each token and layer, where layers are run again: x, and what else they are given
 
-# Bytes for each logit of a piece, with its temporaries: log p and entropy are in float64 (`precision.entropy_fp64`).
+# Bytes for each logit of a piece, with its temporaries; of a forward in float32, twice as many in float64. At θ
+# `mass_before` takes most, and of U Σ_i p_i S_i.
 BYTES_OF_A_LOGIT = {
-    "forward": 20,
-    "features": 52,
+    "forward": 12,
+    "mass": 19,
+    "mean_s": 28,
     "jvp": 88,
     "capture": 12,
-    "loop": 36,
-    "alpha": 32,
+    "loop": 20,
+    "alpha": 18,
     "second": 40,
 }
 # The same where entropy is differentiated, token by token (`estimator: rb`).
-BYTES_WITH_ENTROPY = {"capture": 24, "loop": 40}
+BYTES_WITH_ENTROPY = {"capture": 24, "loop": 24}
 # Of every logit of a pass: what the graph of a gradient keeps of all pieces; with entropy where it is in there.
-BYTES_IN_GRAPH = {"alpha": 9, "second": 25}
-BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 25}
+BYTES_IN_GRAPH = {"alpha": 5, "second": 25}
+BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 13}
 _DIFFERENTIATED = 3 << 21  # logits of a piece: model/forward.py
 _IN_FLOAT64 = (
     1 << 22
@@ -156,20 +158,31 @@ def _above(network: Network, run: Run) -> dict[str, float]:
     bytes_of, units = _dtype(run), -(-run.units_u // run.ranks)
     jvp = 8 * d + _transient(network, run, JVP, own_e, 8, "jvp")
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
-    few, at_once = run.e.of(4), run.rows_at_once
+    few, at_once = run.e.of(2), run.rows_at_once
     of_u = (
         min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
     )
     of_e = min(at_once, run.e.group * -(-run.e.prompts // run.units_e)) if run.blocks else at_once
     above = {
-        "scores": _transient(network, run, FORWARD, own_e, bytes_of, "features"),
+        "scores": max(
+            _transient(network, run, FORWARD, own_u, bytes_of, "mean_s"),
+            _transient(network, run, FORWARD, own_e, bytes_of, "mass"),
+        ),
         "gradients": max(
             graph_of(
                 network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"
             ),
             0.0
             if run.same_batch
-            else graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
+            else graph_of(
+                network,
+                run if not run.shares_a_forward(network) else replace(run, rb=True),
+                BY_WEIGHTS,
+                own_e,
+                of_e,
+                bytes_of,
+                "capture",
+            ),
         ),
         "first order": 8 * d
         + 16 * min(units * network.largest, _IN_FLOAT64),  # a mean, and rows in float64, twice
@@ -197,7 +210,8 @@ def _transient(
     columns = batch.longest_of(rows)
     positions = min(rows * batch.response, in_a_piece(network, run))
     states = rows * columns * network.hidden * bytes_of
-    logits = states + positions * network.vocabulary * BYTES_OF_A_LOGIT[read]
+    of_logit = BYTES_OF_A_LOGIT[read] * (bytes_of / 4 if read == "forward" else 1)
+    logits = states + positions * network.vocabulary * of_logit
     return max(kept.numbers(network, rows, columns) * bytes_of, logits)
 
 
@@ -230,14 +244,14 @@ def _witnesses(network: Network, run: Run) -> float:
     )
     if run.leaves_out("projections"):
         return looped
-    by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(4), bytes_of, "jvp")
+    by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(2), bytes_of, "jvp")
     by_alpha = (
-        8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(4), few, bytes_of, "alpha")
+        8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(2), few, bytes_of, "alpha")
     )
     ways = max(looped, by_jvp, by_alpha)
     if run.leaves_out("curvature witness"):
         return ways
-    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(2), few, 8, "second"))
+    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(1), few, 8, "second"))
 
 
 def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int) -> float:
@@ -246,7 +260,7 @@ def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int)
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
-    """θ + ηv in float64 and logits of 8 rows; with the Taylor tests a JVP."""
+    """θ + ηv in float64 and logits of 4 rows; with the Taylor tests a JVP."""
     rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = FORWARD.numbers(network, rows, columns) * 8
@@ -259,7 +273,7 @@ def _properties(network: Network, run: Run) -> float:
     most = 0.0
     for case in drawn_cases(network, run):
         rows, longest, alone = len(case.rows), max(case.lengths), case.lengths[case.chosen]
-        pieces = min(rows * longest, in_a_piece(network, run)) * BYTES_OF_A_LOGIT["forward"]
+        pieces = min(rows * longest, in_a_piece(network, run)) * 2 * BYTES_OF_A_LOGIT["forward"]
         scored = (8 * alone + pieces) * network.vocabulary
         most = max(most, _whole(network, run, rows, longest, _dtype(run)), scored)
     return most

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.estimators.policy import float32_rounding, nucleus, score_tokens
+from entropy_probe.estimators.policy import NOTHING, added, float32_rounding, nucleus, score_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -365,6 +365,41 @@ def step_features(step: TokenStepDiagnostics) -> Float[Tensor, "*batch T 6"]:
         step.logit_var,
     )
     return torch.stack(features, dim=-1)
+
+
+def features_of_logits(
+    logits: Float[Tensor, "R V"], top_p: float, temperature: float
+) -> Float[Tensor, "R 6"]:
+    """`step_features(step_diagnostics(logits, top_p, temperature))`, by these alone where q = π: in the dtype of the
+    logits, with sums in float64, in a seventh of the time.
+
+        d = (z − max z)/temperature,  e = exp d,  s = 1/Σe,  Var z = temperature²·[Σed²/Σe − (Σed/Σe)²]
+    """
+    if top_p < 1.0:
+        return step_features(step_diagnostics(logits, top_p, temperature))
+    _check_policy(top_p, temperature)
+    return torch.cat(
+        [_features_of_rows(z, temperature) for z in logits.detach().split(rows_in_chunk(logits))]
+    )
+
+
+def _features_of_rows(z: Tensor, temperature: float) -> Float[Tensor, "R 6"]:
+    largest, places = z.topk(2, dim=-1)
+    d = (z - largest[:, :1]).div_(temperature).clamp_(min=NOTHING)
+    e = d.exp().scatter_(
+        -1, places[:, :1], 0.0
+    )  # of the others: 1 − s is known where s is all but 1
+    others = added(e, torch.float64)
+    total = 1.0 + others
+    weighted = e.mul_(d)
+    mean = added(weighted, torch.float64) / total
+    square = added(weighted.mul_(d), torch.float64) / total
+    head, tail = 1.0 / total, others / total
+    smaller = torch.minimum(head, tail)
+    of_two = -torch.xlogy(smaller, smaller) - (1.0 - smaller) * torch.log1p(-smaller)
+    margin = (largest[:, 0].double() - largest[:, 1].double()).clamp(max=MARGIN_CAP)
+    variance = temperature**2 * (square - mean.square()).clamp(min=0.0)
+    return torch.stack([others.log1p() - mean, head, margin, head, of_two, variance], -1)
 
 
 def with_position(

@@ -82,15 +82,28 @@ class Capture(TorchFunctionMode):
         self.shape: tuple[int, int] | None = None
         self.rows_of: Int[Tensor, " r"] | None = None
 
-    def sums(self, values: Float[Tensor, " R"]) -> dict[str, Sums]:
-        """Σ_{i in n} w_ki ∂S_i/∂θ by name, where `values` are S; zero where S does not depend on a parameter."""
+    def sums(self, values: Float[Tensor, " R"], *, last: bool = True) -> dict[str, Sums]:
+        """Σ_{i in n} w_ki ∂S_i/∂θ by name, where `values` are S; zero where S does not depend on a parameter.
+
+        `last`: nothing else of the same forward will be asked for, after `turned_to` other weights.
+        """
         if values.requires_grad:
             self._differentiated(values, torch.arange(len(values), device=values.device), [])
-        self._pull_back(set())
+        self._pull_back(set(), last=last)
         self._listening = False
         return {
             name: self._total(self._known[id(tensor)]) for name, tensor in self._parameters.items()
         }
+
+    def turned_to(
+        self, weights: Float[Tensor, "K R"], num_prompts: int, into: Mapping[str, Sums] | None
+    ) -> None:
+        """Sums of the same forward with other weights, of other prompts, are what `sums` is asked for next."""
+        self._weights, self._num_prompts, self._listening = weights, num_prompts, True
+        for weight in self._known.values():
+            weight.total = None
+        for name, tensor in self._parameters.items():
+            self._known[id(tensor)].total = (into or {}).get(name)
 
     def piece(self, values: Float[Tensor, " r"], rows: Int[Tensor, " r"], states: Tensor) -> Tensor:
         """∂Σ values/∂states, where `values` are terms of S of the given rows that depend on the rest of the graph
@@ -138,7 +151,7 @@ class Capture(TorchFunctionMode):
     def _each(self) -> Iterator[tuple[int, int]]:
         return itertools.product(range(len(self._weights)), range(self._num_prompts))
 
-    def _pull_back(self, kept: Collection[int]) -> None:
+    def _pull_back(self, kept: Collection[int], *, last: bool = True) -> None:
         """Gradients of tensors that were made of parameters, but of those `kept`, go on to these, prompt by prompt."""
         tensors = list(self._parameters.values())
         made = [
@@ -146,7 +159,7 @@ class Capture(TorchFunctionMode):
             for key, weight in self._known.items()
             if not weight.is_parameter and key not in kept
         ]
-        for weight in [self._known.pop(key) for key in made]:
+        for weight in [self._known.pop(key) if last else self._known[key] for key in made]:
             if weight.total is None:
                 continue
             if weight.tensor._version != weight.version:

@@ -179,9 +179,9 @@ class BoundModel:
         positions go through the output layer, `rows_at_once` at a time (by default those of a piece), so neither
         [N, L, V] nor, with a graph, [R, V] is ever held: a piece is computed again when its gradient is asked for.
 
-        `capture` listens to the forward pass. `read` then returns one tensor, of which `capture.sums` is asked for
-        sums over a row: its derivative is known beforehand, so each piece is differentiated as it is made, and its
-        logits are neither kept nor computed twice.
+        `capture` listens to the forward pass. Of what `read` then returns, `capture.sums` is asked for sums over a row:
+        its derivative is known beforehand, so each piece is differentiated as it is made, and its logits are neither
+        kept nor computed twice. More than one tensor may it be where `trains_output_layer` is false.
         """
         mapping = dict(override or {})
         once = once or capture is not None
@@ -265,6 +265,14 @@ class BoundModel:
         return (output_layer, whole.shape[-1]) if close else None
 
     @cached_property
+    def trains_output_layer(self) -> bool:
+        """Whether a trained parameter is read where logits are made of hidden states, or may be."""
+        if self._split is None:
+            return True
+        names = self._split[0].names_in(self._tensors)
+        return any(name in self.registry.trainable for name in names)
+
+    @cached_property
     def _modules(self) -> list[nn.Module]:
         return list(self.module.modules())
 
@@ -281,8 +289,12 @@ class BoundModel:
         """The state of the module and of torch in which a forward runs; `record`: where it is recorded, the graph is to
         refer to the homes of what it is lent."""
         differentiate = true_derivative and not self.autograd_is_derivative
+        in_forward_mode = true_derivative and not torch.is_grad_enabled()
         context = forward_context(
-            self.dtype, forward_mode=true_derivative, differentiate=differentiate
+            self.dtype,
+            forward_mode=true_derivative,
+            differentiate=differentiate,
+            tangents=in_forward_mode and self.registry.has_frozen,
         )
         lent = nullcontext()
         if self.lending is not None:
@@ -547,14 +559,16 @@ def _differentiated(
     piece: _Piece, states: Tensor, rows: Tensor, size: int, capture: Capture
 ) -> tuple[Tensor, ...]:
     """Each piece differentiated as it is made, so that its logits are neither kept nor computed twice."""
-    values, gradients = [], []
+    found: list[list[tuple[Tensor, Tensor]]] = []
     for part in _parts(len(rows), size):
         own = states[part].detach().requires_grad_()
-        (of_part,) = piece(own, part)
-        gradients.append(capture.piece(of_part, rows[part], own))
-        values.append(of_part.detach())
-    whole: Any = _Differentiated.apply(states, torch.cat(gradients), torch.cat(values))
-    return (whole,)
+        of_part = piece(own, part)
+        found.append([(capture.piece(of, rows[part], own), of.detach()) for of in of_part])
+    whole: list[Any] = [
+        _Differentiated.apply(states, *map(torch.cat, zip(*parts, strict=True)))
+        for parts in zip(*found, strict=True)
+    ]
+    return tuple(whole)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -158,6 +159,37 @@ class TrueDerivative(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class LeanTangents(TorchFunctionMode):
+    """In forward mode, y = Wx + b and ẏ = Wẋ where W and b have no tangent.
+
+    torch takes ẏ = Wẋ + Ẇx with zeros for Ẇ: a third product, of a frozen layer as of a trained one.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        place = _INPUT.get(func)
+        if place is None or kwargs or any(map(_has_tangent, (*args[:place], *args[place + 1 :]))):
+            return func(*args, **(kwargs or {}))
+        x, tangent = forward_ad.unpack_dual(args[place])
+        if tangent is None:
+            return func(*args)
+        of_tangent = tangent @ args[2] if func is torch.addmm else F.linear(tangent, args[1])
+        return forward_ad.make_dual(func(*args[:place], x, *args[place + 1 :]), of_tangent)
+
+
+_INPUT: dict[Any, int] = {F.linear: 0, torch.addmm: 1}
+"""Where x stands among the arguments of y = Wx + b; GPT-2's layers are the second kind."""
+
+
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
 def has_detached_norm(module: nn.Module) -> bool:
     """Whether the module detaches a part of itself (DoRA)."""
     return any("lora_magnitude_vector" in name for name, _ in module.named_parameters())
@@ -202,11 +234,12 @@ def forward_context(
     *,
     forward_mode: bool = False,
     differentiate: bool = False,
+    tangents: bool = False,
 ) -> Iterator[None]:
     """The one context of every forward: autocast off, true float64 where it is asked for.
 
     `forward_mode`: attention by SDPA's MATH kernel, which alone has forward-mode and second
-    derivatives. `differentiate`: under `TrueDerivative`.
+    derivatives. `differentiate`: under `TrueDerivative`. `tangents`: under `LeanTangents`.
     """
     with ExitStack() as stack:
         stack.enter_context(autocast_off())
@@ -214,6 +247,8 @@ def forward_context(
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if differentiate:
             stack.enter_context(TrueDerivative())
+        if tangents:
+            stack.enter_context(LeanTangents())
         if dtype is torch.float64:
             stack.enter_context(TrueFloat64())
         yield

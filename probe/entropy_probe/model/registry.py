@@ -44,6 +44,10 @@ class Registry:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
     @cached_property
+    def has_frozen(self) -> bool:
+        return len(self.trainable) < len(self.parameters)
+
+    @cached_property
     def device(self) -> torch.device:
         """That of the first parameter, where token ids go."""
         return next(iter(self.parameters.values())).device

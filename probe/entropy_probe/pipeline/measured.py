@@ -20,7 +20,11 @@ from entropy_probe.stages.gradients.payloads import (
     x_payload,
     y_payload,
 )
-from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.gradients.unit_gradients import (
+    UnitGradients,
+    can_share_a_forward,
+    unit_gradients,
+)
 from entropy_probe.stages.gradients.units import pairs_fit, units_of
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
 from entropy_probe.stages.reference import reference_logp
@@ -28,6 +32,7 @@ from entropy_probe.stages.responses.ids import eos_ids
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
+from entropy_probe.stages.slopes import coefficients_of, whole_per_token_payload
 from entropy_probe.stages.update import UpdateDirection, compute_update_vector_adamw, learning_rate
 
 
@@ -163,6 +168,9 @@ def measured(
     with clock("gradients"):
         of_x = x_payload(share_e.own, tokens_e, config, share_e.among)
         shown["stage"] = "gradients of E"
+        if checkpoint.other is None and can_share_a_forward(bound, share_e, of_x):
+            c = coefficients_of(share_e, tokens_e, config)
+            shown["beside"] = whole_per_token_payload(share_e, tokens_e, c)
         gradients = unit_gradients(bound, share_e, config, of_x, **shown)
         batch_e = Batch(share_e, tokens_e, share_e.scores(tokens_e), of_x, gradients)
     return Measured(checkpoint, config, models, batch_e, batch_u, growth, direction)

@@ -112,7 +112,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
             of.bound, u.share, u.scores, config, u.gradients, direction, along,
             same_batch=of.same_batch,
         )  # fmt: skip
-        x_per_token = slopes.gradient_per_token(of.bound, e.share, e.tokens, along, config)
+        x_per_token = e.gradients.mean_beside
+        if x_per_token is None:
+            x_per_token = slopes.gradient_per_token(of.bound, e.share, e.tokens, along, config)
         of_response, of_token = (
             slopes.slope_sources(of_all, u.gradients, direction)
             for of_all in (e.gradients.mean_x(), x_per_token)

@@ -38,7 +38,7 @@ class Derivatives:
     `logit` is the largest |z_j| of the logits, over the temperature, that predict the token, and `d_logit` the largest
     |D_v z_j|: how fast the policy moves, where it is so certain that log p and H hardly do. `rounding` is
     eps·max(1, logit)·d_logit: both derivatives are sums of p_j·D_v z_j, where a p_j is as uncertain as its logit, and
-    the terms may cancel.
+    the terms may cancel. `values` are S and R where the derivatives are taken, of a pass in forward mode.
     """
 
     d_logp: Float[Tensor, "B G T"]
@@ -46,6 +46,7 @@ class Derivatives:
     logit: Float[Tensor, "B G T"]
     d_logit: Float[Tensor, "B G T"]
     rounding: Float[Tensor, "B G T"]
+    values: Float[Tensor, "2 B G"] | None = None
 
     @property
     def d_seq_logp(self) -> Float[Tensor, "B G"]:
@@ -61,6 +62,8 @@ class Derivatives:
         """With those of `others`, which are of some prompts, for the `chosen` responses of these."""
         found = {}
         for name, values in vars(self).items():
+            if name == "values":
+                continue
             other = getattr(others, name)
             other = torch.nn.functional.pad(other, (0, values.shape[-1] - other.shape[-1]))
             found[name] = values.clone()
@@ -75,6 +78,11 @@ class Derivatives:
         """
         return max(largest(self.d_seq_logp), largest(self.d_logit) / 10)
 
+    @property
+    def fastest_sum(self) -> float:
+        """The same, or the largest |D_vR|: where all responses are certain the entropy moves faster than log p."""
+        return max(self.fastest, largest(self.d_rb_sum))
+
 
 @torch.no_grad()
 def directional_derivatives(
@@ -83,16 +91,19 @@ def directional_derivatives(
     v: Mapping[str, Tensor],
     config: ProbeConfig,
     eta: float = 0.0,
+    some: Int[Tensor, " R"] | None = None,
 ) -> Derivatives:
     """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function.
 
-    Raises `NotImplementedError` where an operation of the model has no forward-mode derivative.
+    Of `some` rows, without which of all; the others' are 0. Raises `NotImplementedError` where an operation of the
+    model has no forward-mode derivative.
     """
     shape = (4, len(rollouts.gen_lens), rollouts.max_gen_len)
     found = torch.zeros(shape, dtype=torch.float64)
+    sums = torch.zeros(2, len(rollouts.gen_lens), dtype=torch.float64)
     point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
     read = partial(_with_logits, policy_scores(bound, config.generation, config.precision))
-    for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation)):
+    for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation), some):
         with forward_ad.dual_level():
             dual = {
                 name: forward_ad.make_dual(
@@ -103,14 +114,18 @@ def directional_derivatives(
             logp, entropy, *of_logits = read_rows(
                 bound, rollouts, rows, read, override=dual, true_derivative=True
             )
-            tangents = [forward_ad.unpack_dual(part).tangent for part in (logp, entropy)]
+            parts = [forward_ad.unpack_dual(part) for part in (logp, entropy)]
+            tangents = [part.tangent for part in parts]
+            sums[:, rows] = torch.stack([part.primal.double().sum(-1).cpu() for part in parts])
             for whole, part in zip(found, [*tangents, *of_logits], strict=True):
                 if part is not None:
                     whole[rows, : part.shape[1]] = part.double().cpu()
     temperature, eps = config.generation.temperature, torch.finfo(bound.dtype).eps
     d_logp, d_entropy, logit, d_logit = map(rollouts.per_prompt, found)
     logit, d_logit = logit / temperature, d_logit / temperature
-    return Derivatives(d_logp, d_entropy, logit, d_logit, eps * logit.clamp(min=1.0) * d_logit)
+    rounding = eps * logit.clamp(min=1.0) * d_logit
+    values = torch.stack([rollouts.per_prompt(of) for of in sums])
+    return Derivatives(d_logp, d_entropy, logit, d_logit, rounding, values)
 
 
 def _with_logits(read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -179,14 +194,21 @@ class Second:
 
 @dataclass(frozen=True)
 class Stencil:
-    """D_v of some responses at θ, and at the points kh of a stencil around it.
+    """D_v of some responses at θ, `None` where it is left to `middle`, and at the points kh of a stencil around it.
 
     D²_v f ≈ [D_vf(h) − D_vf(−h)]/(2h), or with five points
     """
 
-    at_theta: Derivatives
+    at_theta: Derivatives | None
     at: Mapping[int, Derivatives]
     h: float
+
+    @property
+    def middle(self) -> Derivatives:
+        """D_v at θ as the mean of D_v at h and at −h, which is off by ½h²·D³_v: a share (1e-5)² of it."""
+        up, down = self.at[1], self.at[-1]
+        fields = {name: (getattr(up, name) + getattr(down, name)) / 2 for name in _OF_TOKENS}
+        return Derivatives(**fields)
 
     @property
     def second(self) -> Second:
@@ -200,6 +222,8 @@ class Stencil:
     def rough(self, curved: float) -> Bool[Tensor, "B G"]:
         """Whether D_v moves to one side of θ as it does not to the other, by more than rounding and a share `curved` of
         how it moves: a jump or a kink lies within the stencil, and two steps would not give the same D²_v."""
+        if self.at_theta is None:
+            return self._rough_between(curved)
         rough = torch.zeros_like(self.at_theta.d_seq_logp, dtype=torch.bool)
         known = self.at_theta.rounding.square().sum(-1).sqrt()
         for k in (k for k in self.at if k > 0):
@@ -209,11 +233,37 @@ class Stencil:
                 rough |= apart > curved * (up - down).abs() + _ROUNDINGS * known
         return rough
 
+    def _rough_between(self, curved: float) -> Bool[Tensor, "B G"]:
+        """The same by what lies between −h and h, without D_v at θ: f(h) − f(−h) is not 2h times the mean of the two
+        D_vf, by more than the rounding of f; or they are further apart than any smooth f's that moves by 1e-5."""
+        up, down = self.at[1], self.at[-1]
+        rough = torch.zeros_like(up.d_seq_logp, dtype=torch.bool)
+        assert up.values is not None
+        assert down.values is not None
+        eps = torch.finfo(torch.float64).eps
+        of_value = eps * up.logit.clamp(min=1.0).square().sum(-1).sqrt() / self.h
+        known = up.rounding.square().sum(-1).sqrt() + of_value
+        fastest = max(up.fastest_sum, down.fastest_sum)
+        for k, of in enumerate(("d_seq_logp", "d_rb_sum")):
+            above, below = getattr(up, of), getattr(down, of)
+            chord = (up.values[k] - down.values[k]) / (2 * self.h)
+            turned = (above - below).abs()
+            rough |= (chord - (above + below) / 2).abs() > curved * turned + _ROUNDINGS * known
+            rough |= turned > curved * fastest + _ROUNDINGS * known
+        return rough
+
 
 def stencil_without_jumps(
-    along: Along, rollouts: Rollouts, at_theta: Derivatives, h: float, points: tuple[int, ...]
+    along: Along,
+    rollouts: Rollouts,
+    at_theta: Derivatives | None,
+    h: float,
+    points: tuple[int, ...],
+    known: Mapping[int, Derivatives] | None = None,
 ) -> tuple[Derivatives, Second, int]:
-    """(D_v at θ, `Stencil.second`, how many responses had a jump within the first step), of all responses.
+    """(D_v at θ, `Stencil.second`, how many responses had a jump within the first step), of all responses. Without
+    `at_theta` D_v is the `middle` of the first step, and exact for responses that have a jump in it. `known` are points
+    of the first stencil that need not be asked for.
 
     A step that crosses a router's choice or a kink of a ReLU gives another number with its length. So the prompts of
     such responses are asked again with shorter ones, until both sides of θ agree; those that no step makes agree, as
@@ -222,12 +272,18 @@ def stencil_without_jumps(
     by_scores = len(points) > 2
     curved = 100 * (SCORE_CHANGE if by_scores else JVP_CHANGE)
 
-    def stencil(some: Rollouts, still: Derivatives, h: float) -> Stencil:
+    def stencil(some: Rollouts, still: Derivatives | None, h: float) -> Stencil:
         return Stencil(still, {k: along(some, k * h, h) for k in points}, h)
 
-    whole = stencil(rollouts, at_theta, h)
+    first = {k: (known or {}).get(k) or along(rollouts, k * h, h) for k in points}
+    whole = Stencil(at_theta, first, h)
     second, rough = whole.second, whole.rough(curved)
     count = int(rough.sum())
+    if at_theta is None:
+        at_theta, jumps = whole.middle, rough.any(1).nonzero()[:, 0]
+        if len(jumps):
+            exact = along(rollouts.of_prompts(jumps), 0.0, h)
+            at_theta = at_theta.replaced(jumps, rough[jumps], exact)
     for shorter in _SHORTER:
         prompts = rough.any(1).nonzero()[:, 0]
         if not len(prompts):
@@ -248,6 +304,7 @@ def stencil_without_jumps(
 JVP_CHANGE, SCORE_CHANGE = 1e-5, 1e-3
 _SHORTER = (16.0, 256.0)
 _ROUNDINGS = 30.0
+_OF_TOKENS = ("d_logp", "d_entropy", "logit", "d_logit", "rounding")
 
 
 def step_of(fastest: float, v: Mapping[str, Tensor], change: float) -> float:

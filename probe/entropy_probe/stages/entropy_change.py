@@ -26,7 +26,9 @@ from entropy_probe.stages.share import Share
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_POINTS_PER_DECADE, _POINTS = 2, 5
+_STEPS = {"auto": (-0.5, -1), "fine": (0, -0.5, -1, -1.5, -2)}
+"""log10 of the η of a grid over the farthest that there may be. The largest is too long for a difference of second order,
+and a hundredth of it lost in the rounding of float32: two that agree lie between."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,15 @@ class EntropyChange:
 def grid(
     config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf
 ) -> list[float]:
-    """The configured η, or `auto`: ± two a decade down from the smaller of lr and the η at which ESS/N is expected to
-    fall to `min_ess_fraction`; and ± `reach`, as far as slope and curvature are taken for the change, where that is
-    smaller than all of these. η = 0 and lr are always in it.
+    """The configured η; or of the smaller of lr and the η at which ESS/N is expected to fall to `min_ess_fraction`
+    `auto`: ± a third and ± a tenth (10^−½ and 10^−1), `fine`: ± two a decade from itself to a hundredth. And ± `reach`,
+    as far as slope and curvature are taken for the change, where that is smaller than all of these. η = 0 and lr are
+    always in it.
 
         ESS/N ≈ exp(−η²·Var D_vS)       (log-weights are normal and small: their variance is η²·Var D_vS)
     """
     etas = config.true_delta_h.etas
-    if etas != "auto":
+    if not isinstance(etas, str):
         return sorted({0.0, lr, *etas})
     end = lr
     if d_seq_logp is not None and float(d_seq_logp.var()) > 0:
@@ -86,7 +89,7 @@ def grid(
             math.sqrt(-math.log(config.true_delta_h.min_ess_fraction) / float(d_seq_logp.var()))
             or lr,
         )
-    steps = [end * 10 ** (-k / _POINTS_PER_DECADE) for k in range(_POINTS)]
+    steps = [end * 10**exponent for exponent in _STEPS[etas]]
     if 0 < reach < steps[-1]:
         steps.append(reach)
     return sorted({0.0, lr, *(sign * step for step in steps for sign in (-1.0, 1.0))})

@@ -15,7 +15,7 @@ from entropy_probe.errors import MeasurementError, RolloutsError
 from entropy_probe.estimators.placing import mass_before
 from entropy_probe.estimators.policy import TokenScores, score_tokens
 from entropy_probe.estimators.predictors import mean_s
-from entropy_probe.estimators.token_stats import step_diagnostics, step_features, with_position
+from entropy_probe.estimators.token_stats import features_of_logits, with_position
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Tokens of a pass without a graph, where `tf_batch_size` rows have fewer: a small model spends most of such a pass on
 # the overhead of each operation.
 _TOKENS = 4096
-SPREAD_ROWS = 8
+SPREAD_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,15 @@ class Scores:
     before: Float[Tensor, "B G T 2"] | None = None
     mean_s: Float[Tensor, "B G T"] | None = None
 
-    def of_prompts(self, prompts: Int[Tensor, " b"]) -> Scores:
-        """The same for some prompts only."""
-        return Scores(
-            **{name: values[prompts] for name, values in vars(self).items() if values is not None}
-        )
+    def of_prompts(self, prompts: Int[Tensor, " b"], each: int | None = None) -> Scores:
+        """The same for some prompts only, and the first responses of `each`, without which all."""
+        given = {name: values for name, values in vars(self).items() if values is not None}
+        return Scores(**{name: values[prompts][:, :each] for name, values in given.items()})
 
-    def with_logq_of(self, scores: Scores, prompts: Int[Tensor, " b"]) -> Scores:
-        """These of some prompts, with log q as `scores` of the whole batch have it, where it may be one sum (T = 1)."""
+    def with_logq_of(self, scores: Scores) -> Scores:
+        """These with log q as other `scores` of the same responses have it, where it may be one sum (T = 1)."""
         steps = self.token_logp.shape[-1]
-        token_logq = scores.token_logq[prompts, :, :steps]
+        token_logq = scores.token_logq[..., :steps]
         return replace(
             self, token_logq=torch.nn.functional.pad(token_logq, (0, steps - token_logq.shape[-1]))
         )
@@ -128,16 +127,18 @@ def read_rows(
 
 def policy_scores(bound: BoundModel, policy: GenerationConfig, precision: PrecisionSection) -> Read:
     """(log p, log q, entropy of π, entropy of q) of some tokens under the policy, as a reading for `read_rows`."""
-    dtype = (
-        torch.float64 if precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
-    )
-    return partial(_scored, policy, dtype)
+    dtype = torch.promote_types(bound.dtype, torch.float32)
+    return partial(_scored, policy, dtype, torch.float64 if precision.entropy_fp64 else dtype)
 
 
 def _scored(
-    policy: GenerationConfig, dtype: torch.dtype, logits: Tensor, tokens: Tensor
+    policy: GenerationConfig,
+    dtype: torch.dtype,
+    sums: torch.dtype,
+    logits: Tensor,
+    tokens: Tensor,
 ) -> tuple[Tensor, ...]:
-    scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
+    scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype, sums)
     return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
 
@@ -154,7 +155,7 @@ def scored_at_theta(
     if with_mean_s:
         found = *found, mean_s(logits, policy.temperature)
     if with_features:
-        found = *found, step_features(step_diagnostics(logits, policy.top_p, policy.temperature))
+        found = *found, features_of_logits(logits, policy.top_p, policy.temperature)
     return found
 
 
@@ -201,9 +202,13 @@ def rows_spread_over(rollouts: Rollouts, most: int) -> Int[Tensor, "R L"]:
     return rollouts.ids[rows, :longest]
 
 
-def batches_by_length(rollouts: Rollouts, size: int) -> Iterator[Tensor]:
-    """Row indices in batches of similar total length."""
-    order = torch.argsort(rollouts.prompt_lens + rollouts.gen_lens, stable=True)
+def batches_by_length(
+    rollouts: Rollouts, size: int, some: Int[Tensor, " R"] | None = None
+) -> Iterator[Tensor]:
+    """Row indices in batches of similar total length; of `some` rows, without which of all."""
+    lengths = rollouts.prompt_lens + rollouts.gen_lens
+    order = torch.argsort(lengths if some is None else lengths[some], stable=True)
+    order = order if some is None else some[order]
     yield from order.split(size) if len(order) else ()
 
 

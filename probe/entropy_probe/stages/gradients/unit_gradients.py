@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ from entropy_probe.stages.gradients.products import (
     weighted_sum,
 )
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
-from entropy_probe.stages.scores import read_rows
+from entropy_probe.stages.scores import Read, read_rows
 from entropy_probe.stages.share import Share, Units
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ _Rows = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class UnitGradients:
-    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit.
+    """name → [U, numel] in the compute dtype: X of every unit, and Y of every unit; in float64 [numel] what was asked
+    for `beside` X.
 
     A unit is a prompt, or the mean over a block of prompts. The matrix K_nm = X_nᵀPY_m is known whole.
     """
@@ -57,6 +58,7 @@ class UnitGradients:
     x: dict[str, Float[Tensor, "U D"]]
     y: dict[str, Float[Tensor, "U D"]]
     units: Units
+    mean_beside: dict[str, Float[Tensor, " D"]] | None = field(default=None, kw_only=True)
 
     @property
     def sizes(self) -> Int[Tensor, " U"]:
@@ -251,6 +253,7 @@ def unit_gradients(
     of_x: Payload,
     of_y: Payload | None = None,
     *,
+    beside: Payload | None = None,
     paired: bool = False,
     stage: str = "gradients",
     progress: Progress | None = None,
@@ -260,6 +263,9 @@ def unit_gradients(
     Where the module detaches a part of itself (DoRA), or its padding token is read, X is the true derivative
     and Y the module's own autograd, because that is what the trainer's step uses; where the two are one, and
     both are weighted ∇S, X and Y come from one forward and one backward. Without `of_y` only X.
+
+    `beside` X comes Σ_n of another payload over B, from the same forward and a second backward through the layers,
+    where `can_share_a_forward`.
 
     The payloads are those of the share's own prompts, and only its units are made here. `paired`: of several processes
     all products X_nᵀPY_m will be known.
@@ -281,19 +287,28 @@ def unit_gradients(
     y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
     per_row = sizes[unit_of].repeat_interleave(rollouts.num_responses)
     added = _Added(bound, rollouts, per_row, config.generation.temperature)
+    other = None
+    if beside is not None:
+        sums = {n: torch.zeros_like(p, device="cpu") for n, p in parameters.items()}
+        other = (sums, beside)
 
     done = 0
     for units, rows in _microbatches(rollouts, unit_of, config.generation.tf_batch_size):
         if of_y is not None and one_pass:
             added.to([(x, of_x), (y, of_y)], units, rows, true=False)
         else:
-            added.to([(x, of_x)], units, rows, true=True)
+            added.to([(x, of_x)], units, rows, true=True, beside=other)
             if of_y is not None:
                 added.to([(y, of_y)], units, rows, true=False)
         done += len(rows)
         if progress is not None:
             progress(stage, done, len(rollouts.gen_lens))
     held = UnitGradients(x, y, share.units)
+    if other is not None:
+        of_beside = {
+            n: t.reshape(-1).double() / share.rollouts.num_prompts for n, t in other[0].items()
+        }
+        return replace(held, mean_beside=of_beside)
     if not share.several:
         return held
     kind = PairedUnitGradients if paired else OwnUnitGradients
@@ -316,8 +331,10 @@ class _Added:
         rows: Tensor,
         *,
         true: bool,
+        beside: tuple[dict[str, Tensor], Payload] | None = None,
     ) -> None:
-        """One forward and one backward, for sides with the same payload; as many rows of each of the units."""
+        """One forward and one backward, for sides with the same payload; as many rows of each of the units. And one
+        more backward for a payload `beside` S, whose weighted sum over all rows is added up."""
         bound, parameters = self.bound, self.bound.registry.trainable
         prompts = self.per_row[rows]
         weights = torch.stack([payload.weights.reshape(-1)[rows] / prompts for _, payload in sides])
@@ -328,14 +345,39 @@ class _Added:
         # on the CPU sums are added where they belong, and no second copy is made of them
         here = into if bound.device.type == "cpu" else None
         capture = Capture(parameters, weights.to(bound.device), len(units), here)
-        payload = sides[0][1]
+        payload = sides[0][1] if beside is None else beside[1]
         options = {"beside": payload.of_rows(rows), "true_derivative": true, "capture": capture}
         read = payload.read(self.temperature)
-        (values,) = read_rows(bound, self.rollouts, rows, read, **options)
-        sums = capture.sums(values.sum(-1))
+        if beside is not None:
+            read = _with_logp(sides[0][1].read(self.temperature), read)
+        values, *others = read_rows(bound, self.rollouts, rows, read, **options)
+        sums = capture.sums(values.sum(-1), last=beside is None)
         for name, own in into.items() if here is None else ():
             for k, n in itertools.product(range(len(sides)), range(len(units))):
                 own[k][n].add_(sums[name][k][n].cpu())
+        if beside is not None:
+            total = {name: [[sum_of]] for name, sum_of in beside[0].items()}
+            of_rows = payload.weights.reshape(1, -1)[:, rows].to(bound.device)
+            capture.turned_to(of_rows, 1, total if here is not None else None)
+            of_all = capture.sums(others[0].sum(-1))
+            for name, sum_of in beside[0].items() if here is None else ():
+                sum_of.add_(of_all[name][0][0].cpu())
+
+
+def _with_logp(logp: Read, other: Read) -> Read:
+    """Both, of which only the second has numbers of its own beside each token."""
+
+    def read(logits: Tensor, tokens: Tensor, beside: Tensor) -> tuple[Tensor, ...]:
+        return (*logp(logits, tokens), *other(logits, tokens, beside))
+
+    return read
+
+
+def can_share_a_forward(bound: BoundModel, share: Share, of_x: Payload) -> bool:
+    """Whether X and one more gradient come from one forward: where X is weighted ∇S, the output layer, which is
+    differentiated piece by piece, is frozen, layers are not run again, and no sum goes to another process."""
+    frozen = not bound.trains_output_layer
+    return of_x.coefficients is None and frozen and not bound.recompute and not share.several
 
 
 def _microbatches(

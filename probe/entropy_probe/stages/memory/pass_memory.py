@@ -72,8 +72,8 @@ class Passes:
             _score_at, lambda config: _DRAWN_ROWS, usable
         )
         of_column, columns = 8 * self.vocabulary, self.rollouts.ids.shape[1]
-        # `BoundModel.spread_over`, of 8 rows: 4 pieces, or one column
-        yield lambda config, positions: of_column * _WHOLE * min(8 + 4 * positions, 8 * columns)
+        # `BoundModel.spread_over`, of 4 rows: 4 pieces, or one column
+        yield lambda config, positions: of_column * _WHOLE * min(4 + 4 * positions, 4 * columns)
         yield lambda config, positions: of_column * _OF_A_SCORE * _DRAWN
 
     def kinds_of_second_order(self, usable: int) -> Iterator[Kind]:

@@ -96,21 +96,27 @@ class Rollouts:
         positions = torch.arange(self.ids.shape[1])[None, :]
         return self.ids[positions < self._ends[:, None]]
 
-    def of_prompts(self, prompts: Int[Tensor, " b"], *, first_prompt: int = 0) -> Rollouts:
-        """The same for some prompts only."""
-        group = torch.arange(self.num_responses)
+    def of_prompts(
+        self, prompts: Int[Tensor, " b"], each: int | None = None, *, first_prompt: int = 0
+    ) -> Rollouts:
+        """The same for some prompts only, and the first responses of `each`, without which all."""
+        group = torch.arange(self.num_responses)[:each]
         rows = (prompts[:, None] * self.num_responses + group).reshape(-1)
+
+        def chosen(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[prompts][:, :each]
+
         return replace(
             self,
             ids=self.ids[rows],
             prompt_lens=self.prompt_lens[rows],
             gen_lens=self.gen_lens[rows],
-            rewards=self.rewards[prompts],
-            advantages=None if self.advantages is None else self.advantages[prompts],
+            rewards=self.rewards[prompts][:, :each],
+            advantages=chosen(self.advantages),
             logprobs=None if self.logprobs is None else self.logprobs[rows],
             first_prompt=first_prompt,
-            micro_batches=None if self.micro_batches is None else self.micro_batches[prompts],
-            in_step=None if self.in_step is None else self.in_step[prompts],
+            micro_batches=chosen(self.micro_batches),
+            in_step=chosen(self.in_step),
         )
 
     def followed_by(self, more: Rollouts) -> Rollouts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ from entropy_probe.stages.scores import policy_scores, read_rows, rows_without_g
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_ROWS = 6
+_ROWS = 4
 _PIECE = 5
 _WHOLE = 64  # positions of a row whose logits are held in one piece
 
@@ -40,11 +40,14 @@ def invariance(
     of summation may change, and with it the last digits.
     """
     models = [float64] if bound.dtype is float64.dtype else [float64, bound]
+    chosen = _some_rows(rollouts, config)
+    with torch.no_grad():
+        together = {model.dtype: generated(model, rollouts, chosen, config) for model in models}
     return InvarianceSection(
         padding=nearest(*(padding(model, rollouts, config) for model in models)),
-        batch=nearest(*(batch(model, rollouts, config) for model in models)),
+        batch=nearest(*(batch(m, rollouts, config, together[m.dtype]) for m in models)),
         chunk=nearest(*(chunk(model, rollouts, config) for model in models)),
-        precision=precision(bound, float64, rollouts, config),
+        precision=precision(bound, float64, rollouts, together),
         zero_step=None,
         scaling=None,
         num_examples=0,
@@ -81,12 +84,17 @@ def padding(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Worst
 
 
 @torch.no_grad()
-def batch(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCase:
-    """The generated tokens of a row: alone, against the row among the others."""
+def batch(
+    model: BoundModel,
+    rollouts: Rollouts,
+    config: ProbeConfig,
+    among: Float[Tensor, "R T 3"] | None = None,
+) -> WorstCase:
+    """The generated tokens of a row: alone, against the row `among` the others."""
     chosen = _some_rows(rollouts, config)
 
     def differences() -> Iterator[tuple[str, Tensor, Tensor]]:
-        together = generated(model, rollouts, chosen, config)
+        together = generated(model, rollouts, chosen, config) if among is None else among
         for i, row in enumerate(chosen):
             alone = generated(model, rollouts, row[None], config)[0]
             yield f"row {int(row)} among {len(chosen)}", alone, together[i, : len(alone)]
@@ -118,14 +126,14 @@ def chunk(model: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> WorstCa
 
 @torch.no_grad()
 def precision(
-    bound: BoundModel, float64: BoundModel, rollouts: Rollouts, config: ProbeConfig
+    bound: BoundModel,
+    float64: BoundModel,
+    rollouts: Rollouts,
+    together: Mapping[torch.dtype, Float[Tensor, "R T 3"]],
 ) -> WorstCase:
-    """The generated tokens of a row: in the configured precision, against true float64."""
-    chosen = _some_rows(rollouts, config)
-    reference, configured = (
-        generated(model, rollouts, chosen, config) for model in (float64, bound)
-    )
-    where = f"{len(chosen)} rows against float64"
+    """The generated tokens of some rows `together`: in the configured precision, against true float64."""
+    reference, configured = together[float64.dtype], together[bound.dtype]
+    where = f"{len(reference)} rows against float64"
     return worst_difference(bound, rollouts.ids.shape[1], [(where, reference, configured)])
 
 
@@ -140,7 +148,7 @@ def padded_to(
 
 
 def _some_rows(rollouts: Rollouts, config: ProbeConfig) -> Tensor:
-    """Up to 6 rows, from the shortest to the longest; as many as a pass may have, but two at least."""
+    """Up to 4 rows, from the shortest to the longest; as many as a pass may have, but two at least."""
     order = torch.argsort(rollouts.prompt_lens + rollouts.gen_lens, stable=True)
     most = max(2, rows_without_graph(rollouts, config.generation))
     return order[torch.linspace(0, len(order) - 1, min(_ROWS, most, len(order))).long()]

@@ -25,7 +25,7 @@ from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative,
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_PROMPTS = 4
+_PROMPTS = 2
 # Σ_k s_k against the gradient's own product: rounding in float32 is far below, a missing path through the model above.
 _EULER = 1e-3
 _ROUNDINGS = 1e5
@@ -58,7 +58,7 @@ def projection_agreement(
     v: Mapping[str, Tensor],
     along_v: Derivatives | None,
 ) -> ProjectionAgreement:
-    """On the four prompts (or one block) of the E batch with the largest weights in X, and along v on all; `units` are
+    """On the two prompts (or one block) of the E batch with the largest weights in X, and along v on all; `units` are
     that batch's, `ascent` is Ȳ of the U batch.
 
     Of several processes each has its own payloads and D_v, all compare along v, and rank 0 alone goes the other ways.

@@ -28,7 +28,7 @@ from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.witnesses.taylor import with_plain_weights
 from entropy_probe.stages.witnesses.torch_step import learning_rates, take_step
 
-_PROMPTS = 4
+_PROMPTS = _RESPONSES = 2  # of each
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def real_step(
     lr: float,
     config: ProbeConfig,
 ) -> RealStepSection:
-    """ΔĤ_RB(lr) of up to four prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
+    """ΔĤ_RB(lr) of two responses of two prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
     was made from, before clipping.
 
     Raises `NoCopyError` where the copy and its optimizer do not fit.
@@ -52,9 +52,9 @@ def real_step(
     prompts = torch.linspace(
         0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)
     ).long()
-    few = rollouts.of_prompts(prompts)
+    few, scores = (of.of_prompts(prompts, _RESPONSES) for of in (rollouts, scores))
     # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.
-    before = score(float64, few, config, {}).with_logq_of(scores, prompts)
+    before = score(float64, few, config, {}).with_logq_of(scores)
     functional = score(
         float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype)
     )

@@ -34,7 +34,6 @@ from entropy_probe.stages.entropy_change import EntropyChange, change_at
 from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
-    SPREAD_ROWS,
     Scores,
     rows_spread_over,
     rows_without_graph,
@@ -46,19 +45,23 @@ if TYPE_CHECKING:
 
 # η of the Taylor tests: 10^k/max_i|D_vS_i|, where log p of the fastest response moves by 10^k. Below, float64 rounds
 # away more than 1e-6 of a change; above, the weights leave 1.
-_LOG_CHANGES = torch.arange(-8.0, -0.9, 0.5, dtype=torch.float64)
-_LOGITS_UP_TO = -4.0  # four decades
+_LOG_CHANGES = torch.arange(-8.5, -0.9, 0.75, dtype=torch.float64)
+_LOWEST_THERE = -6.5  # in float32, which knows no smaller change
+_OF_LOGITS = torch.arange(
+    -8.0, -3.9, 1.0, dtype=torch.float64
+)  # the same of the logits, four decades
 # The five-point rule errs by (1e-3)⁴ in truncation and by 1e-16·|Ĥ|/1e-3 in rounding.
 _STENCIL_CHANGE = 1e-3
 # The same with a shorter step, which crosses fewer kinks, and with one as long as the orders' range, which without
-# kinks is off by some (3e-2)⁴.
-_NEAR_CHANGE, _FAR_CHANGE = 1e-5, 3e-2
+# kinks is off by some (2e-2)⁴.
+_NEAR_CHANGE, _FAR_CHANGE = 1e-5, 2e-2
 _SMOOTH, _FAR_ERROR = 1e-7, 1e-4
-_RESPONSES = 16
+_RESPONSES = 4
 _FLOOR = 1e3 * sys.float_info.epsilon  # of `_Along.terms`
 # Of the same, along the stencil: ΔĤ is rounded by some 1e-15 of it, 1e-7 of terms as small as this.
 _ROUNDING = 1e-8
 _DECADES = 1.5
+_POSITIONS = 8  # of a row, whose logits are compared
 _KINDS = ("naive", "rb", "per_token")
 _SLOPE_RANGE, _ORDER_RANGE = 0.02, 0.1  # of min(η*, η**)
 _TRUSTED = 0.1
@@ -75,7 +78,7 @@ def taylor(
 ) -> tuple[TaylorTests, dict[str, Tensor]]:
     """The Taylor tests, and evidence: what they were made of.
 
-    On about 16 responses (`scores` are those of all, as measured): the orders, and the identity
+    On up to four responses (`scores` are those of all, as measured): the orders, and the identity
 
         dΔĤ/dη at 0 = Σŵ[(f − Ĥ)·D_vS + D_vf],   f = −S or R,   ŵ = 1/N at top_p = 1
 
@@ -86,13 +89,13 @@ def taylor(
     which it lies on one side: orders are those of the η below it (`smooth_up_to`).
     """
     config = with_plain_weights(config)
-    prompts = _some_prompts(rollouts)
-    some = rollouts.of_prompts(prompts)
+    prompts, each = _some_prompts(rollouts)
+    some, scores = rollouts.of_prompts(prompts, each), scores.of_prompts(prompts, each)
     at_theta = score(float64, some, config, {})
     if (
         config.generation.top_p < 1.0
     ):  # as it was measured: in float64 a token may fall out at the edge of the nucleus
-        at_theta = at_theta.with_logq_of(scores, prompts)
+        at_theta = at_theta.with_logq_of(scores)
     derivatives, unit = _derivatives_and_unit(_Along(float64, some, v, config, at_theta))
     logit = 1.0 if derivatives is None else float(derivatives.logit.max())
     along = _Along(float64, some, v, config, at_theta, logit)
@@ -112,14 +115,20 @@ def taylor(
     smooth, delta_h_slope = identity.smooth, None
     if smooth:
         delta_h_slope = order(etas, delta_h, floor, _SLOPE_RANGE * reach, _DECADES, -opposite)
-    moved, asymmetry = _moved_logits(along, rollouts, etas)
-    logit_slope, logit_monotone = _of_logits(moved, asymmetry, etas)
-    trusted = torch.ones_like(etas, dtype=torch.bool)
+    of_logits = unit * 10**_OF_LOGITS
+    moved, asymmetry = _moved_logits(along, rollouts, of_logits)
+    logit_slope, logit_monotone = _of_logits(moved, asymmetry, of_logits)
     evidence = _evidence(along, derivatives, stencil, identity)
     evidence |= {"etas": etas, "delta_h": delta_h, "opposite": opposite}
     evidence |= {"logits": moved, "asymmetry": asymmetry, "logit": torch.tensor(along.logit)}
+    trusted = torch.ones_like(etas, dtype=torch.bool)
     if bound.dtype is not torch.float64:
-        there = _Along(bound, some, v, config, scores.of_prompts(prompts)).delta_h(etas)
+        still = score(bound, some, config, {})
+        if config.generation.top_p < 1.0:
+            still = still.with_logq_of(scores)
+        etas = etas[_LOG_CHANGES > _LOWEST_THERE]
+        delta_h = delta_h[-len(etas) :]
+        there = _Along(bound, some, v, config, still).delta_h(etas)
         # ΔĤ may cross 0, and so few responses may give a slope near 0: a tenth of its terms is as good as any
         first_order = max(abs(slope_by_difference), _TRUSTED * identity.size_of_terms) * etas
         close = (there - delta_h).abs() <= _TRUSTED * torch.maximum(delta_h.abs(), first_order)
@@ -127,8 +136,8 @@ def taylor(
         evidence["delta_h_there"] = there
     resolved = etas[trusted].tolist()
     tests = TaylorTests(
-        taylor_eta_min=float(etas[0]),
-        taylor_eta_max=float(etas[-1]),
+        taylor_eta_min=float(evidence["etas"][0]),
+        taylor_eta_max=float(evidence["etas"][-1]),
         logit_slope=logit_slope,
         logit_monotone=logit_monotone,
         delta_h_slope=delta_h_slope,
@@ -195,15 +204,20 @@ def _identity(
         return identity_error(naive, naive_terms, rounding), identity_error(rb, rb_terms, rounding)
 
     naive, rb = errors(stencil, h)
-    at_near, at_far = (along.stencil(unit * change) for change in (_NEAR_CHANGE, _FAR_CHANGE))
-    near, far = errors(at_near, unit * _NEAR_CHANGE), errors(at_far, unit * _FAR_CHANGE)
     worst, smooth = _worst((naive, rb)), True
-    if worst > _SMOOTH and _worst(near) < worst / 10:
-        # kinks in the shorter step too leave nothing to compare with; a wrong derivative is further off
-        naive, rb = (None, None) if _SMOOTH < _worst(near) < _FAR_ERROR else near
-        smooth = False
-    elif worst <= _SMOOTH and _worst(far) > _FAR_ERROR:
-        smooth = False
+    at_near: Mapping[int, EntropyChange] = {}
+    at_far: Mapping[int, EntropyChange] = {}
+    if worst > _SMOOTH:
+        at_near = along.stencil(unit * _NEAR_CHANGE)
+        near = errors(at_near, unit * _NEAR_CHANGE)
+        if _worst(near) < worst / 10:
+            # kinks in the shorter step too leave nothing to compare with; a wrong derivative is further off
+            naive, rb = (None, None) if _SMOOTH < _worst(near) < _FAR_ERROR else near
+            smooth = False
+    else:
+        at_far = along.stencil(unit * _FAR_CHANGE)
+        far = _worst(errors(at_far, unit * _FAR_CHANGE))
+        smooth = not (worst <= _SMOOTH and far > _FAR_ERROR)
     per_token = None
     if smooth and rb is not None and along.config.generation.top_p == 1.0:
         found, *_ = _by_difference(stencil, "per_token", h)
@@ -252,9 +266,9 @@ def _worst(errors: tuple[float | None, float | None]) -> float:
 def _moved_logits(
     along: _Along, rollouts: Rollouts, etas: Float[Tensor, " K"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """‖Δlogits‖ at every second η; and ‖Δlogits(η) + Δlogits(−η)‖, second order where the logits are smooth."""
+    """‖Δlogits‖ at every η; and ‖Δlogits(η) + Δlogits(−η)‖, second order where the logits are smooth."""
     most_rows = rows_without_graph(rollouts, along.config.generation)
-    return _logit_changes(along.model, rollouts, along.v, etas[::2], most_rows)
+    return _logit_changes(along.model, rollouts, along.v, etas, most_rows)
 
 
 def _of_logits(
@@ -264,11 +278,9 @@ def _of_logits(
     logit moves."""
     if not bool((moved != 0).any()):
         return None, None
-    some = etas[::2]
-    smooth = some <= smooth_up_to(some, asymmetry <= SYMMETRIC * moved, _DECADES)
-    tiny = (_LOG_CHANGES[::2] <= _LOGITS_UP_TO) & smooth
-    slope = loglog_slope(some[tiny], moved[tiny])
-    return slope, bool((moved[tiny].diff() > 0).all())
+    smooth = etas <= smooth_up_to(etas, asymmetry <= SYMMETRIC * moved, _DECADES)
+    slope = loglog_slope(etas[smooth], moved[smooth])
+    return slope, bool((moved[smooth].diff() > 0).all())
 
 
 def with_plain_weights(config: ProbeConfig) -> ProbeConfig:
@@ -277,10 +289,11 @@ def with_plain_weights(config: ProbeConfig) -> ProbeConfig:
     return config.model_copy(update={"true_delta_h": config.true_delta_h.model_copy(update=plain)})
 
 
-def _some_prompts(rollouts: Rollouts) -> Int[Tensor, " b"]:
-    """Prompts spread over the batch: two, or more where they have fewer than 8 responses."""
-    count = min(rollouts.num_prompts, max(2, _RESPONSES // rollouts.num_responses))
-    return torch.linspace(0, rollouts.num_prompts - 1, count).long()
+def _some_prompts(rollouts: Rollouts) -> tuple[Int[Tensor, " b"], int]:
+    """Four prompts spread over the batch, and one response of each; of fewer prompts more responses."""
+    count = min(rollouts.num_prompts, _RESPONSES)
+    each = min(rollouts.num_responses, -(-_RESPONSES // count))
+    return torch.linspace(0, rollouts.num_prompts - 1, count).long(), each
 
 
 @dataclass(frozen=True)
@@ -344,10 +357,10 @@ def _logit_changes(
     etas: Float[Tensor, " K"],
     most_rows: int,
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-    """‖z(η) − z(0)‖ and ‖z(η) + z(−η) − 2z(0)‖ of the logits z at 8 positions of up to 8 rows, for every η."""
+    """‖z(η) − z(0)‖ and ‖z(η) + z(−η) − 2z(0)‖ of the logits z at 8 positions of up to 4 rows, for every η."""
     ids = rows_spread_over(rollouts, most_rows).to(float64.device)
     positions = torch.linspace(
-        0, ids.shape[1] - 1, min(SPREAD_ROWS, ids.shape[1]), device=float64.device
+        0, ids.shape[1] - 1, min(_POSITIONS, ids.shape[1]), device=float64.device
     ).long()
     row, column = (
         i.flatten()

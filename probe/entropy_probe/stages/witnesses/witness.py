@@ -295,11 +295,11 @@ def curvature_witness(
         Σ = Σ_i [D²_vR_i + ρ_i·D²_vS_i],   ρ_i = R_i − mean of R over the batch's other responses
 
     or over a million roundings of the difference, where the terms are as small as these;
-    over the two prompts with the largest |ρ|. `None` where an operation of the model has no second derivative.
+    over the prompt with the largest |ρ|. `None` where an operation of the model has no second derivative.
     """
     rb_sum = scores.rb_sum
     rho = rb_sum - (rb_sum.sum() - rb_sum) / (rb_sum.numel() - 1)
-    prompts = rho.abs().sum(1).topk(min(2, len(rho))).indices
+    prompts = rho.abs().sum(1).topk(1).indices
     by_difference = along.d2_rb_sum[prompts] + (rho * along.d2_seq_logp)[prompts]
     try:
         expected = twice_in_reverse(float64, rollouts.of_prompts(prompts), rho[prompts], v, config)
