@@ -140,8 +140,10 @@ def _encoded(questions: Sequence[Question], tokenizer: Any, batch: Any) -> list[
     ):
         return [_encoded_alone(question, tokenizer, batch) for question in questions]
     usual = tokenizer(prompts).input_ids
-    plain = tokenizer(prompts, add_special_tokens=False).input_ids
     begins, ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    if not any(list(ids[:1]) == begins or list(ids[-1:]) == ends for ids in usual):
+        return [list(ids) for ids in usual]
+    plain = tokenizer(prompts, add_special_tokens=False).input_ids
     return [
         _without_marks(list(ids), list(own), begins, ends)
         for ids, own in zip(usual, plain, strict=True)
