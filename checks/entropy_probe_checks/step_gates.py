@@ -21,7 +21,7 @@ STEP_GATES = {
     "entropy cannot be known beforehand. A smaller learning rate is needed.",
 }
 """Gates that are asked inside of the loop, and what it means that one is missed; the others speak of rewards, or of
-files. `ess` is ESS/N at the whole step, the share of the responses that still stand for the policy after it."""
+files. `ess` is ESS/N at the whole step, the share of the responses that still represent the policy after it."""
 
 Bounds = Mapping[str, Mapping[str, float]]
 

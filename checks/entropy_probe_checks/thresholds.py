@@ -233,7 +233,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "seeded",
                 0.9,
-                "One response may differ, of more than 16 a tenth: rounding can change a token",
+                "One response may differ, or a tenth of them: rounding can change a token",
             ),
             _limit(
                 "gold_complete",

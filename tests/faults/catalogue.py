@@ -1037,7 +1037,7 @@ def adapter_merged(patch: Patch) -> None:
     then(patch, adapter.load_adapter, merged)
 
 
-@fault("lora", refused="no trainable parameter has a part")
+@fault("lora", refused="no trainable parameter influences the scores")
 def every_adapter_merged(patch: Patch) -> None:
     """The whole adapter is merged: no trainable parameter takes part in the forward."""
 

@@ -84,7 +84,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
     `config` are those of a configuration; temperature, length and chat template are the trainer's, unless `config`
     says otherwise. `gates` are bounds on `entropy`, `predicted_change` and `realised_ratio` as under `limits` of a
     configuration, where `fall` and `rise` speak of the first probe of the run; and on `ess`, the share ESS/N of the
-    responses that still stand for the policy after the step. Where one is missed a warning is
+    responses that still represent the policy after the step. If one is missed a warning is
     logged, and with `action="stop"` the training ends after this step.
 
     `max_share`: the interval grows where the probe would take more of the time than this. The training itself goes on
