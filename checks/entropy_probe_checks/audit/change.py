@@ -13,8 +13,7 @@ from entropy_probe_checks.audit.slopes import Along, Pair, of_ratio, of_response
 
 
 def write(sheet: Sheet, along: Along | None) -> None:
-    for k, eta in enumerate(_grid(sheet, along)):
-        sheet.write(f"entropy_change.{k}", eta=eta)
+    sheet.compare("etas", sheet.facts["etas"], _grid(sheet, along))
     along = None if sheet.restricted else along
     for k, eta in enumerate(sheet.facts["etas"]):
         _row(sheet, k, float(eta), along)
