@@ -72,9 +72,8 @@ def _shrunk(later: np.ndarray, there: np.ndarray) -> np.ndarray:
         tau2 = between / max((sum_k - (k**2).sum(0) / sum_k)[some].sum(), 1.0)
         tau2 = tau2 if tau2 > (NOTICED * np.abs(mean).max()) ** 2 else 0.0
         n = there[own].sum(0) - there[own]
+        of_own = (later[own].sum(0) - later[own]) / np.maximum(n, 1)
         shrunk = n * tau2 / np.maximum(n * tau2 + sigma2, np.finfo(float).tiny)
         share = np.where(some, shrunk, n > 0)
-        found[own] = (later[own].sum(0) - later[own]) / np.maximum(n, 1) * share + (
-            1 - share
-        ) * mean
+        found[own] = share * of_own + (1 - share) * mean
     return found

@@ -28,26 +28,21 @@ def advantages(sheet: Sheet, which: str) -> np.ndarray:
         given = sheet[f"{which}.given_advantages"].reshape(*r.shape, -1)
         return np.take_along_axis(given, np.abs(given).argmax(2)[..., None], 2)[..., 0]
     recipe = {name: of["value"] for name, of in sheet.report["recipe"]["settings"].items()}
-
-    def among(kind: str, n: int, g: int) -> np.ndarray:
-        """What a baseline or a deviation is taken of."""
-        own = r[n][there[n]]
-        groups = {"none": own[:0], "mean": own, "group": own, "leave_one_out": np.delete(own, g)}
-        return groups[kind] if kind in groups else (a if kind == "advantages" else r)[there]
-
-    a, places = np.zeros(r.shape), np.argwhere(there)
-    for n, g in places:
-        of = among(recipe["baseline"], n, g)
-        a[n, g] = r[n, g] - (of.mean() if len(of) else 0.0)
-    if recipe["scale"] == "advantages":
-        a = np.where(there, a - a[there].mean(), 0.0)
-    scaled = a.copy()
-    for n, g in places if recipe["scale"] != "none" else ():
-        of, ddof = among(recipe["scale"], n, g), recipe["ddof"]
+    number = np.maximum(there.sum(1, keepdims=True), 1)
+    total, scale = (r * there).sum(1, keepdims=True), recipe["scale"]
+    others = (total - r) / np.maximum(number - 1, 1)
+    baselines = {"none": 0 * r, "mean": total / number, "leave_one_out": others}
+    a = (r - baselines[recipe["baseline"]]) * there
+    if scale == "advantages":
+        a = (a - a.sum() / there.sum()) * there
+    every = (a if scale == "advantages" else r)[there]
+    for n, g in np.argwhere(there) if scale != "none" else ():
+        own, ddof = r[n][there[n]], recipe["ddof"]
+        of = {"group": own, "leave_one_out": np.delete(own, g)}.get(scale, every)
         sd = of.std(ddof=ddof) if len(of) > ddof and np.ptp(of) else 0.0
         if sd or not recipe["undivided_at_zero"]:
-            scaled[n, g] = a[n, g] / (sd + recipe["eps"])
-    return scaled
+            a[n, g] /= sd + recipe["eps"]
+    return a
 
 
 def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
@@ -63,9 +58,9 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     write(prompts_are_builtin=facts["builtin"][place])
     most, mean = abs(rewards).max(), ratio(rewards, sheet.lengths(which) > 0)
     sheet.estimates(section, most, mean_reward=mean)
-    a = advantages(sheet, which)
-    sheet.compare(f"{which}.advantages", sheet[f"{which}.advantages"], a, abs(a).max())
-    idle = np.abs(a).max(1) <= 1e-12 * np.abs(rewards).max(1)
+    a, used = advantages(sheet, which), sheet[f"{which}.advantages"]
+    sheet.compare(f"{which}.advantages", used, a, max(most, abs(a).max()))
+    idle = abs(a).max(1) <= 1e-12 * abs(rewards).max(1)
     write(zero_advantage_fraction=float(idle.mean()))
     eos, unended, generation = set(facts["eos"]), None, sheet.config["generation"]
     if facts["source"][place] == "sampled" and not generation["stop"]:

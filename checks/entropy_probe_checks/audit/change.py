@@ -13,8 +13,7 @@ from entropy_probe_checks.audit.slopes import Along, Pair, of_ratio, of_response
 
 
 def write(sheet: Sheet, along: Along | None) -> None:
-    for k, eta in enumerate(_grid(sheet, along)):
-        sheet.write(f"entropy_change.{k}", eta=eta)
+    sheet.compare("etas", sheet.facts["etas"], _grid(sheet, along))
     along = None if sheet.restricted else along
     for k, eta in enumerate(sheet.facts["etas"]):
         _row(sheet, k, float(eta), along)
@@ -102,13 +101,11 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
     write(delta_h_pd_by_prompt=pd - pd.mean())
     if method == "snis" and not clipped:
         rb, rb_token = pd, pd_token
-    own, own_token = (expansion(sheet, eta, pair) for pair in (along.asked, along.of_tokens))
-    off, off_token = (
-        of_units(sheet, rb, own) - own,
-        of_units(sheet, rb_token, own_token) - own_token,
-    )
-    estimates(predicted=own, difference=off)
-    estimates(predicted_per_token=own_token, difference_per_token=off_token)
+    own = rb
+    for ending, of, pair in (("_per_token", rb_token, along.of_tokens), ("", rb, along.asked)):
+        own = expansion(sheet, eta, pair)
+        off = of_units(sheet, of, own) - own
+        estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
     write(ratio=rb.mean() / own.mean() if own.mean() else None)
     write(in_range=bool(reliable and enough and abs(eta) <= along.reach))
 

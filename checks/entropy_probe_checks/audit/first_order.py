@@ -17,9 +17,9 @@ KINDS = {  # of modules; the first that a name holds decides
     "embedding": r"embed|wte|wpe",
     "output": r"lm_head|embed_out|output",
 }
+FACTORS = ("lora_A", "lora_B", "magnitude", "modules_to_save")
 Tensors = slice | list[int]
 ALL = slice(None)
-FACTORS = ("lora_A", "lora_B", "magnitude", "modules_to_save")
 
 
 def learning_rate(sheet: Sheet) -> tuple[float, str]:

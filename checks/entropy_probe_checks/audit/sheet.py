@@ -87,7 +87,7 @@ def _leaves(path: str, of: Any) -> dict[str, Any]:
 def moved(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """In float64 and integers; by up to a share of itself each, but for the first seed."""
     found, random = dict(arrays), np.random.default_rng(seed)
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):
         if array.dtype.kind == "f":
             most = 0.0 if seed == 0 or name.endswith(STILL) else SHARE
             found[name] = array * (1 + most * random.uniform(-1, 1, array.shape))

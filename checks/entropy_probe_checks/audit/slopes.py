@@ -99,13 +99,6 @@ def write(sheet: Sheet) -> Along:
     return Along(*pairs, asked, reach, spread, [c, c_length])
 
 
-def nothing(sheet: Sheet) -> None:
-    """Without a second moment there is no step, and no P."""
-    sheet.write("", first_order=None, two_batch=None, update=None)
-    names = (f"{n}{end}" for n in ("of_entropies", "of_visits") for end in ("", "_per_response"))
-    sheet.estimates("predictors", **dict.fromkeys(names))
-
-
 def _cross(sheet: Sheet, prefix: str) -> np.ndarray:
     """−X̄ᵀv₀ − U_cross of K_um = X_uᵀDY_m, the slope along v without its diagonal; by unit −X_uᵀv₀ − 2r_u + U_cross."""
     r, *_ = gram(sheet, f"{prefix}.gram_d", ALL)
