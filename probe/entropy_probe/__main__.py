@@ -417,9 +417,8 @@ def _run(arguments: argparse.Namespace) -> int:
             f"entropy-probe: nothing about the next step: {report.no_second_moment}",
             file=sys.stderr,
         )
-    for said in (report.memory.over_limit, report.memory.held_whole):
-        if said is not None:
-            print(f"entropy-probe: warning: {said}", file=sys.stderr)
+    for said in report.memory.said:
+        print(f"entropy-probe: warning: {said}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:
