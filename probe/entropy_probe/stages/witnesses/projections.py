@@ -17,6 +17,7 @@ from entropy_probe.stages.derivatives import Derivatives, directional_derivative
 from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.made import Made, held_or_made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length
 from entropy_probe.stages.share import Share, Units
@@ -72,13 +73,16 @@ def projection_agreement(
     chosen = largest(of_all, share.units, _PROMPTS if share.units.mode == "exact" else 1)
     prompts = torch.isin(unit_of, chosen).nonzero()[:, 0]
     here = (chosen >= own.start) & (chosen < own.stop)
-    x = {name: units.x[name][chosen[here] - own.start] for name in precond}
-    y = {name: ascent[name].reshape(1, -1) for name in precond}
+    x = Made(precond, lambda name: units.x[name][chosen[here] - own.start])
+    y = Made(precond, lambda name: ascent[name].reshape(1, -1))
     found = torch.zeros(2, len(chosen), dtype=torch.float64)
     found[:, here] = _captured(x, y, precond)
     captured, squares = share.world.total(found)
     size_y = gram(y, y, precond)[0, 0]
-    direction = {name: p * ascent[name].reshape(p.shape) for name, p in precond.items()}
+    numbers = sum(rows.shape[1] for rows in units.x.values())
+    direction = held_or_made(
+        precond, lambda name: precond[name] * ascent[name].reshape(precond[name].shape), numbers
+    )
     kappa = None if of_x.coefficients is None else share.tokens(of_x.coefficients, prompts)
     few, payload = share.rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)
     off_along_v = None

@@ -23,6 +23,7 @@ from entropy_probe.stages.gradients.payloads import Payload, update_batch
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
 from entropy_probe.stages.gradients.units import units_of_prompts
+from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     Scores,
@@ -275,9 +276,7 @@ def _difference(
     where there is a difference and the scale is zero."""
     ratios = []
     for i, (scale, floor) in enumerate(zip(scales, floors, strict=True)):
-        off = norm(
-            {name: fast[name][i].double() - value[i].double() for name, value in naive.items()}
-        )
+        off = norm(Made(naive, lambda name, i=i: fast[name][i].double() - naive[name][i].double()))
         size = scale + _ROUNDINGS_OF_GRADIENT * floor
         vanishes = off <= sys.float_info.epsilon * floor
         ratios.append(0.0 if vanishes else off / size if size > 0 else float("inf"))
