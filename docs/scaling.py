@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -139,22 +138,19 @@ def network(shape: str, *, lora: bool) -> object:
 
 
 def of_long_rows(shape: str, *, lora: bool, length: int) -> dict[str, float]:
-    """GiB on an accelerator by stage, one row at a time, layers run again, the float64 copy shared; `second order`: the
-    alpha-trick and the second derivative, which are part of the witnesses of the standard budget."""
+    """GiB on an accelerator by stage of the standard budget, one row at a time, layers run again, the float64 copy
+    shared."""
     from entropy_probe.cost import Batch, Run, peaks
 
     batch = Batch(16, 8, 200, length)
     blocks = None if lora else 2
     run = Run(batch, batch, blocks=blocks, rows_at_once=1, lent=True, recompute=True)
-    first = replace(run, left_out=("projections", "curvature witness"))
     of = network(shape, lora=lora)
-    held = peaks(of, first, on_accelerator=True)  # pyright: ignore[reportArgumentType]
-    second = peaks(of, run, on_accelerator=True)["witnesses"]  # pyright: ignore[reportArgumentType]
+    held = peaks(of, run, on_accelerator=True)  # pyright: ignore[reportArgumentType]
     shown = ("scores", "gradients", "slopes", "entropy change", "real step", "witnesses")
     return {
         **{stage: held[stage] / 2**30 for stage in shown},
         "most": max(held.values()) / 2**30,
-        "second order": second / 2**30,
     }
 
 

@@ -97,6 +97,16 @@ def require_device(config: ProbeConfig) -> None:
             usable_device(config.device)
 
 
+def plan_of(path: Path, settings: Settings, config: ProbeConfig) -> tuple[str, bool]:
+    """What `entropy-probe plan` says of a checkpoint, and whether it fits. Nothing is loaded."""
+    from entropy_probe.cost.plan import plan
+    from entropy_probe.options import PROMPT_TOKENS
+
+    with usage_errors(), warnings_are_not_errors():
+        found = plan(path, config, PROMPT_TOKENS, settings.base_model)
+    return found.text(), found.fits
+
+
 def recipe_lines(path: Path, settings: Settings, config: ProbeConfig) -> list[str]:
     """Whose update the checkpoint's is, as far as its files tell without loading it."""
     from entropy_probe.layout import find_layout

@@ -108,6 +108,7 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
 REPEATABLE = ("checkpoint", "log")
 FLAGS: dict[str, str] = {
     "golden_update_in_ci": "let --probe-golden-update write even if CI is set",
+    "dry_run": "say what memory and how many flops the run would take, as `entropy-probe plan`, and exit: 0 if it fits",
     "no_cache": "measure again; a report that pytest's cache holds is neither used nor kept",
 }
 MARKERS = {

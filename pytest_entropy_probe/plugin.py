@@ -47,11 +47,22 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         print(explanation(name).encode(encoding, "replace").decode(encoding))
         return 0
-    if _is_follower(config):
+    follows = _is_follower(config)
+    if _wants_plan(config):
+        from pytest_entropy_probe.dry_run import dry_run
+
+        return 0 if follows else dry_run(config)
+    if follows:
         from pytest_entropy_probe.follower import follow
 
         return follow(config)
     return None
+
+
+def _wants_plan(config: pytest.Config) -> bool:
+    """Without a checkpoint the option is refused in its place (`_refuse_checks`)."""
+    asked = config.getoption("probe_dry_run") or config.getini("probe_dry_run")
+    return bool(asked) and _checkpoints_given(config)
 
 
 def _checkpoints_given(config: pytest.Config) -> bool:

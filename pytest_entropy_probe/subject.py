@@ -143,8 +143,7 @@ class Subject:
         """What the end of the run says of the checkpoint beside its verdicts; often nothing."""
         warnings = [*(self.report.checkpoint.warnings if self.report else self._warnings)]
         if self.report:
-            of_memory = self.report.memory.over_limit, self.report.memory.held_whole
-            warnings += [said for said in of_memory if said is not None]
+            warnings += self.report.memory.said
         return "; ".join(filter(None, [self.note, *(f"warning: {text}" for text in warnings)]))
 
     def judged_report(self) -> ProbeReport | None:

@@ -357,6 +357,12 @@ POISON: dict[str, list[tuple[Any, str]]] = {
             for x in (0.1, math.inf)
         ),
         (lambda r: r.model_copy(update={"witness": {**r.witness, "curvature": None}}), "not_applicable"),
+        (
+            lambda r: poisoned(r, "memory", left_out="no room").model_copy(
+                update={"witness": {**r.witness, "curvature": None}}
+            ),
+            "inconclusive",
+        ),
     ],
     "logit_slope": [
         *((lambda r, x=x: poisoned(r, "continuity", logit_slope=x), "fail") for x in (0.97, 1.03, math.nan)),

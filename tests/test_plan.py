@@ -47,17 +47,27 @@ def test_choices_shrink_with_the_limit() -> None:
         found.append((of.run.recompute, -of.run.rows_at_once))
     assert found == sorted(found)
     assert len(set(found)) == len(found)
-    least = estimate(network, config(memory_limit="40GiB"), 200)
+    least = estimate(network, config(memory_limit="9GiB"), 200)
     assert not least.fits
-    assert "budget: smoke" in least.remedies[0]
-    assert estimate(network, config(memory_limit="40GiB", budget="smoke"), 200).fits
     tokens = next(re.search(r"max_new_tokens: (\d+)", said) for said in least.remedies if "max_new" in said)
     assert tokens is not None
     shorter = {"generation": {"max_new_tokens": int(tokens[1])}}
-    assert estimate(network, config(memory_limit="40GiB", **shorter), 200).fits
+    assert estimate(network, config(memory_limit="9GiB", **shorter), 200).fits
     needed = re.search(r"a memory of ([\d.]+) GiB", least.remedies[-1])
     assert needed is not None
     assert estimate(network, config(memory_limit=f"{1.01 * float(needed[1])}GiB"), 200).fits
+
+
+def test_second_derivatives_are_left_out_where_they_alone_are_too_much() -> None:
+    """As under a limit (stages/memory/memory_limit.py)."""
+    network = scaling().network("1.5 B", lora=True)
+    less, more = (estimate(network, config(memory_limit=f"{gib}GiB"), 200) for gib in (12, 13))
+    assert less.fits
+    assert more.fits
+    assert (less.run.second_order, more.run.second_order) == (False, True)
+    assert "no second derivatives" in less.text()
+    assert "no second derivatives" not in more.text()
+    assert sum(less.flops.values()) < sum(more.flops.values())
 
 
 def test_never_means_never() -> None:
@@ -81,7 +91,7 @@ def test_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_is_what_the_formulas_say() -> None:
-    """And seven billion parameters with LoRA fit the cards that the page speaks of, but for the second order."""
+    """And seven billion parameters with LoRA fit the cards that the page speaks of, with second derivatives."""
     made = scaling()
     assert made.BEGIN_LONG + "\n" + made.long_rows() + "\n" + made.END_LONG in PAGE.read_text()
     assert made.of_long_rows("7 B", lora=True, length=4096)["most"] <= 45

@@ -13,6 +13,7 @@ import torch
 import models
 from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.errors import MeasurementError
+from entropy_probe.memory import live_tensors
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.forward import bind
 from entropy_probe.model.overrides import theta_plus_eta_v
@@ -285,9 +286,26 @@ def test_clipped_log_weights(gpt2: Subject) -> None:
 
 def test_needed_bytes(subject: Subject) -> None:
     moments = 3 if next(iter(subject.adam.values())).amsgrad else 2
-    stepped = sum(subject.float64.registry.parameters[n].numel() for n in subject.adam)
+    sizes = [subject.float64.registry.parameters[n].numel() for n in subject.adam]
     buffers = sum(b.numel() * b.element_size() for b in subject.float64.module.buffers())
-    assert real_step.needed_bytes(subject.float64, subject.adam) == 8 * stepped * (2 + moments) + buffers
+    stepped = sum(sizes) + max(sizes) * (1 + moments)
+    assert real_step.needed_bytes(subject.float64, subject.adam) == 8 * stepped + buffers
+
+
+def test_the_whole_gradient_is_never_held(gpt2: Subject) -> None:
+    """A step holds the gradient and the moments of one parameter at a time; θ + lr·v in place holds one tensor."""
+    own, v = real_step.copied(gpt2.float64, gpt2.adam), gpt2.direction()
+    registry, theta = own.registry, gpt2.float64.registry.parameters
+    largest = 8 * max(registry.parameters[n].numel() for n in gpt2.adam)
+    assert 6 * largest < 8 * sum(registry.parameters[n].numel() for n in gpt2.adam)
+
+    def stepped() -> None:
+        with real_step.virtually_stepped(own, v, 1e-3, theta):
+            pass
+
+    works: list[Any] = [stepped, lambda: real_step.take_real_step(registry, gpt2.ascent, gpt2.adam, 1e-3, 1.0)]
+    for work in works:
+        assert live_tensors(work, torch.device("cpu")).most <= 6 * largest
 
 
 def test_too_little_memory_is_said_before_anything_is_copied(gpt2: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from entropy_probe import __version__
 from entropy_probe.errors import ConfigError, ProbeError, RolloutsError
-from entropy_probe.options import overrides
+from entropy_probe.options import PROMPT_TOKENS, overrides
 from entropy_probe.processes import torchrun
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--prompt-tokens",
         type=int,
-        default=200,
+        default=PROMPT_TOKENS,
         metavar="P",
-        help="tokens of a prompt (default: 200); responses have generation.max_new_tokens",
+        help=f"tokens of a prompt (default: {PROMPT_TOKENS}); responses have generation.max_new_tokens",
     )
     _add_what_is_measured(plan)
     schema = commands.add_parser(
@@ -417,9 +417,8 @@ def _run(arguments: argparse.Namespace) -> int:
             f"entropy-probe: nothing about the next step: {report.no_second_moment}",
             file=sys.stderr,
         )
-    for said in (report.memory.over_limit, report.memory.held_whole):
-        if said is not None:
-            print(f"entropy-probe: warning: {said}", file=sys.stderr)
+    for said in report.memory.said:
+        print(f"entropy-probe: warning: {said}", file=sys.stderr)
     if arguments.out is None:
         print(report.model_dump_json(indent=2))
     else:

@@ -16,6 +16,8 @@ KEYS = {
     "reference_model": "reference_model",
 }
 """Name of the option, with underscores → dotted key."""
+PROMPT_TOKENS = 200
+"""Of a prompt, in the plan of a run whose prompts are not known yet."""
 
 
 def overrides(options: object) -> dict[str, object]:

@@ -758,6 +758,9 @@ class MemorySection(_Section):
     `recompute`: whether decoder layers are run again in gradients instead of keeping their graph. `attention` of the
     longest rows where derivatives are taken: `short` rows hold all their weights, longer ones go in `blocks` of
     queries; `whole` are the weights of long rows in a model that multiplies queries and keys itself.
+
+    `second_order_tokens`: the most of a row in second derivatives, where longer rows were shortened for them.
+    `left_out` says why there are none.
     """
 
     counted: Literal["resident", "allocated"]
@@ -768,6 +771,17 @@ class MemorySection(_Section):
     logits_at_once: int | None
     recompute: bool
     attention: Literal["short", "blocks", "whole"]
+    second_order_tokens: int | None
+    left_out: str | None
+
+    @property
+    def said(self) -> list[str]:
+        """What there is to say of memory; often nothing."""
+        shorter = None
+        if self.second_order_tokens is not None:
+            shorter = f"second derivatives are of the first {self.second_order_tokens} tokens or fewer of long rows"
+        found = (self.over_limit, self.held_whole, shorter, self.left_out)
+        return [said for said in found if said is not None]
 
     @property
     def held_whole(self) -> str | None:

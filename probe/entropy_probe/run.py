@@ -132,7 +132,8 @@ def _measure(
                     raise
                 real_update_missing = str(error)
         with clock("witnesses"):
-            witness = witnessed(of, step.precond, step.v, step.along)
+            second_order = plan is None or plan.left_out is None
+            witness = witnessed(of, step.precond, step.v, step.along, second_order=second_order)
         with clock("evidence"):
             evidence = evidence_of(of, step, prepared, eos)
         v, sections = step.v, step.sections

@@ -889,8 +889,8 @@ def step_not_undone(patch: Patch) -> None:
     original = real_step.virtually_stepped
 
     @contextlib.contextmanager
-    def stepped(bound: BoundModel, v: dict[str, Tensor], eta: float) -> Any:
-        with original(bound, v, eta):
+    def stepped(bound: BoundModel, v: dict[str, Tensor], eta: float, theta: Any = None) -> Any:
+        with original(bound, v, eta, theta):
             yield
         name = next(iter(v))
         bound.registry.parameters[name].data.add_(v[name], alpha=eta)

@@ -70,6 +70,8 @@ def curvature_witness(report: ProbeReport) -> Finding:
     too. Either the step of the difference is wrong for this model, or one of the model's derivatives is.
     """
     value = (report.witness or {}).get("curvature")
+    if value is None and report.memory.left_out is not None:
+        return inconclusive(f"Memory: {report.memory.left_out}.")
     if value is None:
         return unseen("An operation of the model has no second derivative.")
     return at_most(value, limit_for(report, "curvature_witness"))

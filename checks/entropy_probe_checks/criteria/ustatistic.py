@@ -70,11 +70,13 @@ def projections_agree(report: ProbeReport) -> Finding:
         way: value for key, way in names.items() if (value := report.witness.get(key)) is not None
     }
     missing = [way for way in names.values() if way not in found]
-    detail = (
-        f"[no {', no '.join(missing)}: an operation of the model lacks that derivative]"
-        if missing
-        else ""
-    )
+    said = []
+    if "α-trick" in missing and report.memory.left_out is not None:
+        missing.remove("α-trick")
+        said.append(f"no α-trick: {report.memory.left_out}")
+    if missing:
+        said.append(f"no {', no '.join(missing)}: an operation of the model lacks that derivative")
+    detail = f"[{'; '.join(said)}]" if said else ""
     if not found:
         return unseen(detail)
     value = largest(*map(by_two_ways, found.values()))

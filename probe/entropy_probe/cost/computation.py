@@ -212,16 +212,20 @@ def _witnesses(network: Network, run: Run) -> float:
         run.e.of(_PROJECTED if run.blocks is None else -(-run.e.prompts // run.units_e)),
         run.few_at_once,
     )
-    ways = without_graph(network, JVP, few, run.rows_at_once) + with_graph(
-        network, ALPHA, run, few, at_once
-    )
+    short, ways = few.short, without_graph(network, JVP, few, run.rows_at_once)
     along_v = 2 * network.trainable * (-(-run.units_e // run.ranks) + _PROJECTED)
+    if not run.second_order:
+        return looped + ways + along_v
+    ways += with_graph(network, ALPHA, run, short, at_once)
+    if short != few:  # X and D along PȲ of the same rows
+        ways += with_graph(network, capture(1), run, short, run.rows_at_once)
+        ways += without_graph(network, JVP, short, run.rows_at_once)
     of_one = run.e.of(1)
-    second = (
-        0.0
-        if run.leaves_out("curvature witness")
-        else with_graph(network, SECOND, run, of_one, at_once)
-    )
+    if run.leaves_out("curvature witness"):
+        return looped + ways + along_v
+    second = with_graph(network, SECOND, run, of_one.short, at_once)
+    if of_one.short != of_one:  # the central difference, of the same rows
+        second += 3 * without_graph(network, JVP, of_one.short, run.rows_at_once)
     return looped + ways + along_v + second
 
 

@@ -6,6 +6,7 @@ the model itself before it begins, and its choice is then the one that counts; t
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -152,12 +153,13 @@ def _run(network: Network, config: ProbeConfig, prompt: int) -> Run:
 
 def _choices(run: Run, config: ProbeConfig) -> Iterator[Run]:
     """In the order in which a run under a limit tries them: as it is asked for; a float64 copy that shares the frozen
-    parameters, and fewer rows; layers that are run again."""
+    parameters, and fewer rows; no second derivatives; layers that are run again."""
     yield run
     powers = [run.rows_at_once >> k for k in range(run.rows_at_once.bit_length())]
+    with_second = (False,) if run.leaves_out("projections") else (True, False)
     for again in (run.recompute, True) if config.recompute == "auto" else (run.recompute,):
-        for rows in powers:
-            yield replace(run, rows_at_once=rows, lent=True, recompute=again)
+        for second, rows in itertools.product(with_second, powers):
+            yield replace(run, rows_at_once=rows, lent=True, recompute=again, second_order=second)
 
 
 def _said(run: Run) -> str:
@@ -165,6 +167,8 @@ def _said(run: Run) -> str:
     chosen = [f"tf_batch_size {run.rows_at_once}"]
     chosen += ["layers run again"] if run.recompute else []
     chosen += ["a shared float64 copy"] if run.lent else []
+    left_out = run.leaves_out("projections") and run.leaves_out("curvature witness")
+    chosen += [] if run.second_order or left_out else ["no second derivatives"]
     return ", ".join(chosen)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from entropy_probe.budgets import Part
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.parts import part_of
+from entropy_probe.stages.witnesses.shortened import LONGEST
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,14 @@ class Batch:
         """So many of its prompts."""
         return replace(self, prompts=min(prompts, self.prompts))
 
+    @property
+    def short(self) -> Batch:
+        """Rows as they are differentiated twice (stages/witnesses/shortened.py)."""
+        generated = min(self.response, max(LONGEST - self.prompt, LONGEST / 2))
+        prompt = min(self.prompt, LONGEST - generated)
+        longest = min(self.longest, LONGEST)
+        return replace(self, prompt=prompt, response=generated, longest=longest)
+
     def longest_of(self, rows: float) -> float:
         """The longest of so many rows, whichever they are."""
         return self.length + max(self.longest - self.length, 0.0) * max(rows - 1, 0) / (rows + 1)
@@ -118,7 +127,7 @@ class Run:
 
     `rows_at_once` is `tf_batch_size`, `ranks` the number of processes, `cases` those of the drawn properties;
     `logits_at_once`, `recompute` and other `rows_at_once` are in the report's `memory` where there was a limit. `lent`:
-    the float64 copy shares the frozen parameters.
+    the float64 copy shares the frozen parameters. Without `second_order` the witnesses take no second derivatives.
     """
 
     e: Batch
@@ -137,6 +146,7 @@ class Run:
     left_out: tuple[Part, ...] = ()
     recompute: bool = False
     lent: bool = False
+    second_order: bool = True
 
     @classmethod
     def of(

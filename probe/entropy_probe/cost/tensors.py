@@ -245,13 +245,17 @@ def _witnesses(network: Network, run: Run) -> float:
     if run.leaves_out("projections"):
         return looped
     by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(2), bytes_of, "jvp")
+    if not run.second_order:
+        return max(looped, by_jvp)
     by_alpha = (
-        8 * d + 4 * bytes_of * d + graph_of(network, run, ALPHA, e.of(2), few, bytes_of, "alpha")
+        8 * d
+        + 4 * bytes_of * d
+        + graph_of(network, run, ALPHA, e.of(2).short, few, bytes_of, "alpha")
     )
     ways = max(looped, by_jvp, by_alpha)
     if run.leaves_out("curvature witness"):
         return ways
-    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(1), few, 8, "second"))
+    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(1).short, few, 8, "second"))
 
 
 def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int) -> float:

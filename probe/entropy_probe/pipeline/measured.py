@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -115,7 +116,7 @@ class Measured:
         return self.e is self.u
 
     @cached_property
-    def ascent(self) -> dict[str, Tensor]:
+    def ascent(self) -> Mapping[str, Tensor]:
         """Ȳ of the U batch, the ascent direction of the policy objective."""
         return self.u.gradients.mean_y()
 

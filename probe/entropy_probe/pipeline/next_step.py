@@ -18,6 +18,7 @@ from entropy_probe.pipeline.clock import Clock
 from entropy_probe.pipeline.measured import Measured
 from entropy_probe.stages import entropy_change, slopes, update
 from entropy_probe.stages.first_order import first_order_section, two_batch_section
+from entropy_probe.stages.made import held_or_made
 from entropy_probe.stages.moments import moments_match, preconditioner_section
 from entropy_probe.stages.real_update import made_step, real_update_section
 from entropy_probe.stages.responses.rollouts import Rollouts
@@ -50,8 +51,8 @@ class NextStep:
     sections, which are rank 0's alone. Without a second moment there is no `direction`, and v is some way that will do
     for tests of the model."""
 
-    precond: dict[str, Tensor]
-    v: dict[str, Tensor]
+    precond: Mapping[str, Tensor]
+    v: Mapping[str, Tensor]
     changes: list[entropy_change.EntropyChange]
     sections: Sections | None
     along: slopes.Slopes | None = None
@@ -75,7 +76,8 @@ def without_second_moment(of: Measured) -> NextStep:
     still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
     min_ess = of.config.true_delta_h.min_ess_fraction
     rows = [entropy_change.change_row(change, None, None, 0.0, min_ess) for change in still]
-    precond = {name: torch.ones_like(direction) for name, direction in v.items()}
+    numbers = sum(p.numel() for p in parameters.values())
+    precond = held_or_made(v, lambda name: torch.ones_like(v[name]), numbers)
     return NextStep(precond, v, still, Sections(rows))
 
 

@@ -14,10 +14,15 @@ from entropy_probe.stages.witnesses.witness import curvature_witness, gradient_w
 
 
 def witnessed(
-    of: Measured, precond: Mapping[str, Tensor], v: Mapping[str, Tensor], along: Slopes | None
+    of: Measured,
+    precond: Mapping[str, Tensor],
+    v: Mapping[str, Tensor],
+    along: Slopes | None,
+    *,
+    second_order: bool = True,
 ) -> dict[str, float | None]:
     """The section `witness` of the report. Without slopes `along` v there is no second moment, and what needs one is
-    `None`."""
+    `None`; so is what needs second derivatives, without `second_order`."""
     bound, config, e, u = of.bound, of.config, of.e, of.u
     by_loop = gradient_witness(
         bound, u.share, u.scores, config, u.gradients, precond, u.of_x, u.as_update
@@ -27,7 +32,16 @@ def witnessed(
         at_theta = None if along is None else along.at_theta
         witness |= asdict(
             projection_agreement(
-                bound, e.share, e.of_x, config, e.gradients, precond, of.ascent, v, at_theta
+                bound,
+                e.share,
+                e.of_x,
+                config,
+                e.gradients,
+                precond,
+                of.ascent,
+                v,
+                at_theta,
+                second_order=second_order,
             )
         )
     witness["curvature"] = None  # without the second derivative that the α-trick needs too

@@ -433,6 +433,9 @@ MemorySection
   recompute  flag  Whether decoder layers are run again in gradients instead of keeping their graph.
   attention  name  How the longest rows' attention is differentiated: `short` rows whole, long ones in `blocks` of
       queries; `whole` if the model multiplies queries and keys itself.
+  second_order_tokens  count  The most tokens of a row in second derivatives, if longer rows were shortened for them;
+      null if none was.
+  left_out  text  Why second derivatives were left out; null if the limit has room for them.
 
 Verdict
   criterion  name  The criterion that was asked.

@@ -102,15 +102,13 @@ def directional_derivatives(
     found = torch.zeros(shape, dtype=torch.float64)
     sums = torch.zeros(2, len(rollouts.gen_lens), dtype=torch.float64)
     point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+    along = {
+        name: v[name].to(value) for name, value in point.items()
+    }  # moved once, not for every batch of rows
     read = partial(_with_logits, policy_scores(bound, config.generation, config.precision))
     for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation), some):
         with forward_ad.dual_level():
-            dual = {
-                name: forward_ad.make_dual(
-                    value, v[name].to(device=value.device, dtype=bound.dtype)
-                )
-                for name, value in point.items()
-            }
+            dual = {name: forward_ad.make_dual(value, along[name]) for name, value in point.items()}
             logp, entropy, *of_logits = read_rows(
                 bound, rollouts, rows, read, override=dual, true_derivative=True
             )

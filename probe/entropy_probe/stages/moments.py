@@ -123,13 +123,15 @@ def preconditioner_section(
 ) -> PreconditionerSection:
     """P = 1/(√v̂+ε): its size and range, and what the witnesses of it found."""
     missing = [n for n in registry.trainable if n not in adam or adam[n].step == 0]
-    values = list(precond.values())
+    values = [
+        (int((~torch.isfinite(p)).sum()), float(p.min()), float(p.max())) for p in precond.values()
+    ]
     return PreconditionerSection(
         num_tensors=len(precond),
         missing=missing,
-        num_nonfinite=sum(int((~torch.isfinite(p)).sum()) for p in values),
-        smallest=min(float(p.min()) for p in values),
-        largest=max(float(p.max()) for p in values),
+        num_nonfinite=sum(nonfinite for nonfinite, _, _ in values),
+        smallest=min(smallest for _, smallest, _ in values),
+        largest=max(largest for _, _, largest in values),
         difference_from_torch=difference_from_torch,
         **match.model_dump(),
     )

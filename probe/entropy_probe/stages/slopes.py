@@ -43,6 +43,7 @@ from entropy_probe.stages.derivatives import (
 from entropy_probe.stages.gradients.payloads import Payload, per_token_payload
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
@@ -360,7 +361,7 @@ class SlopeSources:
 
 def gradient_per_token(
     bound: BoundModel, share: Share, scores: Scores, along: Slopes, config: ProbeConfig
-) -> dict[str, Float[Tensor, " D"]]:
+) -> Mapping[str, Float[Tensor, " D"]]:
     """X̄ with −X̄ᵀv = `along.per_token.value`: −(1/(N·L)) Σ (∇H_t + (c_t − h·cᴸ_t) ∇log p_t) over all tokens of E.
 
     c and cᴸ are the baseline's coefficients of entropy and length, h = ΣR/ΣT, L = ΣT/N. One backward pass of the batch,
@@ -392,8 +393,8 @@ def slope_sources(
     of_all: Mapping[str, Tensor], u: UnitGradients, direction: UpdateDirection
 ) -> SlopeSources:
     """Where the slope along v = v₀ + D·Ȳ comes from, with X̄ of the E batch."""
-    mean_x = {name: of_all[name][None] for name in direction.v}
-    v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
+    mean_x = Made(direction.v, lambda name: of_all[name][None])
+    v0 = Made(direction.v0, lambda name: direction.v0[name].reshape(1, -1))
     share = u.sizes.double() / u.sizes.sum()
     by_unit = u.of_units(gram(mean_x, u.y, direction.diagonal)[0])
     return SlopeSources(-float(gram(mean_x, v0)), -share * by_unit)
@@ -405,7 +406,7 @@ def cross_fitted_slope(units: UnitGradients, direction: UpdateDirection) -> Prom
     Its per-unit terms are −X_uᵀv₀ − (2r_u − U_cross): their mean is the value, their spread the SE to first order.
     """
     x = {name: units.x[name] for name in direction.v}
-    v0 = {name: value.reshape(1, -1) for name, value in direction.v0.items()}
+    v0 = Made(direction.v0, lambda name: direction.v0[name].reshape(1, -1))
     products = units.products(direction.diagonal, direction.v)
     found = units.gathered(
         {"momentum": gram(x, v0), "products": torch.stack(list(products.values())).sum(0)}

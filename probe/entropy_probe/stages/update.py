@@ -13,17 +13,21 @@ from entropy_probe.estimators.adam import AdamHyper, adam_direction, preconditio
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
 from entropy_probe.stages.gradients.products import norm
+from entropy_probe.stages.made import Made, held_or_made
 
 _DEFAULT_LR = 1e-4
 
 
 @dataclass(frozen=True)
 class UpdateDirection:
-    """v = v₀ + D·Ȳ by name, in float64 on the CPU; ‖g‖ before clipping; the factor that clipping applied to g."""
+    """v = v₀ + D·Ȳ by name, in float64 on the CPU; ‖g‖ before clipping; the factor that clipping applied to g.
 
-    v: dict[str, Tensor]
-    v0: dict[str, Tensor]
-    diagonal: dict[str, Tensor]
+    v is held, because every pass along it reads it; v₀ and D are made where they are used, if they are large.
+    """
+
+    v: Mapping[str, Tensor]
+    v0: Mapping[str, Tensor]
+    diagonal: Mapping[str, Tensor]
     grad_norm: float
     clip_factor: float
 
@@ -67,23 +71,29 @@ def lr_shares(adam: Mapping[str, AdamState]) -> dict[str, float]:
     }
 
 
-def adam_preconditioner(adam: Mapping[str, AdamState]) -> dict[str, Tensor]:
+def adam_preconditioner(adam: Mapping[str, AdamState]) -> Mapping[str, Tensor]:
     """P by name in float64, scaled like v where groups have different learning rates, so that −lr·X̄ᵀPȲ is the effect
     of each group's own; 1 where a parameter has no state (`missing_state: identity`)."""
-    precond, shares = {}, lr_shares(adam)
-    for name, state in adam.items():
+    shares = lr_shares(adam)
+
+    def of(name: str) -> Tensor:
+        state = adam[name]
         if state.step == 0:
-            precond[name] = torch.full_like(state.exp_avg_sq, shares[name], dtype=torch.float64)
-        else:
-            second = (
-                state.max_exp_avg_sq
-                if state.amsgrad and state.max_exp_avg_sq is not None
-                else state.exp_avg_sq
-            )
-            beta2, step = state.betas[1], state.step if state.bias_correction else math.inf
-            eps = state.eps / math.sqrt(1 - beta2**step) if state.of_transformers else state.eps
-            precond[name] = shares[name] * preconditioner(second, step, beta2, eps)
-    return precond
+            return torch.full_like(state.exp_avg_sq, shares[name], dtype=torch.float64)
+        second = (
+            state.max_exp_avg_sq
+            if state.amsgrad and state.max_exp_avg_sq is not None
+            else state.exp_avg_sq
+        )
+        beta2, step = state.betas[1], state.step if state.bias_correction else math.inf
+        eps = state.eps / math.sqrt(1 - beta2**step) if state.of_transformers else state.eps
+        return shares[name] * preconditioner(second, step, beta2, eps)
+
+    return held_or_made(adam, of, _numbers(adam))
+
+
+def _numbers(adam: Mapping[str, AdamState]) -> int:
+    return sum(state.exp_avg_sq.numel() for state in adam.values())
 
 
 def clip_factor(grad_norm: float, max_grad_norm: float | None) -> float:
@@ -105,17 +115,17 @@ def compute_update_vector_adamw(
     largest of the step, is the optimizer's own where it is not given; v depends on it in Transformers' form alone.
     """
     registry.require_trainable(adam)
-    grad_norm = norm({name: ascent[name] for name in adam})
-    clip = clip_factor(grad_norm, max_grad_norm)
-    v, v0, diagonal = {}, {}, {}
-    shares = lr_shares(adam)
-    lr = learning_rate(adam, None)[0] if lr is None else lr
-    for name, state in adam.items():
+    grad_norm = norm(Made(adam, lambda name: ascent[name]))
+    clip, shares = clip_factor(grad_norm, max_grad_norm), lr_shares(adam)
+    largest = learning_rate(adam, None)[0] if lr is None else lr
+
+    def parts(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """v, v₀ and D of a tensor."""
+        state, share = adam[name], shares[name]
         parameter = registry.parameters[name].detach().cpu()
-        share = shares[name]
         y = clip * ascent[name].double().reshape(parameter.shape).cpu()
         hyper = AdamHyper(
-            lr=share * lr,
+            lr=share * largest,
             beta1=state.betas[0],
             beta2=state.betas[1],
             eps=state.eps,
@@ -129,6 +139,11 @@ def compute_update_vector_adamw(
         rest, d = adam_direction(
             parameter, y, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.step, hyper
         )
-        v0[name], diagonal[name] = share * rest, share * clip * d
-        v[name] = v0[name] + share * d * y
+        v0 = share * rest
+        return v0 + share * d * y, v0, share * clip * d
+
+    v = {name: parts(name)[0] for name in adam}
+    v0, diagonal = (
+        held_or_made(adam, lambda name, k=k: parts(name)[k], _numbers(adam)) for k in (1, 2)
+    )
     return UpdateDirection(v, v0, diagonal, grad_norm, clip)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from entropy_probe.stages.made import held_or_made
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -75,10 +77,11 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
 
 def prompt_mean(
     units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]
-) -> dict[str, Float[Tensor, " D"]]:
+) -> Mapping[str, Float[Tensor, " D"]]:
     """Mean over prompts, in float64: units weighted by the number of their prompts."""
     share = sizes.double() / sizes.sum()
-    return {name: weighted_sum(share, values) for name, values in units.items()}
+    numbers = sum(rows.shape[1] for rows in units.values())
+    return held_or_made(units, lambda name: weighted_sum(share, units[name]), numbers)
 
 
 def weighted_sum(weights: Float[Tensor, " U"], rows: Float[Tensor, "U D"]) -> Float[Tensor, " D"]:

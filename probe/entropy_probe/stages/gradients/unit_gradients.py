@@ -65,11 +65,11 @@ class UnitGradients:
         """The number of prompts of each unit."""
         return self.units.sizes
 
-    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+    def mean_x(self) -> Mapping[str, Float[Tensor, " D"]]:
         """X̄ over all prompts, in float64."""
         return prompt_mean(self.x, self.sizes)
 
-    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+    def mean_y(self) -> Mapping[str, Float[Tensor, " D"]]:
         """Ȳ over all prompts, in float64."""
         return prompt_mean(self.y, self.sizes)
 

@@ -25,6 +25,7 @@ from entropy_probe.stages.memory.pass_memory import FEWEST, Passes, longest_rows
 from entropy_probe.stages.responses.drawing import draw, masses
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.steps import OverCache, WholeRows
+from entropy_probe.stages.witnesses.shortened import shortened
 
 # What a pass takes beyond its tensors: buffers within operations, small blocks that the allocator keeps. Passes of 100
 # to 1400 MB took up to 8 % more than was counted.
@@ -38,12 +39,14 @@ _OF_A_TOKEN = 30  # the same of a token, for scores, features and derivatives
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and the memory that is expected at most. `recompute`: layers are run again in gradients."""
+    """What was chosen, and the memory that is expected at most. `recompute`: layers are run again in gradients;
+    `left_out`: why there are no second derivatives, `None` where there is room for them."""
 
     config: ProbeConfig
     logits_at_once: int
     expected: int
     recompute: bool = False
+    left_out: str | None = None
 
 
 def planned(
@@ -58,8 +61,9 @@ def planned(
 
     Pieces of logits shrink where one row at a time is too much; where that is not enough, decoder layers are run again
     in gradients, if `recompute` is `auto`; units of gradients are blocks where those of all
-    prompts do not fit, as under `max_gradient_gib`. Of several processes all choose what fits everywhere. Raises
-    `MeasurementError` that says what would be needed.
+    prompts do not fit, as under `max_gradient_gib`. Second derivatives, of two witnesses, are left out where they alone
+    are too much. Of several processes all choose what fits everywhere. Raises `MeasurementError` that says what would
+    be needed.
     """
     if config.recompute == "auto":
         try:
@@ -102,19 +106,26 @@ def _planned(
             8 * trainable * _FOR_A_WHILE, of_products, *(kind(config, positions) for kind in kinds)
         )
 
-    def require(remedy: str) -> int:
-        """What is left for gradients beside a pass of one response."""
+    def beside_one_response() -> tuple[int, int]:
+        """What is left for gradients beside a pass of one response, and what is needed in all."""
         least = largest(with_rows(config, 1), FEWEST)
-        room = -int(world.largest(least - usable))
-        if room < fewest:
-            needed = int(world.largest(_needed(now, held + fewest + least)))
-            raise _too_little(limit, needed, now, "for one response at a time", remedy)
-        return room
+        needed = int(world.largest(_needed(now, held + fewest + least)))
+        return -int(world.largest(least - usable)), needed
 
-    fewer = "" if config.first_order.mode == "exact" else "first_order.num_blocks, "
-    require(f"set {fewer}generation.max_new_tokens or the number of trained parameters lower")
+    room, needed = beside_one_response()
+    if room < fewest:
+        fewer = "" if config.first_order.mode == "exact" else "first_order.num_blocks, "
+        remedy = f"set {fewer}generation.max_new_tokens or the number of trained parameters lower"
+        raise _too_little(limit, needed, now, "for one response at a time", remedy)
+    first_order, room_without, left_out = [*kinds], room, None
     kinds += passes.kinds_of_second_order(usable - fewest)
-    room = require("leave the second derivatives of the witnesses out (budget: smoke)")
+    room, needed = beside_one_response()
+    if room < fewest:
+        left_out = (
+            f"second derivatives are left out: with them one response needs {needed / 2**30:.3g} GiB, "
+            f"and memory_limit is {limit / 2**30:.3g} GiB"
+        )
+        kinds[:], room = first_order, room_without
     config = _with_gradients(config, min(config.first_order.max_gradient_gib, room / 2**30))
     units = max(units_within_memory(bound, batch, config)[1] for batch in batches)
     left, of_units = usable - bytes_of_units(bound, units), bytes_of_units(bound, units)
@@ -124,7 +135,7 @@ def _planned(
     rows, positions = sizes[int(world.largest(next(fitting, len(sizes) - 1)))]
     config = with_rows(config, rows)
     expected = _needed(now, held + of_units + largest(config, positions))
-    return Plan(config, positions * passes.vocabulary, expected)
+    return Plan(config, positions * passes.vocabulary, expected, left_out=left_out)
 
 
 def memory_section(
@@ -148,7 +159,17 @@ def memory_section(
         logits_at_once=None if plan is None else plan.logits_at_once,
         recompute=bound.recompute,
         attention=bound.attention_of(config.generation.tf_batch_size, columns),
+        second_order_tokens=_second_order_tokens(batches[0], config, plan),
+        left_out=None if plan is None else plan.left_out,
     )
+
+
+def _second_order_tokens(e: Rollouts, config: ProbeConfig, plan: Plan | None) -> int | None:
+    """Of a row at most, in second derivatives; `None` where no row of E is shortened for them, or there are none."""
+    if {"projections", "curvature witness"} <= {*config.left_out} or (plan and plan.left_out):
+        return None
+    short = shortened(e)
+    return None if short is e else int((short.prompt_lens + short.gen_lens).max())
 
 
 def _sizes(rows: int, positions: int) -> list[tuple[int, int]]:

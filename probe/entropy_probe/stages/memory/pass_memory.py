@@ -26,6 +26,7 @@ from entropy_probe.stages.scores import (
     scored_at_theta,
 )
 from entropy_probe.stages.witnesses.projections import by_alpha
+from entropy_probe.stages.witnesses.shortened import shortened
 from entropy_probe.stages.witnesses.witness import (
     FEWER_ROWS,
     lacks_derivative,
@@ -77,16 +78,17 @@ class Passes:
         yield lambda config, positions: of_column * _OF_A_SCORE * _DRAWN
 
     def kinds_of_second_order(self, usable: int) -> Iterator[Kind]:
-        """Gradients of gradients, which the witnesses are made of, where they are not left out."""
+        """Gradients of gradients, which two witnesses take of `shortened` rows, where they are not left out."""
+        few = replace(self, rollouts=shortened(self.rollouts))
 
         def rows_of(config: ProbeConfig) -> int:
             return max(1, config.generation.tf_batch_size // FEWER_ROWS)
 
         if "projections" not in self.config.left_out:
-            yield self.counted(_alpha, rows_of, usable, most_rows=2)
+            yield few.counted(_alpha, rows_of, usable, most_rows=2)
         if "curvature witness" not in self.config.left_out:
             trainable = sum(p.numel() for p in self.bound.registry.trainable.values())
-            yield self.counted(_twice, rows_of, usable, most_rows=2, fixed=8 * trainable)
+            yield few.counted(_twice, rows_of, usable, most_rows=2, fixed=8 * trainable)
 
     def counted(
         self,

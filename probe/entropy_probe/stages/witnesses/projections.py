@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -16,10 +16,12 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
 from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.gradients.products import gram, norm
-from entropy_probe.stages.gradients.unit_gradients import UnitGradients
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.made import Made, held_or_made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length
-from entropy_probe.stages.share import Share
+from entropy_probe.stages.share import Share, Units
+from entropy_probe.stages.witnesses.shortened import shortened
 from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, largest, terms
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class ProjectionAgreement:
 
     `jvp` and `alpha`: w = PȲ for a few units, relative to ‖X_u‖_P·‖Ȳ‖_P with ‖a‖_P = √(aᵀPa); s_u by a JVP and by the
     α-trick, `None` where an operation of the model lacks that derivative. `v`: w = v for every unit, s_u by the D_v of
-    the run, `None` where it has none.
+    the run, `None` where it has none. `alpha` is on rows that are `shortened`, and so is the X_u beside it, which is
+    captured once more where one of them is; the others are on whole rows.
     """
 
     projections_jvp: float | None
@@ -57,9 +60,11 @@ def projection_agreement(
     ascent: Mapping[str, Tensor],
     v: Mapping[str, Tensor],
     along_v: Derivatives | None,
+    *,
+    second_order: bool = True,
 ) -> ProjectionAgreement:
     """On the two prompts (or one block) of the E batch with the largest weights in X, and along v on all; `units` are
-    that batch's, `ascent` is Ȳ of the U batch.
+    that batch's, `ascent` is Ȳ of the U batch. Without `second_order` there is no α-trick.
 
     Of several processes each has its own payloads and D_v, all compare along v, and rank 0 alone goes the other ways.
     """
@@ -68,13 +73,16 @@ def projection_agreement(
     chosen = largest(of_all, share.units, _PROMPTS if share.units.mode == "exact" else 1)
     prompts = torch.isin(unit_of, chosen).nonzero()[:, 0]
     here = (chosen >= own.start) & (chosen < own.stop)
-    x = {name: units.x[name][chosen[here] - own.start] for name in precond}
-    y = {name: ascent[name].reshape(1, -1) for name in precond}
+    x = Made(precond, lambda name: units.x[name][chosen[here] - own.start])
+    y = Made(precond, lambda name: ascent[name].reshape(1, -1))
     found = torch.zeros(2, len(chosen), dtype=torch.float64)
-    found[:, here] = torch.stack([gram(x, y, precond)[:, 0], gram(x, x, precond).diagonal()])
+    found[:, here] = _captured(x, y, precond)
     captured, squares = share.world.total(found)
-    scale = (squares * gram(y, y, precond)[0, 0]).sqrt()
-    direction = {name: p * ascent[name].reshape(p.shape) for name, p in precond.items()}
+    size_y = gram(y, y, precond)[0, 0]
+    numbers = sum(rows.shape[1] for rows in units.x.values())
+    direction = held_or_made(
+        precond, lambda name: precond[name] * ascent[name].reshape(precond[name].shape), numbers
+    )
     kappa = None if of_x.coefficients is None else share.tokens(of_x.coefficients, prompts)
     few, payload = share.rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)
     off_along_v = None
@@ -83,20 +91,53 @@ def projection_agreement(
     if not share.world.first:
         return ProjectionAgreement(None, None, off_along_v)
 
+    local = Units(share.units.mode, torch.searchsorted(chosen, unit_of[prompts]))
     along = unless_lacking(lambda: directional_derivatives(bound, few, direction, config))
-    by_reverse = unless_lacking(lambda: by_alpha(bound, few, payload, direction, config))
-    floor = torch.zeros_like(scale)
-    if along is not None:
-        floor = rounding_of(payload, along, unit_of[prompts])[chosen]
+    of_whole = _Captured(captured, (squares * size_y).sqrt(), payload, along, local.of_prompt)
+    by_derivative = None if along is None else of_whole.off(projections_of(payload, along))
+    if not second_order:
+        return ProjectionAgreement(by_derivative, None, off_along_v)
+    short = shortened(few)
+    beside = of_whole
+    if short is not few:
+        if kappa is not None:
+            payload = replace(payload, coefficients=kappa[..., : short.max_gen_len])
+        some = unit_gradients(bound, Share.of(short, local), config, payload)
+        captured, squares = _captured({name: some.x[name] for name in precond}, y, precond)
+        if along is not None:
+            along = directional_derivatives(bound, short, direction, config)
+        beside = _Captured(captured, (squares * size_y).sqrt(), payload, along, local.of_prompt)
+    by_reverse = unless_lacking(lambda: by_alpha(bound, short, payload, direction, config))
+    return ProjectionAgreement(
+        by_derivative, None if by_reverse is None else beside.off(by_reverse), off_along_v
+    )
 
-    def difference(of_prompts: Tensor | None) -> float | None:
-        if of_prompts is None:
-            return None
-        projections = means_over_units(of_prompts, unit_of[prompts])[chosen]
-        return _largest_difference(projections, captured, scale, floor)
 
-    by_derivative = None if along is None else projections_of(payload, along)
-    return ProjectionAgreement(difference(by_derivative), difference(by_reverse), off_along_v)
+def _captured(
+    x: Mapping[str, Tensor], y: Mapping[str, Tensor], precond: Mapping[str, Tensor]
+) -> Float[Tensor, "2 u"]:
+    """X_uᵀPȲ and X_uᵀPX_u."""
+    return torch.stack([gram(x, y, precond)[:, 0], gram(x, x, precond).diagonal()])
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """X_uᵀPȲ of some units and its scale, with what says how far rounding reaches: what X is made of, and D along PȲ,
+    where the model has it."""
+
+    projections: Float[Tensor, " u"]
+    scale: Float[Tensor, " u"]
+    payload: Payload
+    along: Derivatives | None
+    unit_of: Int[Tensor, " b"]
+
+    def off(self, of_prompts: Float[Tensor, " b"]) -> float:
+        """The largest difference of the means of these from the projections."""
+        floor = torch.zeros_like(self.scale)
+        if self.along is not None:
+            floor = rounding_of(self.payload, self.along, self.unit_of)
+        found = means_over_units(of_prompts, self.unit_of)
+        return _largest_difference(found, self.projections, self.scale, floor)
 
 
 def unless_lacking(way: Callable[[], Found]) -> Found | None:

@@ -23,6 +23,7 @@ from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.registry import Registry
 from entropy_probe.report import RealStepSection
 from entropy_probe.stages.entropy_change import change_at
+from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.witnesses.taylor import with_plain_weights
@@ -59,8 +60,8 @@ def real_step(
         float64, few, config, theta_plus_eta_v(float64.registry, v, lr, float64.dtype)
     )
     own = copied(float64, v)
-    virtual = after_virtual_step(own, few, v, lr, config)
     originals, now = float64.registry.parameters, own.registry.parameters
+    virtual = after_virtual_step(own, few, v, lr, config, originals)
     undone = all(torch.equal(now[name], originals[name]) for name in v)
     real = after_real_step(own, few, ascent, adam, lr, config)
     delta_h, in_place, stepped = (
@@ -88,26 +89,43 @@ def _terms(before: Scores, after: Scores, config: ProbeConfig) -> float:
 
 
 def after_virtual_step(
-    bound: BoundModel, rollouts: Rollouts, v: Mapping[str, Tensor], eta: float, config: ProbeConfig
+    bound: BoundModel,
+    rollouts: Rollouts,
+    v: Mapping[str, Tensor],
+    eta: float,
+    config: ProbeConfig,
+    theta: Mapping[str, Tensor] | None = None,
 ) -> Scores:
     """Scores at θ + ηv, which stands in the module itself while they are made."""
-    with virtually_stepped(bound, v, eta):
+    with virtually_stepped(bound, v, eta, theta):
         return score(bound, rollouts, config, {})
 
 
 @contextmanager
-def virtually_stepped(bound: BoundModel, v: Mapping[str, Tensor], eta: float) -> Iterator[None]:
-    """θ + ηv of `theta_plus_eta_v` in place; θ is put back from a copy, bit for bit, whatever happens inside.
+def virtually_stepped(
+    bound: BoundModel,
+    v: Mapping[str, Tensor],
+    eta: float,
+    theta: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """θ + ηv of `theta_plus_eta_v` in place; θ is put back from a copy, bit for bit, whatever happens inside. The copy
+    is `theta`, where there is one already: then nothing else is held.
 
     p + δ − δ would not be p.
     """
-    stepped = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-    theta = {name: bound.registry.parameters[name].detach().clone() for name in stepped}
+    registry = bound.registry
+    if theta is None:
+        theta = {name: registry.parameters[name].detach().clone() for name in v}
+    before = theta
+
+    def stepped(name: str) -> Tensor:
+        return theta_plus_eta_v(registry, {name: v[name]}, eta, bound.dtype)[name]
+
     try:
-        _write(bound.registry, stepped)
+        _write(registry, Made(v, stepped))
         yield
     finally:
-        _write(bound.registry, theta)
+        _write(registry, Made(v, lambda name: before[name].detach()))
 
 
 @torch.no_grad()
@@ -136,14 +154,21 @@ def take_real_step(
     lr: float,
     max_grad_norm: float | None,
 ) -> None:
-    """One step of torch's own optimizer at `lr`, on the gradient −Ȳ that `clip_grad_norm_` has clipped."""
+    """One step of torch's own optimizer at `lr`, on the gradient −Ȳ, clipped as `clip_grad_norm_` clips it: by the norm
+    of all first, then one parameter after the other, so that one gradient and its moments are held."""
     parameters = {name: registry.parameters[name] for name in adam}
+    lrs, norm_of = learning_rates(adam, lr), torch.nn.utils.get_total_norm
+
+    def gradient(name: str) -> Tensor:
+        p = parameters[name]
+        return -ascent[name].reshape(p.shape).to(p)
+
+    norm = None if max_grad_norm is None else norm_of([norm_of([gradient(name)]) for name in adam])
     for name, p in parameters.items():
-        p.grad = -ascent[name].reshape(p.shape).to(p)
-    if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
-    take_step(parameters, adam, learning_rates(adam, lr))
-    for p in parameters.values():
+        p.grad = gradient(name)
+        if max_grad_norm is not None and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_([p], max_grad_norm, norm)
+        take_step({name: p}, adam, lrs)
         p.grad = None
 
 
@@ -162,14 +187,13 @@ def copied(bound: BoundModel, names: Iterable[str]) -> BoundModel:
 
 
 def needed_bytes(bound: BoundModel, adam: Mapping[str, AdamState]) -> int:
-    """What a step on a copy holds at once: each parameter of the optimizer, its gradient and its two moments (three
-    under AMSGrad), and the buffers."""
+    """What a step on a copy holds at once: each parameter of the optimizer; of the largest its gradient and its two
+    moments (three under AMSGrad); and the buffers."""
     parameters = {name: bound.registry.parameters[name] for name in adam}
-    stepped = sum(
-        p.numel() * p.element_size() * (5 if adam[name].amsgrad else 4)
-        for name, p in parameters.items()
-    )
-    return stepped + sum(b.numel() * b.element_size() for b in bound.module.buffers())
+    sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+    of_step = (size * (4 if adam[name].amsgrad else 3) for name, size in sizes.items())
+    buffers = sum(b.numel() * b.element_size() for b in bound.module.buffers())
+    return sum(sizes.values()) + max(of_step, default=0) + buffers
 
 
 def require_memory(needed: int, available: int | None) -> None:

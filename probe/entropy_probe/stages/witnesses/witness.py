@@ -22,6 +22,8 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients.payloads import Payload, update_batch
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
+from entropy_probe.stages.gradients.units import units_of_prompts
+from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     Scores,
@@ -31,7 +33,8 @@ from entropy_probe.stages.scores import (
     score_rows,
 )
 from entropy_probe.stages.share import Share, Units
-from entropy_probe.stages.slopes import Slopes
+from entropy_probe.stages.slopes import Slopes, derived
+from entropy_probe.stages.witnesses.shortened import shortened
 from entropy_probe.stages.witnesses.update_by_loop import y_payload_by_loop
 
 if TYPE_CHECKING:
@@ -273,9 +276,7 @@ def _difference(
     where there is a difference and the scale is zero."""
     ratios = []
     for i, (scale, floor) in enumerate(zip(scales, floors, strict=True)):
-        off = norm(
-            {name: fast[name][i].double() - value[i].double() for name, value in naive.items()}
-        )
+        off = norm(Made(naive, lambda name, i=i: fast[name][i].double() - naive[name][i].double()))
         size = scale + _ROUNDINGS_OF_GRADIENT * floor
         vanishes = off <= sys.float_info.epsilon * floor
         ratios.append(0.0 if vanishes else off / size if size > 0 else float("inf"))
@@ -295,21 +296,29 @@ def curvature_witness(
         Σ = Σ_i [D²_vR_i + ρ_i·D²_vS_i],   ρ_i = R_i − mean of R over the batch's other responses
 
     or over a million roundings of the difference, where the terms are as small as these;
-    over the prompt with the largest |ρ|. `None` where an operation of the model has no second derivative.
+    over the prompt with the largest |ρ|. `None` where an operation of the model has no second derivative. Where its
+    rows are `shortened`, the central difference is made again, of the same rows; ρ stays that of whole ones.
     """
     rb_sum = scores.rb_sum
     rho = rb_sum - (rb_sum.sum() - rb_sum) / (rb_sum.numel() - 1)
     prompts = rho.abs().sum(1).topk(1).indices
-    by_difference = along.d2_rb_sum[prompts] + (rho * along.d2_seq_logp)[prompts]
+    rho, few = rho[prompts], rollouts.of_prompts(prompts)
+    short = shortened(few)
     try:
-        expected = twice_in_reverse(float64, rollouts.of_prompts(prompts), rho[prompts], v, config)
+        expected = twice_in_reverse(float64, short, rho, v, config)
     except RuntimeError as error:
         if not lacks_derivative(error):
             raise
         return None
-    off = abs(float(by_difference.sum()) - expected)
-    size = float((along.d2_rb_sum.abs() + (rho * along.d2_seq_logp).abs())[prompts].sum())
-    rounding = ((1 + rho.abs()) * along.d2_rounding)[prompts].square().sum().sqrt()
+    d2_r, d2_s = along.d2_rb_sum[prompts], along.d2_seq_logp[prompts]
+    rounding = along.d2_rounding[prompts]
+    if short is not few:
+        alone = Share.of(short, units_of_prompts(short))
+        twice = derived(float64, float64, alone, v, config).twice
+        d2_r, d2_s, rounding = twice.entropy.sum(-1), twice.logp.sum(-1), twice.rounding
+    off = abs(float((d2_r + rho * d2_s).sum()) - expected)
+    size = float((d2_r.abs() + (rho * d2_s).abs()).sum())
+    rounding = ((1 + rho.abs()) * rounding).square().sum().sqrt()
     size += _ROUNDINGS * float(rounding)
     return 0.0 if off == 0 else off / size if size > 0 else float("inf")
 

@@ -1,0 +1,36 @@
+"""Tensors by name that are made where they are used, where all of them at once would be much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+FEW = 1 << 26
+"""Numbers of one vector as long as the trained parameters, up to which it is held: 0.5 GiB in float64."""
+
+
+class Made(Mapping[str, Tensor]):
+    """`{name: make(name)}` with nothing held: a tensor is made again, the same, whenever it is asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def held_or_made(
+    names: Iterable[str], make: Callable[[str], Tensor], numbers: int
+) -> Mapping[str, Tensor]:
+    """`{name: make(name)}`, held where all of them have at most `FEW` numbers, else `Made`."""
+    made = Made(names, make)
+    return dict(made) if numbers <= FEW else made
