@@ -1,10 +1,10 @@
 """How many forwards a whole run costs: `python benchmarks/passes.py`, and `--help` for sizes.
 
-Flops of every stage are counted, and given in forwards F of the E batch. Processor time of every stage is given in FB, a
-forward and backward of the same batch that is written by hand and timed in the same process, before the run and after it.
-The model is a random Qwen2 with LoRA (r = 8) on all linear layers of the blocks: 35 million parameters, vocabulary 32 000.
-One thread. With a few prompts the stages that do not grow with the batch weigh more than with many; `--scaled` gives the
-figures of another number of prompts: what grows in proportion to it, the rest as it was measured.
+Flops of every stage are counted, and given in forwards F of the E batch. Processor time of every stage is given in FB:
+a forward and backward of the same batch that is written by hand and timed in the same process, before the run and
+after it. The model is a random Qwen2 with LoRA (r = 8) on all linear layers of the blocks: 35 million parameters,
+vocabulary 32 000. One thread. With a few prompts the stages that do not grow with the batch weigh more than with many;
+`--scaled` gives the figures of another number of prompts: what grows in proportion to it, the rest as it was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from counted import Counter, Sizes  # noqa: E402
-
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe  # noqa: E402
 from entropy_probe.cost.computation import FORWARD, GROWING, of_pass  # noqa: E402
 from entropy_probe.cost.sizes import Network  # noqa: E402
@@ -42,7 +41,9 @@ def by_hand(model: Any, rows: list[dict[str, Any]]) -> float:
         ids = torch.tensor([prompt + response for prompt, response in some])
         length = len(some[0][1])
         logits = model(ids, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), ids[:, -length:].flatten(), reduction="sum"
+        )
         loss.backward()
     model.zero_grad(set_to_none=True)
     return time.process_time() - start
@@ -67,7 +68,10 @@ def by_stage(read: Callable[[], float], run: Callable[[Any], object]) -> dict[st
 
 def scaled(of: dict[str, float], unit: float, times: float) -> dict[str, float]:
     """Units of each stage, for a batch so many times as large."""
-    return {stage: value / unit * (1.0 if stage in GROWING else 1.0 / times) for stage, value in of.items()}
+    return {
+        stage: value / unit * (1.0 if stage in GROWING else 1.0 / times)
+        for stage, value in of.items()
+    }
 
 
 def main() -> None:
@@ -81,7 +85,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--full", action="store_true", help="train all parameters instead of LoRA's")
+    parser.add_argument(
+        "--full", action="store_true", help="train all parameters instead of LoRA's"
+    )
     parser.add_argument("--only", choices=("flops", "time"), help="measure one of the two")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,8 +109,13 @@ def main() -> None:
         e, u = sizes.files(folder)
         rows = [json.loads(line) for line in e.read_text().splitlines()]
         network = Network.of(checkpoint.model)
-        size = f"{network.parameters / 1e6:.1f} M parameters, {network.trainable / 1e6:.2f} M trained"
-        print(f"{size}, {given.prompts} prompts, {given.group} responses, budget {given.budget}", flush=True)
+        size = (
+            f"{network.parameters / 1e6:.1f} M parameters, {network.trainable / 1e6:.2f} M trained"
+        )
+        print(
+            f"{size}, {given.prompts} prompts, {given.group} responses, budget {given.budget}",
+            flush=True,
+        )
 
         def run(progress: Any) -> object:
             return run_probe(checkpoint, config, e, u, progress=progress)

@@ -93,7 +93,9 @@ def derivatives_of_the_rest_come_first(patch: Patch) -> None:
         if not isinstance(found, Derivatives):
             return found
         order = torch.arange(whole.rollouts.num_prompts).roll(1)
-        return dataclasses.replace(found, **{name: values[order] for name, values in vars(found).items() if values is not None})
+        return dataclasses.replace(
+            found, **{name: values[order] for name, values in vars(found).items() if values is not None}
+        )
 
     patch.setattr(Share, "joined", exchanged)
 

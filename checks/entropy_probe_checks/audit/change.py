@@ -40,8 +40,9 @@ def write(sheet: Sheet, along: Along | None) -> None:
 
 
 def _grid(sheet: Sheet, along: Along | None) -> list[float]:
-    """0, lr and the configured η; or of the smaller of lr and the η at which exp(−η²·Var D_vS) is
-    `min_ess_fraction` ± 10^−½ and ± 10^−1 (`auto`), or ± five, two a decade down from it (`fine`). And ± the reach of the prediction, where that is smaller."""
+    """0, lr and the configured η; or of the smaller of lr and the η at which exp(−η²·Var D_vS) is `min_ess_fraction`
+    ± 10^−½ and ± 10^−1 (`auto`), or ± five, two a decade down from it (`fine`). And ± the reach of the prediction,
+    where that is smaller."""
     if along is None:
         return [0.0]
     config, (lr, _) = sheet.report["config"]["true_delta_h"], learning_rate(sheet)

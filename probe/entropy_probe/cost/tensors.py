@@ -175,8 +175,13 @@ def _above(network: Network, run: Run) -> dict[str, float]:
             0.0
             if run.same_batch
             else graph_of(
-                network, run if not run.shares_a_forward(network) else replace(run, rb=True),
-                BY_WEIGHTS, own_e, of_e, bytes_of, "capture",
+                network,
+                run if not run.shares_a_forward(network) else replace(run, rb=True),
+                BY_WEIGHTS,
+                own_e,
+                of_e,
+                bytes_of,
+                "capture",
             ),
         ),
         "first order": 8 * d

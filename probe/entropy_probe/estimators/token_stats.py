@@ -386,7 +386,9 @@ def features_of_logits(
 def _features_of_rows(z: Tensor, temperature: float) -> Float[Tensor, "R 6"]:
     largest, places = z.topk(2, dim=-1)
     d = (z - largest[:, :1]).div_(temperature).clamp_(min=NOTHING)
-    e = d.exp().scatter_(-1, places[:, :1], 0.0)  # of the others: 1 − s is known where s is all but 1
+    e = d.exp().scatter_(
+        -1, places[:, :1], 0.0
+    )  # of the others: 1 − s is known where s is all but 1
     others = added(e, torch.float64)
     total = 1.0 + others
     weighted = e.mul_(d)

@@ -231,7 +231,9 @@ def derived(
         return along(rollouts, eta, step)
 
     found, twice, kinked = stencil_without_jumps(counted, share.own, at_theta, h, points, known)
-    if beside is not None:  # as uncertain as X in the configured precision, which it is compared with
+    if (
+        beside is not None
+    ):  # as uncertain as X in the configured precision, which it is compared with
         of_bound = torch.finfo(bound.dtype).eps / torch.finfo(torch.float64).eps
         found = replace(found, rounding=of_bound * found.rounding)
     return Derived(replace(found, values=None), twice, kinked)
@@ -379,9 +381,7 @@ def whole_per_token_payload(
     return Payload(weights, of_entropy - h * of_length)
 
 
-def coefficients_of(
-    share: Share, scores: Scores, config: ProbeConfig
-) -> Float[Tensor, "2 b G t"]:
+def coefficients_of(share: Share, scores: Scores, config: ProbeConfig) -> Float[Tensor, "2 b G t"]:
     """Those of the baseline in use, of entropy and length, for the share's own prompts."""
     baseline = chosen(config.first_order.baseline)
     tables = scores.rb_entropy, scores.gen_lens

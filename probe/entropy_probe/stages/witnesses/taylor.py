@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 # away more than 1e-6 of a change; above, the weights leave 1.
 _LOG_CHANGES = torch.arange(-8.5, -0.9, 0.75, dtype=torch.float64)
 _LOWEST_THERE = -6.5  # in float32, which knows no smaller change
-_OF_LOGITS = torch.arange(-8.0, -3.9, 1.0, dtype=torch.float64)  # the same of the logits, four decades
+_OF_LOGITS = torch.arange(
+    -8.0, -3.9, 1.0, dtype=torch.float64
+)  # the same of the logits, four decades
 # The five-point rule errs by (1e-3)⁴ in truncation and by 1e-16·|Ĥ|/1e-3 in rounding.
 _STENCIL_CHANGE = 1e-3
 # The same with a shorter step, which crosses fewer kinks, and with one as long as the orders' range, which without
