@@ -1,10 +1,10 @@
 """How many forwards a whole run costs: `python benchmarks/passes.py`, and `--help` for sizes.
 
-Flops of every stage are counted, and given in forwards F of the E batch. Processor time of every stage is given in FB, a
-forward and backward of the same batch that is written by hand and timed in the same process, before the run and after it.
-The model is a random Qwen2 with LoRA (r = 8) on all linear layers of the blocks: 35 million parameters, vocabulary 32 000.
-One thread. With a few prompts the stages that do not grow with the batch weigh more than with many; `--scaled` gives the
-figures of another number of prompts: what grows in proportion to it, the rest as it was measured.
+Flops of every stage are counted, and given in forwards F of the E batch. Processor time of every stage is given in FB:
+a forward and backward of the same batch that is written by hand and timed in the same process, before the run and
+after it. The model is a random Qwen2 with LoRA (r = 8) on all linear layers of the blocks: 35 million parameters,
+vocabulary 32 000. One thread. With a few prompts the stages that do not grow with the batch weigh more than with many;
+`--scaled` gives the figures of another number of prompts: what grows in proportion to it, the rest as it was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from counted import Counter, Sizes  # noqa: E402
-
 from entropy_probe import ProbeConfig, load_checkpoint, run_probe  # noqa: E402
 from entropy_probe.cost.computation import FORWARD, GROWING, of_pass  # noqa: E402
 from entropy_probe.cost.sizes import Network  # noqa: E402

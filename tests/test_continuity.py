@@ -105,7 +105,7 @@ def test_every_order_is_as_it_must_be(subject: Subject) -> None:
     # five points err by (1e-3)⁴ and a factor, of few responses
     assert max(found.identity_error_naive, found.identity_error_rb) < 1e-9  # type: ignore[type-var]
     assert found.taylor_eta_max / found.taylor_eta_min == pytest.approx(10**7.5)
-    # float32 knows S to some 1e-6: 10 % of ΔĤ need changes of log p from there to a few 1e-3; three quarters of a decade
+    # float32 knows S to some 1e-6: 10 % of ΔĤ need changes of log p from there to a few 1e-3
     assert 1e-7 * found.taylor_eta_max < found.trusted_eta_min < 0.03 * found.taylor_eta_max  # type: ignore[operator]
 
 

@@ -199,14 +199,17 @@ def test_vocabulary_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_one_prompt_of_x_is_off(llama: Subject) -> None:
-    """By 1e-3: seen as that much of its projection, which is a few hundredths of ‖X_k‖_P·‖Ȳ‖_P."""
+    """By 1e-3: seen as that much of its projection, which is a few hundredths of ‖X_k‖_P·‖Ȳ‖_P; beyond the two that
+    are gone other ways for, along v alone."""
+    gone = largest(llama.of_x, llama.units.units, 2).tolist()
     for row in largest(llama.of_x, llama.units.units, 4).tolist():
         x = {name: values.clone() for name, values in llama.units.x.items()}
         for values in x.values():
             values[row] *= 1 + 1e-3
         found = llama.with_x(x).agreement
-        assert agrees(found) == (False, False, False)
-        assert 1e-6 < float(found.projections_jvp or 0) < 1e-3
+        assert agrees(found) == ((False, False, False) if row in gone else (True, True, False))
+        seen = found.projections_jvp if row in gone else found.projections_v
+        assert 1e-6 < float(seen or 0) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,7 @@ def test_three_ways_agree(subject: Subject, lr: float) -> None:
 
 
 def test_delta_h_is_that_of_the_sweep(subject: Subject) -> None:
-    prompts = torch.tensor([0, 1, 2, 4])
-    few = subject.e.of_prompts(prompts)
+    few = subject.e.of_prompts(torch.tensor([0, 4]), 2)
     at_theta = score(subject.float64, few, ProbeConfig())
     v = subject.direction()
     (swept,) = entropy_change.sweep(
@@ -176,7 +175,7 @@ FAULTS: dict[str, Callable[[AdamState], AdamState]] = {
 def test_direction_of_another_optimizer_is_seen(subject: Subject, fault: str) -> None:
     step = subject.step(subject.direction({n: FAULTS[fault](s) for n, s in subject.adam.items()}), lr=1e-6)
     assert step.real_relative > LIMIT, step
-    assert step.real_seq_logp > 100 * LIMIT, step
+    assert step.real_seq_logp > 50 * LIMIT, step
     assert step.virtual_difference == 0.0
     assert step.virtual_undone
 
@@ -186,7 +185,7 @@ def test_ignored_shares_are_seen(subject: Subject, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(update, "lr_shares", lambda adam: dict.fromkeys(adam, 1.0))
     step = subject.step(adam=adam, lr=1e-6)
     assert step.real_relative > LIMIT
-    assert step.real_seq_logp > 100 * LIMIT
+    assert step.real_seq_logp > 50 * LIMIT
 
 
 @pytest.mark.parametrize("where", ["step", "undo"])

@@ -63,7 +63,7 @@ def optimizer_step_norm(report: ProbeReport) -> Finding:
 
 @part("curvature witness", needs_second_moment=True)
 def curvature_witness(report: ProbeReport) -> Finding:
-    """The difference between two computations of the curvature D²_v, relative to its terms, on two prompts. One uses
+    """The difference between two computations of the curvature D²_v, relative to its terms, on one prompt. One uses
     central differences, the other uses reverse mode twice.
 
     The curvature along v is not the second derivative of the entropy. The second-order prediction and η* are then wrong

@@ -189,8 +189,8 @@ def _slopes(network: Network, run: Run, e: Batch) -> float:
 
 
 def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:
-    """X̄ per token by one more pass of E, where X did not bring it along, and its products and those of X̄; of one batch X_n per token too, and two
-    slopes that are cross-fitted."""
+    """X̄ per token by one more pass of E, where X did not bring it along, and its products and those of X̄; of one batch
+    X_n per token too, and two slopes that are cross-fitted."""
     d, units = network.trainable, -(-run.units_u // run.ranks)
     found = 2.0 * (2 * d * units)
     if not run.shares_a_forward(network):

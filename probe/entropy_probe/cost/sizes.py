@@ -159,7 +159,7 @@ class Run:
         etas: int = 6,
         **others: Any,
     ) -> Run:
-        """What the configuration says beside the batches; `auto` makes 11 to 14 η."""
+        """What the configuration says beside the batches; `auto` makes 6 to 8 η."""
         return cls(
             e=e,
             u=u,
@@ -202,8 +202,8 @@ class Run:
 
     def shares_a_forward(self, network: Network) -> bool:
         """Whether X of E and X̄ per token come from one forward: `stages.gradients.unit_gradients`."""
-        apart = self.rb or self.recompute or self.same_batch or network.head_trained
-        return not apart and self.ranks == 1
+        apart = self.rb or self.same_batch or network.head_trained or self.ranks > 1
+        return not apart and not self.recompute and self.logits_at_once is None
 
     def paired(self, network: Network) -> bool:
         """Whether of several processes Y of all units goes round (stages/gradients/units.py)."""

@@ -291,6 +291,7 @@ def stencil_without_jumps(
         mended = rough[prompts] & ~near.rough(curved)
         second = second.replaced(prompts, mended, near.second)
         if by_scores:
+            assert near.at_theta is not None
             at_theta = at_theta.replaced(prompts, mended, near.at_theta)
         rough[prompts] &= ~mended
     return at_theta, second, count

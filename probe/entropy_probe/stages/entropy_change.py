@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 _STEPS = {"auto": (-0.5, -1), "fine": (0, -0.5, -1, -1.5, -2)}
-"""log10 of the η of a grid over the farthest that there may be. The largest is too long for a difference of second order,
-and a hundredth of it lost in the rounding of float32: two that agree lie between."""
+"""log10 of the η of a grid over the farthest that there may be. The farthest is too long for a difference of second
+order, and a hundredth of it is lost in the rounding of float32: two that agree lie between."""
 
 
 @dataclass(frozen=True)

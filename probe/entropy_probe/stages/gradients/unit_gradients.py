@@ -375,9 +375,10 @@ def _with_logp(logp: Read, other: Read) -> Read:
 
 def can_share_a_forward(bound: BoundModel, share: Share, of_x: Payload) -> bool:
     """Whether X and one more gradient come from one forward: where X is weighted ∇S, the output layer, which is
-    differentiated piece by piece, is frozen, layers are not run again, and no sum goes to another process."""
-    frozen = not bound.trains_output_layer
-    return of_x.coefficients is None and frozen and not bound.recompute and not share.several
+    differentiated piece by piece, is frozen, memory is not limited, and no sum goes to another process."""
+    limited = bound.recompute or bound.logits_at_once is not None
+    alone = not bound.trains_output_layer and not share.several
+    return of_x.coefficients is None and alone and not limited
 
 
 def _microbatches(

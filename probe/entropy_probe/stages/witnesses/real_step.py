@@ -43,8 +43,8 @@ def real_step(
     lr: float,
     config: ProbeConfig,
 ) -> RealStepSection:
-    """ΔĤ_RB(lr) of two responses of two prompts in three ways. `scores` are those of all responses at θ, `ascent` is the Ȳ that v
-    was made from, before clipping.
+    """ΔĤ_RB(lr) of two responses of two prompts in three ways. `scores` are those of all responses at θ, `ascent` is
+    the Ȳ that v was made from, before clipping.
 
     Raises `NoCopyError` where the copy and its optimizer do not fit.
     """
@@ -53,7 +53,8 @@ def real_step(
     prompts = torch.linspace(
         0, rollouts.num_prompts - 1, min(_PROMPTS, rollouts.num_prompts)
     ).long()
-    few, scores = (of.of_prompts(prompts, _RESPONSES) for of in (rollouts, scores))
+    few = rollouts.of_prompts(prompts, _RESPONSES)
+    scores = scores.of_prompts(prompts, _RESPONSES)
     # With the log q that was measured: in float64 a token may fall out at the edge of the nucleus.
     before = score(float64, few, config, {}).with_logq_of(scores)
     functional = score(
