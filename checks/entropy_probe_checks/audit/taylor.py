@@ -107,9 +107,10 @@ def _identities(
     naive, rb = errors["stencil"]
     if worst["stencil"] <= SHORT:
         return naive, rb, worst["far"] <= KINKED
-    if worst["near"] < worst["stencil"] / 10:
-        return *((None, None) if SHORT < worst["near"] < KINKED else errors["near"]), False
-    return naive, rb, True
+    if worst["near"] >= worst["stencil"] / 10:
+        return naive, rb, True
+    naive, rb = (None, None) if SHORT < worst["near"] < KINKED else errors["near"]
+    return naive, rb, False
 
 
 def _loglog(etas: np.ndarray, values: np.ndarray) -> float:
