@@ -636,8 +636,8 @@ def group_baseline_holds_the_response_itself(patch: Patch) -> None:
 
 @fault(
     "sampled",
-    "zero_step_change figures_recomputed",
-    also="change_estimators_agree prediction sweep_identity curvature_identity",
+    "sweep_identity figures_recomputed",
+    also="zero_step_change change_estimators_agree prediction curvature_identity",
 )
 def change_by_tokens_of_another_response(patch: Patch) -> None:
     """What a response says about the change is combined with its neighbour's entropies at θ+ηv."""
@@ -804,8 +804,11 @@ def added_in_float32(patch: Patch) -> None:
     also="curvature_witness projections_agree slope_identity",
 )
 def nothing_overridden(patch: Patch) -> None:
-    """The mapping is empty: θ + ηv is θ, and no change looks like a perfect one."""
-    _stepped(patch, lambda registry, mapping, eta: {})
+    """θ + ηv is θ, and no change looks like a perfect one."""
+    _stepped(
+        patch,
+        lambda registry, mapping, eta: {name: registry.parameters[name].detach().to(t) for name, t in mapping.items()},
+    )
 
 
 @fault("lora", "real_step sweep_identity", also="prediction live_model_unmodified")

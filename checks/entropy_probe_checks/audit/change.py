@@ -25,8 +25,8 @@ def write(sheet: Sheet, along: Along | None) -> None:
 
 def _grid(sheet: Sheet, along: Along | None) -> list[float]:
     """0, lr and the configured η; or, with m the smaller of lr and the η at which exp(−η²·Var D_vS) is
-    `min_ess_fraction`, ± m/10^½ and ± m/10 (`auto`), or ± m/10^(k/2) for k below 5 (`fine`); and ± the reach of the
-    prediction, if that is smaller."""
+    `min_ess_fraction`, ± m/10^(k/2) for k below 3 (`auto`) or 5 (`fine`); and ± the reach of the prediction, if that
+    is smaller."""
     if along is None:
         return [0.0]
     config, (lr, _) = sheet.config["true_delta_h"], learning_rate(sheet)
@@ -35,7 +35,7 @@ def _grid(sheet: Sheet, along: Along | None) -> list[float]:
     variance, end = float(sheet["e.d_logp"].sum(-1).var(ddof=1)), lr
     if variance > 0:
         end = min(lr, math.sqrt(-math.log(config["min_ess_fraction"]) / variance) or lr)
-    steps = [end / 10 ** (k / 2) for k in ((1, 2) if config["etas"] == "auto" else range(5))]
+    steps = [end / 10 ** (k / 2) for k in range(3 if config["etas"] == "auto" else 5)]
     steps += [along.reach] if 0 < along.reach < steps[-1] else []
     return sorted({0.0, lr, *steps, *(-step for step in steps)})
 

@@ -105,7 +105,7 @@ def _identities(
         which: max((e for e in own if e is not None), default=0.0) for which, own in errors.items()
     }
     naive, rb = errors["stencil"]
-    if worst["stencil"] <= SHORT:
+    if "near" not in of:
         return naive, rb, worst["far"] <= KINKED
     if worst["near"] >= worst["stencil"] / 10:
         return naive, rb, True

@@ -179,7 +179,7 @@ class FirstOrderConfig(Section):
 
 class TrueDeltaHConfig(Section):
     """The sweep over η, and how much its importance weights may differ from one. `auto` is
-    ± two η below the step, `fine` ± five from there on."""
+    ± three η from the step down, `fine` ± five."""
 
     etas: Literal["auto", "fine"] | list[Annotated[float, Field(ge=-1e3, le=1e3)]] = "auto"
     clip_log_weight: PositiveFloat | None = None

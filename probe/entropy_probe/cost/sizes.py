@@ -132,7 +132,7 @@ class Run:
 
     e: Batch
     u: Batch | None = None
-    etas: int = 6
+    etas: int = 7
     blocks: int | None = None
     rows_at_once: int = 8
     logits_at_once: int | None = None
@@ -156,10 +156,10 @@ class Run:
         e: Batch,
         u: Batch | None,
         *,
-        etas: int = 6,
+        etas: int = 7,
         **others: Any,
     ) -> Run:
-        """What the configuration says beside the batches; `auto` makes 6 to 8 η."""
+        """What the configuration says beside the batches; `auto` makes 7 to 10 η."""
         return cls(
             e=e,
             u=u,

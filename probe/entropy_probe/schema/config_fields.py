@@ -91,8 +91,8 @@ FirstOrderConfig
       products of all pairs of prompts are known; 0 is never.
 
 TrueDeltaHConfig
-  etas  η  The steps at which the change is measured; `auto` chooses two around the
-      learning rate and both signs of each, `fine` five.
+  etas  η  The steps at which the change is measured; `auto` chooses three from the
+      learning rate down and both signs of each, `fine` five.
   clip_log_weight  nats/response  Log-weights are clipped to this size; null is no clipping.
   normalize  name  Whether changes are `per_sequence` or `per_token`.
   min_ess_fraction  share  The limit of the criterion `ess`: the least effective sample size over the number of

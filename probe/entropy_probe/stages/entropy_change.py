@@ -26,7 +26,7 @@ from entropy_probe.stages.share import Share
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_STEPS = {"auto": (-0.5, -1), "fine": (0, -0.5, -1, -1.5, -2)}
+_STEPS = {"auto": (0, -0.5, -1), "fine": (0, -0.5, -1, -1.5, -2)}
 """log10 of the η of a grid over the farthest that there may be. The farthest is too long for a difference of second
 order, and a hundredth of it is lost in the rounding of float32: two that agree lie between."""
 
@@ -73,7 +73,7 @@ def grid(
     config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf
 ) -> list[float]:
     """The configured η; or of the smaller of lr and the η at which ESS/N is expected to fall to `min_ess_fraction`
-    `auto`: ± a third and ± a tenth (10^−½ and 10^−1), `fine`: ± two a decade from itself to a hundredth. And ± `reach`,
+    ± itself, a third and a tenth of it (10^−½ and 10^−1; `auto`), or ± two a decade down to a hundredth (`fine`). And ± `reach`,
     as far as slope and curvature are taken for the change, where that is smaller than all of these. η = 0 and lr are
     always in it.
 
