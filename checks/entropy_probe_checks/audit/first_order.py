@@ -47,8 +47,10 @@ def write(sheet: Sheet) -> None:
         sheet.write("", two_batch=None)
 
 
-def gram(sheet: Sheet, prefix: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
-    """r, Σ_m K_nm and K_nn of every unit n, of some tensors together, whose products add:
+def gram(
+    sheet: Sheet, prefix: str, tensors: Tensors
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """r, Σ_m K_nm and K_nn of every unit n, of some tensors together, whose products add; and the size of r:
 
     r_n = ½[Σ_{m≠n} K_nm + Σ_{m≠n} K_mn]/(U−1), whose mean is U_cross.
     """
@@ -59,21 +61,21 @@ def gram(sheet: Sheet, prefix: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
         rows, columns, diagonal = sheet[f"{prefix}.sums"][tensors].sum(0).T
         if sheet.facts["world_size"] == 1:
             sheet.compare(prefix, "its sums", "all of it, in one process")
-    return (rows + columns - 2 * diagonal) / 2 / (len(rows) - 1), rows, diagonal
+    others = len(rows) - 1
+    size = float((abs(rows) + abs(diagonal)).mean()) / others
+    return (rows + columns - 2 * diagonal) / 2 / others, rows, diagonal, size
 
 
 def _first_order(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float]:
     """ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife has U_{−u} = (U·U_cross − 2r_u)/(U−2), ζ̂₁ = U/4·SE²."""
     write, (lr, source) = partial(sheet.write, "first_order"), learning_rate(sheet)
-    r, rows, diagonal = gram(sheet, "u.gram", tensors)
+    r, rows, diagonal, size = gram(sheet, "u.gram", tensors)
     units, u_cross, zeta = len(r), r.mean(), r.var(ddof=1)
     plugin = math.sqrt(4 * zeta / units)
     if tensors is not ALL:
         return {"value": -lr * u_cross, "se": lr * plugin}
     write(mode=sheet.facts["mode"], estimator=sheet.config["first_order"]["estimator"])
     write(num_units=units, lr=lr, lr_source=source)
-    # where rows and their diagonal all but cancel, and where two units have one r
-    size = (abs(rows) + abs(diagonal)).mean() / (units - 1)
     write(size, u_cross=u_cross, row_means=r, diag_sum=diagonal.sum())
     write(bars_dot=rows.sum() / units**2, bars_dot_plain=sheet["sum.plain"].sum())
     x, y = (math.sqrt(sheet[f"sum.{side}_bar_squared"].sum()) for side in "xy")

@@ -40,15 +40,17 @@ def write(sheet: Sheet) -> Along:
     c, c_length = coefficients(sheet)
     d, d2, e, e2 = of_responses(sheet, [c, c_length])
     slope, bent, (token, bent_token) = d.mean(1), d2.mean(1), of_ratio(r, t, d, d2, e, e2)
-    used, used_token, cross, cross_token = slope, token, None, None
+    used, used_token, cross, cross_token, size, size_token = slope, token, None, None, 0.0, 0.0
     if sheet.u == "e":
-        used, used_token = cross, cross_token = _cross(sheet, "u"), _cross(sheet, "crossed")
+        (cross, size), (cross_token, size_token) = _cross(sheet, "u"), _cross(sheet, "crossed")
+        used, used_token = cross, cross_token
     configured = sheet.config["first_order"]["baseline"]
     write(baseline="hk_group" if configured == "auto" else configured)
     write(estimators={name: both(of) for name, of in by.items()})
     estimates(delta_h1_per_lr_naive=by["naive"], delta_h1_per_lr_rb=slope)
-    estimates(delta_h1_per_lr_per_token=token, delta_h1_per_lr_cross=cross)
-    estimates(delta_h1_per_lr_cross_per_token=cross_token)
+    estimates(delta_h1_per_lr_per_token=token)
+    estimates(size, delta_h1_per_lr_cross=cross)
+    estimates(size_token, delta_h1_per_lr_cross_per_token=cross_token)
     estimates(curvature=bent, curvature_per_token=bent_token)
 
     # of Σŵ⁺R⁺ and Σŵ⁺R⁺/Σŵ⁺T: at 0 ŵ moves by D_vS and D²_vS + (D_vS)²
@@ -87,7 +89,7 @@ def write(sheet: Sheet) -> Along:
     for ending, length, whole in (("", t, token), ("_per_response", ones, slope)):
         own = lr * ratio(d_r, length)
         left = {f"of_entropies{ending}": own, f"of_visits{ending}": lr * whole - own}
-        sheet.estimates("predictors", **left)
+        sheet.estimates("predictors", lr * abs(d_r).sum() / length.sum(), **left)
 
     pairs = (used, bent), (used_token, bent_token)
     asked = pairs[sheet.config["true_delta_h"]["normalize"] == "per_token"]
@@ -99,10 +101,10 @@ def write(sheet: Sheet) -> Along:
     return Along(*pairs, asked, reach, spread, [c, c_length])
 
 
-def _cross(sheet: Sheet, prefix: str) -> np.ndarray:
+def _cross(sheet: Sheet, prefix: str) -> tuple[np.ndarray, float]:
     """−X̄ᵀv₀ − U_cross of K_um = X_uᵀDY_m, the slope along v without its diagonal; by unit −X_uᵀv₀ − 2r_u + U_cross."""
-    r, *_ = gram(sheet, f"{prefix}.gram_d", ALL)
-    return -sheet[f"{prefix}.x_v0"] - (2 * r - r.mean())
+    r, _, _, size = gram(sheet, f"{prefix}.gram_d", ALL)
+    return -sheet[f"{prefix}.x_v0"] - (2 * r - r.mean()), size
 
 
 def of_responses(sheet: Sheet, coefficients: list[np.ndarray]) -> list[np.ndarray]:
