@@ -290,17 +290,20 @@ def second(network: Network, run: Run, *, there: bool) -> float:
     return (24 if there else 16) * network.trainable + graph
 
 
-def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int) -> float:
+def _whole(
+    network: Network, run: Run, rows: int, columns: float, bytes_of: int, sets: int = 3
+) -> float:
     """Three sets of whole logits, as two are compared."""
-    return 3 * bytes_of * rows * whole_columns(network, run, rows, columns) * network.vocabulary
+    columns = whole_columns(network, run, rows, columns)
+    return sets * bytes_of * rows * columns * network.vocabulary
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
-    """θ + ηv in float64 and logits of 8 rows; with the Taylor tests a JVP."""
+    """θ + ηv in float64 and logits of 8 rows, at θ, at two steps and their difference; with the Taylor tests a JVP."""
     rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = FORWARD.numbers(network, rows, columns) * 8
-    compared = 8 * network.trainable + max(_whole(network, run, rows, columns, 8), of_layer)
+    compared = 8 * network.trainable + max(_whole(network, run, rows, columns, 8, sets=4), of_layer)
     return compared if run.leaves_out("taylor") else max(compared, jvp)
 
 
