@@ -110,11 +110,14 @@ def test_unreadable_pyproject(tmp_path: Path) -> None:
         ProbeConfig.load(pyproject=tmp_path / "pyproject.toml")
 
 
-@pytest.mark.parametrize("given", [{"offload_folder": "scratch"}, {"max_memory": {"cpu": "8GiB"}}])
-def test_what_belongs_to_a_device_map(given: dict[str, object]) -> None:
-    key = next(iter(given))
+def test_what_belongs_to_a_device_map() -> None:
+    """`max_memory` does; `offload_folder` serves gradients too, and is a placement with a map alone."""
+    given = {"max_memory": {"cpu": "8GiB"}}
     with pytest.raises(ConfigError) as caught:
         ProbeConfig.from_mapping(given)
-    expected = f"configuration: `{key}` is given without `device_map`, which it belongs to; correct the value"
+    expected = "configuration: `max_memory` is given without `device_map`, which it belongs to; correct the value"
     assert str(caught.value) == expected
-    assert ProbeConfig.from_mapping({"device_map": "auto", **given}).placement[key] is not None
+    assert ProbeConfig.from_mapping({"device_map": "auto", **given}).placement["max_memory"] is not None
+    for device_map, placed in ((None, None), ("auto", "scratch")):
+        config = ProbeConfig.from_mapping({"device_map": device_map, "offload_folder": "scratch"})
+        assert config.placement["offload_folder"] == placed

@@ -1,4 +1,4 @@
-"""The formulas of cost against what is counted: flops, live tensors and bytes sent, each within 25 %."""
+"""The formulas of cost against what is counted: live tensors within 15 %, flops and bytes sent within 25 %."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from entropy_probe.stages.witnesses.projections import by_alpha
 from entropy_probe.stages.witnesses.witness import terms, twice_in_reverse
 
 TOLERANCE = 0.25
+OF_BYTES = 0.15
 STANDARD = {"invariance": {"max_examples": 2}}
 BLOCKS = SMOKE | {"first_order": {"estimator": "rb", "mode": "block", "num_blocks": 2}}
 RUNS: dict[str, tuple[Sizes, dict[str, Any]]] = {
@@ -45,10 +46,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counted]:
     return {name: count(tmp_path_factory.mktemp("cost"), *of) for name, of in RUNS.items()}
 
 
-def outside(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+def outside(
+    predicted: Mapping[str, float], measured: Mapping[str, float], tolerance: float = TOLERANCE
+) -> dict[str, float]:
     """predicted/measured of the stages where the two are not within the tolerance; what is 0 must be."""
     ratios = {stage: predicted[stage] / of if of else 1.0 + predicted[stage] for stage, of in measured.items()}
-    return {stage: ratio for stage, ratio in ratios.items() if not abs(ratio - 1) <= TOLERANCE}
+    return {stage: ratio for stage, ratio in ratios.items() if not abs(ratio - 1) <= tolerance}
 
 
 def of_matrices(counts: Mapping[str, int]) -> dict[str, int]:
@@ -69,7 +72,7 @@ def test_flops(runs: dict[str, Counted], name: str) -> None:
 def test_bytes_held(runs: dict[str, Counted], name: str) -> None:
     run = runs[name]
     predicted = peaks(run.network, run.run)
-    assert outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}) == {}
+    assert outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}, OF_BYTES) == {}
 
 
 def test_resident_size(runs: dict[str, Counted]) -> None:
@@ -128,7 +131,8 @@ def test_forgotten_bytes_are_outside(
     found = []
     for run in runs.values():
         predicted = peaks(run.network, run.run)
-        found.append(outside(predicted, {stage: of for stage, of in run.peaks.items() if stage in predicted}))
+        measured = {stage: of for stage, of in run.peaks.items() if stage in predicted}
+        found.append(outside(predicted, measured, OF_BYTES))
     assert any(found)
 
 
@@ -173,7 +177,7 @@ def of_pass(folder: Path, sizes: Sizes, kind: str, estimator: str) -> OfPass:
     payload = Payload(weights, torch.ones(1, sizes.group, sizes.response) if estimator == "rb" else None)
     works: dict[str, Callable[[], object]] = {
         "LOOP": lambda: torch.autograd.grad(
-            terms(bound, rollouts, torch.arange(rows), payload, config, true=True).sum(),
+            terms(bound, rollouts, torch.arange(rows), payload, config, true=True, once=True).sum(),
             list(bound.registry.trainable.values()),
         ),
         "ALPHA": lambda: by_alpha(bound, rollouts, payload, v, config),

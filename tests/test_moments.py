@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.estimators.moments import exchange_evidence, log_correlations
 from entropy_probe.model.checkpoint import AdamState
+from entropy_probe.model.registry import spread_over
 from entropy_probe.pipeline.prepared import prepare
 from entropy_probe.stages.gradients.payloads import payloads
 from entropy_probe.stages.gradients.unit_gradients import unit_gradients
@@ -132,6 +134,18 @@ def test_exchanged_matrices_are_seen_and_small_vectors_are_named(tmp_path: Path,
         assert exchanged(*norms).exchanged < 5
         sizes = [checkpoint.adam[name].exp_avg.numel() for name in healthy.undecided]
         assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 4096, 4097, 2**24 + 3, 20_480_000, 233_570_304])
+def test_entries_are_spread_over_the_whole_tensor(size: int) -> None:
+    """Embeddings of real models have more than 2²⁴ entries, from which on float32 does not hold every whole number."""
+    some = spread_over(size, 4096).tolist()
+    assert len(some) == min(size, 4096)
+    assert some == sorted(set(some))
+    if size:
+        assert (some[0], some[-1]) == (0, size - 1)
+        steps = {b - a for a, b in pairwise(some)}
+        assert max(steps, default=1) - min(steps, default=1) <= 1
 
 
 def test_nothing_to_compare() -> None:

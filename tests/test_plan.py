@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from counted import Sizes
-from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe import ProbeConfig, load_checkpoint, memory
 from entropy_probe.__main__ import main
 from entropy_probe.cost.plan import estimate, network_of
-from entropy_probe.cost.sizes import Network
+from entropy_probe.cost.sizes import Batch, Network, Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
@@ -91,8 +91,24 @@ def test_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_is_what_the_formulas_say() -> None:
-    """And seven billion parameters with LoRA fit the cards that the page speaks of, with second derivatives."""
+    """And models with LoRA and in full fit the cards that the page speaks of, under the standard budget."""
     made = scaling()
     assert made.BEGIN_LONG + "\n" + made.long_rows() + "\n" + made.END_LONG in PAGE.read_text()
     assert made.of_long_rows("7 B", lora=True, length=4096)["most"] <= 45
     assert made.of_long_rows("7 B", lora=True, length=16384)["most"] <= 75
+    assert made.of_long_rows("1.5 B", lora=False, length=4096)["most"] <= 60
+
+
+def test_a_full_fine_tune_runs_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with four times what its checkpoint holds; where memory is short, its gradients stand on disk."""
+    network = scaling().network("1.5 B", lora=False)
+    held = 3 * 4 * network.parameters  # θ and two moments in float32
+    of_two = Run(Batch(16, 8, 200, 256), blocks=2).of_gradients(network)
+    given = config(generation={"max_new_tokens": 256, "tf_batch_size": 1}, device="cpu")
+    for room, on_disk in ((4 * held, True), (2.1 * of_two, False)):
+        monkeypatch.setattr(memory, "available_bytes", lambda device, room=room: int(room))
+        found = estimate(network, given, 200)
+        assert found.run.on_disk is on_disk
+        assert found.run.blocks == 2
+        assert found.fits
+        assert ("gradients of 2 blocks stand on disk: 80.5 GiB" in found.text()) == on_disk

@@ -153,7 +153,7 @@ def test_writing_follows_links_and_spares_devices(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_with_a_remedy(files: Files) -> None:
-    """`exact` falls back to as many blocks as fit; two must."""
+    """`exact` falls back to as many blocks as fit, and to two that do not."""
     of_one = 4 * files.run().checkpoint.num_trainable / 2**30
     room = {"max_gradient_gib": (3 * 4 + 8.5) * of_one}  # X and Y of 4 units, X of the other 4, and two prompts twice
     report = files.run(first_order=room)
@@ -163,10 +163,8 @@ def test_memory_is_bounded_with_a_remedy(files: Files) -> None:
     asked = files.run(first_order={"mode": "block", "num_blocks": 4})
     assert asked.first_order.u_cross == report.first_order.u_cross
     for options in ({"mode": "exact"}, {"mode": "block", "num_blocks": 2}):
-        with pytest.raises(ProbeError, match=r"max_gradient_gib: gradients of 2 blocks need .* are allowed; raise it$"):
-            files.run(first_order={**options, "max_gradient_gib": 13.5 * of_one})
-    with pytest.raises(ProbeError, match=r"gradients of 5 blocks need .*; raise it, or set .*num_blocks lower$"):
-        files.run(first_order={**room, "mode": "block", "num_blocks": 5})
+        report = files.run(first_order={**options, "max_gradient_gib": 13.5 * of_one})
+        assert (report.first_order.mode, report.first_order.num_units) == ("block", 2)
 
 
 def test_float32_is_close_to_float64(files: Files) -> None:

@@ -152,10 +152,8 @@ class ProbeConfig(SequenceConfig):
 
     @model_validator(mode="after")
     def _map_with_its_options(self) -> ProbeConfig:
-        options = ("max_memory", "offload_folder")
-        alone = [key for key in options if getattr(self, key) is not None]
-        if alone and self.device_map is None:
-            raise ValueError(f"`{alone[0]}` is given without `device_map`, which it belongs to")
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("`max_memory` is given without `device_map`, which it belongs to")
         return self
 
     @cached_property
@@ -176,7 +174,7 @@ class ProbeConfig(SequenceConfig):
         return {
             "device_map": self.device_map,
             "max_memory": in_bytes,
-            "offload_folder": self.offload_folder,
+            "offload_folder": None if self.device_map is None else self.offload_folder,
         }
 
     @classmethod

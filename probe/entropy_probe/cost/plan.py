@@ -74,6 +74,9 @@ class Estimate:
         scores = run.rows_at_once * n.heads * run.e.length**2
         how = "long rows, in blocks" if is_long(int(scores)) else "short rows"
         lines.append(f"chosen: {_said(run)}; attention of {how}")
+        if run.on_disk:
+            size = run.of_gradients(n) / 2**30
+            lines.append(f"gradients of {run.units_u} blocks stand on disk: {size:.3g} GiB")
         if self.room is None:
             lines.append("what memory there is cannot be known here: give --memory-limit")
         else:
@@ -121,7 +124,7 @@ def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
     def most(run: Run) -> float:
         return max(held(run).values())
 
-    asked = chosen = _run(network, config, prompt)
+    asked = chosen = _run(network, config, prompt, room)
     remedies: list[str] = []
     if config.memory_limit is not None:
         chosen = fitting(asked) or [*_choices(asked, config)][-1]
@@ -129,7 +132,7 @@ def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
         under = None if config.memory_limit is not None else fitting(asked)
         if under is not None:
             remedies.append(f"memory_limit: {room / 2**30:.3g}GiB, with {_said(under)}")
-        for what, runs in _others(network, config, prompt):
+        for what, runs in _others(network, config, prompt, room):
             found = next(((of, run) for of, one in runs if (run := fitting(one)) is not None), None)
             if found is not None:
                 remedies.append(f"{what}: {found[0]}, with {_said(found[1])}")
@@ -139,7 +142,7 @@ def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
     )
 
 
-def _run(network: Network, config: ProbeConfig, prompt: int) -> Run:
+def _run(network: Network, config: ProbeConfig, prompt: int, room: float | None) -> Run:
     group, tokens = config.generation.num_return_sequences, config.generation.max_new_tokens
     e, u = (
         Batch(prompts, group, prompt, tokens)
@@ -148,7 +151,11 @@ def _run(network: Network, config: ProbeConfig, prompt: int) -> Run:
     given = config.true_delta_h.etas
     etas = {} if given == "auto" else {"etas": 11 if given == "fine" else len(given)}
     again = config.recompute == "always"
-    return Run.of(network, config, e, u, sampled=True, recompute=again, **etas)
+    run = Run.of(network, config, e, u, sampled=True, recompute=again, **etas)
+    # where they are more than allowed, and than half of what is free (stages/gradients/units.py)
+    most = config.first_order.max_gradient_gib * 2**30
+    known = config.device == "cpu" and config.memory_limit is None and room is not None
+    return replace(run, on_disk=known and run.of_gradients(network) > max(most, (room or 0) / 2))
 
 
 def _choices(run: Run, config: ProbeConfig) -> Iterator[Run]:
@@ -175,9 +182,11 @@ def _said(run: Run) -> str:
 Others = Iterator[tuple[str, Run]]
 
 
-def _others(network: Network, config: ProbeConfig, prompt: int) -> Iterator[tuple[str, Others]]:
+def _others(
+    network: Network, config: ProbeConfig, prompt: int, room: float | None
+) -> Iterator[tuple[str, Others]]:
     """Keys of the configuration that make a run smaller, each with values in the order in which they are tried."""
-    asked = _run(network, config, prompt)
+    asked = _run(network, config, prompt, room)
     if set(asked.left_out) != set(BUDGETS["smoke"].left_out):
         yield "budget", iter([("smoke", replace(asked, left_out=BUDGETS["smoke"].left_out))])
 
@@ -185,7 +194,7 @@ def _others(network: Network, config: ProbeConfig, prompt: int) -> Iterator[tupl
         tokens = config.generation.max_new_tokens // 2
         while tokens >= _SHORTEST:
             of = config.generation.model_copy(update={"max_new_tokens": tokens})
-            run = _run(network, config.model_copy(update={"generation": of}), prompt)
+            run = _run(network, config.model_copy(update={"generation": of}), prompt, room)
             yield str(tokens), run
             tokens //= 2
 

@@ -128,6 +128,7 @@ class Run:
     `rows_at_once` is `tf_batch_size`, `ranks` the number of processes, `cases` those of the drawn properties;
     `logits_at_once`, `recompute` and other `rows_at_once` are in the report's `memory` where there was a limit. `lent`:
     the float64 copy shares the frozen parameters. Without `second_order` the witnesses take no second derivatives.
+    `on_disk`: where gradients of units stand.
     """
 
     e: Batch
@@ -147,6 +148,7 @@ class Run:
     recompute: bool = False
     lent: bool = False
     second_order: bool = True
+    on_disk: bool = False
 
     @classmethod
     def of(
@@ -213,6 +215,10 @@ class Run:
     def own(self, batch: Batch) -> Batch:
         """The prompts of the process that has most."""
         return batch.of(math.ceil(batch.prompts / self.ranks))
+
+    def of_gradients(self, network: Network) -> float:
+        """Bytes of those of the units, and of the witness (`bytes_of_units` of stages/gradients/units.py)."""
+        return (3 * self.units_u + 8) * (8 if self.float64 else 4) * network.trainable
 
     def leaves_out(self, part: Part) -> bool:
         return part in self.left_out

@@ -24,6 +24,7 @@ from entropy_probe.cost.computation import (
 )
 from entropy_probe.cost.sizes import Batch, Network, Run
 from entropy_probe.model.attention import is_long, scores_of_a_block
+from entropy_probe.stages import made
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Kept:
 # 768, 4 heads, L 128 and 256. They hold to 10 % there, and are those of Llama (`tests/test_cost.py` counts again).
 FORWARD = Kept(4, 4, 0, in_every_layer=False)
 JVP = Kept(8, 12, 7, in_every_layer=False, blocks=7)
-CAPTURE = Kept(9, 5, 0, in_every_layer=True)
+CAPTURE = LOOP = Kept(9, 5, 0, in_every_layer=True)
 # where the true derivative is asked for, attention of short rows keeps its weights
-BY_WEIGHTS = LOOP = Kept(9, 5, 1, in_every_layer=True, long=(8, 4.5))
+BY_WEIGHTS = Kept(9, 5, 1, in_every_layer=True, long=(8, 4.5))
 ALPHA = Kept(19, 12, 4, in_every_layer=True, blocks=8)
 SECOND = Kept(20, 12, 5, in_every_layer=True, blocks=8)
 INPUTS = 1.4  # of h for each token and layer, where layers are run again: x, and what else they are given
@@ -93,28 +94,32 @@ _IN_FLOAT64 = (
 
 
 def held(network: Network, run: Run) -> dict[str, float]:
-    """What stays from where it is made to the end, by name (v₀ and D up to the witnesses)."""
+    """What stays in memory from where it is made to the end, by name (v₀, D and X per token up to the evidence)."""
     n, d, dtype = network.parameters, network.trainable, _dtype(run)
     own_u, own_e = (
         -(-run.units_u // run.ranks),
         0 if run.same_batch else -(-run.units_e // run.ranks),
     )
     sums = 8 * d * (2 if run.same_batch else 4) * (run.ranks > 1)
+    rows = 0 if run.on_disk else dtype * d * (2 * own_u + own_e)
+    few = d <= made.FEW
+    crossed = dtype * d * own_u if run.same_batch and not run.on_disk else 0
     return {
         "θ": dtype * n + (4 * n if run.float64 else 0),
         "moments": 8 * d,
-        "X, Y": dtype * d * (2 * own_u + own_e) + sums,
+        "X, Y": rows + sums,
         "θ in float64": 0 if run.float64 else _in_float64(network, run),
-        "Ȳ": 8 * d if run.ranks == 1 else 0,
-        "P": 8 * d,
+        "Ȳ": 8 * d if run.ranks == 1 and few else 0,
+        "P": 8 * d if few else 0,
         "v": 8 * d,
-        "v₀, D": 16 * d,
+        "v₀, D": 16 * d if few else 0,
+        "X per token": (8 * d if few else 0 if run.on_disk else dtype * d) + crossed,
     }
 
 
 def _in_float64(network: Network, run: Run) -> float:
     """A copy of all; where frozen parameters are lent, of what is trained and of one layer, or of the output layer."""
-    if not run.lent:
+    if not run.lent or network.parameters == network.trainable:
         return 8 * network.parameters
     of_layer = network.frozen / network.layers
     return 8 * (network.trainable + max(of_layer, network.hidden * network.vocabulary))
@@ -125,55 +130,70 @@ _MADE_IN = {
     "gradients": ("X, Y",),
     "first order": ("Ȳ", "P"),
     "update": ("v", "v₀, D"),
+    "entropy change": ("X per token",),
 }
-_ORDER = ("scores", "gradients", "first order", "update", "slopes", "entropy change", "real step")
-
-
-_IN_MEMORY = ("moments", "X, Y", "Ȳ", "P", "v", "v₀, D")
+_ORDER = (
+    "scores", "gradients", "first order", "update", "slopes", "entropy change", "real step", "witnesses",
+)  # fmt: skip
+_OF_THE_STEP = ("v₀, D", "X per token")  # is gone once the evidence is made
+_IN_MEMORY = ("moments", "X, Y", "Ȳ", "P", "v", *_OF_THE_STEP)
 
 
 def peaks(network: Network, run: Run, *, on_accelerator: bool = False) -> dict[str, float]:
     """The most that each stage holds, with all that is held by then; `on_accelerator`: there, without what stays in
     memory beside it."""
-    parts, above, found = held(network, run), _above(network, run), {}
+    parts, above, found = held(network, run), _above(network, run, there=on_accelerator), {}
     if on_accelerator:
         parts |= dict.fromkeys(_IN_MEMORY, 0)
     now = parts["θ"] + parts["moments"]
     for stage in _ORDER:
         now += sum(parts[name] for name in _MADE_IN.get(stage, ()))
         found[stage] = now + above[stage]
-    now -= parts["v₀, D"]
-    return found | {
-        stage: now + above[stage] for stage in ("witnesses", "properties", "continuity")
-    }
+    now -= sum(parts[name] for name in _OF_THE_STEP)
+    return found | {stage: now + above[stage] for stage in ("properties", "continuity")}
 
 
 def _dtype(run: Run) -> int:
     return 8 if run.float64 else 4
 
 
-def _above(network: Network, run: Run) -> dict[str, float]:
-    """By stage, beside what is held."""
+def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
+    """By stage, beside what is held; `there`: on an accelerator, to which v is copied and from which sums are moved."""
     d, own_e, own_u = network.trainable, run.own(run.e), run.own(run.update)
     bytes_of, units = _dtype(run), -(-run.units_u // run.ranks)
-    jvp = 8 * d + _transient(network, run, JVP, own_e, 8, "jvp")
+    few, jvp = (
+        d <= made.FEW,
+        _point(network, 8, there) + _transient(network, run, JVP, own_e, 8, "jvp"),
+    )
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
+<<<<<<< HEAD
     few, at_once = run.e.of(2), run.rows_at_once
+=======
+    at_once = run.rows_at_once
+>>>>>>> reach
     of_u = (
         min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
     )
     of_e = min(at_once, run.e.group * -(-run.e.prompts // run.units_e)) if run.blocks else at_once
+
+    def sums(sides: int, rows: int) -> float:
+        """Gradients of the units of so many rows, before they are moved."""
+        together = 1 if run.blocks else max(1, rows // run.e.group)
+        return bytes_of * d * sides * together if there else 0.0
+
     above = {
         "scores": max(
             _transient(network, run, FORWARD, own_u, bytes_of, "mean_s"),
             _transient(network, run, FORWARD, own_e, bytes_of, "mass"),
         ),
         "gradients": max(
-            graph_of(
+            sums(1 if run.rb else 2, of_u)
+            + graph_of(
                 network, run, BY_WEIGHTS if run.rb else CAPTURE, own_u, of_u, bytes_of, "capture"
             ),
             0.0
             if run.same_batch
+<<<<<<< HEAD
             else graph_of(
                 network,
                 run if not run.shares_a_forward(network) else replace(run, rb=True),
@@ -183,23 +203,39 @@ def _above(network: Network, run: Run) -> dict[str, float]:
                 bytes_of,
                 "capture",
             ),
+=======
+            else sums(1, of_e)
+            + graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
+>>>>>>> reach
         ),
-        "first order": 8 * d
-        + 16 * min(units * network.largest, _IN_FLOAT64),  # a mean, and rows in float64, twice
-        "update": 10 * 8 * network.largest,  # torch's own step of one tensor
+        "first order": 0.0
+        if there
+        else max(  # a mean; or rows in float64, twice
+            8 * (d if few else network.largest),
+            16 * min(units * network.largest, _IN_FLOAT64),
+        ),
+        "update": 0.0 if there else 10 * 8 * network.largest,  # torch's own step of one tensor
         "slopes": jvp,
         "entropy change": bytes_of * d + scored,
         "real step": 0.0,
-        "witnesses": _witnesses(network, run),
+        "witnesses": _witnesses(network, run, there=there),
         "properties": _properties(network, run),
         "continuity": _continuity(network, run, jvp),
     }
-    if not run.leaves_out("real step"):  # a copy, its gradient and its moments
-        stepped = 32 * d + 16 * network.largest
-        above["real step"] = max(
-            stepped, 24 * d + _transient(network, run, FORWARD, few, 8, "forward")
-        )
+    if not run.leaves_out("real step"):
+        above["real step"] = real_step(network, run)
     return above
+
+
+def real_step(network: Network, run: Run) -> float:
+    """A copy, and one tensor's gradient and moments, or a pass in float64."""
+    scored = _transient(network, run, FORWARD, run.e.of(4), 8, "forward")
+    return 8 * network.trainable + max(4 * 8 * network.largest, scored)
+
+
+def _point(network: Network, bytes_of: int, there: bool) -> float:
+    """θ + ηv and v where a JVP is: v in another precision, or on an accelerator, is a copy."""
+    return bytes_of * network.trainable * (2 if there or bytes_of == 4 else 1)
 
 
 def _transient(
@@ -235,15 +271,16 @@ def graph_of(
     return in_all + graph + of_logits
 
 
-def _witnesses(network: Network, run: Run) -> float:
+def _witnesses(network: Network, run: Run, *, there: bool) -> float:
     """Rows of two units in two ways, with the graph of one response; or a few prompts differentiated twice."""
-    d, e, bytes_of, few = network.trainable, run.e, _dtype(run), run.few_at_once
-    products = 16 * min(2 * network.largest, _IN_FLOAT64)
-    looped = 9 * bytes_of * d + max(
-        products, graph_of(network, run, LOOP, run.update, 1, bytes_of, "loop")
-    )
+    d, bytes_of = network.trainable, _dtype(run)
+    # X and Y of two units by the loop, and of several processes those beside them
+    rows = 0 if there or run.on_disk else (8 if run.ranks > 1 else 4)
+    products = 0 if there else 16 * min(2 * network.largest, _IN_FLOAT64)
+    looped = rows * bytes_of * d + max(products, loop(network, run))
     if run.leaves_out("projections"):
         return looped
+<<<<<<< HEAD
     by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(2), bytes_of, "jvp")
     if not run.second_order:
         return max(looped, by_jvp)
@@ -256,19 +293,58 @@ def _witnesses(network: Network, run: Run) -> float:
     if run.leaves_out("curvature witness"):
         return ways
     return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(1).short, few, 8, "second"))
+=======
+    direction = 8 * d if not there and d <= made.FEW else 0
+    by_jvp = direction + _point(network, bytes_of, there)
+    by_jvp += _transient(network, run, JVP, run.e.of(4), bytes_of, "jvp")
+    if not run.second_order:
+        return max(looped, by_jvp)
+    ways = max(looped, by_jvp, direction + alpha(network, run))
+    if run.leaves_out("curvature witness"):
+        return ways
+    return max(ways, second(network, run, there=there))
+>>>>>>> reach
 
 
-def _whole(network: Network, run: Run, rows: int, columns: float, bytes_of: int) -> float:
+def loop(network: Network, run: Run) -> float:
+    """The graph of one response, or its gradient: the one is freed as the other is made."""
+    bytes_of = _dtype(run)
+    graph = graph_of(network, run, LOOP, run.update, 1, bytes_of, "loop")
+    return max(graph, bytes_of * network.trainable)
+
+
+def alpha(network: Network, run: Run) -> float:
+    """v in the precision of the gradient, the gradient, and what its derivative keeps of both."""
+    bytes_of, few = _dtype(run), run.e.of(4).short
+    graph = graph_of(network, run, ALPHA, few, run.few_at_once, bytes_of, "alpha")
+    return 4 * bytes_of * network.trainable + graph
+
+
+def second(network: Network, run: Run, *, there: bool) -> float:
+    """θ + ηv and the gradient in float64; on an accelerator v, which is in memory elsewhere."""
+    few = run.e.of(2).short
+    graph = graph_of(network, run, SECOND, few, run.few_at_once, 8, "second")
+    return (24 if there else 16) * network.trainable + graph
+
+
+def _whole(
+    network: Network, run: Run, rows: int, columns: float, bytes_of: int, sets: int = 3
+) -> float:
     """Three sets of whole logits, as two are compared."""
-    return 3 * bytes_of * rows * whole_columns(network, run, rows, columns) * network.vocabulary
+    columns = whole_columns(network, run, rows, columns)
+    return sets * bytes_of * rows * columns * network.vocabulary
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
+<<<<<<< HEAD
     """θ + ηv in float64 and logits of 4 rows; with the Taylor tests a JVP."""
+=======
+    """θ + ηv in float64 and logits of 8 rows, at θ, at two steps and their difference; with the Taylor tests a JVP."""
+>>>>>>> reach
     rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = FORWARD.numbers(network, rows, columns) * 8
-    compared = 8 * network.trainable + max(_whole(network, run, rows, columns, 8), of_layer)
+    compared = 8 * network.trainable + max(_whole(network, run, rows, columns, 8, sets=4), of_layer)
     return compared if run.leaves_out("taylor") else max(compared, jvp)
 
 

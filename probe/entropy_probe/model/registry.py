@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from entropy_probe.errors import OverrideError
 from entropy_probe.model.disk import give_back
@@ -71,6 +71,13 @@ class Registry:
                     "the parameter is frozen",
                     "leave it out of v or set requires_grad",
                 )
+
+
+def spread_over(size: int, most: int) -> Tensor:
+    """Up to `most` of the entries 0 … size − 1 of a tensor, first and last among them. In whole numbers: `linspace` in
+    float32 gives an entry too many from 2²⁴ on."""
+    count = min(size, most)
+    return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
 def checksum(module: nn.Module) -> str:

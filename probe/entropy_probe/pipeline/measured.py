@@ -21,12 +21,17 @@ from entropy_probe.stages.gradients.payloads import (
     x_payload,
     y_payload,
 )
+<<<<<<< HEAD
 from entropy_probe.stages.gradients.unit_gradients import (
     UnitGradients,
     can_share_a_forward,
     unit_gradients,
 )
 from entropy_probe.stages.gradients.units import pairs_fit, units_of
+=======
+from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
+from entropy_probe.stages.gradients.units import Rows, bytes_of_units, pairs_fit, units_of
+>>>>>>> reach
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
 from entropy_probe.stages.reference import reference_logp
 from entropy_probe.stages.responses.ids import eos_ids
@@ -135,6 +140,8 @@ def measured(
     """
     bound, same_batch = models.bound, e is u
     share_u = Share.of(u, units_of(bound, u, config), clock.world)
+    units = len(share_u.units.sizes)
+    Rows.of(bound, units, config).require_room(bytes_of_units(bound, units))
     share_e = share_u if same_batch else Share.of(e, units_of(bound, e, config), clock.world)
     with clock("scores"):
         tokens_e = score(bound, share_e.own, config, with_features=True, with_mean_s=same_batch)

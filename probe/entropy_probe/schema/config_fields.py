@@ -16,7 +16,8 @@ ProbeConfig
   device_map  name  For a model that outgrows one device: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a map
       of module names to devices.
   max_memory  bytes  With `device_map`, how much each device may take, such as `{0: 20GiB, cpu: 60GiB}`.
-  offload_folder  name  With `device_map`, the folder for what outgrows the memory too; null is a temporary one.
+  offload_folder  name  The folder for what outgrows the memory: gradients, and with `device_map` parameters; null is a
+      temporary one.
   batch  section  Prompts and rewards of both batches.
   first_order  section  The first-order term and the gradients that it is made of.
   true_delta_h  section  The realised change: which steps, and when its weights are healthy.
@@ -86,7 +87,7 @@ FirstOrderConfig
   missing_state  name  What happens if a tensor lacks Adam state: `raise` an error, or take P as the `identity`.
   lr  η  The learning rate; null takes the optimizer's own.
   max_gradient_gib  ratio  How many GiB the gradients of single prompts may take; beyond that, prompts are put into
-      blocks.
+      blocks. Those of two blocks may take more: half of the free memory, or they stand on disk.
   max_pairs_gib  ratio  Of several processes: up to how many GiB of gradients go round, several times, so that the
       products of all pairs of prompts are known; 0 is never.
 

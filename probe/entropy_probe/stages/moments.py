@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entropy_probe.estimators.moments import exchange_evidence
 from entropy_probe.model.checkpoint import AdamState
-from entropy_probe.model.registry import Registry
+from entropy_probe.model.registry import Registry, spread_over
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.report import MomentsMatch, PreconditionerSection
 
@@ -33,7 +33,7 @@ def moments_match(
     of_pairs: list[_Pairs] = []
     for names in _of_one_shape(adam, y, world):
         size = y[names[0]].shape[1]
-        some = torch.linspace(0, size - 1, min(size, _ENTRIES)).long()
+        some = spread_over(size, _ENTRIES)
         sums = torch.stack([y[name][:, some].double().square().sum(0).cpu() for name in names])
         squares = world.total(sums) / num_units
         states = (_known_squares(adam[name]).flatten() for name in names)

@@ -36,6 +36,7 @@ from entropy_probe.stages.gradients.products import (
     row_dots,
     weighted_sum,
 )
+from entropy_probe.stages.gradients.units import Rows
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Read, read_rows
 from entropy_probe.stages.share import Share, Units
@@ -283,8 +284,12 @@ def unit_gradients(
     unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
     own = share.own_units
     sizes = torch.bincount(unit_of, minlength=own.stop - own.start)
-    x = {n: torch.zeros(len(sizes), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
-    y = {n: torch.zeros_like(value) for n, value in x.items()} if of_y is not None else {}
+    where = Rows.of(bound, len(share.units.sizes), config)
+
+    def nothing() -> dict[str, Tensor]:
+        return {n: where.zeros(len(sizes), p.numel(), bound.dtype) for n, p in parameters.items()}
+
+    x, y = nothing(), {} if of_y is None else nothing()
     per_row = sizes[unit_of].repeat_interleave(rollouts.num_responses)
     added = _Added(bound, rollouts, per_row, config.generation.temperature)
     other = None

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import MeasurementError
+from entropy_probe.memory import available_bytes
+from entropy_probe.model import disk
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.share import Share, Units
@@ -29,25 +37,72 @@ def units_within_memory(
     bound: BoundModel, rollouts: Rollouts, config: ProbeConfig
 ) -> tuple[str, int]:
     """(mode, number of units): every prompt a unit in `exact` mode where the gradients fit into
-    `first_order.max_gradient_gib`, else as many blocks as fit; `num_blocks` of them in `block` mode.
+    `first_order.max_gradient_gib`, else as many blocks as fit, and two at least; `num_blocks` of them in `block` mode.
 
     Held at once are X and Y of the U batch, X of the E batch, and X and Y of two prompts in two ways,
     for the witness.
     """
     first_order, size_b = config.first_order, rollouts.num_prompts
-    room = (first_order.max_gradient_gib * 2**30 / _bytes_of_one(bound) - _WITNESSED) / 3
+    room = (_allowed(config) / _bytes_of_one(bound) - _WITNESSED) / 3
     if first_order.mode == "exact" and size_b <= room:
         return "exact", size_b
-    most = int(room)
-    wanted = max(most, 2) if first_order.mode == "exact" else min(first_order.num_blocks, size_b)
-    if wanted > most:
-        needed = bytes_of_units(bound, wanted) / 2**30
-        raise MeasurementError(
-            "first_order.max_gradient_gib",
-            f"gradients of {wanted} blocks need {needed:.2g} GiB, {first_order.max_gradient_gib:g} are allowed",
-            "raise it, or set first_order.num_blocks lower" if wanted > 2 else "raise it",
-        )
-    return "block", wanted
+    if first_order.mode == "exact":
+        return "block", max(int(room), 2)
+    return "block", min(first_order.num_blocks, size_b)
+
+
+def _allowed(config: ProbeConfig) -> float:
+    return config.first_order.max_gradient_gib * 2**30
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where gradients of units stand: in memory, or in files of `folder` (`None`: the system's temporary one)."""
+
+    on_disk: bool = False
+    folder: Path | None = None
+
+    @classmethod
+    def of(cls, bound: BoundModel, units: int, config: ProbeConfig) -> Rows:
+        """On disk where those of so many units are more than `first_order.max_gradient_gib` and more than half of the
+        memory that is free; the numbers are the same."""
+        needed, free = bytes_of_units(bound, units), available_bytes(torch.device("cpu"))
+        if needed <= _allowed(config) or free is None or needed <= free / 2:
+            return cls()
+        folder = config.offload_folder
+        return cls(True, None if folder is None else Path(folder).expanduser())
+
+    def require_room(self, needed: int) -> None:
+        """Raise `MeasurementError` where the disk, if it is needed, has less than so many bytes left."""
+        if not self.on_disk:
+            return
+        where = self.folder or Path(tempfile.gettempdir())
+        try:
+            left = shutil.disk_usage(where).free
+        except OSError as error:
+            raise self._unusable(f"cannot be used ({error.strerror or error})") from error
+        if needed > left:
+            found = (
+                f"has {left / 2**30:.2g} GiB left, gradients of the units take {needed / 2**30:.2g}"
+            )
+            raise self._unusable(
+                f"{found}, more than first_order.max_gradient_gib and half of the free memory"
+            )
+
+    def zeros(self, rows: int, numbers: int, dtype: torch.dtype) -> Tensor:
+        """`torch.zeros(rows, numbers)`. Raises `MeasurementError` where the disk is full by now."""
+        if not self.on_disk:
+            return torch.zeros(rows, numbers, dtype=dtype)
+        try:
+            return disk.zeros((rows, numbers), dtype, self.folder)
+        except OSError as error:
+            more = rows * numbers * dtype.itemsize / 2**30
+            problem = f"cannot hold {more:.2g} GiB more of gradients ({error.strerror or error})"
+            raise self._unusable(problem) from error
+
+    def _unusable(self, problem: str) -> MeasurementError:
+        where = f"offload_folder {self.folder or tempfile.gettempdir()}"
+        return MeasurementError(where, problem, "give a folder on a disk with more room")
 
 
 def pairs_fit(bound: BoundModel, share: Share, config: ProbeConfig) -> bool:

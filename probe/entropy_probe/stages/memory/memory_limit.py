@@ -19,6 +19,7 @@ from entropy_probe.errors import CacheError, ConfigError, MeasurementError
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.recompute import layers_of
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages import made
 from entropy_probe.stages.gradients.products import IN_FLOAT64
 from entropy_probe.stages.gradients.units import bytes_of_units, units_within_memory
 from entropy_probe.stages.memory.pass_memory import FEWEST, Passes, longest_rows, with_rows
@@ -30,9 +31,10 @@ from entropy_probe.stages.witnesses.shortened import shortened
 # What a pass takes beyond its tensors: buffers within operations, small blocks that the allocator keeps. Passes of 100
 # to 1400 MB took up to 8 % more than was counted.
 _UNSEEN, _SLACK = 0.08, 24 << 20
-# Numbers of float64 for each trainable parameter, beside the units' gradients: Ȳ, P, v, v₀, D and X̄ are held; for a
-# while come, at most, those of a real step: θ, its gradient, two moments and θ + ηv.
-_HELD, _FOR_A_WHILE = 6, 5
+# Numbers of float64 for each trainable parameter, beside the units' gradients: Ȳ, P, v, v₀, D and X̄ are held, or v
+# alone where these are many (stages/made.py).
+_HELD = 6
+_OF_A_STEP = 4  # the same of one tensor, beside the copy that a real step is taken on: its gradient and its moments
 _PRODUCT = 4  # sets of rows in float64 while units are multiplied: both sides, one of them scaled, and a sum
 _OF_A_TOKEN = 30  # the same of a token, for scores, features and derivatives
 
@@ -86,24 +88,29 @@ def _planned(
     limit, now = _limit(config), _held_now(bound.device)
     trainable = sum(p.numel() for p in bound.registry.trainable.values())
     tokens = sum(len(batch.ids) * batch.max_gen_len for batch in batches)
-    held = 8 * (trainable * _HELD + tokens * _OF_A_TOKEN)
+    accelerator = (
+        bound.device.type != "cpu"
+    )  # beside which the units' gradients and all that is held are in memory
+    held = 0 if accelerator else 8 * (trainable * _held(trainable) + tokens * _OF_A_TOKEN)
     usable = int((limit - now - _SLACK) / (1 + _UNSEEN)) - held
     units = max(batch.num_prompts for batch in batches)
-    fewest = bytes_of_units(
-        bound,
-        2 if config.first_order.mode == "exact" else min(config.first_order.num_blocks, units),
+
+    def of_units(units: int) -> int:
+        return 0 if accelerator else bytes_of_units(bound, units)
+
+    fewest = of_units(
+        2 if config.first_order.mode == "exact" else min(config.first_order.num_blocks, units)
     )
-    of_products = (
-        8
-        * _PRODUCT
-        * min(IN_FLOAT64, units * max(p.numel() for p in bound.registry.trainable.values()))
-    )
+    largest_tensor = max(p.numel() for p in bound.registry.trainable.values())
+    of_products = 0 if accelerator else 8 * _PRODUCT * min(IN_FLOAT64, units * largest_tensor)
     passes = Passes(bound, float64, longest_rows(batches), config)
     kinds = [*passes.kinds(usable - fewest)]
 
     def largest(config: ProbeConfig, positions: int) -> int:
         return max(
-            8 * trainable * _FOR_A_WHILE, of_products, *(kind(config, positions) for kind in kinds)
+            8 * (trainable + _OF_A_STEP * largest_tensor),
+            of_products,
+            *(kind(config, positions) for kind in kinds),
         )
 
     def beside_one_response() -> tuple[int, int]:
@@ -126,15 +133,17 @@ def _planned(
             f"and memory_limit is {limit / 2**30:.3g} GiB"
         )
         kinds[:], room = first_order, room_without
-    config = _with_gradients(config, min(config.first_order.max_gradient_gib, room / 2**30))
-    units = max(units_within_memory(bound, batch, config)[1] for batch in batches)
-    left, of_units = usable - bytes_of_units(bound, units), bytes_of_units(bound, units)
+    if not accelerator:
+        allowed = min(config.first_order.max_gradient_gib, room / 2**30)
+        config = _with_gradients(config, allowed)
+    gradients = of_units(max(units_within_memory(bound, batch, config)[1] for batch in batches))
+    left = usable - gradients
     fastest = bound.positions_at_once(passes.vocabulary)
     sizes = _sizes(config.generation.tf_batch_size, fastest)
     fitting = (i for i, (n, k) in enumerate(sizes) if largest(with_rows(config, n), k) <= left)
     rows, positions = sizes[int(world.largest(next(fitting, len(sizes) - 1)))]
     config = with_rows(config, rows)
-    expected = _needed(now, held + of_units + largest(config, positions))
+    expected = _needed(now, held + gradients + largest(config, positions))
     return Plan(config, positions * passes.vocabulary, expected, left_out=left_out)
 
 
@@ -211,7 +220,8 @@ def for_sampling(
         draw(masses(logits, policy.temperature, policy.top_p), uniforms)
 
     if later:
-        now += 8 * (_HELD + 1) * sum(p.numel() for p in bound.registry.trainable.values())
+        trainable = sum(p.numel() for p in bound.registry.trainable.values())
+        now += 8 * (_held(trainable) + 1) * trainable
     one, two = (memory.counted_bytes(partial(step, rows), bound.device) for rows in (1, 2))
     each = max(two - one, 1)
     fits = 1 + int(((limit - now - _SLACK) / (1 + _UNSEEN) - one) / each)
@@ -245,6 +255,10 @@ def require_loaded_within(config: ProbeConfig, loading: memory.Held | None) -> N
             f"{config.memory_limit / 2**30:.3g} GiB is too little: merely loading took {loading.peak / 2**30:.3g} GiB",
             "raise it",
         )
+
+
+def _held(trainable: int) -> int:
+    return _HELD if trainable <= made.FEW else 1
 
 
 def _limit(config: ProbeConfig) -> int:

@@ -13,6 +13,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.report import ContinuitySection, TaylorTests
 from entropy_probe.stages.gradients.products import norm
+from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import SPREAD_ROWS, Scores, rows_spread_over, rows_without_graph
 from entropy_probe.stages.witnesses.taylor import taylor
@@ -108,14 +109,16 @@ def scaling(
     theta = {name: float64.registry.parameters[name].detach() for name in v}
     still = float64.logits(ids, keep=keep)
 
-    def override(eta: float) -> dict[str, Tensor]:
-        return theta_plus_eta_v(float64.registry, v, eta, torch.float64)
-
     def moved(eta: float) -> Tensor:
-        return float64.logits(ids, keep=keep, override=override(eta)) - still
+        override = theta_plus_eta_v(float64.registry, v, eta, torch.float64)
+        return float64.logits(ids, keep=keep, override=override) - still
 
     def of_parameters(eta: float) -> float:
-        return norm({name: value - theta[name] for name, value in override(eta).items()})
+        def off(name: str) -> Tensor:
+            one = {name: v[name]}
+            return theta_plus_eta_v(float64.registry, one, eta, torch.float64)[name] - theta[name]
+
+        return norm(Made(v, off))
 
     main, large = smooth_step(moved, ETA_MAIN)
     pairs = ((of_parameters(ETA_TINY), of_parameters(main)), (float(moved(ETA_TINY).norm()), large))

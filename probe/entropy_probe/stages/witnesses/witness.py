@@ -22,7 +22,7 @@ from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.gradients.payloads import Payload, update_batch
 from entropy_probe.stages.gradients.products import gram, norm
 from entropy_probe.stages.gradients.unit_gradients import UnitGradients
-from entropy_probe.stages.gradients.units import units_of_prompts
+from entropy_probe.stages.gradients.units import Rows, units_of_prompts
 from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
@@ -163,8 +163,10 @@ def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
     return result
 
 
-def _rows(share: Share, side: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
-    """The gradients of some units, wherever they are."""
+def _rows(share: Share, side: Mapping[str, Tensor], chosen: Tensor) -> Mapping[str, Tensor]:
+    """The gradients of some units, wherever they are; of one process no copy of all is held."""
+    if not share.several:
+        return Made(side, lambda name: side[name][chosen])
     return {name: share.rows(rows, chosen, share.own_units) for name, rows in side.items()}
 
 
@@ -189,8 +191,9 @@ def _naive(
     logits leaves of that; one backward pass for each response."""
     parameters, group = bound.registry.trainable, rollouts.num_responses
     present = rollouts.present.sum(1).tolist()
+    where = Rows.of(bound, len(units.sizes), config)
     sums = [
-        {n: torch.zeros(len(chosen), p.numel(), dtype=bound.dtype) for n, p in parameters.items()}
+        {n: where.zeros(len(chosen), p.numel(), bound.dtype) for n, p in parameters.items()}
         for _ in payloads
     ]
     scales = [[0.0] * len(chosen) for _ in payloads]
@@ -223,6 +226,7 @@ def _naive(
                 floor[i] += abs(weight) * payload.largest(n, g) * of_logits
                 for name, gradient in found.items():
                     total[name][i] += weight * gradient
+            del gradients, found  # so that no two are held
     return list(zip(sums, scales, floors, strict=True))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.quiet import quiet_transformers
-from entropy_probe.model.registry import Registry
+from entropy_probe.model.registry import Registry, spread_over
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -135,7 +135,7 @@ def _centred_logs(x: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
 def _some(tensor: Tensor | None) -> Float[Tensor, " n"]:
     assert tensor is not None
     flat = tensor.detach().reshape(-1)
-    taken = torch.linspace(0, len(flat) - 1, min(len(flat), _ENTRIES)).long()
+    taken = spread_over(len(flat), _ENTRIES)
     return flat[taken.to(flat.device)].double().cpu()
 
 
