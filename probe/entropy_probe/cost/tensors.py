@@ -166,11 +166,7 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
         _point(network, 8, there) + _transient(network, run, JVP, own_e, 8, "jvp"),
     )
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
-<<<<<<< HEAD
-    few, at_once = run.e.of(2), run.rows_at_once
-=======
     at_once = run.rows_at_once
->>>>>>> reach
     of_u = (
         min(at_once, run.e.group * -(-run.update.prompts // run.units_u)) if run.blocks else at_once
     )
@@ -193,8 +189,8 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
             ),
             0.0
             if run.same_batch
-<<<<<<< HEAD
-            else graph_of(
+            else sums(1, of_e)
+            + graph_of(
                 network,
                 run if not run.shares_a_forward(network) else replace(run, rb=True),
                 BY_WEIGHTS,
@@ -203,10 +199,6 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
                 bytes_of,
                 "capture",
             ),
-=======
-            else sums(1, of_e)
-            + graph_of(network, run, BY_WEIGHTS, own_e, of_e, bytes_of, "capture"),
->>>>>>> reach
         ),
         "first order": 0.0
         if there
@@ -280,30 +272,15 @@ def _witnesses(network: Network, run: Run, *, there: bool) -> float:
     looped = rows * bytes_of * d + max(products, loop(network, run))
     if run.leaves_out("projections"):
         return looped
-<<<<<<< HEAD
-    by_jvp = 8 * d + 2 * bytes_of * d + _transient(network, run, JVP, e.of(2), bytes_of, "jvp")
-    if not run.second_order:
-        return max(looped, by_jvp)
-    by_alpha = (
-        8 * d
-        + 4 * bytes_of * d
-        + graph_of(network, run, ALPHA, e.of(2).short, few, bytes_of, "alpha")
-    )
-    ways = max(looped, by_jvp, by_alpha)
-    if run.leaves_out("curvature witness"):
-        return ways
-    return max(ways, 24 * d + graph_of(network, run, SECOND, e.of(1).short, few, 8, "second"))
-=======
     direction = 8 * d if not there and d <= made.FEW else 0
     by_jvp = direction + _point(network, bytes_of, there)
-    by_jvp += _transient(network, run, JVP, run.e.of(4), bytes_of, "jvp")
+    by_jvp += _transient(network, run, JVP, run.e.of(2), bytes_of, "jvp")
     if not run.second_order:
         return max(looped, by_jvp)
     ways = max(looped, by_jvp, direction + alpha(network, run))
     if run.leaves_out("curvature witness"):
         return ways
     return max(ways, second(network, run, there=there))
->>>>>>> reach
 
 
 def loop(network: Network, run: Run) -> float:
@@ -315,14 +292,14 @@ def loop(network: Network, run: Run) -> float:
 
 def alpha(network: Network, run: Run) -> float:
     """v in the precision of the gradient, the gradient, and what its derivative keeps of both."""
-    bytes_of, few = _dtype(run), run.e.of(4).short
+    bytes_of, few = _dtype(run), run.e.of(2).short
     graph = graph_of(network, run, ALPHA, few, run.few_at_once, bytes_of, "alpha")
     return 4 * bytes_of * network.trainable + graph
 
 
 def second(network: Network, run: Run, *, there: bool) -> float:
     """θ + ηv and the gradient in float64; on an accelerator v, which is in memory elsewhere."""
-    few = run.e.of(2).short
+    few = run.e.of(1).short
     graph = graph_of(network, run, SECOND, few, run.few_at_once, 8, "second")
     return (24 if there else 16) * network.trainable + graph
 
@@ -336,11 +313,7 @@ def _whole(
 
 
 def _continuity(network: Network, run: Run, jvp: float) -> float:
-<<<<<<< HEAD
-    """θ + ηv in float64 and logits of 4 rows; with the Taylor tests a JVP."""
-=======
-    """θ + ηv in float64 and logits of 8 rows, at θ, at two steps and their difference; with the Taylor tests a JVP."""
->>>>>>> reach
+    """θ + ηv in float64 and logits of 4 rows, at θ, at two steps and their difference; with the Taylor tests a JVP."""
     rows = some_rows(run)
     columns = run.e.longest_of(rows)
     of_layer = FORWARD.numbers(network, rows, columns) * 8

@@ -21,17 +21,12 @@ from entropy_probe.stages.gradients.payloads import (
     x_payload,
     y_payload,
 )
-<<<<<<< HEAD
 from entropy_probe.stages.gradients.unit_gradients import (
     UnitGradients,
     can_share_a_forward,
     unit_gradients,
 )
-from entropy_probe.stages.gradients.units import pairs_fit, units_of
-=======
-from entropy_probe.stages.gradients.unit_gradients import UnitGradients, unit_gradients
 from entropy_probe.stages.gradients.units import Rows, bytes_of_units, pairs_fit, units_of
->>>>>>> reach
 from entropy_probe.stages.memory.memory_limit import Plan, lends_frozen, planned
 from entropy_probe.stages.reference import reference_logp
 from entropy_probe.stages.responses.ids import eos_ids

@@ -73,9 +73,9 @@ def grid(
     config: ProbeConfig, lr: float, d_seq_logp: Tensor | None = None, reach: float = math.inf
 ) -> list[float]:
     """The configured η; or of the smaller of lr and the η at which ESS/N is expected to fall to `min_ess_fraction`
-    ± itself, a third and a tenth of it (10^−½ and 10^−1; `auto`), or ± two a decade down to a hundredth (`fine`). And ± `reach`,
-    as far as slope and curvature are taken for the change, where that is smaller than all of these. η = 0 and lr are
-    always in it.
+    ± itself, a third and a tenth of it (10^−½ and 10^−1; `auto`), or ± two a decade down to a hundredth (`fine`). And
+    ± `reach`, as far as slope and curvature are taken for the change, where that is smaller than all of these. η = 0
+    and lr are always in it.
 
         ESS/N ≈ exp(−η²·Var D_vS)       (log-weights are normal and small: their variance is η²·Var D_vS)
     """
