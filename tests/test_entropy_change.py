@@ -70,8 +70,8 @@ def sampled() -> Sampled:
 def test_auto_grid_ends_where_the_weights_do(
     sampled: Sampled, lr: float, limit: float, etas: str, ratios: list[float]
 ) -> None:
-    """± three or five η of min(lr, η_ess), two a decade down from it, with 0 and lr; where lr is huge, ESS/N measured at
-    the end is within 0.15 of the limit, and three times as far below it by more than that."""
+    """± three or five η of min(lr, η_ess), two a decade down from it, with 0 and lr; where lr is huge, ESS/N at the
+    end is within 0.15 of the limit, and three times as far below it by more than that."""
     config = config_of(min_ess_fraction=limit, etas=etas)
     d_seq_logp = directional_derivatives(sampled.bound, sampled.rollouts, sampled.v, config).d_seq_logp
     grid = entropy_change.grid(config, lr, d_seq_logp)

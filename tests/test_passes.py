@@ -12,6 +12,7 @@ import torch
 import models
 from counted import Counter
 from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.estimators.policy import score_tokens, scores_along
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.stages import slopes
 from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
@@ -134,3 +135,22 @@ def test_two_gradients_of_one_forward(subject: Subject) -> None:
         size = max(float(value.abs().max()), 1e-12)
         assert float((both.mean_beside[name] - value).abs().max()) < 1e-11 * size, name
         assert torch.allclose(both.x[name], alone.x[name], rtol=0, atol=1e-12 * float(alone.x[name].abs().max())), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_along_a_tangent_are_those_of_forward_mode(temperature: float) -> None:
+    """The derivatives of `score_tokens` by torch's own forward mode; with tokens that cannot be."""
+    generator = torch.Generator().manual_seed(4)
+    z, tangent = (5 * torch.randn(7, 1000, generator=generator, dtype=torch.float64) for _ in range(2))
+    z[1, 5:] = -torch.inf
+    tokens = torch.tensor([3, 4, 5, 6, 7, 8, 9])
+    tokens[1] = 2
+
+    def scores(at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = score_tokens(at, tokens, temperature, 1.0)
+        return found.logp, found.entropy
+
+    values, derivatives = torch.func.jvp(scores, (z,), (tangent,))
+    found = scores_along(z, tangent, tokens, temperature)
+    for one, other in zip(found, (*values, *derivatives), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

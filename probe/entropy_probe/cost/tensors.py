@@ -76,7 +76,7 @@ BYTES_OF_A_LOGIT = {
     "forward": 12,
     "mass": 19,
     "mean_s": 28,
-    "jvp": 88,
+    "jvp": 40,
     "capture": 12,
     "loop": 20,
     "alpha": 18,

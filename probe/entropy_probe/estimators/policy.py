@@ -84,6 +84,31 @@ def score_tokens(
     return TokenScores(logp, logq, entropy, log_sum_inside - added(weighted, sums) / sum_inside)
 
 
+def scores_along(
+    logits: Float[Tensor, "N V"],
+    tangent: Float[Tensor, "N V"],
+    tokens: Int[Tensor, " N"],
+    temperature: float,
+) -> tuple[Float[Tensor, " N"], ...]:
+    """log p of the tokens, the entropy, and the derivatives of both along `tangent`, with sums in float64.
+
+    With d and s as in `score_tokens`, ḋ = tangent/temperature and ⟨x⟩ = Σ e^d x/s:
+
+        D log p = ḋ[token] − ⟨ḋ⟩,     D H = ⟨d⟩⟨ḋ⟩ − ⟨d ḋ⟩
+
+    which forward mode finds through every operation of `score_tokens`, each with its own copy of the logits.
+    """
+    d = (logits - logits.amax(-1, keepdim=True)).div_(temperature).clamp_(min=NOTHING)
+    moved = (tangent / temperature).masked_fill_(d <= NOTHING, 0.0)
+    own, own_moved = (of.gather(-1, tokens[:, None])[:, 0] for of in (d, moved))
+    e = d.exp()
+    total, weighted = added(e, torch.float64), d.mul_(e)
+    mean, mean_moved = (added(of, torch.float64) / total for of in (weighted, e.mul_(moved)))
+    both = added(weighted.mul_(moved), torch.float64) / total
+    log_sum = total.log()
+    return own - log_sum, log_sum - mean, own_moved - mean_moved, mean * mean_moved - both
+
+
 def added(values: Float[Tensor, "*batch V"], dtype: torch.dtype | None) -> Tensor:
     """Σ over the vocabulary in a wider `dtype`: of 256 values as they are, and of such sums in the wider one.
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.policy import scores_along
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
-    Read,
     batches_by_length,
-    policy_scores,
     read_rows,
     rows_without_graph,
     score,
@@ -105,20 +104,18 @@ def directional_derivatives(
     along = {
         name: v[name].to(value) for name, value in point.items()
     }  # moved once, not for every batch of rows
-    read = partial(_with_logits, policy_scores(bound, config.generation, config.precision))
+    temperature = config.generation.temperature
+    read = partial(_along, temperature)
     for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation), some):
         with forward_ad.dual_level():
             dual = {name: forward_ad.make_dual(value, along[name]) for name, value in point.items()}
-            logp, entropy, *of_logits = read_rows(
+            logp, entropy, *others = read_rows(
                 bound, rollouts, rows, read, override=dual, true_derivative=True
             )
-            parts = [forward_ad.unpack_dual(part) for part in (logp, entropy)]
-            tangents = [part.tangent for part in parts]
-            sums[:, rows] = torch.stack([part.primal.double().sum(-1).cpu() for part in parts])
-            for whole, part in zip(found, [*tangents, *of_logits], strict=True):
-                if part is not None:
-                    whole[rows, : part.shape[1]] = part.double().cpu()
-    temperature, eps = config.generation.temperature, torch.finfo(bound.dtype).eps
+            sums[:, rows] = torch.stack([of.double().sum(-1).cpu() for of in (logp, entropy)])
+            for whole, part in zip(found, others, strict=True):
+                whole[rows, : part.shape[1]] = part.double().cpu()
+    eps = torch.finfo(bound.dtype).eps
     d_logp, d_entropy, logit, d_logit = map(rollouts.per_prompt, found)
     logit, d_logit = logit / temperature, d_logit / temperature
     rounding = eps * logit.clamp(min=1.0) * d_logit
@@ -126,13 +123,12 @@ def directional_derivatives(
     return Derivatives(d_logp, d_entropy, logit, d_logit, rounding, values)
 
 
-def _with_logits(read: Read, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    """log p and the entropy of π, which may carry a tangent; the largest |z|, and the largest |tangent of z|."""
-    logp, _, entropy, _ = read(logits, tokens)
+def _along(temperature: float, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """log p and the entropy of π, their derivatives; the largest |z|, and the largest |tangent of z|."""
     z, tangent = forward_ad.unpack_dual(logits)
-    z = z.masked_fill(z.isinf(), 0.0)
-    moved = torch.zeros_like(z[..., 0]) if tangent is None else _furthest(tangent)
-    return logp, entropy, _furthest(z), moved
+    tangent = torch.zeros_like(z) if tangent is None else tangent
+    found = scores_along(z, tangent, tokens, temperature)
+    return *found, _furthest(z.masked_fill(z.isinf(), 0.0)), _furthest(tangent)
 
 
 def _furthest(values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
