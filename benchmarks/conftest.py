@@ -116,6 +116,7 @@ def race(
         others: Mapping[str, Way],
         *,
         rounds: int = 5,
+        warm: bool = False,
         once: tuple[str, ...] = (),
         times: Mapping[str, float] | None = None,
         quality: Mapping[str, float] | None = None,
@@ -123,7 +124,7 @@ def race(
         memory: bool = False,
     ) -> dict[str, float]:
         """`once`: ways too slow for more than one round, which the caller has warmed up. `times`: ways that did a part
-        of the work, and how many times it is the whole. `quality`: how good ours is, measured by the caller. `targets`:
+        of the work, and how many times it is the whole. `warm`: every way has run before. `quality`: how good ours is, measured by the caller. `targets`:
         the ratios asked for. `spread` in the result is the fastest and the slowest round over the median, and `load`
         how many processes wanted to run in the minute before, and at the end."""
         rounds = 1 if subjects.TINY else rounds
@@ -135,14 +136,18 @@ def race(
                     taken[name].append(timed(way))
 
         benchmark.pedantic(
-            lambda: _finished(ours, device), setup=turns, rounds=rounds, warmup_rounds=1
+            lambda: _finished(ours, device),
+            setup=turns,
+            rounds=rounds,
+            warmup_rounds=0 if warm else 1,
         )
         scale = times or {}
         seconds = {
-            name: statistics.median(all_of[1:] or all_of) * scale.get(name, 1.0)
-            for name, all_of in taken.items()
+            name: statistics.median(all_of) * scale.get(name, 1.0)
+            for name, all_of in kept.items()
+            if name != "ours"
         }
-        kept = {name: all_of[1:] or all_of for name, all_of in taken.items()}
+        kept = {name: all_of if warm else all_of[1:] or all_of for name, all_of in taken.items()}
         kept["ours"] = list(benchmark.stats.stats.data)
         own = benchmark.stats.stats.median
         ratios = {name: other / own for name, other in seconds.items()}

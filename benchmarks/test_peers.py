@@ -91,8 +91,8 @@ def responses(bound: BoundModel, length: int, rows: int = 1, group: int = 1) -> 
 
 
 def rounds(vocabulary: int, length: int) -> dict[str, Any]:
-    """Fewer of the largest size."""
-    return {"rounds": 2 if vocabulary * length > LOGITS_AT_ONCE else 3}
+    """Every way has run once, to be compared. Fewer of what takes minutes."""
+    return {"rounds": 5 if vocabulary * length < 1 << 25 else 2, "warm": True}
 
 
 def config_of(rows: int, *, in_float64: bool = True) -> ProbeConfig:
