@@ -124,9 +124,9 @@ def race(
         memory: bool = False,
     ) -> dict[str, float]:
         """`once`: ways too slow for more than one round, which the caller has warmed up. `times`: ways that did a part
-        of the work, and how many times it is the whole. `warm`: every way has run before. `quality`: how good ours is, measured by the caller. `targets`:
-        the ratios asked for. `spread` in the result is the fastest and the slowest round over the median, and `load`
-        how many processes wanted to run in the minute before, and at the end."""
+        of the work, and how many times it is the whole. `warm`: every way has run before. `quality`: how good ours is,
+        measured by the caller. `targets`: the ratios asked for. `spread` in the result is the fastest and the slowest
+        round over the median, and `load` how many processes wanted to run in the minute before, and at the end."""
         rounds = 1 if subjects.TINY else rounds
         taken: dict[str, list[float]] = {name: [] for name in others}
 
@@ -142,12 +142,10 @@ def race(
             warmup_rounds=0 if warm else 1,
         )
         scale = times or {}
-        seconds = {
-            name: statistics.median(all_of) * scale.get(name, 1.0)
-            for name, all_of in kept.items()
-            if name != "ours"
-        }
         kept = {name: all_of if warm else all_of[1:] or all_of for name, all_of in taken.items()}
+        seconds = {
+            name: statistics.median(all_of) * scale.get(name, 1.0) for name, all_of in kept.items()
+        }
         kept["ours"] = list(benchmark.stats.stats.data)
         own = benchmark.stats.stats.median
         ratios = {name: other / own for name, other in seconds.items()}
