@@ -63,6 +63,8 @@ def table(name: str) -> str:
     """Of every way: its median time over that of ours, and the most memory of its tensors over that of ours."""
     named = {size: f"{name}[{size}]" for size in SIZES}
     found = {size: results()[key] for size, key in named.items() if key in results()}
+    if not found:
+        return "Not measured yet.\n"
     heads = [f"{size.partition('-')[0]}, T {size.partition('-')[2]}" for size in found]
     lines = [f"| time, memory over ours | {' | '.join(heads)} |", f"|{'---|' * (1 + len(found))}"]
     own = [
