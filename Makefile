@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE ?= cpu
-BENCH ?= $(wildcard benchmarks/test_*.py)
+BENCH ?= benchmarks
 GOLDEN := --probe-config=golden/demo/probe.yaml --probe-golden-dir=golden \
 	--probe-rollouts=golden/demo/e.jsonl --probe-update-rollouts=golden/demo/u.jsonl
 
@@ -39,10 +39,8 @@ mutants: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 bench: $(READY)
-	for file in $(BENCH); do \
-		OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $$file --device=$(DEVICE) \
-			--benchmark-json=benchmarks/results/$(shell date +%F)-$(DEVICE)-$$(basename $$file .py).json || exit 1; \
-	done
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $(BENCH) -c benchmarks/pytest.ini --device=$(DEVICE) \
+		--results=benchmarks/results/$(DEVICE).json
 
 demo: $(READY)
 	$(BIN)/python -m entropy_probe.demo.train

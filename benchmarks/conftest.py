@@ -1,18 +1,22 @@
 """Races: ours is timed by pytest-benchmark, and before each of its rounds every other way has its turn.
 
 A machine that slows down then slows all of them. On a CPU one thread, and processor time, which a busy machine disturbs
-less than wall time; on a GPU (`--device=cuda`) wall time of finished kernels. Results go to `extra_info`, and so into
-the JSON that `make bench` leaves in results/, with the machine, its load and the date; the terminal shows them as one
-table. `--tiny` makes models and texts so small that every benchmark runs in a moment: tests/test_benchmarks.py.
+less than wall time; on a GPU (`--device=cuda`) wall time of finished kernels. With `--results=FILE` every result is
+written as soon as it is there, in place of an older one of the same benchmark, with its day, the machine and its load;
+the terminal shows them as one table.
+`--tiny` makes models and texts so small that every benchmark runs in a moment: tests/test_benchmarks.py.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +32,7 @@ _RACES = pytest.StashKey[list[tuple[str, dict[str, Any]]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the models are")
+    parser.addoption("--results", type=Path, help="the file of results to write into")
     parser.addoption("--tiny", action="store_true", help="that everything runs, and not how fast")
 
 
@@ -46,28 +51,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in first.values()]
 
 
-def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
-) -> None:
-    """What the numbers depend on; not the machine's name, and not every feature of its processor."""
-    machine_info.pop("node", None)
-    machine_info["cpu"].pop("flags", None)
-    device = torch.device(config.getoption("--device"))
-    machine_info |= {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on; not the machine's name."""
+    cuda = device.type == "cuda"
+    info = Path("/proc/cpuinfo")
+    models = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "processor": models[0].partition(": ")[2] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
-def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
-    """The day, and whether something was not committed; a commit's id is another one after a rebase."""
-    for key in ("id", "project", "branch", "author_time"):
-        commit_info.pop(key, None)
+@pytest.fixture
+def keep(request: pytest.FixtureRequest, device: torch.device) -> Callable[[dict[str, Any]], None]:
+    """Write a result into the file of results, where one was given."""
+    path: Path | None = request.config.getoption("--results")
+    load = os.getloadavg()[0]
+
+    def write(found: dict[str, Any]) -> None:
+        name = request.node.name.removeprefix("test_")
+        if path is None:
+            return
+        results = json.loads(path.read_text()) if path.exists() else {}
+        day = str(datetime.datetime.now(datetime.UTC).date())
+        beside = {"day": day, "load": [load, os.getloadavg()[0]], "machine": _machine(device)}
+        results[name] = {**beside, **found}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        part.replace(path)
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +99,12 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture
 def race(
-    benchmark: Any, device: torch.device, request: pytest.FixtureRequest
+    benchmark: Any,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+    keep: Callable[[dict[str, Any]], None],
 ) -> Callable[..., dict[str, float]]:
-    """`race(ours, others, ...)` → ratio of each other way's median time to ours, and what it put into `extra_info`."""
+    """`race(ours, others, ...)` → ratio of each other way's median time to ours."""
 
     def timed(way: Way) -> float:
         start = time.process_time() if device.type == "cpu" else time.perf_counter()
@@ -91,6 +116,7 @@ def race(
         others: Mapping[str, Way],
         *,
         rounds: int = 5,
+        warm: bool = False,
         once: tuple[str, ...] = (),
         times: Mapping[str, float] | None = None,
         quality: Mapping[str, float] | None = None,
@@ -98,11 +124,10 @@ def race(
         memory: bool = False,
     ) -> dict[str, float]:
         """`once`: ways too slow for more than one round, which the caller has warmed up. `times`: ways that did a part
-        of the work, and how many times it is the whole. `quality`: how good ours is, measured by the caller. `targets`:
-        the ratios asked for. `spread` in the result is the fastest and the slowest round over the median, and `load`
-        how many processes wanted to run in the minute before, and at the end."""
+        of the work, and how many times it is the whole. `warm`: every way has run before. `quality`: how good ours is,
+        measured by the caller. `targets`: the ratios asked for. `spread` in the result is the fastest and the slowest
+        round over the median, and `load` how many processes wanted to run in the minute before, and at the end."""
         rounds = 1 if subjects.TINY else rounds
-        load = [os.getloadavg()[0]]
         taken: dict[str, list[float]] = {name: [] for name in others}
 
         def turns() -> None:
@@ -111,15 +136,16 @@ def race(
                     taken[name].append(timed(way))
 
         benchmark.pedantic(
-            lambda: _finished(ours, device), setup=turns, rounds=rounds, warmup_rounds=1
+            lambda: _finished(ours, device),
+            setup=turns,
+            rounds=rounds,
+            warmup_rounds=0 if warm else 1,
         )
         scale = times or {}
+        kept = {name: all_of if warm else all_of[1:] or all_of for name, all_of in taken.items()}
         seconds = {
-            name: statistics.median(all_of[1:] or all_of) * scale.get(name, 1.0)
-            for name, all_of in taken.items()
+            name: statistics.median(all_of) * scale.get(name, 1.0) for name, all_of in kept.items()
         }
-        load.append(os.getloadavg()[0])
-        kept = {name: all_of[1:] or all_of for name, all_of in taken.items()}
         kept["ours"] = list(benchmark.stats.stats.data)
         own = benchmark.stats.stats.median
         ratios = {name: other / own for name, other in seconds.items()}
@@ -131,7 +157,6 @@ def race(
                 for name, of in kept.items()
             },
             "rounds": {name: len(of) for name, of in kept.items()},
-            "load": load,
             "quality": dict(quality or {}),
             "targets": dict(targets or {}),
         }
@@ -139,7 +164,7 @@ def race(
             found["bytes"] = {
                 name: _peak(way, device) for name, way in {"ours": ours, **others}.items()
             }
-        benchmark.extra_info.update(found)
+        keep(found)
         request.config.stash[_RACES].append((request.node.name.removeprefix("test_"), found))
         return ratios
 

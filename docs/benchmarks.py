@@ -1,6 +1,6 @@
 """Writes what `benchmarks/results` says into the pages: `python docs/benchmarks.py`, in a second.
 
-    1.41<!-- benchmark: NAME: ratios.TRL -->                a figure of the newest result of the benchmark NAME
+    1.41<!-- benchmark: NAME: ratios.TRL -->                a figure of the result of the benchmark NAME
     1/18<!-- benchmark: NAME: bytes.ours / bytes.TRL -->    a quotient of two; 1/18 where its inverse rounds to 18
     36<!-- benchmark: FILE.json: cases.demo.seconds -->     a figure of one file
     <!-- benchmark table: per_prompt --> … <!-- end of table -->    a whole table, of the benchmark of other libraries
@@ -27,12 +27,8 @@ SIZES = ("32k-512", "32k-2048", "152k-512", "152k-2048")
 
 @cache
 def results() -> dict[str, dict[str, Any]]:
-    """`extra_info` of every benchmark on a CPU by its name without `test_`, from the newest file that has it."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(RESULTS.glob("*-cpu-test_*.json")):
-        for one in json.loads(path.read_text())["benchmarks"]:
-            found[one["name"].removeprefix("test_")] = one["extra_info"]
-    return found
+    """Of every benchmark on a CPU, by its name without `test_`."""
+    return of_file("cpu.json")
 
 
 @cache
@@ -65,9 +61,12 @@ def written(figure: re.Match[str]) -> str:
 
 def table(name: str) -> str:
     """Of every way: its median time over that of ours, and the most memory of its tensors over that of ours."""
-    found = {size: results()[f"{name}[{size}]"] for size in SIZES}
-    heads = [f"{size.partition('-')[0]}, T {size.partition('-')[2]}" for size in SIZES]
-    lines = [f"| time, memory over ours | {' | '.join(heads)} |", f"|{'---|' * (1 + len(SIZES))}"]
+    named = {size: f"{name}[{size}]" for size in SIZES}
+    found = {size: results()[key] for size, key in named.items() if key in results()}
+    if not found:
+        return "Not measured yet.\n"
+    heads = [f"{size.partition('-')[0]}, T {size.partition('-')[2]}" for size in found]
+    lines = [f"| time, memory over ours | {' | '.join(heads)} |", f"|{'---|' * (1 + len(found))}"]
     own = [
         f"{of['seconds']['ours']:.2g} s, {of['bytes']['ours'] / 2**20:.0f} MiB"
         for of in found.values()

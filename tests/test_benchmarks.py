@@ -49,9 +49,9 @@ def checkpoints() -> Any:
 def test_every_benchmark_runs(tmp_path: Path) -> None:
     """One case of each on models of next to nothing: ways that are compared agree, and memory is counted."""
     kept = tmp_path / "results.json"
-    done = forked.command(f"pytest {FOLDER} --tiny -q -p benchmark --benchmark-json={kept}", cwd=ROOT)
+    done = forked.command(f"pytest {FOLDER} --tiny -q -p benchmark --results={kept}", cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    ran = {one["name"].partition("[")[0] for one in json.loads(kept.read_text())["benchmarks"]}
+    ran = {f"test_{name}".partition("[")[0] for name in json.loads(kept.read_text())}
     written = (re.findall(r"^def (test_\w+)", path.read_text(), re.M) for path in FOLDER.glob("test_*.py"))
     assert ran == {name for names in written for name in names}
 
