@@ -508,7 +508,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: every_row(r, delta_h_pd=math.nan), "fail"),
         (lambda r: poisoned(r, "update", slope_of_change=-9 * r.update.slope_of_change_size), "fail"),
         (lambda r: poisoned(r, "update", slope_of_change=math.nan), "fail"),
-        (lambda r: every_row(r, delta_h_per_token=0.0), "fail"),
+        (lambda r: poisoned(r, "update", slope_of_change_per_token=9 * r.update.slope_of_change_size), "fail"),
         (lambda r: every_row(r, delta_h_rb=math.nan), "fail"),
         (lambda r: every_row(r, reliable=False), "not_applicable"),
     ],

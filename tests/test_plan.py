@@ -55,7 +55,7 @@ def test_choices_shrink_with_the_limit() -> None:
     assert estimate(network, config(memory_limit="9GiB", **shorter), 200).fits
     needed = re.search(r"a memory of ([\d.]+) GiB", least.remedies[-1])
     assert needed is not None
-    assert estimate(network, config(memory_limit=f"{1.01 * float(needed[1])}GiB"), 200).fits
+    assert estimate(network, config(memory_limit=f"{1.01 * float(needed[1]):.3f}GiB"), 200).fits
 
 
 def test_second_derivatives_are_left_out_where_they_alone_are_too_much() -> None:
