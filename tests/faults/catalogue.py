@@ -801,7 +801,7 @@ def added_in_float32(patch: Patch) -> None:
 @fault(
     "llama",
     "param_scaling logit_scaling real_step",
-    also="curvature_witness projections_agree slope_identity",
+    also="curvature_witness projections_agree slope_identity change_identity sweep_identity",
 )
 def nothing_overridden(patch: Patch) -> None:
     """θ + ηv is θ, and no change looks like a perfect one."""
@@ -811,7 +811,7 @@ def nothing_overridden(patch: Patch) -> None:
     )
 
 
-@fault("lora", "real_step sweep_identity", also="prediction live_model_unmodified")
+@fault("lora", "real_step sweep_identity", also="prediction live_model_unmodified virtual_step")
 def base_weights_moved(patch: Patch) -> None:
     """A weight of the frozen base model moves with η at every measurement of ΔH."""
 
@@ -991,9 +991,9 @@ def float32_islands_in_float64(patch: Patch) -> None:
 
 @fault(
     "llama",
-    "change_identity gradient_witness projections_agree",
+    "change_identity gradient_witness",
     also="batch_invariance chunk_invariance delta_h_slope padding_invariance precision_invariance slope_identity "
-    "sweep_identity taylor_order",
+    "sweep_identity taylor_order projections_agree",
 )
 def log_softmax_in_bfloat16(patch: Patch) -> None:
     """Logits are rounded to bf16 before the softmax."""
@@ -1144,7 +1144,7 @@ def tokens_after_eos(patch: Patch) -> None:
 @fault(
     "temperature",
     "chunk_invariance gradient_witness projections_agree sampler_parity",
-    also="slope_identity batch_invariance",
+    also="slope_identity batch_invariance change_identity sweep_identity taylor_order curvature_witness",
 )
 def temperature_in_the_gradients_only(patch: Patch) -> None:
     """Scores are at temperature 1, and gradients at the configured one."""

@@ -730,20 +730,22 @@ def entropies(patch: Patch, change: Callable[[Any], Any]) -> None:
     then(patch, policy.score_tokens, change)
 
 
-@fault("llama", "plain_forward", also="on_policy")
+@fault("llama", "plain_forward", also="on_policy slope_identity")
 def entropies_ten_percent_too_large(patch: Patch) -> None:
     """Every entropy of a token is 10 % too large, at θ and at θ + ηv, with its derivatives."""
     entropies(patch, lambda s: with_fields(s, entropy=lambda h: 1.1 * h, entropy_q=lambda h: 1.1 * h))
 
 
-@fault("llama", "plain_forward", also="on_policy sampler_parity precision_invariance")
+@fault("llama", "plain_forward", also="on_policy sampler_parity precision_invariance slope_identity")
 def entropies_in_bits(patch: Patch) -> None:
     """Entropies are in bits."""
     entropies(patch, lambda s: with_fields(s, entropy=lambda h: h / math.log(2), entropy_q=lambda h: h / math.log(2)))
 
 
 @fault(
-    "temperature", "plain_forward", also="on_policy sampler_parity gradient_witness slope_identity projections_agree"
+    "temperature",
+    "plain_forward",
+    also="on_policy sampler_parity gradient_witness slope_identity projections_agree sweep_identity",
 )
 def temperature_forgotten_everywhere(patch: Patch) -> None:
     """Scores and gradients are at temperature 1."""
