@@ -216,7 +216,7 @@ def test_a_pass_with_a_graph(passes: dict[tuple[str, str, str], OfPass], name: s
         *((kind, FORWARD) for kind in ("LOOP", "ALPHA", "SECOND")),
         *((f"{kind}.{field}", 0.0) for kind in ("LOOP", "ALPHA", "SECOND") for field in ("h", "f")),
         *((f"BYTES_OF_A_LOGIT.{kind}", 2.0) for kind in ("loop", "alpha", "second")),
-        ("BYTES_IN_GRAPH.alpha", 4.0),
+        ("BYTES_IN_GRAPH.alpha", 2.0),
         ("BYTES_IN_GRAPH.second", 2.0),
         ("BYTES_IN_GRAPH_WITH_ENTROPY.alpha", 9 / 25),
     ],

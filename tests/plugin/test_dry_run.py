@@ -42,7 +42,7 @@ def test_of_several_checkpoints_one_may_not_fit(tmp_path: Path) -> None:
         ((), "--probe-dry-run: nothing is measured without a checkpoint; add --probe-checkpoint=PATH"),
         (("--probe-checkpoint=nowhere",), "--probe-checkpoint: no such folder:"),
         (("--probe-checkpoint=empty",), "empty: "),
-        (("--probe-checkpoint=demo", "--probe-memory-limit=much"), "`memory_limit`: 'much' is no size"),
+        (("--probe-checkpoint=demo", "--probe-memory-limit=much"), "`memory_limit`: 'much' is not a size"),
     ],
 )
 def test_what_is_wrong_is_a_usage_error(tmp_path: Path, options: tuple[str, ...], line: str) -> None:

@@ -70,23 +70,23 @@ ALPHA = Kept(19, 12, 4, in_every_layer=True, blocks=8)
 SECOND = Kept(20, 12, 5, in_every_layer=True, blocks=8)
 INPUTS = 1.4  # of h for each token and layer, where layers are run again: x, and what else they are given
 
-# Bytes for each logit of a piece, with its temporaries; of a forward in float32, twice as many in float64. At θ
-# `mass_before` takes most, and of U Σ_i p_i S_i.
+# Bytes for each logit of a piece, with its temporaries; of a forward in float32, 4 more in float64. Of U, Σ_i p_i S_i
+# takes most.
 BYTES_OF_A_LOGIT = {
-    "forward": 12,
-    "mass": 19,
+    "forward": 20,
+    "mass": 20,
     "mean_s": 28,
     "jvp": 40,
     "capture": 12,
-    "loop": 20,
-    "alpha": 18,
+    "loop": 36,
+    "alpha": 32,
     "second": 40,
 }
 # The same where entropy is differentiated, token by token (`estimator: rb`).
-BYTES_WITH_ENTROPY = {"capture": 24, "loop": 24}
+BYTES_WITH_ENTROPY = {"capture": 24, "loop": 40}
 # Of every logit of a pass: what the graph of a gradient keeps of all pieces; with entropy where it is in there.
-BYTES_IN_GRAPH = {"alpha": 5, "second": 25}
-BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 13}
+BYTES_IN_GRAPH = {"alpha": 9, "second": 25}
+BYTES_IN_GRAPH_WITH_ENTROPY = {"alpha": 25}
 _DIFFERENTIATED = 3 << 21  # logits of a piece: model/forward.py
 _IN_FLOAT64 = (
     1 << 22
@@ -238,7 +238,7 @@ def _transient(
     columns = batch.longest_of(rows)
     positions = min(rows * batch.response, in_a_piece(network, run))
     states = rows * columns * network.hidden * bytes_of
-    of_logit = BYTES_OF_A_LOGIT[read] * (bytes_of / 4 if read == "forward" else 1)
+    of_logit = BYTES_OF_A_LOGIT[read] + (bytes_of - 4 if read == "forward" else 0)
     logits = states + positions * network.vocabulary * of_logit
     return max(kept.numbers(network, rows, columns) * bytes_of, logits)
 

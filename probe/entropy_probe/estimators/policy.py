@@ -40,7 +40,6 @@ def score_tokens(
     temperature: float,
     top_p: float,
     dtype: torch.dtype | None = None,
-    sums: torch.dtype | None = None,
 ) -> TokenScores:
     """Score `tokens` under the logits that predict them.
 
@@ -52,7 +51,6 @@ def score_tokens(
 
         token_logp = d[token] − log s,     entropy = log s − Σ d·e^d / s
 
-    and both sums over the vocabulary in `sums` (by default in that dtype too),
     so that one copy of the logits and one of e^d are all that is held. Differentiable in the logits, in reverse and in
     forward mode. Logits of −∞ are tokens of probability zero; they add nothing to an entropy.
     """
@@ -63,25 +61,25 @@ def score_tokens(
     in_place = not d.requires_grad
     d = d.clamp_(min=NOTHING) if in_place else d.clamp(min=NOTHING)
     exp_d = d.exp()
-    sum_all = added(exp_d, sums)
+    sum_all = exp_d.sum(-1)
     log_sum = sum_all.log()
     logp = token_d - log_sum
     if top_p >= 1.0:
         weighted = exp_d.mul_(d) if in_place else exp_d * d
-        entropy = log_sum - added(weighted, sums) / sum_all
+        entropy = log_sum - weighted.sum(-1) / sum_all
         return TokenScores(logp, logp, entropy, entropy)
     rounding = float32_rounding(top.squeeze(-1), temperature)
     lowest = _lowest_inside(d.detach(), log_sum.detach(), top_p, NUCLEUS_EDGE, rounding)
     inside_exp = exp_d.masked_fill(d < lowest, 0.0)
     weighted = exp_d.mul_(d) if in_place else exp_d * d
-    entropy = log_sum - added(weighted, sums) / sum_all
-    sum_inside = added(inside_exp, sums)
+    entropy = log_sum - weighted.sum(-1) / sum_all
+    sum_inside = inside_exp.sum(-1)
     log_sum_inside = sum_inside.log()
     logq = (token_d - log_sum_inside).masked_fill(
         token_d.clamp(min=NOTHING) < lowest.squeeze(-1), float("-inf")
     )
     weighted = inside_exp.mul_(d) if in_place else inside_exp * d
-    return TokenScores(logp, logq, entropy, log_sum_inside - added(weighted, sums) / sum_inside)
+    return TokenScores(logp, logq, entropy, log_sum_inside - weighted.sum(-1) / sum_inside)
 
 
 def scores_along(

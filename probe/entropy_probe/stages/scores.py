@@ -127,18 +127,16 @@ def read_rows(
 
 def policy_scores(bound: BoundModel, policy: GenerationConfig, precision: PrecisionSection) -> Read:
     """(log p, log q, entropy of π, entropy of q) of some tokens under the policy, as a reading for `read_rows`."""
-    dtype = torch.promote_types(bound.dtype, torch.float32)
-    return partial(_scored, policy, dtype, torch.float64 if precision.entropy_fp64 else dtype)
+    dtype = (
+        torch.float64 if precision.entropy_fp64 else torch.promote_types(bound.dtype, torch.float32)
+    )
+    return partial(_scored, policy, dtype)
 
 
 def _scored(
-    policy: GenerationConfig,
-    dtype: torch.dtype,
-    sums: torch.dtype,
-    logits: Tensor,
-    tokens: Tensor,
+    policy: GenerationConfig, dtype: torch.dtype, logits: Tensor, tokens: Tensor
 ) -> tuple[Tensor, ...]:
-    scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype, sums)
+    scored = score_tokens(logits, tokens, policy.temperature, policy.top_p, dtype)
     return scored.logp, scored.logq, scored.entropy, scored.entropy_q
 
 
