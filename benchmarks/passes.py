@@ -28,6 +28,7 @@ from entropy_probe import ProbeConfig, load_checkpoint, run_probe  # noqa: E402
 from entropy_probe.cost.computation import FORWARD, GROWING, of_pass  # noqa: E402
 from entropy_probe.cost.sizes import Network  # noqa: E402
 
+_GROWS = set(GROWING) - {"evidence"}  # mostly some responses of two prompts by the plain model
 ROWS = 8  # of a pass that is written by hand: `tf_batch_size`
 
 
@@ -69,7 +70,7 @@ def by_stage(read: Callable[[], float], run: Callable[[Any], object]) -> dict[st
 def scaled(of: dict[str, float], unit: float, times: float) -> dict[str, float]:
     """Units of each stage, for a batch so many times as large."""
     return {
-        stage: value / unit * (1.0 if stage in GROWING else 1.0 / times)
+        stage: value / unit * (1.0 if stage in _GROWS else 1.0 / times)
         for stage, value in of.items()
     }
 

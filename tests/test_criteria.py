@@ -67,6 +67,15 @@ def without_range(report: ProbeReport, **changes: Any) -> ProbeReport:
     return with_row(poisoned(report, "continuity", **unknown), LR, **changes)
 
 
+def per_token_times(report: ProbeReport, factor: float) -> ProbeReport:
+    """With every ΔH per token so many times as large. A slope per token of 2 % of its terms, which this report has, is
+    within the limit and the rounding of float32."""
+    rows = [
+        row.model_copy(update={"delta_h_per_token": factor * row.delta_h_per_token}) for row in report.entropy_change
+    ]
+    return report.model_copy(update={"entropy_change": rows})
+
+
 def every_row(report: ProbeReport, **changes: Any) -> ProbeReport:
     rows = [row.model_copy(update=changes) for row in report.entropy_change]
     return report.model_copy(update={"entropy_change": rows})
@@ -509,6 +518,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "update", slope_of_change=-9 * r.update.slope_of_change_size), "fail"),
         (lambda r: poisoned(r, "update", slope_of_change=math.nan), "fail"),
         (lambda r: poisoned(r, "update", slope_of_change_per_token=9 * r.update.slope_of_change_size), "fail"),
+        (lambda r: per_token_times(r, -3.0), "fail"),
         (lambda r: every_row(r, delta_h_rb=math.nan), "fail"),
         (lambda r: every_row(r, reliable=False), "not_applicable"),
     ],

@@ -120,9 +120,13 @@ def _group_and_others(
 ) -> Float[Tensor, "B G T"]:
     """a·(mean of the own others) + (1 − a)·(mean of other prompts), a = nτ²/(nτ² + σ²) with σ² and τ² of the others."""
     steps = later.shape[-1]
+    # Sums of squares would lose what lies around a large centre. Any will do; the mean of 1/m² times the means m lies
+    # among the small ones, which one large m would hide.
     own = torch.stack([later.sum(1), present.double().sum(1)])
-    sums, counts = among.total(torch.nn.functional.pad(own.sum(1), (0, among.longest - steps)))
-    centres = sums / counts.clamp(min=1.0)  # sums of squares would lose what lies around them
+    inverse = 1.0 / ((own[0] / own[1].clamp(min=1.0)).square() + torch.finfo(torch.float64).tiny)
+    own = (own * inverse).sum(1)
+    sums, weights = among.total(torch.nn.functional.pad(own, (0, among.longest - steps)))
+    centres = sums / torch.where(weights > 0, weights, 1.0)
     centre = centres[:steps]
     later = (later - centre) * present
     sums, counts = later.sum(1), present.double().sum(1)

@@ -37,7 +37,7 @@ class Derivatives:
     `logit` is the largest |z_j| of the logits, over the temperature, that predict the token, and `d_logit` the largest
     |D_v z_j|: how fast the policy moves, where it is so certain that log p and H hardly do. `rounding` is
     eps·max(1, logit)·d_logit: both derivatives are sums of p_j·D_v z_j, where a p_j is as uncertain as its logit, and
-    the terms may cancel. `values` are S and R where the derivatives are taken, of a pass in forward mode.
+    the terms may cancel. `values` are log p and H_t where the derivatives are taken, of a pass in forward mode.
     """
 
     d_logp: Float[Tensor, "B G T"]
@@ -45,7 +45,7 @@ class Derivatives:
     logit: Float[Tensor, "B G T"]
     d_logit: Float[Tensor, "B G T"]
     rounding: Float[Tensor, "B G T"]
-    values: Float[Tensor, "2 B G"] | None = None
+    values: Float[Tensor, "2 B G T"] | None = None
 
     @property
     def d_seq_logp(self) -> Float[Tensor, "B G"]:
@@ -97,9 +97,8 @@ def directional_derivatives(
     Of `some` rows, without which of all; the others' are 0. Raises `NotImplementedError` where an operation of the
     model has no forward-mode derivative.
     """
-    shape = (4, len(rollouts.gen_lens), rollouts.max_gen_len)
+    shape = (6, len(rollouts.gen_lens), rollouts.max_gen_len)
     found = torch.zeros(shape, dtype=torch.float64)
-    sums = torch.zeros(2, len(rollouts.gen_lens), dtype=torch.float64)
     point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
     along = {
         name: v[name].to(value) for name, value in point.items()
@@ -109,18 +108,14 @@ def directional_derivatives(
     for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation), some):
         with forward_ad.dual_level():
             dual = {name: forward_ad.make_dual(value, along[name]) for name, value in point.items()}
-            logp, entropy, *others = read_rows(
-                bound, rollouts, rows, read, override=dual, true_derivative=True
-            )
-            sums[:, rows] = torch.stack([of.double().sum(-1).cpu() for of in (logp, entropy)])
-            for whole, part in zip(found, others, strict=True):
+            parts = read_rows(bound, rollouts, rows, read, override=dual, true_derivative=True)
+            for whole, part in zip(found, parts, strict=True):
                 whole[rows, : part.shape[1]] = part.double().cpu()
     eps = torch.finfo(bound.dtype).eps
-    d_logp, d_entropy, logit, d_logit = map(rollouts.per_prompt, found)
+    *values, d_logp, d_entropy, logit, d_logit = map(rollouts.per_prompt, found)
     logit, d_logit = logit / temperature, d_logit / temperature
     rounding = eps * logit.clamp(min=1.0) * d_logit
-    values = torch.stack([rollouts.per_prompt(of) for of in sums])
-    return Derivatives(d_logp, d_entropy, logit, d_logit, rounding, values)
+    return Derivatives(d_logp, d_entropy, logit, d_logit, rounding, torch.stack(values))
 
 
 def _along(temperature: float, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -235,14 +230,16 @@ class Stencil:
         assert up.values is not None
         assert down.values is not None
         eps = torch.finfo(torch.float64).eps
-        of_value = eps * up.logit.clamp(min=1.0).square().sum(-1).sqrt() / self.h
-        known = up.rounding.square().sum(-1).sqrt() + of_value
+        known = up.rounding.square().sum(-1).sqrt()
         fastest = max(up.fastest_sum, down.fastest_sum)
         for k, of in enumerate(("d_seq_logp", "d_rb_sum")):
             above, below = getattr(up, of), getattr(down, of)
-            chord = (up.values[k] - down.values[k]) / (2 * self.h)
+            chord = (up.values[k] - down.values[k]).sum(-1) / (2 * self.h)
+            size = torch.maximum(up.logit, up.values[k].abs()).clamp(min=1.0)
+            of_values = eps * size.square().sum(-1).sqrt() / self.h
             turned = (above - below).abs()
-            rough |= (chord - (above + below) / 2).abs() > curved * turned + _ROUNDINGS * known
+            off = (chord - (above + below) / 2).abs()
+            rough |= off > curved * turned + _ROUNDINGS * (known + of_values)
             rough |= turned > curved * fastest + _ROUNDINGS * known
         return rough
 
