@@ -2,7 +2,7 @@
 
 32 rows of up to 192 tokens, 1645 of them generated (4 prompts with 8 responses each, right-padded).
 
-    naive 32     logits of all 32 rows in one call, log_softmax over [N, L, V], gather, −Σ p log p
+    naive 32     logits of all 32 rows in one call, log_softmax over [N, L, V], gather, −Σ p log p; at 32k alone
     naive 8      the same, 8 rows a call
     TRL          8 rows of similar length a call, `logits_to_keep` from the shortest prompt on, and TRL's selective
                  log-softmax and entropy
@@ -13,9 +13,7 @@ The gradient is that of Σ log p by the query weights.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,16 +108,6 @@ def off_by(some: Values, others: Values) -> float:
     )
 
 
-def fits(name: str, device: torch.device) -> bool:
-    """Whether three tensors [32, 192, V] and the model fit into what is free now."""
-    if device.type == "cuda":
-        return True
-    found = re.search(
-        r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii")
-    )
-    return found is not None and int(found[1]) * 1024 > 3.3 * 4 * 32 * 192 * vocabulary(name) + 1e9
-
-
 @pytest.mark.parametrize("name", ["s32k", "s152k"])
 def test_scoring(race: Callable[..., dict[str, float]], device: torch.device, name: str) -> None:
     bound, rollouts = random_model(name, device=device), rollouts_for(name)
@@ -129,8 +117,8 @@ def test_scoring(race: Callable[..., dict[str, float]], device: torch.device, na
         "ours in float32": lambda: ours(bound, rollouts, IN_SINGLE),
     }
     targets = {"TRL": 1.0}
-    if fits(name, device):
-        targets["naive 32"] = 2.0 if name == "s32k" else 3.0
+    if name == "s32k" or device.type == "cuda":  # 12 GB at 152k
+        targets["naive 32"] = 2.0
         others = {"naive 32": lambda: naive(bound, rollouts, 32), **others}
     expected = ours(bind(bound.module, torch.float64), rollouts, IN_DOUBLE)
     errors = {
