@@ -6,7 +6,8 @@
     naive 8      the same, 8 rows a call
     TRL          8 rows of similar length a call, `logits_to_keep` from the shortest prompt on, and TRL's selective
                  log-softmax and entropy
-    ours         `score`, as the product calls it; `in float32` with entropy_fp64 off
+    ours         `score`, as the sweep calls it; `in float32` with entropy_fp64 off
+    ours at θ    `score` at θ, which also finds how much mass stands before each token
 
 The gradient is that of Σ log p by the query weights.
 """
@@ -94,8 +95,10 @@ def by_trl(bound: BoundModel, rollouts: Rollouts) -> Values:
     return in_order(batches(), len(rollouts.ids))
 
 
-def ours(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Values:
-    scores = score(bound, rollouts, config)
+def ours(
+    bound: BoundModel, rollouts: Rollouts, config: ProbeConfig, *, at_theta: bool = False
+) -> Values:
+    scores = score(bound, rollouts, config, None if at_theta else {})
     return scores.token_logp.flatten(0, 1)[rollouts.gen_mask], scores.rb_entropy.flatten(0, 1)[
         rollouts.gen_mask
     ]
@@ -115,6 +118,7 @@ def test_scoring(race: Callable[..., dict[str, float]], device: torch.device, na
         "naive 8": lambda: naive(bound, rollouts, BATCH),
         "TRL": lambda: by_trl(bound, rollouts),
         "ours in float32": lambda: ours(bound, rollouts, IN_SINGLE),
+        "ours at θ": lambda: ours(bound, rollouts, IN_DOUBLE, at_theta=True),
     }
     targets = {"TRL": 1.0}
     if name == "s32k" or device.type == "cuda":  # 12 GB at 152k
