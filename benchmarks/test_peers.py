@@ -7,7 +7,8 @@ default. Every way's numbers are compared with ours before the race.
 scores          log p and entropy of every token of one response
     TRL         `selective_log_softmax` and `entropy_from_logits` of TRL, on the logits of the response's positions
     naive       log_softmax over [T, V], gather, −Σ p log p
-    ours in float32    `score` with entropy_fp64 off
+    ours in float32    with entropy_fp64 off
+    ours at θ   `score` at θ, which also finds how much mass stands before each token; `ours` is the sweep's, without it
 log_p           log p alone, one response
     Liger       the forward of its fused linear GRPO loss, which reads the vocabulary in blocks
 loss            gradient of Σ_t log p_t of one response with respect to LoRA's factors
@@ -143,8 +144,9 @@ def test_scores(race: Race, device: torch.device, vocabulary: int, length: int) 
     ids = batch.ids.to(device)
     tokens = ids[:, PROMPT:]
 
-    def ours(*, in_float64: bool = True) -> Parts:
-        scores = score(bound, batch, config_of(1, in_float64=in_float64))
+    def ours(*, in_float64: bool = True, at_theta: bool = False) -> Parts:
+        config = config_of(1, in_float64=in_float64)
+        scores = score(bound, batch, config, None if at_theta else {})
         return [scores.token_logp[0], scores.rb_entropy[0]]
 
     def trl() -> Parts:
@@ -155,7 +157,12 @@ def test_scores(race: Race, device: torch.device, vocabulary: int, length: int) 
         logp = logits_of(bound.language_model, ids).log_softmax(-1)
         return [logp.gather(-1, tokens[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)]
 
-    others = {"TRL": trl, "naive": naive, "ours in float32": lambda: ours(in_float64=False)}
+    others = {
+        "TRL": trl,
+        "naive": naive,
+        "ours in float32": lambda: ours(in_float64=False),
+        "ours at θ": lambda: ours(at_theta=True),
+    }
     errors = compared(ours(), others, largest)
     assert max(errors.values()) < NATS, errors
     race(ours, others, **rounds(vocabulary, length), quality=errors, memory=True)

@@ -83,9 +83,10 @@ def table(name: str) -> str:
         lines.append(f"| {way} | {' | '.join(cells)} |")
     rounds = [edge for of in found.values() for spread in of["spread"].values() for edge in spread]
     load = [one for of in found.values() for one in of["load"]]
+    busy = dict.fromkeys(f"{edge:.0f}" for edge in (min(load), max(load)))
     lines.append(
         f"\nRounds lie between {min(rounds):.2f} and {max(rounds):.2f} of their medians; "
-        f"{min(load):.0f} to {max(load):.0f} processes wanted to run on the machine."
+        f"{' to '.join(busy)} processes wanted to run on the machine."
     )
     return "\n".join(lines) + "\n"
 
