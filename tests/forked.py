@@ -65,7 +65,7 @@ def python(
         outputs = [Path(place) / name for name in ("stdout", "stderr")]
         process = _SERVER.Process(
             target=_become,
-            args=(command, os.fspath(cwd or os.getcwd()), dict(environment or os.environ), outputs, _fresh_path()),
+            args=(command, os.fspath(cwd or os.getcwd()), _of_no_worker(environment or os.environ), outputs, _fresh_path()),
         )
         process.start()
         process.join(timeout)
@@ -100,6 +100,11 @@ def runs_of(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
         return pytest.RunResult(done.returncode, *lines, time.perf_counter() - start)
 
     return run
+
+
+def _of_no_worker(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what says that this is one of xdist's processes, in which pytest-benchmark measures nothing."""
+    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
 
 
 @cache

@@ -46,6 +46,8 @@ ALL_PAIRS = r"first_order\.var_unbiased|two_batch\.(interaction|delta_h1_se|delt
 ROUNDING = r"identity_error|witness|invariance|integrity|real_step\.(virtual|real)|preconditioner\.difference"
 # Second derivatives are differences over steps of 1e-5 and 1e-3: 1e-16 over these, of the terms.
 BY_DIFFERENCE = r"curvature|eta_star|taylor_|predicted|difference|ratio"
+# The radius has a third derivative in it, over a step of 1e-3: 1e-16 over its cube, and few responses to add.
+BY_THIRD_DIFFERENCE = r"taylor_radius"
 # ΔH, and what is made of it: absolute 1e-13·max(1, |Ĥ|) (MATH.md), which a small η makes a large share of it.
 OF_CHANGE = r"entropy_change\[\d+\]"
 
@@ -153,6 +155,8 @@ def differences(one: Any, other: Any, path: str = "", scale: float = 0.0) -> Ite
         if re.search(OF_CHANGE, path):
             absolute = 1e-12
         relative = 1e-7 if re.search(BY_DIFFERENCE, path) else 1e-9
+        if re.search(BY_THIRD_DIFFERENCE, path):
+            relative = 1e-5
         if not math.isclose(one, other, rel_tol=relative, abs_tol=max(absolute, 1e-9 * scale, 1e-13)):
             yield f"{path}: {one} and {other}"
     elif one != other:

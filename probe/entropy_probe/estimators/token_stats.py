@@ -383,6 +383,10 @@ def features_of_logits(
     )
 
 
+# Probabilities of float32 end at 1e-45, and have few digits below 1e-38; entropies, of float64, go on to 1e-305.
+_FAINT = 1e-30
+
+
 def _features_of_rows(z: Tensor, temperature: float) -> Float[Tensor, "R 6"]:
     largest, places = z.topk(2, dim=-1)
     d = (z - largest[:, :1]).div_(temperature).clamp_(min=NOTHING)
@@ -390,6 +394,7 @@ def _features_of_rows(z: Tensor, temperature: float) -> Float[Tensor, "R 6"]:
         -1, places[:, :1], 0.0
     )  # of the others: 1 − s is known where s is all but 1
     others = added(e, torch.float64)
+    faint = others < _FAINT
     total = 1.0 + others
     weighted = e.mul_(d)
     mean = added(weighted, torch.float64) / total
@@ -399,7 +404,10 @@ def _features_of_rows(z: Tensor, temperature: float) -> Float[Tensor, "R 6"]:
     of_two = -torch.xlogy(smaller, smaller) - (1.0 - smaller) * torch.log1p(-smaller)
     margin = (largest[:, 0].double() - largest[:, 1].double()).clamp(max=MARGIN_CAP)
     variance = temperature**2 * (square - mean.square()).clamp(min=0.0)
-    return torch.stack([others.log1p() - mean, head, margin, head, of_two, variance], -1)
+    found = torch.stack([others.log1p() - mean, head, margin, head, of_two, variance], -1)
+    if z.dtype != torch.float64 and faint.any():
+        found[faint] = _features_of_rows(z[faint].double(), temperature)
+    return found
 
 
 def with_position(
