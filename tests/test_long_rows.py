@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,10 @@ def test_every_number_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         }
     before = reports["as before"]
     assert len(before) > 300
-    assert reports["again"] == before  # bit for bit
+    beside = re.compile(r"\.update\.(slope_of_v0|slope_by_unit|spread_over_batches)_per_token")
+    for name, value in before.items():  # bit for bit; X per token shares a forward where layers are not run again
+        assert reports["again"][name] == (pytest.approx(value, rel=1e-13) if beside.match(name) else value), name
+    assert reports["again"].keys() == before.keys()
     assert reports["both"].keys() == before.keys()
     off = {k: (v, reports["both"][k]) for k, v in before.items() if not close(v, reports["both"][k])}
     assert off == {}

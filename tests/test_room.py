@@ -168,4 +168,5 @@ def test_less_is_held(counts: dict[str, tuple[dict[str, float], Counted]]) -> No
     (_, held), (_, less) = (counts[way] for way in ("held", "made"))
     for stage in ("update", "slopes", "entropy change"):
         saved = (held.peaks[stage] - less.peaks[stage]) / held.network.trainable
-        assert saved >= (20 if stage == "update" else 0.95 * 32)  # one tensor of this model is a third of it
+        # where D is made it is one tensor at a time, which in this model is a third of all
+        assert saved >= (0.95 * 32 if stage == "entropy change" else 20)

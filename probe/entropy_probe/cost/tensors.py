@@ -207,7 +207,10 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
             16 * min(units * network.largest, _IN_FLOAT64),
         ),
         "update": 0.0 if there else 10 * 8 * network.largest,  # torch's own step of one tensor
-        "slopes": jvp,
+        # X per token, and one tensor of D, which is made as in the update, by rows of U
+        "slopes": max(
+            jvp, held(network, run)["X per token"] + (0.0 if there else 10 * 8 * network.largest)
+        ),
         "entropy change": bytes_of * d + scored,
         "real step": 0.0,
         "witnesses": _witnesses(network, run, there=there),
