@@ -15,7 +15,7 @@ import transformers
 from subjects import small
 
 from entropy_probe.model.forward import BoundModel, bind
-from entropy_probe.stages.responses.sampling import sample
+from entropy_probe.stages.responses.sampling import Stream, sample
 from entropy_probe.stages.responses.steps import left_padded
 
 PROMPTS, GROUP, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 4, 8, 128, 48, 8192
@@ -65,7 +65,7 @@ def by_sample(bound: BoundModel, prompts: list[list[int]], top_p: float) -> list
         top_p=top_p,
         max_new_tokens=NEW_TOKENS,
         eos_ids=(),
-        seed=0,
+        noise=Stream.of(0, len(prompts)),
         gen_batch_size=PROMPTS * GROUP,
     )
 

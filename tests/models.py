@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from entropy_probe.config import ProbeConfig
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.gradients.units import units_of
-from entropy_probe.stages.responses.sampling import sample
+from entropy_probe.stages.responses.sampling import Stream, sample
 from entropy_probe.stages.share import Share
 
 VOCABULARY = 67
@@ -106,7 +106,7 @@ def sampled_rollouts(path: Path, model: Any, *, prompts: int, responses: int, se
         max_new_tokens=8,
         eos_ids=[EOS],
         gen_batch_size=32,
-        seed=seed,
+        noise=Stream.of(seed, len(given)),
     )
     lines = [
         {

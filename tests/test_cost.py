@@ -24,7 +24,7 @@ from entropy_probe.cost.traffic import sent
 from entropy_probe.model.forward import bind
 from entropy_probe.stages.gradients.payloads import Payload
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
-from entropy_probe.stages.responses.sampling import sample
+from entropy_probe.stages.responses.sampling import Stream, sample
 from entropy_probe.stages.witnesses.projections import by_alpha
 from entropy_probe.stages.witnesses.witness import terms, twice_in_reverse
 
@@ -248,7 +248,7 @@ def test_sampling(tmp_path: Path, sizes: Sizes) -> None:
             top_p=1.0,
             max_new_tokens=sizes.response,
             eos_ids=[],
-            seed=0,
+            noise=Stream.of(0, batch.prompts),
             gen_batch_size=32,
         )
     network = Network.of(model)

@@ -176,7 +176,7 @@ def test_sampling_at_eta_zero_is_sampling(sampled: Sampled) -> None:
 
     def drawn(eta: float) -> Rollouts:
         override = sampled.override(eta)
-        return redrawn(sampled.bound, sampled.rollouts, tokenizer, config.generation, seed=9, override=override)
+        return redrawn(sampled.bound, sampled.rollouts, tokenizer, config.generation, seeds=[9], override=override)[0]
 
     same, other = drawn(0.0), drawn(0.3)
     assert torch.equal(same.ids, plain.ids)
@@ -261,14 +261,14 @@ def test_fresh_responses_share_the_noise_of_the_batch(sampled: Sampled) -> None:
         at = score(sampled.bound, fresh, config, sampled.override(eta))
         return entropy_change.resampled(change, scores, at, config).rb.se
 
-    own = redrawn(sampled.bound, e, None, config.generation, seed=seed + 1, override=sampled.override(eta))
+    own = redrawn(sampled.bound, e, None, config.generation, seeds=[seed + 1], override=sampled.override(eta))[0]
     assert se(redrawn_at(sampled, eta, e)) < se(own) / 2
 
 
 def test_stop_strings_cannot_be_found_without_a_tokenizer(sampled: Sampled) -> None:
     generation = ProbeConfig.from_mapping({"generation": {"stop": ["x"], "max_new_tokens": 3}}).generation
     with pytest.raises(MeasurementError, match=r"generation\.stop: needs a tokenizer"):
-        redrawn(sampled.bound, sampled.rollouts, None, generation, seed=1, override={})
+        redrawn(sampled.bound, sampled.rollouts, None, generation, seeds=[1], override={})
 
 
 def at_end(sampled: Sampled, eta: float, prompts: int, **true_delta_h: Any) -> entropy_change.EntropyChange:

@@ -16,7 +16,7 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators.policy import score_tokens
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.stages.responses.drawing import draw, masses, noise_of
-from entropy_probe.stages.responses.sampling import StopStrings, sample
+from entropy_probe.stages.responses.sampling import StopStrings, Stream, sample
 from entropy_probe.stages.responses.steps import OverCache, Unpadded, WholeRows, agreement, left_padded
 
 V = models.VOCABULARY
@@ -39,14 +39,14 @@ def bound_model(architecture: str, dtype: torch.dtype = torch.float64, attention
     return bind(model, dtype)
 
 
-def run(bound: BoundModel, prompts: Any = PROMPTS, **changes: Any) -> list[list[int]]:
+def run(bound: BoundModel, prompts: Any = PROMPTS, seed: int = 3, first: int = 0, **changes: Any) -> list[list[int]]:
     settings: dict[str, Any] = {
         "num_return_sequences": 5,
         "temperature": 1.0,
         "top_p": 1.0,
         "max_new_tokens": 12,
         "eos_ids": [models.EOS],
-        "seed": 3,
+        "noise": Stream.of(seed, len(prompts), first),
         "gen_batch_size": 64,
     }
     return sample(bound, prompts, **{**settings, **changes})
@@ -337,7 +337,7 @@ def test_responses_do_not_depend_on_the_batch(architecture: str, top_p: float) -
     assert len({tuple(r) for r in whole}) > 8
     for size in (1, 2, 7, 10):
         assert run(bound, **settings, gen_batch_size=size) == whole
-    assert run(bound, PROMPTS[1:], **settings, first_prompt=1) == whole[5:]
+    assert run(bound, PROMPTS[1:], **settings, first=1) == whole[5:]
     three = run(bound, **settings, num_return_sequences=3)
     assert three == [whole[n * 5 + g] for n in range(3) for g in range(3)]
     assert run(bound, **{**settings, "max_new_tokens": 4}) == [r[:4] for r in whole]
@@ -461,7 +461,7 @@ def test_stop_strings_in_windows_of_a_long_response() -> None:
 def test_prompts_without_tokens_and_no_prompts() -> None:
     bound = bound_model("llama")
     with pytest.raises(MeasurementError, match="prompt 12: has no token"):
-        run(bound, [[5], []], first_prompt=10)
+        run(bound, [[5], []], first=10)
     assert run(bound, []) == []
 
 

@@ -12,7 +12,7 @@ from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.model.forward import bind
 from entropy_probe.report import SamplingSection
-from entropy_probe.stages.responses.sampling import sample
+from entropy_probe.stages.responses.sampling import Stream, sample
 from entropy_probe_checks.criteria import CRITERIA
 
 SEEDS = 400
@@ -47,7 +47,7 @@ def test_chance_repeats_the_responses_as_often_as_it_says(report: ProbeReport) -
         for seed in range(SEEDS):
             found += drawn == sample(
                 bound, prompts, num_return_sequences=2, temperature=2.0, top_p=1.0, max_new_tokens=1, eos_ids=[],
-                seed=seed, gen_batch_size=4,
+                noise=Stream.of(seed, 2), gen_batch_size=4,
             )  # fmt: skip
     assert 0.02 < chance < 0.98  # else nothing is counted
     assert abs(found / SEEDS - chance) <= 4 * math.sqrt(chance * (1 - chance) / SEEDS), (found, chance)

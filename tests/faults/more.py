@@ -704,9 +704,9 @@ def update_drawn_too_cold(patch: Patch) -> None:
     """Only U is drawn at 0.6 of its temperature."""
     original = sampled_rollouts.sample
 
-    def colder(*given: Any, temperature: float, seed: int, **more: Any) -> Any:
-        of_u = seed == batches._seed("U", 0)
-        return original(*given, temperature=0.6 * temperature if of_u else temperature, seed=seed, **more)
+    def colder(*given: Any, temperature: float, noise: Any, **more: Any) -> Any:
+        of_u = {seed for seed, _ in noise} == {batches._seed("U", 0)}
+        return original(*given, temperature=0.6 * temperature if of_u else temperature, noise=noise, **more)
 
     patch.setattr(sampled_rollouts, "sample", colder)
 

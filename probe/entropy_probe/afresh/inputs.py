@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from inspect import isawaitable, signature
@@ -139,11 +140,14 @@ def _encoded(questions: Sequence[Question], tokenizer: Any, batch: Any) -> list[
         or not all(isinstance(p, str) for p in prompts)
     ):
         return [_encoded_alone(question, tokenizer, batch) for question in questions]
-    usual = tokenizer(prompts).input_ids
+    encoded = partial(
+        tokenizer, prompts, return_attention_mask=False
+    )  # which takes four fifths of the time
+    usual = encoded().input_ids
     begins, ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     if not any(list(ids[:1]) == begins or list(ids[-1:]) == ends for ids in usual):
         return [list(ids) for ids in usual]
-    plain = tokenizer(prompts, add_special_tokens=False).input_ids
+    plain = encoded(add_special_tokens=False).input_ids
     return [
         _without_marks(list(ids), list(own), begins, ends)
         for ids, own in zip(usual, plain, strict=True)

@@ -47,8 +47,8 @@ def redraw_for(
     generation = for_sampling(bound, int(rollouts.prompt_lens.max()), longer, later=True).generation
     seed = _seed("E", config.batch.seed)
     return lambda override: redrawn(
-        bound, share.own, tokenizer, generation, seed=seed, override=override
-    )
+        bound, share.own, tokenizer, generation, seeds=[seed], override=override
+    )[0]
 
 
 def sampling_section(
@@ -58,15 +58,14 @@ def sampling_section(
     seed, that of U, draws too."""
     few = e.of_prompts(torch.arange(2))
     generation = for_sampling(bound, int(few.prompt_lens.max()), config).generation
+    seeds = [_seed(which, config.batch.seed) for which in "EU"]
 
-    def same(which: str) -> float:
-        again = redrawn(
-            bound, few, tokenizer, generation, seed=_seed(which, config.batch.seed), override={}
-        )
+    def same(again: Rollouts) -> float:
         equal = [a == b for a, b in zip(few.responses, again.responses, strict=True)]
         return sum(equal) / len(equal)
 
-    return r.SamplingSection(same_seed=same("E"), other_seed=same("U"))
+    own, other = map(same, redrawn(bound, few, tokenizer, generation, seeds=seeds, override={}))
+    return r.SamplingSection(same_seed=own, other_seed=other)
 
 
 def _length_limit(rollouts: Rollouts, ends: set[int], config: ProbeConfig) -> int:

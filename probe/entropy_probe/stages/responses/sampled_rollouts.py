@@ -19,7 +19,7 @@ from entropy_probe.stages.responses.ids import Door, eos_ids
 from entropy_probe.stages.responses.prompts import Prompt
 from entropy_probe.stages.responses.rewards import Asked, Reward, Rewards, of_each, tag_pref
 from entropy_probe.stages.responses.rollouts import Group, Progress, Rollouts, assembled
-from entropy_probe.stages.responses.sampling import StopStrings, sample
+from entropy_probe.stages.responses.sampling import StopStrings, Stream, sample
 
 
 def sample_rollouts(
@@ -61,8 +61,7 @@ def sample_rollouts(
         tokenizer,
         encoded[share],
         generation,
-        seed=seed,
-        first_prompt=first_prompt + share.start,
+        noise=Stream.of(seed, share.stop - share.start, first_prompt + share.start),
         progress=None if progress is None else partial(progress, stage),
     )
     drawn = _of_all(drawn, share, len(prompts), group, world)
@@ -110,31 +109,34 @@ def redrawn(
     tokenizer: Any | None,
     generation: GenerationConfig,
     *,
-    seed: int,
+    seeds: Sequence[int],
     override: Mapping[str, Tensor],
-) -> Rollouts:
-    """As many fresh responses of the same prompts, from q at the parameters in `override`.
+) -> list[Rollouts]:
+    """As many fresh responses of the same prompts, from q at the parameters in `override`, with each of the seeds.
 
-    Rewards are NaN.
+    All are drawn together. Rewards are NaN.
     """
     size_b, group = rollouts.num_prompts, rollouts.num_responses
     lengths = rollouts.prompt_lens[::group].tolist()
     firsts = rollouts.ids[::group]
     prompts = [ids[:length].tolist() for ids, length in zip(firsts, lengths, strict=True)]
     if not prompts:
-        return rollouts
+        return [rollouts] * len(seeds)
     drawn = _sampled(
         bound,
         tokenizer,
-        prompts,
+        prompts * len(seeds),
         generation.model_copy(update={"num_return_sequences": group}),
-        seed=seed,
-        first_prompt=rollouts.first_prompt,
+        noise=[one for seed in seeds for one in Stream.of(seed, size_b, rollouts.first_prompt)],
         override=override,
     )
     nothing = [[math.nan] * group] * size_b
-    groups = [Group(*one) for one in zip(prompts, drawn, nothing, strict=True)]
-    return replace(assembled(groups, "resampled", 0), first_prompt=rollouts.first_prompt)
+    found = []
+    for k in range(len(seeds)):
+        own = drawn[k * size_b :][:size_b]
+        groups = [Group(*one) for one in zip(prompts, own, nothing, strict=True)]
+        found.append(replace(assembled(groups, "resampled", 0), first_prompt=rollouts.first_prompt))
+    return found
 
 
 def _sampled(

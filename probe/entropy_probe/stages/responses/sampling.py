@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +59,18 @@ class StopStrings:
         return any(string in text for string in self.strings)
 
 
+class Stream(NamedTuple):
+    """Whose noise a prompt's responses are drawn with: that of a seed, and of a prompt's number in the batch."""
+
+    seed: int
+    prompt: int
+
+    @classmethod
+    def of(cls, seed: int, count: int, first: int = 0) -> list[Stream]:
+        """Those of so many prompts that follow one another."""
+        return [cls(seed, first + n) for n in range(count)]
+
+
 @dataclass(frozen=True)
 class _Row:
     """One response on its way; `index` is n·G + g."""
@@ -76,10 +89,9 @@ def sample(
     top_p: float,
     max_new_tokens: int,
     eos_ids: Collection[int],
-    seed: int,
+    noise: Sequence[Stream],
     gen_batch_size: int,
     stop: StopStrings | None = None,
-    first_prompt: int = 0,
     override: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
@@ -90,16 +102,16 @@ def sample(
     A response ends with its first EOS (kept), with the token that completes a stop string, or at
     `max_new_tokens`. At most `gen_batch_size` rows run at once. The responses do not depend on it,
     nor on the other prompts: in float64 they are the same, in float32 they are but where a number
-    falls within rounding of the boundary between two sets of tokens (`draw`). A process that
-    samples the prompts from `first_prompt` on gets what one process would have got for them.
-    `override` replaces parameters. Where the model's cache does not give what whole rows give, every
-    token is drawn from whole rows, as they are scored (`way_of`). `progress(done, all)` counts
-    tokens, those that a response ended without included.
+    falls within rounding of the boundary between two sets of tokens (`draw`). `noise` has the seed
+    and the number of every prompt: a process that samples some of the prompts gets what one process
+    would have got for them. `override` replaces parameters. Where the model's cache does not give
+    what whole rows give, every token is drawn from whole rows, as they are scored (`way_of`).
+    `progress(done, all)` counts tokens, those that a response ended without included.
 
     No global generator is used. Raises `MeasurementError`: a prompt without tokens, logits that are
     not finite.
     """
-    _require_tokens(prompts, first_prompt)
+    _require_tokens(prompts, noise)
     if not prompts:
         return []
     way, group = way_of(bound, prompts, max_new_tokens), num_return_sequences
@@ -116,7 +128,7 @@ def sample(
         for first in range(0, group, gen_batch_size):
             members = range(first, min(first + gen_batch_size, group))
             each = [(n, g) for n in chosen for g in members]
-            rows = [_Row(n * group + g, noise_of(seed, first_prompt + n, g)) for n, g in each]
+            rows = [_Row(n * group + g, noise_of(*noise[n], g)) for n, g in each]
             of_prompt = torch.arange(len(chosen)).repeat_interleave(len(members))
             steps = prompt_steps.branch(of_prompt, last=members.stop == group)
             _run(bound, rows, steps, temperature, top_p, ended_by, report)
@@ -137,10 +149,10 @@ def _together(prompts: Sequence[Sequence[int]], at_once: int, way: Way) -> Itera
             yield places[start : start + at_once]
 
 
-def _require_tokens(prompts: Sequence[Sequence[int]], first_prompt: int) -> None:
+def _require_tokens(prompts: Sequence[Sequence[int]], noise: Sequence[Stream]) -> None:
     empty = next((n for n, prompt in enumerate(prompts) if not prompt), None)
     if empty is not None:
-        where = f"prompt {first_prompt + empty + 1}"
+        where = f"prompt {noise[empty].prompt + 1}"
         raise MeasurementError(where, "has no token", "leave it out")
 
 
