@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.sheet import Sheet, both, ratio
+from entropy_probe_checks.audit.estimate import both, ratio
+from entropy_probe_checks.audit.sheet import Sheet
 
 LOGIT_VAR = 5  # the place of Var_q(logit) among the features of a token
 
@@ -17,7 +18,8 @@ def write(sheet: Sheet) -> None:
     _batch(sheet, "update_batch", sheet.u, 1)
     _entropy(sheet)
     _predictors(sheet)
-    _parity(sheet)
+    if "e.sampler_logprobs" in sheet:
+        _parity(sheet)
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
@@ -59,14 +61,14 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     most, mean = abs(rewards).max(), ratio(rewards, sheet.lengths(which) > 0)
     sheet.estimates(section, most, mean_reward=mean)
     a, used = advantages(sheet, which), sheet[f"{which}.advantages"]
-    sheet.compare(f"{which}.advantages", used, a, max(most, abs(a).max()))
+    sheet.hold(f"{which}.advantages", used, a, max(most, abs(a).max()))
     idle = abs(a).max(1) <= 1e-12 * abs(rewards).max(1)
     write(zero_advantage_fraction=float(idle.mean()))
-    eos, unended, generation = set(facts["eos"]), None, sheet.config["generation"]
+    eos, generation = set(facts["eos"]), sheet.config["generation"]
+    write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts))
     if facts["source"][place] == "sampled" and not generation["stop"]:
         full = generation["max_new_tokens"]
-        unended = sum(text[-1] not in eos and len(text) < full for text in texts)
-    write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts), unended=unended)
+        write(unended=sum(text[-1] not in eos and len(text) < full for text in texts))
     given = sheet.get(f"{which}.given_advantages")
     from_file = "weights" if facts["weighed"][place] else "given"
     write(advantages="recipe" if given is None else from_file)
@@ -93,9 +95,8 @@ def _predictors(sheet: Sheet) -> None:
     """Those of the change that need no gradient, on U: −Cov(log p, A), −mean[A(1 − p)(H + log p)] and
     −mean[A(S − Σ_i p_i S_i)] with S = p(H + log p), over the tokens of the step."""
     l, h, mean_s = sheet.of(sheet.u, "logp entropy mean_s")
-    lengths, p = sheet.lengths(sheet.u), np.exp(l)
-    in_step = sheet.get(f"{sheet.u}.in_step", lengths > 0).astype(bool)
-    chosen = (np.arange(l.shape[2]) < lengths[..., None]) & in_step[..., None]
+    in_step = sheet.get(f"{sheet.u}.in_step", np.ones(l.shape[:2])).astype(bool)
+    chosen, p = sheet.tokens(sheet.u) & in_step[..., None], np.exp(l)
     a = sheet.get(f"{sheet.u}.given_advantages", advantages(sheet, sheet.u))
     a = (a if a.ndim == 3 else a[..., None]) * chosen
     covariance = (l - l[chosen].mean()) * (a - a[chosen].mean()) * chosen
@@ -107,14 +108,12 @@ def _predictors(sheet: Sheet) -> None:
 
 def _parity(sheet: Sheet) -> None:
     """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
-    if "e.sampler_logprobs" not in sheet:
-        sheet.write("", sampler_parity=None)
-        return
-    write, lengths = partial(sheet.write, "sampler_parity"), sheet["e.gen_lens"]
-    scored, reported = (
-        np.concatenate([row[:n] for row, n in zip(rows, lengths, strict=True)])
-        for rows in (sheet["e.logq"].reshape(len(lengths), -1), sheet["e.sampler_logprobs"])
+    write, there, scored = (
+        partial(sheet.write, "sampler_parity"),
+        sheet.tokens("e"),
+        sheet["e.logq"],
     )
+    scored, reported = scored[there], sheet["e.sampler_logprobs"].reshape(scored.shape)[there]
     delta, p, q = reported - scored, np.exp(reported), np.exp(scored)
     rho, varied = np.exp(-delta), min(p.std(), q.std()) > 1e-12
     write(mean_abs_difference=abs(delta).mean(), max_abs_difference=abs(delta).max())

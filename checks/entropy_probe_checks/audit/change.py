@@ -7,28 +7,35 @@ import numpy as np
 
 from entropy_probe_checks.audit import tail
 from entropy_probe_checks.audit.baselines import coefficients
+from entropy_probe_checks.audit.estimate import interval, ratio, se
 from entropy_probe_checks.audit.first_order import learning_rate
-from entropy_probe_checks.audit.sheet import Sheet, interval, ratio, se
-from entropy_probe_checks.audit.slopes import Along, Pair, of_ratio, of_responses
+from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.slopes import Along, by_derivatives
 
 
-def write(sheet: Sheet, along: Along | None) -> None:
-    sheet.compare("etas", sheet.facts["etas"], _grid(sheet, along))
-    along = None if sheet.restricted else along
-    for k, eta in enumerate(sheet.facts["etas"]):
-        _row(sheet, k, float(eta), along)
+def write(sheet: Sheet, along: list[Along]) -> None:
+    """What is along v per response and per token, if there is a step."""
+    etas, reach = [0.0], 0.0
     if along:
-        _resolution(sheet, along)
-    else:
-        sheet.write("", resolution=None)
+        slope, curvature, *_ = along[sheet.config["true_delta_h"]["normalize"] == "per_token"]
+        # η* = 2|slope/curvature|, where the curvature is decided; a tenth of it, with 2 SE in place of a smaller slope
+        a, b = abs(slope.mean()), abs(curvature.mean())
+        decided = b and b >= 2 * se(curvature)
+        sheet.write("update", eta_star=2 * a / b if decided else None)
+        reach = 0.2 * max(a, 2 * se(slope)) / b if decided else math.inf
+        etas = _grid(sheet, reach)
+    sheet.hold("etas", sheet.facts["etas"], etas)
+    predicting = [] if sheet.restricted else along
+    for k, eta in enumerate(sheet.facts["etas"]):
+        _row(sheet, k, float(eta), predicting, reach)
+    if predicting:
+        _resolution(sheet, *predicting)
 
 
-def _grid(sheet: Sheet, along: Along | None) -> list[float]:
+def _grid(sheet: Sheet, reach: float) -> list[float]:
     """0, lr and the configured η; or, with m the smaller of lr and the η at which exp(−η²·Var D_vS) is
     `min_ess_fraction`, ± m/10^(k/2) for k below 3 (`auto`) or 5 (`fine`); and ± the reach of the prediction, if that
     is smaller."""
-    if along is None:
-        return [0.0]
     config, (lr, _) = sheet.config["true_delta_h"], learning_rate(sheet)
     if not isinstance(config["etas"], str):
         return sorted({0.0, lr, *map(float, config["etas"])})
@@ -36,7 +43,7 @@ def _grid(sheet: Sheet, along: Along | None) -> list[float]:
     if variance > 0:
         end = min(lr, math.sqrt(-math.log(config["min_ess_fraction"]) / variance) or lr)
     steps = [end / 10 ** (k / 2) for k in range(3 if config["etas"] == "auto" else 5)]
-    steps += [along.reach] if 0 < along.reach < steps[-1] else []
+    steps += [reach] if 0 < reach < steps[-1] else []
     return sorted({0.0, lr, *steps, *(-step for step in steps)})
 
 
@@ -47,9 +54,9 @@ def weights(log_w: np.ndarray, clip: float | None = None) -> tuple[np.ndarray, f
     return w / w.sum(), float(w.sum() ** 2 / (w**2).sum()) / w.size
 
 
-def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
+def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> None:
     """Ĥ⁺ − Ĥ, Ĥ = Σŵf/ΣŵT of f = −S (naive) or R (rb), with T = 1 per response; its prediction, and what is between."""
-    row, config = f"entropy_change.{k}", sheet.config["true_delta_h"]
+    row, config = f"entropy_change[{k}]", sheet.config["true_delta_h"]
     write, estimates = partial(sheet.write, row), partial(sheet.estimates, row)
     t, by_token = sheet.lengths("e"), config["normalize"] == "per_token"
     s, s_q, r = (x.sum(-1) for x in sheet.of("e", "logp logq entropy"))
@@ -78,53 +85,42 @@ def _row(sheet: Sheet, k: int, eta: float, along: Along | None) -> None:
         before, after = (of**by_token for of in (t, t_after))
         return ratio(w * f_after, w * after) - ratio(now * f, now * before)
 
-    def with_intervals(**found: np.ndarray) -> None:
-        sheet.estimates(row, **found)
-        for name, of in found.items():
-            write(**{f"{name}_interval": interval(of.mean(), se(of), len(of) - 1)})
-
     rb, rb_token = change(r, r_after, by_token), change(r, r_after, True)
-    with_intervals(delta_h=change(-s, -s_after, by_token), delta_h_rb=rb)
-    with_intervals(delta_h_per_token=rb_token)
+    estimates(delta_h=change(-s, -s_after, by_token), delta_h_rb=rb, with_interval=True)
+    estimates(delta_h_per_token=rb_token, with_interval=True)
     estimates(delta_h_per_token_naive=change(-s, -s_after, True))
     write(delta_h_rb_by_prompt=rb - rb.mean())
-    if along is None:
-        for name in ("delta_h_pd", "delta_h_per_token_pd"):
-            write(**{name: None, f"{name}_se": None, f"{name}_interval": None})
-        estimates(predicted=None, predicted_per_token=None)
-        estimates(difference=None, difference_per_token=None)
-        write(delta_h_pd_by_prompt=None, ratio=None, in_range=None)
+    if not along:
         return
-    pd, pd_token = _by_performance(sheet, k, along)
-    pd = pd_token if by_token else pd
-    with_intervals(delta_h_pd=pd, delta_h_per_token_pd=pd_token)
+    pd, pd_token = (_by_performance(sheet, k, of) for of in (along[by_token], along[True]))
+    estimates(delta_h_pd=pd, delta_h_per_token_pd=pd_token, with_interval=True)
     write(delta_h_pd_by_prompt=pd - pd.mean())
     if method == "snis" and not clipped:
         rb, rb_token = pd, pd_token
-    own = rb
-    for ending, of, pair in (("_per_token", rb_token, along.of_tokens), ("", rb, along.asked)):
-        own = expansion(sheet, eta, pair)
+    for ending, of, pair in (("", rb, along[by_token]), ("_per_token", rb_token, along[True])):
+        own = expansion(sheet, eta, *pair[:2])
         off = of_units(sheet, of, own) - own
         estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
-    write(ratio=rb.mean() / own.mean() if own.mean() else None)
-    write(in_range=bool(reliable and enough and abs(eta) <= along.reach))
+        if not ending:
+            write(ratio=of.mean() / own.mean() if own.mean() else None)
+    write(in_range=bool(reliable and enough and abs(eta) <= reach))
 
 
-def _by_performance(sheet: Sheet, k: int, along: Along) -> Pair:
-    """ΔH = mean D per response and Δh = (M + D)/(L + E) − M/L per token by the performance difference, at the k-th η,
+def _by_performance(sheet: Sheet, k: int, along: Along) -> np.ndarray:
+    """(M + D)/(L + E) − M/L by the performance difference at the k-th η; per response L is 1 and E is 0;
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t],  E the same of the length (H = H⁺ = 1),  w_{<t} = Π_{s<t} ρ_s
     """
     h, log_rho = sheet["e.entropy"], sheet[f"after.{k}.logp"] - sheet["e.logp"]
-    before, step = np.exp(np.cumsum(log_rho, -1) - log_rho), np.expm1(log_rho)
-    d = (before * (sheet[f"after.{k}.entropy"] - h + step * along.c[0])).sum(-1)
-    e, r, t = (before * step * along.c[1]).sum(-1), h.sum(-1), sheet.lengths("e")
-    return d.mean(1), ratio(r + d, t + e) - ratio(r, t)
+    before, step, r = np.exp(np.cumsum(log_rho, -1) - log_rho), np.expm1(log_rho), h.sum(-1)
+    d = (before * (sheet[f"after.{k}.entropy"] - h + step * along.c)).sum(-1)
+    e = (before * step * along.c_t).sum(-1)
+    return ratio(r + d, along.t + e) - ratio(r, along.t)
 
 
-def expansion(sheet: Sheet, eta: float, pair: Pair) -> np.ndarray:
+def expansion(sheet: Sheet, eta: float, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
     """η·slope + ½η²·curvature, of prompts, or of blocks of prompts where the slope is."""
-    return eta * pair[0] + eta**2 / 2 * of_units(sheet, pair[1], pair[0])
+    return eta * slope + eta**2 / 2 * of_units(sheet, curvature, slope)
 
 
 def of_units(sheet: Sheet, of: np.ndarray, as_in: np.ndarray) -> np.ndarray:
@@ -136,26 +132,26 @@ def of_units(sheet: Sheet, of: np.ndarray, as_in: np.ndarray) -> np.ndarray:
     return averages - averages.mean() + of.mean()
 
 
-def _resolution(sheet: Sheet, along: Along) -> None:
+def _resolution(sheet: Sheet, of_response: Along, of_tokens: Along) -> None:
     """2 SE of the predicted change at η = lr; B·(2 SE/predicted)² prompts; and the interval of a step with another
     update batch, predicted ± t·√(SE² + 2·spread²)."""
     write, lr = partial(sheet.write, "resolution"), learning_rate(sheet)[0]
-    token, response = (expansion(sheet, lr, pair) for pair in (along.of_tokens, along.of_response))
-    mean, error, prompts, next_step = token.mean(), se(token), len(sheet["e.logp"]), None
+    token, response = (expansion(sheet, lr, *of[:2]) for of in (of_tokens, of_response))
+    mean, error, prompts = token.mean(), se(token), len(sheet["e.logp"])
     write(per_token=2 * error, per_response=2 * se(response))
     write(prompts_needed=math.ceil(prompts * (2 * error / mean) ** 2) if mean else None)
-    if sheet.facts["source"][1] == "sampled" and along.spread is not None:
+    if sheet.facts["source"][1] == "sampled" and of_tokens.spread is not None:
         degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
-        next_step = interval(mean, math.hypot(error, math.sqrt(2) * along.spread), degrees)
+        spread = math.sqrt(2) * of_tokens.spread
+        write(next_step=interval(mean, math.hypot(error, spread), degrees))
     target = sheet.config["batch"]["target_se"]
     if target == "2se":
         target = lr * abs(sheet["target.terms"].mean()) / 2
-    write(next_step=next_step, target_se=None if target is None else float(target))
+    write(target_se=None if target is None else float(target))
     looks = []
     for first in sheet.facts.get("looks", []):  # the SE, had E had its first prompts alone
         arrays = {n: of[:first] for n, of in sheet.items() if n.startswith("e.")}
         part = Sheet(sheet.report, arrays | {"e.gen_lens": sheet.lengths("e")[:first]}, sheet.facts)
-        r, t = part["e.entropy"].sum(-1), part.lengths("e")
-        looked = expansion(part, lr, of_ratio(r, t, *of_responses(part, coefficients(part))))
-        looks.append({"num_prompts": first, "se": se(looked)})
+        of_part = by_derivatives(part, part.lengths("e"), *coefficients(part))
+        looks.append({"num_prompts": first, "se": se(expansion(part, lr, *of_part))})
     write(looks=looks)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 
@@ -12,35 +13,32 @@ CLEAR, FEWEST, SHARED = 5.0, 8, 0.04
 
 
 def write(sheet: Sheet) -> None:
-    names, hyper = sheet.facts["names"], sheet.facts["hyper"]
+    write, names = partial(sheet.write, "registry"), sheet.facts["names"]
     x, y = (set(itertools.compress(names, of)) for of in sheet[f"{sheet.u}.reached"])
-    uncovered = [name for name in names if name not in x & y]
-    sheet.write("registry", num_tensors=len(names), uncovered=uncovered)
-    sheet.write("registry", x_coverage=len(x) / len(names), y_coverage=len(y) / len(names))
+    write(num_tensors=len(names), uncovered=[name for name in names if name not in x & y])
+    write(x_coverage=len(x) / len(names), y_coverage=len(y) / len(names))
     if "sum.p_min" not in sheet:
-        sheet.write("", preconditioner=None)
         return
-    sheet.write("registry", num_parameters=int(sheet["sum.numel"].sum()))
-    stepped = {h["name"] for h in hyper if h["step"] > 0}
-    known = set(sheet.facts["moved"]) - {h["name"] for h in hyper if h["step"] == 0}
-    p_min, p_max, nonfinite = (sheet[f"sum.p_{n}"] for n in ("min", "max", "nonfinite"))
-    sheet.write("preconditioner", num_tensors=len(p_min), num_nonfinite=int(nonfinite.sum()))
-    sheet.write("preconditioner", smallest=float(p_min.min()), largest=float(p_max.max()))
-    sheet.write("preconditioner", missing=[name for name in names if name not in known])
+    write(num_parameters=int(sheet["sum.numel"].sum()))
+    write = partial(sheet.write, "preconditioner")
+    p_min, p_max, nonfinite = sheet.of("sum", "p_min p_max p_nonfinite")
+    write(num_tensors=len(p_min), num_nonfinite=int(nonfinite.sum()))
+    write(smallest=float(p_min.min()), largest=float(p_max.max()))
+    known = set(sheet.facts["moved"]) - {h["name"] for h in sheet.facts["hyper"] if h["step"] == 0}
+    write(missing=[name for name in names if name not in known])
     # the pair of one shape that would fit each other's second moments best, and tensors nothing speaks of
-    shapes: dict[tuple[int, ...], list[str]] = {}
-    for one in hyper:
-        if one["name"] in stepped & y:
-            shapes.setdefault(tuple(one["shape"]), []).append(one["name"])
-    sizes = {name: math.prod(shape) for shape, names in shapes.items() for name in names}
-    pairs = [pair for names in shapes.values() for pair in itertools.combinations(names, 2)]
+    alike: dict[tuple[int, ...], list[tuple[int, str]]] = {}
+    for h in sheet.facts["hyper"]:
+        if h["step"] > 0 and h["name"] in y:
+            alike.setdefault(tuple(h["shape"]), []).append((math.prod(h["shape"]), h["name"]))
+    pairs = [pair for tensors in alike.values() for pair in itertools.combinations(tensors, 2)]
     evidence = sheet["match.pairs"] if pairs else np.zeros(0)
-    undecided = {n for pair, e in zip(pairs, evidence, strict=True) if e > -CLEAR for n in pair}
-    exchanged, pair = (_exchange(sheet), pairs[int(evidence.argmax())]) if pairs else (None, None)
-    undecided = sorted(undecided, key=lambda name: (sizes[name], name))
-    sheet.write("preconditioner", exchanged=exchanged, exchanged_pair=pair, undecided=undecided)
-    number = int((evidence > -CLEAR).sum())
-    sheet.write("preconditioner", num_pairs=len(pairs), num_undecided=number)
+    vague = list(itertools.compress(pairs, evidence > -CLEAR))
+    write(num_pairs=len(pairs), num_undecided=len(vague))
+    write(undecided=[name for _, name in sorted(set(itertools.chain(*vague)))])
+    if pairs:
+        pair = [name for _, name in pairs[int(evidence.argmax())]]
+        write(exchanged=_exchange(sheet), exchanged_pair=pair)
 
 
 def _exchange(sheet: Sheet) -> float:

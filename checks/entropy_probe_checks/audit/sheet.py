@@ -5,14 +5,22 @@ evidence that is moved at random by a share of itself. What a figure moves by, o
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit import student
+from entropy_probe_checks.audit.estimate import both, interval
 
+# every field of these sections is computed again, or has to be null, but for those that other criteria judge
+SECTIONS = """batch update_batch entropy predictors sampler_parity registry preconditioner first_order two_batch update
+    entropy_change resolution continuity""".split()
+OF_OTHERS = re.compile(
+    r"registry\.(explained|taken)|preconditioner\.difference|update\.(grad_norm_logged|num_kinked|worst)"
+    r"|update\.\w+_with_optimizer_step|continuity\.(zero|eta|param|logit_ratio)"
+)
 SHARE = 2.0**-36
 # it matters whether these are equal, and of these third differences are taken
 STILL = ("rewards", "given_advantages", "features", "stencil")
@@ -35,12 +43,13 @@ class Line:
 
 
 class Sheet(dict[str, np.ndarray]):
-    """The evidence by name, the report as a plain dict, and both sides of every figure by its path."""
+    """The evidence by name; and by path what is reported, and what is computed again with a size of its terms."""
 
     def __init__(self, report: Mapping, arrays: Mapping[str, np.ndarray], facts: Mapping) -> None:
         super().__init__(arrays)
         self.report, self.facts, self.config = report, facts, report["config"]
-        self.figures: dict[str, tuple[Any, Any, float]] = {}
+        self.reported = _leaves("", {name: report[name] for name in SECTIONS})
+        self.again: dict[str, tuple[Any, float]] = {}
         self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
         self.restricted = self.config["generation"]["top_p"] < 1  # weights reach the nucleus alone
 
@@ -51,33 +60,35 @@ class Sheet(dict[str, np.ndarray]):
         """Tokens of every response [B, G]; 0 of one that a smaller group lacks."""
         return self[f"{which}.gen_lens"].reshape(self[f"{which}.rewards"].shape).astype(np.float64)
 
-    def compare(self, path: str, reported: Any, again: Any, size: float = 0.0) -> None:
-        """`size` is given where terms may cancel in all of the evidence."""
-        own, theirs = _leaves(path, again), _leaves(path, reported)
-        for name in own | theirs:
-            self.figures[name] = theirs.get(name, "nothing"), own.get(name, "nothing"), size
+    def tokens(self, which: str) -> np.ndarray:
+        """Where there are tokens [B, G, T]."""
+        return np.arange(self[f"{which}.logp"].shape[2]) < self.lengths(which)[..., None]
 
     def write(self, path: str, size: float = 0.0, /, **figures: Any) -> None:
-        """Compare fields of a section of the report, or whole sections, with these figures."""
-        section: Any = self.report
-        for key in path.split(".") if path else ():
-            section = section[int(key)] if isinstance(section, list) else section[key]
-        for name, again in figures.items():
-            at = f"{path}.{name}" if path else name
-            self.compare(at, section and section[name], again, size)
+        """Fields of a part of the report. `size` is given where terms may cancel in all of the evidence."""
+        self.again |= {name: (x, size) for name, x in _leaves(path, figures).items()}
 
-    def estimates(self, path: str, size: float = 0.0, /, **figures: np.ndarray | None) -> None:
-        """The same of estimates and their standard errors."""
+    def estimates(
+        self, path: str, size: float = 0.0, /, with_interval: bool = False, **figures: np.ndarray
+    ) -> None:
+        """Means over prompts with their standard errors, and 95 % intervals."""
         for name, of in figures.items():
             value, error = both(of).values()
             self.write(path, size, **{name: value, f"{name}_se": error})
+            if with_interval:
+                self.write(path, size, **{f"{name}_interval": interval(value, error, len(of) - 1)})
+
+    def hold(self, name: str, evidence: Any, again: Any, size: float = 0.0) -> None:
+        """Compare what is no figure of these sections."""
+        self.reported |= _leaves(name, evidence)
+        self.write("", size, **{name: again})
 
 
 def _leaves(path: str, of: Any) -> dict[str, Any]:
     """The entries of mappings and lists, by their path."""
     if isinstance(of, Mapping):
-        entries = {f"{path}.{key}": entry for key, entry in of.items()}
-    elif np.ndim(of):
+        entries = {f"{path}.{key}".lstrip("."): entry for key, entry in of.items()}
+    elif isinstance(of, list | tuple | np.ndarray):
         entries = {f"{path}[{k}]": entry for k, entry in enumerate(of)}
     else:
         return {path: of}
@@ -98,11 +109,17 @@ def compared(sheet: Sheet, *others: Sheet) -> list[Line]:
     """A line for every figure. A standard error has at least the size of what it is the error of."""
     found: list[Line] = []
     sizes: dict[str, float] = {}
-    for name, (reported, again, size) in sheet.figures.items():
+    for name in sheet.again | sheet.reported:
+        reported, (again, size) = (
+            sheet.reported.get(name, "nothing"),
+            sheet.again.get(name, (None, 0.0)),
+        )
+        if name not in sheet.again and OF_OTHERS.match(name):
+            continue
         of = f"{name[:-3]}.value" if name.endswith(".se") else name.removesuffix("_se")
         size = max(size, sizes.get(of, 0.0))
         if isinstance(again, float):
-            there = (other.figures[name][1] for other in others if name in other.figures)
+            there = (other.again.get(name, (None,))[0] for other in others)
             moves = [abs(x - again) / SHARE for x in there if isinstance(x, float)]
             size = max(size, abs(again), *(x for x in moves if math.isfinite(x)))
         sizes[name] = size
@@ -121,27 +138,3 @@ def difference(reported: Any, again: Any, size: float) -> float:
         return 0.0
     off = abs(reported - again) / size if size > 0 else math.inf
     return float(off) if math.isfinite(off) else math.inf
-
-
-def se(of: np.ndarray) -> float:
-    """Of the mean over prompts: sd/√B."""
-    return float(of.std(ddof=1)) / math.sqrt(len(of))
-
-
-def both(of: np.ndarray | None) -> dict[str, float | None]:
-    """A figure and its standard error; one prompt has none."""
-    value = None if of is None else float(of.mean())
-    return {"value": value, "se": None if of is None or len(of) < 2 else se(of)}
-
-
-def interval(mean: float, se: float, degrees: int) -> list[float]:
-    """95 %: mean ± t·SE."""
-    half = student.quantile(0.95, degrees) * se
-    return [mean - half, mean + half]
-
-
-def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """The estimate h = Σa/Σb by prompt: h + (a_n − h·b_n)/b̄, with a_n and b_n the sums of its responses."""
-    a, b = (x.reshape(len(x), -1).sum(1) for x in (over, under))
-    h = a.sum() / b.sum()
-    return h + (a - h * b) / b.mean()
