@@ -5,12 +5,10 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit import tail
-from entropy_probe_checks.audit.baselines import coefficients
 from entropy_probe_checks.audit.estimate import interval, ratio, se
 from entropy_probe_checks.audit.first_order import learning_rate
-from entropy_probe_checks.audit.sheet import Sheet
-from entropy_probe_checks.audit.slopes import Along, by_derivatives
+from entropy_probe_checks.audit.sheet import Array, Sheet
+from entropy_probe_checks.audit.slopes import Along, by_derivatives, coefficients
 
 
 def write(sheet: Sheet, along: list[Along]) -> None:
@@ -47,17 +45,53 @@ def _grid(sheet: Sheet, reach: float) -> list[float]:
     return sorted({0.0, lr, *steps, *(-step for step in steps)})
 
 
-def weights(log_w: np.ndarray, clip: float | None = None) -> tuple[np.ndarray, float]:
+def weights(log_w: Array, clip: float | None = None) -> tuple[Array, float]:
     """(ŵ = w/Σw, ESS/N with ESS = (Σw)²/Σw²) of w = exp(log w), cut to [−clip, clip]."""
     cut = log_w if clip is None else np.clip(log_w, -clip, clip)
     w = np.exp(cut - cut.max())
     return w / w.sum(), float(w.sum() ** 2 / (w**2).sum()) / w.size
 
 
+def smoothed(log_w: Array) -> tuple[Array, float | None]:
+    """(log w with the quantiles of the fitted tail in place of the largest, up to a constant; k̂), or as they are and
+    `None` where nothing can be fitted: the generalised Pareto fit of Zhang and Stephens (2009), and the smoothing of
+    Vehtari et al. (2024, arXiv:1507.02646, appendix C).
+
+    The tail has ⌊min(N/5, 3√N)⌋ values, what it exceeds is the largest of the others.
+    """
+    n, fitted = len(log_w), log_w - log_w.max()
+    size = n // 5 if n <= 225 else math.floor(3 * math.sqrt(n))
+    order = np.argsort(fitted, kind="stable")
+    tail, cut = order[n - size :], math.exp(fitted[order[n - size - 1]])
+    excess, quarter = np.exp(fitted[tail]) - cut, int(size / 4 + 0.5) - 1
+    if size < 5 or np.ptp(fitted[tail]) < np.finfo(float).tiny or excess[quarter] <= 0:
+        return log_w, None
+    # θ = k/σ by its mean over a grid, weighted by the profile likelihood
+    grid = 30 + int(math.sqrt(size))
+    spread = 1 - np.sqrt(grid / (np.arange(grid) + 0.5))
+    theta = 1 / excess[-1] + spread / (3 * excess[quarter])
+    k = np.log1p(-theta[:, None] * excess).mean(1)
+    profile = size * (np.log(-theta / k) - k - 1)
+    weights = np.exp(profile - profile.max())
+    weights[weights < 10 * np.finfo(float).eps * weights.sum()] = 0.0
+    mean = (theta * weights).sum() / weights.sum()
+    k = float(np.log1p(-mean * excess).mean())
+    sigma = -k / mean
+    if not (math.isfinite(k) and sigma > 0):
+        return log_w, None
+    k = (size * k + 10 * 0.5) / (size + 10)
+    log_q = np.log1p(-(np.arange(size) + 0.5) / size)  # q = 1 − p
+    fitted[tail] = np.minimum(
+        np.log(cut + sigma * (np.expm1(-k * log_q) / k if k else -log_q)), 0.0
+    )
+    return fitted, k
+
+
 def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> None:
     """Ĥ⁺ − Ĥ, Ĥ = Σŵf/ΣŵT of f = −S (naive) or R (rb), with T = 1 per response; its prediction, and what is between."""
     row, config = f"entropy_change[{k}]", sheet.config["true_delta_h"]
     write, estimates = partial(sheet.write, row), partial(sheet.estimates, row)
+    intervals = partial(sheet.intervals, row)
     t, by_token = sheet.lengths("e"), config["normalize"] == "per_token"
     s, s_q, r = (x.sum(-1) for x in sheet.of("e", "logp logq entropy"))
     s_after, r_after = (x.sum(-1) for x in sheet.of(f"after.{k}", "logp entropy"))
@@ -65,7 +99,7 @@ def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> 
     now, (w, ess), full_ess = weights(s - s_q, clip)[0], weights(log_w, clip), weights(log_w)[1]
     k_hat, smooth, t_after = None, log_w.ravel(), t
     if s.size >= 64 and full_ess < 0.95:
-        smooth, k_hat = tail.smoothed(smooth)
+        smooth, k_hat = smoothed(smooth)
     clipped = 0 if clip is None else int((np.abs(log_w) > clip).sum())
     heavy, enough = (k_hat or 0.0) > config["max_pareto_k"], full_ess >= config["min_ess_fraction"]
     method, reliable = "snis", enough and not heavy and not clipped
@@ -81,32 +115,33 @@ def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> 
     write(log_weight_median=ordered[(s.size - 1) // 2], log_weight_max=ordered[-1])
     write(method=method, reliable=bool(reliable), restricted=sheet.restricted)
 
-    def change(f: np.ndarray, f_after: np.ndarray, by_token: bool) -> np.ndarray:
+    def change(f: Array, f_after: Array, by_token: bool) -> Array:
         before, after = (of**by_token for of in (t, t_after))
         return ratio(w * f_after, w * after) - ratio(now * f, now * before)
 
-    rb, rb_token = change(r, r_after, by_token), change(r, r_after, True)
-    estimates(delta_h=change(-s, -s_after, by_token), delta_h_rb=rb, with_interval=True)
-    estimates(delta_h_per_token=rb_token, with_interval=True)
-    estimates(delta_h_per_token_naive=change(-s, -s_after, True))
-    write(delta_h_rb_by_prompt=rb - rb.mean())
-    if not along:
-        return
-    pd, pd_token = (_by_performance(sheet, k, of) for of in (along[by_token], along[True]))
-    estimates(delta_h_pd=pd, delta_h_per_token_pd=pd_token, with_interval=True)
-    write(delta_h_pd_by_prompt=pd - pd.mean())
-    if method == "snis" and not clipped:
-        rb, rb_token = pd, pd_token
-    for ending, of, pair in (("", rb, along[by_token]), ("_per_token", rb_token, along[True])):
-        own = expansion(sheet, eta, *pair[:2])
-        off = of_units(sheet, of, own) - own
-        estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
-        if not ending:
-            write(ratio=of.mean() / own.mean() if own.mean() else None)
-    write(in_range=bool(reliable and enough and abs(eta) <= reach))
+    for ending, by in (("", by_token), ("_per_token", True)):
+        rb, naive = change(r, r_after, by), change(-s, -s_after, by)
+        intervals(**{f"delta_h{ending or '_rb'}": rb})
+        if ending:
+            estimates(delta_h_per_token_naive=naive)
+        else:
+            intervals(delta_h=naive)
+            write(delta_h_rb_by_prompt=rb - rb.mean())
+        if along:
+            pd = _by_performance(sheet, k, along[by])
+            intervals(**{f"delta_h{ending}_pd": pd})
+            realised = pd if method == "snis" and not clipped else rb
+            own = expansion(sheet, eta, *along[by][:2])
+            off = of_units(sheet, realised, own) - own
+            estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
+            if not ending:
+                write(delta_h_pd_by_prompt=pd - pd.mean())
+                write(ratio=realised.mean() / own.mean() if own.mean() else None)
+    if along:
+        write(in_range=bool(reliable and enough and abs(eta) <= reach))
 
 
-def _by_performance(sheet: Sheet, k: int, along: Along) -> np.ndarray:
+def _by_performance(sheet: Sheet, k: int, along: Along) -> Array:
     """(M + D)/(L + E) − M/L by the performance difference at the k-th η; per response L is 1 and E is 0;
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t],  E the same of the length (H = H⁺ = 1),  w_{<t} = Π_{s<t} ρ_s
@@ -118,12 +153,12 @@ def _by_performance(sheet: Sheet, k: int, along: Along) -> np.ndarray:
     return ratio(r + d, along.t + e) - ratio(r, along.t)
 
 
-def expansion(sheet: Sheet, eta: float, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+def expansion(sheet: Sheet, eta: float, slope: Array, curvature: Array) -> Array:
     """η·slope + ½η²·curvature, of prompts, or of blocks of prompts where the slope is."""
     return eta * slope + eta**2 / 2 * of_units(sheet, curvature, slope)
 
 
-def of_units(sheet: Sheet, of: np.ndarray, as_in: np.ndarray) -> np.ndarray:
+def of_units(sheet: Sheet, of: Array, as_in: Array) -> Array:
     """Averaged in each block, where the other is of fewer blocks than prompts; with the mean over prompts."""
     if len(of) == len(as_in):
         return of

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from entropy_probe_checks.audit.estimate import interval, se
-from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.sheet import Array, Sheet
 
 KINDS = {  # of modules; the first that a name holds decides
     "norm": r"(norm|(\b|_)ln)[^.]*\.(modules_to_save\.[^.]+\.)?[^.]+$",
@@ -40,9 +40,7 @@ def write(sheet: Sheet) -> None:
         _two_batch(sheet)
 
 
-def gram(
-    sheet: Sheet, prefix: str, groups: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+def gram(sheet: Sheet, prefix: str, groups: Array) -> tuple[Array, Array, Array, float]:
     """r, Σ_m K_nm and K_nn of every unit n, for each of several groups of tensors, whose products add; and the size of
     r of the first group:
 
@@ -52,14 +50,13 @@ def gram(
         k = np.tensordot(groups, sheet[f"{prefix}.k"], 1)
         rows, columns, diagonal = k.sum(2), k.sum(1), k.diagonal(0, 1, 2)
     else:
-        rows, columns, diagonal = np.moveaxis(
-            np.tensordot(groups, sheet[f"{prefix}.sums"], 1), -1, 0
-        )
+        sums = np.tensordot(groups, sheet[f"{prefix}.sums"], 1)
+        rows, columns, diagonal = np.moveaxis(sums, 2, 0)
         if sheet.facts["world_size"] == 1:
             sheet.hold(prefix, "its sums", "all of it, in one process")
     others = rows.shape[1] - 1
     size = float((abs(rows[0]) + abs(diagonal[0])).mean()) / others
-    return (rows + columns - 2 * diagonal) / 2 / others, rows[0], diagonal[0], size
+    return (rows + columns - 2 * diagonal) / 2 / others, rows, diagonal, size
 
 
 def _first_order(sheet: Sheet) -> None:
@@ -70,8 +67,8 @@ def _first_order(sheet: Sheet) -> None:
     u_cross, zeta, plugin = r.mean(), r.var(ddof=1), 2 * se(r)
     write(mode=sheet.facts["mode"], estimator=sheet.config["first_order"]["estimator"])
     write(num_units=units, lr=lr, lr_source=source)
-    write(size, u_cross=u_cross, row_means=r, diag_sum=diagonal.sum())
-    write(bars_dot=rows.sum() / units**2, bars_dot_plain=sheet["sum.plain"].sum())
+    write(size, u_cross=u_cross, row_means=r, diag_sum=diagonal[0].sum())
+    write(bars_dot=rows[0].sum() / units**2, bars_dot_plain=sheet["sum.plain"].sum())
     x, y = (math.sqrt(sheet[f"sum.{side}_bar_squared"].sum()) for side in "xy")
     prompts = len(sheet[f"{sheet.u}.rewards"])
     write(norm_x_sum=prompts * x, norm_y_sum=prompts * y)
@@ -96,18 +93,14 @@ def _first_order(sheet: Sheet) -> None:
 def _two_batch(sheet: Sheet) -> None:
     """X̄_EᵀPȲ_U, s_k = X_kᵀPȲ_U, t_m = X̄_EᵀPY_m, and Var(δH₁) = lr²·[Var(s)/B_E + Var(t)/B_U − s²_int/(B_E·B_U)] with
     s²_int what is left of K after both; not less than a quarter of its term."""
-    write, lr, groups = (
-        partial(sheet.write, "two_batch"),
-        learning_rate(sheet)[0],
-        _groups(sheet)[1],
-    )
+    write, lr = partial(sheet.write, "two_batch"), learning_rate(sheet)[0]
     blocks = (sheet[f"{which}.unit_of_prompt"] for which in "eu")
     of_e, of_u = (np.bincount(units) / len(units) for units in blocks)
+    (_, groups), k = _groups(sheet), None
     if "eu.gram.k" in sheet:
         k = np.tensordot(groups, sheet["eu.gram.k"], 1)
         s, t = k @ of_u, of_e @ k
     else:
-        k = None
         s, t = (groups @ sums for sums in sheet.of("eu.gram", "s t"))
     mean, errors = s @ of_e, [None] * len(s)
     write(bars_dot=mean[0], projections=s[0], update_projections=t[0], conditional_se=lr * se(s[0]))

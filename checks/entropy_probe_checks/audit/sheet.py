@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.estimate import both, interval
+from entropy_probe_checks.audit.estimate import both, interval, se
+
+Array = np.ndarray
 
 # every field of these sections is computed again, or has to be null, but for those that other criteria judge
 SECTIONS = """batch update_batch entropy predictors sampler_parity registry preconditioner first_order two_batch update
     entropy_change resolution continuity""".split()
-OF_OTHERS = re.compile(
-    r"registry\.(explained|taken)|preconditioner\.difference|update\.(grad_norm_logged|num_kinked|worst)"
-    r"|update\.\w+_with_optimizer_step|continuity\.(zero|eta|param|logit_ratio)"
-)
+OF_OTHERS = r"""registry\.(explained|taken) | preconditioner\.difference | update\.(grad_norm_logged|num_kinked|worst)
+    | update\.\w+_optimizer_step | continuity\.(zero|eta|\w+_ratio)"""
 SHARE = 2.0**-36
 # it matters whether these are equal, and of these third differences are taken
 STILL = ("rewards", "given_advantages", "features", "stencil")
@@ -42,25 +42,26 @@ class Line:
         return f"{self.name}: {reported} reported, {again} computed again"
 
 
-class Sheet(dict[str, np.ndarray]):
+class Sheet(dict[str, Array]):
     """The evidence by name; and by path what is reported, and what is computed again with a size of its terms."""
 
-    def __init__(self, report: Mapping, arrays: Mapping[str, np.ndarray], facts: Mapping) -> None:
+    def __init__(self, report: Mapping, arrays: Mapping[str, Array], facts: Mapping) -> None:
         super().__init__(arrays)
         self.report, self.facts, self.config = report, facts, report["config"]
-        self.reported = _leaves("", {name: report[name] for name in SECTIONS})
+        figures = _leaves("", {name: report[name] for name in SECTIONS}).items()
+        self.reported = {n: x for n, x in figures if not re.match(OF_OTHERS, n, re.VERBOSE)}
         self.again: dict[str, tuple[Any, float]] = {}
         self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
         self.restricted = self.config["generation"]["top_p"] < 1  # weights reach the nucleus alone
 
-    def of(self, prefix: str, names: str) -> list[np.ndarray]:
+    def of(self, prefix: str, names: str) -> list[Array]:
         return [self[f"{prefix}.{name}"] for name in names.split()]
 
-    def lengths(self, which: str) -> np.ndarray:
+    def lengths(self, which: str) -> Array:
         """Tokens of every response [B, G]; 0 of one that a smaller group lacks."""
         return self[f"{which}.gen_lens"].reshape(self[f"{which}.rewards"].shape).astype(np.float64)
 
-    def tokens(self, which: str) -> np.ndarray:
+    def tokens(self, which: str) -> Array:
         """Where there are tokens [B, G, T]."""
         return np.arange(self[f"{which}.logp"].shape[2]) < self.lengths(which)[..., None]
 
@@ -68,15 +69,17 @@ class Sheet(dict[str, np.ndarray]):
         """Fields of a part of the report. `size` is given where terms may cancel in all of the evidence."""
         self.again |= {name: (x, size) for name, x in _leaves(path, figures).items()}
 
-    def estimates(
-        self, path: str, size: float = 0.0, /, with_interval: bool = False, **figures: np.ndarray
-    ) -> None:
-        """Means over prompts with their standard errors, and 95 % intervals."""
+    def estimates(self, path: str, size: float = 0.0, /, **figures: Array) -> None:
+        """Means over prompts, and their standard errors."""
         for name, of in figures.items():
             value, error = both(of).values()
             self.write(path, size, **{name: value, f"{name}_se": error})
-            if with_interval:
-                self.write(path, size, **{f"{name}_interval": interval(value, error, len(of) - 1)})
+
+    def intervals(self, path: str, /, **figures: Array) -> None:
+        """The same with 95 % intervals."""
+        self.estimates(path, **figures)
+        for name, of in figures.items():
+            self.write(path, **{f"{name}_interval": interval(of.mean(), se(of), len(of) - 1)})
 
     def hold(self, name: str, evidence: Any, again: Any, size: float = 0.0) -> None:
         """Compare what is no figure of these sections."""
@@ -88,14 +91,14 @@ def _leaves(path: str, of: Any) -> dict[str, Any]:
     """The entries of mappings and lists, by their path."""
     if isinstance(of, Mapping):
         entries = {f"{path}.{key}".lstrip("."): entry for key, entry in of.items()}
-    elif isinstance(of, list | tuple | np.ndarray):
+    elif isinstance(of, list | tuple | Array):
         entries = {f"{path}[{k}]": entry for k, entry in enumerate(of)}
     else:
         return {path: of}
     return {name: x for part, entry in entries.items() for name, x in _leaves(part, entry).items()}
 
 
-def moved(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def moved(arrays: Mapping[str, Array], seed: int) -> dict[str, Array]:
     """In float64 and integers; by up to a share of itself each, but for the first seed."""
     found, random = dict(arrays), np.random.default_rng(seed)
     for name, array in sorted(arrays.items()):
@@ -110,12 +113,8 @@ def compared(sheet: Sheet, *others: Sheet) -> list[Line]:
     found: list[Line] = []
     sizes: dict[str, float] = {}
     for name in sheet.again | sheet.reported:
-        reported, (again, size) = (
-            sheet.reported.get(name, "nothing"),
-            sheet.again.get(name, (None, 0.0)),
-        )
-        if name not in sheet.again and OF_OTHERS.match(name):
-            continue
+        again, size = sheet.again.get(name, (None, 0.0))
+        reported = sheet.reported.get(name, "nothing")
         of = f"{name[:-3]}.value" if name.endswith(".se") else name.removesuffix("_se")
         size = max(size, sizes.get(of, 0.0))
         if isinstance(again, float):
