@@ -7,8 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.estimate import both, ratio
-from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.sheet import Sheet, both, ratio
 
 LOGIT_VAR = 5  # the place of Var_q(logit) among the features of a token
 
@@ -108,12 +107,8 @@ def _predictors(sheet: Sheet) -> None:
 
 def _parity(sheet: Sheet) -> None:
     """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
-    write, there, scored = (
-        partial(sheet.write, "sampler_parity"),
-        sheet.tokens("e"),
-        sheet["e.logq"],
-    )
-    scored, reported = scored[there], sheet["e.sampler_logprobs"].reshape(scored.shape)[there]
+    write, there, logq = partial(sheet.write, "sampler_parity"), sheet.tokens("e"), sheet["e.logq"]
+    scored, reported = logq[there], sheet["e.sampler_logprobs"].reshape(logq.shape)[there]
     delta, p, q = reported - scored, np.exp(reported), np.exp(scored)
     rho, varied = np.exp(-delta), min(p.std(), q.std()) > 1e-12
     write(mean_abs_difference=abs(delta).mean(), max_abs_difference=abs(delta).max())

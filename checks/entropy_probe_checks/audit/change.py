@@ -5,9 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.estimate import interval, ratio, se
 from entropy_probe_checks.audit.first_order import learning_rate
-from entropy_probe_checks.audit.sheet import Array, Sheet
+from entropy_probe_checks.audit.sheet import Array, Sheet, interval, ratio, se
 from entropy_probe_checks.audit.slopes import Along, by_derivatives, coefficients
 
 
@@ -81,9 +80,8 @@ def smoothed(log_w: Array) -> tuple[Array, float | None]:
         return log_w, None
     k = (size * k + 10 * 0.5) / (size + 10)
     log_q = np.log1p(-(np.arange(size) + 0.5) / size)  # q = 1 − p
-    fitted[tail] = np.minimum(
-        np.log(cut + sigma * (np.expm1(-k * log_q) / k if k else -log_q)), 0.0
-    )
+    quantiles = cut + sigma * (np.expm1(-k * log_q) / k if k else -log_q)
+    fitted[tail] = np.minimum(np.log(quantiles), 0.0)
     return fitted, k
 
 
@@ -128,10 +126,11 @@ def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> 
             intervals(delta_h=naive)
             write(delta_h_rb_by_prompt=rb - rb.mean())
         if along:
-            pd = _by_performance(sheet, k, along[by])
+            slope, curvature, *count = along[by]
+            pd = _by_performance(sheet, k, *count)
             intervals(**{f"delta_h{ending}_pd": pd})
             realised = pd if method == "snis" and not clipped else rb
-            own = expansion(sheet, eta, *along[by][:2])
+            own = expansion(sheet, eta, slope, curvature)
             off = of_units(sheet, realised, own) - own
             estimates(**{f"predicted{ending}": own, f"difference{ending}": off})
             if not ending:
@@ -141,16 +140,16 @@ def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> 
         write(in_range=bool(reliable and enough and abs(eta) <= reach))
 
 
-def _by_performance(sheet: Sheet, k: int, along: Along) -> Array:
+def _by_performance(sheet: Sheet, k: int, t: Array, c: Array, c_t: Array) -> Array:
     """(M + D)/(L + E) − M/L by the performance difference at the k-th η; per response L is 1 and E is 0;
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t],  E the same of the length (H = H⁺ = 1),  w_{<t} = Π_{s<t} ρ_s
     """
     h, log_rho = sheet["e.entropy"], sheet[f"after.{k}.logp"] - sheet["e.logp"]
     before, step, r = np.exp(np.cumsum(log_rho, -1) - log_rho), np.expm1(log_rho), h.sum(-1)
-    d = (before * (sheet[f"after.{k}.entropy"] - h + step * along.c)).sum(-1)
-    e = (before * step * along.c_t).sum(-1)
-    return ratio(r + d, along.t + e) - ratio(r, along.t)
+    d = (before * (sheet[f"after.{k}.entropy"] - h + step * c)).sum(-1)
+    e = (before * step * c_t).sum(-1)
+    return ratio(r + d, t + e) - ratio(r, t)
 
 
 def expansion(sheet: Sheet, eta: float, slope: Array, curvature: Array) -> Array:
@@ -175,10 +174,10 @@ def _resolution(sheet: Sheet, of_response: Along, of_tokens: Along) -> None:
     mean, error, prompts = token.mean(), se(token), len(sheet["e.logp"])
     write(per_token=2 * error, per_response=2 * se(response))
     write(prompts_needed=math.ceil(prompts * (2 * error / mean) ** 2) if mean else None)
-    if sheet.facts["source"][1] == "sampled" and of_tokens.spread is not None:
+    spread = sheet.again["update.spread_over_batches_per_token"][0]
+    if sheet.facts["source"][1] == "sampled" and spread is not None:
         degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
-        spread = math.sqrt(2) * of_tokens.spread
-        write(next_step=interval(mean, math.hypot(error, spread), degrees))
+        write(next_step=interval(mean, math.hypot(error, math.sqrt(2) * spread), degrees))
     target = sheet.config["batch"]["target_se"]
     if target == "2se":
         target = lr * abs(sheet["target.terms"].mean()) / 2

@@ -6,8 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.estimate import interval, se
-from entropy_probe_checks.audit.sheet import Array, Sheet
+from entropy_probe_checks.audit.sheet import Array, Sheet, interval, se
 
 KINDS = {  # of modules; the first that a name holds decides
     "norm": r"(norm|(\b|_)ln)[^.]*\.(modules_to_save\.[^.]+\.)?[^.]+$",

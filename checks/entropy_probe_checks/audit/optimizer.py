@@ -17,7 +17,8 @@ def write(sheet: Sheet) -> None:
     x, y = (set(itertools.compress(names, of)) for of in sheet[f"{sheet.u}.reached"])
     write(num_tensors=len(names), uncovered=[name for name in names if name not in x & y])
     write(x_coverage=len(x) / len(names), y_coverage=len(y) / len(names))
-    if "sum.p_min" not in sheet:
+    if "sum.p_min" not in sheet:  # without a step nothing says how long they are
+        write(num_parameters=sheet.report["registry"]["num_parameters"])
         return
     write(num_parameters=int(sheet["sum.numel"].sum()))
     write = partial(sheet.write, "preconditioner")

@@ -2,13 +2,11 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
-from entropy_probe_checks.audit.estimate import both, ratio
 from entropy_probe_checks.audit.first_order import gram, learning_rate
-from entropy_probe_checks.audit.sheet import Array, Sheet
+from entropy_probe_checks.audit.sheet import Array, Sheet, both, ratio, se
 
 # of `hk_group`: prompts that differ by a smaller share of R_{>t} differ by nothing
 NOTICED = 1e-6
@@ -19,17 +17,9 @@ Two = tuple[Array, Array]
 """A first and a second derivative."""
 
 
-class Along(NamedTuple):
-    """By what the change per response or per token is predicted: slope by unit, curvature by prompt; what a response
-    counts, 1 or its length; coefficients of its tokens in the change of entropy and of that count; and the sd of the
-    change over update batches."""
-
-    slope: Array
-    curvature: Array
-    t: Array
-    c: Array
-    c_t: Array
-    spread: float | None
+Along = tuple[Array, Array, Array, Array, Array]
+"""By what the change per response or per token is predicted: slope by unit and curvature by prompt; what a response
+counts, 1 or its length; and the coefficients of its tokens in the change of entropy and of that count."""
 
 
 def write(sheet: Sheet) -> list[Along]:
@@ -37,12 +27,12 @@ def write(sheet: Sheet) -> list[Along]:
     write, estimates = partial(sheet.write, "update"), partial(sheet.estimates, "update")
     of_tokens = sheet.of("e", "logp entropy d_logp d_entropy d2_logp d2_entropy")
     s, r, d_s, d_r, d2_s, d2_r = (x.sum(-1) for x in of_tokens)
-    group, config = s.shape[1], sheet.config["first_order"]
+    group, config, rho = s.shape[1], sheet.config["first_order"], sheet["e.d_rounding"]
     centred = (s - s.mean(1, keepdims=True)) * group / (group - 1)  # S − S̄ of the others
-    by = {"naive": -(centred * d_s).mean(1)}
+    by, ones = {"naive": -(centred * d_s).mean(1)}, np.ones(s.shape)
     for baseline in ("none", "hk", "hk_ema", "hk_ridge", "hk_group"):
         c, _ = coefficients(sheet, baseline)
-        by[f"rb_{baseline}"], _ = by_derivatives(sheet, np.ones(s.shape), c, 0 * c)
+        by[f"rb_{baseline}"], _ = by_derivatives(sheet, ones, c, 0 * c)
     write(estimators={name: both(of) for name, of in by.items()})
     write(baseline="hk_group" if config["baseline"] == "auto" else config["baseline"])
     estimates(delta_h1_per_lr_naive=by["naive"])
@@ -50,44 +40,38 @@ def write(sheet: Sheet) -> list[Along]:
     # of Σŵ⁺R⁺: at 0 ŵ moves by D_vS and D²_vS + (D_vS)²
     d2_w, over = d2_s + d_s**2, r - r.mean()
     weighted = d_r + r * d_s, d2_r + 2 * d_r * d_s + r * d2_w
-    write(curvature_of_change=of_ratio(r, np.ones(s.shape), weighted, (d_s, d2_w))[1].mean())
+    write(curvature_of_change=of_ratio(r, ones, weighted, (d_s, d2_w))[1].mean())
     write(slope_of_change_size=(abs(d_r) + abs(over * d_s)).mean())
     write(curvature_of_change_size=(abs(d2_r) + abs(2 * d_r * d_s) + abs(over * d2_w)).mean())
+    # the rounding ρ of each token's D_v in a mean of weights · D_v: √Σ(weight·ρ)²
+    write(slope_of_change_rounding=np.linalg.norm((1 + abs(over)[..., None]) * rho) / s.size)
 
-    def rounding(name: str, weight: Array, number: float) -> None:
-        """What the rounding ρ of each token's D_v can do to a mean of weights · D_v."""
-        write(**{name: math.sqrt(((weight * sheet["e.d_rounding"]) ** 2).sum()) / number})
-
-    rounding("slope_of_change_rounding", 1 + abs(over)[..., None], s.size)
-    (c, c_length), found = coefficients(sheet), []
-    for ending, t, c_t in (
-        ("", np.ones(s.shape), 0 * c),
-        ("_per_token", sheet.lengths("e"), c_length),
-    ):
+    (c, c_length), lr, found = coefficients(sheet), learning_rate(sheet)[0], []
+    for ending, t, c_t in ("", ones, 0 * c), ("_per_token", sheet.lengths("e"), c_length):
         slope, bent = by_derivatives(sheet, t, c, c_t)
         change, _ = of_ratio(r, t, weighted, (t * d_s, t * d2_w))
         estimates(**{f"delta_h1_per_lr{ending or '_rb'}": slope, f"curvature{ending}": bent})
-        write(**{f"slope_of_change{ending}": change.mean()})
         by_naive = config["estimator"] == "naive" and not ending
         weight = abs(centred)[..., None] if by_naive else 1 + abs(c - r.sum() / t.sum() * c_t)
-        rounding(f"slope_rounding{ending}", weight, t.sum())
+        rounding = np.linalg.norm(weight * rho) / t.sum()
+        write(**{f"slope_of_change{ending}": change.mean(), f"slope_rounding{ending}": rounding})
         # mean[D_vR] over the mean length or over 1, and what is left
-        lr, entropies = learning_rate(sheet)[0], ratio(d_r, t)
-        of = "" if ending else "_per_response"
-        parts = {f"of_entropies{of}": lr * entropies, f"of_visits{of}": lr * (slope - entropies)}
+        of, entropies = "" if ending else "_per_response", lr * ratio(d_r, t)
+        parts = {f"of_entropies{of}": entropies, f"of_visits{of}": lr * slope - entropies}
         sheet.estimates("predictors", lr * abs(d_r).sum() / t.sum(), **parts)
         # −X̄ᵀD·Y_u of every unit, weighted by its share of the prompts; over update batches their sum has sd √U·sd_u
-        x, spread = "xt" if ending else "x", None
-        prompts = np.bincount(sheet[f"{sheet.u}.unit_of_prompt"])
+        x, prompts = "xt" if ending else "x", np.bincount(sheet[f"{sheet.u}.unit_of_prompt"])
         units, of_v0 = -sheet[f"u.y_d{x}"] * prompts / prompts.sum(), -sheet[f"e.{x}_v0"].sum()
-        if len(units) > 1:
-            spread = lr * math.sqrt(len(units)) * units.std(ddof=1)
+        spread = lr * len(units) * se(units) if len(units) > 1 else None
         write(**{f"slope_of_v0{ending}": of_v0, f"slope_by_unit{ending}": units})
         write(**{f"spread_over_batches{ending}": spread})
         if sheet.u == "e":
-            slope, size = _cross(sheet, "crossed" if ending else "u")
+            # without the diagonal of K_um = X_uᵀDY_m: −X̄ᵀv₀ − U_cross; by unit −X_uᵀv₀ − 2r_u + U_cross
+            which, every = "crossed" if ending else "u", np.ones((1, len(sheet.facts["moved"])))
+            (r_u,), _, _, size = gram(sheet, f"{which}.gram_d", every)
+            slope = -sheet[f"{which}.x_v0"] - (2 * r_u - r_u.mean())
             estimates(size, **{f"delta_h1_per_lr_cross{ending}": slope})
-        found.append(Along(slope, bent, t, c, c_t, spread))
+        found.append((slope, bent, t, c, c_t))
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
     squares = sheet.of("sum", "v_squared v0_squared y_bar_squared")
@@ -99,15 +83,8 @@ def write(sheet: Sheet) -> list[Along]:
     return found
 
 
-def _cross(sheet: Sheet, prefix: str) -> tuple[Array, float]:
-    """−X̄ᵀv₀ − U_cross of K_um = X_uᵀDY_m, the slope along v without its diagonal; by unit −X_uᵀv₀ − 2r_u + U_cross."""
-    every = np.ones((1, len(sheet.facts["moved"])))
-    (r,), _, _, size = gram(sheet, f"{prefix}.gram_d", every)
-    return -sheet[f"{prefix}.x_v0"] - (2 * r - r.mean()), size
-
-
 def by_derivatives(sheet: Sheet, t: Array, c: Array, c_t: Array) -> Two:
-    """Slope and curvature of ΔH (per response: t is 1, c_t is 0) from derivatives at 0 of what each response says of it,
+    """Slope and curvature of ΔH from derivatives at 0 of what each response says of it (per response t is 1, c_t is 0),
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t], where log w_{<t} = Σ_{k<t} log ρ_k: with d = D_v log p_t,
     D′ = Σ_t D_vH_t + c_t·d,  D″ = Σ_t D²_vH_t + c_t·(D²_v log p_t + d²) + 2·(Σ_{k<t} d_k)·(D_vH_t + c_t·d)
@@ -166,9 +143,8 @@ def _ridge(phi: Array, later: Array, there: Array) -> Array:
         x, y = (of[fold != own][there[fold != own]] for of in (phi, later))
         sd = x.std(0)
         sd[sd <= 1e-12 * np.sqrt((x**2).mean(0))] = np.inf
-        z, of_fold = (
-            np.clip((of - x.mean(0)) / sd, -DEVIATIONS, DEVIATIONS) for of in (x, phi[fold == own])
-        )
+        z, of_fold = ((of - x.mean(0)) / sd for of in (x, phi[fold == own]))
+        z, of_fold = (np.clip(of, -DEVIATIONS, DEVIATIONS) for of in (z, of_fold))
         centred = z - z.mean(0)
         penalty = RIDGE * len(z) * np.eye(z.shape[1])
         beta = np.linalg.solve(centred.T @ centred + penalty, centred.T @ (y - y.mean()))
