@@ -107,10 +107,10 @@ def _row(sheet: Sheet, k: int, eta: float, along: list[Along], reach: float) -> 
         method, reliable, now, w = "resample", True, s**0 / s.size, s**0 / s.size
         s_after, r_after = (x.sum(-1) for x in sheet.of(f"fresh.{k}", "logp entropy"))
         t_after = sheet[f"fresh.{k}.gen_lens"].reshape(t.shape).astype(np.float64)
-    ordered = np.sort(log_w.ravel())
     write(eta=eta, ess=ess * s.size, ess_fraction=ess, unclipped_ess_fraction=full_ess)
-    write(clip_fraction=clipped / s.size, pareto_k=k_hat, log_weight_min=ordered[0])
-    write(log_weight_median=ordered[(s.size - 1) // 2], log_weight_max=ordered[-1])
+    low, middle, high = np.quantile(log_w, (0.0, 0.5, 1.0), method="lower")
+    write(log_weight_min=low, log_weight_median=middle, log_weight_max=high)
+    write(clip_fraction=clipped / s.size, pareto_k=k_hat)
     write(method=method, reliable=bool(reliable), restricted=sheet.restricted)
 
     def change(f: Array, f_after: Array, by_token: bool) -> Array:

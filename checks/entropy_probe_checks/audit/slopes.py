@@ -13,10 +13,6 @@ NOTICED = 1e-6
 # of `hk_ridge`: prompt n is in fold n mod 5; the penalty for each row; how far a standardised feature counts
 FOLDS, RIDGE, DEVIATIONS = 5, 1e-2, 10.0
 
-Two = tuple[Array, Array]
-"""A first and a second derivative."""
-
-
 Along = tuple[Array, Array, Array, Array, Array]
 """By what the change per response or per token is predicted: slope by unit and curvature by prompt; what a response
 counts, 1 or its length; and the coefficients of its tokens in the change of entropy and of that count."""
@@ -39,22 +35,21 @@ def write(sheet: Sheet) -> list[Along]:
 
     # of Σŵ⁺R⁺: at 0 ŵ moves by D_vS and D²_vS + (D_vS)²
     d2_w, over = d2_s + d_s**2, r - r.mean()
-    weighted = d_r + r * d_s, d2_r + 2 * d_r * d_s + r * d2_w
-    write(curvature_of_change=of_ratio(r, ones, weighted, (d_s, d2_w))[1].mean())
-    write(slope_of_change_size=(abs(d_r) + abs(over * d_s)).mean())
-    write(curvature_of_change_size=(abs(d2_r) + abs(2 * d_r * d_s) + abs(over * d2_w)).mean())
+    terms, terms2 = (d_r, over * d_s), (d2_r, 2 * d_r * d_s, over * d2_w)
+    twice = sum(terms2).mean() - 2 * sum(terms).mean() * d_s.mean()
+    size, size2 = (sum(map(abs, of)).mean() for of in (terms, terms2))
+    write(curvature_of_change=twice, curvature_of_change_size=size2, slope_of_change_size=size)
     # the rounding ρ of each token's D_v in a mean of weights · D_v: √Σ(weight·ρ)²
     write(slope_of_change_rounding=np.linalg.norm((1 + abs(over)[..., None]) * rho) / s.size)
 
     (c, c_length), lr, found = coefficients(sheet), learning_rate(sheet)[0], []
     for ending, t, c_t in ("", ones, 0 * c), ("_per_token", sheet.lengths("e"), c_length):
         slope, bent = by_derivatives(sheet, t, c, c_t)
-        change, _ = of_ratio(r, t, weighted, (t * d_s, t * d2_w))
         estimates(**{f"delta_h1_per_lr{ending or '_rb'}": slope, f"curvature{ending}": bent})
-        by_naive = config["estimator"] == "naive" and not ending
-        weight = abs(centred)[..., None] if by_naive else 1 + abs(c - r.sum() / t.sum() * c_t)
-        rounding = np.linalg.norm(weight * rho) / t.sum()
-        write(**{f"slope_of_change{ending}": change.mean(), f"slope_rounding{ending}": rounding})
+        h, by_naive = r.sum() / t.sum(), config["estimator"] == "naive" and not ending
+        weight = abs(centred)[..., None] if by_naive else 1 + abs(c - h * c_t)
+        write(**{f"slope_rounding{ending}": np.linalg.norm(weight * rho) / t.sum()})
+        write(**{f"slope_of_change{ending}": (d_r + (r - h * t) * d_s).sum() / t.sum()})
         # mean[D_vR] over the mean length or over 1, and what is left
         of, entropies = "" if ending else "_per_response", lr * ratio(d_r, t)
         parts = {f"of_entropies{of}": entropies, f"of_visits{of}": lr * slope - entropies}
@@ -74,39 +69,37 @@ def write(sheet: Sheet) -> list[Along]:
         found.append((slope, bent, t, c, c_t))
 
     moved = [sheet.facts["names"].index(name) for name in sheet.facts["moved"]]
-    squares = sheet.of("sum", "v_squared v0_squared y_bar_squared")
-    squares[2] = squares[2][moved]
-    v, v0, y = (math.sqrt(of.sum()) for of in squares)
+    v, v0 = (math.sqrt(of.sum()) for of in sheet.of("sum", "v_squared v0_squared"))
+    y = math.sqrt(sheet["sum.y_bar_squared"][moved].sum())
     most = sheet.report["recipe"]["settings"]["max_grad_norm"]["value"]
     write(norm=v, norm_v0=v0, momentum_share=sheet["sum.v0_v"].sum() / v**2 if v else 0.0)
     write(grad_norm=y, clip_factor=1.0 if most is None else min(1.0, most / (y + 1e-6)))
     return found
 
 
-def by_derivatives(sheet: Sheet, t: Array, c: Array, c_t: Array) -> Two:
+def by_derivatives(sheet: Sheet, t: Array, c: Array, c_t: Array) -> tuple[Array, Array]:
     """Slope and curvature of ΔH from derivatives at 0 of what each response says of it (per response t is 1, c_t is 0),
 
     D = Σ_t w_{<t}·[(H_t⁺ − H_t) + (ρ_t − 1)·c_t], where log w_{<t} = Σ_{k<t} log ρ_k: with d = D_v log p_t,
     D′ = Σ_t D_vH_t + c_t·d,  D″ = Σ_t D²_vH_t + c_t·(D²_v log p_t + d²) + 2·(Σ_{k<t} d_k)·(D_vH_t + c_t·d)
+
+    and E of the length. h′ = (D′ − hE′)/T and h″ = (D″ − hE″ − 2h′E′)/T of h = (R + D)/(T + E), means over responses;
+    by prompt, with the derivatives of (R_i + D_i − h·(T_i + E_i))/(T + E) of its responses.
     """
     d, d_h, d2, d2_h = sheet.of("e", "d_logp d_entropy d2_logp d2_entropy")
     before, moves = np.cumsum(d, -1) - d, []
-    for weight, once_h, twice_h in ((c, d_h, d2_h), (c_t, 0.0, 0.0)):
-        once = once_h + weight * d
-        twice = twice_h + weight * (d2 + d**2) + 2 * before * once
-        moves.append((once.sum(-1), twice.sum(-1)))
-    return of_ratio(sheet["e.entropy"].sum(-1), t, *moves)
-
-
-def of_ratio(m: Array, l: Array, of_m: Two, of_l: Two) -> Two:
-    """h′ = (M′ − hL′)/L and h″ = (M″ − hL″ − 2h′L′)/L of h = M/L, means over responses that move by M′, M″, L′, L″; by
-    prompt, with the derivatives of (M_i − h·L_i)/L of its responses."""
-    (m1, m2), (l1, l2), mean, h = of_m, of_l, l.mean(), m.mean() / l.mean()
-    h1 = (m1 - h * l1).mean() / mean
-    h2 = (m2 - h * l2 - 2 * h1 * l1).mean() / mean
-    at_0 = (m - h * l) / mean
-    once = (m1 - h * l1 - h1 * l - l1.mean() * at_0) / mean
-    twice = (m2 - h * l2 - 2 * h1 * l1 - h2 * l - l2.mean() * at_0 - 2 * l1.mean() * once) / mean
+    for weight, of_h, of2_h in ((c, d_h, d2_h), (c_t, 0.0, 0.0)):
+        once = of_h + weight * d
+        twice = of2_h + weight * (d2 + d**2) + 2 * before * once
+        moves += [once.sum(-1), twice.sum(-1)]
+    d1, d2, e1, e2 = moves
+    r, mean = sheet["e.entropy"].sum(-1), t.mean()
+    h = r.mean() / mean
+    h1 = (d1 - h * e1).mean() / mean
+    h2 = (d2 - h * e2 - 2 * h1 * e1).mean() / mean
+    at_0 = (r - h * t) / mean
+    once = (d1 - h * e1 - h1 * t - e1.mean() * at_0) / mean
+    twice = (d2 - h * e2 - 2 * h1 * e1 - h2 * t - e2.mean() * at_0 - 2 * e1.mean() * once) / mean
     return h1 + once.mean(1), h2 + twice.mean(1)
 
 
