@@ -1,16 +1,16 @@
 """The auditor: every derived figure of a report, computed again from the evidence by code that did not make it.
 
 NumPy and the standard library, no torch, and nothing of `entropy_probe`. Each file holds the formulas of a part of
-`MATH.md`: `batches` (rewards, advantages, Ĥ at θ), `optimizer` (coverage and P), `first_order` (U_cross, δH₁, two
-batches), `slopes` (along v) with `baselines`, `change` (ΔH(η), its prediction, what the noise can tell), `taylor`
-(small steps). `estimate` is a mean with its error; `sheet` is what is compared, and how.
+`MATH.md`: `inputs` (rewards, advantages, Ĥ at θ, P), `first_order` (U_cross, δH₁, two batches), `slopes` (along v, with
+every baseline), `change` (ΔH(η), its prediction, what the noise can tell), `taylor` (small steps). `sheet` is what is
+compared, and how.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from entropy_probe_checks.audit import batches, change, first_order, optimizer, slopes, taylor
+from entropy_probe_checks.audit import change, first_order, inputs, slopes, taylor
 from entropy_probe_checks.audit.sheet import Line, Sheet, compared, moved
 
 __all__ = ["LIMIT", "Line", "audit", "text", "worst"]
@@ -23,10 +23,8 @@ def audit(report: Mapping[str, Any], evidence: Any) -> list[Line]:
     """A line for every figure. The report is a dict, that of report.json; evidence has `arrays` by name and `facts`."""
     sheets = [Sheet(report, moved(evidence.arrays, seed), evidence.facts) for seed in range(3)]
     for sheet in sheets:
-        fingerprint = report["checkpoint"]["fingerprint"]
-        sheet.hold("checkpoint.fingerprint", fingerprint, sheet.facts["fingerprint"])
-        batches.write(sheet)
-        optimizer.write(sheet)
+        sheet.write("checkpoint", fingerprint=sheet.facts["fingerprint"])
+        inputs.write(sheet)
         along = []
         # without a second moment there is no step
         if "u.gram.k" in sheet or "u.gram.sums" in sheet:

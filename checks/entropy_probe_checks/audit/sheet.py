@@ -17,11 +17,11 @@ Array = np.ndarray
 
 # every field of these sections is computed again, or has to be null, but for those that other criteria judge
 SECTIONS = (
-    *("batch", "update_batch", "entropy", "predictors", "sampler_parity", "registry", "continuity"),
-    *("preconditioner", "first_order", "two_batch", "update", "entropy_change", "resolution"),
+    "checkpoint batch update_batch entropy predictors sampler_parity registry preconditioner first_order two_batch "
+    "update entropy_change resolution continuity"
 )
-OF_OTHERS = r"""registry\.(explained|taken) | preconditioner\.difference | update\.(grad_norm_logged|num_kinked|worst)
-    | update\.\w+_optimizer_step | continuity\.(zero|eta|\w+_ratio)"""
+OF_OTHERS = r"""checkpoint\.(?!fingerprint) | registry\.(explained|taken) | preconditioner\.difference
+    | update\.(grad_norm_logged|num_kinked|worst|\w+_optimizer_step) | continuity\.(zero|eta|\w+_ratio)"""
 SHARE = 2.0**-36
 # it matters whether these are equal, and of these third differences are taken
 STILL = ("rewards", "given_advantages", "features", "stencil")
@@ -49,7 +49,7 @@ class Sheet(dict[str, Array]):
     def __init__(self, report: Mapping, arrays: Mapping[str, Array], facts: Mapping) -> None:
         super().__init__(arrays)
         self.report, self.facts, self.config = report, facts, report["config"]
-        figures = _leaves("", {name: report[name] for name in SECTIONS}).items()
+        figures = _leaves("", {name: report[name] for name in SECTIONS.split()}).items()
         self.reported = {n: x for n, x in figures if not re.match(OF_OTHERS, n, re.VERBOSE)}
         self.again: dict[str, tuple[Any, float]] = {}
         self.u = "u" if "u.ids" in self else "e"  # what arrays of U begin with; E serves as both
@@ -140,7 +140,7 @@ def difference(reported: Any, again: Any, size: float) -> float:
     return float(off) if math.isfinite(off) else math.inf
 
 
-def se(of: Array) -> Array:
+def se(of: Array) -> Any:
     """Of the mean over prompts: sd/√B."""
     return of.std(-1, ddof=1) / math.sqrt(of.shape[-1])
 

@@ -36,8 +36,8 @@ def write(sheet: Sheet) -> list[Along]:
     # of Σŵ⁺R⁺: at 0 ŵ moves by D_vS and D²_vS + (D_vS)²
     d2_w, over = d2_s + d_s**2, r - r.mean()
     terms, terms2 = (d_r, over * d_s), (d2_r, 2 * d_r * d_s, over * d2_w)
-    twice = sum(terms2).mean() - 2 * sum(terms).mean() * d_s.mean()
-    size, size2 = (sum(map(abs, of)).mean() for of in (terms, terms2))
+    twice = np.sum(terms2, 0).mean() - 2 * np.sum(terms, 0).mean() * d_s.mean()
+    size, size2 = (np.abs(of).sum(0).mean() for of in (terms, terms2))
     write(curvature_of_change=twice, curvature_of_change_size=size2, slope_of_change_size=size)
     # the rounding ρ of each token's D_v in a mean of weights · D_v: √Σ(weight·ρ)²
     write(slope_of_change_rounding=np.linalg.norm((1 + abs(over)[..., None]) * rho) / s.size)
