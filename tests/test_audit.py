@@ -162,7 +162,7 @@ def named(line: str) -> str:
 def test_something_is_said_of_every_number(bench: Bench) -> None:
     """It is computed again, judged by a criterion that is named, or on a short list with its reason; one of these."""
     recomputed: set[str] = set()
-    for name in ("small steps, llama", "one batch, per token", "sampled", "grown"):
+    for name in ("small steps, llama", "one batch, per token", "grown", "psis"):
         report = run_of(bench, name)
         assert report.evidence is not None
         lines = audit(json.loads(report.model_dump_json()), report.evidence)
