@@ -18,7 +18,7 @@ import forked
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.evidence import Evidence
 from entropy_probe_checks.audit import LIMIT, audit, worst
-from entropy_probe_checks.audit.sheet import difference, quantile
+from entropy_probe_checks.audit.sheet import Sheet, difference, quantile
 from entropy_probe_checks.criteria import CRITERIA
 from faults.subjects import SUBJECTS, Bench, Subject, adapter, full, some_reward
 from fields import JUDGED_BY, NOT_JUDGED
@@ -136,6 +136,25 @@ def test_one_percent_is_seen(bench: Bench, name: str) -> None:
     assert len(missed) < len(figures) / 50, missed
     empty = [line for line in figures if difference(None, line.again, 1e300) != math.inf]
     assert empty == []
+
+
+def half_for_null(of: Any) -> Any:
+    if isinstance(of, dict):
+        return {key: half_for_null(entry) for key, entry in of.items()}
+    return [half_for_null(entry) for entry in of] if isinstance(of, list) else 0.5 if of is None else of
+
+
+@pytest.mark.parametrize("name", ["llama", "one batch, blocks", "nucleus", "small steps, nucleus", "sampled"])
+def test_what_no_formula_gives_is_null(bench: Bench, name: str) -> None:
+    """A number, where there is nothing to compute it from, is wrong: fields, and whole sections."""
+    report = run_of(bench, name)
+    assert report.evidence is not None
+    own = json.loads(report.model_dump_json())
+    nulls = {n for n, x in Sheet(own, report.evidence.arrays, report.evidence.facts).reported.items() if x is None}
+    given = {key: own[key] for key in ("config", "recipe")}
+    lines = audit(half_for_null(own) | given, report.evidence)
+    assert nulls
+    assert {line.name for line in lines if line.difference == math.inf} == nulls
 
 
 def numbers(kind: Any, path: str = "") -> typing.Iterator[str]:

@@ -83,8 +83,7 @@ def _first_order(sheet: Sheet) -> None:
         k, factor = sheet["u.gram.k"].sum(0), 4 * (units - 2) / (units - 4)
         h = ((k + k.T) / 2)[np.triu_indices(units, 1)]
         w, a = ((h - u_cross) ** 2).mean(), zeta * (units - 1) ** 2 / (units - 2)
-        unbiased = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
-        write(var_unbiased=unbiased)
+        write(var_unbiased=(factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2))
     write(lr * size, delta_h1_by_unit=-lr * r / units)
     _write_parts(sheet, "first_order", -lr * of_groups.mean(1), 2 * lr * se(of_groups), lr * size)
 
@@ -115,7 +114,7 @@ def _two_batch(sheet: Sheet) -> None:
     _write_parts(sheet, "two_batch", -lr * mean, errors)
 
 
-def _groups(sheet: Sheet) -> tuple[list[str], np.ndarray]:
+def _groups(sheet: Sheet) -> tuple[list[str], Array]:
     """Groups of tensors, and which tensors are in each: all; by layer, by kind of module, and by what is trained."""
     of_tensors = []
     for name in sheet.facts["names"]:

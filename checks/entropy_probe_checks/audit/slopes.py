@@ -111,8 +111,7 @@ def coefficients(sheet: Sheet, baseline: str = "") -> list[Array]:
     on other folds of prompts (hk_ridge).
     """
     baseline = baseline or sheet.config["first_order"]["baseline"]
-    there = np.arange(sheet["e.entropy"].shape[2]) < sheet.lengths("e")[..., None]
-    found = []
+    there, found = sheet.tokens("e"), []
     for h in (np.where(there, sheet["e.entropy"], 0.0), 1.0 * there):
         onward = np.cumsum(h[..., ::-1], -1)[..., ::-1]
         c = later = onward - h

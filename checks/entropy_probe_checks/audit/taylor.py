@@ -63,12 +63,10 @@ def write(sheet: Sheet) -> None:
             write(identity_error_per_token=_over(off, size))
         if smooth:
             rest, mirrored = delta - slope * etas, of["opposite"] + slope * etas
-            order, _ = order_of(rest, mirrored, most=ORDER_RANGE * radius)
-            write(taylor_order=order)
+            write(taylor_order=order_of(rest, mirrored, most=ORDER_RANGE * radius)[0])
         least = max(least, TRUSTED * size)
     if smooth:
-        order, _ = order_of(delta, -of["opposite"], most=SLOPE_RANGE * radius)
-        write(delta_h_slope=order)
+        write(delta_h_slope=order_of(delta, -of["opposite"], most=SLOPE_RANGE * radius)[0])
     known = etas
     if "delta_h_there" in of:
         seen = etas > 10**-6.5 * unit  # float32 knows no smaller change
