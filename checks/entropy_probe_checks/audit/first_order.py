@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -128,7 +129,7 @@ def _groups(sheet: Sheet) -> tuple[list[str], Array]:
     return groups, np.array([[group in own for own in of_tensors] for group in groups], float)
 
 
-def _write_parts(sheet: Sheet, section: str, values, errors, size: float = 0.0) -> None:
+def _write_parts(sheet: Sheet, section: str, values: Array, errors: Any, size: float = 0.0) -> None:
     """δH₁ of all tensors, and of every group of them."""
     sheet.write(section, size, delta_h1=values[0], delta_h1_se=errors[0])
     for group, value, error in list(zip(_groups(sheet)[0], values, errors, strict=True))[1:]:

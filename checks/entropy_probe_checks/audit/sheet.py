@@ -7,9 +7,8 @@ evidence that is moved at random by a share of itself. What a figure moves by, o
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +26,7 @@ SHARE = 2.0**-36
 STILL = ("rewards", "given_advantages", "features", "stencil")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One figure: `difference` is |reported − again| over the size of the terms; infinite where one of them is missing,
     or a text, a count or a flag is another."""
 
