@@ -173,7 +173,11 @@ def _resolution(sheet: Sheet, of_response: Along, of_tokens: Along) -> None:
     token, response = (expansion(sheet, lr, *of[:2]) for of in (of_tokens, of_response))
     mean, error, prompts = token.mean(), se(token), len(sheet["e.logp"])
     write(per_token=2 * error, per_response=2 * se(response))
-    write(prompts_needed=math.ceil(prompts * (2 * error / mean) ** 2) if mean else None)
+    if mean:  # a whole number but for rounding is that or the next
+        needed = prompts * (2 * error / mean) ** 2
+        few, many = (math.ceil(needed * (1 + off)) for off in (-1e-9, 1e-9))
+        told = sheet.reported.get("resolution.prompts_needed")
+        write(prompts_needed=told if told in range(few, many + 1) else many)
     spread = sheet.again["update.spread_over_batches_per_token"][0]
     if sheet.facts["source"][1] == "sampled" and spread is not None:
         degrees = min(prompts, len(sheet[f"{sheet.u}.rewards"])) - 1
