@@ -77,14 +77,16 @@ def _first_order(sheet: Sheet) -> None:
     if units > 2:
         left = (units * u_cross - 2 * r) / (units - 2)
         jackknife = math.sqrt((units - 1) * left.var())
-        write(se_jackknife=jackknife, zeta1_jackknife=units / 4 * jackknife**2)
+        write(size, se_jackknife=jackknife)
+        write(size**2, zeta1_jackknife=units / 4 * jackknife**2)
     if units > 4 and "u.gram.k" in sheet:
         # h_ij = ½(K_ij + K_ji), W = mean_{i<j}(h − U_cross)², A = Σ(r − r̄)²·(U−1)/(U−2):
         # [4(U−2)(A−W)/(U−4) + 2W]/[U(U−1) + 4(U−2)/(U−4) − 2]
         k, factor = sheet["u.gram.k"].sum(0), 4 * (units - 2) / (units - 4)
         h = ((k + k.T) / 2)[np.triu_indices(units, 1)]
         w, a = ((h - u_cross) ** 2).mean(), zeta * (units - 1) ** 2 / (units - 2)
-        write(var_unbiased=(factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2))
+        v = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
+        write(size**2, var_unbiased=v)
     write(lr * size, delta_h1_by_unit=-lr * r / units)
     _write_parts(sheet, "first_order", -lr * of_groups.mean(1), 2 * lr * se(of_groups), lr * size)
 

@@ -86,8 +86,10 @@ def _entropy(sheet: Sheet) -> None:
     write, lengths = partial(sheet.write, "entropy"), sheet.lengths("e")
     s, s_q, r, r_q = (x.sum(-1) for x in sheet.of("e", "logp logq entropy entropy_q"))
     write(naive=both(-s.mean(1)), rb=both(r.mean(1)), rb_q=both(r_q.mean(1)))
-    write(rb_by_prompt=r.mean(1), per_token_by_prompt=ratio(r, lengths))
-    write(per_token=both(ratio(r, lengths)), surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
+    per_token = ratio(r, lengths)
+    write(rb_by_prompt=r.mean(1), per_token=both(per_token))
+    write(per_token.mean(), per_token_by_prompt=per_token)  # a small one is what others' leave
+    write(surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
     variance = sheet["e.features"][..., LOGIT_VAR].sum()
     temperature = sheet.config["generation"]["temperature"]
     se = math.sqrt(variance) / temperature / s.size
