@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from entropy_probe_checks.audit.sheet import Sheet, interval, se
+from entropy_probe_checks.audit.sheet import Array, Sheet, interval, se
 
 KINDS = {  # of modules; the first that a name holds decides
     "norm": r"(norm|(\b|_)ln)[^.]*\.(modules_to_save\.[^.]+\.)?[^.]+$",
@@ -18,8 +17,6 @@ KINDS = {  # of modules; the first that a name holds decides
     "output": r"lm_head|embed_out|output",
 }
 FACTORS = ("lora_A", "lora_B", "magnitude", "modules_to_save")
-Tensors = slice | list[int]
-ALL = slice(None)
 
 
 def learning_rate(sheet: Sheet) -> tuple[float, str]:
@@ -39,104 +36,103 @@ def write(sheet: Sheet) -> None:
     sheet.write("update", lr=learning_rate(sheet)[0])
     if sheet[f"{sheet.u}.unit_of_prompt"].any():
         _first_order(sheet)
-    else:
-        sheet.write("", first_order=None)
     if sheet.u == "u":
         _two_batch(sheet)
-    else:
-        sheet.write("", two_batch=None)
 
 
-def gram(
-    sheet: Sheet, prefix: str, tensors: Tensors
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """r, Σ_m K_nm and K_nn of every unit n, of some tensors together, whose products add; and the size of r:
+def gram(sheet: Sheet, prefix: str, groups: Array) -> tuple[Array, Array, Array, float]:
+    """r, Σ_m K_nm and K_nn of every unit n, for each of several groups of tensors, whose products add; and the size of
+    r of the first group:
 
     r_n = ½[Σ_{m≠n} K_nm + Σ_{m≠n} K_mn]/(U−1), whose mean is U_cross.
     """
     if f"{prefix}.k" in sheet:
-        k = sheet[f"{prefix}.k"][tensors].sum(0)
-        rows, columns, diagonal = k.sum(1), k.sum(0), np.diag(k)
+        k = np.tensordot(groups, sheet[f"{prefix}.k"], 1)
+        rows, columns, diagonal = k.sum(2), k.sum(1), k.diagonal(0, 1, 2)
     else:
-        rows, columns, diagonal = sheet[f"{prefix}.sums"][tensors].sum(0).T
+        sums = np.tensordot(groups, sheet[f"{prefix}.sums"], 1)
+        rows, columns, diagonal = np.moveaxis(sums, 2, 0)
         if sheet.facts["world_size"] == 1:
-            sheet.compare(prefix, "its sums", "all of it, in one process")
-    others = len(rows) - 1
-    size = float((abs(rows) + abs(diagonal)).mean()) / others
+            sheet.hold(prefix, "its sums", "all of it, in one process")
+    others = rows.shape[1] - 1
+    size = float((abs(rows[0]) + abs(diagonal[0])).mean()) / others
     return (rows + columns - 2 * diagonal) / 2 / others, rows, diagonal, size
 
 
-def _first_order(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float]:
+def _first_order(sheet: Sheet) -> None:
     """ζ̂₁ = Σ(r − r̄)²/(U−1), SE = √(4ζ̂₁/U); the jackknife has U_{−u} = (U·U_cross − 2r_u)/(U−2), ζ̂₁ = U/4·SE²."""
     write, (lr, source) = partial(sheet.write, "first_order"), learning_rate(sheet)
-    r, rows, diagonal, size = gram(sheet, "u.gram", tensors)
-    units, u_cross, zeta = len(r), r.mean(), r.var(ddof=1)
-    plugin = math.sqrt(4 * zeta / units)
-    if tensors is not ALL:
-        return {"value": -lr * u_cross, "se": lr * plugin}
+    of_groups, rows, diagonal, size = gram(sheet, "u.gram", _groups(sheet)[1])
+    r, units = of_groups[0], of_groups.shape[1]
+    u_cross, zeta, plugin = r.mean(), r.var(ddof=1), 2 * se(r)
     write(mode=sheet.facts["mode"], estimator=sheet.config["first_order"]["estimator"])
     write(num_units=units, lr=lr, lr_source=source)
-    write(size, u_cross=u_cross, row_means=r, diag_sum=diagonal.sum())
-    write(bars_dot=rows.sum() / units**2, bars_dot_plain=sheet["sum.plain"].sum())
+    write(size, u_cross=u_cross, row_means=r, diag_sum=diagonal[0].sum())
+    write(bars_dot=rows[0].sum() / units**2, bars_dot_plain=sheet["sum.plain"].sum())
     x, y = (math.sqrt(sheet[f"sum.{side}_bar_squared"].sum()) for side in "xy")
     prompts = len(sheet[f"{sheet.u}.rewards"])
     write(norm_x_sum=prompts * x, norm_y_sum=prompts * y)
     write(size, se_plugin=plugin, interval=interval(u_cross, plugin, units - 1))
     write(size**2, zeta1_plugin=zeta)
-    jackknife = of_jackknife = unbiased = None
     if units > 2:
         left = (units * u_cross - 2 * r) / (units - 2)
         jackknife = math.sqrt((units - 1) * left.var())
-        of_jackknife = units / 4 * jackknife**2
+        write(size, se_jackknife=jackknife)
+        write(size**2, zeta1_jackknife=units / 4 * jackknife**2)
     if units > 4 and "u.gram.k" in sheet:
         # h_ij = ½(K_ij + K_ji), W = mean_{i<j}(h − U_cross)², A = Σ(r − r̄)²·(U−1)/(U−2):
         # [4(U−2)(A−W)/(U−4) + 2W]/[U(U−1) + 4(U−2)/(U−4) − 2]
         k, factor = sheet["u.gram.k"].sum(0), 4 * (units - 2) / (units - 4)
         h = ((k + k.T) / 2)[np.triu_indices(units, 1)]
         w, a = ((h - u_cross) ** 2).mean(), zeta * (units - 1) ** 2 / (units - 2)
-        unbiased = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
-    write(se_jackknife=jackknife, zeta1_jackknife=of_jackknife, var_unbiased=unbiased)
-    write(lr * size, delta_h1=-lr * u_cross, delta_h1_se=lr * plugin)
+        v = (factor * (a - w) + 2 * w) / (units * (units - 1) + factor - 2)
+        write(size**2, var_unbiased=v)
     write(lr * size, delta_h1_by_unit=-lr * r / units)
-    write(lr * size, delta_h1_parts=_parts(sheet, partial(_first_order, sheet)))
-    return {}
+    _write_parts(sheet, "first_order", -lr * of_groups.mean(1), 2 * lr * se(of_groups), lr * size)
 
 
-def _two_batch(sheet: Sheet, tensors: Tensors = ALL) -> dict[str, float | None]:
+def _two_batch(sheet: Sheet) -> None:
     """X̄_EᵀPȲ_U, s_k = X_kᵀPȲ_U, t_m = X̄_EᵀPY_m, and Var(δH₁) = lr²·[Var(s)/B_E + Var(t)/B_U − s²_int/(B_E·B_U)] with
     s²_int what is left of K after both; not less than a quarter of its term."""
     write, lr = partial(sheet.write, "two_batch"), learning_rate(sheet)[0]
     blocks = (sheet[f"{which}.unit_of_prompt"] for which in "eu")
     of_e, of_u = (np.bincount(units) / len(units) for units in blocks)
-    k = sheet["eu.gram.k"][tensors].sum(0) if "eu.gram.k" in sheet else None
-    if k is None:
-        s, t = (sheet[f"eu.gram.{side}"][tensors].sum(0) for side in "st")
-    else:
+    (_, groups), k = _groups(sheet), None
+    if "eu.gram.k" in sheet:
+        k = np.tensordot(groups, sheet["eu.gram.k"], 1)
         s, t = k @ of_u, of_e @ k
-    mean, pairs, error, interaction = of_e @ s, len(s) * len(t), None, None
-    if len(t) > 1:  # one unit does not say how others differ
+    else:
+        s, t = (groups @ sums for sums in sheet.of("eu.gram", "s t"))
+    mean, errors = s @ of_e, [None] * len(s)
+    write(bars_dot=mean[0], projections=s[0], update_projections=t[0], conditional_se=lr * se(s[0]))
+    if t.shape[1] > 1:  # one unit does not say how others differ
         variance = se(s) ** 2 + se(t) ** 2
         if k is not None:
-            left = k - s[:, None] - t + mean
-            interaction = (left**2).sum() / (len(s) - 1) / (len(t) - 1)
-            variance = max(variance - interaction / pairs, interaction / pairs / 4)
-        error = lr * math.sqrt(variance)
-    if tensors is ALL:
-        write(bars_dot=mean, projections=s, update_projections=t, interaction=interaction)
-        write(delta_h1=-lr * mean, delta_h1_se=error, conditional_se=lr * se(s))
-        write(delta_h1_parts=_parts(sheet, partial(_two_batch, sheet)))
-    return {"value": -lr * mean, "se": error}
+            left = k - s[:, :, None] - t[:, None] + mean[:, None, None]
+            interaction = (left**2).sum((1, 2)) / (s.shape[1] - 1) / (t.shape[1] - 1)
+            write(interaction=interaction[0])
+            shared = interaction / s.shape[1] / t.shape[1]
+            variance = np.maximum(variance - shared, shared / 4)
+        errors = lr * np.sqrt(variance)
+    _write_parts(sheet, "two_batch", -lr * mean, errors)
 
 
-def _parts(sheet: Sheet, of: Callable[[Tensors], Any]) -> dict[str, dict[str, Any]]:
-    """{table: {label: figure of the tensors with that label}}: by layer, by kind of module, and by what is trained."""
-    tables: dict[str, dict[str, list[int]]] = {"layer": {}, "module": {}, "factor": {}}
-    for place, name in enumerate(sheet.facts["names"]):
+def _groups(sheet: Sheet) -> tuple[list[str], Array]:
+    """Groups of tensors, and which tensors are in each: all; by layer, by kind of module, and by what is trained."""
+    of_tensors = []
+    for name in sheet.facts["names"]:
         kind = next((kind for kind, of in KINDS.items() if re.search(of, name.lower())), "other")
         layer = next((f"layer {int(n)}" for n in name.split(".")[1:-1] if n.isdigit()), kind)
         own = "bias" if name.endswith("bias") else "weight"
         plain = name.replace("lora_embedding_", "lora_")
         factor = next((factor for factor in FACTORS if factor in plain), own)
-        for table, label in zip(tables.values(), (layer, kind, factor), strict=True):
-            table.setdefault(label, []).append(place)
-    return {t: {label: of(tensors) for label, tensors in by.items()} for t, by in tables.items()}
+        of_tensors.append({"", f"layer.{layer}", f"module.{kind}", f"factor.{factor}"})
+    groups = sorted(set().union(*of_tensors))
+    return groups, np.array([[group in own for own in of_tensors] for group in groups], float)
+
+
+def _write_parts(sheet: Sheet, section: str, values: Array, errors: Any, size: float = 0.0) -> None:
+    """δH₁ of all tensors, and of every group of them."""
+    sheet.write(section, size, delta_h1=values[0], delta_h1_se=errors[0])
+    for group, value, error in list(zip(_groups(sheet)[0], values, errors, strict=True))[1:]:
+        sheet.write(f"{section}.delta_h1_parts.{group}", size, value=value, se=error)

@@ -1,11 +1,12 @@
 """The Taylor tests: ΔĤ(η) of a few responses against its own derivatives (MATH.md, the realised change)."""
 
 import math
+import statistics
 from functools import partial
 
 import numpy as np
 
-from entropy_probe_checks.audit.sheet import Sheet
+from entropy_probe_checks.audit.sheet import Array, Sheet
 
 # orders hold up to these shares of the radius, over so many decades of η
 SLOPE_RANGE, ORDER_RANGE, DECADES = 0.02, 0.1, 1.5
@@ -18,70 +19,74 @@ WIDTHS = {"stencil": 1e-3, "near": 1e-5, "far": 2e-2}
 
 
 def write(sheet: Sheet) -> None:
-    """The fields of section `continuity` that belong to them, where they were made."""
-    if "taylor.etas" not in sheet:
-        return
-    of = {name[7:]: sheet[name] for name in sheet if name.startswith("taylor.")}
+    """The fields of section `continuity` that belong to them."""
+    of = {name[7:]: array for name, array in sheet.items() if name.startswith("taylor.")}
     write, w, s, r = partial(sheet.write, "continuity"), of["weights"], of["seq_logp"], of["rb_sum"]
     etas, delta, moved, lengths = of["etas"], of["delta_h"], of["logits"], of["gen_lens"]
     unit = 10 * float(etas[-1])
-    sheet.compare(
-        "taylor.etas", etas, unit * 10 ** (0.75 * (np.arange(len(etas)) + 1 - len(etas)) - 1)
-    )
+    places = 0.75 * (np.arange(len(etas)) + 1 - len(etas)) - 1
+    sheet.hold("taylor.etas", etas, unit * 10**places)
     if not sheet.restricted:
-        sheet.compare("taylor.weights", w, np.full(s.shape, 1 / s.size))
+        sheet.hold("taylor.weights", w, np.full(s.shape, 1 / s.size))
     # what is added up in a change: Ĥ, or what the rounding of a logit does to it
     entropy, each = float((w * r).sum()), math.sqrt(lengths.mean() / s.size)
     added = max(entropy, each * (1 + float(of["logit"].max()) * entropy) / 10)
-    first, second, third = _derivatives(of["stencil"][1], unit * WIDTHS["stencil"])
+    steps = {which: unit * width for which, width in WIDTHS.items() if which in of}
+    at_0 = {which: _derivatives(of[which], h) for which, h in steps.items()}
+    first, second, third = at_0["stencil"][:, 1].tolist()
     radius = min(_over(2 * first, second), _over(3 * second, third))
     radius = radius if math.isfinite(first + second + third) else math.nan
     write(taylor_eta_min=float(etas[0]), taylor_eta_max=float(etas[-1]), taylor_radius=radius)
     order_of = partial(_order, etas, floor=1e3 * float(np.finfo(float).eps) * added)
-    naive = rb = per_token = order = slope = None
-    smooth, least, known = True, abs(first), etas
+    smooth, least = True, abs(first)
     if "d_seq_logp" in of:
         d_s, d_r = of["d_seq_logp"], of["d_rb_sum"]
         # d/dη of Σŵf at 0: Σŵ(f − Ĥ)·D_vS + ŵ·D_vf
-        terms = np.array(
-            [(w * (f - (w * f).sum()) * d_s, w * d_f) for f, d_f in ((-s, -d_s), (r, d_r))]
-        )
-        slope, size = terms[1].sum(), abs(terms[1]).sum()
-        naive, rb, smooth = _identities(of, terms.reshape(2, -1), unit, 1e-8 * added)
+        naive = [w * ((w * s).sum() - s) * d_s, -w * d_s]
+        rb = [w * (r - entropy) * d_s, w * d_r]
+        slope, size = np.sum(rb), np.abs(rb).sum()
+        found = {}
+        for which, h in steps.items():
+            both = zip(at_0[which][0], (naive, rb), strict=False)
+            found[which] = [_error(of_step, terms, 1e-8 * added / h) for of_step, terms in both]
+        worst = {which: max(e or 0.0 for e in errors) for which, errors in found.items()}
+        naive, rb = found["stencil"]
+        smooth = worst.get("far", 0.0) <= KINKED
+        if worst.get("near", math.inf) < worst["stencil"] / 10:
+            smooth = False
+            naive, rb = (None, None) if SHORT < worst["near"] < KINKED else found["near"]
+        write(taylor_slope=slope, identity_error_naive=naive, identity_error_rb=rb)
         if smooth and rb is not None and not sheet.restricted:
             # of Σŵf/ΣŵT, over the terms of Σŵf
             centred = r - r.mean() / lengths.mean() * lengths
-            off = _derivatives(of["stencil"][2], unit * WIDTHS["stencil"])[0] * lengths.mean()
-            per_token = _over(off - (d_r + centred * d_s).mean(), size)
-        rest = delta - slope * etas, of["opposite"] + slope * etas
-        order = order_of(*rest, most=ORDER_RANGE * radius)
+            off = at_0["stencil"][0, 2] * lengths.mean() - (d_r + centred * d_s).mean()
+            write(identity_error_per_token=_over(off, size))
+        if smooth:
+            rest, mirrored = delta - slope * etas, of["opposite"] + slope * etas
+            write(taylor_order=order_of(rest, mirrored, most=ORDER_RANGE * radius)[0])
         least = max(least, TRUSTED * size)
-    for name, error in (("naive", naive), ("rb", rb), ("per_token", per_token)):
-        write(**{f"identity_error_{name}": error})
-    write(taylor_slope=slope, taylor_order=order if smooth else None)
-    of_delta = order_of(delta, -of["opposite"], most=SLOPE_RANGE * radius)
-    write(delta_h_slope=of_delta if smooth else None)
+    if smooth:
+        write(delta_h_slope=order_of(delta, -of["opposite"], most=SLOPE_RANGE * radius)[0])
+    known = etas
     if "delta_h_there" in of:
         seen = etas > 10**-6.5 * unit  # float32 knows no smaller change
-        known, size = etas[seen], np.maximum(np.abs(delta), least * etas)[seen]
-        known = known[_longest(np.abs(of["delta_h_there"] - delta[seen]) <= TRUSTED * size)]
-    few = unit * 10.0 ** np.arange(-8, -3)
-    write(
-        trusted_eta_min=min(known.tolist(), default=None),
-        trusted_eta_max=max(known.tolist(), default=None),
-    )
-    tiny = _smooth(few, of["asymmetry"] <= LIKE * moved)
-    logit = _loglog(few[tiny], moved[tiny]) if moved.any() else None
-    monotone = bool((np.diff(moved[tiny]) > 0).all()) if moved.any() else None
-    write(logit_slope=logit, logit_monotone=monotone)
+        size = np.maximum(np.abs(delta), least * etas)[seen]
+        close = np.abs(of["delta_h_there"] - delta[seen]) <= TRUSTED * size
+        known = etas[seen][_longest(close)]
+    if len(known):
+        write(trusted_eta_min=known.min(), trusted_eta_max=known.max())
+    if moved.any():
+        few = unit * 10.0 ** np.arange(-8, -3)
+        order, tiny = _order(few, moved, moved - of["asymmetry"])
+        write(logit_slope=order, logit_monotone=bool((np.diff(moved[tiny]) > 0).all()))
 
 
-def _derivatives(at: np.ndarray, h: float) -> tuple[float, float, float]:
-    """f′, f″, f‴ at 0 of f(−2h), f(−h), f(h), f(2h) and f(0) = 0, with f₍ₖ₎± the sum and difference at ±kh."""
-    below2, below1, above1, above2 = (float(value) for value in at)
-    odd1, odd2, even1, even2 = above1 - below1, above2 - below2, above1 + below1, above2 + below2
+def _derivatives(at: Array, h: float) -> Array:
+    """f′, f″, f‴ at 0 of several f(−2h), f(−h), f(h), f(2h) and f(0) = 0, from odd and even parts at h and 2h."""
+    odd1, odd2 = (at[:, 2:] - at[:, 1::-1]).T
+    even1, even2 = (at[:, 2:] + at[:, 1::-1]).T
     first, second = (8 * odd1 - odd2) / (12 * h), (16 * even1 - even2) / (12 * h**2)
-    return first, second, (odd2 - 2 * odd1) / (2 * h**3)
+    return np.array([first, second, (odd2 - 2 * odd1) / (2 * h**3)])
 
 
 def _over(a: float, b: float) -> float:
@@ -89,64 +94,37 @@ def _over(a: float, b: float) -> float:
     return abs(a) / abs(b) if b else (math.inf if a else 0.0)
 
 
-def _identities(
-    of: dict[str, np.ndarray], terms: np.ndarray, unit: float, rounding: float
-) -> tuple[float | None, float | None, bool]:
-    """|f′ − Σ terms|/Σ |terms| of naive and rb, None where both are within the rounding of a difference over h, by the
-    step that crosses no kink; and whether none is in the range."""
-    errors: dict[str, list[float | None]] = {}
-    for which, h in ((which, unit * width) for which, width in WIDTHS.items() if which in of):
-        errors[which] = []
-        for row, part in zip(of[which][:2], terms, strict=True):
-            found, size = _derivatives(row, h)[0], abs(part).sum()
-            unseen = max(size, abs(found)) <= rounding / h
-            errors[which].append(None if unseen else _over(found - part.sum(), size))
-    worst = {
-        which: max((e for e in own if e is not None), default=0.0) for which, own in errors.items()
-    }
-    naive, rb = errors["stencil"]
-    if "near" not in of:
-        return naive, rb, worst["far"] <= KINKED
-    if worst["near"] >= worst["stencil"] / 10:
-        return naive, rb, True
-    naive, rb = (None, None) if SHORT < worst["near"] < KINKED else errors["near"]
-    return naive, rb, False
-
-
-def _loglog(etas: np.ndarray, values: np.ndarray) -> float:
-    """Least-squares slope of log|f| against log η."""
-    if (values == 0).any() or not np.isfinite(values).all():
-        return math.nan
-    x, y = np.log(etas), np.log(np.abs(values))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+def _error(found: float, terms: list[Array], rounding: float) -> float | None:
+    """|f′ − Σ terms|/Σ |terms|, None where both are within the rounding of a difference."""
+    size = np.abs(terms).sum()
+    return None if max(size, abs(found)) <= rounding else _over(found - np.sum(terms), size)
 
 
 def _order(
-    etas: np.ndarray, values: np.ndarray, mirrored: np.ndarray, floor: float, most: float
-) -> float | None:
-    """`_loglog` from the first η on above which every |f| up to η = `most` exceeds the floor, up to where f(η) and what
-    stands for it at −η part."""
-    if math.isnan(most) or not np.isfinite(values).all():
-        return math.nan
-    inside = np.flatnonzero(etas <= most)
-    lost = inside[np.abs(values[inside]) <= floor]
+    etas: Array, values: Array, mirrored: Array, floor: float = -1.0, most: float = math.inf
+) -> tuple[float | None, Array]:
+    """Least-squares slope of log|f| against log η, and over which η: from the first on above which every |f| up to
+    `most` exceeds the floor, up to where f(η) and what stands for it at −η part, if that is far enough above."""
+    inside, size = np.flatnonzero(etas <= most), np.abs(values)
+    if math.isnan(most) or not np.isfinite(size).all():
+        return math.nan, inside
+    lost = inside[size[inside] <= floor]
     chosen = inside[inside > lost.max(initial=-1)]
-    like = np.abs(values - mirrored) <= LIKE * np.maximum(np.abs(values), np.abs(mirrored))
-    chosen = chosen[_smooth(etas[chosen], like[chosen])]
-    return _loglog(etas[chosen], values[chosen]) if _spans(etas[chosen]) else None
+    like = np.abs(values - mirrored) <= LIKE * np.maximum(size, np.abs(mirrored))
+    before = chosen[np.logical_and.accumulate(like[chosen])]
+    chosen = before if _spans(etas[before]) else chosen
+    if not _spans(etas[chosen]):
+        return None, chosen
+    if (size[chosen] == 0).any():
+        return math.nan, chosen
+    return statistics.linear_regression(np.log(etas[chosen]), np.log(size[chosen])).slope, chosen
 
 
-def _smooth(etas: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Those before the first that is not `like`; all, where too few lie before it."""
-    before = np.logical_and.accumulate(like)
-    return before if _spans(etas[before]) else np.ones(len(etas), bool)
-
-
-def _spans(etas: np.ndarray) -> bool:
+def _spans(etas: Array) -> bool:
     return len(etas) >= 2 and math.log10(etas[-1] / etas[0]) >= DECADES - 1e-9
 
 
-def _longest(holds: np.ndarray) -> slice:
+def _longest(holds: Array) -> slice:
     """The longest stretch on which it holds; of equally long ones, the last."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], holds, [0]]))).reshape(-1, 2).tolist()
     return slice(*max(edges, key=lambda edge: (edge[1] - edge[0], edge[0]), default=(0, 0)))

@@ -1,6 +1,7 @@
-"""What the batches hold: counts, rewards, advantages, fingerprints; the entropy at θ; the sampler's own scores."""
+"""What is measured on: the batches, the entropy at θ, the sampler's own scores; the optimizer as v and P took it."""
 
 import hashlib
+import itertools
 import json
 import math
 from functools import partial
@@ -10,6 +11,8 @@ import numpy as np
 from entropy_probe_checks.audit.sheet import Sheet, both, ratio
 
 LOGIT_VAR = 5  # the place of Var_q(logit) among the features of a token
+# of second moments: standard errors that decide, entries that say something, what rows and columns share
+CLEAR, FEWEST, SHARED = 5.0, 8, 0.04
 
 
 def write(sheet: Sheet) -> None:
@@ -17,7 +20,9 @@ def write(sheet: Sheet) -> None:
     _batch(sheet, "update_batch", sheet.u, 1)
     _entropy(sheet)
     _predictors(sheet)
-    _parity(sheet)
+    if "e.sampler_logprobs" in sheet:
+        _parity(sheet)
+    _optimizer(sheet)
 
 
 def advantages(sheet: Sheet, which: str) -> np.ndarray:
@@ -59,14 +64,14 @@ def _batch(sheet: Sheet, section: str, which: str, place: int) -> None:
     most, mean = abs(rewards).max(), ratio(rewards, sheet.lengths(which) > 0)
     sheet.estimates(section, most, mean_reward=mean)
     a, used = advantages(sheet, which), sheet[f"{which}.advantages"]
-    sheet.compare(f"{which}.advantages", used, a, max(most, abs(a).max()))
+    sheet.hold(f"{which}.advantages", used, a, max(most, abs(a).max()))
     idle = abs(a).max(1) <= 1e-12 * abs(rewards).max(1)
     write(zero_advantage_fraction=float(idle.mean()))
-    eos, unended, generation = set(facts["eos"]), None, sheet.config["generation"]
+    eos, generation = set(facts["eos"]), sheet.config["generation"]
+    write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts))
     if facts["source"][place] == "sampled" and not generation["stop"]:
         full = generation["max_new_tokens"]
-        unended = sum(text[-1] not in eos and len(text) < full for text in texts)
-    write(early_eos=sum(not eos.isdisjoint(text[:-1]) for text in texts), unended=unended)
+        write(unended=sum(text[-1] not in eos and len(text) < full for text in texts))
     given = sheet.get(f"{which}.given_advantages")
     from_file = "weights" if facts["weighed"][place] else "given"
     write(advantages="recipe" if given is None else from_file)
@@ -81,8 +86,10 @@ def _entropy(sheet: Sheet) -> None:
     write, lengths = partial(sheet.write, "entropy"), sheet.lengths("e")
     s, s_q, r, r_q = (x.sum(-1) for x in sheet.of("e", "logp logq entropy entropy_q"))
     write(naive=both(-s.mean(1)), rb=both(r.mean(1)), rb_q=both(r_q.mean(1)))
-    write(rb_by_prompt=r.mean(1), per_token_by_prompt=ratio(r, lengths))
-    write(per_token=both(ratio(r, lengths)), surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
+    per_token = ratio(r, lengths)
+    write(rb_by_prompt=r.mean(1), per_token=both(per_token))
+    write(per_token.mean(), per_token_by_prompt=per_token)  # a small one is what others' leave
+    write(surprises=int((sheet["e.logp"] < math.log(0.5)).sum()))
     variance = sheet["e.features"][..., LOGIT_VAR].sum()
     temperature = sheet.config["generation"]["temperature"]
     se = math.sqrt(variance) / temperature / s.size
@@ -93,9 +100,8 @@ def _predictors(sheet: Sheet) -> None:
     """Those of the change that need no gradient, on U: −Cov(log p, A), −mean[A(1 − p)(H + log p)] and
     −mean[A(S − Σ_i p_i S_i)] with S = p(H + log p), over the tokens of the step."""
     l, h, mean_s = sheet.of(sheet.u, "logp entropy mean_s")
-    lengths, p = sheet.lengths(sheet.u), np.exp(l)
-    in_step = sheet.get(f"{sheet.u}.in_step", lengths > 0).astype(bool)
-    chosen = (np.arange(l.shape[2]) < lengths[..., None]) & in_step[..., None]
+    in_step = sheet.get(f"{sheet.u}.in_step", np.ones(l.shape[:2])).astype(bool)
+    chosen, p = sheet.tokens(sheet.u) & in_step[..., None], np.exp(l)
     a = sheet.get(f"{sheet.u}.given_advantages", advantages(sheet, sheet.u))
     a = (a if a.ndim == 3 else a[..., None]) * chosen
     covariance = (l - l[chosen].mean()) * (a - a[chosen].mean()) * chosen
@@ -107,14 +113,8 @@ def _predictors(sheet: Sheet) -> None:
 
 def _parity(sheet: Sheet) -> None:
     """Δ = reported − scored of every token, ρ = e^{−Δ}: kl mean Δ, k3 mean(ρ − 1 + Δ)."""
-    if "e.sampler_logprobs" not in sheet:
-        sheet.write("", sampler_parity=None)
-        return
-    write, lengths = partial(sheet.write, "sampler_parity"), sheet["e.gen_lens"]
-    scored, reported = (
-        np.concatenate([row[:n] for row, n in zip(rows, lengths, strict=True)])
-        for rows in (sheet["e.logq"].reshape(len(lengths), -1), sheet["e.sampler_logprobs"])
-    )
+    write, there, logq = partial(sheet.write, "sampler_parity"), sheet.tokens("e"), sheet["e.logq"]
+    scored, reported = logq[there], sheet["e.sampler_logprobs"].reshape(logq.shape)[there]
     delta, p, q = reported - scored, np.exp(reported), np.exp(scored)
     rho, varied = np.exp(-delta), min(p.std(), q.std()) > 1e-12
     write(mean_abs_difference=abs(delta).mean(), max_abs_difference=abs(delta).max())
@@ -122,3 +122,47 @@ def _parity(sheet: Sheet) -> None:
     write(ratio_min=rho.min(), ratio_mean=rho.mean(), ratio_max=rho.max())
     write(num_tokens=len(delta), share_outside=float(((rho < 0.9) | (rho > 1.1)).mean()))
     write(pearson=np.corrcoef(q, p)[0, 1] if varied else None)
+
+
+def _optimizer(sheet: Sheet) -> None:
+    """Which tensors have a gradient; what the report sums up of P and of second moments."""
+    write, names = partial(sheet.write, "registry"), sheet.facts["names"]
+    x, y = (set(itertools.compress(names, of)) for of in sheet[f"{sheet.u}.reached"])
+    write(num_tensors=len(names), uncovered=[name for name in names if name not in x & y])
+    write(x_coverage=len(x) / len(names), y_coverage=len(y) / len(names))
+    if "sum.p_min" not in sheet:  # without a step nothing says how long they are
+        write(num_parameters=sheet.report["registry"]["num_parameters"])
+        return
+    write(num_parameters=int(sheet["sum.numel"].sum()))
+    write = partial(sheet.write, "preconditioner")
+    p_min, p_max, nonfinite = sheet.of("sum", "p_min p_max p_nonfinite")
+    write(num_tensors=len(p_min), num_nonfinite=int(nonfinite.sum()))
+    write(smallest=float(p_min.min()), largest=float(p_max.max()))
+    known = set(sheet.facts["moved"]) - {h["name"] for h in sheet.facts["hyper"] if h["step"] == 0}
+    write(missing=[name for name in names if name not in known])
+    # the pair of one shape that would fit each other's second moments best, and tensors nothing speaks of
+    alike: dict[tuple[int, ...], list[tuple[int, str]]] = {}
+    for h in sheet.facts["hyper"]:
+        if h["step"] > 0 and h["name"] in y:
+            alike.setdefault(tuple(h["shape"]), []).append((math.prod(h["shape"]), h["name"]))
+    pairs = [pair for tensors in alike.values() for pair in itertools.combinations(tensors, 2)]
+    evidence = sheet["match.pairs"] if pairs else np.zeros(0)
+    vague = list(itertools.compress(pairs, evidence > -CLEAR))
+    write(num_pairs=len(pairs), num_undecided=len(vague))
+    write(undecided=[name for _, name in sorted(set(itertools.chain(*vague)))])
+    if pairs:
+        pair = [name for _, name in pairs[int(evidence.argmax())]]
+        write(exchanged=_exchange(sheet), exchanged_pair=pair)
+
+
+def _exchange(sheet: Sheet) -> float:
+    """½(z_ij + z_ji − z_ii − z_jj)/√(1/(n−3) + 0.04²), z = atanh of the correlation of log squares with log moments."""
+    z, entries = np.zeros((2, 2)), np.zeros((2, 2))
+    for i, j in itertools.product(range(2), repeat=2):
+        squares, moments = sheet["match.squares"][i], sheet["match.of_pair"][j]
+        both = (squares > 0) & (moments > 0)
+        a, b, entries[i, j] = np.log(squares[both]), np.log(moments[both]), max(both.sum(), FEWEST)
+        if len(a) >= FEWEST and a.std() * b.std() > 1e-12:
+            z[i, j] = math.atanh(np.clip(np.corrcoef(a, b)[0, 1], -0.999, 0.999))
+    gain = 0.5 * (z[0, 1] + z[1, 0] - z[0, 0] - z[1, 1])
+    return float(gain / math.sqrt(1 / (min(entries[0, 1], entries[1, 0]) - 3) + SHARED**2))
