@@ -41,9 +41,9 @@ def test_the_gradient_and_the_step_are_trls(tmp_path: Path, name: str) -> None:
     ("name", "said"),
     [
         ("num_iterations 2, second pass", "num_iterations 2"),
-        ("lora_dropout 0.1", "dropout in training (0.1)"),
-        ("bf16 autocast", "rounding of autocast (bf16)"),
-        ("second of two windows", "2 steps a rollout"),
+        ("lora_dropout 0.1", "uses dropout (0.1)"),
+        ("bf16 autocast", "under autocast (bf16)"),
+        ("second of two windows", "makes 2 steps from each rollout"),
     ],
 )
 def test_what_is_not_reproduced_is_said(tmp_path: Path, name: str, said: str) -> None:

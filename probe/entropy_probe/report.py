@@ -116,7 +116,8 @@ class RecipeSetting(_Section):
 class RecipeSection(_Section):
     """Whose update this is: the recipe's `name`, the file that says so, and every part with where it is from.
 
-    `not_reproduced`: what the trainer does beside; `unread`: files with settings that could not be read.
+    `not_reproduced`: what the trainer does and the probe does not, in sentences; `unread`: files with settings that
+    could not be read.
     """
 
     name: str
@@ -141,7 +142,7 @@ class RecipeSection(_Section):
         lines = [f"{self.name} ({self.source})"]
         lines += [f"{source}: {', '.join(parts)}" for source, parts in by_source.items()]
         if self.not_reproduced:
-            lines.append(f"not reproduced: {'; '.join(self.not_reproduced)}")
+            lines.append(f"not reproduced: {' '.join(self.not_reproduced)}")
         return lines + [f"left unread: {trouble}" for trouble in self.unread]
 
 
