@@ -69,7 +69,7 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
         rest = f"{said.text} {passed}"
         return Answer("unknown", report.not_chosen.capitalize(), rest)
     h = report.entropy.per_token.value
-    dead = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same."
+    dead = f"the entropy is {h:.2g} nats/token, and the policy writes almost the same every time."
     if undecided:
         count = _count(undecided, "check")
         open_ones = f"{count} could not be decided ({_names(undecided)})."

@@ -144,7 +144,7 @@ def test_the_answer_says_what_holds_first(three: list[Checkpoint]) -> None:
     )
     dead = with_section(report, "entropy", per_token=report.entropy.per_token.model_copy(update={"value": 0.0038}))
     assert str(said(dead, [undecided, *GOOD])) == (
-        "Collapsed: the entropy is 0.0038 nats/token, and the policy says almost always the same. "
+        "Collapsed: the entropy is 0.0038 nats/token, and the policy writes almost the same every time. "
         "1 check could not be decided (ess)."
     )
     assert said(dead, [red, undecided]).word == "Not to be trusted"

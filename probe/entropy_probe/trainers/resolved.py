@@ -15,7 +15,7 @@ from entropy_probe.report import RecipeSection, RecipeSetting
 from entropy_probe.trainers.found import Found
 from entropy_probe.trainers.settings import Trace, training_settings
 
-_NO_TRACE = "no trainer's settings were found"
+_NO_TRACE = "no trainer's settings were found: plain centred advantages"
 
 
 def resolved(
