@@ -114,7 +114,9 @@ def pareto_k(report: ProbeReport) -> Finding:
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
     if row.method == "resample":
-        return not_applicable("The realised change comes from fresh responses.", row.pareto_k, limit)
+        return not_applicable(
+            "The realised change comes from fresh responses.", row.pareto_k, limit
+        )
     if row.pareto_k is None:
         size = report.batch.total_responses
         reason = (
