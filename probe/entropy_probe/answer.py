@@ -143,7 +143,8 @@ def _passed(rows: Sequence[Checked], *, others: bool) -> str:
     if not asked:
         return "No check was made of these numbers."
     if all(row.gate for row in asked):
-        held = f"All {len(asked)} limits hold" if len(asked) > 1 else "The one limit holds"
+        all_of_them = "Both" if len(asked) == 2 else f"All {len(asked)}"
+        held = f"{all_of_them} limits hold" if len(asked) > 1 else "The one limit holds"
         if others:
             held = f"The other {f'{len(asked)} limits hold' if len(asked) > 1 else 'limit holds'}"
         return f"{held}; whether the numbers can be trusted was not asked (-m acceptance)."

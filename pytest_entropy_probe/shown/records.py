@@ -97,7 +97,9 @@ def _made_on(report: ProbeReport) -> list[str]:
     lines = _block("prompts", [f"{rows}, {given}; reward {batch.reward}"])
     if step is not None:
         ess = f"{step.unclipped_ess_fraction:.2f} of the responses still count after the step"
-        lines += _block("ESS", [ess + ("" if step.reliable else ": too few, not reliable")])
+        fresh = step.method == "resample"
+        doubt = ", so the change is measured on fresh ones" if fresh else ": too few, not reliable"
+        lines += _block("ESS", [ess + (doubt if fresh or not step.reliable else "")])
     return lines + _block("recipe", report.recipe.lines()[:1])
 
 
@@ -145,7 +147,10 @@ def resolution(report: ProbeReport) -> list[str]:
     said = f"{resolves:.2g} nats/token (2 standard errors)"
     if resolves > 0:
         said += f"; the predicted change is {_times(size / resolves)} that"
-    if of.prompts_needed is not None and size < resolves:
+    enough = (
+        step.reliable and step.method != "resample"
+    )  # no number of prompts helps a step too large
+    if of.prompts_needed is not None and size < resolves and enough:
         said += f": about {_rounded(of.prompts_needed)} prompts would decide"
     lines = [said]
     if of.target_se is not None:
