@@ -44,6 +44,7 @@ ELSEWHERE = {
     "measure_step": "entropy_probe.live",
     "ProbedStep": "entropy_probe.live",
     "run_skill": "entropy_probe.predictor_skill",
+    "checkpoint_path": "entropy_probe.demo",
     "World": "entropy_probe.processes.world",
 }
 """Public names that are not in `entropy_probe` itself → where they are imported from."""
