@@ -56,7 +56,9 @@ def test_every_place_says_so(folder: Path) -> None:
     assert shown[at : at + 2] == FIRST
     assert max(map(len, shown)) <= 80
     block = "\n".join(shown)
-    figures = re.findall(r"^(entropy|change|resolves|step|gradient) +(\S.*(?:\n {9}.*)*)", block, re.MULTILINE)
+    figures = re.findall(
+        r"^(?=.{8} \S)(entropy|change|resolves|step|gradient) +(\S.*(?:\n {9}.*)*)", block, re.MULTILINE
+    )
     assert [label for label, _ in figures] == ["entropy", "change", "resolves", "step", "gradient"]
     assert all(" ".join(text.split()).endswith(f"({MARK})") for _, text in figures), figures
     assert any(line.startswith(f"prediction against realisation (nats/token), {MARK}") for line in shown)
