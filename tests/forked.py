@@ -65,7 +65,7 @@ def python(
         outputs = [Path(place) / name for name in ("stdout", "stderr")]
         process = _SERVER.Process(
             target=_become,
-            args=(command, os.fspath(cwd or os.getcwd()), _of_no_worker(environment or os.environ), outputs, _fresh_path()),
+            args=(command, os.fspath(cwd or os.getcwd()), _of_no_worker(environment), outputs, _fresh_path()),
         )
         process.start()
         process.join(timeout)
@@ -102,9 +102,10 @@ def runs_of(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
     return run
 
 
-def _of_no_worker(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what says that this is one of xdist's processes, in which pytest-benchmark measures nothing."""
-    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
+def _of_no_worker(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """What says that this is one of xdist's processes is left out: in those pytest-benchmark measures nothing."""
+    given = os.environ if environment is None else environment
+    return {name: value for name, value in given.items() if not name.startswith("PYTEST_XDIST")}
 
 
 @cache
