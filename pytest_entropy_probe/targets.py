@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,11 @@ def _expand(value: str, start: Path, label: str) -> list[_Found]:
         return [_Found(demo_path(), name or DEMO)]
     folders = folders or _folders(absolute(text, start))
     if not folders:
-        raise pytest.UsageError(
-            f"{label}: no such folder: {absolute(text, start)}; give a checkpoint folder, a glob, "
+        remedy = _meant(text, start) or (
+            "give a checkpoint folder, a glob, "
             "demo, or NAME=PATH with letters, digits, `.`, `_`, `+` and `-` in NAME"
         )
+        raise pytest.UsageError(f"{label}: no such folder: {absolute(text, start)}; {remedy}")
     if len(folders) == 1:
         return [_Found(folders[0], name)]
     return [_Found(folder, prefix=name) for folder in folders]
@@ -81,6 +83,19 @@ def _folders(path: Path) -> list[Path]:
         return []
     matches = sorted(map(Path, glob(str(path), recursive=True)), key=_natural)
     return [match for match in matches if match.is_dir()]
+
+
+def _meant(text: str, start: Path) -> str:
+    """Of a glob that fits nothing: one that has the same end and fits folders up to two levels below its beginning."""
+    *above, last = Path(text).parts or ("",)
+    begin = list(itertools.takewhile(lambda part: not has_magic(part), above))
+    if not has_magic(text) or not begin:
+        return ""
+    for between in ((), ("*",), ("*", "*")):
+        other = Path(*begin, *between, last)
+        if _folders(absolute(str(other), start)):
+            return f"give '{other}', which fits folders that are there"
+    return ""
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:

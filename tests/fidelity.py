@@ -153,7 +153,7 @@ def main() -> None:
             found = of_setting(Path(place) / str(number), name)
             row = (found.gradient_turned, found.gradient_longer, found.step_turned, found.step_longer)
             shown = " | ".join(f"{x:.1e}" if k % 2 == 0 else f"{x:+.1e}" for k, x in enumerate(row))
-            print(f"| {name} | {shown} | {'; '.join(found.not_reproduced)} |", flush=True)
+            print(f"| {name} | {shown} | {' '.join(found.not_reproduced)} |", flush=True)
 
 
 if __name__ == "__main__":

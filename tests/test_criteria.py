@@ -731,6 +731,26 @@ def test_why_no_step_is_in_range(report: ProbeReport) -> None:
         assert remedy in verdict.hint
 
 
+@pytest.mark.parametrize(
+    ("values", "criterion", "remedies"),
+    [
+        (
+            {"x_coverage": 0.0},
+            "x_coverage",
+            ("more of them do not help", "earlier checkpoint", "allow_inconclusive: [x"),
+        ),
+        ({"y_coverage": 0.0}, "y_coverage", ("neither always nor never", "generation.num_return_sequences")),
+    ],
+)
+def test_a_gradient_that_is_zero_everywhere_says_what_to_do(
+    report: ProbeReport, values: dict[str, float], criterion: str, remedies: tuple[str, ...]
+) -> None:
+    """Of a collapsed policy, whose responses are all the same, and of a batch whose rewards are."""
+    verdict = CRITERIA[criterion](poisoned(report, "registry", **values))
+    assert verdict.status == "inconclusive"
+    assert all(remedy in verdict.hint for remedy in remedies), verdict.hint
+
+
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where the numbers of a report stand."""
     if isinstance(value, dict):

@@ -99,6 +99,15 @@ def test_links_and_tests_named_in_the_docs_exist(page: Path) -> None:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
 
 
+def test_anchors_in_the_readme_exist() -> None:
+    """Those of the pages among each other are checked where the site is built."""
+    links = re.findall(r"\]\(([^)#:]+)#([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 2
+    for page, anchor in links:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r" +", "-", re.sub(r"[^\w -]", "", head.lower())) for head in headings}, anchor
+
+
 def test_every_page_of_code_is_in_its_room() -> None:
     """The file tree of the README names folders and files that exist."""
     tree = README.partition("## Where things are")[2]

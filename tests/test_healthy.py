@@ -24,11 +24,11 @@ def test_no_option_is_needed(tmp_path: Path, kind: str, seed: int) -> None:
         "stand-in reward, which says nothing about the policy: set batch.reward",
     ]
     if kind.startswith("GPT-2"):
-        assert "E and U: responses end after 113 tokens, not 200: the model holds 128" in doubts
+        assert "responses end after 113 tokens, not 200: the model holds 128" in doubts
 
 
 def test_a_collapsed_policy_is_inconclusive_and_never_failed(tmp_path: Path) -> None:
     with typecheck.unchecked():
         odd, doubts = healthy.statuses(tmp_path, "collapsed", 0)
     assert {found.partition(" ")[0] for found in odd.values()} == {"inconclusive"}
-    assert "100% of the update's prompts have no advantage: v is only momentum and decay" in doubts
+    assert "100% of the update's prompts have no advantage: the step is only momentum and decay" in doubts

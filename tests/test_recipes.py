@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import random
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -479,7 +480,9 @@ def test_a_kl_term_needs_a_reference(tmp_path: Path) -> None:
         resolved(ProbeConfig.from_mapping({"recipe": {"kl_coef": 0.1}}), tmp_path, has_reference=False)
     config, recipe = resolved(ProbeConfig.from_mapping({"recipe": "nemo-rl"}), tmp_path, has_reference=False)
     assert config.whose_update.kl_coef == 0
-    assert recipe.not_reproduced == ["KL term (β 0.01): give --probe-reference-model"]
+    assert recipe.not_reproduced == [
+        "The trainer's loss has a KL term (β 0.01). The probe leaves it out until you give --probe-reference-model."
+    ]
     config, recipe = resolved(ProbeConfig.from_mapping({"recipe": "nemo-rl"}), tmp_path, has_reference=True)
     assert (config.whose_update.kl_coef, recipe.not_reproduced) == (0.01, [])
 
@@ -502,23 +505,65 @@ def test_the_prompts_of_a_step_are_those_of_all_processes(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "several rollouts a step"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "several rollouts for each step"),
         ({"use_vllm": True, "vllm_importance_sampling_clip_min": 0.5}, "lower bound"),
-        ({"neftune_noise_alpha": 5.0}, "neftune"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         (
             {"importance_sampling_level": "sequence", "use_vllm": True, "vllm_importance_sampling_mode": "token_mask"},
             "vLLM",
         ),
         ({"top_k": 20}, "top_k 20"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "normalize_then_sum"),
-        ({"use_adaptive_entropy": True}, "adaptive"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
         ({"router_aux_loss_coef": 0.01}, "auxiliary loss"),
+        ({"num_iterations": 3}, "num_iterations 3"),
+        ({"steps_per_generation": 4}, "4 steps from each rollout"),
+        ({"fp16": True}, "autocast (fp16)"),
+        ({"repetition_penalty": 1.1}, "repetition penalty"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"max_completion_length": 4096}, "up to 4096 tokens"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, "a step from 1 prompt."),
+        ({"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        (
+            {"importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True},
+            "weights the KL term",
+        ),
+        ({"beta": 0.1}, "--probe-reference-model"),
+        ({"use_vllm": True, "off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
     ],
 )
 def test_what_no_recipe_has_is_said(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     arguments(tmp_path / "training_args.bin", loss_type="dapo", num_generations=4, **values)
     _, recipe = resolved(ProbeConfig(), tmp_path, has_reference=False)
     assert any(said in line for line in recipe.not_reproduced), recipe.not_reproduced
+    assert all(is_said_of_both(line) for line in recipe.not_reproduced), recipe.not_reproduced
+
+
+def is_said_of_both(line: str) -> bool:
+    """Whether this is of whole sentences, and says what the trainer does and what the probe does."""
+    begins, ends = re.match(r"The trainer('s)? \w+", line), line.endswith(".")
+    return bool(begins) and ends and bool(re.search(r"\b(T|t)he probe\b", line)) and ";" not in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("adv_estimator: grpo", "adv_estimator: gae"), "those of gae"),
+        (("adv_estimator: grpo", "adv_estimator: grpo, filter_groups: {enable: true}"), "until their rewards differ"),
+        (("adv_estimator: grpo", "adv_estimator: grpo, use_kl_in_reward: true"), "KL term from the reward"),
+        (("seq-mean-token-sum-norm", "median"), "loss_agg_mode median"),
+        (("kl_loss_type: low_var_kl", "kl_loss_type: full"), "KL term is full"),
+        (("ppo_epochs: 1", "ppo_epochs: 2"), "ppo_epochs"),
+        (("ppo_epochs: 1", "policy_loss: {loss_mode: clip_cov}"), "clip_cov"),
+    ],
+)
+def test_what_no_recipe_has_of_verl_is_said(tmp_path: Path, changed: tuple[str, str], said: str) -> None:
+    assert changed[0] in VERL
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text(VERL.replace(*changed))
+    _, recipe = resolved(ProbeConfig(), tmp_path, has_reference=True)
+    assert any(said in line for line in recipe.not_reproduced), recipe.not_reproduced
+    assert all(is_said_of_both(line) for line in recipe.not_reproduced), recipe.not_reproduced
 
 
 def test_files_of_older_versions(tmp_path: Path) -> None:
@@ -562,7 +607,10 @@ def test_other_trainers_settings(tmp_path: Path) -> None:
         0.002,
     )
     assert (whose.max_grad_norm, whose.entropy_coef, config.generation.temperature) == (0.3, 0.01, 0.9)
-    assert recipe.not_reproduced == ["2 steps a rollout: after the first the ratio is not 1"]
+    assert recipe.not_reproduced == [
+        "The trainer makes 2 steps from each rollout. "
+        "The probe reproduces the first, where the ratio of the new policy to the old is 1."
+    ]
     step = tmp_path / "nemo" / "step_10"
     step.mkdir(parents=True)
     (step / "config.yaml").write_text(NEMO)

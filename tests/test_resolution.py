@@ -146,10 +146,10 @@ def test_it_is_said_what_the_noise_resolves(grown: ProbeReport) -> None:
     said = [line for line in headline(grown).splitlines() if not line.startswith(FIRST)]
     assert max(map(len, said)) <= 80
     text = " ".join(" ".join(said).split())
-    assert f"resolves {resolution.per_token:.2g} nats/token (2 SE)" in text
+    assert f"resolves {resolution.per_token:.2g} nats/token (2 standard errors)" in text
     assert ("prompts would decide" in text) == (ratio > 1)
-    assert "the SE of 1e-09 that was asked for was not reached with 11 prompts" in text
-    assert "by another update batch: " in text
+    assert "the standard error of 1e-09 that was asked for was not reached with 11 prompts" in text
+    assert "with another update batch: " in text
 
 
 def test_a_target_is_reached_and_the_batch_stops(grown: ProbeReport) -> None:

@@ -25,6 +25,7 @@ from entropy_probe import ProbeConfig, ProbeReport, run_probe
 from entropy_probe.__main__ import parser
 from entropy_probe.config import RECIPES
 from entropy_probe.demo import checkpoint_path
+from entropy_probe.step_report import StepReport
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.thresholds import LIMITS
 from pytest_entropy_probe import fixtures
@@ -120,15 +121,17 @@ def test_a_dead_link_stops_the_build(tmp_path: Path) -> None:
 # What the reference must have
 
 
-def flags(of: argparse.ArgumentParser) -> Iterator[str]:
-    """Every option of the command and of its subcommands that is shown."""
-    for action in of._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, command in action.choices.items():
-                yield f"entropy-probe {name}"
-                yield from flags(command)
-        elif action.help != argparse.SUPPRESS and action.dest != "help":
-            yield from action.option_strings[-1:]
+def subcommands() -> dict[str, list[str]]:
+    """Of every subcommand the options that are shown."""
+    (commands,) = (one for one in parser()._actions if isinstance(one, argparse._SubParsersAction))
+    return {
+        name: [
+            action.option_strings[-1]
+            for action in command._actions
+            if action.option_strings and action.help != argparse.SUPPRESS and action.dest != "help"
+        ]
+        for name, command in commands.choices.items()
+    }
 
 
 def test_every_option_is_there() -> None:
@@ -136,7 +139,10 @@ def test_every_option_is_there() -> None:
     named = {key.replace("_", "-") for key in (*OPTIONS, *FLAGS)} | {"explain"}
     assert {name for name in named if not re.search(rf"^\| `--probe-{name}[=`]", page, re.MULTILINE)} == set()
     assert {key for key in (*OPTIONS, *FLAGS) if f"| `probe_{key}` |" not in page} == set()
-    assert {flag for flag in flags(parser()) if not re.search(rf"{flag}(?![\w-])", page)} == set()
+    sections = dict(re.findall(r"^### entropy-probe (\w+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert set(sections) == set(subcommands())
+    for name, flags in subcommands().items():
+        assert flags == re.findall(r"^\| `(--?[a-z][\w-]*)", sections[name], re.MULTILINE), name
 
 
 def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -170,11 +176,15 @@ def models_within(kind: Any) -> Iterator[type[BaseModel]]:
         yield from models_within(part)
 
 
-def test_every_field_of_the_report_is_there() -> None:
-    page = WRITTEN["reference/report.md"]
-    assert len(set(models(ProbeReport))) > 25
-    for model in set(models(ProbeReport)):
-        name = "The report" if model is ProbeReport else model.__name__
+REPORTS = {"reference/report.md": (ProbeReport, 25), "reference/step.md": (StepReport, 10)}
+
+
+@pytest.mark.parametrize("path", REPORTS)
+def test_every_field_of_the_report_is_there(path: str) -> None:
+    page, (report, least) = WRITTEN[path], REPORTS[path]
+    assert len(set(models(report))) > least
+    for model in set(models(report)):
+        name = "The report" if model is report else model.__name__
         section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
         assert section is not None, name
         rows = re.findall(r"^\| `(\w+)` \| .+ \| .+ \| .+\. \|$", section[1], re.MULTILINE)
@@ -199,13 +209,94 @@ def test_every_marker_and_fixture_is_there() -> None:
     assert {"probe_report", "acceptance"} <= named
 
 
+def test_every_variable_of_the_environment_is_there() -> None:
+    """Those that are ours, by their beginning."""
+    packages = ("probe", "pytest_entropy_probe", "checks")
+    code = "".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
+    named = set(re.findall(r"[\"'](ENTROPY_PROBE_[A-Z_]+)[\"']", code))
+    assert named
+    assert {name for name in named if f"| `{name}` |" not in WRITTEN["reference/pytest.md"]} == set()
+
+
+def imported_on_pages() -> set[str]:
+    """What README and the pages import from our packages, with its module."""
+    text = "\n".join([(ROOT / "README.md").read_text(), *PAGES.values()])
+    found = re.findall(r"^ *from (entropy_probe[\w.]*) import ([\w, ]+)$", text, re.MULTILINE)
+    return {f"{module}.{name.strip()}" for module, names in found for name in names.split(",")}
+
+
 def test_every_public_name_is_there(site: Path) -> None:
     """In the page as it was built: a name that mkdocstrings does not find has no heading."""
     page = (site / "reference" / "api.html").read_text()
     headings = set(re.findall(r'<h\d id="([\w.]+)"', page))
     last = {heading.rpartition(".")[2] for heading in headings}
     assert {name for name in entropy_probe.__all__ if f"entropy_probe.{name}" not in headings} == set()
+    assert "entropy_probe.integrations.transformers.EntropyProbeCallback" in imported_on_pages()
+    assert imported_on_pages() - headings == set()
     assert {name for name in (*NAMES_OF_THE_NOTES, "CaptureBatch", "to_json", "from_json") if name not in last} == set()
+
+
+MISSING = {
+    "an option of pytest": ("test_every_option_is_there", "options", r"^\| `--probe-recipe=.*\n"),
+    "an ini key": ("test_every_option_is_there", "options", r"`probe_recipe`"),
+    "an option of a command": ("test_every_option_is_there", "options", r"^\| `--interval .*\n"),
+    "an option that another command has too": (
+        "test_every_option_is_there",
+        "options",
+        r"(?s)(?<=### entropy-probe watch\n)(.*?)(?-s:^\| `--prompts .*\n)",
+    ),
+    "a command": ("test_every_option_is_there", "options", r"(?s)^### entropy-probe watch\n.*?(?=^##)"),
+    "a key of the configuration": (
+        "test_every_key_of_the_configuration_is_there",
+        "configuration",
+        r"^\| `batch.seed` .*\n",
+    ),
+    "a recipe": ("test_every_key_of_the_configuration_is_there", "configuration", r"`nemo-rl`"),
+    "a field": ("test_every_field_of_the_report_is_there", "report", r"^\| `momentum_share` .*\n"),
+    "a section": ("test_every_field_of_the_report_is_there", "report", r"^## RecipeSection\n"),
+    "a field of a step": ("test_every_field_of_the_report_is_there", "step", r"^\| `came` .*\n"),
+    "a criterion": ("test_every_criterion_is_there", "criteria", r"(?s)^### `ess` .*?(?=^##)"),
+    "a gate": ("test_every_criterion_is_there", "criteria", r"(?s)^### `zero_advantage` .*?(?=^##)"),
+    "the reason of a limit": ("test_every_criterion_is_there", "criteria", re.escape(LIMITS["x_coverage"].source)),
+    "a marker": ("test_every_marker_and_fixture_is_there", "pytest", r"^\| `zero_check` .*\n"),
+    "a fixture": ("test_every_marker_and_fixture_is_there", "pytest", r"^\| `probe_golden` .*\n"),
+    "a variable": ("test_every_variable_of_the_environment_is_there", "pytest", r"^\| `ENTROPY_PROBE_TIMEOUT` .*\n"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_name_without_a_place_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind, taken out of the page that was written."""
+    test, page, pattern = MISSING[kind]
+    path = f"reference/{page}.md"
+    text, count = re.subn(
+        pattern, lambda found: found[1] if found.lastindex else "", WRITTEN[path], count=1, flags=re.MULTILINE
+    )
+    assert count == 1
+    assert text != WRITTEN[path]
+    monkeypatch.setitem(WRITTEN, path, text)
+    given = {"path": path} if path in REPORTS else {}
+    with pytest.raises(AssertionError):
+        globals()[test](**given)
+
+
+@pytest.mark.parametrize("name", ["run_probe", "integrations.transformers.EntropyProbeCallback", "trl.CaptureBatch"])
+def test_a_public_name_without_a_place_is_seen(name: str, site: Path, tmp_path: Path) -> None:
+    page = (site / "reference" / "api.html").read_text()
+    assert f'id="entropy_probe.{name}"' in page
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "api.html").write_text(page.replace(f'id="entropy_probe.{name}"', 'id="gone"'))
+    with pytest.raises(AssertionError):
+        test_every_public_name_is_there(tmp_path)
+
+
+def test_a_name_that_is_new_in_the_code_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no page was written since."""
+    for table, test in ((OPTIONS, test_every_option_is_there), (MARKERS, test_every_marker_and_fixture_is_there)):
+        with monkeypatch.context() as new:
+            new.setitem(table, "nowhere", next(iter(table.values())))
+            with pytest.raises(AssertionError):
+                test()
 
 
 def test_the_code_that_the_reference_reads_is_what_it_says() -> None:
@@ -350,8 +441,8 @@ def test_the_words_of_the_last_lines_are_explained() -> None:
     explained = set(re.findall(r"^\| \*\*(\S+)\*\* \|", PAGES["start/reading.md"], re.MULTILINE))
     lines = re.findall(r">([^<]*)</text>", html.unescape((DOCS / "run.svg").read_text()))
     labels = {line.split()[0] for line in lines if re.match(r"\S{1,8}[\u00a0 ]+\S", line) and line[8] in "\u00a0 "}
-    assert labels - {"$", "E", "recipe"} == explained
+    assert labels - {"$"} == explained
     answers = set(re.findall(r'"([A-Z][a-z]+(?: [a-z]+)*)"', (ROOT / "probe/entropy_probe/answer.py").read_text()))
     told = set(re.findall(r"\*([A-Z][^*]+)\*", PAGES["start/reading.md"]))
-    told |= {"The one check passed", "The one limit holds"}  # what ends a sentence, and begins none
+    told |= {"The one check passed", "The one limit holds", "Both"}  # what ends a sentence, and begins none
     assert answers - told == set()

@@ -16,6 +16,7 @@ from entropy_probe import ProbeConfig, ProbeError, load_checkpoint, run_probe
 from entropy_probe.model.checkpoint.inspect import inspect_checkpoint
 from entropy_probe.page.details import details_of
 from entropy_probe_checks.criteria import CRITERIA
+from site_pages import ROOT
 from trl_runs import Run, train
 
 CHOSEN = (
@@ -41,14 +42,15 @@ def test_the_gradient_and_the_step_are_trls(tmp_path: Path, name: str) -> None:
     ("name", "said"),
     [
         ("num_iterations 2, second pass", "num_iterations 2"),
-        ("lora_dropout 0.1", "dropout in training (0.1)"),
-        ("bf16 autocast", "rounding of autocast (bf16)"),
-        ("second of two windows", "2 steps a rollout"),
+        ("lora_dropout 0.1", "uses dropout (0.1)"),
+        ("bf16 autocast", "under autocast (bf16)"),
+        ("second of two windows", "makes 2 steps from each rollout"),
     ],
 )
 def test_what_is_not_reproduced_is_said(tmp_path: Path, name: str, said: str) -> None:
     found = fidelity.of_setting(tmp_path / "run", name)
     assert any(said in line for line in found.not_reproduced)
+    assert f"| {' '.join(found.not_reproduced)} |" in (ROOT / "docs" / "recipes.md").read_text()
     assert found.gradient_turned > 1e-6  # else it need not be said
 
 

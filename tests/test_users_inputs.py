@@ -6,8 +6,10 @@ import asyncio
 import csv
 import json
 import random
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from tokenizers import processors
 
 import chat
 import healthy
+import site_pages
 from entropy_probe import ProbeConfig, run_probe
 from entropy_probe.__main__ import main
 from entropy_probe.afresh.inputs import of_file
@@ -268,6 +271,34 @@ def test_a_million_prompts_are_never_held(tmp_path: Path, kind: str) -> None:
 # Rewards in the forms of trainers
 
 
+PAGES_REWARDS = {
+    "howto/prompts.md": ("scoring.py", {"right": [1.0, 0.0], "short": [1 - 6 / 500, 1 - 2 / 500]}),
+    "start/checkpoint.md": ("rewards.py", {"accuracy": [1.0, 0.0]}),
+    "README.md": ("", {"accuracy": [1.0, 0.0]}),
+}
+
+
+@pytest.mark.parametrize("page", PAGES_REWARDS)
+@pytest.mark.parametrize("messages", [False, True])
+def test_rewards_of_the_pages_take_texts_and_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, messages: bool
+) -> None:
+    """Of "It: 53" and "no" to a question whose answer is 53, the prompts being texts or chat messages."""
+    title, expected = PAGES_REWARDS[page]
+    if title:
+        text = next(text for _, name, _, text in site_pages.fenced(page) if name == title)
+    else:
+        code = re.search(r"^      def accuracy.*\n(?: {10}.*\n)+", (site_pages.ROOT / page).read_text(), re.MULTILINE)
+        assert code is not None
+        text = textwrap.dedent(code[0])
+    module = f"rewards_of_page_{title.partition('.')[0]}_{messages}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    responses = asked("It: 53", "no", messages=messages, answer="53")
+    for name, values in expected.items():
+        assert find_rewards(f"{module}:{name}")(responses) == pytest.approx(values, rel=1e-12)
+
+
 def of_trl(prompts: list[Any], completions: list[Any], level: list[int], **kwargs: Any) -> list[float | None]:
     assert {"answer", "completion_ids"} <= kwargs.keys()
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -402,7 +433,7 @@ def test_entropy_and_prompts_are_those_of_trl(trained: Any) -> None:
     assert {n: v for n, v in verdicts.items() if v.status not in ("pass", "not_applicable")} == {}
     assert verdicts["prompts_as_given"].status == verdicts["rewards_again"].status == "pass"
     assert not report.not_chosen
-    assert "E and U: gold answers are from the column `answer`" in report.doubts
+    assert "gold answers are from the column `answer`" in report.doubts
 
 
 # Rollouts that trainers wrote

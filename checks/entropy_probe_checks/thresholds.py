@@ -209,7 +209,7 @@ LIMITS: dict[str, Limit] = (
             _limit(
                 "se_agreement",
                 3.0,
-                "The notes ask that jackknife and plug-in agree within a factor of 2 to 3 on few units",
+                "The original design notes ask that jackknife and plug-in agree within a factor of 2 to 3 on few units",
             ),
             _limit(
                 "sampler_parity",
@@ -278,7 +278,7 @@ LIMITS: dict[str, Limit] = (
     | {
         "ess": Limit(
             0.5,
-            "The notes give 0.3 to 0.5, and this is the stricter end",
+            "The original design notes give 0.3 to 0.5, and this is the stricter end",
             "true_delta_h.min_ess_fraction",
         ),
         "pareto_k": Limit(

@@ -19,7 +19,7 @@ from entropy_probe.__main__ import parser
 from entropy_probe.budgets import BUDGETS
 from entropy_probe.config import RECIPES, ProbeConfig
 from entropy_probe.options import KEYS
-from entropy_probe.schema import UNITS, config_schema, report_schema
+from entropy_probe.schema import UNITS, config_schema, report_schema, step_schema
 from entropy_probe_checks.bounds import COUNTS
 from entropy_probe_checks.criteria import CRITERIA, GATES
 from entropy_probe_checks.criteria.verdicts import Criterion
@@ -40,6 +40,11 @@ ELSEWHERE = {
     "maybe_cast_logits_fp32": "entropy_probe.model.precision",
     "DistributionDiagnostics": "entropy_probe.estimators.token_stats",
     "CaptureBatch": "entropy_probe.trl",
+    "EntropyProbeCallback": "entropy_probe.integrations.transformers",
+    "measure_step": "entropy_probe.live",
+    "ProbedStep": "entropy_probe.live",
+    "run_skill": "entropy_probe.predictor_skill",
+    "checkpoint_path": "entropy_probe.demo",
     "World": "entropy_probe.processes.world",
 }
 """Public names that are not in `entropy_probe` itself → where they are imported from."""
@@ -58,6 +63,8 @@ MEMBERS = {
     "GenerationConfig": [],
     "World": ["of_torchrun", "close"],
     "CaptureBatch": [],
+    "EntropyProbeCallback": [],
+    "ProbedStep": ["after"],
     "DistributionDiagnostics": ["compute_from_logits"],
 }
 """Of these classes not every method is for users."""
@@ -69,6 +76,7 @@ def pages() -> dict[str, str]:
         "reference/configuration.md": configuration(),
         "reference/options.md": options(),
         "reference/report.md": report(),
+        "reference/step.md": step(),
         "reference/criteria.md": criteria(),
         "reference/pytest.md": in_pytest(),
         "reference/api.md": api(),
@@ -335,9 +343,28 @@ def report() -> str:
         " the package has it as `entropy_probe/schema/report.schema.json`.\n",
         "[Notation](../notation.md) explains the symbols, and [criteria](../criteria.md) says"
         " which criterion judges a field.\n",
-        "## The report\n",
-        _fields(schema["properties"]),
+        *_tables(schema),
+        "## Units\n",
+        table(("unit", "what it is"), [(f"`{unit}`", text) for unit, text in UNITS.items()]),
     ]
+    return "\n".join(parts)
+
+
+def step() -> str:
+    parts = [
+        "# Fields of the report of a step\n",
+        "The callback of [the training loop](../howto/in-the-loop.md) writes one such file for each"
+        " step that it measures, and `measure_step` gives one as an object. `entropy-probe schema"
+        " step` prints this page as a JSON Schema. The units are those of [the report of a"
+        " checkpoint](report.md#units).\n",
+        *_tables(step_schema()),
+    ]
+    return "\n".join(parts)
+
+
+def _tables(schema: Mapping[str, Any]) -> list[str]:
+    """The fields of a report, then those of each of its sections."""
+    parts = ["## The report\n", _fields(schema["properties"])]
     for name, places in _in_order(schema).items():
         more = ", …" if len(places) > 3 else ""
         parts += [
@@ -346,11 +373,7 @@ def report() -> str:
             _first(schema["$defs"][name]),
             _fields(schema["$defs"][name]["properties"]),
         ]
-    parts += [
-        "## Units\n",
-        table(("unit", "what it is"), [(f"`{unit}`", text) for unit, text in UNITS.items()]),
-    ]
-    return "\n".join(parts)
+    return parts
 
 
 def _in_order(schema: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -251,10 +251,13 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
         "--rollouts",
         type=Path,
         metavar="FILE",
-        help="E batch: responses to use in place of sampling",
+        help="responses on which the entropy is measured, in place of sampling (JSON lines)",
     )
     group.add_argument(
-        "--update-rollouts", type=Path, metavar="FILE", help="U batch: where the update comes from"
+        "--update-rollouts",
+        type=Path,
+        metavar="FILE",
+        help="responses from which the update is computed (JSON lines)",
     )
     group.add_argument("--seed", type=int, help="one seed for all sampling (default: 0)")
     group.add_argument(

@@ -69,7 +69,7 @@ def answer(report: ProbeReport | None, rows: Sequence[Checked], state: str = "")
         rest = f"{said.text} {passed}"
         return Answer("unknown", report.not_chosen.capitalize(), rest)
     h = report.entropy.per_token.value
-    dead = f"the entropy is {h:.2g} nats/token, and the policy says almost always the same."
+    dead = f"the entropy is {h:.2g} nats/token, and the policy writes almost the same every time."
     if undecided:
         count = _count(undecided, "check")
         open_ones = f"{count} could not be decided ({_names(undecided)})."
@@ -143,7 +143,8 @@ def _passed(rows: Sequence[Checked], *, others: bool) -> str:
     if not asked:
         return "No check was made of these numbers."
     if all(row.gate for row in asked):
-        held = f"All {len(asked)} limits hold" if len(asked) > 1 else "The one limit holds"
+        all_of_them = "Both" if len(asked) == 2 else f"All {len(asked)}"
+        held = f"{all_of_them} limits hold" if len(asked) > 1 else "The one limit holds"
         if others:
             held = f"The other {f'{len(asked)} limits hold' if len(asked) > 1 else 'limit holds'}"
         return f"{held}; whether the numbers can be trusted was not asked (-m acceptance)."

@@ -116,7 +116,8 @@ class RecipeSetting(_Section):
 class RecipeSection(_Section):
     """Whose update this is: the recipe's `name`, the file that says so, and every part with where it is from.
 
-    `not_reproduced`: what the trainer does beside; `unread`: files with settings that could not be read.
+    `not_reproduced`: what the trainer does and the probe does not, in sentences; `unread`: files with settings that
+    could not be read.
     """
 
     name: str
@@ -141,7 +142,7 @@ class RecipeSection(_Section):
         lines = [f"{self.name} ({self.source})"]
         lines += [f"{source}: {', '.join(parts)}" for source, parts in by_source.items()]
         if self.not_reproduced:
-            lines.append(f"not reproduced: {'; '.join(self.not_reproduced)}")
+            lines.append(f"not reproduced: {' '.join(self.not_reproduced)}")
         return lines + [f"left unread: {trouble}" for trouble in self.unread]
 
 
@@ -926,18 +927,18 @@ class ProbeReport(_Section):
             said.append("stand-in reward, which says nothing about the policy: set batch.reward")
         if u.zero_advantage_fraction >= MOST_WITHOUT_ADVANTAGE:
             share = f"{u.zero_advantage_fraction:.0%} of the update's prompts have no advantage"
-            said.append(f"{share}: v is only momentum and decay")
+            said.append(f"{share}: the step is only momentum and decay")
         asked = self.config["first_order"]["lr"]
         if self.update is not None and self.checkpoint.optimizer.lr == 0 and asked is None:
             source = "lr" if self.first_order is None else self.first_order.lr_source
             kind = "initial_lr" if source.startswith("initial_lr") else "lr"
             ended = "the optimizer's lr is 0, its schedule has ended"
             said.append(f"{ended}: the step is at {kind} {self.update.lr:.3g}")
-        found = {"E": self.batch.found} | ({} if u.same_batch else {"U": u.found})
+        found = {"entropy": self.batch.found} | ({} if u.same_batch else {"update": u.found})
         lines = dict.fromkeys(line for of in found.values() for line in of)
         for line in lines:
             where = [which for which, of in found.items() if line in of]
-            said.append(f"{' and '.join(where)}: {line}")
+            said.append(line if where == list(found) else f"{where[0]} batch: {line}")
         if self.cache.why is not None:
             said.append(f"sampled {self.cache.read}: {self.cache.why}")
         return said

@@ -69,34 +69,37 @@ def headline(report: ProbeReport) -> str:
     lines += _block("entropy", [f"{figure}{mark}" for figure in of_entropy])
     delta, update = report.two_batch or report.first_order, report.update
     if update is None or delta is None:
-        lines += _block("ΔH", [f"nothing about the next step: {report.no_second_moment}"])
+        lines += _block("change", [f"nothing about the next step: {report.no_second_moment}"])
     else:
-        lines += _block("ΔH", [f"{change}{mark}" for change in _changes(report, apart=apart)])
+        lines += _block("change", [f"{change}{mark}" for change in _changes(report, apart=apart)])
         if report.batch.same_batch:
-            warning = "one batch: what is realised holds the noise that the update fitted"
+            warning = "one batch served for both: the realised change has the noise that the update fitted"
             lines += _block("", [warning])
         lines += _block("resolves", [f"{said}{mark}" for said in resolution(report)])
-        lines += _block("v", [f"{_made_of(update)}{mark}"])
+        lines += _block("step", [f"{_made_of(update)}{mark}"])
         se = "" if delta.delta_h1_se is None else f" ± {delta.delta_h1_se:.2g}"
         batches = "two batches" if report.two_batch else "one batch"
         if report.first_order is not None and report.first_order.mode == "block":
             batches = f"{batches}, {report.first_order.num_units} blocks"
-        slope = f"{delta.delta_h1 + 0.0:+.3g}{se} nats, fresh gradient step, lr {update.lr:.3g}"
-        lines += _block("δH₁", [f"{slope} ({batches}){mark}"])
+        slope = f"{delta.delta_h1 + 0.0:+.3g}{se} nats/response"
+        by = f"by a fresh gradient step alone, lr {update.lr:.3g} ({batches})"
+        lines += _block("gradient", [f"{slope} {by}{mark}"])
     return "\n".join([*lines, *_made_on(report)])
 
 
 def _made_on(report: ProbeReport) -> list[str]:
     """On which responses, with which weights, and whose update."""
     batch, step = report.batch, report.next_step
-    rows = f"{batch.num_prompts} prompts × {batch.num_responses} responses"
+    rows = f"{batch.num_prompts}, with {batch.num_responses} responses to each"
     given = batch.given if batch.given != "sampled" else "sampled"
     if batch.prompts_are_builtin:
         given = f"{given} from the built-in {report.config['batch']['dataset']}"
-    lines = _block("E batch", [f"{rows}, {given}; reward {batch.reward}"])
+    lines = _block("prompts", [f"{rows}, {given}; reward {batch.reward}"])
     if step is not None:
-        ess = f"ESS {step.unclipped_ess_fraction:.2f} of the responses at θ + lr·v"
-        lines += _block("weights", [ess + ("" if step.reliable else ", not reliable")])
+        ess = f"{step.unclipped_ess_fraction:.2f} of the responses still count after the step"
+        fresh = step.method == "resample"
+        doubt = ", so the change is measured on fresh ones" if fresh else ": too few, not reliable"
+        lines += _block("ESS", [ess + (doubt if fresh or not step.reliable else "")])
     return lines + _block("recipe", report.recipe.lines()[:1])
 
 
@@ -116,7 +119,7 @@ def _made_of(update: UpdateSection) -> str:
     if update.spread_over_batches_per_token is None:
         return f"{shared}, the rest from one prompt"
     spread = f"{update.spread_over_batches_per_token:.2g}"
-    return f"{shared}; another update batch moves ΔH by ±{spread} nats/token"
+    return f"{shared}; another update batch moves the change by ±{spread} nats/token"
 
 
 def _changes(report: ProbeReport, *, apart: bool) -> list[str]:
@@ -141,21 +144,24 @@ def resolution(report: ProbeReport) -> list[str]:
     if of is None or step is None or step.predicted_per_token is None:
         return []
     resolves, size = of.per_token, abs(step.predicted_per_token)
-    said = f"{resolves:.2g} nats/token (2 SE)"
+    said = f"{resolves:.2g} nats/token (2 standard errors)"
     if resolves > 0:
         said += f"; the predicted change is {_times(size / resolves)} that"
-    if of.prompts_needed is not None and size < resolves:
+    enough = (
+        step.reliable and step.method != "resample"
+    )  # no number of prompts helps a step too large
+    if of.prompts_needed is not None and size < resolves and enough:
         said += f": about {_rounded(of.prompts_needed)} prompts would decide"
     lines = [said]
     if of.target_se is not None:
         asked, prompts = (
-            f"the SE of {of.target_se:.2g} that was asked for",
+            f"the standard error of {of.target_se:.2g} that was asked for",
             of.looks[-1].num_prompts,
         )
         lines.append(f"{asked} was {'' if of.reached else 'not '}reached with {prompts} prompts")
     if of.next_step is not None:
         low, high = of.next_step
-        lines.append(f"by another update batch: {low:+.2g} to {high:+.2g} nats/token (95 %)")
+        lines.append(f"with another update batch: {low:+.2g} to {high:+.2g} nats/token (95 %)")
     return lines
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from pytest_entropy_probe import library
 from pytest_entropy_probe.collection.collect import DROPPED, suite_wanted
-from pytest_entropy_probe.collection.shipped import withheld
+from pytest_entropy_probe.collection.shipped import NODE, withheld
 from pytest_entropy_probe.judge import number
 from pytest_entropy_probe.names import PAGE
 from pytest_entropy_probe.settings import SETTINGS
@@ -28,6 +28,7 @@ from pytest_entropy_probe.shown.records import records_of
 from pytest_entropy_probe.shown.screen import show
 from pytest_entropy_probe.shown.skills import skill_table
 from pytest_entropy_probe.shown.tables import (
+    PLAIN,
     Row,
     Step,
     by_step,
@@ -47,6 +48,11 @@ if TYPE_CHECKING:
 HANDED_OVER, NOTES = "entropy_probe_reports", "entropy_probe_notes"
 DETAILS = "entropy_probe_details"
 NOT_WRITTEN = "entropy_probe_not_written"
+NO_CRITERIA = (
+    f"{NODE}/test_checkpoint.py::test_loads",
+    f"{NODE}/test_checkpoint.py::test_measures",
+)
+"""Tests that judge no number, and are not among the checks that the answer counts."""
 
 
 class Summary:
@@ -65,6 +71,7 @@ class Summary:
         self._notes: dict[str, str] = {}
         self._details: dict[str, str] = {}
         self._troubles: list[str] = []
+        self._no_criteria = 0
         self._failed = False
 
     def pytest_report_header(self) -> list[str]:
@@ -126,6 +133,7 @@ class Summary:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
             return
+        self._no_criteria += report.passed and report.nodeid.startswith(NO_CRITERIA)
         for found in records_of(report):
             checkpoint = found["probe_checkpoint"]
             self._states[checkpoint] = found.get("probe_state", "")
@@ -278,6 +286,14 @@ class Summary:
         shared = {text: f"{len(of)} checkpoints" for text, of in names.items() if len(of) > 1}
         return [f"{shared.get(text, of[0])}: {text}" for text, of in names.items()]
 
+    def _more_passed(self) -> str:
+        """Where all checks passed, why pytest counts more tests than the answer counts checks."""
+        of_all = self._no_criteria == len(NO_CRITERIA) * len(self._states)
+        if not of_all or any(row.status not in PLAIN for row in self._rows.values()):
+            return ""
+        which = "checkpoints load" if len(self._states) > 1 else "checkpoint loads"
+        return f"{self._no_criteria} more tests passed: the {which} and can be measured"
+
     def _rows_of(self, name: str) -> list[Row]:
         return [row for row in self._rows.values() if row.checkpoint == name]
 
@@ -313,6 +329,8 @@ class Summary:
                     write_table(terminalreporter, table, width=WIDTH)
                     for line in textwrap.wrap(skill.note, WIDTH):
                         terminalreporter.write_line(written(line))
+            if more := self._more_passed():
+                terminalreporter.write_line(f"entropy-probe: {more}")
         for line in self._said():
             terminalreporter.write_line(f"entropy-probe: {line}")
         for line in self._troubles:

@@ -191,12 +191,12 @@ def _last_number(name: str) -> int | None:
 STEP_HEADINGS = ("checkpoint", "H/token", "predicted", "realised", "ESS/N", "verdicts")
 
 
-def steps_title(steps: Sequence[Step], *, plain: bool = False) -> str:
+def steps_title(steps: Sequence[Step]) -> str:
     """What the table shows, and in which units."""
     units = ", ".join(sorted({step.unit for step in steps if step.unit})) or "nats"
     of = f" of {len(steps)} checkpoints" if len(steps) > 1 else ""
     marks = "".join(f", *: {mark}" for mark in sorted({s.not_chosen for s in steps} - {""}))
-    return f"next step{of}: {'dH' if plain else 'ΔH'} in {units}, (out of range){marks}"
+    return f"next step{of}: change in {units}, (out of range){marks}"
 
 
 def steps_table(steps: Sequence[Step], *, plain: bool) -> Table:
@@ -206,7 +206,7 @@ def steps_table(steps: Sequence[Step], *, plain: bool) -> Table:
     from rich.text import Text
 
     table = Table(
-        title=steps_title(steps, plain=plain),
+        title=steps_title(steps),
         title_justify="left",
         title_style="bold",
         box=box.ASCII2 if plain else box.SIMPLE_HEAD,

@@ -144,7 +144,7 @@ def test_the_answer_says_what_holds_first(three: list[Checkpoint]) -> None:
     )
     dead = with_section(report, "entropy", per_token=report.entropy.per_token.model_copy(update={"value": 0.0038}))
     assert str(said(dead, [undecided, *GOOD])) == (
-        "Collapsed: the entropy is 0.0038 nats/token, and the policy says almost always the same. "
+        "Collapsed: the entropy is 0.0038 nats/token, and the policy writes almost the same every time. "
         "1 check could not be decided (ess)."
     )
     assert said(dead, [red, undecided]).word == "Not to be trusted"
@@ -189,6 +189,38 @@ def test_what_the_change_is_called(
     gates_alone = said(report, [GOOD[-1]]).word
     assert gates_alone == (word if word in ("Collapsing", "Exploding", "Collapsed") else "Within your limits")
     assert found.kind == {"Healthy": "good", "Cannot tell": "unknown"}.get(word, "bad")
+
+
+def test_a_remark_says_of_which_batch_it_is(three: list[Checkpoint]) -> None:
+    report = three[0].report
+    assert report is not None
+    odd = with_section(report, "batch", found=["of both", "of the first"])
+    odd = with_section(odd, "update_batch", found=["of the second", "of both"])
+    assert odd.doubts[-3:] == ["of both", "entropy batch: of the first", "update batch: of the second"]
+    one = with_section(odd, "update_batch", found=["of both"], same_batch=True)
+    assert one.doubts[-2:] == ["of both", "of the first"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told", "promised"),
+    [
+        ({"reliable": True, "method": "snis"}, "after the step", True),
+        ({"reliable": False, "method": "snis"}, "after the step: too few, not reliable", False),
+        ({"reliable": True, "method": "resample"}, "after the step, so the change is measured on fresh ones", False),
+    ],
+)
+def test_no_number_of_prompts_is_promised_for_a_step_too_large(
+    three: list[Checkpoint], changed: dict[str, Any], told: str, promised: bool
+) -> None:
+    report = three[0].report
+    assert report is not None
+    rows = [row.model_copy(update=changed) for row in report.entropy_change]
+    resolution = report.resolution
+    assert resolution is not None
+    resolution = resolution.model_copy(update={"per_token": 1e3, "prompts_needed": 18})
+    text = " ".join(headline(report.model_copy(update={"entropy_change": rows, "resolution": resolution})).split())
+    assert re.search(rf"of the responses still count {told} recipe ", text)
+    assert ("about 18 prompts would decide" in text) == promised
 
 
 def test_a_step_that_is_too_large_is_called_so(three: list[Checkpoint]) -> None:

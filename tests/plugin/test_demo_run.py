@@ -90,6 +90,8 @@ def test_terminal_table(single: Run) -> None:
     text = " ".join(table.split())
     assert re.search(r"demo: Healthy: the next step lowers the entropy by [\d.e-]+ ± [\d.e-]+ nats/token", text)
     assert f"All {passed} checks passed ({without} do not apply)." in text
+    assert "entropy-probe: 2 more tests passed: the checkpoint loads and can be measured\n" in single.out
+    assert f"= {passed + 2 + 1} passed, {without} skipped" in single.out.splitlines()[-1]  # one is OWN
     assert "PASS" not in table
     assert max(map(len, table.splitlines())) <= 80
 

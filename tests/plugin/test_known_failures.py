@@ -94,7 +94,7 @@ def test_quiet_shows_neither_header_nor_table(tmp_path: Path) -> None:
     assert "entropy" not in done.stdout
 
 
-LABELS = ["entropy", "ΔH", "resolves", "v", "δH₁", "E batch", "weights", "recipe"]
+LABELS = ["entropy", "change", "resolves", "step", "gradient", "prompts", "ESS", "recipe"]
 
 
 def test_what_was_found_is_said_whatever_was_selected(tmp_path: Path) -> None:

@@ -55,8 +55,11 @@ def test_every_place_says_so(folder: Path) -> None:
     assert at <= 4
     assert shown[at : at + 2] == FIRST
     assert max(map(len, shown)) <= 80
-    figures = re.findall(r"^(entropy|ΔH|resolves|v|δH₁) +(\S.*(?:\n {9}.*)*)", "\n".join(shown), re.MULTILINE)
-    assert [label for label, _ in figures] == ["entropy", "ΔH", "resolves", "v", "δH₁"]
+    block = "\n".join(shown)
+    figures = re.findall(
+        r"^(?=.{8} \S)(entropy|change|resolves|step|gradient) +(\S.*(?:\n {9}.*)*)", block, re.MULTILINE
+    )
+    assert [label for label, _ in figures] == ["entropy", "change", "resolves", "step", "gradient"]
     assert all(" ".join(text.split()).endswith(f"({MARK})") for _, text in figures), figures
     assert any(line.startswith(f"prediction against realisation (nats/token), {MARK}") for line in shown)
     markdown = summary.read_text()
@@ -111,7 +114,7 @@ def test_what_is_asked_for_is_not_marked(folder: Path) -> None:
             "not your reward": (False, "stand_in"),
         }
         assert (builtin, reward) == expected[mark]
-        told = "100% of the update's prompts have no advantage: v is only momentum and decay" in done.stderr
+        told = "100% of the update's prompts have no advantage: the step is only momentum and decay" in done.stderr
         assert told == (reward == "tag_pref")  # nobody answers in tags
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_entropy_probe.settings import read_settings
+from pytest_entropy_probe.targets import find_targets
 
 # A user's own test that needs no more of a checkpoint than its folder: nothing is loaded.
 OWN = "def test_own(probe_checkpoint): print('FOLDER', probe_checkpoint)"
@@ -23,6 +24,31 @@ def own(pytester: pytest.Pytester) -> pytest.Pytester:
 def _folders(*names: str) -> None:
     for name in names:
         Path(name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("runs/*/checkpoint-*", "runs/checkpoint-*"),
+        ("run=runs/*/checkpoint-*", "runs/checkpoint-*"),
+        ("many/checkpoint-*", "many/*/checkpoint-*"),
+        ("many/*/*/checkpoint-*", "many/*/checkpoint-*"),
+        ("runs/*/step-*", ""),
+        ("*/*/checkpoint-*", ""),
+    ],
+)
+def test_a_pattern_that_fits_nothing_names_one_that_does(tmp_path: Path, asked: str, meant: str) -> None:
+    """One run where several were meant, or the reverse."""
+    for name in ("runs/checkpoint-3", "runs/checkpoint-6", "many/a/checkpoint-1"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "deep").mkdir()
+    start = tmp_path if asked[0] != "*" else tmp_path / "deep"
+    with pytest.raises(pytest.UsageError) as caught:
+        find_targets([asked], start, "--probe-checkpoint")
+    said = str(caught.value)
+    assert said.endswith(f"; give '{meant}', which fits folders that are there" if meant else " in NAME")
+    if meant:
+        find_targets([meant], tmp_path, "--probe-checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_run_ends_in_one_table_by_step(folder: Path, workers: list[str]) -> No
     assert done.returncode == 1
     section = done.stdout.partition("= entropy probe =")[2].partition("= short test summary")[0]
     assert max(map(len, section.splitlines())) <= 80
-    table = section.partition("next step of 3 checkpoints: ΔH in nats/token, (out of range)")[2]
+    table = section.partition("next step of 3 checkpoints: change in nats/token, (out of range)")[2]
     lines = [line.split() for line in table.splitlines() if "checkpoint-" in line and "±" in line]
     assert [line[0] for line in lines] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
     assert [" ".join(line[-2:]) for line in lines[:2]] == ["1 failed"] * 2

@@ -23,8 +23,9 @@ from entropy_probe_checks.criteria.verdicts import (
 def entropy(report: ProbeReport) -> Finding:
     """The entropy of the policy on the E batch, in nats per token, by the Rao-Blackwell estimator.
 
-    The policy has collapsed to few responses and no longer explores, or it has come apart and no longer answers. Go
-    back to an earlier checkpoint, with a smaller learning rate, a larger group or another penalty.
+    Below `min` the policy writes few different responses and no longer explores. Above `max` it writes almost anything,
+    and no longer answers. Go back to an earlier checkpoint, and train on with a smaller learning rate, a larger group
+    or another penalty.
     """
     return _held(report, "entropy")
 

@@ -86,15 +86,16 @@ def ess(report: ProbeReport) -> Finding:
     """The ratio ESS/N at η = lr, the step that the optimizer would take. ESS is the effective sample size of the
     weights before any clipping, and N the number of responses.
 
-    A few responses carry most of the weight: θ+ηv is too far away for these samples, so ΔH at this step is not
-    measured. More of them do not help. Look at smaller steps (first_order.lr, true_delta_h.etas), or sample at θ+ηv
-    (true_delta_h.fallback: resample).
+    The step is large: after it, a few of these responses carry most of the weight, and the change of the entropy cannot
+    be measured on them. More responses do not help. Check that update.lr in the report is your learning rate; if not,
+    set first_order.lr. If it is, sample again after the step (true_delta_h.fallback: resample), or take smaller steps
+    in training.
     """
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["min_ess_fraction"])
     if row.method != "snis":
         return not_applicable(
-            f"ΔH at η = lr comes from the fallback `{row.method}`.",
+            f"The realised change comes from the fallback `{row.method}`.",
             row.unclipped_ess_fraction,
             limit,
         )
@@ -106,13 +107,16 @@ def ess(report: ProbeReport) -> Finding:
 def pareto_k(report: ProbeReport) -> Finding:
     """The shape k-hat of the tail of the largest importance weights, at η = lr.
 
-    The tail is so heavy that the mean of the weights may not exist. Do not believe ΔH at η = lr. Look at smaller
-    steps, or sample at θ+ηv (true_delta_h.fallback: resample).
+    A few weights are so large that their mean may not exist, so do not believe the realised change. Check that
+    update.lr in the report is your learning rate; if not, set first_order.lr. If it is, sample again after the step
+    (true_delta_h.fallback: resample), or take smaller steps in training.
     """
     row = _row(report, needed(report.update).lr)
     limit = float(report.config["true_delta_h"]["max_pareto_k"])
     if row.method == "resample":
-        return not_applicable("ΔH at η = lr comes from fresh responses.", row.pareto_k, limit)
+        return not_applicable(
+            "The realised change comes from fresh responses.", row.pareto_k, limit
+        )
     if row.pareto_k is None:
         size = report.batch.total_responses
         reason = (

@@ -150,7 +150,7 @@ def _not_the_same(report: ProbeReport) -> str:
     if real.steps_between > 1:
         return f"{real.steps_between} steps lie between the two checkpoints."
     if recipe.not_reproduced:
-        return f"The recipe does not reproduce: {'; '.join(recipe.not_reproduced)}."
+        return f"The step is not the same: {' '.join(recipe.not_reproduced)}"
     return ""
 
 

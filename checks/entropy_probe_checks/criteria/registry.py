@@ -16,15 +16,10 @@ from entropy_probe_checks.criteria.verdicts import (
 from entropy_probe_checks.thresholds import limit_for
 
 
-def _coverage(report: ProbeReport, value: float, limit: float, all_equal: str) -> Finding:
+def _coverage(report: ProbeReport, value: float, limit: float, zero: str) -> Finding:
     registry = report.registry
     if value == 0.0 < limit:
-        return inconclusive(
-            f"The gradient is zero everywhere, because all responses of a prompt have the same {all_equal}. "
-            "Give more prompts, or other prompts.",
-            value,
-            limit,
-        )
+        return inconclusive(zero, value, limit)
     unexplained = [name for name in registry.uncovered if name not in registry.explained]
     if value < limit and not unexplained and registry.explained:
         name, reason = next(iter(registry.explained.items()))
@@ -41,6 +36,18 @@ def _some(names: list[str]) -> str:
     return f"[{', '.join(names[:3])}{', …' if len(names) > 3 else ''}]" if names else ""
 
 
+_NO_X = (
+    "The gradient of the entropy is zero everywhere: all responses to a prompt have the same probability. The policy "
+    "writes almost the same response each time, so it has collapsed on these prompts, and more of them do not help. "
+    "Give prompts to which it responds in different ways, or take an earlier checkpoint. If you expect this, write "
+    "allow_inconclusive: [x_coverage] in the configuration."
+)
+_NO_Y = (
+    "The policy gradient is zero everywhere: all responses to a prompt have the same reward. Give prompts that are "
+    "solved sometimes, and neither always nor never, or more responses to each (generation.num_return_sequences)."
+)
+
+
 @Criterion
 def x_coverage(report: ProbeReport) -> Finding:
     """The share of trainable tensors that have a non-zero gradient in X, the gradient of the entropy.
@@ -49,9 +56,7 @@ def x_coverage(report: ProbeReport) -> Finding:
     are missing from every dot product. Freeze the tensors that the model does not use, or find the place where the
     graph is cut.
     """
-    return _coverage(
-        report, report.registry.x_coverage, limit_for(report, "x_coverage"), "log-probability"
-    )
+    return _coverage(report, report.registry.x_coverage, limit_for(report, "x_coverage"), _NO_X)
 
 
 @Criterion
@@ -62,7 +67,7 @@ def y_coverage(report: ProbeReport) -> Finding:
     are missing from every dot product. Freeze the tensors that the model does not use, or find the place where the
     graph is cut.
     """
-    return _coverage(report, report.registry.y_coverage, limit_for(report, "y_coverage"), "reward")
+    return _coverage(report, report.registry.y_coverage, limit_for(report, "y_coverage"), _NO_Y)
 
 
 @second_moment

@@ -246,7 +246,8 @@ def _ratio(report: ProbeReport) -> float | Finding:
     if f.se_plugin <= _rounding_of_se(report) / limit_for(report, "se_identity"):
         return inconclusive(
             "The standard error is 0, because all row means are equal. This happens when no prompt has differing "
-            "rewards. Give more prompts."
+            "rewards. Give prompts that are solved sometimes, and neither always nor never, or more responses to each "
+            "(generation.num_return_sequences)."
         )
     return f.se_jackknife / f.se_plugin
 

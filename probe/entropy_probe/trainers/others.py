@@ -10,7 +10,12 @@ import yaml
 
 from entropy_probe.errors import ProbeError
 from entropy_probe.text import read_json
-from entropy_probe.trainers.found import Found
+from entropy_probe.trainers.found import (
+    UNTIL_REWARDS_DIFFER,
+    Found,
+    several_passes,
+    several_steps,
+)
 
 _MOST = 1 << 16  # bytes; the largest of these trainers write some 30 KB
 _VERL_LOSSES = {
@@ -32,14 +37,20 @@ def verl(path: Path) -> Found | None:
     left: list[str] = []
     name = "verl-rloo" if estimator == "rloo" else "verl-grpo"
     if estimator not in ("grpo", "rloo"):
-        left.append(f"advantages by {estimator}")
+        left.append(
+            f"The trainer's advantages are those of {str(estimator)[:40]}. "
+            "The probe takes those of GRPO."
+        )
     parts: dict[str, Any] = {"max_grad_norm": actor.get("grad_clip") or None}
     aggregated = str(actor.get("loss_agg_mode", "token-mean"))
     parts |= _VERL_LOSSES.get(aggregated, {})
     if aggregated not in _VERL_LOSSES:
-        left.append(f"loss_agg_mode {aggregated[:40]}")
+        left.append(
+            f"The trainer adds up its loss by loss_agg_mode {aggregated[:40]}. "
+            "The probe takes the mean over tokens."
+        )
     if _at(config, "algorithm", "filter_groups", "enable") is True:
-        left.append("groups that are sampled until their rewards differ")
+        left.append(UNTIL_REWARDS_DIFFER)
     if parts.get("normaliser") == "constant":
         parts["constant"] = _at(config, "data", "max_response_length")
     if estimator == "grpo" and _at(config, "algorithm", "norm_adv_by_std_in_grpo") is False:
@@ -50,17 +61,21 @@ def verl(path: Path) -> Found | None:
         kind = str(actor.get("kl_loss_type", "low_var_kl"))
         parts |= {"kl_coef": actor.get("kl_loss_coef") or 0.0, "kl": _KL.get(kind, "k3")}
         if kind not in _KL:
-            left.append(f"KL term {kind}")
+            left.append(
+                f"The trainer's estimator of the KL term is {kind[:40]}. The probe takes k3."
+            )
     mode = _at(actor, "policy_loss", "loss_mode")
     if mode not in (None, "vanilla", "gspo", "kl_cov", "geo_mean"):  # at ratio 1 these are one
-        left.append(f"policy loss {mode}")
+        left.append(
+            f"The trainer's policy loss is {str(mode)[:40]}. The probe takes the plain policy gradient."
+        )
     if _at(config, "algorithm", "use_kl_in_reward"):
-        left.append("KL in the reward")
+        left.append("The trainer subtracts a KL term from the reward. The probe leaves it out.")
     rollout, step = _at(config, "data", "train_batch_size"), actor.get("ppo_mini_batch_size")
     if type(rollout) is int and type(step) is int and rollout > step > 0:
-        left.append(f"{-(-rollout // step)} steps a rollout: after the first the ratio is not 1")
+        left.append(several_steps(-(-rollout // step)))
     if actor.get("ppo_epochs") not in (None, 1):
-        left.append("passes after the first over a rollout: ratio 1")
+        left.append(several_passes("ppo_epochs"))
     temperature = _at(config, "actor_rollout_ref", "rollout", "temperature")
     return _made(name, ".hydra/config.yaml", parts, temperature, step, left)
 
@@ -86,18 +101,21 @@ def nemo_rl(path: Path) -> Found | None:
         parts["kl"] = kind
     left = []
     if grpo.get("use_dynamic_sampling") is True:
-        left.append("groups that are sampled until their rewards differ")
+        left.append(UNTIL_REWARDS_DIFFER)
     if grpo.get("overlong_filtering") is True:
         parts["mask_truncated"] = True
     if loss.get("use_importance_sampling_correction") is True:
-        left.append("importance correction of the sampler")
+        left.append(
+            "The trainer corrects for the difference between its sampler's probabilities and its own. "
+            "The probe does not."
+        )
     rows = [
         prompts,
         grpo.get("num_generations_per_prompt"),
         _at(config, "policy", "train_global_batch_size"),
     ]
     if all(type(count) is int for count in rows) and rows[0] * rows[1] > rows[2] > 0:
-        left.append("several steps a rollout: after the first the ratio is not 1")
+        left.append(several_steps("several"))
     return _made("nemo-rl", path.name, parts, temperature, prompts, left)
 
 

@@ -15,7 +15,7 @@ from entropy_probe.report import RecipeSection, RecipeSetting
 from entropy_probe.trainers.found import Found
 from entropy_probe.trainers.settings import Trace, training_settings
 
-_NO_TRACE = "no trainer's settings were found"
+_NO_TRACE = "no trainer's settings were found: plain centred advantages"
 
 
 def resolved(
@@ -45,7 +45,10 @@ def resolved(
         if "kl_coef" in config.recipe.parts:
             remedy = "give --probe-reference-model, the model that training began with"
             raise ConfigError("recipe.kl_coef", "needs a reference model", remedy)
-        left.append(f"KL term (β {parts['kl_coef']:g}): give --probe-reference-model")
+        left.append(
+            f"The trainer's loss has a KL term (β {parts['kl_coef']:g}). "
+            "The probe leaves it out until you give --probe-reference-model."
+        )
         parts["kl_coef"] = 0.0
     recipe = Recipe(**parts)
     changes: dict[str, Any] = {"recipe": RecipeConfig(name=name, **recipe.model_dump())}
@@ -93,7 +96,10 @@ def _policy(
         if value is None or key in policy.model_fields_set:
             continue
         if key == "max_new_tokens" and value > policy.max_new_tokens:
-            left.append(f"responses of up to {value} tokens: here {policy.max_new_tokens}")
+            left.append(
+                f"The trainer's responses have up to {value} tokens, and those of the probe up to "
+                f"{policy.max_new_tokens}, unless you set generation.max_new_tokens."
+            )
             continue
         own[key], sources[key] = value, found.source
     if own:
@@ -111,7 +117,10 @@ def _policy(
         changes["batch"] = batch.model_copy(update={"num_update_prompts": prompts})
         sources["num_update_prompts"] = found.source
     elif prompts != usual:
-        left.append(f"{prompts} prompt{'s'[: prompts != 1]} a step: U has {usual}")
+        left.append(
+            f"The trainer makes a step from {prompts} prompt{'s'[: prompts != 1]}. "
+            f"The probe takes {usual}, unless you set batch.num_update_prompts."
+        )
     return changes
 
 

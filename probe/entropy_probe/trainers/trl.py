@@ -9,7 +9,7 @@ from typing import Any
 
 from entropy_probe.config import RECIPES
 from entropy_probe.errors import ProbeError
-from entropy_probe.trainers.found import Found
+from entropy_probe.trainers.found import Found, several_passes, several_steps
 from entropy_probe.trainers.pickled import plain, read_arguments
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
@@ -82,23 +82,41 @@ def _grpo(of: _Arguments) -> Found:
     if quantile < 1:
         parts["top_entropy_quantile"] = quantile
         if _processes(of) > 1:
-            left.append("top_entropy_quantile over all processes: here of each micro-batch")
+            left.append(
+                "The trainer takes top_entropy_quantile over all processes. "
+                "The probe takes it over each micro-batch."
+            )
     if of.number("entropy_coef") != 0:
         parts["entropy_coef"] = of.number("entropy_coef")
     if of.number("beta") != 0:
         parts["kl_coef"] = of.number("beta")
         parts["kl"] = "k3_ratio" if of.flag("use_bias_correction_kl") else "k3"
         if (of.path.parent / "ref").is_dir():
-            left.append("reference adapter (ref/): the base takes its place")
+            left.append(
+                "The trainer's reference model has an adapter of its own (ref/). "
+                "The probe takes the base model without one."
+            )
     by_sequence = of.text("importance_sampling_level") == "sequence"
     if by_sequence and parts.get("kl") == "k3_ratio":
-        left.append("KL weighted by a response's ratio: the gradient of the weight")
+        left.append(
+            "The trainer weights the KL term by the ratio of a whole response. "
+            "The probe takes the gradient of that weight token by token."
+        )
     if by_sequence and quantile < 1:
-        left.append("top_entropy_quantile with the ratio of a response")
+        left.append(
+            "The trainer uses top_entropy_quantile together with the ratio of a whole response. "
+            "The probe takes the ratio of each token."
+        )
     if of.flag("use_adaptive_entropy"):
-        left.append("adaptive entropy coefficient: its value at this step")
+        left.append(
+            "The trainer adapts its entropy coefficient (use_adaptive_entropy). "
+            "The probe takes the one in the settings, and not that of this step."
+        )
     if of.text("multi_objective_aggregation") == "normalize_then_sum":
-        left.append("rewards normalised one by one (normalize_then_sum)")
+        left.append(
+            "The trainer normalises each reward by itself (normalize_then_sum). "
+            "The probe normalises their sum."
+        )
     if of.flag("use_vllm"):
         _of_vllm(of, loss, parts, left, by_sequence=by_sequence)
     return _made(name, parts, of, left)
@@ -117,11 +135,20 @@ def _of_vllm(
         if known and loss != "vespo" and not (by_sequence and level == "token"):
             parts |= {"importance": mode, "importance_cap": cap or 1e9}
         else:
-            left.append("importance correction of vLLM's sampler")
+            left.append(
+                "The trainer corrects for the difference between vLLM's probabilities and its own. "
+                "The probe has no recipe for this kind of correction, and makes none."
+            )
         if of.number("vllm_importance_sampling_clip_min") > 0:
-            left.append("lower bound of the ratio to vLLM's sampler")
+            left.append(
+                "The trainer has a lower bound for the ratio of its probabilities to vLLM's. "
+                "The probe has none."
+            )
     if of.values.get("off_policy_mask_threshold") is not None:
-        left.append("off-policy mask of responses that vLLM sampled")
+        left.append(
+            "The trainer leaves out responses of vLLM that are too far off-policy "
+            "(off_policy_mask_threshold). The probe keeps them."
+        )
 
 
 def _rloo(of: _Arguments) -> Found:
@@ -132,7 +159,7 @@ def _rloo(of: _Arguments) -> Found:
     if of.flag("mask_truncated_completions"):
         parts["mask_truncated"] = True
     if of.values.get("reward_clip_range") is not None:
-        left.append("rewards are clipped")
+        left.append("The trainer clips rewards (reward_clip_range). The probe does not.")
     return _made("trl-rloo", parts, of, left)
 
 
@@ -141,26 +168,37 @@ def _common(of: _Arguments) -> tuple[dict[str, Any], list[str]]:
     left: list[str] = []
     iterations = of.count("num_iterations", 1)
     if iterations > 1:
-        left.append(f"passes after the first over a rollout (num_iterations {iterations}): ratio 1")
+        left.append(several_passes(f"num_iterations {iterations}"))
     accumulated = of.count("gradient_accumulation_steps", 1)
     per_rollout = of.count("steps_per_generation", accumulated)
     if per_rollout > accumulated:
         count = -(-per_rollout // accumulated)
-        left.append(f"{count} steps a rollout: after the first the ratio is not 1")
+        left.append(several_steps(count))
     elif per_rollout < accumulated:
-        left.append("several rollouts a step, each with a normaliser of its own")
+        left.append(
+            "The trainer takes several rollouts for each step, and normalises the loss of each by itself. "
+            "The probe normalises the whole step at once."
+        )
     for key in ("bf16", "fp16"):
         if of.flag(key):
-            left.append(f"rounding of autocast ({key})")
+            left.append(
+                f"The trainer computes under autocast ({key}). "
+                "The probe does not reproduce the rounding of that."
+            )
     if of.number("neftune_noise_alpha") > 0:
-        left.append("noise on embeddings (neftune)")
+        left.append(
+            "The trainer adds noise to the embeddings (neftune_noise_alpha). The probe does not."
+        )
     if not of.flag("disable_dropout") and (rate := _dropout(of.path.parent)):
-        left.append(f"dropout in training ({rate:g})")
+        left.append(f"The trainer uses dropout ({rate:g}). The probe does not.")
     coefficient = of.values.get("router_aux_loss_coef")
     if coefficient or (coefficient is None and _has_experts(of.path.parent)):
-        left.append("auxiliary loss of experts")
+        left.append("The trainer adds an auxiliary loss of the experts. The probe leaves it out.")
     if of.flag("sync_ref_model"):
-        left.append("reference model that follows the policy")
+        left.append(
+            "The trainer's reference model follows the policy (sync_ref_model). "
+            "That of the probe stays as it is."
+        )
     return parts, left
 
 
@@ -180,9 +218,11 @@ def _made(name: str, parts: dict[str, Any], of: _Arguments, left: list[str]) -> 
         generation["max_new_tokens"] = of.count("max_completion_length")
     for key, harmless in (("top_k", (0, -1)), ("min_p", (0.0,)), ("top_p", (1.0,))):
         if of.values.get(key) is not None and of.values[key] not in harmless:
-            left.append(f"{key} {of.number(key):g} in sampling")
+            left.append(
+                f"The trainer samples with {key} {of.number(key):g}. The probe does not take this over."
+            )
     if of.number("repetition_penalty", 1.0) != 1:
-        left.append("repetition penalty in sampling")
+        left.append("The trainer samples with a repetition penalty. The probe samples without one.")
     rows = of.count("per_device_train_batch_size") * of.count("gradient_accumulation_steps")
     group = of.count("num_generations")
     prompts = max(1, rows * _processes(of) // group) if rows > 0 and group > 0 else None
