@@ -63,12 +63,12 @@ def grown(passes: list[tuple[str, int]]) -> ProbeReport:
 
 
 def test_nothing_is_computed_twice(grown: ProbeReport, passes: list[tuple[str, int]]) -> None:
-    """4, then 8, then 11 prompts of E, and 3 of U; sampling is tried again with two of them, by two seeds."""
+    """4, then 8, then 11 prompts of E, and 3 of U; sampling is tried again with two of them and two seeds at once."""
     assert [look.num_prompts for look in grown.resolution.looks] == [4, 8, 11]
     assert grown.batch.num_prompts == 11
     found = {name: [n for of, n in passes if of == name] for name, _ in passes}
     assert found == {
-        "_sampled": [4, 3, 2, 2, 4, 3],
+        "_sampled": [4, 3, 4, 4, 3],
         "score": [4, 3, 4, 3],
         "unit_gradients": [3, 11],
         "derived": [4, 4, 3],

@@ -109,10 +109,21 @@ def rb_coefficients(
 def _mean_of_others(
     later: Float[Tensor, "B G T"], present: Bool[Tensor, "B G T"], among: Among
 ) -> Float[Tensor, "B 1 T"]:
-    own = torch.stack([later.sum(1), present.double().sum(1)])
-    padded = torch.nn.functional.pad(own.sum(1), (0, among.longest - own.shape[-1]))
-    sums, counts = among.total(padded)[:, None, : own.shape[-1]] - own
+    sums, counts = _of_others(torch.stack([later.sum(1), present.double().sum(1)]), among)
+    sums, counts = sums[..., : later.shape[-1]], counts[..., : later.shape[-1]]
     return (sums / counts.clamp(min=1.0))[:, None]
+
+
+def _of_others(own: Float[Tensor, "K B T"], among: Among) -> Float[Tensor, "K B L"]:
+    """Σ over the other prompts, up to the longest response of all.
+
+    Those before a prompt and those after it are added, since a sum of all less a large own one loses small others.
+    """
+    own = torch.nn.functional.pad(own, (0, among.longest - own.shape[-1]))
+    here, nothing = own.sum(1), torch.zeros_like(own[:, :1])
+    before = torch.cat([nothing, own[:, :-1].cumsum(1)], 1)[:, : own.shape[1]]
+    after = torch.cat([nothing, own.flip(1)[:, :-1].cumsum(1)], 1)[:, : own.shape[1]].flip(1)
+    return before + after + (among.total(here) - here)[:, None]
 
 
 def _group_and_others(
@@ -134,10 +145,7 @@ def _group_and_others(
     within = ((later - means[:, None]) * present).square().sum(1)
     of_prompts = [sums, counts, sums * means, counts.square(), (counts > 0).double(), within]
     own = torch.stack([*of_prompts, (counts - 1).clamp(min=0.0)])
-    padded = torch.nn.functional.pad(own.sum(1), (0, among.longest - own.shape[-1]))
-    total = among.total(padded)[:, None]
-    other = total - torch.nn.functional.pad(own, (0, among.longest - own.shape[-1]))
-    sums, counts, squares, sizes, prompts, within, freedom = other
+    sums, counts, squares, sizes, prompts, within, freedom = _of_others(own, among)
     mean = sums / counts.clamp(min=1.0)
     sigma2 = within.sum(1) / freedom.sum(1).clamp(min=1.0)
     between = (squares - sums * mean).sum(1)
