@@ -90,8 +90,8 @@ def grown(
         part = Share.of(more, units_of(bound, more, config), world)
         larger = Share.of(whole, units_of(bound, whole, config), world)
         with clock("scores"):
-            found = score(bound, part.own, config, with_features=True)
-            tokens = larger.joined((share, tokens), (part, found))
+            # all of it again: the same rows at once as at θ + ηv, so that at η = 0 no bit differs
+            tokens = score(bound, larger.own, config, with_features=True)
         with clock("slopes"):
             then = derived(bound, float64, part, v, config, clock.progress)
             known = known.followed_by(share, (part, then), larger)

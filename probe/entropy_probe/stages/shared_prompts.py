@@ -32,6 +32,8 @@ WORTH = 0.9
 MOST_SEEN = 1 << 24
 """Entries of the mask, one for each token of a response and each that it may see, of rows that are read together. It
 is the only thing that is held of size T·(P + T); 16 MiB of it, and four or eight times that where a kernel adds it."""
+FEWEST = 16
+"""Responses, below which less would be saved than it takes to find out whether the model gives the same."""
 _COLUMNS = 64  # logits of a position that are compared
 _BY_LENGTH = ("dynamic", "longrope")  # rotary positions that depend on how long the row is
 
@@ -98,19 +100,27 @@ def tokens_read(rollouts: Rollouts, size: int) -> tuple[int, int]:
     return shared, whole
 
 
-def sharing_of(bound: BoundModel, rollouts: Rollouts, size: int, read_rows: ReadRows) -> Sharing:
-    """Whether a pass over these rollouts reads each prompt once: where that saves tokens, and the model gives the same.
-
-    The second is found out once for a model, whose `sharing` then holds it.
-    """
-    if not bool((rollouts.gen_lens > 0).any()):
-        return Sharing("there is no response")
+def worth(rollouts: Rollouts, size: int) -> str | None:
+    """Why a pass over these rollouts is not worth reading each prompt once, whatever the model; `None` where it is."""
+    if int((rollouts.gen_lens > 0).sum()) < FEWEST:
+        return f"there are fewer than {FEWEST} responses"
     shared, whole = tokens_read(rollouts, size)
     if shared > WORTH * whole:
-        return Sharing(f"each prompt once would be {shared} tokens, whole rows are {whole}")
+        return f"with each prompt read once {shared} tokens would be read, as whole rows {whole}"
     steps, longest = rollouts.max_gen_len, int(rollouts.prompt_lens.max())
     if min(size, len(rollouts.ids)) * steps * (longest + steps) > MOST_SEEN:
-        return Sharing("the rows are so long that what each token sees would be held")
+        return "rows are so long that the table of what each token sees would be large"
+    return None
+
+
+def sharing_of(bound: BoundModel, rollouts: Rollouts, size: int, read_rows: ReadRows) -> Sharing:
+    """Whether a pass over these rollouts reads each prompt once: where it is worth it, and the model gives the same.
+
+    The second is found out once for a model, whose `sharing` then holds it: so all passes over the same rollouts are
+    made in the same way, and at η = 0 nothing changes.
+    """
+    if (why := worth(rollouts, size)) is not None:
+        return Sharing(why)
     if not bound.sharing:
         bound.sharing.append(exactness(bound, rollouts, size, read_rows))
     return bound.sharing[0]
