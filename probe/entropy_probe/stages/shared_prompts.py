@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 TOKENS = 4096
-"""Of the prompts that are read together, or one prompt that has more."""
+"""Of the prompts that are read together."""
 WORTH = 0.9
 """The largest share of the tokens of whole rows that may be read: a pass in two parts has more operations."""
 MOST_SEEN = 1 << 24
@@ -61,9 +61,12 @@ class Together:
 
 
 def together(
-    rollouts: Rollouts, size: int, some: Int[Tensor, " R"] | None = None
+    rollouts: Rollouts, size: int, some: Int[Tensor, " R"] | None = None, tokens: int = TOKENS
 ) -> list[Together]:
-    """All of `some` rows that have a token, without which of all: up to `size` prompts, then `size` rows, at once."""
+    """All of `some` rows that have a token, without which of all: up to `size` prompts, then `size` rows, at once.
+
+    Prompts that are read together have so many `tokens` at most, padding included, or are one.
+    """
     chosen = rollouts.gen_lens > 0
     if some is not None:
         chosen &= torch.zeros_like(chosen).index_fill(0, some, True)
@@ -74,7 +77,7 @@ def together(
     groups: list[list[int]] = []
     for prompt in order:
         last = groups[-1] if groups else []
-        full = len(last) >= size or (len(last) + 1) * int(lengths[prompt]) > TOKENS
+        full = len(last) >= size or (len(last) + 1) * int(lengths[prompt]) > tokens
         if not last or full:
             groups.append([prompt])
         else:
@@ -198,11 +201,12 @@ def read_once(
     read: Read,
     override: Mapping[str, Tensor] | None = None,
     some: Int[Tensor, " R"] | None = None,
+    tokens: int = TOKENS,
 ) -> Iterator[tuple[Int[Tensor, " N"], tuple[Tensor, ...]]]:
     """(rows, what `scores.read_rows` gives for them), a batch of rows after the other: `read(logits, tokens)` at every
-    generated token, [N, T, …]."""
+    generated token, [N, T, …]. `some` and `tokens` as in `together`."""
     device, group = bound.device, rollouts.num_responses
-    for part in together(rollouts, size, some):
+    for part in together(rollouts, size, some, tokens):
         firsts = (part.prompts * group).tolist()
         prompts = [rollouts.ids[row, : int(rollouts.prompt_lens[row])] for row in firsts]
         ids, mask = left_padded(prompts, pad=0)
@@ -212,7 +216,7 @@ def read_once(
         for rows in part.rows:
             ids, inside = (of.to(device) for of in _responses(rollouts, rows))
             of_row, step = inside.nonzero(as_tuple=True)
-            tokens = ids[of_row, step]
+            own = ids[of_row, step]
             found = bound.read_after(
                 held,
                 place[rows // group].to(device),
@@ -220,7 +224,7 @@ def read_once(
                 inside[:, 1:].long(),
                 of_row,
                 step,
-                lambda logits, part, tokens=tokens: read(logits, tokens[part]),
+                lambda logits, part, own=own: read(logits, own[part]),
                 override,
             )
             at = of_row, step

@@ -27,6 +27,7 @@ from entropy_probe.stages.responses.drawing import draw, masses
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.steps import OverCache, WholeRows
 from entropy_probe.stages.scores import sharing
+from entropy_probe.stages.shared_prompts import worth
 from entropy_probe.stages.witnesses.shortened import shortened
 
 # What a pass takes beyond its tensors: buffers within operations, small blocks that the allocator keeps. Passes of 100
@@ -104,7 +105,11 @@ def _planned(
     )
     largest_tensor = max(p.numel() for p in bound.registry.trainable.values())
     of_products = 0 if accelerator else 8 * _PRODUCT * min(IN_FLOAT64, units * largest_tensor)
-    passes = Passes(bound, float64, longest_rows(batches), config)
+    sizes = {1, config.generation.tf_batch_size}  # that may be chosen
+    shared = config.share_prompts == "auto" and any(
+        worth(batch, size) is None for batch in batches for size in sizes
+    )
+    passes = Passes(bound, float64, longest_rows(batches), config, shared)
     kinds = [*passes.kinds(usable - fewest)]
 
     def largest(config: ProbeConfig, positions: int) -> int:
