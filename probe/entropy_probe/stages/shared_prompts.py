@@ -54,10 +54,10 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Together:
-    """Prompts that are read together, by their number, and rows of them in batches of similar length."""
+    """The numbers of prompts that are read together, and of their rows, in batches of similar length."""
 
     prompts: Int[Tensor, " n"]
-    rows: tuple[Int[Tensor, " N"], ...]
+    rows: tuple[Tensor, ...]
 
 
 def together(
@@ -107,6 +107,8 @@ def worth(rollouts: Rollouts, size: int) -> str | None:
     """Why a pass over these rollouts is not worth reading each prompt once, whatever the model; `None` where it is."""
     if int((rollouts.gen_lens > 0).sum()) < FEWEST:
         return f"there are fewer than {FEWEST} responses"
+    if not _same_prompts(rollouts):
+        return "responses of one group follow different prompts"
     shared, whole = tokens_read(rollouts, size)
     if shared > WORTH * whole:
         return f"with each prompt read once {shared} tokens would be read, as whole rows {whole}"
@@ -114,6 +116,15 @@ def worth(rollouts: Rollouts, size: int) -> str | None:
     if min(size, len(rollouts.ids)) * steps * (longest + steps) > MOST_SEEN:
         return "rows are so long that the table of what each token sees would be large"
     return None
+
+
+def _same_prompts(rollouts: Rollouts) -> bool:
+    """Whether the rows of a group begin with one prompt."""
+    width = int(rollouts.prompt_lens.max())
+    ids, lengths = rollouts.ids[:, :width], rollouts.prompt_lens[:, None]
+    prompts = torch.cat([lengths, ids.masked_fill(torch.arange(width) >= lengths, 0)], 1)
+    of_groups = rollouts.per_prompt(prompts)
+    return bool((of_groups == of_groups[:, :1]).all())
 
 
 def sharing_of(bound: BoundModel, rollouts: Rollouts, size: int, read_rows: ReadRows) -> Sharing:
