@@ -1267,7 +1267,7 @@ def _shared_without_a_trial(patch: Patch) -> None:
     patch.setattr(scores, "sharing", lambda *a: shared_prompts.Sharing())
 
 
-@fault("llama", "plain_forward", also="batch_invariance")
+@fault("llama", "plain_forward sampler_parity", also="change_identity taylor_order")
 def keys_of_the_next_prompt(patch: Patch) -> None:
     """Responses are scored behind the keys and values of the prompt after theirs, and nothing asks whether these give
     what whole rows give."""
@@ -1276,7 +1276,7 @@ def keys_of_the_next_prompt(patch: Patch) -> None:
     _shared_without_a_trial(patch)
 
 
-@fault("llama", "plain_forward", also="batch_invariance")
+@fault("llama", "plain_forward sampler_parity", also="change_identity taylor_order")
 def shared_positions_one_too_late(patch: Patch) -> None:
     """Behind a prompt that is read once, tokens stand one position too late, and nothing asks whether these scores are
     those of whole rows."""
