@@ -1267,7 +1267,7 @@ def _shared_without_a_trial(patch: Patch) -> None:
     patch.setattr(scores, "sharing", lambda *a: shared_prompts.Sharing())
 
 
-@fault("llama", "plain_forward sampler_parity", also="change_identity taylor_order")
+@fault("llama", "plain_forward sampler_parity", also="change_identity taylor_order sweep_identity")
 def keys_of_the_next_prompt(patch: Patch) -> None:
     """Responses are scored behind the keys and values of the prompt after theirs, and nothing asks whether these give
     what whole rows give."""
