@@ -184,6 +184,10 @@ WHOLE: dict[str, tuple[Callable[[], Any], str]] = {
     "states and keys": (lambda: architectures.tiny_model("jamba"), "holds more than keys and values"),
     "positions of tokens": (lambda: architectures.tiny_model("roberta"), "differ by .* from those of whole rows"),
     "a decoder of an encoder": (lambda: architectures.tiny_model("bart"), "differ by|more than keys"),
+    "an adapter that tokens switch on": (
+        lambda: models.add_adapter(models.tiny_model("llama"), "llama", alora_invocation_tokens=[5]),
+        "tokens of the prompt switch an adapter on",
+    ),
     "positions by length": (dynamic, "rope type `dynamic` depend on the length of the row"),
 }
 

@@ -149,6 +149,9 @@ def exactness(bound: BoundModel, rollouts: Rollouts, size: int, read_rows: ReadR
     """
     if (kind := depends_on_length(getattr(bound.language_model, "config", None))) is not None:
         return Sharing(f"positions of rope type `{kind}` depend on the length of the row")
+    adapters = getattr(bound.module, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        return Sharing("tokens of the prompt switch an adapter on")
     few, rows = _few(bound, rollouts)
     stride = -(-bound.num_logits // _COLUMNS)
 
