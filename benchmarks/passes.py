@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="train all parameters instead of LoRA's"
     )
+    parser.add_argument("--share-prompts", default="auto", help="`never` reads whole rows")
     parser.add_argument("--only", choices=("flops", "time"), help="measure one of the two")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -99,6 +100,7 @@ def main() -> None:
     config = ProbeConfig.from_mapping(
         {
             "budget": given.budget,
+            "share_prompts": given.share_prompts,
             "batch": {"num_prompts": given.prompts, "num_update_prompts": given.prompts},
             "generation": {"num_return_sequences": given.group, "max_new_tokens": given.tokens},
         }

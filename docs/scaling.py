@@ -123,6 +123,7 @@ def network(shape: str, *, lora: bool) -> object:
         hidden=h,
         heads=heads,
         attention=h,
+        keys=keys,
         intermediate=f,
         vocabulary=VOCABULARY,
         frozen=blocks if lora else 0,

@@ -38,6 +38,7 @@ RUNS: dict[str, tuple[Sizes, dict[str, Any]]] = {
     "wide": (SIZES["wide"], SMOKE),
     "long": (SIZES["long"], SMOKE),
     "blocks": (Sizes(e=4, u=4), BLOCKS),
+    "prompts read once": (Sizes(hidden=128, intermediate=384, e=4, u=4, group=4, prompt=40, response=24), SMOKE),
 }
 
 
@@ -118,6 +119,17 @@ def test_a_forgotten_stage_is_outside(runs: dict[str, Counted]) -> None:
     predicted = flops(run.network, run.run)
     for stage in ("gradients", "slopes", "entropy change"):
         assert stage in outside(predicted | {stage: 0.0}, run.flops)
+
+
+def test_prompts_read_again_are_outside(runs: dict[str, Counted]) -> None:
+    """Formulas of whole rows are wrong where each prompt was read once, and that it was is in the report."""
+    run = runs["prompts read once"]
+    memory = run.report.memory
+    assert memory is not None
+    assert memory.prompts_unshared is None
+    assert "fewer than 16 responses" in str(runs["all parts"].report.memory)
+    found = outside(flops(run.network, replace(run.run, share_prompts=False)), of_matrices(run.flops))
+    assert set(found) == {"scores", "entropy change"}
 
 
 @pytest.mark.parametrize(

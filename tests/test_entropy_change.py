@@ -115,7 +115,8 @@ def test_grid_without_a_derivative_or_with_given_steps() -> None:
 
 
 def test_each_step_costs_one_pass_and_no_copy_is_kept(sampled: Sampled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K values of η: (K+1)·N rows through the model, of which N at θ; while one θ + ηv is scored, no other lives."""
+    """K values of η: K+1 times the B prompts and N responses go through the model, once at θ; while one θ + ηv is
+    scored, no other lives."""
     etas = [-0.01, 0.0, 0.003, 0.01]
     rows = {"θ": 0, "θ + ηv": 0}
     made: list[weakref.ref[torch.Tensor]] = []
@@ -139,7 +140,7 @@ def test_each_step_costs_one_pass_and_no_copy_is_kept(sampled: Sampled, monkeypa
     found = entropy_change.entropy_change_two_batch_vector(
         sampled.bound, sampled.rollouts, update_vector_named=sampled.v, etas=etas, config=config_of()
     )
-    size = len(sampled.rollouts.gen_lens)
+    size = sampled.rollouts.num_prompts + len(sampled.rollouts.gen_lens)
     assert rows == {"θ": size, "θ + ηv": len(etas) * size}
     assert set(alive) == {len(sampled.v)}
     assert found["deltaH_true_list"][1] == 0.0

@@ -62,14 +62,15 @@ def grown(passes: list[tuple[str, int]]) -> ProbeReport:
         return run_probe(checkpoint_path(), config(target_se=1e-9, max_prompts=11))
 
 
-def test_nothing_is_computed_twice(grown: ProbeReport, passes: list[tuple[str, int]]) -> None:
-    """4, then 8, then 11 prompts of E, and 3 of U; sampling is tried again with two of them and two seeds at once."""
+def test_scores_alone_are_computed_twice(grown: ProbeReport, passes: list[tuple[str, int]]) -> None:
+    """4, then 8, then 11 prompts of E, and 3 of U; sampling is tried again with two of them and two seeds at once. What
+    stands beside scores at θ + ηv is scored with the same rows at once."""
     assert [look.num_prompts for look in grown.resolution.looks] == [4, 8, 11]
     assert grown.batch.num_prompts == 11
     found = {name: [n for of, n in passes if of == name] for name, _ in passes}
     assert found == {
         "_sampled": [4, 3, 4, 4, 3],
-        "score": [4, 3, 4, 3],
+        "score": [4, 3, 8, 11],
         "unit_gradients": [3, 11],
         "derived": [4, 4, 3],
     }

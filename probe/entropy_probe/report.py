@@ -759,6 +759,7 @@ class MemorySection(_Section):
     `recompute`: whether decoder layers are run again in gradients instead of keeping their graph. `attention` of the
     longest rows where derivatives are taken: `short` rows hold all their weights, longer ones go in `blocks` of
     queries; `whole` are the weights of long rows in a model that multiplies queries and keys itself.
+    `prompts_unshared`: why scoring reads a prompt with every response, and `None` where it reads each prompt once.
 
     `second_order_tokens`: the most of a row in second derivatives, where longer rows were shortened for them.
     `left_out` says why there are none.
@@ -771,6 +772,7 @@ class MemorySection(_Section):
     tf_batch_size: int
     logits_at_once: int | None
     recompute: bool
+    prompts_unshared: str | None
     attention: Literal["short", "blocks", "whole"]
     second_order_tokens: int | None
     left_out: str | None

@@ -41,8 +41,18 @@ from entropy_probe.model.checkpoint.moments import adam as optimizer
 from entropy_probe.model.checkpoint.weights import adapter
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.output_layer import OutputLayer
+from entropy_probe.model.prompt_cache import ReadPrompts
 from entropy_probe.model.registry import Registry
-from entropy_probe.stages import batches, derivatives, entropy_change, first_order, scores, slopes, update
+from entropy_probe.stages import (
+    batches,
+    derivatives,
+    entropy_change,
+    first_order,
+    scores,
+    shared_prompts,
+    slopes,
+    update,
+)
 from entropy_probe.stages.gradients import products, unit_gradients
 from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, steps, trainers_rollouts
 from entropy_probe.stages.witnesses import real_step, torch_step
@@ -1250,6 +1260,36 @@ def cached_positions_one_too_late(patch: Patch) -> None:
 
     patch.setattr(BoundModel, "next_logits", late)
     everywhere(patch, steps.way_of, lambda *a, **k: steps.Way(steps.OverCache))
+
+
+def _shared_without_a_trial(patch: Patch) -> None:
+    """Prompts are read once, and nothing asks whether that gives what whole rows give."""
+    patch.setattr(scores, "sharing", lambda *a: shared_prompts.Sharing())
+
+
+@fault("llama", "plain_forward sampler_parity", also="change_identity taylor_order sweep_identity")
+def keys_of_the_next_prompt(patch: Patch) -> None:
+    """Responses are scored behind the keys and values of the prompt after theirs, and nothing asks whether these give
+    what whole rows give."""
+    original = ReadPrompts.before
+    patch.setattr(ReadPrompts, "before", lambda self, rows: original(self, (rows + 1) % len(self.mask)))
+    _shared_without_a_trial(patch)
+
+
+@fault("llama", "plain_forward sampler_parity", also="change_identity taylor_order")
+def shared_positions_one_too_late(patch: Patch) -> None:
+    """Behind a prompt that is read once, tokens stand one position too late, and nothing asks whether these scores are
+    those of whole rows."""
+    original = BoundModel._called
+
+    def late(self: Any, ids: Tensor, mask: Any, keep: slice, mapping: Any, true: bool, more: Any = None) -> Any:
+        if more and "past_key_values" in more:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            more = {**more, "position_ids": positions + 1}
+        return original(self, ids, mask, keep, mapping, true, more)
+
+    patch.setattr(BoundModel, "_called", late)
+    _shared_without_a_trial(patch)
 
 
 @fault("sampled", "ends_at_eos")

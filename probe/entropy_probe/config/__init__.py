@@ -75,7 +75,7 @@ __all__ = [
 
 JUDGES = ("limits", "allow_inconclusive")
 """Sections that judge a report and have no part in its measurement."""
-MEANS = ("memory_limit", "recompute", "device_map", "max_memory", "offload_folder")
+MEANS = ("memory_limit", "recompute", "share_prompts", "device_map", "max_memory", "offload_folder")
 """Keys that say how a measurement finds room, and not what is measured."""
 
 _Config = TypeVar("_Config", bound="SequenceConfig")
@@ -118,7 +118,8 @@ class ProbeConfig(SequenceConfig):
     where the parts of a model that outgrows one device are, as accelerate decides within
     `max_memory`, or by module name (docs/scaling.md). `memory_limit`, in bytes or as 8GiB, is kept
     by smaller batches (`stages/memory/memory_limit.py`), and by decoder layers that are run again
-    in gradients, where `recompute` allows it (`model/recompute.py`). `limits` holds the thresholds that differ
+    in gradients, where `recompute` allows it (`model/recompute.py`). `share_prompts` is whether scoring
+    reads a prompt once for all its responses (`stages/shared_prompts.py`). `limits` holds the thresholds that differ
     from their defaults, and the bounds of gates, which are off without.
     """
 
@@ -126,6 +127,7 @@ class ProbeConfig(SequenceConfig):
     device: Device = "cpu"
     memory_limit: MemoryLimit | None = None
     recompute: Literal["auto", "never", "always"] = "auto"
+    share_prompts: Literal["auto", "never"] = "auto"
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     offload_folder: Text | None = None

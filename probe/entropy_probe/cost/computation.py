@@ -4,6 +4,7 @@ A forward of R rows of L tokens of which S are scored takes
 
     2·R·L·(weights of the linear layers) + 4·R·L²·a·layers + 2·R·S·h·V
 
+of which a pass that reads prompts once has B·P and R·(T − 1) tokens, and so many queries of P + T keys (`scoring`); and
 with a = heads·(size of a head): all L² pairs of tokens count, though a causal kernel may leave half of them out. Every
 other pass is made of the same products, so many times (`Pass`).
 """
@@ -14,6 +15,7 @@ import math
 from dataclasses import dataclass, replace
 
 from entropy_probe.cost.sizes import Batch, Network, Run
+from entropy_probe.stages.shared_prompts import FEWEST, MOST_SEEN, TOKENS, WORTH
 from entropy_probe.stages.witnesses.properties import Case, Space, draw
 
 _TOKENS = 4096  # of a pass without a graph, where `tf_batch_size` rows have fewer: stages/scores.py
@@ -61,11 +63,20 @@ def capture(sums: int) -> Pass:
     return Pass(2, 2 + sums, 3 if sums == 1 else 3.5, 2, 2 + sums)
 
 
-def of_pass(network: Network, kind: Pass, rows: float, length: float, scored: float) -> float:
-    """Flops of one pass over `rows` of `length`, each with `scored` positions."""
+def of_pass(
+    network: Network,
+    kind: Pass,
+    rows: float,
+    length: float,
+    scored: float,
+    seen: float | None = None,
+) -> float:
+    """Flops of one pass over `rows` of `length`, each with `scored` positions; `seen`: keys that a query meets, where
+    there are others than those of the row."""
     positions, output = rows * length, kind.output_trained if network.head_trained else kind.output
     linear = 2 * positions * (kind.frozen * network.frozen + kind.trained * network.trained)
-    attention = kind.attention * 4 * positions * length * network.attention * network.layers
+    keys = length if seen is None else seen
+    attention = kind.attention * 4 * positions * keys * network.attention * network.layers
     return linear + attention + output * 2 * rows * scored * network.hidden * network.vocabulary
 
 
@@ -73,6 +84,43 @@ def without_graph(network: Network, kind: Pass, batch: Batch, rows_at_once: int)
     """Flops of one pass over all rows of a batch, as many at once as `rows_without_graph` says."""
     columns = batch.sorted_by(rows_without_graph(batch, rows_at_once))
     return of_pass(network, kind, batch.rows, columns, batch.response)
+
+
+def scoring(network: Network, run: Run, batch: Batch) -> float:
+    """Flops of one pass that scores a batch: of whole rows, or of responses behind prompts that are read once."""
+    if not shares_prompts(run, batch):
+        return without_graph(network, FORWARD, batch, run.rows_at_once)
+    read = batch.responses.sorted_by(rows_without_graph(batch, run.rows_at_once)) - 1
+    prompts = of_pass(network, FORWARD, batch.prompts, batch.prompt, 0)
+    seen = batch.prompt + read
+    return prompts + of_pass(network, FORWARD, batch.rows, read, batch.response, seen)
+
+
+def shares_prompts(run: Run, batch: Batch) -> bool:
+    """Whether prompts are read once (stages/shared_prompts.py), by a model that can."""
+    if not run.share_prompts or batch.rows < FEWEST:
+        return False
+    at_once = rows_without_graph(batch, run.rows_at_once)
+    read = batch.responses.sorted_by(at_once) - 1
+    shared = batch.prompts * batch.prompt + batch.rows * read
+    longest = batch.responses.longest_of(batch.rows)
+    seen = min(at_once, batch.rows) * longest * (batch.prompt + longest)
+    return shared <= WORTH * batch.rows * batch.sorted_by(at_once) and seen <= MOST_SEEN
+
+
+def prompts_at_once(batch: Batch, rows_at_once: int) -> float:
+    """Prompts that are read together."""
+    rows = rows_without_graph(batch, rows_at_once)
+    return max(1, min(batch.prompts, rows, TOKENS // max(batch.prompt, 1)))
+
+
+def tried(network: Network, run: Run, batch: Batch) -> float:
+    """Two responses of two prompts, in both ways, to see that they give the same."""
+    some = batch.of(2)
+    rows, read = some.prompts * min(some.group, 2), batch.response - 1
+    behind = of_pass(network, FORWARD, rows, read, batch.response, batch.prompt + read)
+    prompts = of_pass(network, FORWARD, some.prompts, batch.prompt, 0)
+    return of_pass(network, FORWARD, rows, batch.length, batch.response) + prompts + behind
 
 
 def rows_without_graph(batch: Batch, rows_at_once: int) -> float:
@@ -115,14 +163,14 @@ def some_rows(run: Run, most: int = _SOME_ROWS) -> int:
 def flops(network: Network, run: Run) -> dict[str, float]:
     """By stage, as `timing` of the report names them, of the process that computes most (rank 0)."""
     e, u, at_once = run.own(run.e), run.own(run.update), run.rows_at_once
-    scored = without_graph(network, FORWARD, e, at_once)
+    scored = scoring(network, run, e)
     few = run.e.of(_STEPPED)
     few = replace(few, group=min(few.group, _STEPPED))
     of_few = without_graph(network, FORWARD, few, at_once)
     return {
         "integrity": 0.0,
         "rollouts": sum(sampling(network, run, batch) for batch in run.batches),
-        "scores": scored + (0.0 if run.same_batch else without_graph(network, FORWARD, u, at_once)),
+        "scores": scored + _scores_of_u(network, run, e, u),
         "gradients": _gradients(network, run, e, u),
         "slopes": _slopes(network, run, e) + _slope_products(network, run, e, u),
         "first order": _products(network, run),
@@ -134,6 +182,13 @@ def flops(network: Network, run: Run) -> dict[str, float]:
         "properties": _properties(network, run),
         "continuity": _continuity(network, run),
     }
+
+
+def _scores_of_u(network: Network, run: Run, e: Batch, u: Batch) -> float:
+    """Of U, where it is another batch; and whether prompts can be read once is tried."""
+    shared = shares_prompts(run, e) or (not run.same_batch and shares_prompts(run, u))
+    found = tried(network, run, e) if shared else 0.0
+    return found if run.same_batch else found + scoring(network, run, u)
 
 
 GROWING = (

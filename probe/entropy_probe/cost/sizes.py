@@ -21,13 +21,15 @@ class Network:
     `frozen` and `trained` count the weights of the linear layers of the blocks (LoRA's factors are linear layers too);
     `head_trained`: the output layer [V, h] is trained. `parameters` (N) and `trainable` (D) count all values, a tied
     weight once. Of the trainable `tensors`, `largest` is the size of the largest, `entries` are compared with Adam's
-    moments, and by `groups` δH₁ is split. `attention` is heads·(size of a head).
+    moments, and by `groups` δH₁ is split. `attention` is heads·(size of a head), `keys` the same of the heads that have
+    keys and values of their own.
     """
 
     layers: int
     hidden: int
     heads: int
     attention: int
+    keys: int
     intermediate: int
     vocabulary: int
     frozen: int
@@ -62,6 +64,7 @@ class Network:
             hidden=config.hidden_size,
             heads=heads,
             attention=heads * size,
+            keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             vocabulary=head.shape[0],
             frozen=sum(p.numel() for p in linear.values() if not p.requires_grad),
@@ -111,6 +114,11 @@ class Batch:
         longest = min(self.longest, LONGEST)
         return replace(self, prompt=prompt, response=generated, longest=longest)
 
+    @property
+    def responses(self) -> Batch:
+        """The responses alone."""
+        return replace(self, prompt=0.0, longest=max(self.longest - self.prompt, 0.0))
+
     def longest_of(self, rows: float) -> float:
         """The longest of so many rows, whichever they are."""
         return self.length + max(self.longest - self.length, 0.0) * max(rows - 1, 0) / (rows + 1)
@@ -128,7 +136,7 @@ class Run:
     `rows_at_once` is `tf_batch_size`, `ranks` the number of processes, `cases` those of the drawn properties;
     `logits_at_once`, `recompute` and other `rows_at_once` are in the report's `memory` where there was a limit. `lent`:
     the float64 copy shares the frozen parameters. Without `second_order` the witnesses take no second derivatives.
-    `on_disk`: where gradients of units stand.
+    `on_disk`: where gradients of units stand. `share_prompts`: a prompt may be read once for all its responses.
     """
 
     e: Batch
@@ -149,6 +157,7 @@ class Run:
     lent: bool = False
     second_order: bool = True
     on_disk: bool = False
+    share_prompts: bool = True
 
     @classmethod
     def of(
@@ -174,6 +183,7 @@ class Run:
             seed=config.batch.seed,
             pairs_gib=config.first_order.max_pairs_gib,
             left_out=config.left_out,
+            share_prompts=config.share_prompts == "auto",
             **others,
         )
 

@@ -7,6 +7,7 @@ precision     float64 that is float64, autocast off, derivatives that are deriva
 overrides     θ + ηv as a mapping of names, without touching the module
 forward       BoundModel: where the network is called, for θ and θ + ηv alike
 capture       weighted sums of per-row gradients from one forward and one backward pass
+prompt_cache  keys and values of prompts that are read once for all their responses
 attention     long rows in blocks of queries;   recompute  layers that are run again in a backward pass
 beside        a copy that shares a live model's memory;   own_forward  a copy calls itself
 live_step     the step that a live optimizer is about to take

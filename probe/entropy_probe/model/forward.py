@@ -25,6 +25,7 @@ from entropy_probe.model.output_layer import Captured, OutputLayer
 from entropy_probe.model.own_forward import with_own_forward
 from entropy_probe.model.placement import Placement
 from entropy_probe.model.precision import forward_context, has_detached_norm, untrained_tokens
+from entropy_probe.model.prompt_cache import ReadPrompts, require_keys_and_values
 from entropy_probe.model.recompute import layers_of, recomputed
 from entropy_probe.model.registry import Registry, unwrap
 from entropy_probe.model.switches import as_needed, switched
@@ -50,8 +51,8 @@ class BoundModel:
 
     `overridden` collects the names that any mapping replaced during the run. `lending`: how parameters that are
     elsewhere, or in another dtype, come to where they are used; `None` where all are there.
-    `ways` has how sampling reads rows, once that was tried. `recompute`: a graph that is differentiated once keeps the
-    inputs of the decoder layers alone.
+    `ways` has how sampling reads rows, once that was tried, and `sharing` whether prompts can be read once for all
+    their responses. `recompute`: a graph that is differentiated once keeps the inputs of the decoder layers alone.
     `logits_at_once` is how many logits a piece may hold (at least one position's); `None`: as many as are fastest.
     """
 
@@ -59,6 +60,7 @@ class BoundModel:
     dtype: torch.dtype
     overridden: set[str] = field(default_factory=set)
     ways: list[Any] = field(default_factory=list)
+    sharing: list[Any] = field(default_factory=list)
     logits_at_once: int | None = None
     lending: Lending | None = None
     recompute: bool = False
@@ -195,11 +197,33 @@ class BoundModel:
             with long_rows, capturing:
                 logits = self._kept(self._called(ids, mask, keep, mapping, true_derivative), keep)
             return read(logits[rows, columns - first], slice(0, len(rows)))
-        output_layer, vocabulary = self._split
+        output_layer, _ = self._split
         with output_layer.skipped() as captured, long_rows, capturing:
             self._called(ids, mask, slice(None), mapping, true_derivative)
         assert captured.states is not None
         states = captured.states[rows, columns]
+        options = {
+            "true_derivative": true_derivative,
+            "rows_at_once": rows_at_once,
+            "capture": capture,
+        }
+        return self._read_states(captured, states, rows, read, mapping, **options)
+
+    def _read_states(
+        self,
+        captured: Captured,
+        states: Float[Tensor, "R D"],
+        rows: Int[Tensor, " R"],
+        read: Callable[[Float[Tensor, "r V"], slice], tuple[Tensor, ...]],
+        mapping: dict[str, Tensor],
+        *,
+        true_derivative: bool = False,
+        rows_at_once: int | None = None,
+        capture: Capture | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What `read` makes of the logits of hidden states, a piece of them at a time."""
+        assert self._split is not None
+        output_layer, vocabulary = self._split
         own_names = output_layer.names_in(self._tensors)
         own_mapping = {own: mapping[name] for name, own in own_names.items() if name in mapping}
         if (
@@ -237,6 +261,69 @@ class BoundModel:
             else:
                 pieces.append(piece(states[part], part))
         return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    @torch.no_grad()
+    def read_prompts(
+        self,
+        ids: Int[Tensor, "n P"],
+        mask: Int[Tensor, "n P"],
+        override: Mapping[str, Tensor] | None = None,
+    ) -> ReadPrompts:
+        """Prompts, padded to the left, read once for the responses to them. Without a graph.
+
+        Raises `CacheError` where the model keeps no cache, or one that holds more than keys and values.
+        """
+        if self._cache_name != "past_key_values":
+            raise CacheError("scoring", f"{self.kind} keeps no keys and values", "share no prompts")
+        mapping, split, captured = dict(override or {}), self._split, Captured()
+        keep = (
+            slice(-1, None) if split is None else slice(None)
+        )  # of rows that are skipped there is no last one
+        skipped = nullcontext(captured) if split is None else split[0].skipped()
+        with skipped as captured, self._long_rows(ids, False, True):
+            output = self._called(ids, mask, keep, mapping, False, {"use_cache": True})
+        cache = getattr(output, self._cache_name, None)
+        require_keys_and_values(cache, self.kind)
+        states = self._kept(output, keep) if split is None else captured.states
+        assert states is not None
+        return ReadPrompts(mask, states[:, -1].clone(), cache, captured)
+
+    @torch.no_grad()
+    def read_after(
+        self,
+        prompts: ReadPrompts,
+        of_prompt: Int[Tensor, " N"],
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        rows: Int[Tensor, " R"],
+        steps: Int[Tensor, " R"],
+        read: Callable[[Float[Tensor, "r V"], slice], tuple[Tensor, ...]],
+        override: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`read_logits` of rows whose prompts are read already: the responses `ids`, padded to the right, follow the
+        prompts `of_prompt`. Without a graph.
+
+            read(logits([prompt; ids])[rows, P − 1 + steps], slice(0, R))
+
+        The logits at step t stand behind t tokens of the response; so its last token need not be among the `ids`.
+        """
+        split, mapping, captured = self._split, dict(override or {}), prompts.captured
+        states = prompts.last[of_prompt[rows]]
+        if ids.shape[1]:
+            seen = torch.cat([prompts.mask[of_prompt], mask], 1)
+            more = {"use_cache": True, "past_key_values": prompts.before(of_prompt)}
+            scores = self._scores(len(ids), seen.shape[1]) * ids.shape[1] // seen.shape[1]
+            long_rows = BlockedAttention(once=True) if is_long(scores) else nullcontext()
+            skipped = nullcontext(captured) if split is None else split[0].skipped()
+            with skipped as captured, long_rows:
+                output = self._called(ids, seen, slice(None), mapping, False, more)
+            own = self._kept(output, slice(None)) if split is None else captured.states
+            assert own is not None
+            later = steps > 0
+            states[later] = own[rows[later], steps[later] - 1]
+        if split is None:
+            return read(states, slice(0, len(rows)))
+        return self._read_states(captured, states, rows, read, mapping)
 
     @cached_property
     def _split(self) -> tuple[OutputLayer, int] | None:
@@ -375,11 +462,13 @@ class BoundModel:
         keep: slice,
         mapping: dict[str, Tensor],
         true_derivative: bool,
+        more: Mapping[str, Any] | None = None,
     ) -> Any:
         self._record(mapping)
         try:
             with self._running(true_derivative):
-                return self._functional_call(mapping, ids, self._arguments(ids, mask, keep))
+                arguments = self._arguments(ids, mask, keep) | dict(more or {})
+                return self._functional_call(mapping, ids, arguments)
         except _OURS:
             raise
         except Exception as error:

@@ -1,7 +1,8 @@
 """More prompts of E until the predicted change is as certain as asked for: `batch.target_se`.
 
 v is known once U is measured, so that the standard error of the change along it is known before E is differentiated.
-What was sampled, scored and derived of the first prompts stays; each further part is sampled, scored and derived alone.
+What was sampled and derived of the first prompts stays; each further part is sampled and derived alone. All of E is
+scored again: scores at θ + ηv are of all of it too, and at η = 0 no bit may differ.
 """
 
 from __future__ import annotations
@@ -90,8 +91,7 @@ def grown(
         part = Share.of(more, units_of(bound, more, config), world)
         larger = Share.of(whole, units_of(bound, whole, config), world)
         with clock("scores"):
-            found = score(bound, part.own, config, with_features=True)
-            tokens = larger.joined((share, tokens), (part, found))
+            tokens = score(bound, larger.own, config, with_features=True)
         with clock("slopes"):
             then = derived(bound, float64, part, v, config, clock.progress)
             known = known.followed_by(share, (part, then), larger)

@@ -13,6 +13,8 @@ ProbeConfig
   memory_limit  bytes  Memory that smaller batches keep to, such as `8GiB`; null is no limit.
   recompute  name  Whether decoder layers are run again in gradients instead of keeping their graph: `always`, `never`,
       or `auto`, where they do not fit the memory limit otherwise.
+  share_prompts  name  Whether scoring reads a prompt once for all its responses: `auto`, where that saves tokens and
+      gives the same logits, or `never`.
   device_map  name  For a model that outgrows one device: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a map
       of module names to devices.
   max_memory  bytes  With `device_map`, how much each device may take, such as `{0: 20GiB, cpu: 60GiB}`.

@@ -431,6 +431,7 @@ MemorySection
   tf_batch_size  count  How many rows are scored at once.
   logits_at_once  count  How many logits are held at once; null if no limit was set.
   recompute  flag  Whether decoder layers are run again in gradients instead of keeping their graph.
+  prompts_unshared  text  Why scoring reads a prompt with every response; null if it reads each prompt once.
   attention  name  How the longest rows' attention is differentiated: `short` rows whole, long ones in `blocks` of
       queries; `whole` if the model multiplies queries and keys itself.
   second_order_tokens  count  The most tokens of a row in second derivatives, if longer rows were shortened for them;

@@ -2,6 +2,7 @@
 
 batches      E and U, from responses/: sampled, or read from files
 scores       log p, log q and entropies of every token;   entropy  the entropy at θ
+shared_prompts  responses read behind prompts that are read once
 share        the part of a batch that a process works on
 gradients/   X and Y of every unit
 first_order  U_cross and δH₁;   update  P and the direction v;   moments  P beside the gradients

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from entropy_probe.estimators.token_stats import features_of_logits, with_positi
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.stages.responses.rollouts import Rollouts
+from entropy_probe.stages.shared_prompts import Read, Sharing, read_once, sharing_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -77,10 +78,6 @@ class Scores:
         return self.rb_entropy_q.double().sum(-1)
 
 
-Read = Callable[..., tuple[Tensor, ...]]
-"""(logits [r, V], tokens [r]) → tensors [r, …]; the entries [r] of `beside` are a third argument where it is given."""
-
-
 def read_rows(
     bound: BoundModel,
     rollouts: Rollouts,
@@ -96,6 +93,7 @@ def read_rows(
 ) -> tuple[Tensor, ...]:
     """`read(logits, tokens)` at every generated token of some rows, [R, T, …]; zero past the end of a response.
 
+    (logits [r, V], tokens [r]) → tensors [r, …]; the entries [r] of `beside` are a third argument where it is given.
     The logits at position i−1 predict the token at position i. `read` gets some of the tokens and their logits at a
     time, and returns tensors with one entry for each. T is the longest response of the rows. `once` and `capture` as
     in `BoundModel.read_logits`.
@@ -210,26 +208,50 @@ def batches_by_length(
     yield from order.split(size) if len(order) else ()
 
 
+def sharing(bound: BoundModel, rollouts: Rollouts, config: ProbeConfig) -> Sharing:
+    """Whether `score` reads each prompt once."""
+    if config.share_prompts == "never":
+        return Sharing("share_prompts is `never`")
+    return sharing_of(bound, rollouts, rows_without_graph(rollouts, config.generation), read_rows)
+
+
 def read_responses(
     bound: BoundModel,
     rollouts: Rollouts,
     size: int,
     read: Read,
     override: Mapping[str, Tensor] | None = None,
+    *,
+    shared: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`read_rows` of every response, `size` rows of similar length at a time: [B, G, T, …]."""
-    parts, order = [], []
-    for rows in batches_by_length(rollouts, size):
+    """`read_rows` of every response, `size` rows of similar length at a time: [B, G, T, …].
+
+    `shared`: behind prompts that are read once, and without a graph.
+    """
+    if shared:
+        parts = read_once(bound, rollouts, size, read, override)
+    else:
+        batches = batches_by_length(rollouts, size)
+        parts = (
+            (rows, read_rows(bound, rollouts, rows, read, override=override)) for rows in batches
+        )
+    found, order = [], []
+    for rows, part in parts:
         order.append(rows)
-        part = read_rows(bound, rollouts, rows, read, override=override)
         missing = rollouts.max_gen_len - part[0].shape[1]
-        parts.append(
+        found.append(
             [torch.cat([v, v.new_zeros(len(v), missing, *v.shape[2:])], dim=1) for v in part]
         )
-    back = torch.cat(order).argsort().to(bound.device)
     return tuple(
-        rollouts.per_prompt(torch.cat(values)[back]) for values in zip(*parts, strict=True)
+        rollouts.per_prompt(_put(torch.cat(values), torch.cat(order), len(rollouts.ids)))
+        for values in zip(*found, strict=True)
     )
+
+
+def _put(values: Tensor, rows: Int[Tensor, " R"], count: int) -> Tensor:
+    """The values at their rows, of `count`; zero at the others."""
+    back = torch.zeros(count, dtype=torch.long).index_put((rows,), 1 + torch.arange(len(rows)))
+    return torch.cat([torch.zeros_like(values[:1]), values])[back.to(values.device)]
 
 
 @torch.no_grad()
@@ -254,7 +276,8 @@ def score(
     read = policy_scores(bound, policy, config.precision)
     if override is None:
         read = partial(scored_at_theta, policy, read, with_features, with_mean_s)
-    scores = read_responses(bound, rollouts, rows_without_graph(rollouts, policy), read, override)
+    size, shared = rows_without_graph(rollouts, policy), sharing(bound, rollouts, config).shared
+    scores = read_responses(bound, rollouts, size, read, override, shared=shared)
     logp, logq, entropy, entropy_q, *rest = (values.double().cpu() for values in scores)
     if override is None:
         require_finite(rollouts, logp, entropy, "at θ", "use an earlier checkpoint")

@@ -26,6 +26,8 @@ from entropy_probe.stages.memory.pass_memory import FEWEST, Passes, longest_rows
 from entropy_probe.stages.responses.drawing import draw, masses
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.steps import OverCache, WholeRows
+from entropy_probe.stages.scores import sharing
+from entropy_probe.stages.shared_prompts import worth
 from entropy_probe.stages.witnesses.shortened import shortened
 
 # What a pass takes beyond its tensors: buffers within operations, small blocks that the allocator keeps. Passes of 100
@@ -103,7 +105,11 @@ def _planned(
     )
     largest_tensor = max(p.numel() for p in bound.registry.trainable.values())
     of_products = 0 if accelerator else 8 * _PRODUCT * min(IN_FLOAT64, units * largest_tensor)
-    passes = Passes(bound, float64, longest_rows(batches), config)
+    sizes = {1, config.generation.tf_batch_size}  # that may be chosen
+    shared = config.share_prompts == "auto" and any(
+        worth(batch, size) is None for batch in batches for size in sizes
+    )
+    passes = Passes(bound, float64, longest_rows(batches), config, shared)
     kinds = [*passes.kinds(usable - fewest)]
 
     def largest(config: ProbeConfig, positions: int) -> int:
@@ -167,6 +173,7 @@ def memory_section(
         tf_batch_size=config.generation.tf_batch_size,
         logits_at_once=None if plan is None else plan.logits_at_once,
         recompute=bound.recompute,
+        prompts_unshared=sharing(bound, batches[0], config).why,
         attention=bound.attention_of(config.generation.tf_batch_size, columns),
         second_order_tokens=_second_order_tokens(batches[0], config, plan),
         left_out=None if plan is None else plan.left_out,

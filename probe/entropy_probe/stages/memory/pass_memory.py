@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from entropy_probe import memory
 from entropy_probe.config import ProbeConfig
+from entropy_probe.errors import ProbeError
 from entropy_probe.model.capture import Capture
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
@@ -25,6 +26,7 @@ from entropy_probe.stages.scores import (
     score_rows,
     scored_at_theta,
 )
+from entropy_probe.stages.shared_prompts import read_once
 from entropy_probe.stages.witnesses.projections import by_alpha
 from entropy_probe.stages.witnesses.shortened import shortened
 from entropy_probe.stages.witnesses.witness import (
@@ -46,12 +48,14 @@ Kind = Callable[[ProbeConfig, int], int]
 
 @dataclass(frozen=True)
 class Passes:
-    """Every kind of pass over four rows, each a prompt's only one, as long as any of the batches."""
+    """Every kind of pass over four rows, each a prompt's only one, as long as any of the batches. `share_prompts`:
+    rows may be read behind their prompts too."""
 
     bound: BoundModel
     float64: BoundModel
     rollouts: Rollouts
     config: ProbeConfig
+    share_prompts: bool = False
 
     def kinds(self, usable: int) -> Iterator[Kind]:
         """Those with a graph have `tf_batch_size` rows, or a part of them; the others more. No pass is tried that may
@@ -66,6 +70,8 @@ class Passes:
         trainable = sum(p.numel() for p in self.bound.registry.trainable.values())
         yield self.counted(_score, without_graph, usable)
         yield self.counted(_score_at, without_graph, usable, fixed=8 * trainable)  # θ + ηv
+        if self.share_prompts:  # as many at once as there are rows
+            yield self.counted(_score_behind, without_graph, usable)
         yield self.counted(_differentiate, of_graph, usable, fixed=8 * trainable)  # of X and of Y
         yield self.counted(_differentiate_alone, lambda config: 1, usable, most_rows=1)
         yield self.counted(_derive, without_graph, usable, fixed=16 * trainable)  # θ and v
@@ -175,6 +181,19 @@ def _score(of: Passes, rows: Tensor) -> None:
     scored = policy_scores(of.bound, policy, of.config.precision)
     read = partial(scored_at_theta, policy, scored, True, True)
     read_rows(of.bound, of.rollouts, rows, read)
+
+
+@torch.no_grad()
+def _score_behind(of: Passes, rows: Tensor) -> None:
+    override = theta_plus_eta_v(of.bound.registry, of.v, 0.0, of.bound.dtype)
+    policy = of.config.generation
+    scored = policy_scores(of.bound, policy, of.config.precision)
+    read = partial(scored_at_theta, policy, scored, True, True)
+    with suppress(ProbeError):  # of a model that cannot, whole rows are read
+        for _ in read_once(
+            of.bound, of.rollouts, len(rows), read, override, some=rows, tokens=2**62
+        ):
+            pass
 
 
 @torch.no_grad()
