@@ -237,8 +237,13 @@ def test_fresh_responses_have_the_limit_of_the_given_ones(
         return
     asked: list[int] = []
     config = config_of(fallback="resample")
+
+    def redrawn_with(bound: Any, rollouts: Rollouts, tokenizer: Any, generation: Any, **_: Any) -> list[Rollouts]:
+        asked.append(generation.max_new_tokens)
+        return [rollouts]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entropy_probe.stages.batches.redrawn", lambda b, r, t, g, **_: asked.append(g.max_new_tokens))
+        patch.setattr("entropy_probe.stages.batches.redrawn", redrawn_with)
         redraw = redraw_for(sampled.bound, models.alone(sampled.bound, rollouts), None, config)
         assert redraw is not None
         redraw({})
