@@ -129,7 +129,7 @@ def test_prompts_read_again_are_outside(runs: dict[str, Counted]) -> None:
     assert memory.prompts_unshared is None
     assert "fewer than 16 responses" in str(runs["all parts"].report.memory)
     found = outside(flops(run.network, replace(run.run, share_prompts=False)), of_matrices(run.flops))
-    assert set(found) == {"scores", "entropy change"}
+    assert set(found) == {"scores", "slopes", "entropy change"}
 
 
 @pytest.mark.parametrize(

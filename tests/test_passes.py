@@ -13,7 +13,7 @@ import models
 from counted import Counter
 from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.estimators.policy import score_tokens, scores_along
-from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.model.forward import bind
 from entropy_probe.stages import slopes
 from entropy_probe.stages.derivatives import Derivatives, directional_derivatives
 from entropy_probe.stages.gradients.payloads import x_payload
@@ -91,8 +91,8 @@ def test_the_step_is_corrected_where_a_short_response_moves_fastest(
     """The step is looked up on one response of each prompt; a hundred times as long it would cost eight digits."""
     original = slopes.directional_derivatives
 
-    def slower(model: BoundModel, rollouts: Any, v: Any, config: Any, eta: float = 0.0, some: Any = None) -> Any:
-        found = original(model, rollouts, v, config, eta, some)
+    def slower(*given: Any, some: Any = None, **options: Any) -> Any:
+        found = original(*given, some=some, **options)
         if some is None:
             return found
         shrunk = {name: getattr(found, name) / 100 for name in ("d_logp", "d_entropy", "d_logit")}

@@ -16,17 +16,21 @@ import transformers
 
 import architectures
 import models
-from entropy_probe import ProbeConfig
+from counted import Sizes
+from entropy_probe import ProbeConfig, run_probe
 from entropy_probe.memory import counted_bytes
+from entropy_probe.model import attention
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.prompt_cache import ReadPrompts
 from entropy_probe.stages import shared_prompts
+from entropy_probe.stages.derivatives import directional_derivatives
 from entropy_probe.stages.memory.pass_memory import Passes, longest_rows
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
 from entropy_probe.stages.scores import Scores, policy_scores, read_rows, rows_without_graph, score, sharing
 from entropy_probe.stages.shared_prompts import Sharing, read_once, together, tokens_read, worth
+from test_distributed import differences
 
 EXACT = 1e-12
 """Of the largest term: 2e-15 was the most, and the keys of another prompt give 0.1 and more."""
@@ -78,10 +82,13 @@ def config(size: int = 8, share: str = "auto") -> ProbeConfig:
     return ProbeConfig.from_mapping({"share_prompts": share, "generation": {"tf_batch_size": size}})
 
 
-def moved(bound: BoundModel, eta: float) -> dict[str, torch.Tensor]:
+def direction(bound: BoundModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    v = {name: torch.randn(p.shape, generator=generator).double() for name, p in bound.registry.trainable.items()}
-    return dict(theta_plus_eta_v(bound.registry, v, eta, bound.dtype))
+    return {name: torch.randn(p.shape, generator=generator).double() for name, p in bound.registry.trainable.items()}
+
+
+def moved(bound: BoundModel, eta: float) -> dict[str, torch.Tensor]:
+    return dict(theta_plus_eta_v(bound.registry, direction(bound), eta, bound.dtype))
 
 
 def largest_difference(found: Scores, expected: Scores) -> float:
@@ -113,6 +120,31 @@ def test_exact(name: str, size: int, tmp_path: Path) -> None:
     assert float((there.token_logp - at_theta.token_logp).abs().max()) > 1e-4  # it is another point
 
 
+FORWARD_MODE = [name for name in SHARED if name != "ALiBi"]  # which has a GELU without a tangent
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["short", "in blocks"])
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_derivatives_are_exact(name: str, blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along v, beside θ: the tangents of a prompt's keys and values are those that its responses see."""
+    if blocks:
+        for key, value in (("LONG", 0), ("_AT_ONCE", 0), ("_FEWEST", 3)):
+            monkeypatch.setattr(attention, key, value)
+    bound = bind(SHARED[name](), torch.float64)
+    rollouts, v = batch(bound, tmp_path), direction(bound)
+    read: list[int] = []
+    original = BoundModel.read_after
+    monkeypatch.setattr(BoundModel, "read_after", lambda *a, **k: read.append(len(a[3])) or original(*a, **k))
+    found, expected = (
+        directional_derivatives(bound, rollouts, v, config(3, share), 1e-3, shared=True) for share in ("auto", "never")
+    )
+    assert read
+    assert float(expected.d_logp.abs().max()) > 1e-2
+    for of, value in vars(found).items():
+        theirs = getattr(expected, of)
+        assert float((value - theirs).abs().max()) <= EXACT * max(1.0, float(theirs.abs().max())), of
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "experts", "LoRA"])
 def test_nothing_changes_at_eta_0(name: str, tmp_path: Path) -> None:
     """Bit for bit, in float32, whatever was scored between."""
@@ -124,6 +156,29 @@ def test_nothing_changes_at_eta_0(name: str, tmp_path: Path) -> None:
     assert sharing(bound, rollouts, config()).shared
     for field in ("token_logp", "token_logq", "rb_entropy", "rb_entropy_q"):
         assert torch.equal(getattr(before, field), getattr(after, field))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_numbers_of_whole_rows(dtype: str, tmp_path: Path) -> None:
+    """Of a whole run: in float64 to 1e-9 of the terms, as over several processes. In float32 scores differ by rounding,
+    and the slope and the entropies by less than 1e-4."""
+    sizes, reports = Sizes(e=4, u=3, group=6, prompt=30, response=12), {}
+    checkpoint, files = sizes.checkpoint(tmp_path), sizes.files(tmp_path / "files")
+    for share in ("auto", "never"):
+        given = {"share_prompts": share, "budget": "smoke", "precision": {"dtype": dtype}}
+        given["true_delta_h"] = {"etas": [-0.1, 0.3]}
+        report = run_probe(checkpoint, ProbeConfig.from_mapping(given), *files)
+        assert report.memory is not None
+        assert (report.memory.prompts_unshared is None) is (share == "auto")
+        reports[share] = json.loads(report.model_dump_json(exclude={"config", "memory", "environment"}))
+    if dtype == "float64":
+        wrong = list(differences(reports["never"], reports["auto"]))
+        # at lr, 1e-5, a change of 1e-9 is known to 1e-13
+        assert [line for line in wrong if not re.match(r"\.entropy_change\[\d+\]\.ratio", line)] == []
+        return
+    for section, key in (("update", "delta_h1_per_lr_per_token"), ("entropy", "rb"), ("entropy", "per_token")):
+        ours, theirs = (reports[share][section][key] for share in ("auto", "never"))
+        assert ours == pytest.approx(theirs, rel=1e-4), key
 
 
 def test_a_shared_float64_copy(tmp_path: Path) -> None:

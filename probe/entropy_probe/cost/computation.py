@@ -86,14 +86,15 @@ def without_graph(network: Network, kind: Pass, batch: Batch, rows_at_once: int)
     return of_pass(network, kind, batch.rows, columns, batch.response)
 
 
-def scoring(network: Network, run: Run, batch: Batch) -> float:
-    """Flops of one pass that scores a batch: of whole rows, or of responses behind prompts that are read once."""
+def scoring(network: Network, run: Run, batch: Batch, kind: Pass = FORWARD) -> float:
+    """Flops of one pass that scores a batch, or derives its scores along v: of whole rows, or of responses behind
+    prompts that are read once."""
     if not shares_prompts(run, batch):
-        return without_graph(network, FORWARD, batch, run.rows_at_once)
+        return without_graph(network, kind, batch, run.rows_at_once)
     read = batch.responses.sorted_by(rows_without_graph(batch, run.rows_at_once)) - 1
-    prompts = of_pass(network, FORWARD, batch.prompts, batch.prompt, 0)
+    prompts = of_pass(network, kind, batch.prompts, batch.prompt, 0)
     seen = batch.prompt + read
-    return prompts + of_pass(network, FORWARD, batch.rows, read, batch.response, seen)
+    return prompts + of_pass(network, kind, batch.rows, read, batch.response, seen)
 
 
 def shares_prompts(run: Run, batch: Batch) -> bool:
@@ -238,9 +239,12 @@ def _products(network: Network, run: Run) -> float:
 
 def _slopes(network: Network, run: Run, e: Batch) -> float:
     """D_v at θ ± hv in float64; at θ too where the run is in float64, else of one response of each prompt."""
-    few = e if run.float64 else replace(e, group=1)
-    at_once = run.rows_at_once
-    return sum(without_graph(network, JVP, batch, at_once) for batch in (e, e, few))
+    of_all = scoring(network, run, e, JVP)
+    if run.float64:
+        return 3 * of_all
+    few = without_graph(network, JVP, replace(e, group=1), run.rows_at_once)
+    tried_again = tried(network, run, e) if shares_prompts(run, e) else 0.0
+    return 2 * of_all + few + tried_again
 
 
 def _slope_products(network: Network, run: Run, e: Batch, u: Batch) -> float:

@@ -168,7 +168,7 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
     bytes_of, units = _dtype(run), -(-run.units_u // run.ranks)
     few, jvp = (
         d <= made.FEW,
-        _point(network, 8, there) + _transient(network, run, JVP, own_e, 8, "jvp"),
+        _point(network, 8, there) + _derived(network, run, own_e),
     )
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
     at_once = run.rows_at_once
@@ -255,6 +255,31 @@ def _piece(network: Network, run: Run, positions: float, bytes_of: int, read: st
     """The logits of so many positions, or of those that are read at once."""
     of_logit = BYTES_OF_A_LOGIT[read] + (bytes_of - 4 if read == "forward" else 0)
     return min(positions, in_a_piece(network, run)) * network.vocabulary * of_logit
+
+
+def _derived(network: Network, run: Run, batch: Batch) -> float:
+    """Derivatives along v in float64: of one whole row of each prompt, then of all."""
+    if not shares_prompts(run, batch):
+        return _transient(network, run, JVP, batch, 8, "jvp")
+    few = _transient(network, run, JVP, replace(batch, group=1), 8, "jvp")
+    return max(few, derived_behind_prompts(network, run, batch))
+
+
+def derived_behind_prompts(network: Network, run: Run, batch: Batch) -> float:
+    """As `behind_prompts`, with tangents, in float64."""
+    h, prompts = network.hidden, prompts_at_once(batch, run.rows_at_once)
+    rows = min(rows_without_graph(batch, run.rows_at_once), prompts * batch.group)
+    columns = batch.responses.longest_of(rows) - 1
+    tokens, keys = rows * columns, rows * (batch.prompt + columns)
+    held = 2 * prompts * batch.prompt * (2 * network.layers * network.keys + h)
+    of_prompts = JVP.numbers(network, prompts, batch.prompt)
+    repeated = network.attention if network.keys < network.attention else 0
+    weights = JVP.pairs * network.heads * columns * keys
+    attending = JVP.h * h * tokens + 4 * (network.keys + repeated) * keys + weights
+    of_mlp = (JVP.h * h + JVP.f * network.intermediate) * tokens
+    numbers = held + max(of_prompts, attending, of_mlp)
+    logits = _piece(network, run, rows * batch.response, 8, "jvp")
+    return max(8 * numbers, 8 * (held + 4 * tokens * h) + logits)
 
 
 def behind_prompts(network: Network, run: Run, batch: Batch, bytes_of: int, read: str) -> float:

@@ -268,6 +268,8 @@ class BoundModel:
         ids: Int[Tensor, "n P"],
         mask: Int[Tensor, "n P"],
         override: Mapping[str, Tensor] | None = None,
+        *,
+        true_derivative: bool = False,
     ) -> ReadPrompts:
         """Prompts, padded to the left, read once for the responses to them. Without a graph.
 
@@ -280,8 +282,8 @@ class BoundModel:
             slice(-1, None) if split is None else slice(None)
         )  # of rows that are skipped there is no last one
         skipped = nullcontext(captured) if split is None else split[0].skipped()
-        with skipped as captured, self._long_rows(ids, False, True):
-            output = self._called(ids, mask, keep, mapping, False, {"use_cache": True})
+        with skipped as captured, self._long_rows(ids, true_derivative, once=False):
+            output = self._called(ids, mask, keep, mapping, true_derivative, {"use_cache": True})
         cache = getattr(output, self._cache_name, None)
         require_keys_and_values(cache, self.kind)
         states = self._kept(output, keep) if split is None else captured.states
@@ -299,6 +301,8 @@ class BoundModel:
         steps: Int[Tensor, " R"],
         read: Callable[[Float[Tensor, "r V"], slice], tuple[Tensor, ...]],
         override: Mapping[str, Tensor] | None = None,
+        *,
+        true_derivative: bool = False,
     ) -> tuple[Tensor, ...]:
         """`read_logits` of rows whose prompts are read already: the responses `ids`, padded to the right, follow the
         prompts `of_prompt`. Without a graph.
@@ -313,17 +317,21 @@ class BoundModel:
             seen = torch.cat([prompts.mask[of_prompt], mask], 1)
             more = {"use_cache": True, "past_key_values": prompts.before(of_prompt)}
             scores = self._scores(len(ids), seen.shape[1]) * ids.shape[1] // seen.shape[1]
-            long_rows = BlockedAttention(once=True) if is_long(scores) else nullcontext()
+            long_rows = (
+                BlockedAttention(once=not true_derivative) if is_long(scores) else nullcontext()
+            )
             skipped = nullcontext(captured) if split is None else split[0].skipped()
             with skipped as captured, long_rows:
-                output = self._called(ids, seen, slice(None), mapping, False, more)
+                output = self._called(ids, seen, slice(None), mapping, true_derivative, more)
             own = self._kept(output, slice(None)) if split is None else captured.states
             assert own is not None
             later = steps > 0
             states[later] = own[rows[later], steps[later] - 1]
         if split is None:
             return read(states, slice(0, len(rows)))
-        return self._read_states(captured, states, rows, read, mapping)
+        return self._read_states(
+            captured, states, rows, read, mapping, true_derivative=true_derivative
+        )
 
     @cached_property
     def _split(self) -> tuple[OutputLayer, int] | None:

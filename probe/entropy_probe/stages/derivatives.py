@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,7 +22,9 @@ from entropy_probe.stages.scores import (
     read_rows,
     rows_without_graph,
     score,
+    sharing,
 )
+from entropy_probe.stages.shared_prompts import read_once
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -91,10 +93,13 @@ def directional_derivatives(
     config: ProbeConfig,
     eta: float = 0.0,
     some: Int[Tensor, " R"] | None = None,
+    *,
+    shared: bool = False,
 ) -> Derivatives:
     """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function.
 
-    Of `some` rows, without which of all; the others' are 0. Raises `NotImplementedError` where an operation of the
+    Of `some` rows, without which of all; the others' are 0. `shared`: behind prompts that are read once, where scores
+    are read so. Raises `NotImplementedError` where an operation of the
     model has no forward-mode derivative.
     """
     shape = (6, len(rollouts.gen_lens), rollouts.max_gen_len)
@@ -105,17 +110,32 @@ def directional_derivatives(
     }  # moved once, not for every batch of rows
     temperature = config.generation.temperature
     read = partial(_along, temperature)
-    for rows in batches_by_length(rollouts, rows_without_graph(rollouts, config.generation), some):
-        with forward_ad.dual_level():
-            dual = {name: forward_ad.make_dual(value, along[name]) for name, value in point.items()}
-            parts = read_rows(bound, rollouts, rows, read, override=dual, true_derivative=True)
-            for whole, part in zip(found, parts, strict=True):
-                whole[rows, : part.shape[1]] = part.double().cpu()
+    size = rows_without_graph(rollouts, config.generation)
+
+    def in_batches() -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        if shared and sharing(bound, rollouts, config).shared:
+            with forward_ad.dual_level():
+                dual = _dual(point, along)
+                yield from read_once(bound, rollouts, size, read, dual, some, true_derivative=True)
+            return
+        for rows in batches_by_length(rollouts, size, some):
+            with forward_ad.dual_level():
+                options = {"override": _dual(point, along), "true_derivative": True}
+                parts = read_rows(bound, rollouts, rows, read, **options)
+            yield rows, parts
+
+    for rows, parts in in_batches():
+        for whole, part in zip(found, parts, strict=True):
+            whole[rows, : part.shape[1]] = part.double().cpu()
     eps = torch.finfo(bound.dtype).eps
     *values, d_logp, d_entropy, logit, d_logit = map(rollouts.per_prompt, found)
     logit, d_logit = logit / temperature, d_logit / temperature
     rounding = eps * logit.clamp(min=1.0) * d_logit
     return Derivatives(d_logp, d_entropy, logit, d_logit, rounding, torch.stack(values))
+
+
+def _dual(point: Mapping[str, Tensor], along: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: forward_ad.make_dual(value, along[name]) for name, value in point.items()}
 
 
 def _along(temperature: float, logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -216,6 +216,8 @@ def read_once(
     override: Mapping[str, Tensor] | None = None,
     some: Int[Tensor, " R"] | None = None,
     tokens: int = TOKENS,
+    *,
+    true_derivative: bool = False,
 ) -> Iterator[tuple[Int[Tensor, " N"], tuple[Tensor, ...]]]:
     """(rows, what `scores.read_rows` gives for them), a batch of rows after the other: `read(logits, tokens)` at every
     generated token, [N, T, …]. `some` and `tokens` as in `together`."""
@@ -224,7 +226,8 @@ def read_once(
         firsts = (part.prompts * group).tolist()
         prompts = [rollouts.ids[row, : int(rollouts.prompt_lens[row])] for row in firsts]
         ids, mask = left_padded(prompts, pad=0)
-        held = bound.read_prompts(ids.to(device), mask.to(device), override)
+        on_device = ids.to(device), mask.to(device)
+        held = bound.read_prompts(*on_device, override, true_derivative=true_derivative)
         place = torch.zeros(rollouts.num_prompts, dtype=torch.long)
         place[part.prompts] = torch.arange(len(firsts))
         for rows in part.rows:
@@ -240,6 +243,7 @@ def read_once(
                 step,
                 lambda logits, part, own=own: read(logits, own[part]),
                 override,
+                true_derivative=true_derivative,
             )
             at = of_row, step
             yield (

@@ -244,7 +244,7 @@ def derived(
 
 def _exactly(float64: BoundModel, v: Mapping[str, Tensor], config: ProbeConfig) -> Along:
     def along(rollouts: Rollouts, eta: float, _: float) -> Derivatives:
-        return directional_derivatives(float64, rollouts, v, config, eta)
+        return directional_derivatives(float64, rollouts, v, config, eta, shared=True)
 
     return along
 
@@ -328,7 +328,7 @@ def _ways(
     rollouts, world = share.own, share.world
     for model in (bound,) if bound is float64 else (bound, float64):
         try:
-            at_theta = directional_derivatives(model, rollouts, v, config)
+            at_theta = directional_derivatives(model, rollouts, v, config, shared=True)
         except NotImplementedError:
             at_theta = None
         if not world.any(at_theta is None):
