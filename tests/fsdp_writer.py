@@ -113,6 +113,7 @@ if __name__ == "__main__":
     for case in sorted(CASES.keys() - {ALONE}):
         write(Path(sys.argv[1]), case)
     last = dist.get_rank() > 0
+    dist.barrier()  # rank 0 holds the store: a rank that still asks it for something would be aborted
     dist.destroy_process_group()
     if not last:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in ("0", "1")
     ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     for architecture in ("llama", "qwen2"):
         models.tiny_model(architecture).save_pretrained(folder / architecture)
     adapted = models.add_adapter(models.tiny_model("llama"), "llama")

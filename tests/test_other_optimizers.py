@@ -385,7 +385,7 @@ def test_tests_along_a_direction_are_no_formality(files: Files, monkeypatch: pyt
 def test_what_shows_a_report_says_so_in_one_line(reports: tuple[ProbeReport, ProbeReport], tmp_path: Path) -> None:
     of_adam, other = reports
     said = " ".join(headline(other).split())
-    assert f"ΔH nothing about the next step: {REASON}" in said
+    assert f"change nothing about the next step: {REASON}" in said
     assert "resolves" not in said
     assert text_table(other) == f"nothing about the next step: {REASON}"
     assert max(map(len, headline(other).splitlines())) <= 80
