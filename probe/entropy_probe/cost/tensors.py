@@ -267,37 +267,54 @@ def _derived(network: Network, run: Run, batch: Batch) -> float:
 
 def derived_behind_prompts(network: Network, run: Run, batch: Batch) -> float:
     """As `behind_prompts`, with tangents, in float64."""
-    h, prompts = network.hidden, prompts_at_once(batch, run.rows_at_once)
-    rows = min(rows_without_graph(batch, run.rows_at_once), prompts * batch.group)
-    columns = batch.responses.longest_of(rows) - 1
-    tokens, keys = rows * columns, rows * (batch.prompt + columns)
-    held = 2 * prompts * batch.prompt * (2 * network.layers * network.keys + h)
-    of_prompts = JVP.numbers(network, prompts, batch.prompt)
-    repeated = network.attention if network.keys < network.attention else 0
-    weights = JVP.pairs * network.heads * columns * keys
-    attending = JVP.h * h * tokens + 4 * (network.keys + repeated) * keys + weights
-    of_mlp = (JVP.h * h + JVP.f * network.intermediate) * tokens
-    numbers = held + max(of_prompts, attending, of_mlp)
-    logits = _piece(network, run, rows * batch.response, 8, "jvp")
-    return max(8 * numbers, 8 * (held + 4 * tokens * h) + logits)
+    h, at_once = network.hidden, _Behind.of(network, run, batch)
+    weights = JVP.pairs * network.heads * at_once.columns * at_once.keys
+    attending = JVP.h * h * at_once.tokens + 2 * at_once.met + weights
+    of_mlp = (JVP.h * h + JVP.f * network.intermediate) * at_once.tokens
+    of_prompts = JVP.numbers(network, at_once.prompts, batch.prompt)
+    numbers = 2 * at_once.held + max(of_prompts, attending, of_mlp)
+    logits = _piece(network, run, at_once.rows * batch.response, 8, "jvp")
+    return max(8 * numbers, 8 * (2 * at_once.held + 4 * at_once.tokens * h) + logits)
 
 
 def behind_prompts(network: Network, run: Run, batch: Batch, bytes_of: int, read: str) -> float:
     """Keys and values of the prompts that are read together; beside them the activations of a layer, of prompts or of
     responses with the keys and values that they meet, or hidden states and a piece of logits."""
-    h, prompts = network.hidden, prompts_at_once(batch, run.rows_at_once)
-    rows = min(rows_without_graph(batch, run.rows_at_once), prompts * batch.group)
-    columns = batch.responses.longest_of(rows) - 1
-    tokens, keys = rows * columns, rows * (batch.prompt + columns)
-    held = prompts * batch.prompt * (2 * network.layers * network.keys + h)
-    of_prompts = FORWARD.numbers(network, prompts, batch.prompt)
-    repeated = network.attention if network.keys < network.attention else 0
-    seen = columns * keys  # a mask of bools, and of numbers while a kernel adds it
-    attending = _ATTENDING * h * tokens + 2 * (network.keys + repeated) * keys + seen
-    of_mlp = (_BEHIND * h + FORWARD.f * network.intermediate) * tokens
-    numbers = held + max(of_prompts, attending, of_mlp)
-    logits = _piece(network, run, rows * batch.response, bytes_of, read)
-    return max(numbers * bytes_of + seen, (held + 2 * tokens * h) * bytes_of + logits)
+    h, at_once = network.hidden, _Behind.of(network, run, batch)
+    seen = at_once.columns * at_once.keys  # a mask of bools, and of numbers while a kernel adds it
+    attending = _ATTENDING * h * at_once.tokens + at_once.met + seen
+    of_mlp = (_BEHIND * h + FORWARD.f * network.intermediate) * at_once.tokens
+    of_prompts = FORWARD.numbers(network, at_once.prompts, batch.prompt)
+    numbers = at_once.held + max(of_prompts, attending, of_mlp)
+    logits = _piece(network, run, at_once.rows * batch.response, bytes_of, read)
+    states = (at_once.held + 2 * at_once.tokens * h) * bytes_of
+    return max(numbers * bytes_of + seen, states + logits)
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """Prompts, and rows of `columns` tokens behind them, that are read together: all their `tokens`, and the `keys`
+    that each row sees. Numbers of the prompts' keys, values and last states (`held`), and of a layer's keys and values
+    that the rows have `met`."""
+
+    prompts: float
+    rows: float
+    columns: float
+    tokens: float
+    keys: float
+    held: float
+    met: float
+
+    @classmethod
+    def of(cls, network: Network, run: Run, batch: Batch) -> _Behind:
+        prompts = prompts_at_once(batch, run.rows_at_once)
+        rows = min(rows_without_graph(batch, run.rows_at_once), prompts * batch.group)
+        columns = batch.responses.longest_of(rows) - 1
+        keys = rows * (batch.prompt + columns)
+        held = prompts * batch.prompt * (2 * network.layers * network.keys + network.hidden)
+        repeated = network.attention if network.keys < network.attention else 0
+        met = 2 * (network.keys + repeated) * keys
+        return cls(prompts, rows, columns, rows * columns, keys, held, met)
 
 
 def graph_of(
