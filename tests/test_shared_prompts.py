@@ -132,6 +132,7 @@ def test_derivatives_are_exact(name: str, blocks: bool, tmp_path: Path, monkeypa
             monkeypatch.setattr(attention, key, value)
     bound = bind(SHARED[name](), torch.float64)
     rollouts, v = batch(bound, tmp_path), direction(bound)
+    assert sharing(bound, rollouts, config(3)) == Sharing()  # tried before calls are counted
     read: list[int] = []
     original = BoundModel.read_after
     monkeypatch.setattr(BoundModel, "read_after", lambda *a, **k: read.append(len(a[3])) or original(*a, **k))
