@@ -64,6 +64,11 @@ OPTIONS: dict[str, tuple[str, bool, str]] = {
         True,
         "the folder for parts that do not fit into memory either; default: a temporary one",
     ),
+    "sharding": (
+        "NAME",
+        False,
+        "what several processes hold: prompt, a model each; parameter, one model together; auto",
+    ),
     "seed": ("N", False, "one seed for all sampling"),
     "target_se": (
         "X",

@@ -55,6 +55,7 @@ class Settings:
     memory_limit: str | None = None
     device_map: str | None = None
     offload_folder: Path | None = None
+    sharding: str | None = None
     seed: int | None = None
     target_se: str | None = None
     recipe: str | None = None
@@ -109,6 +110,7 @@ def read_settings(config: pytest.Config) -> Settings:
         memory_limit=text_of(config, "memory_limit"),
         device_map=text_of(config, "device_map"),
         offload_folder=existing(config, "offload_folder", "folder"),
+        sharding=text_of(config, "sharding"),
         seed=natural_number(config, "seed"),
         target_se=text_of(config, "target_se"),
         recipe=text_of(config, "recipe"),

@@ -20,6 +20,7 @@ from entropy_probe.__main__ import main as command_line
 from entropy_probe.demo import checkpoint_path
 from entropy_probe.errors import MeasurementError
 from entropy_probe.pipeline import measured as both_batches
+from entropy_probe.processes.connection import Connection
 from entropy_probe.processes.world import World
 from entropy_probe.stages.gradients.units import bytes_of_units
 from entropy_probe.stages.memory.memory_limit import Plan, planned
@@ -83,16 +84,32 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "one_update": (SMOKE, "e7", "u1"),
     "limited": (SMOKE | {"memory_limit": "64GiB"}, "e7", "u5"),
     "sgd": (FLOAT64, "e7", "u5"),
+    "full": (SMOKE | ETAS, "e7", "u5"),
+    "tied_blocks": (
+        SMOKE | {"first_order": {"estimator": "rb", "baseline": "hk_group", "mode": "block", "num_blocks": 3}},
+        "e7",
+        None,
+    ),
     "fails": (SMOKE, "e7", "u5"),
     "killed": (SMOKE, "e7", "u5"),
     "stopped": (SMOKE, "e7", "u5"),
 }
 
 
+OTHERS = {"sgd": "sgd", "full": "full", "tied_blocks": "tied"}
+"""Cases of other checkpoints than the adapter's."""
+ONCE = ("two_batches", "two_prompts", "full", "tied_blocks", "grown", "sgd")
+"""Cases that are measured with `sharding: parameter` too: CASE_once."""
+for _case in ONCE:
+    _config, *_files = CASES[_case]
+    CASES[f"{_case}_once"] = (_config | {"sharding": "parameter"}, *_files)
+
+
 def measured(folder: Path, case: str, world: World) -> ProbeReport:
     config, e, u = CASES[case]
     files = (None if name is None else folder / f"{name}.jsonl" for name in (e, u))
-    checkpoint = checkpoint_path() if e is None else folder / ("sgd" if case == "sgd" else "checkpoint")
+    name = OTHERS.get(case.removesuffix("_once"), "checkpoint")
+    checkpoint = checkpoint_path() if e is None else folder / name
     original = both_batches.planned
     both_batches.planned = _three_blocks if case == "limited" else original
     try:
@@ -122,6 +139,18 @@ def _spoilt(case: str) -> Any:
     return score
 
 
+def _longest_sums() -> list[int]:
+    """[how many floating-point numbers the longest all-reduce of this process had]."""
+    longest, original = [0], Connection.all_reduce
+
+    def all_reduce(self: Connection, values: torch.Tensor, **options: Any) -> torch.Tensor:
+        longest[0] = max(longest[0], values.numel() * values.is_floating_point())
+        return original(self, values, **options)
+
+    Connection.all_reduce = all_reduce
+    return longest
+
+
 def _commands(folder: Path) -> None:
     for name, code in (("checkpoint", 0), ("nowhere", 4)):
         arguments = [str(folder / name), f"--rollouts={folder}/e2.jsonl", "--budget=smoke"]
@@ -131,12 +160,14 @@ def _commands(folder: Path) -> None:
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     world = World.of_torchrun()
+    longest = _longest_sums()
     for case in cases:
         if case == "command_line":
             world.close()
             _commands(folder)
             world = World.of_torchrun()
             continue
+        longest[0] = 0
         original = both_batches.score
         if world.rank == 1 and case in ("fails", "killed", "stopped"):
             both_batches.score = _spoilt(case)
@@ -151,6 +182,7 @@ def main(folder: Path, cases: list[str]) -> None:
                 report.to_json(folder / f"{case}-{world.size}.json")
                 assert report.evidence is not None
                 report.evidence.to_file(folder / f"{case}-{world.size}.safetensors")
+                (folder / f"{case}-{world.size}.longest").write_text(str(longest[0]))
         both_batches.score = original
     world.close()
 

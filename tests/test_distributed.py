@@ -38,7 +38,11 @@ SAME = (
     "one_update",
     "limited",
     "sgd",
+    "full",
+    "tied_blocks",
 )
+ONCE = tuple(f"{case}_once" for case in worker.ONCE)
+"""The same with `sharding: parameter`, which one process does not know: its reports are those of SAME."""
 # What is not a number of the measurement, and what needs all pairs of prompts, where their gradients are not sent.
 NOT_COMPARED = r"\.(timing|memory|environment|distributed)\b|\.checkpoint\.(name|path)|worst_parameter|\.example$"
 ALL_PAIRS = r"first_order\.var_unbiased|two_batch\.(interaction|delta_h1_se|delta_h1_parts\..*\.se)$"
@@ -57,6 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     models.adapter_checkpoint(folder / "checkpoint", "llama")
     without_second_moment(models.adapter_checkpoint(folder / "sgd", "llama"))
+    models.full_checkpoint(folder / "full", "llama")
+    models.full_checkpoint(folder / "tied", "qwen2")
     for name, seed in (("e7", 1), ("u5", 2), ("e2", 3), ("u1", 4)):
         models.random_rollouts(folder / f"{name}.jsonl", prompts=int(name[1:]), responses=3, seed=seed)
     for name in ("e7", "u5"):  # the same prompts again, so that no length differs
@@ -106,7 +112,7 @@ def ended(request: pytest.FixtureRequest, folder: Path) -> tuple[int, int, str, 
     """
     size, said = request.param, ""
     last = ["command_line", "killed"] if size == 2 else ["stopped"]
-    cases = [*SAME[:2], "fails", *SAME[2:], "twice_as_many", *last]
+    cases = [*SAME[:2], "fails", *SAME[2:], *ONCE, "twice_as_many", *last]
     with (
         (folder / f"stdout-{size}").open("w+") as out,
         subprocess.Popen(
@@ -163,10 +169,13 @@ def differences(one: Any, other: Any, path: str = "", scale: float = 0.0) -> Ite
         yield f"{path}: {one!r:.80} and {other!r:.80}"
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", SAME + ONCE)
 def test_the_numbers_of_one_process(folder: Path, size: int, case: str) -> None:
     """7, 5 and 2 prompts on 2 and 3 processes: uneven shares, and with 2 prompts on 3 a process that has none."""
-    alone, several = read(folder, case, 1), read(folder, case, size)
+    case, once = case.removesuffix("_once"), case.endswith("_once")
+    alone, several = read(folder, case, 1), read(folder, f"{case}_once" if once else case, size)
+    assert several["config"].pop("sharding") == ("parameter" if once else alone["config"]["sharding"])
+    del alone["config"]["sharding"]
     wrong = list(differences(alone, several))
     assert (several["first_order"] is None) == (case in ("sgd", "one_update"))
     if case == "sums":
@@ -177,17 +186,18 @@ def test_the_numbers_of_one_process(folder: Path, size: int, case: str) -> None:
     else:
         assert wrong == []
     assert several["distributed"]["world_size"] == size
+    assert several["distributed"]["sharding"] == ("parameter" if once else "prompt")
     assert {"load", "scores", "gradients", "witnesses"} < several["memory"]["stages"].keys()
     if case == "limited":
         assert (several["first_order"]["mode"], several["first_order"]["num_units"]) == ("block", 3)
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", SAME + ONCE)
 def test_the_figures_of_several_are_computed_again(folder: Path, size: int, case: str) -> None:
     """From evidence in which every process filled in its part."""
     lines = audit(read(folder, case, size), Evidence.from_file(folder / f"{case}-{size}.safetensors"))
     assert worst(lines).difference <= LIMIT / 10, worst(lines)
-    assert len(lines) > (80 if case == "sgd" else 200)
+    assert len(lines) > (80 if case.startswith("sgd") else 200)
 
 
 def test_the_same_responses(folder: Path, size: int) -> None:
@@ -206,6 +216,14 @@ def test_bytes_do_not_grow_with_the_batch(folder: Path, size: int) -> None:
     trainable = read(folder, "two_batches", size)["checkpoint"]["num_trainable"]
     gradients = 7 * 8 * trainable * 2 * (size - 1) / size
     assert gradients < once["bytes_sent_per_rank"] < gradients + 60_000
+
+
+def test_no_vector_of_the_parameters_is_sent(folder: Path, size: int) -> None:
+    """Where processes hold such vectors once; where each holds its own, sums of gradients are."""
+    for case, of_parameters in (("full_once", False), ("two_batches", True), ("full", True)):
+        largest = int((folder / f"{case}-{size}.longest").read_text())
+        trainable = read(folder, case, size)["checkpoint"]["num_trainable"]
+        assert (largest >= trainable / 2) is of_parameters, (case, largest, trainable)
 
 
 def test_an_error_of_one_is_the_error_of_all(folder: Path, size: int) -> None:

@@ -307,6 +307,11 @@ def _add_what_is_measured(run: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the folder for parts that do not fit into memory either",
     )
+    group.add_argument(
+        "--sharding",
+        metavar="NAME",
+        help="what several processes hold: prompt, a model each; parameter, one model together; auto (default)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

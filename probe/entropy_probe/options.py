@@ -10,6 +10,7 @@ KEYS = {
     "memory_limit": "memory_limit",
     "device_map": "device_map",
     "offload_folder": "offload_folder",
+    "sharding": "sharding",
     "seed": "batch.seed",
     "target_se": "batch.target_se",
     "recipe": "recipe",

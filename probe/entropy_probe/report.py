@@ -735,9 +735,11 @@ class IntegritySection(_Section):
 class DistributedSection(_Section):
     """What each of `world_size` processes sent, as a ring sends it: `bytes_sent_per_rank` for sums of gradients, counts
     and scalars, which do not grow with the batch, and `bytes_of_prompts_per_rank` for the values of its own prompts,
-    responses and tokens (never of gradients)."""
+    responses and tokens. `sharding`: what they hold, `prompt` a model each and the gradients of their own prompts,
+    `parameter` all of it together, once."""
 
     world_size: int
+    sharding: str
     bytes_sent_per_rank: int
     bytes_of_prompts_per_rank: int
 

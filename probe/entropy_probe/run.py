@@ -101,7 +101,7 @@ def _measure(
     eos = eos_ids(prepared.model.language_model, checkpoint.tokenizer)
     with numerics(config.precision, checkpoint.info.num_parameters) as threads:
         with clock("integrity"):
-            models = Models.of(checkpoint, prepared.model, config)
+            models = Models.of(checkpoint, prepared.model, config, world)
             watched = Watched.of(checkpoint.model, prepared.checksum_before, models)
         models, config, plan = models.planned((_largest(e, config), u), config, clock)
         of = measured(checkpoint, models, e, u, config, clock)

@@ -75,7 +75,9 @@ __all__ = [
 
 JUDGES = ("limits", "allow_inconclusive")
 """Sections that judge a report and have no part in its measurement."""
-MEANS = ("memory_limit", "recompute", "share_prompts", "device_map", "max_memory", "offload_folder")
+MEANS = (
+    "memory_limit", "recompute", "share_prompts", "sharding", "device_map", "max_memory", "offload_folder",
+)  # fmt: skip
 """Keys that say how a measurement finds room, and not what is measured."""
 
 _Config = TypeVar("_Config", bound="SequenceConfig")
@@ -119,7 +121,9 @@ class ProbeConfig(SequenceConfig):
     `max_memory`, or by module name (docs/scaling.md). `memory_limit`, in bytes or as 8GiB, is kept
     by smaller batches (`stages/memory/memory_limit.py`), and by decoder layers that are run again
     in gradients, where `recompute` allows it (`model/recompute.py`). `share_prompts` is whether scoring
-    reads a prompt once for all its responses (`stages/shared_prompts.py`). `limits` holds the thresholds that differ
+    reads a prompt once for all its responses (`stages/shared_prompts.py`). `sharding` is what several processes hold:
+    a model each, and the gradients of their own prompts (`prompt`), or all of it together, once (`parameter`).
+    `limits` holds the thresholds that differ
     from their defaults, and the bounds of gates, which are off without.
     """
 
@@ -128,6 +132,7 @@ class ProbeConfig(SequenceConfig):
     memory_limit: MemoryLimit | None = None
     recompute: Literal["auto", "never", "always"] = "auto"
     share_prompts: Literal["auto", "never"] = "auto"
+    sharding: Literal["auto", "prompt", "parameter"] = "auto"
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     offload_folder: Text | None = None
@@ -156,6 +161,10 @@ class ProbeConfig(SequenceConfig):
     def _map_with_its_options(self) -> ProbeConfig:
         if self.max_memory is not None and self.device_map is None:
             raise ValueError("`max_memory` is given without `device_map`, which it belongs to")
+        if self.sharding == "parameter" and self.device_map is not None:
+            raise ValueError(
+                "`device_map` is given with `sharding: parameter`, which holds the model in memory"
+            )
         return self
 
     @cached_property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ class Placement:
         while name and name not in self.device_map:
             name = name.rpartition(".")[0]
         return self.device_map[name]
+
+
+def moved_to(module: nn.Module, main: torch.device) -> None:
+    """Use a placed model's parts that are in memory on another device; nothing else changes."""
+    placement = Placement.of(module)
+    if placement is not None:
+        setattr(module, _NAME, replace(placement, main=main))
 
 
 def main_device(module: nn.Module) -> torch.device:

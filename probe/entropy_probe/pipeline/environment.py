@@ -32,6 +32,7 @@ def distributed_section(world: World) -> DistributedSection | None:
         return None
     return DistributedSection(
         world_size=world.size,
+        sharding="parameter" if world.one_copy else "prompt",
         bytes_sent_per_rank=world.bytes_sent,
         bytes_of_prompts_per_rank=world.bytes_of_prompts,
     )

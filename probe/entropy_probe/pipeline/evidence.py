@@ -176,6 +176,7 @@ def _products(
         return {"k": torch.stack([_gram(x.x[n], y.y[n], precond[n]) for n in names])}
     assert isinstance(y, OwnUnitGradients)
     if isinstance(x, PairedUnitGradients):
+        assert isinstance(y, PairedUnitGradients)
         return {"k": _of_pairs(x, y, precond, names)}
     found = []
     for n in names:
@@ -195,6 +196,7 @@ def _across(
     if not isinstance(e, OwnUnitGradients):
         return {"k": torch.stack([_gram(e.x[n], u.y[n], precond[n]) for n in names])}
     if isinstance(e, PairedUnitGradients):
+        assert isinstance(u, PairedUnitGradients)
         return {"k": _of_pairs(e, u, precond, names)}
     weight = {n: precond[n].double().reshape(-1) for n in names}
     s = [_times(e.x[n], weight[n] * u.mean_y()[n]) for n in names]
@@ -204,7 +206,7 @@ def _across(
 
 
 def _of_pairs(
-    x: UnitGradients, y: UnitGradients, precond: Mapping[str, Tensor], names: list[str]
+    x: UnitGradients, y: PairedUnitGradients, precond: Mapping[str, Tensor], names: list[str]
 ) -> Tensor:
     """[N, U, U] of all units: each process multiplies its own rows of X with Y of everybody, a piece at a time."""
     units = len(y.sizes)
@@ -212,7 +214,7 @@ def _of_pairs(
     for n in names:
         flat, own = precond[n].reshape(-1), torch.zeros(len(x.x[n]), units, dtype=torch.float64)
         for part in _pieces(len(flat), units):
-            every = y.of_units(y.y[n][:, part]).double()
+            every = y.every_y(n, part).double()
             own += (x.x[n][:, part].double() * flat[part].double()) @ every.T
         found.append(x.of_units(own))
     return torch.stack(found)

@@ -12,9 +12,11 @@ from torch import Tensor
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.update_weights import UpdateBatch
 from entropy_probe.model.checkpoint import Checkpoint
-from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.model.forward import BoundModel
 from entropy_probe.pipeline.clock import Clock
 from entropy_probe.pipeline.growth import Growth, grown
+from entropy_probe.pipeline.prepared import bound_in
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.payloads import (
     Payload,
     update_batch,
@@ -45,11 +47,13 @@ class Models:
     float64: BoundModel
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, bound: BoundModel, config: ProbeConfig) -> Models:
+    def of(
+        cls, checkpoint: Checkpoint, bound: BoundModel, config: ProbeConfig, world: World = ALONE
+    ) -> Models:
         if bound.dtype is torch.float64:
             return cls(bound, bound)
         lent = lends_frozen(bound, config)
-        return cls(bound, bind(checkpoint.model, torch.float64, lend_frozen=lent))
+        return cls(bound, bound_in(world, checkpoint.model, torch.float64, lend_frozen=lent))
 
     def planned(
         self, batches: tuple[Rollouts, ...], config: ProbeConfig, clock: Clock
@@ -165,7 +169,9 @@ def measured(
                 config.whose_update.max_grad_norm,
                 learning_rate(adam, config.first_order.lr)[0],
             )
-            direction = compute_update_vector_adamw(bound.registry, adam, ascent, clip, lr)
+            direction = compute_update_vector_adamw(
+                bound.registry, adam, ascent, clip, lr, clock.world
+            )
         growth = grown(models, share_e, tokens_e, batch_u, direction, lr, config, clock)
         share_e, tokens_e = growth.share, growth.tokens
     with clock("gradients"):

@@ -69,15 +69,15 @@ def without_second_moment(of: Measured) -> NextStep:
     Every value moves by 1, as in a first step of Adam's, so that a tiny η is resolved in each. Where X̄ is 0, v is 1.
     """
     x, parameters = of.e.gradients.mean_x(), of.bound.registry.trainable
-    v = {
-        name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(p.shape)
-        for name, p in parameters.items()
-    }
+    shapes, world = {name: p.shape for name, p in parameters.items()}, of.e.share.world
+    v = world.made(
+        shapes, lambda name: torch.where(x[name] > 0, -1.0, 1.0).double().reshape(shapes[name])
+    )
     still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
     min_ess = of.config.true_delta_h.min_ess_fraction
     rows = [entropy_change.change_row(change, None, None, 0.0, min_ess) for change in still]
     numbers = sum(p.numel() for p in parameters.values())
-    precond = held_or_made(v, lambda name: torch.ones_like(v[name]), numbers)
+    precond = held_or_made(v, lambda name: torch.ones_like(v[name]), numbers, world)
     return NextStep(precond, v, still, Sections(rows))
 
 
@@ -86,7 +86,7 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     config, adam, registry = of.config, of.checkpoint.adam, of.bound.registry
     e, u, first = of.e, of.u, clock.world.first
     with clock("first order"):
-        precond = update.adam_preconditioner(adam)
+        precond = update.adam_preconditioner(adam, clock.world)
         lr, lr_source = update.learning_rate(adam, config.first_order.lr)
         of_u = first_order_section(
             u.gradients, precond, lr, lr_source, config.first_order.estimator
@@ -97,7 +97,9 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
     with clock("update"):
         clip, direction = config.whose_update.max_grad_norm, of.direction
         if direction is None:
-            direction = update.compute_update_vector_adamw(registry, adam, of.ascent, clip, lr)
+            direction = update.compute_update_vector_adamw(
+                registry, adam, of.ascent, clip, lr, clock.world
+            )
         v = direction.v
         agreement = of_torch = None
         if first:
@@ -206,9 +208,11 @@ def after_the_real_step(
     with clock("real update"):
         missing = config.first_order.missing_state
         base = of.checkpoint.info.base_model
-        after = load_checkpoint(next_checkpoint, base, missing_state=missing)
+        world = clock.world
+        with world.together():
+            after = world.one(lambda: load_checkpoint(next_checkpoint, base, missing_state=missing))
         lr, _ = update.learning_rate(of.checkpoint.adam, None)  # the trainer's, whatever is set
-        made = made_step(of.checkpoint, after, lr)
+        made = made_step(of.checkpoint, after, lr, world)
         along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, made.v, config)
         (change,) = entropy_change.sweep(
             of.bound,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from entropy_probe import memory
 from entropy_probe import report as r
@@ -71,6 +72,7 @@ def prepare(
     world: World = ALONE,
 ) -> Prepared:
     """Bind the model, and read or sample the E and U batches. The arguments are those of `run_probe`."""
+    world = world.in_one_copy(one_copy=checkpoint.in_one_copy)
     world.count_anew()
     asked = config
     with world.together(), allocating(config):
@@ -150,6 +152,20 @@ def _require_direction(checkpoint: Checkpoint, config: ProbeConfig) -> None:
         )
 
 
+def bound_in(
+    world: World, model: nn.Module, dtype: torch.dtype, *, lend_frozen: bool = False
+) -> BoundModel:
+    """`bind`; a copy that it makes, processes that hold one model together hold once, except where most of the model
+    is frozen and lent: the rest of it is then each one's own."""
+    registry = Registry.of(model)
+    if not world.one_copy or {p.dtype for p in registry.parameters.values()} == {dtype}:
+        return bind(model, dtype, lend_frozen=lend_frozen)
+    trained = sum(p.numel() for p in registry.trainable.values())
+    if 2 * trained < sum(p.numel() for p in registry.parameters.values()):
+        return bind(model, dtype, lend_frozen=True)
+    return bind(world.one(lambda: bind(model, dtype).module), dtype)
+
+
 def _asked(file: str | Path | None) -> str:
     return str(file or "sampled")
 
@@ -175,7 +191,7 @@ def _prepared(
     world, tokenizer = clock.world, checkpoint.tokenizer
     with clock("integrity"):
         checksum_before = checksum(checkpoint.model)
-        bound = bind(checkpoint.model, str_to_dtype(config.precision.dtype))
+        bound = bound_in(world, checkpoint.model, str_to_dtype(config.precision.dtype))
     with clock("rollouts"):
         files = (rollouts, update_rollouts, prompts)
         options = {"unasked": unasked}

@@ -37,6 +37,8 @@ _NUMBERS = itertools.count()
 class Connection:
     """This process's end of it. Waits, when made, until all `size` processes are there.
 
+    `lost` is the error that ended it, `agreed` the last that all processes have raised.
+
     `bytes_sent` counts what this process sent for sums, counts and scalars, `bytes_of_prompts` for
     values of prompts, responses and tokens: 2(N−1)/N of its length for each all-reduce, as a ring
     of N processes sends it. The process group is none of torch's registered ones, so that it cannot
@@ -50,6 +52,7 @@ class Connection:
         self.rank, self.size = rank, size
         self.bytes_sent = self.bytes_of_prompts = 0
         self.lost: DistributedError | None = None
+        self.agreed: Exception | None = None
         seconds = _timeout()
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
         store = PrefixStore(f"entropy_probe/{next(_NUMBERS)}", store)

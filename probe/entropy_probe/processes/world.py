@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from entropy_probe.errors import MeasurementError, ProbeError
-from entropy_probe.processes import torchrun
+from entropy_probe.processes import one_copy, torchrun
 from entropy_probe.processes.connection import Connection
 
 _BUCKET = 1 << 22  # numbers of a sum that are sent at once: 32 MiB
@@ -28,13 +31,16 @@ _T = TypeVar("_T")
 
 
 class World:
-    """This process and the others: `rank` of `size`. Without a connection it is alone."""
+    """This process and the others: `rank` of `size`. Without a connection it is alone.
 
-    def __init__(self, connection: Connection | None = None) -> None:
+    `one_copy`: what is as long as the parameters is held once, in memory that all processes see.
+    """
+
+    def __init__(self, connection: Connection | None = None, *, one_copy: bool = False) -> None:
         self.rank = 0 if connection is None else connection.rank
         self.size = 1 if connection is None else connection.size
+        self.one_copy = one_copy and self.size > 1
         self._connection = connection
-        self._agreed: Exception | None = None
 
     @classmethod
     def of_torchrun(cls, line_to: int = 2) -> World:
@@ -133,6 +139,82 @@ class World:
         if self._connection is not None:
             self._connection.count_anew()
 
+    # What is held once
+
+    def in_one_copy(self, *, one_copy: bool = True) -> World:
+        """The same processes, with or without one copy of what is as long as the parameters."""
+        return World(self._connection, one_copy=one_copy)
+
+    def is_of_one_machine(self) -> bool:
+        """Whether every process can read memory that rank 0 shows."""
+        if self.size == 1:
+            return True
+        if self.any(not one_copy.is_possible()):
+            return False
+        token = self.told(secrets.token_bytes(16))
+        with self._shown(lambda: one_copy.with_content(token)) as path:
+            return not self.any(not one_copy.has_content(path, token))
+
+    def one(self, make: Callable[[], _T]) -> _T:
+        """What rank 0 makes, on every process, with its tensors in memory once; else what each makes.
+
+        What a process writes into such a tensor, it alone sees.
+        """
+        if not self.one_copy:
+            return make()
+        with self._shown(lambda: one_copy.with_thing(make())) as path:
+            return torch.load(path, mmap=True, weights_only=False)
+
+    def zeros(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        folder: Path | None = None,
+    ) -> dict[str, Tensor]:
+        """Zeros by name; in one copy what a process writes into them all read, after `wait`.
+
+        In one copy they stand in memory, or in a file of `folder`. Raises `OSError` where that has no room.
+        """
+        if not self.one_copy:
+            return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+        size = one_copy.size_of(shapes, dtype)
+        with self._shown(lambda: one_copy.nameless(folder, size)) as path:
+            return one_copy.mapped(path, shapes, dtype)
+
+    def made(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        make: Callable[[str], Tensor],
+        dtype: torch.dtype = torch.float64,
+    ) -> dict[str, Tensor]:
+        """`{name: make(name)}`; in one copy each process makes some of them."""
+        if not self.one_copy:
+            return {name: make(name) for name in shapes}
+        found = self.zeros(shapes, dtype)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        for name in one_copy.shares(sizes, self.size)[self.rank]:
+            found[name].copy_(make(name))
+        self.wait()
+        return found
+
+    @contextlib.contextmanager
+    def _shown(self, make: Callable[[], int]) -> Iterator[str]:
+        """The path of a file that rank 0 makes (its descriptor), which is open until all are through the block."""
+        file = make() if self.first else None
+        try:
+            path = self.told(None if file is None else one_copy.path_of(file))
+            assert path is not None
+            yield path
+            self.wait()
+        finally:
+            if file is not None:
+                os.close(file)
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self._connection is not None:
+            self._agree(None)
+
     # Who has failed
 
     @contextlib.contextmanager
@@ -146,7 +228,7 @@ class World:
         try:
             yield
         except Exception as error:
-            if connection is None or error is self._agreed or error is connection.lost:
+            if connection is None or error in (connection.agreed, connection.lost):
                 raise
             self._agree(error)
         else:
@@ -175,7 +257,7 @@ class World:
         portable = None if error is None else _portable(error, who)
         told: ProbeError = self._connection.told(portable, who)
         agreed = told if error is None or isinstance(error, ProbeError) else error
-        self._agreed = agreed
+        self._connection.agreed = agreed
         raise agreed from error
 
 

@@ -15,6 +15,9 @@ ProbeConfig
       or `auto`, where they do not fit the memory limit otherwise.
   share_prompts  name  Whether scoring reads a prompt once for all its responses: `auto`, where that saves tokens and
       gives the same logits, or `never`.
+  sharding  name  What several processes hold: `prompt`, a model each and the gradients of their own prompts;
+      `parameter`, all of it together, once, in the memory of one machine; or `auto`, the second for a full fine-tune
+      that does not fit once for each of them.
   device_map  name  For a model that outgrows one device: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a map
       of module names to devices.
   max_memory  bytes  With `device_map`, how much each device may take, such as `{0: 20GiB, cpu: 60GiB}`.

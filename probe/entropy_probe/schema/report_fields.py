@@ -416,6 +416,8 @@ IntegritySection
 
 DistributedSection
   world_size  count  How many processes measured together.
+  sharding  name  What they held: `prompt`, a model each and the gradients of their own prompts, or `parameter`, all of
+      it together, once.
   bytes_sent_per_rank  bytes  What each process sent for sums of gradients, counts and scalars.
   bytes_of_prompts_per_rank  bytes  What each process sent for values of single prompts, responses and tokens.
 

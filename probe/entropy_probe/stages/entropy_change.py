@@ -18,6 +18,7 @@ from entropy_probe.estimators.baselines import chosen
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
+from entropy_probe.processes.world import World
 from entropy_probe.stages.gradients.units import units_of_prompts
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
@@ -206,7 +207,7 @@ def sweep(
     """
     changes = []
     for done, eta in enumerate(etas, start=1):
-        override = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+        override = moved(bound, v, eta, share.world)
         after = score(bound, share.own, config, override)
         terms = None
         if tokens is not None and coefficients is not None:
@@ -229,6 +230,19 @@ def sweep(
         if progress is not None:
             progress("entropy change", done, len(etas))
     return changes
+
+
+def moved(
+    bound: BoundModel, v: Mapping[str, Tensor], eta: float, world: World
+) -> Mapping[str, Tensor]:
+    """`theta_plus_eta_v`; of a `world` that holds it once every process makes some of it."""
+
+    def of(name: str) -> Tensor:
+        return theta_plus_eta_v(bound.registry, {name: v[name]}, eta, bound.dtype)[name]
+
+    if not world.one_copy:
+        return theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+    return world.made({name: value.shape for name, value in v.items()}, of, bound.dtype)
 
 
 def resampled(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from entropy_probe.processes.world import ALONE, World
+
 FEW = 1 << 26
 """Numbers of one vector as long as the trained parameters, up to which it is held: 0.5 GiB in float64."""
 
@@ -29,8 +31,9 @@ class Made(Mapping[str, Tensor]):
 
 
 def held_or_made(
-    names: Iterable[str], make: Callable[[str], Tensor], numbers: int
+    names: Iterable[str], make: Callable[[str], Tensor], numbers: int, world: World = ALONE
 ) -> Mapping[str, Tensor]:
-    """`{name: make(name)}`, held where all of them have at most `FEW` numbers, else `Made`."""
+    """`{name: make(name)}`, held where all of them have at most `FEW` numbers, else `Made`; and so are they of
+    processes that hold such vectors once."""
     made = Made(names, make)
-    return dict(made) if numbers <= FEW else made
+    return dict(made) if numbers <= FEW and not world.one_copy else made

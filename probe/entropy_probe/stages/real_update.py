@@ -13,8 +13,10 @@ from torch import Tensor
 from entropy_probe import report as r
 from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint import AdamState, Checkpoint
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.entropy_change import EntropyChange
 from entropy_probe.stages.gradients.products import norm
+from entropy_probe.stages.made import Made, held_or_made
 from entropy_probe.stages.slopes import Slopes
 from entropy_probe.stages.update import UpdateDirection, clip_factor
 
@@ -31,14 +33,14 @@ class MadeStep:
     `rounding` is the size of what the stored dtypes leave open of (θ′ − θ)/lr, relative to it; `of_gradient` of g.
     """
 
-    v: dict[str, Tensor]
-    ascent: dict[str, Tensor] | None
+    v: Mapping[str, Tensor]
+    ascent: Mapping[str, Tensor] | None
     steps: int
     rounding: float
     of_gradient: float
 
 
-def made_step(before: Checkpoint, after: Checkpoint, lr: float) -> MadeStep:
+def made_step(before: Checkpoint, after: Checkpoint, lr: float, world: World = ALONE) -> MadeStep:
     """From the weights and the moments of two checkpoints of one run:
 
     v = (θ′ − θ)/lr,     g = (m′ − β₁m)/(1 − β₁), less decay·θ where it is part of the gradient
@@ -50,18 +52,25 @@ def made_step(before: Checkpoint, after: Checkpoint, lr: float) -> MadeStep:
             problem = f"has no tensor {name} like this checkpoint's"
             raise MeasurementError(after.info.path, problem, "give a later one of the same run")
     steps = _steps_between(before, after)
-    v = {n: (_wide(later[n]) - _wide(theta[n])) / lr for n in names}
-    gradient = {n: _given(before.adam[n], after.adam[n], _wide(theta[n])) for n in names}
+    shapes = {n: theta[n].shape for n in names}
+    v = world.made(shapes, lambda n: (_wide(later[n]) - _wide(theta[n])) / lr)
+
+    def given(name: str) -> Tensor:
+        return _given(before.adam[name], after.adam[name], _wide(theta[name]))
+
+    numbers = sum(theta[n].numel() for n in names)
+    gradient = held_or_made(names, given, numbers, world)
     unit = max(_UNIT.get(dtype.strip(), 2.0**-24) for dtype in _dtypes(before, after))
     sizes = norm({n: theta[n].detach() for n in names}), norm(v)
     moments = sum(
-        norm({n: state[n].rounding("exp_avg") for n in names}) / (1 - state[names[0]].betas[0])
+        norm(Made(names, lambda n, state=state: state[n].rounding("exp_avg")))
+        / (1 - state[names[0]].betas[0])
         for state in (before.adam, after.adam)
     )
     size = norm(gradient)
     return MadeStep(
         v=v,
-        ascent={n: -g for n, g in gradient.items()} if steps == 1 else None,
+        ascent=Made(names, lambda n: -gradient[n]) if steps == 1 else None,
         steps=steps,
         rounding=unit * sizes[0] / (lr * sizes[1]) if sizes[1] > 0 else math.inf,
         of_gradient=moments / size if size > 0 else math.inf,
@@ -81,7 +90,7 @@ def real_update_section(
     max_grad_norm: float | None,
 ) -> r.RealUpdateSection:
     """v and the clipped gradient beside those of the step that was made, and ΔH along that."""
-    clipped = {n: direction.clip_factor * ascent[n].double() for n in made.v}
+    clipped = Made(made.v, lambda n: direction.clip_factor * ascent[n].double())
     cosine, ratio = compared(direction.v, made.v)
     of_gradient = (None, None) if made.ascent is None else compared(clipped, made.ascent)
     eta = change.eta
@@ -115,9 +124,7 @@ def compared(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[fl
     sizes = norm(own), norm(other)
     if min(sizes) == 0:
         return math.nan, math.nan
-    off = norm(
-        {n: _flat(own[n]) / sizes[0] - _flat(other[n]) / sizes[1] for n in other},
-    )
+    off = norm(Made(other, lambda n: _flat(own[n]) / sizes[0] - _flat(other[n]) / sizes[1]))
     return 1 - off**2 / 2, sizes[0] / sizes[1]
 
 

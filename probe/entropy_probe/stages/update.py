@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_probe.estimators.adam import AdamHyper, adam_direction, preconditioner
 from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.products import norm
 from entropy_probe.stages.made import Made, held_or_made
 
@@ -71,7 +72,9 @@ def lr_shares(adam: Mapping[str, AdamState]) -> dict[str, float]:
     }
 
 
-def adam_preconditioner(adam: Mapping[str, AdamState]) -> Mapping[str, Tensor]:
+def adam_preconditioner(
+    adam: Mapping[str, AdamState], world: World = ALONE
+) -> Mapping[str, Tensor]:
     """P by name in float64, scaled like v where groups have different learning rates, so that −lr·X̄ᵀPȲ is the effect
     of each group's own; 1 where a parameter has no state (`missing_state: identity`)."""
     shares = lr_shares(adam)
@@ -89,7 +92,7 @@ def adam_preconditioner(adam: Mapping[str, AdamState]) -> Mapping[str, Tensor]:
         eps = state.eps / math.sqrt(1 - beta2**step) if state.of_transformers else state.eps
         return shares[name] * preconditioner(second, step, beta2, eps)
 
-    return held_or_made(adam, of, _numbers(adam))
+    return held_or_made(adam, of, _numbers(adam), world)
 
 
 def _numbers(adam: Mapping[str, AdamState]) -> int:
@@ -107,12 +110,14 @@ def compute_update_vector_adamw(
     ascent: Mapping[str, Tensor],
     max_grad_norm: float | None = None,
     lr: float | None = None,
+    world: World = ALONE,
 ) -> UpdateDirection:
     """v = (θ' − θ)/lr of one step of the checkpoint's Adam on the gradient g = −Ȳ, for the optimizer's parameters.
 
     `ascent` is Ȳ by name, in any shape. Where groups have different learning rates, v of a group is scaled by its lr
     over the largest, so that θ + lr·v is the optimizer's step. Clipping, where asked for, acts on g first. `lr`, the
     largest of the step, is the optimizer's own where it is not given; v depends on it in Transformers' form alone.
+    Of a `world` that holds such vectors once every process makes some tensors of v.
     """
     registry.require_trainable(adam)
     grad_norm = norm(Made(adam, lambda name: ascent[name]))
@@ -142,8 +147,9 @@ def compute_update_vector_adamw(
         v0 = share * rest
         return v0 + share * d * y, v0, share * clip * d
 
-    v = {name: parts(name)[0] for name in adam}
+    shapes = {name: registry.parameters[name].shape for name in adam}
+    v = world.made(shapes, lambda name: parts(name)[0])
     v0, diagonal = (
-        held_or_made(adam, lambda name, k=k: parts(name)[k], _numbers(adam)) for k in (1, 2)
+        held_or_made(adam, lambda name, k=k: parts(name)[k], _numbers(adam), world) for k in (1, 2)
     )
     return UpdateDirection(v, v0, diagonal, grad_norm, clip)

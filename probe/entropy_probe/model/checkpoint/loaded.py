@@ -45,7 +45,7 @@ class Checkpoint:
     """{θ, Adam state}: the model in float32 and eval mode, its tokenizer, Adam's state by name.
 
     `other`: the optimizer, where it is not Adam; `adam` is empty then. `held`: the memory that
-    loading took.
+    loading took. `in_one_copy`: several processes hold its tensors together, once.
     """
 
     model: nn.Module
@@ -54,3 +54,4 @@ class Checkpoint:
     info: CheckpointInfo
     other: OtherOptimizer | None = None
     held: Held | None = None
+    in_one_copy: bool = False

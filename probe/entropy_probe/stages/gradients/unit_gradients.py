@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from entropy_probe.stages.gradients.products import (
     weighted_sum,
 )
 from entropy_probe.stages.gradients.units import Rows
+from entropy_probe.stages.made import Made
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Read, read_rows
 from entropy_probe.stages.share import Share, Units
@@ -82,6 +83,14 @@ class UnitGradients:
         """[U, …] from the same of the units that are held here."""
         return values
 
+    def chosen(self, which: Int[Tensor, " k"]) -> tuple[_Rows, _Rows]:
+        """X and Y of some units, wherever they are; of one process no copy of all is held."""
+
+        def some(side: _Rows) -> _Rows:
+            return Made(side, lambda name: side[name][which])
+
+        return some(self.x), some(self.y)
+
     def products(self, precond: _Rows, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """By name (all, without `names`), what is known of K; so are its sums over names."""
         return grams({name: self.x[name] for name in names or self.x}, self.y, precond)
@@ -126,10 +135,10 @@ class OwnUnitGradients(UnitGradients):
     """
 
     share: Share
-    sums_x: dict[str, Float[Tensor, " D"]]
-    sums_y: dict[str, Float[Tensor, " D"]]
-    means_x: dict[str, Float[Tensor, " D"]]
-    means_y: dict[str, Float[Tensor, " D"]]
+    sums_x: Mapping[str, Float[Tensor, " D"]]
+    sums_y: Mapping[str, Float[Tensor, " D"]]
+    means_x: Mapping[str, Float[Tensor, " D"]]
+    means_y: Mapping[str, Float[Tensor, " D"]]
 
     @classmethod
     def of(cls, held: UnitGradients, share: Share) -> Self:
@@ -147,10 +156,10 @@ class OwnUnitGradients(UnitGradients):
             found[f"means_{side}"] = {name: t / total for name, t in of_prompts.items()}
         return cls(held.x, held.y, held.units, share, **found)
 
-    def mean_x(self) -> dict[str, Float[Tensor, " D"]]:
+    def mean_x(self) -> Mapping[str, Float[Tensor, " D"]]:
         return self.means_x
 
-    def mean_y(self) -> dict[str, Float[Tensor, " D"]]:
+    def mean_y(self) -> Mapping[str, Float[Tensor, " D"]]:
         return self.means_y
 
     def with_x_of(self, other: UnitGradients) -> UnitGradients:
@@ -159,6 +168,14 @@ class OwnUnitGradients(UnitGradients):
 
     def of_units(self, values: Tensor) -> Tensor:
         return self.share.of_units(values)
+
+    def chosen(self, which: Int[Tensor, " k"]) -> tuple[_Rows, _Rows]:
+        share = self.share
+        x, y = (
+            {name: share.rows(rows, which, share.own_units) for name, rows in side.items()}
+            for side in (self.x, self.y)
+        )
+        return x, y
 
     def products(
         self, precond: _Rows, names: Iterable[str] | None = None
@@ -210,6 +227,10 @@ class PairedUnitGradients(OwnUnitGradients):
     Y of all units goes round for that, a few columns at a time: nobody holds another's gradients.
     """
 
+    def every_y(self, name: str, part: slice) -> Float[Tensor, "U d"]:
+        """Some columns of Y of every unit."""
+        return self.of_units(self.y[name][:, part])
+
     def products(
         self, precond: _Rows, names: Iterable[str] | None = None
     ) -> dict[str, Float[Tensor, "u U"]]:
@@ -222,7 +243,7 @@ class PairedUnitGradients(OwnUnitGradients):
         return u_statistic(self.moments(products), products)
 
     def products_with(self, u: UnitGradients, precond: _Rows) -> dict[str, Float[Tensor, "e U"]]:
-        assert isinstance(u, OwnUnitGradients)
+        assert isinstance(u, PairedUnitGradients)
         return self._own_rows(u, precond, list(self.x))
 
     def gathered_with(
@@ -233,7 +254,9 @@ class PairedUnitGradients(OwnUnitGradients):
     def moments_with(self, u: UnitGradients, products: Tensor) -> TwoBatchMoments:
         return two_batch_moments(products, self.sizes, u.sizes)
 
-    def _own_rows(self, u: OwnUnitGradients, precond: _Rows, names: list[str]) -> dict[str, Tensor]:
+    def _own_rows(
+        self, u: PairedUnitGradients, precond: _Rows, names: list[str]
+    ) -> dict[str, Tensor]:
         """`grams` of the own units' X with Y of everybody's."""
         num_units = len(u.sizes)
         found = {}
@@ -241,10 +264,45 @@ class PairedUnitGradients(OwnUnitGradients):
             x, y, p = self.x[name], u.y[name], precond[name].reshape(-1)
             total = torch.zeros(len(x), num_units, dtype=torch.float64)
             for part in columns(y, num_units):
-                scaled = u.of_units(y[:, part]).double() * p[part].double()
+                scaled = u.every_y(name, part).double() * p[part].double()
                 total += x[:, part].double() @ scaled.T
             found[name] = total
         return found
+
+
+@dataclass(frozen=True)
+class UnitGradientsOnce(PairedUnitGradients):
+    """As `PairedUnitGradients`, in memory that all processes see: `every` has X and Y of all units, `x` and `y` are the
+    own rows of it. Nothing is sent, and sums over units are made where they are used."""
+
+    every: tuple[dict[str, Float[Tensor, "U D"]], dict[str, Float[Tensor, "U D"]]]
+
+    @classmethod
+    def within(
+        cls, every: tuple[dict[str, Tensor], dict[str, Tensor]], units: Units, share: Share
+    ) -> Self:
+        """Once all rows are there."""
+        sizes = units.sizes
+        even, weights = torch.ones(len(sizes), dtype=torch.float64), sizes.double() / sizes.sum()
+        found: dict[str, Any] = {}
+        for side, rows in zip(("x", "y"), every, strict=True):
+            for of, factors in (("sums", even), ("means", weights)):
+                found[f"{of}_{side}"] = Made(
+                    rows, lambda name, w=factors, rows=rows: weighted_sum(w, rows[name])
+                )
+        x, y = ({name: rows[share.own_units] for name, rows in side.items()} for side in every)
+        return cls(x, y, units, share, **found, every=every)
+
+    def with_x_of(self, other: UnitGradients) -> UnitGradients:
+        assert isinstance(other, UnitGradientsOnce)
+        return self.within((other.every[0], self.every[1]), self.units, self.share)
+
+    def chosen(self, which: Int[Tensor, " k"]) -> tuple[_Rows, _Rows]:
+        x, y = (Made(side, lambda name, side=side: side[name][which]) for side in self.every)
+        return x, y
+
+    def every_y(self, name: str, part: slice) -> Float[Tensor, "U d"]:
+        return self.every[1][name][:, part]
 
 
 def unit_gradients(
@@ -284,12 +342,18 @@ def unit_gradients(
     unit_of = share.units.of_prompt[share.prompts] - share.own_units.start
     own = share.own_units
     sizes = torch.bincount(unit_of, minlength=own.stop - own.start)
-    where = Rows.of(bound, len(share.units.sizes), config)
+    world, num_units = share.world, len(share.units.sizes)
+    where = Rows.of(bound, num_units, config, world)
 
     def nothing() -> dict[str, Tensor]:
+        if world.one_copy:
+            return where.zeros_of_all(num_units, parameters, bound.dtype, world)
         return {n: where.zeros(len(sizes), p.numel(), bound.dtype) for n, p in parameters.items()}
 
-    x, y = nothing(), {} if of_y is None else nothing()
+    every = nothing(), {} if of_y is None else nothing()
+    x, y = every
+    if world.one_copy:
+        x, y = ({name: rows[own] for name, rows in side.items()} for side in every)
     per_row = sizes[unit_of].repeat_interleave(rollouts.num_responses)
     added = _Added(bound, rollouts, per_row, config.generation.temperature)
     other = None
@@ -314,6 +378,9 @@ def unit_gradients(
             n: t.reshape(-1).double() / share.rollouts.num_prompts for n, t in other[0].items()
         }
         return replace(held, mean_beside=of_beside)
+    if world.one_copy:
+        world.wait()
+        return UnitGradientsOnce.within(every, share.units, share)
     if not share.several:
         return held
     kind = PairedUnitGradients if paired else OwnUnitGradients

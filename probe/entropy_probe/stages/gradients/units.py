@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.memory import available_bytes
 from entropy_probe.model import disk
 from entropy_probe.model.forward import BoundModel
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.share import Share, Units
 
@@ -63,9 +66,14 @@ class Rows:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, bound: BoundModel, units: int, config: ProbeConfig) -> Rows:
+    def of(cls, bound: BoundModel, units: int, config: ProbeConfig, world: World = ALONE) -> Rows:
         """On disk where those of so many units are more than `first_order.max_gradient_gib` and more than half of the
-        memory that is free; the numbers are the same."""
+        memory that is free; the numbers are the same. Where processes hold them once, rank 0 decides."""
+        found = cls._found(bound, units, config)
+        return world.told(found) if world.one_copy else found
+
+    @classmethod
+    def _found(cls, bound: BoundModel, units: int, config: ProbeConfig) -> Rows:
         needed, free = bytes_of_units(bound, units), available_bytes(torch.device("cpu"))
         if needed <= _allowed(config) or free is None or needed <= free / 2:
             return cls()
@@ -97,6 +105,19 @@ class Rows:
             return disk.zeros((rows, numbers), dtype, self.folder)
         except OSError as error:
             more = rows * numbers * dtype.itemsize / 2**30
+            problem = f"cannot hold {more:.2g} GiB more of gradients ({error.strerror or error})"
+            raise self._unusable(problem) from error
+
+    def zeros_of_all(
+        self, rows: int, like: Mapping[str, Tensor], dtype: torch.dtype, world: World
+    ) -> dict[str, Tensor]:
+        """The same by name, of the size of the tensors `like`, where all processes see them."""
+        shapes = {name: (rows, tensor.numel()) for name, tensor in like.items()}
+        folder = (self.folder or Path(tempfile.gettempdir())) if self.on_disk else None
+        try:
+            return world.zeros(shapes, dtype, folder)
+        except OSError as error:
+            more = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize / 2**30
             problem = f"cannot hold {more:.2g} GiB more of gradients ({error.strerror or error})"
             raise self._unusable(problem) from error
 

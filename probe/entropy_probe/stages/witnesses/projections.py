@@ -81,7 +81,10 @@ def projection_agreement(
     size_y = gram(y, y, precond)[0, 0]
     numbers = sum(rows.shape[1] for rows in units.x.values())
     direction = held_or_made(
-        precond, lambda name: precond[name] * ascent[name].reshape(precond[name].shape), numbers
+        precond,
+        lambda name: precond[name] * ascent[name].reshape(precond[name].shape),
+        numbers,
+        share.world,
     )
     kappa = None if of_x.coefficients is None else share.tokens(of_x.coefficients, prompts)
     few, payload = share.rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)

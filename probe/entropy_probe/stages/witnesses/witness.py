@@ -88,7 +88,7 @@ def gradient_witness(
         rollouts, scores, config, batch, with_coefficients=not share.several
     )
     chosen = largest(of_y, units.units, 2)
-    fast_x, fast_y = (_rows(share, side, chosen) for side in (units.x, units.y))
+    fast_x, fast_y = units.chosen(chosen)
     if share.several and of_x_fast is not None and of_x_fast.coefficients is not None:
         prompts = torch.isin(share.units.of_prompt, chosen).nonzero()[:, 0]
         kappa = torch.zeros(*of_x.weights.shape, rollouts.max_gen_len, dtype=torch.float64)
@@ -161,13 +161,6 @@ def _coefficients_by_loop(scores: Scores, config: ProbeConfig) -> Tensor:
                 b += math.fsum(others) / len(others) if others else 0.0
             result[n, g, t] = entropy[n][g][t] + later[n][g][t] - b
     return result
-
-
-def _rows(share: Share, side: Mapping[str, Tensor], chosen: Tensor) -> Mapping[str, Tensor]:
-    """The gradients of some units, wherever they are; of one process no copy of all is held."""
-    if not share.several:
-        return Made(side, lambda name: side[name][chosen])
-    return {name: share.rows(rows, chosen, share.own_units) for name, rows in side.items()}
 
 
 def largest(payload: Payload, units: Units, count: int) -> Int[Tensor, " u"]:
