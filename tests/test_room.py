@@ -44,8 +44,8 @@ def test_made_is_the_mapping() -> None:
     assert asked == ["a", "bb", "a"]
     with pytest.raises(KeyError):
         whole["c"]
-    assert isinstance(held_or_made(["a"], make, made.FEW), dict)
-    assert isinstance(held_or_made(["a"], make, made.FEW + 1), Made)
+    assert isinstance(held_or_made({"a": (made.FEW,)}, make), dict)
+    assert isinstance(held_or_made({"a": (made.FEW + 1,)}, make), Made)
 
 
 def test_zeros_on_disk(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def evidence_of(
                 x_v0 = sum(_times(gradients.x[n], v0[n].reshape(-1)) for n in moved)
                 arrays[f"{which}.x_v0"] = gradients.of_units(x_v0)  # pyright: ignore[reportArgumentType]
                 _add(arrays, f"{which}.gram_d", _products(gradients, u, direction.diagonal, moved))
-        _add(arrays, "sum", _sums(of, step, names))
+        if of.e.share.world.first:
+            _add(arrays, "sum", _sums(of, step, names))
         _add(arrays, "match", step.of_match)
     if of.growth is not None and of.growth.of_update is not None:
         arrays["target.terms"] = of.growth.of_update

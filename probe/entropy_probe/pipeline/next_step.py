@@ -76,8 +76,7 @@ def without_second_moment(of: Measured) -> NextStep:
     still = entropy_change.sweep(of.bound, of.e.share, of.e.scores, v, [0.0], of.config)
     min_ess = of.config.true_delta_h.min_ess_fraction
     rows = [entropy_change.change_row(change, None, None, 0.0, min_ess) for change in still]
-    numbers = sum(p.numel() for p in parameters.values())
-    precond = held_or_made(v, lambda name: torch.ones_like(v[name]), numbers, world)
+    precond = held_or_made(shapes, lambda name: torch.ones_like(v[name]), world)
     return NextStep(precond, v, still, Sections(rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
@@ -31,9 +32,11 @@ class Made(Mapping[str, Tensor]):
 
 
 def held_or_made(
-    names: Iterable[str], make: Callable[[str], Tensor], numbers: int, world: World = ALONE
+    shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor], world: World = ALONE
 ) -> Mapping[str, Tensor]:
-    """`{name: make(name)}`, held where all of them have at most `FEW` numbers, else `Made`; and so are they of
-    processes that hold such vectors once."""
-    made = Made(names, make)
-    return dict(made) if numbers <= FEW and not world.one_copy else made
+    """`{name: make(name)}` in float64, held where all of them have at most `FEW` numbers, else `Made`.
+
+    Processes of one copy hold them once: all of them call this.
+    """
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    return world.made(shapes, make) if numbers <= FEW else Made(shapes, make)

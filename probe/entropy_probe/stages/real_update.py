@@ -58,8 +58,7 @@ def made_step(before: Checkpoint, after: Checkpoint, lr: float, world: World = A
     def given(name: str) -> Tensor:
         return _given(before.adam[name], after.adam[name], _wide(theta[name]))
 
-    numbers = sum(theta[n].numel() for n in names)
-    gradient = held_or_made(names, given, numbers, world)
+    gradient = held_or_made(shapes, given, world)
     unit = max(_UNIT.get(dtype.strip(), 2.0**-24) for dtype in _dtypes(before, after))
     sizes = norm({n: theta[n].detach() for n in names}), norm(v)
     moments = sum(

@@ -92,11 +92,8 @@ def adam_preconditioner(
         eps = state.eps / math.sqrt(1 - beta2**step) if state.of_transformers else state.eps
         return shares[name] * preconditioner(second, step, beta2, eps)
 
-    return held_or_made(adam, of, _numbers(adam), world)
-
-
-def _numbers(adam: Mapping[str, AdamState]) -> int:
-    return sum(state.exp_avg_sq.numel() for state in adam.values())
+    shapes = {name: tuple(state.exp_avg_sq.shape) for name, state in adam.items()}
+    return held_or_made(shapes, of, world)
 
 
 def clip_factor(grad_norm: float, max_grad_norm: float | None) -> float:
@@ -149,7 +146,5 @@ def compute_update_vector_adamw(
 
     shapes = {name: registry.parameters[name].shape for name in adam}
     v = world.made(shapes, lambda name: parts(name)[0])
-    v0, diagonal = (
-        held_or_made(adam, lambda name, k=k: parts(name)[k], _numbers(adam), world) for k in (1, 2)
-    )
+    v0, diagonal = (held_or_made(shapes, lambda name, k=k: parts(name)[k], world) for k in (1, 2))
     return UpdateDirection(v, v0, diagonal, grad_norm, clip)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.made import held_or_made
 
 if TYPE_CHECKING:
@@ -76,12 +77,12 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
 
 
 def prompt_mean(
-    units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"]
+    units: Mapping[str, Float[Tensor, "U D"]], sizes: Int[Tensor, " U"], world: World = ALONE
 ) -> Mapping[str, Float[Tensor, " D"]]:
     """Mean over prompts, in float64: units weighted by the number of their prompts."""
     share = sizes.double() / sizes.sum()
-    numbers = sum(rows.shape[1] for rows in units.values())
-    return held_or_made(units, lambda name: weighted_sum(share, units[name]), numbers)
+    shapes = {name: rows.shape[1:] for name, rows in units.items()}
+    return held_or_made(shapes, lambda name: weighted_sum(share, units[name]), world)
 
 
 def weighted_sum(weights: Float[Tensor, " U"], rows: Float[Tensor, "U D"]) -> Float[Tensor, " D"]:

@@ -282,14 +282,13 @@ class UnitGradientsOnce(PairedUnitGradients):
         cls, every: tuple[dict[str, Tensor], dict[str, Tensor]], units: Units, share: Share
     ) -> Self:
         """Once all rows are there."""
-        sizes = units.sizes
-        even, weights = torch.ones(len(sizes), dtype=torch.float64), sizes.double() / sizes.sum()
+        even = torch.ones(len(units.sizes), dtype=torch.float64)
         found: dict[str, Any] = {}
         for side, rows in zip(("x", "y"), every, strict=True):
-            for of, factors in (("sums", even), ("means", weights)):
-                found[f"{of}_{side}"] = Made(
-                    rows, lambda name, w=factors, rows=rows: weighted_sum(w, rows[name])
-                )
+            found[f"sums_{side}"] = Made(
+                rows, lambda name, rows=rows: weighted_sum(even, rows[name])
+            )
+            found[f"means_{side}"] = prompt_mean(rows, units.sizes, share.world)
         x, y = ({name: rows[share.own_units] for name, rows in side.items()} for side in every)
         return cls(x, y, units, share, **found, every=every)
 

@@ -79,12 +79,9 @@ def projection_agreement(
     found[:, here] = _captured(x, y, precond)
     captured, squares = share.world.total(found)
     size_y = gram(y, y, precond)[0, 0]
-    numbers = sum(rows.shape[1] for rows in units.x.values())
+    shapes = {name: along.shape for name, along in v.items()}
     direction = held_or_made(
-        precond,
-        lambda name: precond[name] * ascent[name].reshape(precond[name].shape),
-        numbers,
-        share.world,
+        shapes, lambda name: precond[name] * ascent[name].reshape(shapes[name]), share.world
     )
     kappa = None if of_x.coefficients is None else share.tokens(of_x.coefficients, prompts)
     few, payload = share.rollouts.of_prompts(prompts), Payload(of_all.weights[prompts], kappa)

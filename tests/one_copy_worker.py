@@ -1,0 +1,104 @@
+"""What each process of `test_one_copy.py` runs: `python one_copy_worker.py FOLDER CONFIGURATION [STAGE]`.
+
+Writes RANK-of-SIZE.json: stage → the most memory that this process held in it, in bytes, above what it held before:
+pages of its own, and its part of those that it shares. At STAGE rank 1 dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_probe import ProbeConfig, ProbeError, run_probe
+from entropy_probe.memory import given_back_at_once
+from entropy_probe.pipeline import evidence
+from entropy_probe.pipeline.clock import Clock
+from entropy_probe.processes.world import World
+from entropy_probe.stages.gradients import products
+
+AT_ONCE = 1 << 17
+"""Numbers of rows that are multiplied at once here: 1 MiB, so that they do not decide on a small model."""
+products.IN_FLOAT64 = evidence._AT_ONCE = AT_ONCE
+
+
+def of_its_own() -> int:
+    """Bytes of memory that is no file's, and no other process's."""
+    status = Path("/proc/self/status").read_text()
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
+
+
+def of_shared() -> int:
+    """Bytes of shared memory, each page divided by the number of processes that have it."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return next(1024 * int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss_Shmem:"))
+
+
+class Watch:
+    """The most of both in every stage: a thread looks at the first, and what is shared is added at the stage's end."""
+
+    def __init__(self) -> None:
+        self.stage, self.most, self._ended = "load", dict[str, int](), threading.Event()
+        self._own, self._before = 0, of_its_own()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def begin(self, stage: str) -> None:
+        self.stage, self._own = stage, of_its_own()
+
+    def look(self) -> None:
+        self._own = max(self._own, of_its_own())
+
+    def end_of_stage(self) -> None:
+        self.look()
+        most = self._own - self._before + of_shared()
+        self.most[self.stage] = max(self.most.get(self.stage, 0), most)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.003):
+            self.look()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def main(folder: Path, given: dict[str, Any], dies_at: str | None) -> None:
+    torch.set_num_threads(1)
+    world, watch, original = World.of_torchrun(), Watch(), Clock.__call__
+    checkpoint, batches = folder / "checkpoint", (folder / f"{name}.jsonl" for name in ("e", "u"))
+
+    @contextmanager
+    def at(self: Clock, stage: str) -> Iterator[None]:
+        watch.begin(stage)
+        if stage == dies_at and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with original(self, stage):
+            yield
+            watch.end_of_stage()
+
+    Clock.__call__ = at
+    if dies_at == "load" and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with given_back_at_once():
+            report = run_probe(checkpoint, ProbeConfig.from_mapping(given), *batches, world=world)
+    except ProbeError as error:
+        sys.exit(str(error))
+    watch.end()
+    if world.first:
+        report.to_json(folder / f"report-{world.size}.json")
+    (folder / f"{world.rank}-of-{world.size}.json").write_text(json.dumps(watch.most))
+    world.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), *(sys.argv[3:] or [None]))

@@ -1,0 +1,231 @@
+"""Processes that hold one model together: what a machine holds, who is named when one dies, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+import transformers
+
+import forked
+import models
+import one_copy_worker as worker
+from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.errors import ConfigError
+from entropy_probe.loading import load_configured
+from entropy_probe.model.registry import checksum
+from entropy_probe.processes import one_copy
+from entropy_probe.processes.world import ALONE, World
+
+ONCE = {"sharding": "parameter", "budget": "smoke"}
+pytestmark = pytest.mark.skipif(not one_copy.is_possible(), reason="memory is shown by descriptors of Linux")
+
+
+def together(folder: Path, size: int, *arguments: str) -> list[CompletedProcess[str]]:
+    """The worker, on so many processes, as torchrun would start them; each is forked from one with all imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ENTROPY_PROBE_TIMEOUT": "20",
+        "TORCHELASTIC_RUN_ID": "none",
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+    def start(rank: int) -> CompletedProcess[str]:
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return forked.python(worker.__file__, str(folder), *arguments, environment=environment, timeout=120)
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(start, range(size)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full fine-tune of a million parameters, 4 MiB in float32."""
+    folder = tmp_path_factory.mktemp("one_copy")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    models.train_steps(model, optimizer, steps=1)
+    models.save_checkpoint(folder / "checkpoint", model, optimizer)
+    for name, seed in (("e", 1), ("u", 2)):
+        models.random_rollouts(folder / f"{name}.jsonl", prompts=8, responses=2, seed=seed)
+    return folder
+
+
+# What every process holds of its own whatever the model: activations, numbers of products in float64, and what the
+# libraries leave.
+CONSTANT = 24 << 20
+
+
+@pytest.fixture(scope="module")
+def held(folder: Path) -> dict[int, list[dict[str, int]]]:
+    """By number of processes, of each: the most that it held in every stage."""
+    found = {}
+    for size in (1, 2, 4):
+        for done in together(folder, size, json.dumps(ONCE)):
+            assert done.returncode == 0, done.stderr
+        of_ranks = (folder / f"{rank}-of-{size}.json" for rank in range(size))
+        found[size] = [json.loads(file.read_text()) for file in of_ranks]
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_machine_holds_what_one_process_holds(held: dict[int, list[dict[str, int]]], size: int) -> None:
+    """In every stage, all processes together: at most 1.25 of the most that one alone holds, and a constant each."""
+    (alone,) = held[1]
+    most = max(alone.values())
+    assert most > 6 * CONSTANT  # so that the constants do not decide
+    of_all: Counter[str] = Counter()
+    for rank in held[size]:
+        of_all.update(rank)
+    assert of_all.keys() >= alone.keys()
+    for stage, of_stage in of_all.items():
+        assert of_stage <= 1.25 * most + size * CONSTANT, stage
+
+
+def test_the_bound_sees_a_copy_each(folder: Path, held: dict[int, list[dict[str, int]]]) -> None:
+    """The same measurement with a model and vectors for each of four processes is beyond it."""
+    for done in together(folder, 4, json.dumps(ONCE | {"sharding": "prompt"})):
+        assert done.returncode == 0, done.stderr
+    of_all: Counter[str] = Counter()
+    for rank in range(4):
+        of_all.update(json.loads((folder / f"{rank}-of-4.json").read_text()))
+    assert max(of_all.values()) > 1.25 * max(held[1][0].values()) + 4 * CONSTANT
+
+
+STAGES = ("load", "integrity", "rollouts", "scores", "gradients", "first order", "update", "slopes", "entropy change")
+STAGES += ("witnesses", "evidence")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    models.full_checkpoint(folder / "checkpoint", "llama")
+    for name, seed in (("e", 1), ("u", 2)):
+        models.random_rollouts(folder / f"{name}.jsonl", prompts=2, responses=2, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(small: Path) -> dict[str, list[CompletedProcess[str]]]:
+    """Both processes, where the second dies in each of the stages; four of these pairs at a time, since they wait.
+
+    Nothing is written by those that are left, and what was there has the times that it had.
+    """
+    before = {file: file.stat().st_mtime_ns for file in small.rglob("*")}
+    with ThreadPoolExecutor(4) as threads:
+        of_stages = [*threads.map(lambda stage: together(small, 2, json.dumps(ONCE), stage), STAGES)]
+    assert before == {file: file.stat().st_mtime_ns for file in small.rglob("*")}
+    return dict(zip(STAGES, of_stages, strict=True))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_that_dies_is_named(ended: dict[str, list[CompletedProcess[str]]], stage: str) -> None:
+    first, second = ended[stage]
+    assert second.returncode == -9
+    assert first.returncode == 1
+    said = [line for line in first.stderr.splitlines() if "rank" in line]
+    assert len(said) == 1, first.stderr
+    assert said[0].startswith("rank 1 (pid "), said
+    assert ": ended; " in said[0]
+    assert "Traceback" not in first.stderr
+
+
+class TwoInOne(World):
+    """Rank 0 of two processes, of which the other is this one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.one_copy = 2, True
+
+
+def test_one_thing_has_the_same_tensors(folder: Path) -> None:
+    """Ties and flags included, at addresses where a product of one row is the same as elsewhere."""
+    loaded = load_checkpoint(folder / "checkpoint")
+    again = TwoInOne().one(lambda: loaded)
+    assert checksum(again.model) == checksum(loaded.model)
+    assert again.info == loaded.info
+    for name, state in loaded.adam.items():
+        assert torch.equal(again.adam[name].exp_avg_sq, state.exp_avg_sq)
+    assert all(p.data_ptr() % 64 == 0 for p in again.model.parameters())
+
+
+def test_what_is_made_once() -> None:
+    world, shapes = TwoInOne(), {"a": (3, 5), "b": (0,), "c": (7,)}
+    zeros = world.zeros(shapes, torch.float64)
+    assert {name: tuple(t.shape) for name, t in zeros.items()} == shapes
+    assert all(t.data_ptr() % 64 == 0 for t in zeros.values() if t.numel())
+    zeros["a"][1, 2] = 4.0
+    assert float(zeros["a"].sum()) == 4.0
+    assert ALONE.made(shapes, lambda name: torch.ones(shapes[name]))["c"].tolist() == [1.0] * 7
+
+
+def test_names_are_shared_out_evenly() -> None:
+    sizes = {"large": 100, **{f"{k}": 10 for k in range(20)}}
+    parts = one_copy.shares(sizes, 3)
+    assert sorted(name for part in parts for name in part) == sorted(sizes)
+    assert [sum(sizes[name] for name in part) for part in parts] == [100, 100, 100]
+    assert one_copy.shares({}, 2) == [[], []]
+
+
+def test_what_cannot_be_handed_over_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"sharding: parameter cannot hand the model .*; set sharding: prompt"):
+        one_copy.with_thing(lambda: None)
+
+
+def test_memory_of_another_machine_is_not_seen(tmp_path: Path) -> None:
+    assert not one_copy.has_content(f"/proc/{os.getpid()}/fd/1000000", b"token")
+    (tmp_path / "file").write_bytes(b"other")
+    assert not one_copy.has_content(str(tmp_path / "file"), b"token")
+
+
+class Elsewhere(World):
+    """Of two processes on two machines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+    def is_of_one_machine(self) -> bool:
+        return False
+
+
+def test_two_machines_are_refused(folder: Path) -> None:
+    """Asked for, it is one line; by `auto` each process then has its own."""
+    with pytest.raises(ConfigError, match=r"^sharding: parameter needs processes that see one another's memory"):
+        load_configured(folder / "checkpoint", None, ProbeConfig.from_mapping(ONCE), Elsewhere())
+    found = load_configured(folder / "checkpoint", None, ProbeConfig(), Elsewhere())
+    assert not found.in_one_copy
+
+
+def test_auto_holds_one_copy_of_a_full_model_that_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = TwoInOne()
+    assert not load_configured(folder / "checkpoint", None, ProbeConfig(), world).in_one_copy
+    size = sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*"))
+    for free, once in ((12 * size - 1, True), (12 * size + 1, False)):
+        monkeypatch.setattr("entropy_probe.memory.available_bytes", lambda _, free=free: free)
+        found = load_configured(folder / "checkpoint", None, ProbeConfig(), world)
+        assert found.in_one_copy is once
+    monkeypatch.setattr("entropy_probe.memory.available_bytes", lambda _: 1)
+    models.adapter_checkpoint(folder / "lora", "llama")
+    assert not load_configured(folder / "lora", None, ProbeConfig(), world).in_one_copy
+
+
+def test_a_map_of_devices_does_not_go_with_it() -> None:
+    with pytest.raises(ConfigError, match="`device_map` is given with `sharding: parameter`"):
+        ProbeConfig.from_mapping(ONCE | {"device_map": "auto"})
