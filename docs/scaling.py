@@ -1,5 +1,6 @@
 """Measures what runs cost and writes the tables of `docs/scaling.md`: `python docs/scaling.py`, in some ten minutes;
-`python docs/scaling.py long`, in a second, that of long responses alone, which is made of formulas.
+`python docs/scaling.py long` and `python docs/scaling.py several`, in a second, those of long responses and of several
+GPUs, which are made of formulas.
 
 Every size is a random Qwen2 in a process of its own. Flops and live tensors are counted as in `tests/test_cost.py`; the
 resident size is that of the report's `memory`, less what the process held before it loaded the checkpoint.
@@ -11,7 +12,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -105,6 +108,7 @@ SHAPES = {
     "7 B": (28, 3584, 18944, 28, 4, False),
     "1.5 B": (28, 1536, 8960, 12, 2, True),
 }
+SHAPES |= {"8 B": (36, 4096, 12288, 32, 8, False), "70 B": (80, 8192, 28672, 64, 8, False)}
 VOCABULARY, RANK = 152_064, 16
 
 
@@ -174,17 +178,71 @@ def long_rows() -> str:
     )
 
 
+BEGIN_SEVERAL = "<!-- several GPUs: docs/scaling.py several -->\n"
+END_SEVERAL = "<!-- end of several GPUs -->\n"
+ON_A_MACHINE, GIB_OF_A_GPU = 8, 80
+FLOPS_A_SECOND = 0.4 * 60e12
+"""A stated share, 40 %, of what a card of 80 GiB does in float32 and float64, about 60·10¹² a second."""
+
+
+def of_several(shape: str, *, lora: bool, gpus: int, once: bool) -> tuple[float, float, float]:
+    """(GiB of a GPU, GiB of the memory of a machine, minutes): 64 prompts for E and for U, 8 responses of 1000 tokens;
+    one row at a time, layers run again; full fine-tunes by 8 blocks and the smoke budget."""
+    from entropy_probe.budgets import BUDGETS
+    from entropy_probe.cost import Batch, Run, flops, peaks
+    from entropy_probe.cost.tensors import of_machine
+
+    of: Any = network(shape, lora=lora)
+    batch, blocks = Batch(64, 8, 200, 1000), None if lora else 8
+    options: dict[str, Any] = {"rows_at_once": 1, "recompute": True, "lent": True}
+    left_out = () if lora else BUDGETS["smoke"].left_out
+    run = Run(batch, batch, blocks=blocks, ranks=gpus, one_copy=once, left_out=left_out, **options)
+    # of a machine: as many prompts for each process as there are of all
+    here = replace(run, ranks=min(gpus, ON_A_MACHINE))
+    if (machines := gpus // here.ranks) > 1:
+        batch = Batch(64 // machines, 8, 200, 1000)
+        blocks = None if blocks is None else max(2, blocks // machines)
+        here = replace(here, e=batch, u=batch, blocks=blocks)
+    of_gpu = max(peaks(of, run, on_accelerator=True).values()) / 2**30
+    of_all = max(of_machine(of, here, on_accelerators=True).values()) / 2**30
+    return of_gpu, of_all, sum(flops(of, run).values()) / FLOPS_A_SECOND / 60
+
+
+def several() -> str:
+    head = (
+        "| model | GPUs | sharding | GiB of each GPU | GiB of each machine's memory | minutes |\n"
+    )
+    rows = [head, "|---|---|---|---|---|---|\n"]
+    for shape in ("1.5 B", "8 B", "70 B"):
+        for lora in (True, False):
+            for gpus in (1, 8, 64):
+                once = not lora and 1 < gpus <= ON_A_MACHINE
+                found = of_several(shape, lora=lora, gpus=gpus, once=once)
+                if found[0] > GIB_OF_A_GPU and 1 < gpus <= ON_A_MACHINE:
+                    once, found = True, of_several(shape, lora=lora, gpus=gpus, once=True)
+                of_gpu, of_all, minutes = found
+                kind, how = "LoRA" if lora else "full", "parameter" if once else "prompt"
+                time = f"{minutes:.0f}" if of_gpu <= GIB_OF_A_GPU else "does not fit"
+                rows.append(
+                    f"| {shape} {kind} | {gpus} | {how} | {of_gpu:.0f} | {of_all:.0f} | {time} |\n"
+                )
+    return "".join(rows)
+
+
+def _write(begin: str, made: str, end: str) -> None:
+    before, _, rest = PAGE.read_text().partition(begin)
+    PAGE.write_text(before + begin + "\n" + made + "\n" + end + rest.partition(end)[2])
+
+
 def main(arguments: list[str]) -> None:
     if arguments == ["long"]:
-        before, _, rest = PAGE.read_text().partition(BEGIN_LONG)
-        PAGE.write_text(
-            before + BEGIN_LONG + "\n" + long_rows() + "\n" + END_LONG + rest.partition(END_LONG)[2]
-        )
+        _write(BEGIN_LONG, long_rows(), END_LONG)
+        return
+    if arguments == ["several"]:
+        _write(BEGIN_SEVERAL, several(), END_SEVERAL)
         return
     if not arguments:
-        made = table()
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(before + BEGIN + "\n" + made + "\n" + END + rest.partition(END)[2])
+        _write(BEGIN, table(), END)
         return
     verb, name, place = arguments
     if verb == "make":

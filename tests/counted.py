@@ -239,9 +239,11 @@ def _measured(folder: Path, names: list[str], rank: int) -> None:
     world = World.of_torchrun()
     for name in names:
         files = SIZES[name].files(folder / name / str(rank))
-        report = run_probe(folder / name / "checkpoint", ProbeConfig.from_mapping(SMOKE), *files, world=world)
-        if world.first:
-            report.to_json(folder / name / f"{world.size}.json")
+        for sharding in ("prompt", "parameter") if name == "full" else ("prompt",):
+            config = ProbeConfig.from_mapping(SMOKE | {"sharding": sharding})
+            report = run_probe(folder / name / "checkpoint", config, *files, world=world)
+            if world.first:
+                report.to_json(folder / name / f"{sharding}-{world.size}.json")
     world.close()
 
 

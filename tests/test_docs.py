@@ -190,3 +190,16 @@ def test_every_paragraph_of_the_decisions_is_one_of_them() -> None:
     lines = page[page.index("\n## ") :].splitlines()
     assert [line for line in lines if line and not line.startswith(("## ", "* **", "  "))] == []
     assert len(DECISIONS) > 50
+
+
+@pytest.mark.parametrize("name", ["long", "several"])
+def test_tables_of_formulas_are_what_the_script_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import scaling
+
+    made, begin, end = {
+        "long": (scaling.long_rows, scaling.BEGIN_LONG, scaling.END_LONG),
+        "several": (scaling.several, scaling.BEGIN_SEVERAL, scaling.END_SEVERAL),
+    }[name]
+    _, _, rest = scaling.PAGE.read_text().partition(begin)
+    assert rest.partition(end)[0].strip() == made().strip()

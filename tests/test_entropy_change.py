@@ -121,7 +121,7 @@ def test_each_step_costs_one_pass_and_no_copy_is_kept(sampled: Sampled, monkeypa
     rows = {"θ": 0, "θ + ηv": 0}
     made: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
-    called, build = BoundModel._called, entropy_change.theta_plus_eta_v
+    called, build = BoundModel._called, entropy_change.moved
 
     def counting(self: BoundModel, ids: torch.Tensor, mask: Any, keep: slice, mapping: Any, *rest: Any) -> Any:
         rows["θ + ηv" if mapping else "θ"] += len(ids)
@@ -136,7 +136,7 @@ def test_each_step_costs_one_pass_and_no_copy_is_kept(sampled: Sampled, monkeypa
         return mapping
 
     monkeypatch.setattr(BoundModel, "_called", counting)
-    monkeypatch.setattr(entropy_change, "theta_plus_eta_v", building)
+    monkeypatch.setattr(entropy_change, "moved", building)
     found = entropy_change.entropy_change_two_batch_vector(
         sampled.bound, sampled.rollouts, update_vector_named=sampled.v, etas=etas, config=config_of()
     )
@@ -152,7 +152,7 @@ def test_the_last_copy_goes_before_the_next_is_made(sampled: Sampled, monkeypatc
     """One θ + ηv at a time: when the next one is made, none is left."""
     made: list[weakref.ref[torch.Tensor]] = []
     left: list[int] = []
-    build = entropy_change.theta_plus_eta_v
+    build = entropy_change.moved
 
     def building(*args: Any) -> dict[str, torch.Tensor]:
         gc.collect()
@@ -161,7 +161,7 @@ def test_the_last_copy_goes_before_the_next_is_made(sampled: Sampled, monkeypatc
         made.extend(map(weakref.ref, mapping.values()))
         return mapping
 
-    monkeypatch.setattr(entropy_change, "theta_plus_eta_v", building)
+    monkeypatch.setattr(entropy_change, "moved", building)
     entropy_change.sweep(sampled.bound, sampled.share, sampled.scores, sampled.v, [0.0, 1e-3, 2e-3], config_of())
     assert left == [0, 0, 0]
 

@@ -18,6 +18,8 @@ import forked
 import models
 import one_copy_worker as worker
 from entropy_probe import ProbeConfig, load_checkpoint
+from entropy_probe.cost.sizes import Batch, Network, Run
+from entropy_probe.cost.tensors import of_machine
 from entropy_probe.errors import ConfigError
 from entropy_probe.loading import load_configured
 from entropy_probe.model.registry import checksum
@@ -96,6 +98,17 @@ def test_a_machine_holds_what_one_process_holds(held: dict[int, list[dict[str, i
     assert of_all.keys() >= alone.keys()
     for stage, of_stage in of_all.items():
         assert of_stage <= 1.25 * most + size * CONSTANT, stage
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_formulas_of_a_machine(folder: Path, held: dict[int, list[dict[str, int]]], size: int) -> None:
+    """`of_machine`, within a fifth and the constant of each process; `smoke` leaves the real step out."""
+    config, batch = ProbeConfig.from_mapping(ONCE), Batch(8, 2, 4, 6)
+    network = Network.of(load_checkpoint(folder / "checkpoint").model)
+    predicted = of_machine(network, Run.of(network, config, batch, batch, ranks=size, one_copy=size > 1))
+    for stage in predicted.keys() - {"real step"}:
+        measured = sum(rank.get(stage, 0) for rank in held[size])
+        assert 0.8 * predicted[stage] <= measured <= 1.2 * predicted[stage] + size * CONSTANT, stage
 
 
 def test_the_bound_sees_a_copy_each(folder: Path, held: dict[int, list[dict[str, int]]]) -> None:

@@ -135,6 +135,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="P",
         help=f"tokens of a prompt (default: {PROMPT_TOKENS}); responses have generation.max_new_tokens",
     )
+    plan.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many processes of one machine run together under torchrun (default: 1)",
+    )
     _add_what_is_measured(plan)
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of a report, or of the configuration"
@@ -624,11 +631,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _configured(arguments)
     if arguments.prompt_tokens < 1:
         raise ConfigError("--prompt-tokens", f"is {arguments.prompt_tokens}", "give 1 or more")
+    if arguments.processes < 1:
+        raise ConfigError("--processes", f"is {arguments.processes}", "give 1 or more")
 
     from entropy_probe.cost.plan import plan
 
     found = plan(
-        _folder(arguments.checkpoint), config, arguments.prompt_tokens, arguments.base_model
+        _folder(arguments.checkpoint),
+        config,
+        arguments.prompt_tokens,
+        arguments.base_model,
+        arguments.processes,
     )
     print(found.text())
     return 0 if found.fits else EXIT_FAILED

@@ -107,12 +107,8 @@ def v_uphill() -> None:
 
 def scored_after_half_a_step() -> None:
     """The sweep scores at θ + ½ηv what it reports at η."""
-    original = entropy_change.theta_plus_eta_v
-
-    def half(registry: Any, v: Any, eta: float, dtype: torch.dtype) -> dict[str, Tensor]:
-        return original(registry, v, eta / 2, dtype)
-
-    entropy_change.theta_plus_eta_v = half
+    original = entropy_change.moved
+    entropy_change.moved = lambda bound, v, eta, world: original(bound, v, eta / 2, world)
 
 
 def entropies_ten_percent_too_large() -> None:

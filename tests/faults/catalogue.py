@@ -773,8 +773,8 @@ def _rounded(dtype: torch.dtype) -> Callable[[Any, dict[str, Tensor], float], di
 @fault("llama", "sweep_identity")
 def realised_at_the_opposite_step(patch: Patch) -> None:
     """ΔH is measured at θ − ηv."""
-    original = overrides.theta_plus_eta_v
-    patch.setattr(entropy_change, "theta_plus_eta_v", lambda r, v, eta, dtype: original(r, v, -eta, dtype))
+    original = entropy_change.moved
+    patch.setattr(entropy_change, "moved", lambda bound, v, eta, world: original(bound, v, -eta, world))
 
 
 @fault(
@@ -830,9 +830,11 @@ def base_weights_moved(patch: Patch) -> None:
         base = registry.parameters[name].detach()
         return {**mapping, name: (base + eta * base).to(next(iter(mapping.values())))}
 
-    original = overrides.theta_plus_eta_v
-    for stage in (entropy_change, real_step):
-        patch.setattr(stage, original.__name__, lambda g, v, eta, dtype: moved(g, original(g, v, eta, dtype), eta))
+    original, of_sweep = overrides.theta_plus_eta_v, entropy_change.moved
+    patch.setattr(real_step, "theta_plus_eta_v", lambda g, v, eta, dtype: moved(g, original(g, v, eta, dtype), eta))
+    patch.setattr(
+        entropy_change, "moved", lambda bound, v, eta, world: moved(bound.registry, of_sweep(bound, v, eta, world), eta)
+    )
 
 
 @fault("qwen2", "virtual_step real_step", also="projections_agree slope_identity curvature_witness change_identity")

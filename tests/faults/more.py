@@ -774,8 +774,8 @@ def fresh_responses_drawn_at_theta(patch: Patch) -> None:
 @fault("llama", "plain_step", also="prediction sweep_identity curvature_identity ess real_step virtual_step")
 def scored_after_half_a_step(patch: Patch) -> None:
     """The sweep scores at θ + ½ηv and reports this as η."""
-    original = entropy_change.theta_plus_eta_v
-    patch.setattr(entropy_change, "theta_plus_eta_v", lambda r, v, eta, dtype: original(r, v, eta / 2, dtype))
+    original = entropy_change.moved
+    patch.setattr(entropy_change, "moved", lambda bound, v, eta, world: original(bound, v, eta / 2, world))
 
 
 @fault("llama", FIGURE)

@@ -61,7 +61,7 @@ def scale_of_rewards_unread(patch: Patch) -> None:
 def step_over_half_of_its_rate(patch: Patch) -> None:
     """The step that was made is divided by half of its learning rate."""
     original = next_step.made_step
-    patch.setattr(next_step, "made_step", lambda before, after, lr: original(before, after, lr / 2))
+    patch.setattr(next_step, "made_step", lambda before, after, lr, world: original(before, after, lr / 2, world))
 
 
 @fault("trl", REAL, also="real_update_norm")

@@ -7,6 +7,7 @@ the model itself before it begins, and its choice is then the one that counts; t
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from entropy_probe.budgets import BUDGETS
 from entropy_probe.config import ProbeConfig
 from entropy_probe.cost.computation import flops
 from entropy_probe.cost.sizes import Batch, Network, Run
-from entropy_probe.cost.tensors import peaks
+from entropy_probe.cost.tensors import of_machine, peaks
 from entropy_probe.layout import configured, find_layout
 from entropy_probe.model.attention import is_long
 from entropy_probe.model.checkpoint import readers
@@ -77,6 +78,15 @@ class Estimate:
         if run.on_disk:
             size = run.of_gradients(n) / 2**30
             lines.append(f"gradients of {run.units_u} blocks stand on disk: {size:.3g} GiB")
+        if run.ranks > 1:
+            how = "one model together" if run.one_copy else "a model each"
+            there = torch.device(self.device).type != "cpu"
+            of_all = of_machine(n, run, on_accelerators=there)
+            most = max(of_all.values()) + run.ranks * _PROCESS
+            lines.append(
+                f"{run.ranks} processes hold {how} (sharding: {'parameter' if run.one_copy else 'prompt'}): "
+                f"{most / 2**30:.3g} GiB of the machine's memory at most; flops are those of rank 0"
+            )
         if self.room is None:
             lines.append("what memory there is cannot be known here: give --memory-limit")
         else:
@@ -86,13 +96,18 @@ class Estimate:
 
 
 def plan(
-    path: str | Path, config: ProbeConfig, prompt: int, base_model: str | Path | None = None
+    path: str | Path,
+    config: ProbeConfig,
+    prompt: int,
+    base_model: str | Path | None = None,
+    processes: int = 1,
 ) -> Estimate:
-    """Of the checkpoint in a folder, with prompts of so many tokens and responses of `generation.max_new_tokens`.
+    """Of the checkpoint in a folder, with prompts of so many tokens and responses of `generation.max_new_tokens`, on
+    so many `processes` of one machine.
 
     Raises `CheckpointError` as loading does where names or shapes do not fit.
     """
-    return estimate(network_of(path, base_model), config, prompt)
+    return estimate(network_of(path, base_model), config, prompt, processes)
 
 
 def network_of(path: str | Path, base_model: str | Path | None = None) -> Network:
@@ -105,8 +120,11 @@ def network_of(path: str | Path, base_model: str | Path | None = None) -> Networ
         return Network.of(build(layout, readers.read(layout), base, values=False).model)
 
 
-def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
-    """As configured, or under a `memory_limit` the first choice that fits, the smallest where none does."""
+def estimate(network: Network, config: ProbeConfig, prompt: int, processes: int = 1) -> Estimate:
+    """As configured, or under a `memory_limit` the first choice that fits, the smallest where none does.
+
+    Of several processes on the CPU the bytes are those of all, on accelerators of one.
+    """
     device = torch.device(config.device)
     accelerator, overhead = device.type != "cpu", 0.0 if device.type != "cpu" else _PROCESS
     room, whose = config.memory_limit, "memory_limit"
@@ -115,6 +133,9 @@ def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
         room, whose = memory.available_bytes(device) if known else None, "what is free now"
 
     def held(run: Run) -> dict[str, float]:
+        if not accelerator and config.memory_limit is None and run.ranks > 1:
+            found = of_machine(network, run)
+            return {stage: of + run.ranks * overhead for stage, of in found.items()}
         found = peaks(network, run, on_accelerator=accelerator)
         return {stage: of + overhead for stage, of in found.items()}
 
@@ -124,7 +145,12 @@ def estimate(network: Network, config: ProbeConfig, prompt: int) -> Estimate:
     def most(run: Run) -> float:
         return max(held(run).values())
 
-    asked = chosen = _run(network, config, prompt, room)
+    asked = replace(_run(network, config, prompt, room), ranks=processes)
+    once = replace(asked, one_copy=True)
+    if processes > 1 and config.sharding != "prompt":
+        too_much = network.trainable == network.parameters and most(asked) > (room or math.inf)
+        asked = once if config.sharding == "parameter" or too_much else asked
+    chosen = asked
     remedies: list[str] = []
     if config.memory_limit is not None:
         chosen = fitting(asked) or [*_choices(asked, config)][-1]

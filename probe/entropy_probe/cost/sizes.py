@@ -137,6 +137,7 @@ class Run:
     `logits_at_once`, `recompute` and other `rows_at_once` are in the report's `memory` where there was a limit. `lent`:
     the float64 copy shares the frozen parameters. Without `second_order` the witnesses take no second derivatives.
     `on_disk`: where gradients of units stand. `share_prompts`: a prompt may be read once for all its responses.
+    `one_copy`: `ranks` processes hold what is as long as the parameters together, once.
     """
 
     e: Batch
@@ -158,6 +159,7 @@ class Run:
     second_order: bool = True
     on_disk: bool = False
     share_prompts: bool = True
+    one_copy: bool = False
 
     @classmethod
     def of(
@@ -220,7 +222,7 @@ class Run:
     def paired(self, network: Network) -> bool:
         """Whether of several processes Y of all units goes round (stages/gradients/units.py)."""
         sent = self.units_u * network.trainable * (8 if self.float64 else 4)
-        return self.ranks > 1 and sent <= self.pairs_gib * 2**30
+        return self.ranks > 1 and (self.one_copy or sent <= self.pairs_gib * 2**30)
 
     def own(self, batch: Batch) -> Batch:
         """The prompts of the process that has most."""

@@ -99,26 +99,33 @@ _IN_FLOAT64 = (
 
 
 def held(network: Network, run: Run) -> dict[str, float]:
-    """What stays in memory from where it is made to the end, by name (v₀, D and X per token up to the evidence)."""
+    """What stays in memory from where it is made to the end, by name (v₀, D and X per token up to the evidence).
+
+    Of processes of one copy the part of each: a machine holds so many times as much.
+    """
     n, d, dtype = network.parameters, network.trainable, _dtype(run)
-    own_u, own_e = (
-        -(-run.units_u // run.ranks),
-        0 if run.same_batch else -(-run.units_e // run.ranks),
-    )
-    sums = 8 * d * (2 if run.same_batch else 4) * (run.ranks > 1)
-    rows = 0 if run.on_disk else dtype * d * (2 * own_u + own_e)
+    together = run.ranks if run.one_copy else 1
     few = d <= made.FEW
+    if run.one_copy:
+        own_u, own_e, sums = run.units_u / together, run.units_e / together, 0
+    else:
+        own_u, own_e = -(-run.units_u // run.ranks), -(-run.units_e // run.ranks)
+        sums = 8 * d * (2 if run.same_batch else 4) * (run.ranks > 1)
+    means = 8 * d * (2 if run.same_batch else 3) * (run.one_copy and few)  # X̄ and Ȳ of U, X̄ of E
+    rows = 0 if run.on_disk else dtype * d * (2 * own_u + (0 if run.same_batch else own_e))
     crossed = dtype * d * own_u if run.same_batch and not run.on_disk else 0
+    lent = run.one_copy and 2 * d < n
+    in_float64 = 0 if run.float64 else _in_float64(network, replace(run, lent=run.lent or lent))
     return {
-        "θ": dtype * n + (4 * n if run.float64 else 0),
-        "moments": 8 * d,
-        "X, Y": rows + sums,
-        "θ in float64": 0 if run.float64 else _in_float64(network, run),
+        "θ": (dtype * n + (4 * n if run.float64 else 0)) / together,
+        "moments": 8 * d / together,
+        "X, Y": rows + sums + means / together,
+        "θ in float64": in_float64 / (1 if lent else together),
         "Ȳ": 8 * d if run.ranks == 1 and few else 0,
-        "P": 8 * d if few else 0,
-        "v": 8 * d,
-        "v₀, D": 16 * d if few else 0,
-        "X per token": (8 * d if few else 0 if run.on_disk else dtype * d) + crossed,
+        "P": 8 * d / together if few else 0,
+        "v": 8 * d / together,
+        "v₀, D": 16 * d / together if few else 0,
+        "X per token": (8 * d / together if few else 0 if run.on_disk else dtype * d) + crossed,
     }
 
 
@@ -141,16 +148,46 @@ _ORDER = (
     "scores", "gradients", "first order", "update", "slopes", "entropy change", "real step", "witnesses",
 )  # fmt: skip
 _OF_THE_STEP = ("v₀, D", "X per token")  # is gone once the evidence is made
+_OF_ALL = ("scores", "gradients", "first order", "slopes", "entropy change")
+"""Stages in which all processes take part; what others hold beside what they keep, rank 0 holds alone."""
 _IN_MEMORY = ("moments", "X, Y", "Ȳ", "P", "v", *_OF_THE_STEP)
 
 
 def peaks(network: Network, run: Run, *, on_accelerator: bool = False) -> dict[str, float]:
     """The most that each stage holds, with all that is held by then; `on_accelerator`: there, without what stays in
     memory beside it."""
-    parts, above, found = held(network, run), _above(network, run, there=on_accelerator), {}
+    parts, above = held(network, run), _above(network, run, there=on_accelerator)
     if on_accelerator:
         parts |= dict.fromkeys(_IN_MEMORY, 0)
-    now = parts["θ"] + parts["moments"]
+        if run.one_copy:  # a layer at a time, in either precision
+            parts |= {"θ": 8 * _lent_at_once(network), "θ in float64": 0}
+    return _with_held(parts, above)
+
+
+def of_machine(network: Network, run: Run, *, on_accelerators: bool = False) -> dict[str, float]:
+    """The most that all processes of a machine hold together in its memory, by stage; `on_accelerators`: beside what
+    these hold, which is θ too where each process has a model of its own."""
+    of_each, above = held(network, run), _above(network, run, there=False)
+    if on_accelerators:
+        if not run.one_copy:
+            of_each |= {"θ": 0.0, "θ in float64": 0.0}
+        above = dict.fromkeys(above, 0.0)
+        if run.one_copy:  # θ + ηv is beside θ
+            bytes_of = {"slopes": 8, "entropy change": _dtype(run), "real step": 8, "continuity": 8}
+            above |= {stage: of * network.trainable / run.ranks for stage, of in bytes_of.items()}
+    parts = {name: run.ranks * of for name, of in of_each.items()}
+    together = {stage: (run.ranks if stage in _OF_ALL else 1) * of for stage, of in above.items()}
+    return _with_held(parts, together)
+
+
+def _lent_at_once(network: Network) -> float:
+    """Numbers of the largest part that is lent: a layer, or the output layer."""
+    of_layers = (network.frozen + network.trained) / network.layers
+    return max(of_layers, network.hidden * network.vocabulary)
+
+
+def _with_held(parts: dict[str, float], above: dict[str, float]) -> dict[str, float]:
+    found, now = dict[str, float](), parts["θ"] + parts["moments"]
     for stage in _ORDER:
         now += sum(parts[name] for name in _MADE_IN.get(stage, ()))
         found[stage] = now + above[stage]
@@ -168,7 +205,7 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
     bytes_of, units = _dtype(run), -(-run.units_u // run.ranks)
     few, jvp = (
         d <= made.FEW,
-        _point(network, 8, there) + _derived(network, run, own_e),
+        _moved(network, run, 8, there) + _derived(network, run, own_e),
     )
     scored = _transient(network, run, FORWARD, own_e, bytes_of, "forward")
     at_once = run.rows_at_once
@@ -216,7 +253,7 @@ def _above(network: Network, run: Run, *, there: bool) -> dict[str, float]:
         "slopes": max(
             jvp, held(network, run)["X per token"] + (0.0 if there else 10 * 8 * network.largest)
         ),
-        "entropy change": bytes_of * d + scored,
+        "entropy change": _moved(network, run, bytes_of, there, ways=1) + scored,
         "real step": 0.0,
         "witnesses": _witnesses(network, run, there=there),
         "properties": _properties(network, run),
@@ -231,6 +268,17 @@ def real_step(network: Network, run: Run) -> float:
     """A copy, and one tensor's gradient and moments, or a pass in float64."""
     scored = _transient(network, run, FORWARD, run.e.of(4), 8, "forward")
     return 8 * network.trainable + max(4 * 8 * network.largest, scored)
+
+
+def _moved(network: Network, run: Run, bytes_of: int, there: bool, ways: int = 2) -> float:
+    """θ + ηv, and v where there are two `ways`, for a pass of all processes."""
+    if not run.one_copy:
+        return _point(network, bytes_of, there) if ways == 2 else bytes_of * network.trainable
+    return (
+        ways * bytes_of * _lent_at_once(network)
+        if there
+        else bytes_of * network.trainable / run.ranks
+    )
 
 
 def _point(network: Network, bytes_of: int, there: bool) -> float:

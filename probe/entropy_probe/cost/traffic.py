@@ -6,6 +6,8 @@ of a response          8 for each number: sums of its scores, and its derivative
 of a token             8 for each number of the evidence: its scores, features and derivatives
 of a prompt            8 for each number: projections by group of tensors, and by tensor for the evidence
 of all pairs           Y of every unit, D numbers each, once for each matrix of products (`max_pairs_gib`)
+
+Processes of one copy send nothing of D numbers: no sums of gradients, no rows, no Y.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def sent(network: Network, run: Run) -> Sent:
     again = (2 if run.blocks else 1) if run.same_batch else 0
     again += 2  # of X per token: over units, which are the processes, and over prompts
     rows = 4 * (8 if run.float64 else 4)
-    of_gradients = (8 * (of_batches + again) + rows) * network.trainable
+    of_gradients = (8 * (of_batches + again) + rows) * network.trainable * (not run.one_copy)
     return Sent(ring * (of_gradients + 8 * network.entries), ring * _of_prompts(network, run))
 
 
@@ -79,7 +81,7 @@ def _of_prompts(network: Network, run: Run) -> float:
     return (
         8 * (of_tokens + of_responses + of_baselines + of_units + e.prompts * (_BASELINES + 1))
         + tokens
-        + (_gradients(network, run) if paired else 0.0)
+        + (_gradients(network, run) if paired and not run.one_copy else 0.0)
     )
 
 

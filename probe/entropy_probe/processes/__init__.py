@@ -4,6 +4,7 @@ alive.
 torchrun    which process this is, by the environment alone
 world       the processes of a measurement: shares of the prompts, sums over all, an error of all
 connection  what joins them: sums over gloo, watched by the pulse
+one_copy    memory that all processes of one machine see
 pulse       a thread of its own that tells a process that waits from one that died
 apart       a command in a process of its own
 """

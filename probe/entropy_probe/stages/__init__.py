@@ -10,6 +10,7 @@ reference    log p of the reference of a KL term;   real_update  the step that t
 derivatives  D_v at every token;   slopes  slope and curvature along v;   entropy_change  ΔH(η)
 predictors   what others predict the change by, and the parts of the slope
 witnesses/   the same numbers by another way;   memory/  a limit of memory
+moved        θ + ηv for a pass of all processes
 made         vectors as long as the parameters, tensor by tensor where they are used
 rounding     what another order of summation may change
 """

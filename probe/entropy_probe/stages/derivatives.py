@@ -15,7 +15,9 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.policy import scores_along
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.gradients.products import norm
+from entropy_probe.stages.moved import moved
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import (
     batches_by_length,
@@ -95,16 +97,17 @@ def directional_derivatives(
     some: Int[Tensor, " R"] | None = None,
     *,
     shared: bool = False,
+    world: World = ALONE,
 ) -> Derivatives:
     """d/dη of log p and H_t at θ + ηv, in one forward-mode pass (a JVP), by the true derivative of the function.
 
     Of `some` rows, without which of all; the others' are 0. `shared`: behind prompts that are read once, where scores
-    are read so. Raises `NotImplementedError` where an operation of the
+    are read so. With a `world` all its processes call this. Raises `NotImplementedError` where an operation of the
     model has no forward-mode derivative.
     """
     shape = (6, len(rollouts.gen_lens), rollouts.max_gen_len)
     found = torch.zeros(shape, dtype=torch.float64)
-    point = theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
+    point = moved(bound, v, eta, world)
     along = {
         name: v[name].to(value) for name, value in point.items()
     }  # moved once, not for every batch of rows
@@ -271,10 +274,11 @@ def stencil_without_jumps(
     h: float,
     points: tuple[int, ...],
     known: Mapping[int, Derivatives] | None = None,
+    of_all: Along | None = None,
 ) -> tuple[Derivatives, Second, int]:
     """(D_v at θ, `Stencil.second`, how many responses had a jump within the first step), of all responses. Without
     `at_theta` D_v is the `middle` of the first step, and exact for responses that have a jump in it. `known` are points
-    of the first stencil that need not be asked for.
+    of the first stencil that need not be asked for; the others of it are asked of `of_all`, as every process does.
 
     A step that crosses a router's choice or a kink of a ReLU gives another number with its length. So the prompts of
     such responses are asked again with shorter ones, until both sides of θ agree; those that no step makes agree, as
@@ -286,7 +290,7 @@ def stencil_without_jumps(
     def stencil(some: Rollouts, still: Derivatives | None, h: float) -> Stencil:
         return Stencil(still, {k: along(some, k * h, h) for k in points}, h)
 
-    first = {k: (known or {}).get(k) or along(rollouts, k * h, h) for k in points}
+    first = {k: (known or {}).get(k) or (of_all or along)(rollouts, k * h, h) for k in points}
     whole = Stencil(at_theta, first, h)
     second, rough = whole.second, whole.rough(curved)
     count = int(rough.sum())

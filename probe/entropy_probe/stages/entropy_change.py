@@ -16,10 +16,9 @@ from entropy_probe.errors import ConfigError
 from entropy_probe.estimators import importance, performance_difference, prediction
 from entropy_probe.estimators.baselines import chosen
 from entropy_probe.model.forward import BoundModel
-from entropy_probe.model.overrides import theta_plus_eta_v
 from entropy_probe.model.precision import numerics
-from entropy_probe.processes.world import World
 from entropy_probe.stages.gradients.units import units_of_prompts
+from entropy_probe.stages.moved import moved
 from entropy_probe.stages.responses.rollouts import Progress, Rollouts
 from entropy_probe.stages.scores import Scores, score
 from entropy_probe.stages.share import Share
@@ -230,19 +229,6 @@ def sweep(
         if progress is not None:
             progress("entropy change", done, len(etas))
     return changes
-
-
-def moved(
-    bound: BoundModel, v: Mapping[str, Tensor], eta: float, world: World
-) -> Mapping[str, Tensor]:
-    """`theta_plus_eta_v`; of a `world` that holds it once every process makes some of it."""
-
-    def of(name: str) -> Tensor:
-        return theta_plus_eta_v(bound.registry, {name: v[name]}, eta, bound.dtype)[name]
-
-    if not world.one_copy:
-        return theta_plus_eta_v(bound.registry, v, eta, bound.dtype)
-    return world.made({name: value.shape for name, value in v.items()}, of, bound.dtype)
 
 
 def resampled(

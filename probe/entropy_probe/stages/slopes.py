@@ -26,6 +26,7 @@ from entropy_probe.estimators.slope import (
 from entropy_probe.estimators.taylor import snis_terms
 from entropy_probe.model.forward import BoundModel
 from entropy_probe.model.overrides import theta_plus_eta_v
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.derivatives import (
     FIVE_POINTS,
     JVP_CHANGE,
@@ -220,20 +221,26 @@ def derived(
     known: dict[int, Derivatives] = {}
     beside = None if bound is float64 else _beside_theta(float64, share, v, config)
     if beside is None:
-        at_theta, along, change, points = _ways(bound, float64, share, v, config)
+        at_theta, (along, of_all), change, points = _ways(bound, float64, share, v, config)
         h = step_of(share.world.largest(at_theta.fastest_sum), v, change)
         h = min(h, _longest(float64, v))
     else:
         h, known[1] = beside
-        at_theta, along, points = None, _exactly(float64, v, config), TWO_POINTS
+        at_theta, points = None, TWO_POINTS
+        along, of_all = (_exactly(float64, v, config, of) for of in (ALONE, share.world))
     done = itertools.count(1 + len(known))
 
-    def counted(rollouts: Rollouts, eta: float, step: float) -> Derivatives:
-        if progress is not None:
-            progress("slopes", min(next(done), len(points)), 1 + len(points))
-        return along(rollouts, eta, step)
+    def counted(way: Along) -> Along:
+        def derive(rollouts: Rollouts, eta: float, step: float) -> Derivatives:
+            if progress is not None:
+                progress("slopes", min(next(done), len(points)), 1 + len(points))
+            return way(rollouts, eta, step)
 
-    found, twice, kinked = stencil_without_jumps(counted, share.own, at_theta, h, points, known)
+        return derive
+
+    found, twice, kinked = stencil_without_jumps(
+        counted(along), share.own, at_theta, h, points, known, counted(of_all)
+    )
     if (
         beside is not None
     ):  # as uncertain as X in the configured precision, which it is compared with
@@ -242,9 +249,11 @@ def derived(
     return Derived(replace(found, values=None), twice, kinked)
 
 
-def _exactly(float64: BoundModel, v: Mapping[str, Tensor], config: ProbeConfig) -> Along:
+def _exactly(
+    float64: BoundModel, v: Mapping[str, Tensor], config: ProbeConfig, world: World
+) -> Along:
     def along(rollouts: Rollouts, eta: float, _: float) -> Derivatives:
-        return directional_derivatives(float64, rollouts, v, config, eta, shared=True)
+        return directional_derivatives(float64, rollouts, v, config, eta, shared=True, world=world)
 
     return along
 
@@ -261,13 +270,13 @@ def _beside_theta(
     longest = lengths.argmax(1) if lengths.numel() else lengths.new_zeros(0)
     rows = longest + rollouts.num_responses * torch.arange(len(longest))
     try:
-        few = directional_derivatives(float64, rollouts, v, config, some=rows)
+        few = directional_derivatives(float64, rollouts, v, config, some=rows, world=world)
     except NotImplementedError:
         few = None
     if world.any(few is None):
         return None
     assert few is not None
-    along, longest_step = _exactly(float64, v, config), _longest(float64, v)
+    along, longest_step = _exactly(float64, v, config, world), _longest(float64, v)
     h = min(step_of(world.largest(few.fastest_sum), v, JVP_CHANGE / _MUCH_FASTER), longest_step)
     up = along(rollouts, h, h)
     fastest = world.largest(up.fastest_sum)
@@ -318,8 +327,8 @@ def _ways(
     share: Share,
     v: Mapping[str, Tensor],
     config: ProbeConfig,
-) -> tuple[Derivatives, Along, float, tuple[int, ...]]:
-    """D_v at θ; how D_v in float64 is found elsewhere; how far, and at which points.
+) -> tuple[Derivatives, tuple[Along, Along], float, tuple[int, ...]]:
+    """D_v at θ; how D_v in float64 is found elsewhere, by one process and by all; how far, and at which points.
 
     In forward mode, unless an operation of the model has none for any process. The grouped product of experts has none;
     the float64 copy, which takes them one by one, then serves at θ too: scores some way apart would lie on either side
@@ -328,12 +337,13 @@ def _ways(
     rollouts, world = share.own, share.world
     for model in (bound,) if bound is float64 else (bound, float64):
         try:
-            at_theta = directional_derivatives(model, rollouts, v, config, shared=True)
+            at_theta = directional_derivatives(model, rollouts, v, config, shared=True, world=world)
         except NotImplementedError:
             at_theta = None
         if not world.any(at_theta is None):
             assert at_theta is not None
-            return at_theta, _exactly(float64, v, config), JVP_CHANGE, TWO_POINTS
+            ways = _exactly(float64, v, config, ALONE), _exactly(float64, v, config, world)
+            return at_theta, ways, JVP_CHANGE, TWO_POINTS
     trial = 1e-7 / max(norm(v), 1.0)
     override = theta_plus_eta_v(float64.registry, v, trial, float64.dtype)
     moved = score(float64, rollouts, config, override)
@@ -344,7 +354,7 @@ def _ways(
         return derivatives_by_difference(float64, rollouts, v, config, step, eta)
 
     at_theta = by_difference(rollouts, 0.0, step_of(fastest, v, SCORE_CHANGE))
-    return at_theta, by_difference, SCORE_CHANGE, FIVE_POINTS
+    return at_theta, (by_difference, by_difference), SCORE_CHANGE, FIVE_POINTS
 
 
 @dataclass(frozen=True)
