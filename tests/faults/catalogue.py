@@ -275,8 +275,8 @@ def preconditioner_without_the_maximum(patch: Patch) -> None:
     """P of an AMSGrad checkpoint is made from exp_avg_sq and not from its running maximum."""
     original = update.adam_preconditioner
 
-    def plain(states: Any) -> Any:
-        return original({name: dataclasses.replace(state, amsgrad=False) for name, state in states.items()})
+    def plain(states: Any, *world: Any) -> Any:
+        return original({name: dataclasses.replace(state, amsgrad=False) for name, state in states.items()}, *world)
 
     everywhere(patch, original, plain)
 

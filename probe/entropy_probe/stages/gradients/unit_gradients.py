@@ -275,12 +275,12 @@ class UnitGradientsOnce(PairedUnitGradients):
     """As `PairedUnitGradients`, in memory that all processes see: `every` has X and Y of all units, `x` and `y` are the
     own rows of it. Nothing is sent, and sums over units are made where they are used."""
 
-    every: tuple[dict[str, Float[Tensor, "U D"]], dict[str, Float[Tensor, "U D"]]]
+    every: tuple[dict[str, Float[Tensor, "all _"]], dict[str, Float[Tensor, "all _"]]]
 
     @classmethod
     def within(
         cls, every: tuple[dict[str, Tensor], dict[str, Tensor]], units: Units, share: Share
-    ) -> Self:
+    ) -> UnitGradientsOnce:
         """Once all rows are there."""
         even = torch.ones(len(units.sizes), dtype=torch.float64)
         found: dict[str, Any] = {}
