@@ -14,6 +14,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint.stored import Saved
 from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
 from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import score
 
@@ -28,13 +29,22 @@ def has_reference(model: nn.Module, config: ProbeConfig) -> bool:
 
 @torch.no_grad()
 def reference_logp(
-    model: nn.Module, bound: BoundModel, rollouts: Rollouts, config: ProbeConfig
+    model: nn.Module,
+    bound: BoundModel,
+    rollouts: Rollouts,
+    config: ProbeConfig,
+    world: World = ALONE,
 ) -> Float[torch.Tensor, "B G T"]:
     """log p of every token under the reference, in the precision of the measurement: the model in `reference_model`,
-    else the model with its adapter off."""
+    which processes of one copy hold once, else the model with its adapter off."""
     if config.reference_model is not None:
         folder = Path(config.reference_model).expanduser()
-        other = bind(load_full_model(folder, Saved(folder, "model")).to(bound.device), bound.dtype)
+
+        def reference() -> nn.Module:
+            loaded = load_full_model(folder, Saved(folder, "model"))
+            return bind(loaded, bound.dtype).module if world.one_copy else loaded
+
+        other = bind(world.one(reference).to(bound.device), bound.dtype)
         if other.vocabulary != bound.vocabulary:
             problem = f"has {other.vocabulary} tokens, but the checkpoint has {bound.vocabulary}"
             raise MeasurementError(folder, problem, "give the model that training began with")
