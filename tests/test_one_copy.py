@@ -28,6 +28,7 @@ from entropy_probe.processes import one_copy
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.reference import reference_logp
 from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.scores import score
 
 ONCE = {"sharding": "parameter", "budget": "smoke"}
 pytestmark = pytest.mark.skipif(not one_copy.is_possible(), reason="memory is shown by descriptors of Linux")
@@ -276,6 +277,24 @@ def test_a_reference_model_is_held_once(folder: Path) -> None:
     alone, together = (reference_logp(checkpoint.model, bound, rollouts, config, of) for of in (ALONE, Watched()))
     assert torch.equal(alone, together)
     assert [{p.dtype for p in model.parameters()} for model in held] == [{float64}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_an_adapter_is_off_in_its_copy_too(folder: Path, tmp_path: Path, dtype: torch.dtype, lora: Any) -> None:
+    """log p under the reference are those of the base model alone, in every dtype, and all is on again afterwards."""
+    checkpoint = load_checkpoint(models.adapter_checkpoint(tmp_path / "lora", "llama", **lora))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora-base").eval()
+    config = ProbeConfig.from_mapping({"precision": {"dtype": str(dtype).removeprefix("torch.")}})
+    bound = bind(checkpoint.model, dtype)
+    rollouts = read_rollouts(models.random_rollouts(tmp_path / "e", prompts=2, responses=2, seed=1), bound, None)
+    before, trained = score(bound, rollouts, config).token_logp, list(bound.registry.trainable)
+    found = reference_logp(checkpoint.model, bound, rollouts, config)
+    expected = score(bind(base, dtype), rollouts, config).token_logp
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 1e-12)
+    assert float((found - before).abs().max()) > 0.01
+    assert torch.equal(score(bound, rollouts, config).token_logp, before)
+    assert list(bound.registry.trainable) == trained
 
 
 def test_names_are_shared_out_evenly() -> None:

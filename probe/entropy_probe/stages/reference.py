@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,31 @@ def reference_logp(
     if off is None:
         problem = "has a KL term, and no reference model is known"
         raise MeasurementError("recipe", problem, "give --probe-reference-model")
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    trained = [(p, p.requires_grad) for m in (model, bound.module) for p in m.parameters()]
     try:
-        with off:
+        with off, _layers_off(bound.module):
             return score(bound, rollouts, config).token_logp
     finally:  # peft makes every adapter trainable again
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
+        for parameter, was_trained in trained:
+            parameter.requires_grad_(was_trained)
+
+
+@contextmanager
+def _layers_off(module: nn.Module) -> Iterator[None]:
+    """What `disable_adapter` does, in a copy that is bound in another dtype: that knows nothing of the live model's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers: list[Any] = [part for part in module.modules() if isinstance(part, kinds)]
+    on = [part for part in layers if not part.disable_adapters]
+    for part in on:
+        part.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for part in on:
+            part.enable_adapters(enabled=True)
 
 
 def _without_adapter(model: nn.Module) -> AbstractContextManager[Any] | None:
