@@ -1,7 +1,10 @@
 """What each process of `test_one_copy.py` runs: `python one_copy_worker.py FOLDER CONFIGURATION [STAGE]`.
 
 Writes RANK-of-SIZE.json: stage → the most memory that this process held in it, in bytes, above what it held before:
-pages of its own, and its part of those that it shares. At STAGE rank 1 dies.
+pages of its own, and its part of those that it shares. At STAGE rank 1 dies; or by `fails at STAGE` it raises an error
+that a user can act on, or by `breaks at STAGE` rank 0 raises another.
+
+The checkpoint is `checkpoint`, or `checkpoint-1` of a run.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 
 from entropy_probe import ProbeConfig, ProbeError, run_probe
+from entropy_probe.errors import MeasurementError
 from entropy_probe.memory import given_back_at_once
 from entropy_probe.pipeline import evidence
 from entropy_probe.pipeline.clock import Clock
@@ -74,7 +78,7 @@ class Watch:
 def main(folder: Path, given: dict[str, Any], dies_at: str | None) -> None:
     torch.set_num_threads(1)
     world, watch, original = World.of_torchrun(), Watch(), Clock.__call__
-    checkpoint, batches = folder / "checkpoint", (folder / f"{name}.jsonl" for name in ("e", "u"))
+    checkpoint, batches = min(folder.glob("checkpoint*")), (folder / f"{name}.jsonl" for name in ("e", "u"))
 
     @contextmanager
     def at(self: Clock, stage: str) -> Iterator[None]:
@@ -82,6 +86,10 @@ def main(folder: Path, given: dict[str, Any], dies_at: str | None) -> None:
         if stage == dies_at and world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         with original(self, stage):
+            if dies_at == f"fails at {stage}" and world.rank == 1:
+                raise MeasurementError("the model", "is spoilt", "try again")
+            if dies_at == f"breaks at {stage}" and world.rank == 0:
+                raise RuntimeError("something is broken")
             yield
             watch.end_of_stage()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +22,15 @@ import one_copy_worker as worker
 from entropy_probe import ProbeConfig, load_checkpoint
 from entropy_probe.cost.sizes import Batch, Network, Run
 from entropy_probe.cost.tensors import of_machine
-from entropy_probe.errors import ConfigError
+from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.loading import load_configured
+from entropy_probe.model.forward import bind
 from entropy_probe.model.registry import checksum
 from entropy_probe.processes import one_copy
 from entropy_probe.processes.world import ALONE, World
+from entropy_probe.stages.reference import reference_logp
+from entropy_probe.stages.responses.rollouts_file import read_rollouts
+from entropy_probe.stages.scores import score
 
 ONCE = {"sharding": "parameter", "budget": "smoke"}
 pytestmark = pytest.mark.skipif(not one_copy.is_possible(), reason="memory is shown by descriptors of Linux")
@@ -35,8 +41,13 @@ def together(folder: Path, size: int, *arguments: str) -> list[CompletedProcess[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    return processes(size, port, worker.__file__, str(folder), *arguments)
+
+
+def processes(size: int, port: int, *command: str, **variables: str) -> list[CompletedProcess[str]]:
     shared = {
         **os.environ,
+        **variables,
         "OMP_NUM_THREADS": "1",
         "ENTROPY_PROBE_TIMEOUT": "20",
         "TORCHELASTIC_RUN_ID": "none",
@@ -47,7 +58,7 @@ def together(folder: Path, size: int, *arguments: str) -> list[CompletedProcess[
 
     def start(rank: int) -> CompletedProcess[str]:
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return forked.python(worker.__file__, str(folder), *arguments, environment=environment, timeout=120)
+        return forked.python(*command, environment=environment, timeout=120)
 
     with ThreadPoolExecutor(size) as threads:
         return list(threads.map(start, range(size)))
@@ -159,6 +170,67 @@ def test_a_process_that_dies_is_named(ended: dict[str, list[CompletedProcess[str
     assert "Traceback" not in first.stderr
 
 
+def run_of_two(folder: Path) -> Path:
+    """Two checkpoints, the second a step after the first, so that the trainer's step is found beside the first."""
+    model = models.tiny_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in (1, 2):
+        models.train_steps(model, optimizer, steps=1, seed=step)
+        saved = models.save_checkpoint(folder / f"checkpoint-{step}", model, optimizer)
+        (saved / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name, seed in (("e", 1), ("u", 2)):
+        models.random_rollouts(folder / f"{name}.jsonl", prompts=2, responses=2, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize("sharding", ["parameter", "prompt"])
+def test_what_one_alone_cannot_do_with_the_next_checkpoint_all_leave_out(tmp_path: Path, sharding: str) -> None:
+    """And nobody waits for it, or takes what another sends for the answer to something else."""
+    config = json.dumps(ONCE | {"sharding": sharding})
+    for done in together(run_of_two(tmp_path), 2, config, "fails at real update"):
+        assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report-2.json").read_text())
+    assert report["real_update_missing"] == "rank 1: the model: is spoilt; try again"
+    assert report["witness"]["x_difference"] < 1e-4
+
+
+def test_what_breaks_at_the_next_checkpoint_ends_all(tmp_path: Path) -> None:
+    """It is no reason to leave anything out in the process that broke, and so in none."""
+    first, second = together(run_of_two(tmp_path), 2, json.dumps(ONCE), "breaks at real update")
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert first.stderr.splitlines()[-1] == "RuntimeError: something is broken"
+    assert second.stderr.endswith("rank 0: ended with RuntimeError: something is broken; see its traceback\n")
+    assert not (tmp_path / "report-2.json").exists()
+
+
+# rank DEAD dies, and the others are ended as torchrun would end them
+_TERMINATED = """
+import os, signal, sys, time
+from entropy_probe.processes.world import World
+world = World.of_torchrun()
+world.at("load")
+world.wait()
+if world.rank == int(sys.argv[1]):
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.2)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_who_died_is_named_by_the_first_that_lives(dead: int) -> None:
+    """Not one of those that are ended with it; rank 0 too. The store is torchrun's, as its processes have it."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ended = processes(3, store.port, "-c", _TERMINATED, str(dead), **agent)
+    assert [done.returncode for done in ended] == [-9 if rank == dead else -15 for rank in range(3)]
+    said = [line for done in ended for line in done.stderr.splitlines() if "rank" in line]
+    assert len(said) == 1, said
+    assert said[0].startswith(f"entropy-probe: rank {dead} (pid "), said
+    assert "; stage: load): ended; " in said[0], said
+
+
 class TwoInOne(World):
     """Rank 0 of two processes, of which the other is this one too."""
 
@@ -186,6 +258,56 @@ def test_what_is_made_once() -> None:
     zeros["a"][1, 2] = 4.0
     assert float(zeros["a"].sum()) == 4.0
     assert ALONE.made(shapes, lambda name: torch.ones(shapes[name]))["c"].tolist() == [1.0] * 7
+
+
+def test_memory_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line; a folder's complaint is that of who chose the folder."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MeasurementError, match=r"^memory: cannot hold 0.5 GiB more \(Cannot allocate memory\); free"):
+        TwoInOne().zeros({"a": (1 << 26,)}, torch.float64)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        TwoInOne().zeros({"a": (1 << 26,)}, torch.float64, tmp_path)
+
+
+def test_a_reference_model_is_held_once(folder: Path) -> None:
+    """In the dtype of the measurement, and its log p are those of a model of one's own."""
+    held: list[torch.nn.Module] = []
+
+    class Watched(TwoInOne):
+        def one(self, make: Any) -> Any:
+            held.append(super().one(make))
+            return held[-1]
+
+    checkpoint, float64 = load_checkpoint(folder / "checkpoint"), torch.float64
+    config = ProbeConfig.from_mapping({"reference_model": str(folder / "checkpoint"), "precision": models.FLOAT64})
+    bound = bind(checkpoint.model, float64)
+    rollouts = read_rollouts(folder / "e.jsonl", bound, None)
+    alone, together = (reference_logp(checkpoint.model, bound, rollouts, config, of) for of in (ALONE, Watched()))
+    assert torch.equal(alone, together)
+    assert [{p.dtype for p in model.parameters()} for model in held] == [{float64}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_an_adapter_is_off_in_its_copy_too(folder: Path, tmp_path: Path, dtype: torch.dtype, lora: Any) -> None:
+    """log p under the reference are those of the base model alone, in every dtype, and all is on again afterwards."""
+    checkpoint = load_checkpoint(models.adapter_checkpoint(tmp_path / "lora", "llama", **lora))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora-base").eval()
+    config = ProbeConfig.from_mapping({"precision": {"dtype": str(dtype).removeprefix("torch.")}})
+    bound = bind(checkpoint.model, dtype)
+    rollouts = read_rollouts(models.random_rollouts(tmp_path / "e", prompts=2, responses=2, seed=1), bound, None)
+    before, trained = score(bound, rollouts, config).token_logp, list(bound.registry.trainable)
+    found = reference_logp(checkpoint.model, bound, rollouts, config)
+    expected = score(bind(base, dtype), rollouts, config).token_logp
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 1e-12)
+    assert float((found - before).abs().max()) > 0.01
+    assert torch.equal(score(bound, rollouts, config).token_logp, before)
+    assert list(bound.registry.trainable) == trained
 
 
 def test_names_are_shared_out_evenly() -> None:

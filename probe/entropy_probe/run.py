@@ -126,9 +126,10 @@ def _measure(
         real_update = real_update_missing = None
         if prepared.next_checkpoint is not None:
             try:
-                real_update = after_the_real_step(of, step, prepared.next_checkpoint, clock)
-            except ProbeError as error:
-                if not prepared.next_was_found:
+                with world.together():
+                    real_update = after_the_real_step(of, step, prepared.next_checkpoint, clock)
+            except Exception as error:  # of all processes, which go on together or end together
+                if not prepared.next_was_found or world.any(not isinstance(error, ProbeError)):
                     raise
                 real_update_missing = str(error)
         with clock("witnesses"):

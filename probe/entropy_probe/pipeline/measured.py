@@ -194,7 +194,7 @@ def _as_update(
         needed["logp"] = share.all_tokens(tokens.token_logp)
         needed["entropy"] = share.all_tokens(tokens.rb_entropy)
     if recipe.needs_reference:
-        reference = reference_logp(checkpoint.model, bound, share.own, config)
+        reference = reference_logp(checkpoint.model, bound, share.own, config, share.world)
         needed["reference"] = share.all_tokens(reference)
     ends = set(eos_ids(bound.language_model, checkpoint.tokenizer))
     return update_batch(share.rollouts, config, ends, needed)

@@ -200,7 +200,7 @@ def _logged(checkpoint: Checkpoint) -> float | None:
 def after_the_real_step(
     of: Measured, step: NextStep, next_checkpoint: Path, clock: Clock
 ) -> r.RealUpdateSection | None:
-    """The trainer's own step beside v, and ΔH along it. All processes take part; rank 0 has it."""
+    """The trainer's own step beside v, and ΔH along it. All processes take part, in `together`; rank 0 has it."""
     if step.direction is None:
         return None
     config, e, direction = of.config, of.e, step.direction
@@ -208,8 +208,7 @@ def after_the_real_step(
         missing = config.first_order.missing_state
         base = of.checkpoint.info.base_model
         world = clock.world
-        with world.together():
-            after = world.one(lambda: load_checkpoint(next_checkpoint, base, missing_state=missing))
+        after = world.one(lambda: load_checkpoint(next_checkpoint, base, missing_state=missing))
         lr, _ = update.learning_rate(of.checkpoint.adam, None)  # the trainer's, whatever is set
         made = made_step(of.checkpoint, after, lr, world)
         along = slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, made.v, config)

@@ -44,8 +44,8 @@ class Connection:
     of N processes sends it. The process group is none of torch's registered ones, so that it cannot
     meet one of the user's own.
 
-    Where torchrun ends this process because another has died, rank 0 writes one line that names
-    that one to the file descriptor `line_to`.
+    Where torchrun ends this process because another has died, the first that lives writes one line
+    that names that one to the file descriptor `line_to`.
     """
 
     def __init__(self, rank: int, size: int, line_to: int) -> None:
@@ -115,13 +115,17 @@ class Connection:
         raise self.lost from error
 
     def _listen(self, line_to: int) -> None:
-        """torchrun ends all processes as soon as it finds one dead: name that one before going."""
+        """torchrun ends all processes as soon as it finds one dead: name that one before going.
+
+        All of them look for it, since one that went at once would be taken for it.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
 
         def terminated(number: int, frame: Any) -> None:
-            dead = self._pulse.stopped(_STOPPED) if self.rank == 0 else None
-            if dead is not None:
+            dead = self._pulse.stopped(_STOPPED)
+            first = 1 if dead is not None and dead.startswith("rank 0 ") else 0
+            if dead is not None and self.rank == first:
                 line = f"entropy-probe: {DistributedError(dead, 'ended', REMEDY)}\n"
                 os.write(line_to, line.encode())
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

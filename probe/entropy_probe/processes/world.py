@@ -173,13 +173,21 @@ class World:
     ) -> dict[str, Tensor]:
         """Zeros by name; in one copy what a process writes into them all read, after `wait`.
 
-        In one copy they stand in memory, or in a file of `folder`. Raises `OSError` where that has no room.
+        In one copy they stand in memory, or in a file of `folder`. Raises `MeasurementError` where memory has no room,
+        `OSError` where the folder has none.
         """
         if not self.one_copy:
             return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
         size = one_copy.size_of(shapes, dtype)
-        with self._shown(lambda: one_copy.nameless(folder, size)) as path:
-            return one_copy.mapped(path, shapes, dtype)
+        try:
+            with self._shown(lambda: one_copy.nameless(folder, size)) as path:
+                return one_copy.mapped(path, shapes, dtype)
+        except OSError as error:
+            if folder is not None:
+                raise
+            problem = f"cannot hold {size / 2**30:.2g} GiB more ({error.strerror or error})"
+            remedy = "free some of it, or use a machine with more"
+            raise MeasurementError("memory", problem, remedy) from error
 
     def made(
         self,
