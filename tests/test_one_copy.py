@@ -26,6 +26,7 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.loading import load_configured
 from entropy_probe.model.forward import bind
 from entropy_probe.model.registry import checksum
+from entropy_probe.pipeline.prepared import prepare
 from entropy_probe.processes import one_copy
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.reference import reference_logp
@@ -346,6 +347,19 @@ def test_two_machines_are_refused(folder: Path) -> None:
         load_configured(folder / "checkpoint", None, ProbeConfig.from_mapping(ONCE), Elsewhere())
     found = load_configured(folder / "checkpoint", None, ProbeConfig(), Elsewhere())
     assert not found.in_one_copy
+
+
+def test_a_checkpoint_of_each_process_is_refused(folder: Path) -> None:
+    """What Python has loaded is not held once, whatever the configuration says."""
+
+    class Two(TwoInOne):
+        def in_one_copy(self, *, one_copy: bool = True) -> World:
+            self.one_copy = one_copy
+            return self
+
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    with pytest.raises(ConfigError, match=r"^sharding: parameter needs a folder to load; "):
+        prepare(checkpoint, ProbeConfig.from_mapping(ONCE), world=Two())
 
 
 def test_auto_holds_one_copy_of_a_full_model_that_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

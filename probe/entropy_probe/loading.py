@@ -61,8 +61,16 @@ def _is_too_much(path: str | Path, config: ProbeConfig, world: World) -> bool:
     layout = find_layout(path)
     if layout.is_adapter:
         return False
-    size = sum(file.stat().st_size for file in layout.folder.rglob("*") if file.is_file())
+    size = sum(_size(file) for file in layout.folder.rglob("*"))
     device = usable_device(world.device(config.device))
     here, there = (memory.available_bytes(of) for of in (torch.device("cpu"), device))
     too_much = here is not None and world.size * _OF_THE_FILES * size > here
     return too_much or (device.type != "cpu" and there is not None and 2 * size > there)
+
+
+def _size(path: Path) -> int:
+    """Of a file; 0 of what is none, or is gone by now."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0

@@ -14,7 +14,7 @@ from entropy_probe import memory
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.demo import is_of_the_demo
-from entropy_probe.errors import MeasurementError
+from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.layout import following
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel, bind, require_held
@@ -76,6 +76,9 @@ def prepare(
     world.count_anew()
     asked = config
     with world.together(), allocating(config):
+        if config.sharding == "parameter" and world.size > 1 and not world.one_copy:
+            problem = "parameter needs a folder to load; this checkpoint is each process's own"
+            raise ConfigError("sharding", problem, "give the folder, or set sharding: prompt")
         held = {} if checkpoint.held is None else {"load": checkpoint.held}
         require_loaded_within(config, checkpoint.held)
         require_held(checkpoint.model)
