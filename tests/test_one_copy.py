@@ -25,8 +25,9 @@ from entropy_probe.cost.tensors import of_machine
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.loading import load_configured
 from entropy_probe.model.forward import bind
+from entropy_probe.model.placement import IN_MEMORY, Placement, place, taken_home
 from entropy_probe.model.registry import checksum
-from entropy_probe.pipeline.prepared import prepare
+from entropy_probe.pipeline.prepared import bound_in, prepare
 from entropy_probe.processes import one_copy
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.reference import reference_logp
@@ -249,6 +250,19 @@ def test_one_thing_has_the_same_tensors(folder: Path) -> None:
     for name, state in loaded.adam.items():
         assert torch.equal(again.adam[name].exp_avg_sq, state.exp_avg_sq)
     assert all(p.data_ptr() % 64 == 0 for p in again.model.parameters())
+
+
+def test_what_is_placed_stays_the_same_memory(folder: Path) -> None:
+    """A model that is lent to a device is the one that was handed over; a copy is handed over without a place."""
+    model = TwoInOne().one(lambda: load_checkpoint(folder / "checkpoint")).model
+    before = [p.data_ptr() for p in model.parameters()]
+    placement = place(model, IN_MEMORY, torch.device("cpu"))
+    assert [p.data_ptr() for p in model.parameters()] == before
+    assert placement.device_map == IN_MEMORY
+    bound = bound_in(TwoInOne(), model, torch.float64)
+    assert Placement.of(bound.module) == placement
+    assert Placement.of(taken_home(bound.module)) is None
+    assert Placement.of(model) == placement
 
 
 def test_what_is_made_once() -> None:

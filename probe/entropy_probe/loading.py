@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from entropy_probe.errors import ConfigError
 from entropy_probe.layout import find_layout
 from entropy_probe.model.checkpoint import Checkpoint, load_checkpoint
 from entropy_probe.model.device import usable_device
-from entropy_probe.model.placement import moved_to
+from entropy_probe.model.placement import IN_MEMORY, place
 from entropy_probe.processes.world import ALONE, World
 
 _OF_THE_FILES = 6
@@ -36,10 +35,11 @@ def load_configured(
     if not _in_one_copy(path, config, world):
         return load(device, **config.placement)
     usable = usable_device(device)
-    placement: dict[str, Any] = {} if usable.type == "cpu" else {"device_map": {"": "cpu"}}
-    found = world.in_one_copy().one(lambda: load(device, **placement))
-    moved_to(found.model, usable)
-    return replace(found, in_one_copy=True)
+    found = world.in_one_copy().one(lambda: load("cpu"))
+    info = found.info
+    if usable.type != "cpu":  # what is in memory is lent to the process's own device
+        info = replace(info, device_map=place(found.model, IN_MEMORY, usable).device_map)
+    return replace(found, info=info, in_one_copy=True)
 
 
 def _in_one_copy(path: str | Path, config: ProbeConfig, world: World) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from entropy_probe.memory import trim
 from entropy_probe.model.disk import to_disk
 from entropy_probe.model.lending import base_blocks
 
+IN_MEMORY = {"": "cpu"}
+"""The map of a model that is in memory, and lent to where it is used."""
 _NAME = "_entropy_probe_placement"
 _PEFT = "base_model.model."
 _FREE = "free some of it, or give another --probe-offload-folder"
@@ -46,11 +48,13 @@ class Placement:
         return self.device_map[name]
 
 
-def moved_to(module: nn.Module, main: torch.device) -> None:
-    """Use a placed model's parts that are in memory on another device; nothing else changes."""
-    placement = Placement.of(module)
-    if placement is not None:
-        setattr(module, _NAME, replace(placement, main=main))
+def taken_home(module: nn.Module) -> nn.Module:
+    """A copy of a placed model as if it had never been placed, its buffers in memory: before it is handed over."""
+    for part in module.modules():
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = None if buffer is None else buffer.cpu()
+    vars(module).pop(_NAME, None)
+    return module
 
 
 def main_device(module: nn.Module) -> torch.device:

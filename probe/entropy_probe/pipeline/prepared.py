@@ -18,7 +18,7 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.layout import following
 from entropy_probe.model.checkpoint import Checkpoint
 from entropy_probe.model.forward import BoundModel, bind, require_held
-from entropy_probe.model.placement import main_device
+from entropy_probe.model.placement import Placement, main_device, place, taken_home
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.registry import Registry, checksum, unwrap
 from entropy_probe.pipeline.clock import Clock
@@ -160,13 +160,17 @@ def bound_in(
 ) -> BoundModel:
     """`bind`; a copy that it makes, processes that hold one model together hold once, except where most of the model
     is frozen and lent: the rest of it is then each one's own."""
-    registry = Registry.of(model)
+    model = unwrap(model)
+    registry = Registry(model)
     if not world.one_copy or {p.dtype for p in registry.parameters.values()} == {dtype}:
         return bind(model, dtype, lend_frozen=lend_frozen)
     trained = sum(p.numel() for p in registry.trainable.values())
     if 2 * trained < sum(p.numel() for p in registry.parameters.values()):
         return bind(model, dtype, lend_frozen=True)
-    return bind(world.one(lambda: bind(model, dtype).module), dtype)
+    copy, placement = world.one(lambda: taken_home(bind(model, dtype).module)), Placement.of(model)
+    if placement is not None:
+        place(copy, placement.device_map, placement.main)
+    return bind(copy, dtype)
 
 
 def _asked(file: str | Path | None) -> str:

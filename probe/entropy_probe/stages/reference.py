@@ -15,6 +15,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.model.checkpoint.stored import Saved
 from entropy_probe.model.checkpoint.weights.pretrained import load_full_model
 from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.model.placement import IN_MEMORY, place
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import score
@@ -45,7 +46,12 @@ def reference_logp(
             loaded = load_full_model(folder, Saved(folder, "model"))
             return bind(loaded, bound.dtype).module if world.one_copy else loaded
 
-        other = bind(world.one(reference).to(bound.device), bound.dtype)
+        loaded = world.one(reference)
+        if world.one_copy and bound.device.type != "cpu":
+            place(loaded, IN_MEMORY, bound.device)
+        else:
+            loaded = loaded.to(bound.device)
+        other = bind(loaded, bound.dtype)
         if other.vocabulary != bound.vocabulary:
             problem = f"has {other.vocabulary} tokens, but the checkpoint has {bound.vocabulary}"
             raise MeasurementError(folder, problem, "give the model that training began with")
