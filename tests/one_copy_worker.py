@@ -1,7 +1,7 @@
 """What each process of `test_one_copy.py` runs: `python one_copy_worker.py FOLDER CONFIGURATION [STAGE]`.
 
 Writes RANK-of-SIZE.json: stage → the most memory that this process held in it, in bytes, above what it held before:
-pages of its own, and its part of those that it shares. At STAGE rank 1 dies; or by `fails at STAGE` it raises an error
+what it has allocated, and its part of the pages that it shares. At STAGE rank 1 dies; or by `fails at STAGE` it raises an error
 that a user can act on, or by `breaks at STAGE` rank 0 raises another.
 
 The checkpoint is `checkpoint`, or `checkpoint-1` of a run.
@@ -9,6 +9,7 @@ The checkpoint is `checkpoint`, or `checkpoint-1` of a run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -34,10 +35,36 @@ AT_ONCE = 1 << 17
 products.IN_FLOAT64 = evidence._AT_ONCE = AT_ONCE
 
 
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+_LIBC = ctypes.CDLL(None)
+IS_COUNTED = hasattr(_LIBC, "mallinfo2")
+if IS_COUNTED:
+    _LIBC.mallinfo2.restype = _Mallinfo
+
+
 def of_its_own() -> int:
-    """Bytes of memory that is no file's, and no other process's."""
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
+    """Bytes that are allocated; what is resident differs by what the system has fetched, kept or put away."""
+    found = _LIBC.mallinfo2()
+    return found.uordblks + found.hblkhd
 
 
 def of_shared() -> int:

@@ -90,6 +90,8 @@ CONSTANT = 24 << 20
 @pytest.fixture(scope="module")
 def held(folder: Path) -> dict[int, list[dict[str, int]]]:
     """By number of processes, of each: the most that it held in every stage."""
+    if not worker.IS_COUNTED:
+        pytest.skip("glibc tells what is allocated from 2.33 on")
     found = {}
     for size in (1, 2, 4):
         for done in together(folder, size, json.dumps(ONCE)):
