@@ -1,8 +1,8 @@
 """What each process of `test_one_copy.py` runs: `python one_copy_worker.py FOLDER CONFIGURATION [STAGE]`.
 
 Writes RANK-of-SIZE.json: stage → the most memory that this process held in it, in bytes, above what it held before:
-what it has allocated, and its part of the pages that it shares. At STAGE rank 1 dies; or by `fails at STAGE` it raises an error
-that a user can act on, or by `breaks at STAGE` rank 0 raises another.
+what it has allocated, and its part of the pages that it shares. At STAGE rank 1 dies; or by `fails at STAGE` it raises
+an error that a user can act on, or by `breaks at STAGE` rank 0 raises another.
 
 The checkpoint is `checkpoint`, or `checkpoint-1` of a run.
 """
@@ -35,24 +35,13 @@ AT_ONCE = 1 << 17
 products.IN_FLOAT64 = evidence._AT_ONCE = AT_ONCE
 
 
+_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
 class _Mallinfo(ctypes.Structure):
     """glibc's `struct mallinfo2`."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
 
 
 _LIBC = ctypes.CDLL(None)
