@@ -26,6 +26,7 @@ from entropy_probe.stages.gradients.unit_gradients import (
     OwnUnitGradients,
     PairedUnitGradients,
     UnitGradients,
+    UnitGradientsOnce,
 )
 from entropy_probe.stages.responses.texts import texts_of
 
@@ -215,7 +216,9 @@ def _of_pairs(
     for n in names:
         flat, own = precond[n].reshape(-1), torch.zeros(len(x.x[n]), units, dtype=torch.float64)
         for part in _pieces(len(flat), units):
-            every = y.every_y(n, part).double()
+            # not by `every_y`, which the figures are made by: what both call, no comparison sees
+            once = isinstance(y, UnitGradientsOnce)
+            every = (y.every[1][n][:, part] if once else y.of_units(y.y[n][:, part])).double()
             own += (x.x[n][:, part].double() * flat[part].double()) @ every.T
         found.append(x.of_units(own))
     return torch.stack(found)
