@@ -294,7 +294,9 @@ class UnitGradientsOnce(PairedUnitGradients):
 
     def with_x_of(self, other: UnitGradients) -> UnitGradients:
         assert isinstance(other, UnitGradientsOnce)
-        return self.within((other.every[0], self.every[1]), self.units, self.share)
+        every = other.every[0], self.every[1]
+        means, sums = other.means_x, other.sums_x
+        return replace(self, x=other.x, sums_x=sums, means_x=means, every=every)
 
     def chosen(self, which: Int[Tensor, " k"]) -> tuple[_Rows, _Rows]:
         x, y = (Made(side, lambda name, side=side: side[name][which]) for side in self.every)

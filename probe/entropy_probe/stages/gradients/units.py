@@ -104,9 +104,7 @@ class Rows:
         try:
             return disk.zeros((rows, numbers), dtype, self.folder)
         except OSError as error:
-            more = rows * numbers * dtype.itemsize / 2**30
-            problem = f"cannot hold {more:.2g} GiB more of gradients ({error.strerror or error})"
-            raise self._unusable(problem) from error
+            raise self._full(rows * numbers * dtype.itemsize, error) from error
 
     def zeros_of_all(
         self, rows: int, like: Mapping[str, Tensor], dtype: torch.dtype, world: World
@@ -117,9 +115,14 @@ class Rows:
         try:
             return world.zeros(shapes, dtype, folder)
         except OSError as error:
-            more = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize / 2**30
-            problem = f"cannot hold {more:.2g} GiB more of gradients ({error.strerror or error})"
-            raise self._unusable(problem) from error
+            size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+            raise self._full(size, error) from error
+
+    def _full(self, size: int, error: OSError) -> MeasurementError:
+        problem = (
+            f"cannot hold {size / 2**30:.2g} GiB more of gradients ({error.strerror or error})"
+        )
+        return self._unusable(problem)
 
     def _unusable(self, problem: str) -> MeasurementError:
         where = f"offload_folder {self.folder or tempfile.gettempdir()}"
