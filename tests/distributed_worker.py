@@ -22,6 +22,7 @@ from entropy_probe.errors import MeasurementError
 from entropy_probe.pipeline import measured as both_batches
 from entropy_probe.processes.connection import Connection
 from entropy_probe.processes.world import World
+from entropy_probe.stages.gradients.unit_gradients import UnitGradientsOnce
 from entropy_probe.stages.gradients.units import bytes_of_units
 from entropy_probe.stages.memory.memory_limit import Plan, planned
 
@@ -103,19 +104,25 @@ ONCE = ("two_batches", "two_prompts", "full", "tied_blocks", "grown", "sgd")
 for _case in ONCE:
     _config, *_files = CASES[_case]
     CASES[f"{_case}_once"] = (_config | {"sharding": "parameter"}, *_files)
+SLIPPED = "full_once_slipped"
+"""Y of the other processes' units is taken from the rows of X."""
+CASES[SLIPPED] = CASES["full_once"]
 
 
 def measured(folder: Path, case: str, world: World) -> ProbeReport:
     config, e, u = CASES[case]
     files = (None if name is None else folder / f"{name}.jsonl" for name in (e, u))
-    name = OTHERS.get(case.removesuffix("_once"), "checkpoint")
+    name = OTHERS.get(case.partition("_once")[0], "checkpoint")
     checkpoint = checkpoint_path() if e is None else folder / name
     original = both_batches.planned
     both_batches.planned = _three_blocks if case == "limited" else original
+    every_y = UnitGradientsOnce.every_y
+    if case == SLIPPED:
+        UnitGradientsOnce.every_y = lambda self, name, part: self.every[0][name][:, part]
     try:
         return run_probe(checkpoint, ProbeConfig.from_mapping(config), *files, world=world)
     finally:
-        both_batches.planned = original
+        both_batches.planned, UnitGradientsOnce.every_y = original, every_y
 
 
 def _three_blocks(bound: Any, float64: Any, batches: Any, config: ProbeConfig, world: World) -> Plan:

@@ -45,7 +45,7 @@ def in_test_files() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> ProbeReport:
     folder = tmp_path_factory.mktemp("criteria")
-    path = models.adapter_checkpoint(folder / "ckpt", "llama", adamw={"lr": 1e-5})
+    path = models.adapter_checkpoint(folder / "ckpt", "llama", adamw={"lr": LR})
     model = load_checkpoint(path).model
     e = models.sampled_rollouts(folder / "e.jsonl", model, prompts=5, responses=3, seed=1)
     u = models.sampled_rollouts(folder / "u.jsonl", model, prompts=6, responses=3, seed=2)
@@ -153,7 +153,7 @@ UNREAD = {
     # of the evidence, which a report that is read from a file does not have
     *(name for name, criterion in CRITERIA.items() if criterion.family == "audit"),
 }
-LR = 1e-5
+LR = 1e-4
 BY_TAGS = {"source": "sampled", "reward": "tag_pref"}
 
 
@@ -569,9 +569,9 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "update_batch", **BY_TAGS), "pass"),
     ],
     "step_resolved": [
-        (lambda r: poisoned(r, "continuity", trusted_eta_min=2e-5, trusted_eta_max=1e-3), "inconclusive"),
-        (lambda r: poisoned(r, "continuity", trusted_eta_min=1e-7, trusted_eta_max=9e-6), "inconclusive"),
-        (lambda r: poisoned(r, "continuity", trusted_eta_max=9e-6, taylor_eta_max=9e-6), "pass"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=2e-4, trusted_eta_max=1e-3), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_min=1e-7, trusted_eta_max=9e-5), "inconclusive"),
+        (lambda r: poisoned(r, "continuity", trusted_eta_max=9e-5, taylor_eta_max=9e-5), "pass"),
         (lambda r: poisoned(r, "continuity", trusted_eta_min=None, trusted_eta_max=None), "inconclusive"),
         (lambda r: poisoned(r, "continuity", trusted_eta_min=math.nan), "inconclusive"),
     ],

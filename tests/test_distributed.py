@@ -112,7 +112,7 @@ def ended(request: pytest.FixtureRequest, folder: Path) -> tuple[int, int, str, 
     """
     size, said = request.param, ""
     last = ["command_line", "killed"] if size == 2 else ["stopped"]
-    cases = [*SAME[:2], "fails", *SAME[2:], *ONCE, "twice_as_many", *last]
+    cases = [*SAME[:2], "fails", *SAME[2:], *ONCE, worker.SLIPPED, "twice_as_many", *last]
     with (
         (folder / f"stdout-{size}").open("w+") as out,
         subprocess.Popen(
@@ -198,6 +198,14 @@ def test_the_figures_of_several_are_computed_again(folder: Path, size: int, case
     lines = audit(read(folder, case, size), Evidence.from_file(folder / f"{case}-{size}.safetensors"))
     assert worst(lines).difference <= LIMIT / 10, worst(lines)
     assert len(lines) > (80 if case.startswith("sgd") else 200)
+
+
+def test_a_slip_in_the_one_copy_is_seen(folder: Path, size: int) -> None:
+    """What the figures read of other processes' rows, the evidence does not read in the same way."""
+    case = worker.SLIPPED
+    lines = audit(read(folder, case, size), Evidence.from_file(folder / f"{case}-{size}.safetensors"))
+    wrong = {line.name for line in lines if not line.difference <= LIMIT}
+    assert {"first_order.u_cross", "two_batch.bars_dot"} <= wrong
 
 
 def test_the_same_responses(folder: Path, size: int) -> None:

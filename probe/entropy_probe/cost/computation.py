@@ -23,11 +23,12 @@ LOGITS, _LOGIT_ROWS = 1 << 21, 64  # that are held at once: model/forward.py
 _WITNESSED = 2  # units whose gradient is made by the loop
 _PROJECTED = 2  # prompts of the other ways of a projection
 _STEPPED = 2  # prompts of the real step, and responses of each
+_LOOKED_UP = 4  # prompts of which one response says how far the slopes step: stages/slopes.py
 _SOME_ROWS, _POSITIONS, _LOGIT_ETAS = 4, 8, 5  # of continuity: rows, and logits at ±η
 _RESPONSES, _ETAS, _ETAS_THERE, _STENCILS = 4, 11, 8, 8  # of the Taylor tests
 _PLAIN = 4  # responses of a prompt that are scored by the plain model: pipeline/again.py
 _COLUMNS = 56  # that a drawn row has at most, on a model that takes as many
-_INVARIANT_ROWS, _WHOLE = 4, 64  # of invariance: rows, and positions of one that are read at once
+_INVARIANT_ROWS, _WHOLE = 3, 64  # of invariance: rows, and positions of one that are read at once
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,11 @@ def _products(network: Network, run: Run) -> float:
 
 
 def _slopes(network: Network, run: Run, e: Batch) -> float:
-    """D_v at θ ± hv in float64; at θ too where the run is in float64, else of one response of each prompt."""
+    """D_v at θ ± hv in float64; at θ too where the run is in float64, else of one response of a few prompts."""
     of_all = scoring(network, run, e, JVP)
     if run.float64:
         return 3 * of_all
-    few = without_graph(network, JVP, replace(e, group=1), run.rows_at_once)
+    few = without_graph(network, JVP, replace(e.of(_LOOKED_UP), group=1), run.rows_at_once)
     tried_again = tried(network, run, e) if shares_prompts(run, e) else 0.0
     return 2 * of_all + few + tried_again
 
@@ -311,7 +312,7 @@ def _evidence(network: Network, run: Run) -> float:
 
 
 def _continuity(network: Network, run: Run) -> float:
-    """Logits of 4 rows at six points; the Taylor tests on 4 responses; invariance on 4 rows."""
+    """Logits of 4 rows at six points; the Taylor tests on 4 responses; invariance on 3 rows."""
     e, models = run.e, 1 if run.float64 else 2
     rows = some_rows(run)
     longest = e.longest_of(rows)

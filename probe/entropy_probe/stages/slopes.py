@@ -51,9 +51,10 @@ from entropy_probe.stages.share import Share
 from entropy_probe.stages.update import UpdateDirection
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 _PARAMETER_CHANGE = 1e-4
+_LOOKED_UP = 4  # prompts, to see how fast responses move
 _MUCH_FASTER = (
     3.0  # the mean of D_v at ±h is off by (3e-5)² of the terms where one moves nine times as fast
 )
@@ -263,12 +264,10 @@ def _beside_theta(
 ) -> tuple[float, Derivatives] | None:
     """h, and D_v at θ + hv; `None` where an operation of the model has no forward-mode derivative for any process.
 
-    How fast the responses move is looked up on the longest of each prompt, and corrected where another moves faster.
+    How fast the responses move is looked up on the longest of a few prompts, and corrected where another moves faster.
     """
     rollouts, world = share.own, share.world
-    lengths = rollouts.per_prompt(rollouts.gen_lens)
-    longest = lengths.argmax(1) if lengths.numel() else lengths.new_zeros(0)
-    rows = longest + rollouts.num_responses * torch.arange(len(longest))
+    rows = _longest_rows(share)
     try:
         few = directional_derivatives(float64, rollouts, v, config, some=rows, world=world)
     except NotImplementedError:
@@ -284,6 +283,15 @@ def _beside_theta(
         h = min(step_of(fastest, v, JVP_CHANGE), longest_step)
         up = along(rollouts, h, h)
     return h, up
+
+
+def _longest_rows(share: Share) -> Int[Tensor, " r"]:
+    """Which own responses are the longest of the `_LOOKED_UP` prompts of the whole batch that have the longest."""
+    lengths = share.rollouts.per_prompt(share.rollouts.gen_lens)
+    of_prompts, responses = lengths.max(1)
+    prompts = of_prompts.argsort(descending=True, stable=True)[:_LOOKED_UP]
+    own = prompts[(prompts >= share.prompts.start) & (prompts < share.prompts.stop)]
+    return (own - share.prompts.start) * lengths.shape[1] + responses[own]
 
 
 def spread_per_token(

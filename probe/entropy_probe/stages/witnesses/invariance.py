@@ -22,7 +22,7 @@ from entropy_probe.stages.scores import policy_scores, read_rows, rows_without_g
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_ROWS = 4
+_ROWS = 3
 _PIECE = 5
 _WHOLE = 64  # positions of a row whose logits are held in one piece
 
@@ -148,7 +148,7 @@ def padded_to(
 
 
 def _some_rows(rollouts: Rollouts, config: ProbeConfig) -> Tensor:
-    """Up to 4 rows, from the shortest to the longest; as many as a pass may have, but two at least."""
+    """The shortest row, the longest and one of a length between; as many as a pass may have, but two at least."""
     order = torch.argsort(rollouts.prompt_lens + rollouts.gen_lens, stable=True)
     most = max(2, rows_without_graph(rollouts, config.generation))
     return order[torch.linspace(0, len(order) - 1, min(_ROWS, most, len(order))).long()]
