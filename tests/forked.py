@@ -28,6 +28,7 @@ import pytest
 IMPORTED = (
     "arviz_stats.base.array",
     "entropy_probe.run",
+    "entropy_probe.watching.watcher",
     "hypothesis.strategies",
     "pydantic.main",
     "pydantic.type_adapter",
@@ -46,8 +47,10 @@ IMPORTED = (
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.trainer_pt_utils",
 )
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(list(IMPORTED))
+SERVER = multiprocessing.get_context("forkserver")
+"""The only one of a process: whoever forks in another way than by `python` asks here, since what the server imports is
+said once for all."""
+SERVER.set_forkserver_preload(list(IMPORTED))
 
 
 def python(
@@ -63,7 +66,7 @@ def python(
     command = [os.fspath(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as place:
         outputs = [Path(place) / name for name in ("stdout", "stderr")]
-        process = _SERVER.Process(
+        process = SERVER.Process(
             target=_become,
             args=(command, os.fspath(cwd or os.getcwd()), _of_no_worker(environment), outputs, _fresh_path()),
         )

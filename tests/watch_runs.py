@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -19,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forked
 import watched
 
 PAUSE = 0.2
@@ -26,8 +26,6 @@ PAUSE = 0.2
 LONG = 2.5
 """Seconds after which a checkpoint must have been measured: a life of the watcher is 0.6 s at least, which is enough
 for one look after another and a measurement, and there are at most ten before it."""
-_FORKS: Any = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["entropy_probe.watching.watcher", "rich.console"])
 
 
 def watch(run: Path, said: Path, partial: Path, template: Path, once: bool) -> None:
@@ -51,11 +49,11 @@ def repetition(folder: Path, template: Path, seed: int, checkpoints: int = 10) -
     run, log, said, partial = (folder / name for name in ("run", "log", "said", "partial"))
     run.mkdir()
     arguments = run, said, partial, template
-    trainer = _FORKS.Process(target=watched.train, args=(run, checkpoints, seed, PAUSE, log))
+    trainer = forked.SERVER.Process(target=watched.train, args=(run, checkpoints, seed, PAUSE, log))
     trainer.start()
     kills = 0
     while trainer.is_alive():
-        watcher = _FORKS.Process(target=watch, args=(*arguments, False))
+        watcher = forked.SERVER.Process(target=watch, args=(*arguments, False))
         watcher.start()
         life = time.monotonic() + chance.uniform(0.6, 2.5)
         while time.monotonic() < life and trainer.is_alive():
@@ -63,7 +61,7 @@ def repetition(folder: Path, template: Path, seed: int, checkpoints: int = 10) -
         watcher.kill()
         watcher.join()
         kills += 1
-    last = _FORKS.Process(target=watch, args=(*arguments, True))
+    last = forked.SERVER.Process(target=watch, args=(*arguments, True))
     last.start()
     last.join()
     assert last.exitcode == 0, said.read_text()
