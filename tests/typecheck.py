@@ -51,9 +51,27 @@ def _jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
         is_inner = "<locals>" in function.__qualname__
         if function.__name__ == "__torch_function__" or (is_inner and jaxtyping.config.jaxtyping_disable):
             return function
-        if not is_inner and not any(name in str(of) for of in function.__annotations__.values() for name in _SHAPED):
-            return _of_types(function)
+        if not is_inner:
+            shaped = any(name in str(of) for of in function.__annotations__.values() for name in _SHAPED)
+            return _when_called(function, partial(_JAXTYPED, typechecker=typechecker) if shaped else _of_types)
     return _JAXTYPED(function, typechecker=typechecker)
+
+
+def _when_called(function: Any, make: Any) -> Any:
+    """What `make` makes of a function, made at its first call that is checked: most of them are never called, and by
+    then all names of the module are known."""
+    checked: Any = None
+
+    @wraps(function)
+    def called(*arguments: Any, **named: Any) -> Any:
+        nonlocal checked
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*arguments, **named)
+        if checked is None:
+            checked = make(function)
+        return checked(*arguments, **named)
+
+    return called
 
 
 def _of_types(function: Any) -> Any:
@@ -65,19 +83,8 @@ def _of_types(function: Any) -> Any:
     same = FunctionType(*parts)
     for name in ("__kwdefaults__", "__qualname__", "__module__"):
         setattr(same, name, getattr(function, name))
-    checked: Any = None
-
-    @wraps(function)
-    def called(*arguments: Any, **named: Any) -> Any:
-        nonlocal checked
-        if jaxtyping.config.jaxtyping_disable:
-            return function(*arguments, **named)
-        if checked is None:  # only now are all names of the module known
-            same.__annotations__ = {name: _evaluated(of, function) for name, of in function.__annotations__.items()}
-            checked = _checked(same)
-        return checked(*arguments, **named)
-
-    return called
+    same.__annotations__ = {name: _evaluated(of, function) for name, of in function.__annotations__.items()}
+    return _checked(same)
 
 
 def _evaluated(annotation: Any, function: Any) -> Any:

@@ -446,7 +446,8 @@ class Reweighting(_Section):
     @property
     def plain(self) -> bool:
         """Whether the responses count as they were sampled: neither clipped, smoothed nor drawn afresh."""
-        return self.method == "snis" and not self.clip_fraction > 0.0  # NaN hides no row from what judges it
+        # NaN hides no row from what judges it
+        return self.method == "snis" and not self.clip_fraction > 0.0
 
 
 class Compared(NamedTuple):
