@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +82,29 @@ def python(
         process.close()
         said = [output.read_text(encoding="utf-8", errors="surrogateescape") for output in outputs]
     return subprocess.CompletedProcess([sys.executable, *command], code, *said)
+
+
+def ranks(
+    size: int,
+    *arguments: str | os.PathLike[str],
+    environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """So many processes at once, as torch.distributed wants them; on a port of their own, if none is given."""
+    given = os.environ if environment is None else environment
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **given}
+
+    def start(rank: int) -> subprocess.CompletedProcess[str]:
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return python(*arguments, environment=own, timeout=timeout)
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(start, range(size)))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def command(line: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ none is inconclusive. `collapsed` has one response for every prompt, and must en
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -22,6 +21,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import chat
+import forked
 import models as tiny
 import verl_writer
 from entropy_probe import ProbeConfig, run_probe
@@ -91,8 +91,7 @@ def in_dcp(folder: Path, seed: int) -> Path:
 
 def in_verl(folder: Path, seed: int) -> Path:
     folder.mkdir()
-    script = str(verl_writer.__file__)
-    subprocess.run([sys.executable, "-W", "ignore", script, "0", "1", folder, "full"], check=True)
+    forked.python(verl_writer.__file__, "0", "1", folder, "full").check_returncode()
     actor = folder / "full-1" / "global_step_3" / "actor"
     letters(17).save_pretrained(actor / "huggingface")
     return actor

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 import counted
+import forked
 from counted import SIZES, SMOKE, Counted, Counter, Sizes, count
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint
 from entropy_probe.cost import computation, tensors
@@ -273,8 +271,7 @@ def test_bytes_sent(tmp_path: Path, size: int, names: tuple[str, ...]) -> None:
     for name in names:
         (tmp_path / name).mkdir()
         SIZES[name].checkpoint(tmp_path / name)
-    command = [sys.executable, counted.__file__, str(tmp_path), str(size), *names]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    forked.python(counted.__file__, tmp_path, str(size), *names, timeout=120).check_returncode()
     for name in names:
         sizes, network = SIZES[name], Network.of(load_checkpoint(tmp_path / name / "checkpoint").model)
         for sharding in ("prompt", "parameter") if name == "full" else ("prompt",):

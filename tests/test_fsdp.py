@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig
 
+import forked
 import models
 from entropy_probe import load_checkpoint
 from entropy_probe.config import ProbeConfig
@@ -28,17 +25,8 @@ from fsdp_writer import CASES
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case of `fsdp_writer`, with the models' own folders and an adapter_config.json beside them."""
     folder = tmp_path_factory.mktemp("fsdp")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fsdp_writer.py")), str(folder)]
-    ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    ended = forked.ranks(2, Path(__file__).with_name("fsdp_writer.py"), folder, timeout=300)
+    assert [done.returncode for done in ended] == [0, 0], "\n".join(done.stderr for done in ended)
     for architecture in ("llama", "qwen2"):
         models.tiny_model(architecture).save_pretrained(folder / architecture)
     adapted = models.add_adapter(models.tiny_model("llama"), "llama")

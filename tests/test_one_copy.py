@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,30 +39,12 @@ pytestmark = pytest.mark.skipif(not one_copy.is_possible(), reason="memory is sh
 
 def together(folder: Path, size: int, *arguments: str) -> list[CompletedProcess[str]]:
     """The worker, on so many processes, as torchrun would start them; each is forked from one with all imports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return processes(size, port, worker.__file__, str(folder), *arguments)
+    return processes(size, worker.__file__, str(folder), *arguments)
 
 
-def processes(size: int, port: int, *command: str, **variables: str) -> list[CompletedProcess[str]]:
-    shared = {
-        **os.environ,
-        **variables,
-        "OMP_NUM_THREADS": "1",
-        "ENTROPY_PROBE_TIMEOUT": "20",
-        "TORCHELASTIC_RUN_ID": "none",
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-    def start(rank: int) -> CompletedProcess[str]:
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return forked.python(*command, environment=environment, timeout=120)
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(start, range(size)))
+def processes(size: int, *command: str, **variables: str) -> list[CompletedProcess[str]]:
+    shared = {"OMP_NUM_THREADS": "1", "ENTROPY_PROBE_TIMEOUT": "20", "TORCHELASTIC_RUN_ID": "none"}
+    return forked.ranks(size, *command, environment={**os.environ, **shared, **variables}, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +222,8 @@ time.sleep(60)
 def test_who_died_is_named_by_the_first_that_lives(dead: int) -> None:
     """Not one of those that are ended with it; rank 0 too. The store is torchrun's, as its processes have it."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ended = processes(3, store.port, "-c", _TERMINATED, str(dead), **agent)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_PORT": str(store.port)}
+    ended = processes(3, "-c", _TERMINATED, str(dead), **agent)
     assert [done.returncode for done in ended] == [-9 if rank == dead else -15 for rank in range(3)]
     said = [line for done in ended for line in done.stderr.splitlines() if "rank" in line]
     assert len(said) == 1, said

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 import models
 import verl_writer
 from entropy_probe import load_checkpoint
@@ -30,13 +30,11 @@ CASES = ["full-1", "full-2", "hybrid-2", "lora-1", "lora-2"]
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verl")
-    script, jobs = str(verl_writer.__file__), {1: ["full", "lora"], 2: ["full", "hybrid", "lora", "fsdp1"]}
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", script, str(rank), str(ranks), str(folder), *cases])
-        for ranks, cases in jobs.items()
-        for rank in range(ranks)
-    ]
-    assert [process.wait(timeout=200) for process in processes] == [0, 0, 0]
+    jobs = {1: ["full", "lora"], 2: ["full", "hybrid", "lora", "fsdp1"]}
+    commands = [(str(rank), str(ranks), folder, *cases) for ranks, cases in jobs.items() for rank in range(ranks)]
+    with ThreadPoolExecutor(3) as threads:
+        ended = list(threads.map(lambda command: forked.python(verl_writer.__file__, *command, timeout=200), commands))
+    assert [done.returncode for done in ended] == [0, 0, 0], ended
     return folder
 
 
