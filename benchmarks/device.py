@@ -407,7 +407,6 @@ def missing() -> list[str]:
         "peft",
         "pydantic",
         "arviz_stats",
-        "hypothesis",
         "pytest_benchmark",
         "trl",
     ]

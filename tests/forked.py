@@ -31,7 +31,6 @@ IMPORTED = (
     "arviz_stats.base.array",
     "entropy_probe.run",
     "entropy_probe.watching.watcher",
-    "hypothesis.strategies",
     "pydantic.main",
     "pydantic.type_adapter",
     "pytest",

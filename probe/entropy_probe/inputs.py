@@ -34,7 +34,6 @@ LIBRARIES = (
     "numpy",
     "scipy",
     "arviz-stats",
-    "hypothesis",
 )
 
 

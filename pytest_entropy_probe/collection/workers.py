@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 
 from pytest_entropy_probe.collection.shipped import NODE, checkpoint_in, names_in_ids
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """xdist may interrupt a worker that is ending; what then runs inside hypothesis' callback of the garbage collector
-    would print a traceback, of a run that is over."""
-    if hasattr(config, "workerinput"):
-        of_hypothesis = [c for c in gc.callbacks if c.__module__.startswith("hypothesis.")]
-        for callback in of_hypothesis:
-            gc.callbacks.remove(callback)
 
 
 @pytest.hookimpl(optionalhook=True)

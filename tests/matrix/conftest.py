@@ -23,6 +23,7 @@ MATRIX = os.environ.get("PROBE_MATRIX")
 SMALL = """
 batch: {num_prompts: 4, num_update_prompts: 4}
 generation: {num_return_sequences: 2, max_new_tokens: 6}
+invariance: {max_examples: 1}
 allow_inconclusive: [y_coverage, se_identity, se_agreement]
 """
 

@@ -3,7 +3,6 @@ before anything is measured; pipes that close; names in tables; a reward of one'
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from entropy_probe.__main__ import EXIT_PIPE, EXIT_USAGE, main
 from entropy_probe.errors import ConfigError
 from entropy_probe.stages.responses import sources
 from entropy_probe_checks.thresholds import require_known
-from pytest_entropy_probe.collection import workers
 from pytest_entropy_probe.judge import conclude
 from pytest_entropy_probe.settings import read_settings
 from pytest_entropy_probe.shown import tables, terminal
@@ -257,21 +255,6 @@ def test_standard_output_on_a_full_disk(capfd: pytest.CaptureFixture[str], monke
         assert main(["inspect", "demo"]) == 1
     line = "entropy-probe: standard output: cannot be written (No space left on device); free space on it\n"
     assert capfd.readouterr().err == line
-
-
-def test_a_worker_that_ends_runs_nothing_of_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xdist interrupts it; an interrupt inside a callback of the garbage collector is printed with its traceback."""
-    from hypothesis.internal.conjecture.junkdrawer import gc_cumulative_time
-
-    gc_cumulative_time()
-    monkeypatch.setattr(gc, "callbacks", list(gc.callbacks))
-    others = [callback for callback in gc.callbacks if not callback.__module__.startswith("hypothesis.")]
-    alone: Any = SimpleNamespace()
-    workers.pytest_unconfigure(alone)
-    assert len(gc.callbacks) > len(others)
-    worker: Any = SimpleNamespace(workerinput={})
-    workers.pytest_unconfigure(worker)
-    assert gc.callbacks == others
 
 
 # What is shown

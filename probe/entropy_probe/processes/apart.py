@@ -17,7 +17,6 @@ _IMPORTED = [
     "peft",
     "scipy.stats",
     "arviz_stats.base.array",
-    "hypothesis.strategies",
     "torch._decomp.decompositions_for_jvp",  # compiled where it is imported, at the first derivative
     "entropy_probe.run",
 ]

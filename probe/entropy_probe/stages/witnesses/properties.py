@@ -1,4 +1,4 @@
-"""The same properties on cases that hypothesis draws: rows, padding, neighbours, pieces, directions v on few tensors.
+"""The same properties on cases that are drawn: rows, padding, neighbours, pieces, directions v on few tensors.
 
 The rows of a batch resemble one another, and the update moves every tensor at once. A fault that needs a response of
 one token, a rare token or many neighbours, or that sits in one tensor among hundreds, shows on drawn cases only.
@@ -6,12 +6,12 @@ one token, a rare token or many neighbours, or that sits in one tensor among hun
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _TOKENS = 24  # of a prompt, and of a response
 _ROWS = _PADDING = _PIECE = 8
 _TENSORS = 4
-_AT_ONCE = 9
+_TRIES = 9  # for each case that is asked for: a small model has few
 _BITS = (
     320  # of a case: 8 rows of up to 19, 4 names of up to 22 (in a million), and 60 for the rest
 )
@@ -309,41 +309,19 @@ def draw(space: Space, count: int, seed: int) -> list[Case]:
     The first is the smallest. Fewer are the first of more.
     """
     cases: dict[Case, None] = {}
-    for turn in range(count):
-        if len(cases) < count:
-            cases |= dict.fromkeys(
-                _case(iter(bits).__next__, space) for bits in _drawn_bits(f"{seed}, {turn}")
-            )
-    return list(cases)[:count]
+    for turn in range(_TRIES * count):
+        if len(cases) == count:
+            break
+        cases[_case(iter(_bits(seed, turn)).__next__, space)] = None
+    return list(cases)
 
 
-@functools.cache
-def _drawn_bits(seed: str) -> list[tuple[bool, ...]]:
-    """Some examples by hypothesis; after the tenth it would mostly change one bit of one that it has.
-
-    What it would keep, print or take from the user's profile is set here; it puts back the random states that it uses.
-    Bits only: into numbers it mixes constants of whatever modules the user has loaded.
-    """
-    from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-    from hypothesis import seed as seeded
-    from hypothesis import strategies as st
-
-    drawn: list[tuple[bool, ...]] = []
-    quietly = settings(
-        max_examples=_AT_ONCE,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]
-        verbosity=Verbosity.quiet,
-        print_blob=False,
-        report_multiple_bugs=False,
-        backend="hypothesis",
-    )
-    given_bits = given(st.tuples(*[st.booleans()] * _BITS))
-    quietly(seeded(seed)(given_bits(lambda bits: drawn.append(bits))))()
-    return drawn
+def _bits(seed: int, turn: int) -> list[bool]:
+    """Those of a case: all 0 in the first turn. numpy promises the same words of a bit generator for ever."""
+    if turn == 0:
+        return [False] * _BITS
+    words = np.random.PCG64([seed, turn]).random_raw(_BITS // 64)
+    return [bool(word >> place & 1) for word in words.tolist() for place in range(64)]
 
 
 def _case(bit: Callable[[], bool], space: Space) -> Case:
