@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Change:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """ΔĤ ± t_{B−1}·SE."""
-        half = float(stats.t.ppf(0.5 + level / 2, len(self.influence) - 1)) * self.se
+        half = float(stdtrit(len(self.influence) - 1, 0.5 + level / 2)) * self.se
         return self.value - half, self.value + half
 
 

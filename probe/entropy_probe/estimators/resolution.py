@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scipy import stats
+from scipy.special import stdtrit
 
 # As the SE falls with √B, so many times the prompts reach the target on average; a tenth more, since the SE of few
 # prompts is itself a guess. No look doubles the prompts or more: what the first few say of the SE is not believed far.
@@ -38,7 +38,5 @@ def next_step_interval(
     `spread` is the standard deviation over U batches. It counts twice: the update of this batch, by which the change
     is predicted, is one of them, and the next is another. n: the prompts of E or U, whichever are fewer.
     """
-    half = float(stats.t.ppf(0.5 + level / 2, num_prompts - 1)) * math.hypot(
-        se, math.sqrt(2) * spread
-    )
+    half = float(stdtrit(num_prompts - 1, 0.5 + level / 2)) * math.hypot(se, math.sqrt(2) * spread)
     return predicted - half, predicted + half

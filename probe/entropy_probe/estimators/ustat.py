@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 from entropy_probe.report import UStatistic
@@ -106,7 +106,7 @@ def u_statistic(moments: CrossMoments, gram: Float[Tensor, "U U"] | None) -> USt
 
 def interval(statistic: UStatistic, num_units: int, level: float = 0.95) -> tuple[float, float]:
     """U_cross ± t_{U−1}·se_plugin."""
-    half = float(stats.t.ppf(0.5 + level / 2, num_units - 1)) * statistic.se_plugin
+    half = float(stdtrit(num_units - 1, 0.5 + level / 2)) * statistic.se_plugin
     return statistic.u_cross - half, statistic.u_cross + half
 
 
