@@ -14,6 +14,7 @@ import safetensors.torch
 from pydantic import BaseModel
 from scipy import stats
 
+import entropy_probe_checks.audit
 import forked
 from entropy_probe import ProbeConfig, ProbeReport, load_checkpoint, run_probe
 from entropy_probe.evidence import Evidence
@@ -194,6 +195,13 @@ def test_something_is_said_of_every_number(bench: Bench) -> None:
         assert any(path.startswith(start) for path in numbers(ProbeReport)), f"{start} is no field"
     assert set(JUDGED_BY.values()) <= set(CRITERIA)
     assert len(NOT_JUDGED) <= 13
+
+
+def test_it_can_be_held_beside_the_formulas() -> None:
+    """What judges every figure is short enough to be read: under 900 lines that say something."""
+    files = Path(entropy_probe_checks.audit.__file__).parent.rglob("*.py")
+    lines = [line for file in files for line in file.read_text().splitlines() if line.strip()]
+    assert len(lines) < 900
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 2047])

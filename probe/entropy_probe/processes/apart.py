@@ -15,7 +15,6 @@ _IMPORTED = [
     "torch",
     "transformers.models.auto.modeling_auto",
     "peft",
-    "scipy.stats",
     "arviz_stats.base.array",
     "torch._decomp.decompositions_for_jvp",  # compiled where it is imported, at the first derivative
     "entropy_probe.run",
