@@ -5,6 +5,13 @@
     optimizer.step()
     report = step.after(model)
 
+Where FSDP2 has spread the model over processes, all of them call `measure_step`, and the first one measures:
+
+    step = measure_step(model, optimizer, tokenizer, prompts)      # None in the other processes
+    optimizer.step()
+    now = whole(model)                                             # in all processes; None in the others
+    report = None if step is None else step.after(now)
+
 Nothing of the model, the optimizer or torch's generators is changed. The update is the optimizer's own, whatever the
 loss is: no U batch is sampled, no reward is asked and no gradient is taken.
 """
@@ -31,7 +38,7 @@ from entropy_probe.model.beside import beside
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.live_step import LiveStep, live_step
 from entropy_probe.model.precision import numerics, str_to_dtype
-from entropy_probe.model.registry import unwrap
+from entropy_probe.model.sharded import gathered, is_sharded, names_in, resharded, spread_as, whole
 from entropy_probe.pipeline.environment import environment
 from entropy_probe.stages.batches import fingerprint, with_limit
 from entropy_probe.stages.derivatives import Second, directional_derivatives
@@ -94,8 +101,12 @@ class ProbedStep:
     def after(self, model: nn.Module) -> StepReport:
         """The report, with the change that came: at the parameters that the model has now, on the same responses.
 
-        One scoring pass. Raises `ProbeError`.
+        One scoring pass. Of a model that FSDP2 has spread, give `whole(model)`. Raises `ProbeError`.
         """
+        if is_sharded(model):
+            problem = "is spread over processes"
+            remedy = "give `entropy_probe.live.whole(model)`, called in all of them"
+            raise MeasurementError("the model", problem, remedy)
         seconds = _Seconds(dict(self.report.timing))
         with _undisturbed(self.config, model), seconds("after"):
             bound = _bound(model, self.config)
@@ -140,6 +151,41 @@ class _Predicted:
         return change_row(change, of_asked, of_tokens, reach, least)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What is measured: a module that has all of its parameters, the step by its names, and the seconds it took."""
+
+    module: nn.Module
+    step: LiveStep
+    seconds: float
+
+
+def ready(
+    model: nn.Module, optimizer: torch.optim.Optimizer, gradient_scale: float = 1.0
+) -> Ready | None:
+    """The model and the step that its optimizer is about to take.
+
+    Where FSDP2 has spread the model all processes call this, and an error of one is raised in all. Each takes the step
+    of its own shards; shards and steps are brought together in the first. The others have `None`.
+    """
+    start = time.perf_counter()
+    module = resharded(model)
+    parameters = dict(module.named_parameters())
+    step = live_step(optimizer, parameters, gradient_scale)
+    if is_sharded(module):
+        if not step.finite:
+            return None
+        copied = whole(module)
+        parts = ((name, spread_as(parameters[name], part)) for name, part in step.move.items())
+        moves = gathered(parts)
+        if copied is None:
+            return None
+        names = names_in(module, copied)
+        step = replace(step, move={names[name]: move for name, move in moves.items()})
+        module = copied
+    return Ready(module, step, time.perf_counter() - start)
+
+
 def measure_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -153,7 +199,7 @@ def measure_step(
     where: str = "",
 ) -> ProbedStep | None:
     """What the optimizer's next step does to the entropy, from `.grad` as it stands; `None` where gradient or step are
-    not finite, so that there is nothing to be said.
+    not finite, so that there is nothing to be said, and in processes that only wait.
 
         v = θ' − θ of `optimizer.step()`,   ΔH ≈ ∇Hᵀv (+ ½vᵀ∇²Hv),   H(θ + v) − H(θ) by the performance difference
 
@@ -165,18 +211,33 @@ def measure_step(
     config = (
         config if isinstance(config, ProbeConfig) else ProbeConfig.from_mapping(dict(config or {}))
     )
+    found = ready(model, optimizer, gradient_scale)
+    if found is None or not found.step.finite:
+        return None
+    return measured(
+        found, tokenizer, prompts, config, after_step=after_step, seed=seed, where=where
+    )
+
+
+def measured(
+    found: Ready,
+    tokenizer: Any,
+    prompts: Any,
+    config: ProbeConfig,
+    *,
+    after_step: int = 0,
+    seed: int | None = None,
+    where: str = "",
+) -> ProbedStep:
+    """What the step does to the entropy, as `measure_step` says; by one process."""
     if config.generation.top_p < 1:
         problem = "is below 1, and then nothing is predicted about the policy's entropy"
         raise ConfigError("generation.top_p", problem, "leave it out")
     seed = config.batch.seed + after_step if seed is None else seed
-    seconds, module = _Seconds(), unwrap(model)
-    with seconds("update"):
-        step = live_step(optimizer, dict(module.named_parameters()), gradient_scale)
-    if not step.finite:
-        return None
-    with _undisturbed(config, model) as threads:
+    module, step, seconds = found.module, found.step, _Seconds({"update": found.seconds})
+    with _undisturbed(config, module) as threads:
         with seconds("copy"):
-            bound = _bound(model, config)
+            bound = _bound(module, config)
         with seconds("sampling"):
             e = _sampled(bound, tokenizer, prompts, config, seed)
             if e.limit is not None:

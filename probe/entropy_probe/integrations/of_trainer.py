@@ -59,11 +59,14 @@ def tokenizer_of(trainer: Any) -> Any:
 
 
 def require_whole(trainer: Any) -> None:
-    """Raise where a process does not have the whole model and its gradient."""
+    """Raise where processes have parts of the model and its gradient that cannot be brought together by name."""
     kind = str(getattr(trainer.accelerator.distributed_type, "value", ""))
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        problem = f"the training is spread by {kind}, and no process has the whole gradient"
-        raise ConfigError("the trainer", problem, "probe its checkpoints, or train with DDP")
+    if kind == "NO" or kind.startswith("MULTI_") or getattr(trainer.accelerator, "is_fsdp2", False):
+        return
+    kind = "FSDP1" if kind == "FSDP" else kind
+    problem = f"the training is spread by {kind}, and no process has the whole gradient"
+    remedy = "train with FSDP2 (`fsdp_version: 2`) or DDP, or probe the checkpoints"
+    raise ConfigError("the trainer", problem, remedy)
 
 
 def gradient_scale(trainer: Any, optimizer: Any) -> float:

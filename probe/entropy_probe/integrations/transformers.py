@@ -36,8 +36,10 @@ from entropy_probe.integrations.of_trainer import (
     require_whole,
     tokenizer_of,
 )
-from entropy_probe.live import RECIPE, ProbedStep, measure_step
+from entropy_probe.live import RECIPE, ProbedStep, measured, ready, whole
 from entropy_probe.model.live_step import unwrapped
+from entropy_probe.model.sharded import is_sharded
+from entropy_probe.processes.of_training import is_first, of_first
 from entropy_probe.report import Estimate, Verdict
 from entropy_probe.step_report import SinceSection, StepReport
 
@@ -89,7 +91,8 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
 
     `max_share`: the interval grows where the probe would take more of the time than this. The training itself goes on
     as it would have without: the generators of random numbers, modes, gradients, hooks and caches are as they were.
-    With several processes (DDP) the first one measures while the others wait, and tells them what to do.
+    With several processes (DDP, FSDP2) the first one measures while the others wait, and tells them what to do. Under
+    FSDP2 each takes the step of its own shards, and the first is given the whole model and the whole step.
 
     Whatever goes wrong, a misspelt gate as well as a full disk, is said in one warning, and the callback is off from
     then on. It never stops a training of its own accord.
@@ -145,7 +148,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
             self.kept |= stored.get("attributes", {}).get("kept", {})
         state.stateful_callbacks.setdefault(name, self.state())  # a trainer saves what is in there
         self._off, self._due, self._trouble = False, False, None
-        if _is_first():
+        if is_first():
             try:
                 with as_found():
                     self._setup = self._checked(Path(args.output_dir))
@@ -153,13 +156,15 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
                 self._trouble = _said(error)
             due = max(self.kept.get("next", 0), state.global_step)
             told = _Told(self._trouble, {}, [], self.kept | {"next": due})
-        self._obey(_of_first(told), control)
+        told = of_first(told)
+        assert told is not None
+        self._obey(told, control)
         self._training_since, self._steps = time.perf_counter(), 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         self._due = not self._off and state.global_step >= self.kept["next"]
-        if not (self._due and _is_first() and self._trouble is None):
+        if not self._due:
             return
         start = time.perf_counter()
         try:
@@ -172,8 +177,9 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._due:
             return
-        told = self._judged(state.global_step) if _is_first() else None
-        told = _of_first(told)
+        now = self._now()
+        told = of_first(self._judged(now, state.global_step) if is_first() else None)
+        assert told is not None
         self._due, self._probed = False, None
         self._obey(told, control)
         if told.figures:
@@ -208,31 +214,53 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
             folder,
         )
 
-    def _measured(self, step: int) -> ProbedStep | None:
-        assert self._setup is not None
-        trainer, setup = self._trainer, self._setup
-        optimizer = unwrapped(trainer.optimizer)
-        return measure_step(
-            trainer.model,
-            optimizer,
-            setup.tokenizer,
-            setup.prompts,
-            setup.config,
-            after_step=step,
-            gradient_scale=gradient_scale(trainer, optimizer),
-            where=setup.where,
-        )
+    # What the first process does, and under FSDP2 the others with it
 
-    def _judged(self, steps: int) -> _Told:
+    def _measured(self, step: int) -> ProbedStep | None:
+        trainer, setup = self._trainer, self._setup
+        goes_on = self._trouble is None
+        if is_sharded(trainer.model):
+            goes_on = of_first(goes_on)
+        elif not is_first():
+            goes_on = False
+        if not goes_on:
+            return None
+        optimizer = unwrapped(trainer.optimizer)
+        found = ready(trainer.model, optimizer, gradient_scale(trainer, optimizer))
+        if setup is None or found is None or not found.step.finite:
+            return None
+        given = setup.tokenizer, setup.prompts, setup.config
+        return measured(found, *given, after_step=step, where=setup.where)
+
+    def _now(self) -> torch.nn.Module | None:
+        """The model after the step, whole; `None` where it is not asked for."""
+        model = self._trainer.model
+        if not is_sharded(model):
+            return model
+        if not of_first(self._trouble is None and self._probed is not None):
+            return None
+        start = time.perf_counter()
+        try:
+            with as_found():
+                return whole(model)
+        except Exception as error:
+            self._trouble = _said(error)
+            return None
+        finally:
+            self._spent += time.perf_counter() - start
+
+    # What the first process does
+
+    def _judged(self, now: torch.nn.Module | None, steps: int) -> _Told:
         """The change that came, the verdicts, the report on disk, and when to probe again."""
         nothing = {"next": steps}  # the scaler left the step out: the next one is probed
-        if self._trouble is not None or self._probed is None:
+        if self._trouble is not None or self._probed is None or now is None:
             return _Told(self._trouble, {}, [], self.kept | nothing)
         start = time.perf_counter()
         training = start - self._training_since - self._spent
         try:
             with as_found():
-                report = self._judged_report(self._probed, steps - 1)
+                report = self._judged_report(self._probed, now, steps - 1)
             setup = self._setup
             assert setup is not None
             if self._has_written and not setup.folder.exists():
@@ -252,11 +280,11 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         kept |= {"next": steps - 1 + interval, "interval": interval}
         return _Told(None, figures, failed, kept)
 
-    def _judged_report(self, probed: ProbedStep, step: int) -> StepReport:
+    def _judged_report(self, probed: ProbedStep, now: torch.nn.Module, step: int) -> StepReport:
         from entropy_probe_checks.step_gates import baseline_of_step, judged_step
 
         assert self._setup is not None
-        report = probed.after(self._trainer.model)
+        report = probed.after(now)
         report = report.model_copy(update={"since": self._since(report, step)})
         if "baseline" not in self.kept:
             first = baseline_of_step(report)
@@ -296,7 +324,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         if told.trouble is not None:
             self._off = True
             self._warn_of(told.trouble)
-        if told.failed and _is_first():
+        if told.failed and is_first():
             stops = "; the training stops" if self._action == "stop" else ""
             _LOG.warning("%s%s", "; ".join(told.failed), stops)
         if told.failed and self._action == "stop":
@@ -304,7 +332,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
 
     def _warn_of(self, trouble: str) -> None:
         """Once, and by the first process alone."""
-        if _is_first() and self._trouble != _SAID:
+        if is_first() and self._trouble != _SAID:
             _LOG.warning("the entropy probe is off, and the training goes on: %s", trouble)
             self._trouble = _SAID
 
@@ -323,25 +351,6 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
 
 
 _SAID = "said"
-
-
-def _is_first() -> bool:
-    return not _several() or torch.distributed.get_rank() == 0
-
-
-def _several() -> bool:
-    of = torch.distributed
-    return of.is_available() and of.is_initialized() and of.get_world_size() > 1
-
-
-def _of_first(told: _Told | None) -> _Told:
-    """What the first process says, in all of them; they wait for it here."""
-    if _several():
-        held: list[Any] = [told]
-        torch.distributed.broadcast_object_list(held, src=0)
-        told = held[0]
-    assert told is not None
-    return told
 
 
 def _said(error: Exception) -> str:

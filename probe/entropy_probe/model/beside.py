@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from entropy_probe.model.own_forward import with_own_forward
 from entropy_probe.model.registry import unwrap
 
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+_OF_FSDP = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_CHECKPOINTED = "_checkpoint_wrapped_module"
 
 
-def beside(model: nn.Module) -> nn.Module:
+def beside(model: nn.Module, held: Mapping[int, nn.Parameter] | None = None) -> nn.Module:
     """A copy of the unwrapped model whose parameters share the storage of the model's own, in eval mode.
 
         beside(model).weight.data_ptr() == model.weight.data_ptr()
@@ -23,11 +26,18 @@ def beside(model: nn.Module) -> nn.Module:
     its own: nothing that is set on it is seen by the live model, and it has none of the hooks that others have put on
     that. A forward that accelerate has wrapped in autocast is the model's own again; one that closes over the live
     model, as TRL's does, closes over the copy. Whoever writes into a parameter of the copy writes into the live model.
-    Raises `NoCopyError` for what cannot be copied.
+    FSDP2 is taken off the copy: its classes, and layers that are computed again. `held` are parameters for the copy by
+    the `id` of the model's own, which then are not asked for. Raises `NoCopyError` for what cannot be copied.
     """
     module = unwrap(model)
-    memo: dict[int, Any] = {id(p): _sharing(p) for p in module.parameters()}
+    held = {id(p): _sharing(p) for p in module.parameters()} if held is None else held
+    memo: dict[int, Any] = dict(held)
+    spread: list[nn.Module] = []
     for part in module.modules():
+        own_class = _own_class(part)
+        if own_class is not type(part):
+            memo[id(part)] = own_class.__new__(own_class)
+            spread.append(part)
         for name in _HOOKS:
             hooks = vars(part).get(name)
             if hooks:
@@ -36,6 +46,9 @@ def beside(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:  # torch copies no such one
                 memo[id(value)] = value.detach()
     try:
+        for part in spread:
+            own = {name: of for name, of in vars(part).items() if not _is_of_fsdp(name, of)}
+            vars(memo[id(part)]).update(copy.deepcopy(own, memo))
         clone = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
         raise NoCopyError(
@@ -44,7 +57,24 @@ def beside(model: nn.Module) -> nn.Module:
             "take off the model what cannot be copied, or probe its checkpoints",
         ) from error
     with_own_forward(clone, memo)
+    for part in list(clone.modules()):
+        for name in _OF_FSDP:
+            vars(part).pop(name, None)
+        for name, child in part._modules.items():
+            part._modules[name] = getattr(child, _CHECKPOINTED, child)
     return clone.eval()
+
+
+def _own_class(part: nn.Module) -> type[nn.Module]:
+    """The class that the module had before `fully_shard` gave it one of its own."""
+    index = getattr(type(part), "_orig_cls_mro_index", 0)
+    return type(part).__mro__[index]
+
+
+def _is_of_fsdp(name: str, value: Any) -> bool:
+    """Its state, and methods that it has put around the module's own."""
+    made_in = getattr(value, "__globals__", {}).get("__name__", "")
+    return name.startswith("__composable_api_") or made_in.startswith("torch.distributed.fsdp")
 
 
 def _sharing(parameter: nn.Parameter) -> nn.Parameter:

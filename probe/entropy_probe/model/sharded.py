@@ -1,0 +1,172 @@
+"""Parameters of which every process has a part, as FSDP2 (`fully_shard`) keeps them: DTensors.
+
+What is computed from a shard alone needs no other process (`local`). What needs whole tensors is brought together in
+the memory of the first process, one tensor after the other, while all take part (`whole`, `gathered`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import MeasurementError
+from entropy_probe.memory import available_bytes
+from entropy_probe.model.beside import beside
+from entropy_probe.model.placement import IN_MEMORY, place
+from entropy_probe.model.registry import unwrap
+from entropy_probe.processes import of_training
+
+_COPIES = 3
+"""What a measurement holds that is as long as θ: θ, the step, and their sum."""
+
+
+def is_spread(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether it is a DTensor. Without that module, whose import takes most of a second, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes have only a part each of some parameter."""
+    return any(map(is_spread, resharded(model).parameters()))
+
+
+def resharded(model: nn.Module) -> nn.Module:
+    """The unwrapped model, with the parameters in place that its optimizer knows: FSDP2 may have left whole ones there
+    for its next forward, which then asks for them again."""
+    module = unwrap(model)
+    for part in module.modules():
+        if hasattr(type(part), "_get_fsdp_state"):
+            part.reshard()  # pyright: ignore[reportCallIssue]
+    return module
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's own part."""
+    return tensor.to_local() if is_spread(tensor) else tensor
+
+
+def copies(parameter: Tensor) -> int:
+    """How many processes hold each of its entries. Raises where not every process has a part of it."""
+    if not is_spread(parameter):
+        return of_training.size()
+    mesh = parameter.device_mesh
+    if mesh.size() != of_training.size():
+        problem = f"has a tensor on {mesh.size()} of {of_training.size()} processes"
+        raise MeasurementError("the model", problem, "probe its checkpoints")
+    replicated = (k for k, placed in enumerate(parameter.placements) if placed.is_replicate())
+    return math.prod(mesh.size(k) for k in replicated)
+
+
+def spread_as(parameter: Tensor, part: Tensor) -> Tensor:
+    """The tensor of which this is the part that `local` gives of `parameter`."""
+    if not is_spread(parameter):
+        return part
+    return type(parameter).from_local(
+        part.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole tensors by name, on the CPU, in the first process; nothing in the others, which hold one at a time.
+
+    All processes call this with the same names in the same order.
+    """
+    found: dict[str, Tensor] = {}
+    trouble: Exception | None = None
+    for name, tensor in tensors:
+        full = tensor.full_tensor() if is_spread(tensor) else tensor
+        if of_training.is_first() and trouble is None:
+            try:
+                found[name] = full.detach().to("cpu")
+            except Exception as error:  # the others are still there: go on with them to the end
+                trouble, found = error, {}
+
+    def say() -> None:
+        if trouble is not None:
+            raise trouble
+
+    of_training.agreed(say)
+    return found
+
+
+def whole(model: nn.Module) -> nn.Module | None:
+    """A module of the model's own class with all of its parameters, without FSDP2, in the first process; `None` in the
+    others. All processes call this. A model of which each process has everything is returned as it is.
+
+    It is where the live model is, if that has room for what a measurement holds, and else in the CPU's memory, from
+    where each layer is lent to the device as it is used. Raises `ProbeError`, in all processes alike.
+    """
+    module = unwrap(model)
+    if not is_sharded(module):
+        return module
+    of_training.agreed(lambda: _require_room(module))
+    parameters = dict(module.named_parameters())
+    found = gathered((name, parameter.detach()) for name, parameter in parameters.items())
+
+    def made() -> nn.Module | None:
+        if not of_training.is_first():
+            return None
+        held = {
+            id(parameter): nn.Parameter(found.pop(name), requires_grad=parameter.requires_grad)
+            for name, parameter in parameters.items()
+        }
+        return _placed(beside(module, held), next(iter(parameters.values())).device)
+
+    return of_training.agreed(made)
+
+
+def names_in(model: nn.Module, copied: nn.Module) -> dict[str, str]:
+    """The copy's names of the model's parameters: without those of wrappers that it does not have."""
+    live, own = unwrap(model).named_parameters(), copied.named_parameters()
+    return {name: other for (name, _), (other, _) in zip(live, own, strict=True)}
+
+
+def _placed(module: nn.Module, device: torch.device) -> nn.Module:
+    if device.type == "cpu":
+        return module
+    free = available_bytes(device)
+    if free is not None and free > _COPIES * _bytes(module.parameters()):
+        return module.to(device)
+    place(module, IN_MEMORY, device)
+    return module
+
+
+def _require_room(module: nn.Module) -> None:
+    """Raise where memory does not suffice, before anything is sent: later an error would leave others waiting."""
+    parameters = list(module.parameters())
+    largest = max(2 * _bytes([parameter]) for parameter in parameters)
+    needed = {parameters[0].device: largest}
+    if of_training.is_first():
+        cpu = torch.device("cpu")
+        needed[cpu] = needed.get(cpu, 0) + _COPIES * _bytes(parameters)
+    for device, size in needed.items():
+        free = available_bytes(device)
+        if free is not None and free < size:
+            problem = f"has {free / 2**30:.1f} GiB free on {device}, and needs {size / 2**30:.1f}"
+            rank = torch.distributed.get_rank()
+            raise MeasurementError(f"process {rank}", problem, "probe the checkpoints instead")
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """In float32 at least, which is what is measured in."""
+    return sum(t.numel() * max(t.element_size(), 4) for t in tensors)
+
+
+def require_one_layout(name: str, tensors: Mapping[str, Any], parameter: Tensor) -> None:
+    """Raise where a tensor of the optimizer is spread otherwise than the parameter."""
+    if not is_spread(parameter):
+        return
+    for what, tensor in tensors.items():
+        if is_spread(tensor) and tuple(tensor.placements) != tuple(parameter.placements):
+            problem = f"keeps {what} of {name} as {tensor.placements}, and the model {parameter.placements}"
+            raise MeasurementError("the optimizer", problem, "probe the checkpoints instead")

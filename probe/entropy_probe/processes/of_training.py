@@ -1,0 +1,74 @@
+"""The processes of a training, as its trainer has joined them by torch.distributed.
+
+They are not ours to watch: whoever waits here waits as long as the training's own time limit. So nobody sends anything
+before all have said that they can (`agreed`), and an error of one process is an error of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from entropy_probe.errors import MeasurementError, ProbeError, reason
+
+_T = TypeVar("_T")
+
+
+def size() -> int:
+    """How many there are: 1 where none have been joined."""
+    of = torch.distributed
+    return of.get_world_size() if of.is_available() and of.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return size() == 1 or torch.distributed.get_rank() == 0
+
+
+def of_first(thing: _T) -> _T:
+    """What the first process says, in all of them; they wait for it here."""
+    if size() == 1:
+        return thing
+    held: list[Any] = [thing]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def of_all(thing: _T) -> list[_T]:
+    """What each of them says, in all of them."""
+    if size() == 1:
+        return [thing]
+    held: list[Any] = [None] * size()
+    torch.distributed.all_gather_object(held, thing)
+    return held
+
+
+def agreed(work: Callable[[], _T]) -> _T:
+    """`work()` in every process. If it fails in one, all raise: that one its own error, the others what it said.
+
+    The work itself must send nothing.
+    """
+    found: Any = None
+    error: Exception | None = None
+    try:
+        found = work()
+    except Exception as failed:
+        error = failed
+    said = of_all(None if error is None else _as_ours(error))
+    if error is not None:
+        raise error
+    for other in said:
+        if other is not None:
+            raise other
+    return found
+
+
+def _as_ours(error: Exception) -> ProbeError:
+    if isinstance(error, ProbeError):
+        return error
+    where = f"process {torch.distributed.get_rank() if size() > 1 else 0}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return MeasurementError(where, "has too little memory", "free some of it on that device")
+    problem = f"{type(error).__name__}: {reason(error)}"
+    return MeasurementError(where, problem, "take the callback out, or report this")
