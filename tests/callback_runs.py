@@ -99,7 +99,8 @@ def _listed(part: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as bytes of their numbers, at any depth."""
+    """Tensors as bytes of their numbers, at any depth; of one that is spread, this process's part."""
+    value = value.to_local() if hasattr(value, "to_local") else value
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -1,0 +1,336 @@
+"""One rank of real trainers under FSDP2 on the CPU, with the callback and without: `fsdp_callback.py FOLDER`, with
+RANK, WORLD_SIZE, MASTER_* set. What each run came to goes into `FOLDER/rank-R.pt`.
+
+accelerate takes FSDP on accelerators only, so its state is told by hand that it runs; all else is the trainers' own.
+Beside each report stands that of one process: the same parameters, gradient, moments and prompts, put together from the
+ranks' own shards, in a model that nothing has spread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import callback_runs as runs
+import trl_runs
+from entropy_probe.config import ProbeConfig
+from entropy_probe.integrations.of_trainer import config_of
+from entropy_probe.live import measure_step, whole
+from entropy_probe.model import live_step, sharded
+from entropy_probe.step_report import StepReport
+
+PROBE = runs.PROBE | {"every": 2}
+STEPS = 3
+PROBED = [0, 2]
+CASES: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "bf16": {"activation_checkpointing": True}}
+"""Cases of `callback_runs`, with what accelerate's plugin is given."""
+
+
+def spread(folder: Path, case: str, **options: Any) -> Any:
+    """TRL's trainer, which is told that it is under FSDP2."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sizes = {"per_device_train_batch_size": 4, "max_steps": STEPS, "logging_steps": 1}
+    trainer = runs.grpo(folder, case, **sizes | options)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        **CASES[case],
+    )
+    if case == "bf16":
+        plugin.set_mixed_precision("bf16")
+    for state in (PartialState, AcceleratorState):
+        state._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    trainer.is_fsdp_enabled = True
+    return trainer
+
+
+# One process beside them
+
+
+def joined(tensor: Any) -> Any:
+    """The tensor of which this is a shard: every rank's rows, one below the other, if it has not all of them."""
+    if not hasattr(tensor, "to_local"):
+        return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
+    own = tensor.to_local()
+    if own.shape == tensor.shape:
+        return own.clone()
+    shards: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shards, own)
+    return torch.cat(shards)
+
+
+def taken(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
+    """Everything that the next step is made of, by the names of a bare model."""
+    optimizer = live_step.unwrapped(optimizer)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, p in model.named_parameters():
+        own: dict[str, Any] = {"parameter": joined(p.detach())}
+        if p.grad is not None:
+            own["grad"] = joined(p.grad)
+            own["state"] = {key: joined(value) for key, value in optimizer.state.get(p, {}).items()}
+            own["group"] = {key: value for key, value in groups[id(p)].items() if key != "params"}
+        found[name.replace("_checkpoint_wrapped_module.", "")] = own
+    return found
+
+
+def put(model: Any, held: dict[str, dict[str, Any]]) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(held[name]["parameter"])
+
+
+def alone(
+    bare: Any, kind: Callable[..., Any], before: Any, after: Any, config: ProbeConfig, prompts: Any, step: int
+) -> StepReport:
+    """The report of one process."""
+    put(bare, before)
+    groups = []
+    trained = [(name, p) for name, p in bare.named_parameters() if "grad" in before[name]]
+    for name, p in trained:
+        p.grad = before[name]["grad"]
+        groups.append(before[name]["group"] | {"params": [p]})
+    optimizer = kind(groups)
+    for name, p in trained:
+        optimizer.state[p] = before[name]["state"]
+    probed = measure_step(bare, optimizer, trl_runs.tokenizer(), prompts, config, after_step=step)
+    assert probed is not None
+    put(bare, after)
+    return probed.after(bare)
+
+
+class Taken(transformers.TrainerCallback):
+    """What the steps of a trainer are made of; added before the probe."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.before, self.after = trainer, dict[int, Any](), dict[int, Any]()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in PROBED:
+            self.before[state.global_step] = taken(self.trainer.model, self.trainer.optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step - 1 in PROBED:
+            self.after[state.global_step - 1] = taken(self.trainer.model, self.trainer.optimizer)
+
+
+def probed(folder: Path, case: str) -> tuple[runs.Found, Any, list[tuple[Any, Any]]]:
+    """A run with the callback, its trainer, and in the first process each report with that of one process."""
+    of: list[Taken] = []
+
+    def make(folder: Path, case: str, **options: Any) -> Any:
+        trainer = spread(folder, case, **options)
+        of.append(Taken(trainer))
+        trainer.add_callback(of[0])
+        return trainer
+
+    found, trainer = runs.run(folder, case, {**PROBE, "folder": folder / "probe"}, make)
+    if dist.get_rank():
+        return found, trainer, []
+    bare = runs.grpo(folder, case).model  # of a trainer that never trains
+    reports = []
+    for step in PROBED:
+        config = config_of(trainer, "smoke", PROBE["config"])
+        given = of[0].before[step], of[0].after[step], config, trainer.train_dataset, step
+        expected = alone(bare, torch.optim.AdamW, *given)
+        report = StepReport.from_json(folder / "probe" / f"step-{step}.json")
+        reports.append((report.model_dump(mode="json"), expected.model_dump(mode="json")))
+    return found, trainer, reports
+
+
+# A loop of one's own
+
+
+PRECISE: dict[str, Any] = {part: {"dtype": "float64"} for part in ("func_override", "tf_nograd", "tf_withgrad")}
+LOOP = ProbeConfig.from_mapping(
+    {
+        "budget": "standard",
+        "precision": PRECISE,
+        "batch": {"num_prompts": 4},
+        "generation": {"max_new_tokens": 6, "num_return_sequences": 2},
+    }
+)
+
+
+def tied() -> Any:
+    model = trl_runs.tiny_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model.double()
+
+
+def sharded_by_layer(model: Any) -> None:
+    """All but the last norm, of which each process has a copy that it trains itself."""
+    for part in (*model.model.layers, model):
+        fully_shard(part, ignored_params={model.model.norm.weight})
+
+
+def in_replicas(model: Any) -> None:
+    """HSDP: each process has all of the rows, and all processes have the same."""
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows")))
+
+
+def of_each_its_own(model: Any) -> None:
+    """Two trainings that know nothing of one another."""
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows"))["rows"])
+
+
+def looped(shard: Callable[[Any], None], kind: Callable[..., Any], steps: int = 2) -> tuple[Any, Any]:
+    """A model with tied embeddings that has taken steps in float64, with the gradient of the next; whole parameters are
+    left where they are after the backward pass."""
+    model = tied()
+    shard(model)
+    model.set_reshard_after_backward(False)
+    optimizer = kind(model.parameters())
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for step in range(steps + 1):
+        ids = torch.randint(2, 40, (4, 9), generator=generator)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        if not hasattr(model.model.norm.weight, "to_local") and shard is sharded_by_layer:
+            dist.all_reduce(model.model.norm.weight.grad, dist.ReduceOp.AVG)
+        if step < steps:
+            model.reshard()
+            optimizer.step()
+    return model, optimizer
+
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, foreach=False)
+SGD = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1)
+LOOPS: list[tuple[Callable[[Any], None], Callable[..., Any]]] = [(sharded_by_layer, ADAMW), (in_replicas, SGD)]
+
+
+def both_in_float64(shard: Callable[[Any], None], kind: Callable[..., Any]) -> tuple[Any, Any] | None:
+    model, optimizer = looped(shard, kind)
+    given = trl_runs.tokenizer(), runs.PROMPTS, LOOP
+    probed = measure_step(model, optimizer, *given)
+    before = taken(model, optimizer)
+    optimizer.step()
+    now, after = whole(model), taken(model, optimizer)
+    if dist.get_rank():
+        assert probed is now is None
+        return None
+    assert probed is not None
+    assert now is not None
+    expected = alone(tied(), kind, before, after, LOOP, runs.PROMPTS, 0)
+    return probed.after(now).model_dump(mode="json"), expected.model_dump(mode="json")
+
+
+def said(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refusals() -> dict[str, str]:
+    """What is not measured, and the line that says so."""
+    given = trl_runs.tokenizer(), runs.PROMPTS, LOOP
+    model, optimizer = looped(sharded_by_layer, ADAMW, 0)
+    found = {}
+    for kind in (partial(torch.optim.Adafactor, lr=1e-2), type("OwnAdamW", (torch.optim.AdamW,), {})):
+        other = kind(model.parameters())
+        found[type(other).__name__] = said(lambda other=other: measure_step(model, other, *given))
+    probed = measure_step(model, optimizer, *given)
+    found["after"] = "" if probed is None else said(lambda: probed.after(model))
+    if dist.get_rank():
+        model.lm_head.weight.grad = None
+    found["gradients"] = said(lambda: measure_step(model, optimizer, *given))
+    found["mesh"] = said(lambda: measure_step(*looped(of_each_its_own, ADAMW, 0), *given))
+    return found
+
+
+# What goes wrong
+
+
+def plant(where: Any, name: str, rank: int, what: Any) -> None:
+    """From here on a function of the library does something else, on one rank alone."""
+    if dist.get_rank() == rank:
+        setattr(where, name, what)
+
+
+def raises(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("planted")
+
+
+class NoneLeft:
+    """No memory from the second question on: that for the change that came."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, device: torch.device) -> int:
+        self.asked += 1
+        return 1 << 50 if self.asked == 1 else 0
+
+
+FAILURES: dict[str, tuple[Any, str, int, Any]] = {
+    "a step of the second": (live_step, "_moved", 1, raises),
+    "memory of the second": (sharded, "available_bytes", 1, NoneLeft()),
+    "a copy of the first": (sharded, "beside", 0, raises),
+}
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def main() -> None:
+    folder, found = Path(sys.argv[1]), dict[str, Any]()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    runs.AT = 1
+    lines = Lines()
+    logging.getLogger("entropy_probe").addHandler(lines)
+    for case in CASES:
+        found[f"{case}, without"], _ = runs.run(folder / case, case, None, spread)
+        found[f"{case}, with"], trainer, found[f"{case}, reports"] = probed(folder / case, case)
+        found[f"{case}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
+    prompts = folder / "prompts.jsonl"
+    for name in ("prompts of the first", *FAILURES):
+        own = {**PROBE, "folder": folder / name, "prompts": prompts}
+        if dist.get_rank() == 0:
+            prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in runs.PROMPTS))
+        at_step = partial(prompts.unlink, missing_ok=True)
+        kept = where = function = None
+        if name in FAILURES:
+            where, function, *_ = FAILURES[name]
+            kept, at_step = getattr(where, function), partial(plant, *FAILURES[name])
+        lines.said.clear()
+        found[name], trainer = runs.run(folder / "full", "full", own, spread, at_step=at_step)
+        found[f"{name}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
+        found[f"{name}, said"] = list(lines.said)
+        if kept is not None:
+            setattr(where, function, kept)
+    found["loops"] = [both_in_float64(*loop) for loop in LOOPS]
+    found["refusals"] = refusals()
+    torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads, which outlive the group, abort one interpreter in ten while it shuts down
+
+
+if __name__ == "__main__":
+    main()

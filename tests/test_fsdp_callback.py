@@ -1,0 +1,133 @@
+"""The callback inside of trainers under FSDP2: what it measures, that nothing of the training changes, and what is said
+where it does not measure. Two ranks, `fsdp_callback.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+import forked
+from entropy_probe.errors import ConfigError
+from entropy_probe.integrations.of_trainer import require_whole
+
+CASES = ("full", "lora", "bf16")
+PROBED = [0, 2]
+NOT_MEASURED = ("config", "environment", "timing", "since")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every run came to, in each process."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    ended = forked.ranks(2, Path(__file__).with_name("fsdp_callback.py"), folder, timeout=240)
+    assert [done.returncode for done in ended] == [0, 0], "\n".join(done.stderr for done in ended)
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_training_is_the_same_to_the_last_bit(ranks: list[dict[str, Any]], case: str) -> None:
+    """Shards, moments, generators, batches, gradients, modes and hooks of every step in each process, and the logs; in
+    bf16 with layers that are computed again."""
+    for found in ranks:
+        assert found[f"{case}, with"] == found[f"{case}, without"]
+        assert found[f"{case}, logged"] == PROBED
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a report, by its name."""
+    if isinstance(value, dict | list):
+        for key, of in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(of, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def check_same(report: dict[str, Any], expected: dict[str, Any]) -> None:
+    """θ and v are the same numbers, so all that is made of them is the same to the last bit. Norms, and what is divided
+    by one, are sums in another order: of some thousand terms in float64, 1e-13 of them."""
+    left_out = *NOT_MEASURED, "batch"
+    assert report["batch"]["fingerprint"] == expected["batch"]["fingerprint"]
+    one, other = (dict(numbers({k: v for k, v in of.items() if k not in left_out})) for of in (report, expected))
+    assert one.keys() == other.keys()
+    sums = (".update.norm", ".update.grad_norm", ".update.momentum_share")
+    for name in sums:
+        assert one.pop(name) == pytest.approx(other.pop(name), rel=1e-13)
+    assert {name: (of, other[name]) for name, of in one.items() if of != other[name]} == {}
+    assert report["came"] is not None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_figure_is_that_of_one_process(ranks: list[dict[str, Any]], case: str) -> None:
+    """Beside the same parameters, gradient and moments in one process, in float32. The rank of the adapters, 3, is not
+    the same number of rows in both processes."""
+    reports = ranks[0][f"{case}, reports"]
+    assert len(reports) == len(PROBED)
+    for report, expected in reports:
+        check_same(report, expected)
+
+
+@pytest.mark.parametrize("loop", [0, 1], ids=["AdamW", "SGD in replicas"])
+def test_a_loop_of_ones_own(ranks: list[dict[str, Any]], loop: int) -> None:
+    """`measure_step` in float64 with the curvature, with tied embeddings, and with tensors that several processes have
+    whole: these count once in a norm."""
+    report, expected = ranks[0]["loops"][loop]
+    check_same(report, expected)
+    assert report["predicted_per_token"]["second_order"] is not None
+
+
+FAILURES = {
+    "prompts of the first": "prompts.jsonl: cannot be read",
+    "a step of the second": "process 1: RuntimeError: planted; take the callback out, or report this",
+    "memory of the second": "process 1: has 0.0 GiB free on cpu, and needs 0.0; probe the checkpoints instead",
+    "a copy of the first": "RuntimeError: planted; take the callback out, or report this",
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_fails_in_one_process_ends_the_probe_in_all(ranks: list[dict[str, Any]], name: str) -> None:
+    """After the first measurement. The first process says it in one line, and the training goes on as without."""
+    (line,) = ranks[0][f"{name}, said"]
+    assert line.startswith("the entropy probe is off, and the training goes on: ")
+    assert FAILURES[name] in line
+    assert ranks[1][f"{name}, said"] == []
+    for found in ranks:
+        assert found[name] == found["full, without"]
+        assert found[f"{name}, logged"] == PROBED[:1]
+
+
+REFUSED = {
+    "Adafactor": "the optimizer: is Adafactor, and no process has a whole tensor for it",
+    "OwnAdamW": "the optimizer: is OwnAdamW, and no process has a whole tensor for it",
+    "gradients": "the optimizer: has gradients for other parameters than in the first process",
+    "mesh": "the model: has a tensor on 1 of 2 processes",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_measured_is_said_in_all(ranks: list[dict[str, Any]], name: str) -> None:
+    for found in ranks:
+        assert found["refusals"][name].startswith(f"MeasurementError: {REFUSED[name]}")
+
+
+def test_a_spread_model_after_the_step_is_asked_for_whole(ranks: list[dict[str, Any]]) -> None:
+    assert "give `entropy_probe.live.whole(model)`" in ranks[0]["refusals"]["after"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_trainers_that_leave_no_tensor_whole(kind: str) -> None:
+    """FSDP without a 2 is FSDP1."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=False)
+    with pytest.raises(ConfigError, match=r"spread by .*; train with FSDP2 \(`fsdp_version: 2`\) or DDP, or probe the"):
+        require_whole(SimpleNamespace(accelerator=accelerator))
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "FSDP"])
+def test_trainers_that_can_be_measured(kind: str) -> None:
+    accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=kind == "FSDP")
+    require_whole(SimpleNamespace(accelerator=accelerator))
