@@ -43,6 +43,7 @@ ELSEWHERE = {
     "EntropyProbeCallback": "entropy_probe.integrations.transformers",
     "measure_step": "entropy_probe.live",
     "ProbedStep": "entropy_probe.live",
+    "whole": "entropy_probe.live",
     "run_skill": "entropy_probe.predictor_skill",
     "checkpoint_path": "entropy_probe.demo",
     "World": "entropy_probe.processes.world",

@@ -11,6 +11,7 @@ prompt_cache  keys and values of prompts that are read once for all their respon
 attention     long rows in blocks of queries;   recompute  layers that are run again in a backward pass
 beside        a copy that shares a live model's memory;   own_forward  a copy calls itself
 live_step     the step that a live optimizer is about to take
+sharded       a live model that FSDP2 has spread over processes: its shards, and the whole of it in one of them
 lending       parameters that are elsewhere, or in another dtype, lent for the length of a forward
 placement     the parts of a model that outgrows one device;   disk  tensors whose data stands in a file
 device      the device that a name means

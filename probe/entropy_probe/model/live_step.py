@@ -122,7 +122,7 @@ def _of_own(
     spread = any(map(is_spread, parameters.values()))
     exact = _is_exact(optimizer)
     move: dict[str, Tensor] = {}
-    squares = dict.fromkeys(("gradient", "step", "of_rest"), 0.0)
+    squares: dict[str, float] = dict.fromkeys(("gradient", "step", "of_rest"), 0.0)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:

@@ -7,4 +7,5 @@ connection  what joins them: sums over gloo, watched by the pulse
 one_copy    memory that all processes of one machine see
 pulse       a thread of its own that tells a process that waits from one that died
 apart       a command in a process of its own
+of_training the processes of a training, which its trainer has joined
 """
