@@ -107,9 +107,7 @@ def _of_shards(
 ) -> _Own:
     kind = type(optimizer)
     if kind.__name__ not in _BY_ENTRY or kind is not getattr(torch.optim, kind.__name__):
-        problem = (
-            f"is {kind.__name__}, and no process has a whole tensor for it: only a part of each"
-        )
+        problem = f"is {kind.__name__}, which may need whole tensors, and each process has a part"
         remedy = "train with Adam, AdamW or SGD of torch, or probe the checkpoints"
         raise MeasurementError("the optimizer", problem, remedy)
     return _of_own(optimizer, parameters, gradient_scale)
