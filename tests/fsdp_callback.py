@@ -8,6 +8,7 @@ ranks' own shards, in a model that nothing has spread.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from entropy_probe.model import live_step, sharded
 from entropy_probe.step_report import StepReport
 
 PROBE = runs.PROBE | {"every": 2}
+EVERY_STEP = runs.PROBE | {"every": 1}
 STEPS = 3
 PROBED = [0, 2]
 CASES: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "bf16": {"activation_checkpointing": True}}
@@ -43,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "bf16": {"activation
 def spread(folder: Path, case: str, **options: Any) -> Any:
     """TRL's trainer, which is told that it is under FSDP2."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    sizes = {"per_device_train_batch_size": 4, "max_steps": STEPS, "logging_steps": 1}
+    sizes = {"per_device_train_batch_size": 4, "max_completion_length": 4, "max_steps": STEPS, "logging_steps": 1}
     trainer = runs.grpo(folder, case, **sizes | options)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -63,30 +65,27 @@ def spread(folder: Path, case: str, **options: Any) -> Any:
 # One process beside them
 
 
-def joined(tensor: Any) -> Any:
-    """The tensor of which this is a shard: every rank's rows, one below the other, if it has not all of them."""
-    if not hasattr(tensor, "to_local"):
-        return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
-    own = tensor.to_local()
-    if own.shape == tensor.shape:
-        return own.clone()
-    shards: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shards, own)
-    return torch.cat(shards)
-
-
 def taken(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
-    """Everything that the next step is made of, by the names of a bare model."""
+    """All that the next step is made of, by the names of a bare model: every rank's rows, one below the other."""
     optimizer = live_step.unwrapped(optimizer)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    parts: dict[tuple[str, str], torch.Tensor] = {}
     for name, p in model.named_parameters():
-        own: dict[str, Any] = {"parameter": joined(p.detach())}
+        name = name.replace("_checkpoint_wrapped_module.", "")
+        own = {"parameter": p.detach()}
         if p.grad is not None:
-            own["grad"] = joined(p.grad)
-            own["state"] = {key: joined(value) for key, value in optimizer.state.get(p, {}).items()}
-            own["group"] = {key: value for key, value in groups[id(p)].items() if key != "params"}
-        found[name.replace("_checkpoint_wrapped_module.", "")] = own
+            own |= {"grad": p.grad} | optimizer.state.get(p, {})
+            found[name] = {"group": {key: value for key, value in groups[id(p)].items() if key != "params"}}
+        for key, tensor in own.items():
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            found.setdefault(name, {})[key] = local.clone()
+            if local.shape != tensor.shape:
+                parts[name, key] = local
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, parts)
+    for name, key in parts:
+        found[name][key] = torch.cat([rank[name, key] for rank in ranks])
     return found
 
 
@@ -108,7 +107,7 @@ def alone(
         groups.append(before[name]["group"] | {"params": [p]})
     optimizer = kind(groups)
     for name, p in trained:
-        optimizer.state[p] = before[name]["state"]
+        optimizer.state[p] = {k: v for k, v in before[name].items() if k not in ("parameter", "grad", "group")}
     probed = measure_step(bare, optimizer, trl_runs.tokenizer(), prompts, config, after_step=step)
     assert probed is not None
     put(bare, after)
@@ -299,6 +298,7 @@ class Lines(logging.Handler):
 def main() -> None:
     folder, found = Path(sys.argv[1]), dict[str, Any]()
     torch.set_num_threads(1)
+    gc.freeze()  # trainers collect garbage when they end
     dist.init_process_group("gloo")
     runs.AT = 1
     lines = Lines()
@@ -309,7 +309,7 @@ def main() -> None:
         found[f"{case}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
     prompts = folder / "prompts.jsonl"
     for name in ("prompts of the first", *FAILURES):
-        own = {**PROBE, "folder": folder / name, "prompts": prompts}
+        own = {**EVERY_STEP, "folder": folder / name, "prompts": prompts}
         if dist.get_rank() == 0:
             prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in runs.PROMPTS))
         at_step = partial(prompts.unlink, missing_ok=True)

@@ -91,7 +91,8 @@ FAILURES = {
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_fails_in_one_process_ends_the_probe_in_all(ranks: list[dict[str, Any]], name: str) -> None:
-    """After the first measurement. The first process says it in one line, and the training goes on as without."""
+    """At the second step of three that are to be measured. The first process says it in one line, nobody measures the
+    third, and the training goes on as without."""
     (line,) = ranks[0][f"{name}, said"]
     assert line.startswith("the entropy probe is off, and the training goes on: ")
     assert FAILURES[name] in line
