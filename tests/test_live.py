@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from trl.trainer.utils import add_fused_lm_head
 
 import trl_runs
@@ -106,6 +107,16 @@ def test_weight_norm_is_computed_by_its_hook() -> None:
         layer.weight_g.mul_(2.0)
     assert not torch.equal(clone(x), still)
     assert torch.equal(clone(x), layer(x))
+
+
+def test_layers_that_are_computed_again_are_bare_in_the_copy() -> None:
+    """FSDP's own activation checkpointing stands in the names of the parameters."""
+    model, bare = trl_runs.tiny_model(), trl_runs.tiny_model()
+    for k, layer in enumerate(model.model.layers):
+        model.model.layers[k] = checkpoint_wrapper(layer)
+    assert [*dict(model.named_parameters())] != [*dict(bare.named_parameters())]
+    assert [*dict(beside(model).named_parameters())] == [*dict(bare.named_parameters())]
+    assert all(type(one) is type(other) for one, other in zip(beside(model).modules(), bare.modules(), strict=True))
 
 
 def as_it_is(model: Any) -> Any:
