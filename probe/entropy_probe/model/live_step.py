@@ -132,11 +132,9 @@ def _of_own(
                     "give the model whose parameters it trains",
                 )
             name = names[id(parameter)]
-            require_one_layout(
-                name,
-                optimizer.state.get(parameter, {}) | {"the gradient": parameter.grad},
-                parameter,
-            )
+            if spread:
+                state = {"the gradient": parameter.grad, **optimizer.state.get(parameter, {})}
+                require_one_layout(name, state, parameter)
             gradient = local(parameter.grad.detach())
             gradient = (gradient.to_dense() if gradient.is_sparse else gradient) / gradient_scale
             along = _moved(optimizer, group, parameter, gradient, exact=exact)

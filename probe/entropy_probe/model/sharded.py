@@ -109,7 +109,7 @@ def whole(model: nn.Module) -> nn.Module | None:
     module = unwrap(model)
     if not is_sharded(module):
         return module
-    of_training.agreed(lambda: _require_room(module))
+    of_training.agreed(lambda: _require_possible(module))
     parameters = dict(module.named_parameters())
     found = gathered((name, parameter.detach()) for name, parameter in parameters.items())
 
@@ -141,9 +141,11 @@ def _placed(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _require_room(module: nn.Module) -> None:
-    """Raise where memory does not suffice, before anything is sent: later an error would leave others waiting."""
+def _require_possible(module: nn.Module) -> None:
+    """Raise where tensors cannot be gathered, before anything is sent: later an error would leave others waiting."""
     parameters = list(module.parameters())
+    for parameter in parameters:
+        copies(parameter)  # raises for one that some process has no part of
     largest = max(2 * _bytes([parameter]) for parameter in parameters)
     needed = {parameters[0].device: largest}
     if of_training.is_first():
