@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from entropy_probe.estimators.policy import float32_rounding, nucleus
+from entropy_probe.estimators.policy import added, float32_rounding, nucleus
 from entropy_probe.estimators.token_stats import rows_in_chunk
 
 if TYPE_CHECKING:
@@ -37,21 +37,20 @@ def mass_before(
 
 
 def _of_rows(z: Tensor, y: Tensor, temperature: float, top_p: float) -> Tensor:
-    scaled = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+    scaled = z.to(torch.promote_types(z.dtype, torch.float32))
+    scaled = scaled if temperature == 1.0 else scaled / temperature
     q = torch.softmax(scaled, -1)
     if top_p < 1.0:
         rounding = float32_rounding(z.amax(-1), temperature)
         inside = nucleus(torch.log_softmax(scaled, -1), top_p, rounding=rounding)
         q = q.masked_fill_(~inside, 0.0)
         q /= q.sum(-1, keepdim=True)
-    ids = torch.arange(q.shape[-1], device=q.device)
+    ids = torch.arange(q.shape[-1], device=q.device, dtype=torch.int32)
     own = scaled.gather(-1, y)
     likelier = (scaled > own) | ((scaled == own) & (ids < y))
     ranks = halving_ranks(q.shape[-1]).to(q.device)
-    masses = [
-        q.masked_fill(~first, 0.0).sum(-1, dtype=torch.float64)
-        for first in (likelier, ranks < ranks[y])
-    ]
+    # times 1 or 0: to fill with 0 takes three times as long
+    masses = [added(q * first, torch.float64) for first in (likelier, ranks < ranks[y])]
     return torch.stack(masses, -1)
 
 
@@ -62,7 +61,7 @@ def halving_ranks(vocabulary: int) -> Int[Tensor, " V"]:
     For a vocabulary of 2^k it is the number with the bits of x in reverse. `drawing.draw` chooses a token by
     inverting sums in this order, digit by digit.
     """
-    place, ranks = torch.arange(vocabulary), torch.zeros(vocabulary, dtype=torch.long)
+    place, ranks = torch.arange(vocabulary), torch.zeros(vocabulary, dtype=torch.int32)
     size, digit = vocabulary, 1
     while size > 1:
         half = (size + 1) // 2

@@ -54,9 +54,11 @@ def score_tokens(
     so that one copy of the logits and one of e^d are all that is held. Differentiable in the logits, in reverse and in
     forward mode. Logits of −∞ are tokens of probability zero; they add nothing to an entropy.
     """
-    d = logits.to(dtype or logits.dtype, copy=True)
-    top = d.detach().amax(-1, keepdim=True)
-    d = d.sub_(top).div_(temperature)
+    wide = logits.to(dtype or logits.dtype)
+    top = wide.detach().amax(-1, keepdim=True)
+    d = wide - top
+    del wide
+    d = d if temperature == 1.0 else d.div_(temperature)
     token_d = d.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     in_place = not d.requires_grad
     d = d.clamp_(min=NOTHING) if in_place else d.clamp(min=NOTHING)
@@ -96,8 +98,11 @@ def scores_along(
 
     which forward mode finds through every operation of `score_tokens`, each with its own copy of the logits.
     """
-    d = (logits - logits.amax(-1, keepdim=True)).div_(temperature).clamp_(min=NOTHING)
-    moved = (tangent / temperature).masked_fill_(d <= NOTHING, 0.0)
+    d, moved = logits - logits.amax(-1, keepdim=True), tangent
+    if temperature != 1.0:
+        d, moved = d.div_(temperature), tangent / temperature
+    if bool(d.amin() <= NOTHING):  # rare, and to fill takes as long as all the rest
+        moved = moved.masked_fill(d.clamp_(min=NOTHING) <= NOTHING, 0.0)
     own, own_moved = (of.gather(-1, tokens[:, None])[:, 0] for of in (d, moved))
     e = d.exp()
     total, weighted = added(e, torch.float64), d.mul_(e)

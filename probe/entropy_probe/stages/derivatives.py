@@ -146,7 +146,10 @@ def _along(temperature: float, logits: Tensor, tokens: Tensor) -> tuple[Tensor, 
     z, tangent = forward_ad.unpack_dual(logits)
     tangent = torch.zeros_like(z) if tangent is None else tangent
     found = scores_along(z, tangent, tokens, temperature)
-    return *found, _furthest(z.masked_fill(z.isinf(), 0.0)), _furthest(tangent)
+    logit = _furthest(z)
+    if not bool(logit.isfinite().all()):
+        logit = _furthest(z.masked_fill(z.isinf(), 0.0))
+    return *found, logit, _furthest(tangent)
 
 
 def _furthest(values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
