@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -45,13 +46,20 @@ def _of_rows(z: Tensor, y: Tensor, temperature: float, top_p: float) -> Tensor:
         inside = nucleus(torch.log_softmax(scaled, -1), top_p, rounding=rounding)
         q = q.masked_fill_(~inside, 0.0)
         q /= q.sum(-1, keepdim=True)
-    ids = torch.arange(q.shape[-1], device=q.device, dtype=torch.int32)
     own = scaled.gather(-1, y)
-    likelier = (scaled > own) | ((scaled == own) & (ids < y))
-    ranks = halving_ranks(q.shape[-1]).to(q.device)
-    # times 1 or 0: to fill with 0 takes three times as long
-    masses = [added(q * first, torch.float64) for first in (likelier, ranks < ranks[y])]
+    likelier = _ones(torch.gt, scaled, own, q)
+    at_least = added(_ones(torch.ge, scaled, own, q), torch.float64)
+    if bool((at_least - added(likelier, torch.float64) > 1).any()):  # others are as likely
+        likelier += (scaled == own) & (torch.arange(q.shape[-1], device=q.device) < y)
+    ranks = halving_ranks(q.shape[-1]).to(q)  # whole numbers far below 2^24
+    masses = [added(likelier.mul_(q), torch.float64)]
+    masses += [added(_ones(torch.lt, ranks, ranks[y], q).mul_(q), torch.float64)]
     return torch.stack(masses, -1)
+
+
+def _ones(compare: Callable[..., Tensor], one: Tensor, other: Tensor, like: Tensor) -> Tensor:
+    """1 where the comparison holds, else 0, as a factor of `like`: in one pass, where booleans would take three."""
+    return compare(one, other, out=torch.empty_like(like))
 
 
 @cache
@@ -61,7 +69,7 @@ def halving_ranks(vocabulary: int) -> Int[Tensor, " V"]:
     For a vocabulary of 2^k it is the number with the bits of x in reverse. `drawing.draw` chooses a token by
     inverting sums in this order, digit by digit.
     """
-    place, ranks = torch.arange(vocabulary), torch.zeros(vocabulary, dtype=torch.int32)
+    place, ranks = torch.arange(vocabulary), torch.zeros(vocabulary, dtype=torch.long)
     size, digit = vocabulary, 1
     while size > 1:
         half = (size + 1) // 2
