@@ -119,6 +119,17 @@ def test_layers_that_are_computed_again_are_bare_in_the_copy() -> None:
     assert all(type(one) is type(other) for one, other in zip(beside(model).modules(), bare.modules(), strict=True))
 
 
+def test_a_step_of_layers_that_are_computed_again() -> None:
+    """Every number is that of the bare model."""
+    found = []
+    for wraps in (False, True):
+        model, optimizer = trained(adamw)
+        for k, layer in enumerate(model.model.layers):
+            model.model.layers[k] = checkpoint_wrapper(layer) if wraps else layer
+        found.append(measured(model, optimizer).report.model_dump(exclude={"timing", "environment"}))
+    assert found[0] == found[1]
+
+
 def as_it_is(model: Any) -> Any:
     return model
 

@@ -336,6 +336,22 @@ def test_what_cannot_be_handed_over_is_said() -> None:
         one_copy.with_thing(lambda: None)
 
 
+def test_what_is_moved_is_never_there_twice() -> None:
+    """Each tensor's memory is given up as soon as the file has it; views and ties come back as they were."""
+    tied = torch.arange(6.0)
+    given = {"a": tied, "again": tied.view(2, 3).T, "half": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0)}
+    for moved in (False, True):
+        file = one_copy.with_thing(given, moved=moved)
+        found = one_copy.thing_in(one_copy.path_of(file))
+        os.close(file)
+        assert [t.untyped_storage().nbytes() for t in given.values()] == ([0] * 4 if moved else [24, 24, 6, 0])
+        assert found["again"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+        found["a"][1] = 7.0
+        assert float(found["again"][1, 0]) == 7.0
+        assert (found["half"].dtype, found["half"].tolist()) == (torch.bfloat16, [1.0] * 3)
+        assert found["none"].shape == (0,)
+
+
 def test_memory_of_another_machine_is_not_seen(tmp_path: Path) -> None:
     assert not one_copy.has_content(f"/proc/{os.getpid()}/fd/1000000", b"token")
     (tmp_path / "file").write_bytes(b"other")

@@ -154,3 +154,11 @@ def test_scores_along_a_tangent_are_those_of_forward_mode(temperature: float) ->
     found = scores_along(z, tangent, tokens, temperature)
     for one, other in zip(found, (*values, *derivatives), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_along_a_tangent_where_there_is_little() -> None:
+    """Of no rows there is nothing; a row that is not a number spoils no other."""
+    assert [len(of) for of in scores_along(*torch.zeros(2, 0, 5), torch.zeros(0, dtype=torch.long), 1.0)] == [0] * 4
+    z = torch.tensor([[0.0, 1.0, -torch.inf], [torch.nan, 0.0, 0.0]])
+    found = scores_along(z, torch.ones(2, 3), torch.tensor([0, 1]), 1.0)
+    assert all(bool(of[0].isfinite()) and bool(of[1].isnan()) for of in found)

@@ -34,11 +34,11 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators import performance_difference, prediction, resolution
 from entropy_probe.estimators.slope import PromptMean
-from entropy_probe.model.beside import beside
+from entropy_probe.model.beside import beside, name_in_copy
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.live_step import LiveStep, live_step
 from entropy_probe.model.precision import numerics, str_to_dtype
-from entropy_probe.model.sharded import gathered, is_sharded, names_in, resharded, spread_as, whole
+from entropy_probe.model.sharded import gathered, is_sharded, resharded, spread_as, whole
 from entropy_probe.pipeline.environment import environment
 from entropy_probe.stages.batches import fingerprint, with_limit
 from entropy_probe.stages.derivatives import Second, directional_derivatives
@@ -180,9 +180,8 @@ def ready(
         moves = gathered(parts)
         if copied is None:
             return None
-        names = names_in(module, copied)
-        step = replace(step, move={names[name]: move for name, move in moves.items()})
-        module = copied
+        step, module = replace(step, move=moves), copied
+    step = replace(step, move={name_in_copy(name): move for name, move in step.move.items()})
     return Ready(module, step, time.perf_counter() - start)
 
 

@@ -35,7 +35,7 @@ def load_configured(
     if not _in_one_copy(path, config, world):
         return load(device, **config.placement)
     usable = usable_device(device)
-    found = world.in_one_copy().one(lambda: load("cpu"))
+    found = world.in_one_copy().one(lambda: load("cpu"), moved=True)
     info = found.info
     if usable.type != "cpu":  # what is in memory is lent to the process's own device
         info = replace(info, device_map=place(found.model, IN_MEMORY, usable).device_map)

@@ -101,7 +101,7 @@ def scores_along(
     d, moved = logits - logits.amax(-1, keepdim=True), tangent
     if temperature != 1.0:
         d, moved = d.div_(temperature), tangent / temperature
-    if bool(d.amin() <= NOTHING):  # rare, and to fill takes as long as all the rest
+    if not bool((d.amin(-1) > NOTHING).all()):  # rare, and to fill takes as long as all the rest
         moved = moved.masked_fill(d.clamp_(min=NOTHING) <= NOTHING, 0.0)
     own, own_moved = (of.gather(-1, tokens[:, None])[:, 0] for of in (d, moved))
     e = d.exp()

@@ -65,6 +65,11 @@ def beside(model: nn.Module, held: Mapping[int, nn.Parameter] | None = None) -> 
     return clone.eval()
 
 
+def name_in_copy(name: str) -> str:
+    """What the copy calls a parameter of the model: without the wrappers that it does not have."""
+    return name.replace(f"{_CHECKPOINTED}.", "")
+
+
 def _own_class(part: nn.Module) -> type[nn.Module]:
     """The class that the module had before `fully_shard` gave it one of its own."""
     index = getattr(type(part), "_orig_cls_mro_index", 0)

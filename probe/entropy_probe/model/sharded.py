@@ -125,12 +125,6 @@ def whole(model: nn.Module) -> nn.Module | None:
     return of_training.agreed(made)
 
 
-def names_in(model: nn.Module, copied: nn.Module) -> dict[str, str]:
-    """The copy's names of the model's parameters: without those of wrappers that it does not have."""
-    live, own = unwrap(model).named_parameters(), copied.named_parameters()
-    return {name: other for (name, _), (other, _) in zip(live, own, strict=True)}
-
-
 def _placed(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         return module

@@ -7,6 +7,8 @@ sent but the path.
 
 from __future__ import annotations
 
+import ctypes
+import io
 import math
 import mmap
 import os
@@ -14,14 +16,17 @@ import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.storage import TypedStorage
 
 from entropy_probe.errors import ConfigError
 
 _ALIGNED = 64
 """Bytes: torch puts tensors at multiples of it, and a product of one row goes another way elsewhere."""
+_LENGTH = 8  # bytes of a number, the last of a file
 
 
 def nameless(folder: Path | None = None, size: int = 0) -> int:
@@ -51,18 +56,67 @@ def with_content(content: bytes) -> int:
     return file
 
 
-def with_thing(thing: object) -> int:
-    """The descriptor of a file in memory that `torch.load` reads it from. Raises `ConfigError` where it cannot be
-    pickled."""
-    file = nameless()
+def with_thing(thing: object, *, moved: bool = False) -> int:
+    """The descriptor of a file in memory that `thing_in` reads it from. Raises `ConfigError` if it cannot be pickled.
+
+    What all tensors hold, one behind the other; then all else. A thing that is `moved` is of no use any more: what a
+    tensor held is given up as soon as the file has it, so that all of it is never there twice.
+    """
+    storages: list[UntypedStorage] = []
     try:
-        with open(file, "wb", closefd=False) as stream:
-            torch.save(thing, stream)
+        said = _pickled(thing, storages)
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-        os.close(file)
         problem = f"parameter cannot hand the model to the other processes ({error})"
         raise ConfigError("sharding", problem, "set sharding: prompt") from error
+    file, places = nameless(), []
+    with open(file, "wb", closefd=False) as stream:
+        for storage in storages:
+            start, size = stream.seek(-(-stream.tell() // _ALIGNED) * _ALIGNED), storage.nbytes()
+            places.append((start, start + size))
+            if size:  # as an array of NumPy it could not be given up any more
+                stream.write((ctypes.c_char * size).from_address(storage.data_ptr()))
+            if moved and storage.resizable():
+                storage.resize_(0)
+        rest = pickle.dumps((said, places))
+        stream.write(rest + len(rest).to_bytes(_LENGTH, "little"))
     return file
+
+
+def _pickled(thing: object, storages: list[UntypedStorage]) -> bytes:
+    """All but what tensors hold, of which it has the number in the list."""
+    numbers: dict[int, int] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> tuple[int, torch.dtype] | None:
+            if not isinstance(obj, TypedStorage):
+                return None
+            storage = obj._untyped_storage
+            if storage._cdata not in numbers:
+                numbers[storage._cdata] = len(storages)
+                storages.append(storage)
+            return numbers[storage._cdata], obj.dtype
+
+    stream = io.BytesIO()
+    Pickler(stream).dump(thing)
+    return stream.getvalue()
+
+
+def thing_in(path: str) -> Any:
+    """What `with_thing` put there. What is written into its tensors, this process alone sees."""
+    with open(path, "rb") as stream:
+        stream.seek(-_LENGTH, os.SEEK_END)
+        size = int.from_bytes(stream.read(_LENGTH), "little")
+        end = stream.seek(-_LENGTH - size, os.SEEK_END)
+        said, places = pickle.loads(stream.read(size))  # noqa: S301 (written by rank 0 of this run)
+    whole = UntypedStorage.from_file(path, False, end)
+    storages = [whole[start:stop] for start, stop in places]
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: tuple[int, torch.dtype]) -> Any:
+            number, dtype = pid
+            return TypedStorage(wrap_storage=storages[number], dtype=dtype, _internal=True)
+
+    return Unpickler(io.BytesIO(said)).load()
 
 
 def has_content(path: str, content: bytes) -> bool:

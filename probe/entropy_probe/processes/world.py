@@ -155,15 +155,15 @@ class World:
         with self._shown(lambda: one_copy.with_content(token)) as path:
             return not self.any(not one_copy.has_content(path, token))
 
-    def one(self, make: Callable[[], _T]) -> _T:
+    def one(self, make: Callable[[], _T], *, moved: bool = False) -> _T:
         """What rank 0 makes, on every process, with its tensors in memory once; else what each makes.
 
-        What a process writes into such a tensor, it alone sees.
+        What a process writes into such a tensor, it alone sees. `moved`: nobody else has what is made.
         """
         if not self.one_copy:
             return make()
-        with self._shown(lambda: one_copy.with_thing(make())) as path:
-            return torch.load(path, mmap=True, weights_only=False)
+        with self._shown(lambda: one_copy.with_thing(make(), moved=moved)) as path:
+            return one_copy.thing_in(path)
 
     def zeros(
         self,
