@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from torch import nn
 
 import forked
-from entropy_probe.errors import ConfigError
+from entropy_probe.errors import ConfigError, MeasurementError
+from entropy_probe.integrations import of_trainer
 from entropy_probe.integrations.of_trainer import require_whole
+from entropy_probe.model import sharded
 
 CASES = ("full", "lora", "bf16")
 PROBED = [0, 2]
@@ -129,6 +132,27 @@ def test_trainers_that_leave_no_tensor_whole(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "FSDP"])
-def test_trainers_that_can_be_measured(kind: str) -> None:
+def test_trainers_that_can_be_measured(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=kind == "FSDP")
-    require_whole(SimpleNamespace(accelerator=accelerator))
+    trainer = SimpleNamespace(accelerator=accelerator, model=nn.Linear(2, 2))
+    require_whole(trainer)
+    monkeypatch.setattr(of_trainer, "is_sharded", lambda model: True)
+    if kind == "FSDP":
+        require_whole(trainer)
+        return
+    with pytest.raises(ConfigError, match="spread by tensor parallelism"):
+        require_whole(trainer)
+
+
+def test_packed_weights_are_not_brought_together() -> None:
+    layer = nn.Linear(2, 2)
+    layer.quant_state = object()  # as a layer of bitsandbytes has it
+    with pytest.raises(MeasurementError, match="is quantised"):
+        sharded._require_possible(nn.Sequential(layer))
+
+
+def test_what_the_first_process_holds() -> None:
+    """θ of each tensor, and of what is trained the step and the sum in float32: 6 bfloat16, and 4 trained of them."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)).bfloat16()
+    model[1].requires_grad_(False)
+    assert sharded._held(model) == 4 * 4 + 2 * 2 + 2 * 4 * 4

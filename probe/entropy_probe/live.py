@@ -40,6 +40,7 @@ from entropy_probe.model.live_step import LiveStep, live_step
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.sharded import gathered, is_sharded, resharded, spread_as, whole
 from entropy_probe.pipeline.environment import environment
+from entropy_probe.processes.of_training import agreed
 from entropy_probe.stages.batches import fingerprint, with_limit
 from entropy_probe.stages.derivatives import Second, directional_derivatives
 from entropy_probe.stages.entropy import entropy_section, surprises
@@ -176,7 +177,7 @@ def ready(
         if not step.finite:
             return None
         copied = whole(module)
-        parts = ((name, spread_as(parameters[name], part)) for name, part in step.move.items())
+        parts = agreed(lambda: [(n, spread_as(parameters[n], of)) for n, of in step.move.items()])
         moves = gathered(parts)
         if copied is None:
             return None
@@ -205,17 +206,26 @@ def measure_step(
     `batch.num_prompts` of the `prompts` (a file, or texts, lists of messages or rows with a `prompt`) are drawn with
     `seed`, by default that of the configuration plus `after_step`, and `generation.num_return_sequences` responses of
     each are sampled at θ with generators of their own. The curvature needs a copy in float64 and is left out under
-    budget `smoke`. Raises `ProbeError`.
+    budget `smoke`. Raises `ProbeError`. Where FSDP2 has spread the model the first process alone measures, and what
+    then fails is raised in that one.
     """
     config = (
         config if isinstance(config, ProbeConfig) else ProbeConfig.from_mapping(dict(config or {}))
     )
+    require_predicted(config)
     found = ready(model, optimizer, gradient_scale)
     if found is None or not found.step.finite:
         return None
     return measured(
         found, tokenizer, prompts, config, after_step=after_step, seed=seed, where=where
     )
+
+
+def require_predicted(config: ProbeConfig) -> None:
+    """Raise where nothing can be predicted."""
+    if config.generation.top_p < 1:
+        problem = "is below 1, and then nothing is predicted about the policy's entropy"
+        raise ConfigError("generation.top_p", problem, "leave it out")
 
 
 def measured(
@@ -229,9 +239,7 @@ def measured(
     where: str = "",
 ) -> ProbedStep:
     """What the step does to the entropy, as `measure_step` says; by one process."""
-    if config.generation.top_p < 1:
-        problem = "is below 1, and then nothing is predicted about the policy's entropy"
-        raise ConfigError("generation.top_p", problem, "leave it out")
+    require_predicted(config)
     seed = config.batch.seed + after_step if seed is None else seed
     module, step, seconds = found.module, found.step, _Seconds({"update": found.seconds})
     with _undisturbed(config, module) as threads:

@@ -10,6 +10,7 @@ from typing import Any
 from entropy_probe.config import ProbeConfig
 from entropy_probe.config.sources import merged
 from entropy_probe.errors import ConfigError, shown
+from entropy_probe.model.sharded import is_sharded
 
 Prompts = Any
 """A file, or rows that can be counted and looked up: a list, a `datasets.Dataset`."""
@@ -61,8 +62,12 @@ def tokenizer_of(trainer: Any) -> Any:
 def require_whole(trainer: Any) -> None:
     """Raise where processes have parts of the model and its gradient that cannot be brought together by name."""
     kind = str(getattr(trainer.accelerator.distributed_type, "value", ""))
-    if kind == "NO" or kind.startswith("MULTI_") or getattr(trainer.accelerator, "is_fsdp2", False):
+    if getattr(trainer.accelerator, "is_fsdp2", False):
         return
+    if kind == "NO" or kind.startswith("MULTI_"):
+        if not is_sharded(trainer.model):
+            return
+        kind = "tensor parallelism"
     kind = "FSDP1" if kind == "FSDP" else kind
     problem = f"the training is spread by {kind}, and no process has the whole gradient"
     remedy = "train with FSDP2 (`fsdp_version: 2`) or DDP, or probe the checkpoints"

@@ -234,13 +234,13 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
 
     def _now(self) -> torch.nn.Module | None:
         """The model after the step, whole; `None` where it is not asked for."""
-        model = self._trainer.model
-        if not is_sharded(model):
-            return model
-        if not of_first(self._trouble is None and self._probed is not None):
-            return None
         start = time.perf_counter()
         try:
+            model = self._trainer.model
+            if not is_sharded(model):
+                return model
+            if not of_first(self._trouble is None and self._probed is not None):
+                return None
             with as_found():
                 return whole(model)
         except Exception as error:

@@ -21,8 +21,8 @@ from entropy_probe.model.placement import IN_MEMORY, place
 from entropy_probe.model.registry import unwrap
 from entropy_probe.processes import of_training
 
-_COPIES = 3
-"""What a measurement holds that is as long as θ: θ, the step, and their sum."""
+_OF_A_STEP = 2
+"""What a measurement holds beside θ that is as long as what is trained: the step, and its sum with θ."""
 
 
 def is_spread(tensor: Tensor) -> TypeGuard[Any]:
@@ -87,15 +87,20 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         full = tensor.full_tensor() if is_spread(tensor) else tensor
         if of_training.is_first() and trouble is None:
             try:
-                found[name] = full.detach().to("cpu")
+                found[name] = full.detach().to("cpu", copy=True)  # never the live memory
             except Exception as error:  # the others are still there: go on with them to the end
-                trouble, found = error, {}
+                trouble = error
+                found.clear()
+        del full
 
     def say() -> None:
         if trouble is not None:
             raise trouble
 
-    of_training.agreed(say)
+    try:
+        of_training.agreed(say)
+    finally:
+        trouble = None  # its traceback would hold what was gathered
     return found
 
 
@@ -126,10 +131,12 @@ def whole(model: nn.Module) -> nn.Module | None:
 
 
 def _placed(module: nn.Module, device: torch.device) -> nn.Module:
-    if device.type == "cpu":
-        return module
+    if (
+        device.type == "cpu"
+    ):  # where FSDP2 keeps the parameters there, it leaves buffers on the device
+        return module.to(device)
     free = available_bytes(device)
-    if free is not None and free > _COPIES * _bytes(module.parameters()):
+    if free is not None and free > _held(module):
         return module.to(device)
     place(module, IN_MEMORY, device)
     return module
@@ -140,22 +147,34 @@ def _require_possible(module: nn.Module) -> None:
     parameters = list(module.parameters())
     for parameter in parameters:
         copies(parameter)  # raises for one that some process has no part of
-    largest = max(2 * _bytes([parameter]) for parameter in parameters)
-    needed = {parameters[0].device: largest}
+    if any(hasattr(part, "quant_state") for part in (*parameters, *module.modules())):
+        problem = "is quantised, and its packed weights cannot be brought together"
+        raise MeasurementError("the model", problem, "probe the checkpoints instead")
+    device = parameters[0].device
+    needed = {device: max(2 * _bytes([parameter]) for parameter in parameters)}
     if of_training.is_first():
         cpu = torch.device("cpu")
-        needed[cpu] = needed.get(cpu, 0) + _COPIES * _bytes(parameters)
-    for device, size in needed.items():
-        free = available_bytes(device)
+        needed[cpu] = needed.get(cpu, 0) + _held(module)
+    for of, size in needed.items():
+        free = available_bytes(of)
         if free is not None and free < size:
-            problem = f"has {free / 2**30:.1f} GiB free on {device}, and needs {size / 2**30:.1f}"
+            problem = f"has {free / 2**30:.1f} GiB free on {of}, and needs {size / 2**30:.1f}"
             rank = torch.distributed.get_rank()
             raise MeasurementError(f"process {rank}", problem, "probe the checkpoints instead")
+    if device.type != "cpu":  # free memory may lie in pieces that are too small
+        torch.empty(needed[device], dtype=torch.uint8, device=device)
+
+
+def _held(module: nn.Module) -> int:
+    """Bytes that the first process holds: the model, and what a measurement makes as long as its trained part."""
+    parameters = list(module.parameters())
+    trained = sum(_bytes([p]) for p in parameters if p.requires_grad)
+    return _bytes(parameters) + _OF_A_STEP * trained
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """In float32 at least, which is what is measured in."""
-    return sum(t.numel() * max(t.element_size(), 4) for t in tensors)
+    """Of what is trained in float32 at least, which is what is measured in; what is frozen is lent as it is."""
+    return sum(t.numel() * max(t.element_size(), 4 * t.requires_grad) for t in tensors)
 
 
 def require_one_layout(name: str, tensors: Mapping[str, Any], parameter: Tensor) -> None:

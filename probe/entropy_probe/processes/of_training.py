@@ -56,11 +56,14 @@ def agreed(work: Callable[[], _T]) -> _T:
     except Exception as failed:
         error = failed
     said = of_all(None if error is None else _as_ours(error))
-    if error is not None:
-        raise error
-    for other in said:
-        if other is not None:
-            raise other
+    try:
+        if error is not None:
+            raise error
+        for other in said:
+            if other is not None:
+                raise other
+    finally:
+        del error, said  # a traceback holds this frame, and all that the work had made
     return found
 
 
