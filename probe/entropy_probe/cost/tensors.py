@@ -81,7 +81,7 @@ BYTES_OF_A_LOGIT = {
     "forward": 20,
     "mass": 20,
     "mean_s": 28,
-    "jvp": 40,
+    "jvp": 32,
     "capture": 12,
     "loop": 36,
     "alpha": 32,

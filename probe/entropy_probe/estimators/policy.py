@@ -92,15 +92,14 @@ def scores_along(
 ) -> tuple[Float[Tensor, " N"], ...]:
     """log p of the tokens, the entropy, and the derivatives of both along `tangent`, with sums in float64.
 
-    With d and s as in `score_tokens`, ḋ = tangent/temperature and ⟨x⟩ = Σ e^d x/s:
+    With d and s as in `score_tokens`, ḋ = tangent and ⟨x⟩ = Σ e^d x/s:
 
-        D log p = ḋ[token] − ⟨ḋ⟩,     D H = ⟨d⟩⟨ḋ⟩ − ⟨d ḋ⟩
+        D log p = (ḋ[token] − ⟨ḋ⟩)/temperature,     D H = (⟨d⟩⟨ḋ⟩ − ⟨d ḋ⟩)/temperature
 
     which forward mode finds through every operation of `score_tokens`, each with its own copy of the logits.
     """
     d, moved = logits - logits.amax(-1, keepdim=True), tangent
-    if temperature != 1.0:
-        d, moved = d.div_(temperature), tangent / temperature
+    d = d if temperature == 1.0 else d.div_(temperature)
     if not bool((d.amin(-1) > NOTHING).all()):  # rare, and to fill takes as long as all the rest
         moved = moved.masked_fill(d.clamp_(min=NOTHING) <= NOTHING, 0.0)
     own, own_moved = (of.gather(-1, tokens[:, None])[:, 0] for of in (d, moved))
@@ -109,7 +108,8 @@ def scores_along(
     mean, mean_moved = (added(of, torch.float64) / total for of in (weighted, e.mul_(moved)))
     both = added(weighted.mul_(moved), torch.float64) / total
     log_sum = total.log()
-    return own - log_sum, log_sum - mean, own_moved - mean_moved, mean * mean_moved - both
+    d_logp, d_entropy = own_moved - mean_moved, mean * mean_moved - both
+    return own - log_sum, log_sum - mean, d_logp / temperature, d_entropy / temperature
 
 
 def added(values: Float[Tensor, "*batch V"], dtype: torch.dtype | None) -> Tensor:
