@@ -53,6 +53,7 @@ def test_mass_before_is_a_loop_over_the_vocabulary(top_p: float) -> None:
     logits = torch.randn(40, 11)
     logits[:8, 3] = logits[:8, 6]  # ties: the smaller id is first
     tokens = torch.randint(0, 11, (40,))
+    tokens[:8] = torch.tensor([3, 6]).repeat(4)
     found = mass_before(logits, tokens, 0.8, top_p)
     order = _halved(11)
     for z, y, (likelier, halved) in zip(logits, tokens.tolist(), found.tolist(), strict=True):
