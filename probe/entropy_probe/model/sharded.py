@@ -131,9 +131,8 @@ def whole(model: nn.Module) -> nn.Module | None:
 
 
 def _placed(module: nn.Module, device: torch.device) -> nn.Module:
-    if (
-        device.type == "cpu"
-    ):  # where FSDP2 keeps the parameters there, it leaves buffers on the device
+    # where FSDP2 keeps the parameters on the CPU it leaves buffers on the device, and all is measured here
+    if device.type == "cpu":
         return module.to(device)
     free = available_bytes(device)
     if free is not None and free > _held(module):
