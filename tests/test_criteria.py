@@ -214,6 +214,9 @@ def without_evidence(report: ProbeReport) -> ProbeReport:
     return report.with_evidence(None)
 
 
+# A backward pass that leaves no graph: the α-trick finds nothing, and twice in reverse mode gives a wrong number.
+NO_SECOND_DERIVATIVE = {"projections_alpha": None, "curvature": 0.4}
+
 POISON: dict[str, list[tuple[Any, str]]] = {
     "figures_recomputed": [
         (lambda r: poisoned(r, "first_order", u_cross=r.first_order.u_cross * (1 + 1e-8)), "fail"),
@@ -336,6 +339,10 @@ POISON: dict[str, list[tuple[Any, str]]] = {
         (lambda r: poisoned(r, "update", slope_of_v0=2 * r.update.slope_of_v0 + 1.0), "fail"),
         (lambda r: poisoned(r, "update", slope_of_v0=math.nan), "fail"),
         (lambda r: poisoned(r, "update", slope_of_v0_per_token=2 * r.update.slope_of_v0_per_token + 1.0), "fail"),
+        *(
+            (lambda r, x=x: poisoned(r, "update", slope_rounding=x, slope_rounding_per_token=x), verdict)
+            for x, verdict in ((math.inf, "fail"), (0.0, "fail"), (math.nan, "fail"), (1e9, "not_applicable"))
+        ),
     ],
     "preconditioner_finite": [(lambda r: poisoned(r, "preconditioner", num_nonfinite=1), "fail")],
     "buffers_overridden": [(lambda r: poisoned(r, "integrity", buffers_overridden=["inv_freq"]), "fail")],
@@ -359,6 +366,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
             for x in (1e-4, 1e-28, math.nan)
         ),
         (lambda r: r.model_copy(update={"witness": None}), "not_applicable"),
+        (lambda r: r.model_copy(update={"witness": {**r.witness, "projections_alpha": None}}), "fail"),
+        (lambda r: r.model_copy(update={"witness": {**r.witness, **NO_SECOND_DERIVATIVE}}), "pass"),
     ],
     "curvature_witness": [
         *(
@@ -366,6 +375,7 @@ POISON: dict[str, list[tuple[Any, str]]] = {
             for x in (0.1, math.inf)
         ),
         (lambda r: r.model_copy(update={"witness": {**r.witness, "curvature": None}}), "not_applicable"),
+        (lambda r: r.model_copy(update={"witness": {**r.witness, **NO_SECOND_DERIVATIVE}}), "not_applicable"),
         (
             lambda r: poisoned(r, "memory", left_out="no room").model_copy(
                 update={"witness": {**r.witness, "curvature": None}}

@@ -55,7 +55,7 @@ from entropy_probe.stages import (
 )
 from entropy_probe.stages.gradients import products, unit_gradients
 from entropy_probe.stages.responses import drawing, rollouts, sampled_rollouts, sampling, steps, trainers_rollouts
-from entropy_probe.stages.witnesses import real_step, torch_step
+from entropy_probe.stages.witnesses import projections, real_step, torch_step
 from faults.subjects import SUBJECTS
 
 Patch = pytest.MonkeyPatch
@@ -682,6 +682,32 @@ def derivatives_all_zero(patch: Patch) -> None:
         derivatives.directional_derivatives,
         lambda d: with_fields(d, d_logp=torch.zeros_like, d_entropy=torch.zeros_like),
     )
+
+
+@fault("llama", "projections_agree")
+def alpha_trick_lost(patch: Patch) -> None:
+    """The α-trick gives up, as where an operation lacks the derivative that it needs."""
+
+    def lacking(*_: Any) -> Tensor:
+        raise NotImplementedError
+
+    patch.setattr(projections, "by_alpha", lacking)
+
+
+@fault("llama", "slope_identity", also="projections_agree")
+def rounding_without_end(patch: Patch) -> None:
+    """What rounding leaves of D_v is divided by nothing, so that it hides everything."""
+    then(patch, slopes.derived, lambda d: with_fields(d, at_theta=_with_rounding(math.inf)))
+
+
+@fault("llama", "slope_identity", also="projections_agree")
+def rounding_forgotten(patch: Patch) -> None:
+    """Rounding is said to leave nothing of D_v."""
+    then(patch, slopes.derived, lambda d: with_fields(d, at_theta=_with_rounding(0.0)))
+
+
+def _with_rounding(value: float) -> Callable[[Any], Any]:
+    return lambda at_theta: with_fields(at_theta, rounding=lambda r: torch.full_like(r, value))
 
 
 # --- the realised change

@@ -118,7 +118,7 @@ def compared(sheet: Sheet, *others: Sheet) -> list[Line]:
         size = max(size, sizes.get(of, 0.0))
         if isinstance(again, float):
             there = (other.again.get(name, (None,))[0] for other in others)
-            moves = [abs(x - again) / SHARE for x in there if isinstance(x, float)]
+            moves = [abs(float(x) - float(again)) / SHARE for x in there if isinstance(x, float)]
             size = max(size, abs(again), *(x for x in moves if math.isfinite(x)))
         sizes[name] = size
         found.append(Line(name, reported, again, difference(reported, again, size)))

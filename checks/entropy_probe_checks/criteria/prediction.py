@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from entropy_probe_checks.thresholds import limit_for
 
 # Of an entropy: changes of it are rounded by some ulp of what they are made of.
 _ROUNDING = {"float32": 1e-6, "float64": 1e-14}
+# Terms that many times smaller than what rounding may hide say nothing.
+_HIDDEN = 30
 
 
 @second_moment
@@ -72,9 +75,12 @@ def curvature_witness(report: ProbeReport) -> Finding:
     value = (report.witness or {}).get("curvature")
     if value is None and report.memory.left_out is not None:
         return inconclusive(f"Memory: {report.memory.left_out}.")
-    if value is None:
+    limit = limit_for(report, "curvature_witness")
+    # a backward pass that leaves no graph gives a wrong number, and the α-trick notices
+    cut = (report.witness or {}).get("projections_alpha") is None
+    if value is None or (cut and not value <= limit):
         return unseen("An operation of the model has no second derivative.")
-    return at_most(value, limit_for(report, "curvature_witness"))
+    return at_most(value, limit)
 
 
 @part("real step", needs_second_moment=True)
@@ -430,13 +436,16 @@ def _why_out_of_range(rows: Sequence[Any]) -> str:
 def slope_identity(report: ProbeReport) -> Finding:
     """The difference |−X̄ᵀv − mean of the slope's own terms|, relative to the terms of −X̄ᵀv and their rounding. X̄ᵀv
     comes from gradients and the slope from JVPs, each with its own weights. Of the difference per response and that per
-    token, the larger counts.
+    token, the larger counts. It is infinite where the stated rounding is less than that of float64, or has no end.
 
     The slope along v is not the one that the gradients give: a baseline, a term or a weight differs between the two.
     """
     update, first = needed(report.update), report.config["first_order"]
     name = "naive" if first["estimator"] == "naive" else f"rb_{update.baseline}"
     limit, found = limit_for(report, "slope_identity"), []
+    hidden = True
+    # a rounding of float64 of each of so many terms, and room for the size of a logit and of an entropy
+    least = sys.float_info.epsilon / (100 * math.sqrt(max(report.batch.num_tokens, 1)))
     for of_v0, by_unit, rounding, slope in (
         (
             update.slope_of_v0,
@@ -452,9 +461,15 @@ def slope_identity(report: ProbeReport) -> Finding:
         ),
     ):
         parts = [of_v0, *by_unit]
-        size = math.fsum(map(abs, parts)) + rounding / limit
-        found.append(relative(abs(math.fsum(parts) - slope), size))
-    return at_most(largest(*found), limit)
+        terms, known = math.fsum(map(abs, parts)), rounding / limit
+        hidden = hidden and terms < known / _HIDDEN
+        possible = least * abs(slope) <= rounding < math.inf
+        off = abs(math.fsum(parts) - slope) if possible else math.inf
+        found.append(relative(off, terms + known))
+    value = largest(*found)
+    if hidden and value <= limit:
+        return unseen("Rounding hides the slope along v.")
+    return at_most(value, limit)
 
 
 def _where(report: ProbeReport) -> str:

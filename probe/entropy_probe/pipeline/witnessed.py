@@ -47,8 +47,8 @@ def witnessed(
     witness["curvature"] = None  # without the second derivative that the α-trick needs too
     if along is None:
         return witness | dict.fromkeys(("u_cross", "u_cross_fast"))
-    has_second_derivative = witness.get("projections_alpha") is not None
-    if has_second_derivative and "curvature witness" not in config.left_out:
+    # also where the α-trick found nothing: a second derivative that exists after all says that it was lost there
+    if second_order and "curvature witness" not in config.left_out:
         curvature = curvature_witness(of.float64, e.rollouts, e.scores, along, v, config)
         witness["curvature"] = curvature
     return witness
