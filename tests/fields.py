@@ -13,8 +13,6 @@ JUDGED_BY = {
     "recipe": "gradient_witness",
     "update.grad_norm_logged": "real_update_norm",
     "sampling": "seeded",
-    "update.cosine_with_optimizer_step": "optimizer_step_cosine",
-    "update.norm_ratio_with_optimizer_step": "optimizer_step_norm",
     "preconditioner.difference_from_torch": "preconditioner_witness",
     "real_step": "real_step",
     "real_update": "real_update_cosine",

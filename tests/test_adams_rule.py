@@ -325,7 +325,7 @@ def test_v_and_p_are_those_of_the_formula(correction: bool, form: str) -> None:
         assert float(p.flatten()[i]) == pytest.approx(1 / of_form, rel=1e-12)
     split = direction.v0["weight"] + direction.diagonal["weight"] * ascent["weight"]
     assert torch.allclose(split, direction.v["weight"], rtol=1e-12)
-    agreement = optimizer_step_agreement(registry, adam, ascent, direction, 0.05)
+    agreement, _ = optimizer_step_agreement(registry, adam, ascent, direction, 0.05)
     assert agreement.cosine_with_optimizer_step == pytest.approx(1, abs=1e-13)
     assert agreement.norm_ratio_with_optimizer_step == pytest.approx(1, abs=1e-13)
     assert (preconditioner_agreement(adam, {"weight": p}) or 1.0) < 1e-12
@@ -334,7 +334,7 @@ def test_v_and_p_are_those_of_the_formula(correction: bool, form: str) -> None:
             continue  # ε is where it is in either
         other = {"weight": replace(state, **{flag: not settings[flag]})}
         assert preconditioner_agreement(other, {"weight": p}) > 1e-3  # pyright: ignore[reportOptionalOperand]
-        of_other = optimizer_step_agreement(registry, other, ascent, direction, 0.05)
+        of_other, _ = optimizer_step_agreement(registry, other, ascent, direction, 0.05)
         assert abs(of_other.norm_ratio_with_optimizer_step - 1) > 1e-4
 
 

@@ -214,6 +214,10 @@ def without_evidence(report: ProbeReport) -> ProbeReport:
     return report.with_evidence(None)
 
 
+def NONE_DRAWN(report: ProbeReport) -> dict[str, Any]:
+    return {"config": {**report.config, "invariance": {"max_examples": 0}}}
+
+
 # A backward pass that leaves no graph: the α-trick finds nothing, and twice in reverse mode gives a wrong number.
 NO_SECOND_DERIVATIVE = {"projections_alpha": None, "curvature": 0.4}
 
@@ -309,7 +313,8 @@ POISON: dict[str, list[tuple[Any, str]]] = {
             lambda r: poisoned(r, "invariance", zero_step=r.invariance.zero_step.model_copy(update={"bound": 0.1})),
             "fail",
         ),
-        (lambda r: poisoned(r, "invariance", zero_step=None), "not_applicable"),
+        (lambda r: poisoned(r, "invariance", zero_step=None), "fail"),
+        (lambda r: poisoned(r, "invariance", zero_step=None).model_copy(update=NONE_DRAWN(r)), "not_applicable"),
     ],
     "drawn_scaling": [
         *((lambda r, w=w: invariance(r, "scaling", w), "fail") for w in (0.5, math.nan)),

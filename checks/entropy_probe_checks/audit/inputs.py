@@ -140,6 +140,7 @@ def _optimizer(sheet: Sheet) -> None:
     write(smallest=float(p_min.min()), largest=float(p_max.max()))
     known = set(sheet.facts["moved"]) - {h["name"] for h in sheet.facts["hyper"] if h["step"] == 0}
     write(missing=[name for name in names if name not in known])
+    _beside_torch(sheet)
     # the pair of one shape that would fit each other's second moments best, and tensors nothing speaks of
     alike: dict[tuple[int, ...], list[tuple[int, str]]] = {}
     for h in sheet.facts["hyper"]:
@@ -153,6 +154,24 @@ def _optimizer(sheet: Sheet) -> None:
     if pairs:
         pair = [name for _, name in pairs[int(evidence.argmax())]]
         write(exchanged=_exchange(sheet), exchanged_pair=pair)
+
+
+def _beside_torch(sheet: Sheet) -> None:
+    """v beside a step s of torch's own, from v·s, |v|² and |s|²: the worst tensor, or the whole where that is worse."""
+    of_tensors = sheet["match.stepped"]
+    product, v, s = np.vstack([of_tensors, sum(of_tensors, np.zeros(3))]).T
+    with np.errstate(all="ignore"):
+        still, cosines, ratios = (v == 0) & (s == 0), product / np.sqrt(v) / np.sqrt(s), v / s
+    cosines = np.where(still, 1.0, np.nan_to_num(cosines))
+    ratios = np.where(still, 1.0, np.sqrt(ratios))
+    k, m = cosines.argmin(), abs(ratios - 1).argmax()
+    worst = k if 1 - cosines[k] > abs(ratios[m] - 1) else m
+    sheet.write(
+        "update",
+        cosine_with_optimizer_step=float(cosines[k]),
+        norm_ratio_with_optimizer_step=float(ratios[m]),
+        worst_parameter=[*(h["name"] for h in sheet.facts["hyper"]), "the whole"][worst],
+    )
 
 
 def _exchange(sheet: Sheet) -> float:

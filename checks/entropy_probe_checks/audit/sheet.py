@@ -20,7 +20,7 @@ SECTIONS = (
     "update entropy_change resolution continuity"
 )
 OF_OTHERS = r"""checkpoint\.(?!fingerprint) | registry\.(explained|taken) | preconditioner\.difference
-    | update\.(grad_norm_logged|num_kinked|worst|\w+_optimizer_step) | continuity\.(zero|eta|\w+_ratio)"""
+    | update\.(grad_norm_logged|num_kinked) | continuity\.(zero|eta|\w+_ratio)"""
 SHARE = 2.0**-36
 # it matters whether these are equal, and of these third differences are taken
 STILL = ("rewards", "given_advantages", "features", "stencil")

@@ -13,6 +13,7 @@ from entropy_probe_checks.criteria.verdicts import (
     inconclusive,
     largest,
     needed,
+    none_drawn,
     not_applicable,
     part,
     unseen,
@@ -57,7 +58,7 @@ def drawn_scaling(report: ProbeReport) -> Finding:
     measured = report.invariance.scaling
     if measured is None:
         if report.invariance.num_examples == 0:
-            return not_applicable("invariance.max_examples is 0.")
+            return none_drawn(report)
         return unseen("None of the drawn directions v moves a logit by more than rounding.")
     bound = (
         measured.bound if measured.bound < 0.5 else math.nan

@@ -154,6 +154,14 @@ def unseen(detail: str) -> Finding:
     return Finding("not_applicable", None, None, detail, unseen=True)
 
 
+def none_drawn(report: ProbeReport) -> Finding:
+    """No property was looked at on drawn rows: as it was asked, or a fault."""
+    asked = report.config["invariance"]["max_examples"]
+    if asked == 0:
+        return not_applicable("invariance.max_examples is 0.")
+    return at_least(0.0, asked, detail=f"[no case was drawn, and {asked} were asked for]")
+
+
 def inconclusive(detail: str, value: float | None = None, limit: float | None = None) -> Finding:
     """More data could decide."""
     return Finding("inconclusive", value, limit, detail)

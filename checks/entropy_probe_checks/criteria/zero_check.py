@@ -8,7 +8,7 @@ from entropy_probe_checks.criteria.verdicts import (
     Finding,
     at_most,
     largest,
-    not_applicable,
+    none_drawn,
 )
 from entropy_probe_checks.thresholds import limit_for
 
@@ -41,6 +41,6 @@ def drawn_zero_check(report: ProbeReport) -> Finding:
     """
     measured = report.invariance.zero_step
     if measured is None:
-        return not_applicable("invariance.max_examples is 0.")
+        return none_drawn(report)
     value = largest(measured.worst, measured.bound)  # a bound above 0 would allow what must not be
     return at_most(value, limit_for(report, "drawn_zero_check"), detail=f"[{measured.example}]")

@@ -100,11 +100,13 @@ def next_step(of: Measured, clock: Clock, redraw: Redraw | None) -> NextStep:
                 registry, adam, of.ascent, clip, lr, clock.world
             )
         v = direction.v
-        agreement = of_torch = None
+        agreement = of_torch = stepped = None
         if first:
-            agreement = optimizer_step_agreement(registry, adam, of.ascent, direction, lr)
+            agreement, stepped = optimizer_step_agreement(registry, adam, of.ascent, direction, lr)
             of_torch = preconditioner_agreement(adam, precond)
         match, of_match = moments_match(adam, u.gradients.y, clock.world)
+        if stepped is not None:
+            of_match = {**of_match, "stepped": stepped}
     with clock("slopes"):
         along = (
             slopes.slopes_along(of.bound, of.float64, e.share, e.tokens, v, config, clock.progress)

@@ -68,13 +68,13 @@ def real_step(
     delta_h, in_place, stepped = (
         change_at(before, s, lr, config).rb.value for s in (functional, virtual, real)
     )
-    sizes = functional.seq_logp.abs() + functional.gen_lens
+    sizes, apart = functional.seq_logp.abs() + functional.gen_lens, abs(stepped - delta_h)
     return RealStepSection(
         delta_h=delta_h,
         virtual_difference=abs(in_place - delta_h),
         virtual_undone=undone,
-        real_difference=abs(stepped - delta_h),
-        real_relative=abs(stepped - delta_h) / _terms(before, functional, config),
+        real_difference=apart,
+        real_relative=apart / _terms(before, functional, config),
         real_seq_logp=float(((real.seq_logp - functional.seq_logp).abs() / sizes).max()),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from entropy_probe.model.checkpoint import AdamState
 from entropy_probe.model.registry import Registry
 from entropy_probe.report import StepAgreement
 from entropy_probe.stages.update import UpdateDirection
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _VANISHING = 1e-100  # its square is 0 beside any second moment
 
@@ -23,15 +27,16 @@ def optimizer_step_agreement(
     ascent: Mapping[str, Tensor],
     direction: UpdateDirection,
     lr: float | None = None,
-) -> StepAgreement:
+) -> tuple[StepAgreement, Float[Tensor, "N 3"]]:
     """One step of `torch.optim.AdamW` (`Adam` where the decay is coupled) on a copy of each parameter in float64, with
-    the checkpoint's state, on the gradient −Ȳ after clipping; (θ' − θ)/lr against v.
+    the checkpoint's state, on the gradient −Ȳ after clipping; (θ' − θ)/lr against v. And, as evidence, v·step, v² and
+    step² of every tensor.
 
     One tensor at a time, so that no copy of the model is held. At lr = 1: the step is linear in lr, and θ' − θ loses
     the fewest digits there. In Transformers' form the decay acts on θ after a step at `lr`, or the optimizer's own.
     """
     shares, own_lr = learning_rates(adam, 1.0), _own_lr(adam) if lr is None else lr
-    whole = [0.0, 0.0, 0.0]
+    whole, products = [0.0, 0.0, 0.0], list[list[float]]()
     found: list[tuple[float, float, str]] = []
     for name, state in adam.items():
         parameter = registry.parameters[name].detach().cpu()
@@ -44,16 +49,19 @@ def optimizer_step_agreement(
             step = shares[name] * torch_step(parameter, gradient, state)
         v = direction.v[name].double()
         sums = [float((v * step).sum()), float(v.square().sum()), float(step.square().sum())]
+        products.append(sums)
         whole = [a + b for a, b in zip(whole, sums, strict=True)]
         found.append((*_compared(*sums), name))
+    of_tensors = torch.tensor(products, dtype=torch.float64).reshape(-1, 3)
     if not found:
-        return _agreement(math.nan, math.nan, "")
+        return _agreement(math.nan, math.nan, ""), of_tensors
     found.append((*_compared(*whole), "the whole"))
     cosine, _, where = min(found, key=lambda f: f[0] if not math.isnan(f[0]) else -math.inf)
     _, ratio, where_norm = max(
         found, key=lambda f: abs(f[1] - 1) if not math.isnan(f[1]) else math.inf
     )
-    return _agreement(cosine, ratio, where if 1 - cosine > abs(ratio - 1) else where_norm)
+    worst = where if 1 - cosine > abs(ratio - 1) else where_norm
+    return _agreement(cosine, ratio, worst), of_tensors
 
 
 def _agreement(cosine: float, norm_ratio: float, worst: str) -> StepAgreement:

@@ -313,8 +313,9 @@ def curvature_witness(
         alone = Share.of(short, units_of_prompts(short))
         twice = derived(float64, float64, alone, v, config).twice
         d2_r, d2_s, rounding = twice.entropy.sum(-1), twice.logp.sum(-1), twice.rounding
-    off = abs(float((d2_r + rho * d2_s).sum()) - expected)
-    size = float((d2_r.abs() + (rho * d2_s).abs()).sum())
+    of_s = rho * d2_s
+    off = abs(float((d2_r + of_s).sum()) - expected)
+    size = float((d2_r.abs() + of_s.abs()).sum())
     rounding = ((1 + rho.abs()) * rounding).square().sum().sqrt()
     size += _ROUNDINGS * float(rounding)
     return 0.0 if off == 0 else off / size if size > 0 else float("inf")
