@@ -25,13 +25,17 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import callback_runs as runs
 import trl_runs
+from entropy_probe import live
 from entropy_probe.config import ProbeConfig
 from entropy_probe.integrations.of_trainer import config_of
 from entropy_probe.live import measure_step, whole
 from entropy_probe.model import live_step, sharded
+from entropy_probe.processes import one_copy
 from entropy_probe.step_report import StepReport
 
 PROBE = runs.PROBE | {"every": 2}
@@ -214,20 +218,100 @@ SGD = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1)
 LOOPS: list[tuple[Callable[[Any], None], Callable[..., Any]]] = [(sharded_by_layer, ADAMW), (in_replicas, SGD)]
 
 
-def both_in_float64(shard: Callable[[Any], None], kind: Callable[..., Any]) -> tuple[Any, Any] | None:
+def both_in_float64(shard: Callable[[Any], None], kind: Callable[..., Any]) -> tuple[Any, Any]:
     model, optimizer = looped(shard, kind)
-    given = trl_runs.tokenizer(), runs.PROMPTS, LOOP
+    given = trl_runs.tokenizer(), runs.PROMPTS if dist.get_rank() == 0 else [], LOOP
     probed = measure_step(model, optimizer, *given)
     before = taken(model, optimizer)
     optimizer.step()
+    after = taken(model, optimizer)
+    assert probed is not None
+    report = probed.after(model).model_dump(mode="json")
+    if dist.get_rank():
+        return report, report
+    expected = alone(tied(), kind, before, after, LOOP, runs.PROMPTS, 0)
+    return report, expected.model_dump(mode="json")
+
+
+class Gathered(TorchDispatchMode):
+    """The numbers of every gather that is sent, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: list[tuple[torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "gather" in str(func) and "c10d" in str(func):
+            self.of += [(t.dtype, t.numel()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def what_is_sent() -> dict[str, Any]:
+    """Gathers of a step that is measured, and of whole tensors; and what one process reads where the other wrote."""
+    model, optimizer = looped(sharded_by_layer, ADAMW)
+    with Gathered() as measuring:
+        probed = measure_step(model, optimizer, trl_runs.tokenizer(), runs.PROMPTS, LOOP)
+        assert probed is not None
+        probed.after(model)
+    with Gathered() as whole_tensors:
+        whole(model)
+    found = live.ready(model, optimizer)
+    assert found is not None
+    of_model, of_step = next(found.module.parameters()), next(iter(found.step.move.values()))
+    with torch.no_grad():
+        if dist.get_rank():
+            of_model.view(-1)[0] = of_step.view(-1)[0] = 17.0
+        dist.barrier()
+        seen = of_model.view(-1)[0].item(), of_step.view(-1)[0].item()
+    return {"measuring": measuring.of, "whole": whole_tensors.of, "seen": seen}
+
+
+def on_several_machines() -> tuple[Any, Any] | None:
+    """The second process does not see the first one's memory: the first measures alone."""
+    kept = one_copy.has_content
+    if dist.get_rank():
+        one_copy.has_content = lambda path, content: False
+    model, optimizer = looped(sharded_by_layer, ADAMW)
+    probed = measure_step(model, optimizer, trl_runs.tokenizer(), runs.PROMPTS, LOOP)
+    before = taken(model, optimizer)
+    refused = "" if probed is None else said(lambda: probed.after(model))
+    optimizer.step()
     now, after = whole(model), taken(model, optimizer)
+    one_copy.has_content = kept
     if dist.get_rank():
         assert probed is now is None
         return None
     assert probed is not None
     assert now is not None
-    expected = alone(tied(), kind, before, after, LOOP, runs.PROMPTS, 0)
+    assert "give `entropy_probe.live.whole(model)`" in refused
+    expected = alone(tied(), ADAMW, before, after, LOOP, runs.PROMPTS, 0)
     return probed.after(now).model_dump(mode="json"), expected.model_dump(mode="json")
+
+
+def not_spread(scale: float = 1.0) -> tuple[Any, Any]:
+    """Each process has the whole model, and the mean of the gradients of both, as under DDP; the second process `scale`
+    times that."""
+    model = tied()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    ids = torch.randint(2, 40, (4, 9), generator=generator)
+    model(input_ids=ids, labels=ids).loss.backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad, dist.ReduceOp.AVG)
+        p.grad *= scale if dist.get_rank() else 1.0
+    return model, ADAMW(model.parameters())
+
+
+def each_some_prompts() -> tuple[Any, Any, list[int]]:
+    """The report of both processes, that of one, and the prompts of each."""
+    model, optimizer = not_spread()
+    given = trl_runs.tokenizer(), runs.PROMPTS, LOOP
+    found = live.ready_in_all(model, optimizer)
+    assert found is not None
+    probed, expected = live.measured(found, *given), measure_step(model, optimizer, *given)
+    assert expected is not None
+    optimizer.step()
+    reports = [step.after(model).model_dump(mode="json") for step in (probed, expected)]
+    return *reports, [step.share.own.num_prompts for step in (probed, expected)]
 
 
 def said(work: Callable[[], object]) -> str:
@@ -246,11 +330,10 @@ def refusals() -> dict[str, str]:
     for kind in (partial(torch.optim.Adafactor, lr=1e-2), type("OwnAdamW", (torch.optim.AdamW,), {})):
         other = kind(model.parameters())
         found[type(other).__name__] = said(lambda other=other: measure_step(model, other, *given))
-    probed = measure_step(model, optimizer, *given)
-    found["after"] = "" if probed is None else said(lambda: probed.after(model))
     if dist.get_rank():
         model.lm_head.weight.grad = None
     found["gradients"] = said(lambda: measure_step(model, optimizer, *given))
+    found["steps"] = said(lambda: live.ready_in_all(*not_spread(-1.0)))
     found["mesh"] = said(lambda: measure_step(*looped(of_each_its_own, ADAMW, 0), *given))
     return found
 
@@ -279,10 +362,25 @@ class NoneLeft:
         return 1 << 50 if self.asked == 1 else 0
 
 
+class FailsAgain:
+    """The function works once: what it is for after the step fails."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.called = function, 0
+
+    def __call__(self, *given: Any) -> Any:
+        self.called += 1
+        return self.function(*given) if self.called == 1 else raises()
+
+
 FAILURES: dict[str, tuple[Any, str, int, Any]] = {
     "a step of the second": (live_step, "_moved", 1, raises),
     "memory of the second": (sharded, "available_bytes", 1, NoneLeft()),
     "a copy of the first": (sharded, "beside", 0, raises),
+    "a part of the second": (sharded, "_own_part", 1, raises),
+    "scores of the second": (live, "score", 1, raises),
+    "the change of the second": (live, "together", 1, FailsAgain(live.together)),
+    "the change of the first": (live, "together", 0, FailsAgain(live.together)),
 }
 
 
@@ -324,6 +422,9 @@ def main() -> None:
         if kept is not None:
             setattr(where, function, kept)
     found["loops"] = [both_in_float64(*loop) for loop in LOOPS]
+    found["sent"] = what_is_sent()
+    found["several machines"] = on_several_machines()
+    found["not spread"] = each_some_prompts()
     found["refusals"] = refusals()
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
     dist.barrier()

@@ -5,7 +5,10 @@
     optimizer.step()
     report = step.after(model)
 
-Where FSDP2 has spread the model over processes, all of them call `measure_step`, and the first one measures:
+Where FSDP2 has spread the model over the processes of one machine, all of them do the same, and measure together: each
+some of the prompts, with one copy of the model in the memory of the machine. All have the same report.
+
+On several machines the first process gathers the model and measures alone:
 
     step = measure_step(model, optimizer, tokenizer, prompts)      # None in the other processes
     optimizer.step()
@@ -32,19 +35,28 @@ from entropy_probe import __version__
 from entropy_probe import report as r
 from entropy_probe.config import ProbeConfig
 from entropy_probe.errors import ConfigError, MeasurementError
-from entropy_probe.estimators import performance_difference, prediction, resolution
+from entropy_probe.estimators import prediction, resolution
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.beside import beside, name_in_copy
 from entropy_probe.model.forward import BoundModel, bind
 from entropy_probe.model.live_step import LiveStep, live_step
 from entropy_probe.model.precision import numerics, str_to_dtype
-from entropy_probe.model.sharded import gathered, is_sharded, resharded, spread_as, whole
+from entropy_probe.model.sharded import (
+    gathered,
+    in_one_copy,
+    is_sharded,
+    resharded,
+    spread_as,
+    together,
+    whole,
+)
 from entropy_probe.pipeline.environment import environment
-from entropy_probe.processes.of_training import agreed
+from entropy_probe.processes.of_training import agreed, size
+from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import fingerprint, with_limit
 from entropy_probe.stages.derivatives import Second, directional_derivatives
 from entropy_probe.stages.entropy import entropy_section, surprises
-from entropy_probe.stages.entropy_change import EntropyChange, change_at, change_row, sweep
+from entropy_probe.stages.entropy_change import EntropyChange, change_row, sweep
 from entropy_probe.stages.gradients.units import units_of_prompts
 from entropy_probe.stages.responses.ids import Door, eos_ids
 from entropy_probe.stages.responses.prompts import Prompt
@@ -64,6 +76,8 @@ from entropy_probe.step_report import (
 
 _WHOLE = 1.0
 """η of the step: the direction is the step itself."""
+_APART = 1e-6
+"""Of the norm of a step: what the sums of two kernels may differ by."""
 RECIPE = r.RecipeSection(
     name="given",
     source="the optimizer's own step on the gradients of the loss, clipped as they were",
@@ -90,33 +104,41 @@ class _Seconds:
 
 @dataclass(frozen=True)
 class ProbedStep:
-    """A step that was measured before it was taken: its `report`, and what is needed to measure what it did."""
+    """A step that was measured before it was taken: its `report`, and what is needed to measure what it did. `tokens`
+    are the scores of this process's own prompts, `scores` those of all."""
 
     report: StepReport
     config: ProbeConfig
     share: Share
+    tokens: Scores
     scores: Scores
     along: Slopes
     predicted: _Predicted
 
+    @property
+    def is_of_all(self) -> bool:
+        """Whether several processes have measured together, each some of the prompts."""
+        return self.share.several
+
     def after(self, model: nn.Module) -> StepReport:
         """The report, with the change that came: at the parameters that the model has now, on the same responses.
 
-        One scoring pass. Of a model that FSDP2 has spread, give `whole(model)`. Raises `ProbeError`.
+        One scoring pass. The processes that have measured together all call this with their model; where the first has
+        measured alone, give `whole(model)`. Raises `ProbeError`.
         """
-        if is_sharded(model):
+        world = self.share.world
+        if not self.is_of_all and is_sharded(model):
             problem = "is spread over processes"
             remedy = "give `entropy_probe.live.whole(model)`, called in all of them"
             raise MeasurementError("the model", problem, remedy)
         seconds = _Seconds(dict(self.report.timing))
-        with _undisturbed(self.config, model), seconds("after"):
-            bound = _bound(model, self.config)
-            after = score(bound, self.share.own, self.config)
-            before = self.scores.token_logp, self.scores.rb_entropy
-            terms = performance_difference.change_terms(
-                *before, after.token_logp, after.rb_entropy, self.along.coefficients
-            )
-            change = change_at(self.scores, after, _WHOLE, self.config, torch.stack([*terms]))
+        with world.together(), _undisturbed(self.config, model), seconds("after"):
+            now = together(model, world) if world.one_copy else model
+            bound = _in(now, str_to_dtype(self.config.precision.dtype), world)
+            (change,) = sweep(
+                bound, self.share, self.scores, {}, [_WHOLE], self.config,
+                tokens=self.tokens, coefficients=self.along.coefficients,
+            )  # fmt: skip
         came = self.predicted.beside(change, self.config)
         return self.report.model_copy(update={"came": came, "timing": seconds.of})
 
@@ -154,11 +176,13 @@ class _Predicted:
 
 @dataclass(frozen=True)
 class Ready:
-    """What is measured: a module that has all of its parameters, the step by its names, and the seconds it took."""
+    """What is measured: a module that has all of its parameters, the step by its names, the seconds it took, and the
+    processes that measure."""
 
     module: nn.Module
     step: LiveStep
     seconds: float
+    world: World = ALONE
 
 
 def ready(
@@ -167,23 +191,50 @@ def ready(
     """The model and the step that its optimizer is about to take.
 
     Where FSDP2 has spread the model all processes call this, and an error of one is raised in all. Each takes the step
-    of its own shards; shards and steps are brought together in the first. The others have `None`.
+    of its own shards, and writes both into the memory of the machine. On several machines they are brought together in
+    the first process, and the others have `None`.
     """
-    start = time.perf_counter()
+    start, world = time.perf_counter(), ALONE
     module = resharded(model)
     parameters = dict(module.named_parameters())
     step = live_step(optimizer, parameters, gradient_scale)
     if is_sharded(module):
         if not step.finite:
             return None
-        copied = whole(module)
-        parts = agreed(lambda: [(n, spread_as(parameters[n], of)) for n, of in step.move.items()])
-        moves = gathered(parts)
-        if copied is None:
-            return None
+        parts = agreed(lambda: {n: spread_as(parameters[n], of) for n, of in step.move.items()})
+        world = World.of_training()
+        with world.together():
+            world = world.in_one_copy() if world.is_of_one_machine() else ALONE
+        if world is ALONE:
+            copied = whole(module)
+            moves = gathered(parts.items())
+            if copied is None:
+                return None
+        else:
+            with world.together():
+                copied = together(module, world)
+                moves = in_one_copy(parts, {n: part.dtype for n, part in parts.items()}, world)
         step, module = replace(step, move=moves), copied
     step = replace(step, move={name_in_copy(name): move for name, move in step.move.items()})
-    return Ready(module, step, time.perf_counter() - start)
+    return Ready(module, step, time.perf_counter() - start, world)
+
+
+def ready_in_all(
+    model: nn.Module, optimizer: torch.optim.Optimizer, gradient_scale: float = 1.0
+) -> Ready | None:
+    """`ready`, for all processes of the training, where each of them has the whole model (DDP) as where FSDP2 has
+    spread it: all call this and measure together."""
+    if size() == 1 or is_sharded(model):
+        return ready(model, optimizer, gradient_scale)
+    found = agreed(lambda: ready(model, optimizer, gradient_scale))
+    assert found is not None
+    world, norm = World.of_training(), found.step.norm
+    seen = norm, sum(float(move.double().sum()) for move in found.step.move.values())
+    with world.together():
+        if any(world.largest(x) + world.largest(-x) > _APART * norm for x in seen):
+            remedy = "look for what differs between them, or probe the checkpoints"
+            raise MeasurementError("the step", "is another in each process", remedy)
+    return replace(found, world=world)
 
 
 def measure_step(
@@ -206,8 +257,9 @@ def measure_step(
     `batch.num_prompts` of the `prompts` (a file, or texts, lists of messages or rows with a `prompt`) are drawn with
     `seed`, by default that of the configuration plus `after_step`, and `generation.num_return_sequences` responses of
     each are sampled at θ with generators of their own. The curvature needs a copy in float64 and is left out under
-    budget `smoke`. Raises `ProbeError`. Where FSDP2 has spread the model the first process alone measures, and what
-    then fails is raised in that one.
+    budget `smoke`. Raises `ProbeError`. Where FSDP2 has spread the model over one machine all processes measure, and an
+    error of one is raised in all; the `prompts` are the first one's. On several machines the first measures alone, and
+    what then fails is raised in that one.
     """
     config = (
         config if isinstance(config, ProbeConfig) else ProbeConfig.from_mapping(dict(config or {}))
@@ -238,24 +290,41 @@ def measured(
     seed: int | None = None,
     where: str = "",
 ) -> ProbedStep:
-    """What the step does to the entropy, as `measure_step` says; by one process."""
-    require_predicted(config)
+    """What the step does to the entropy, as `measure_step` says; by all processes of `found.world`, who call this."""
+    world = found.world
+    with world.together():
+        require_predicted(config)
+        world.same({"configuration": config.model_dump_json()})
+        return _measured(found, tokenizer, prompts, config, after_step, seed, where)
+
+
+def _measured(
+    found: Ready,
+    tokenizer: Any,
+    prompts: Any,
+    config: ProbeConfig,
+    after_step: int,
+    seed: int | None,
+    where: str,
+) -> ProbedStep:
     seed = config.batch.seed + after_step if seed is None else seed
-    module, step, seconds = found.module, found.step, _Seconds({"update": found.seconds})
+    module, step, world = found.module, found.step, found.world
+    seconds = _Seconds({"update": found.seconds})
     with _undisturbed(config, module) as threads:
         with seconds("copy"):
-            bound = _bound(module, config)
+            bound = _in(module, str_to_dtype(config.precision.dtype), world)
         with seconds("sampling"):
-            e = _sampled(bound, tokenizer, prompts, config, seed)
+            e = _sampled(bound, tokenizer, prompts, config, seed, world)
             if e.limit is not None:
                 config = with_limit(config, e.limit)
-        share = Share.of(e, units_of_prompts(e))
+        share = Share.of(e, units_of_prompts(e), world)
         with seconds("scores"):
-            scores = score(bound, e, config, with_features=True)
+            tokens = score(bound, share.own, config, with_features=True)
+            scores = share.scores(tokens)
         with seconds("slopes"):
             of, has_curvature = _derived(bound, module, share, step, config)
-            _require_moved(step, of)
-            along = slopes_of(share, scores, of, config)
+            _require_moved(step, of, world)
+            along = slopes_of(share, tokens, of, config)
         predicted = _Predicted(
             (along.slope, along.curvature),
             (along.per_token, along.per_token_curvature),
@@ -265,9 +334,9 @@ def measured(
         with seconds("entropy change"):
             (change,) = sweep(
                 bound, share, scores, step.move, [_WHOLE], config,
-                tokens=scores, coefficients=along.coefficients,
+                tokens=tokens, coefficients=along.coefficients,
             )  # fmt: skip
-        around = environment(bound, threads)
+        unlikely, around = surprises(share, tokens), environment(bound, threads)
     of_token, of_response = map(predicted.section, (predicted.of_tokens, predicted.of_response))
     report = StepReport(
         probe_version=__version__,
@@ -282,7 +351,7 @@ def measured(
             fingerprint=fingerprint(e),
             found=list(e.found),
         ),
-        entropy=entropy_section(scores, config.generation.temperature, surprises(share, scores)),
+        entropy=entropy_section(scores, config.generation.temperature, unlikely),
         update=_update_section(step),
         predicted_per_token=of_token,
         predicted_per_response=of_response,
@@ -294,7 +363,7 @@ def measured(
         environment=around,
         timing=seconds.of,
     )
-    return ProbedStep(report, config, share, scores, along, predicted)
+    return ProbedStep(report, config, share, tokens, scores, along, predicted)
 
 
 def _undisturbed(config: ProbeConfig, model: nn.Module) -> AbstractContextManager[int]:
@@ -302,9 +371,23 @@ def _undisturbed(config: ProbeConfig, model: nn.Module) -> AbstractContextManage
     return numerics(config.precision, sum(p.numel() for p in model.parameters()))
 
 
-def _bound(model: nn.Module, config: ProbeConfig) -> BoundModel:
-    """A model beside the live one, in the configured precision; frozen parameters are lent, never copied."""
-    return bind(beside(model), str_to_dtype(config.precision.dtype), lend_frozen=True)
+def _in(module: nn.Module, dtype: torch.dtype, world: World) -> BoundModel:
+    """A model beside this one, in this dtype; frozen parameters are lent, never copied.
+
+    Processes that hold one model together hold a copy of it once, but for an adapter, of which each has its own.
+    """
+    parameters = dict(module.named_parameters())
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    is_adapter = 2 * trained < sum(p.numel() for p in parameters.values())
+    if not world.one_copy or is_adapter or {p.dtype for p in parameters.values()} == {dtype}:
+        return bind(beside(module), dtype, lend_frozen=True)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    found = world.made(shapes, lambda name: parameters[name].detach().to(dtype), dtype)
+    held = {
+        id(p): nn.Parameter(found[name], requires_grad=p.requires_grad)
+        for name, p in parameters.items()
+    }
+    return bind(nn.Module.to(beside(module, held), dtype), dtype)
 
 
 def _sampled(
@@ -313,19 +396,11 @@ def _sampled(
     prompts: Any,
     config: ProbeConfig,
     seed: int,
+    world: World,
 ) -> Rollouts:
-    """The E batch: some of the prompts, and responses of each at θ."""
+    """The E batch: some of the first process's prompts, and responses of each at θ."""
     batch, generation = config.batch, config.generation
-    is_file = isinstance(prompts, str | Path)
-    pool = read_prompts(prompts, batch.split) if is_file else _Rows(prompts)
-    if not len(pool):
-        raise MeasurementError("prompts", "there are none", "give at least two")
-    count = min(batch.num_prompts, len(pool))
-    if count < 2:
-        raise MeasurementError(
-            "prompts", "there is one, and a standard error needs two", "give at least two"
-        )
-    drawn = draw_prompts(pool, count, seed=seed, with_replacement=False)
+    drawn = world.told(_drawn(prompts, config, seed) if world.first else [])
     door = Door(
         tokenizer,
         eos_ids(bound.language_model, tokenizer),
@@ -346,8 +421,22 @@ def _sampled(
         seed=seed,
         rewards=of_each(lambda text, gold: 0.0),
         door=door,
+        world=world,
     )
     return replace(made, reward="none", limit=limit)
+
+
+def _drawn(prompts: Any, config: ProbeConfig, seed: int) -> list[Prompt]:
+    is_file = isinstance(prompts, str | Path)
+    pool = read_prompts(prompts, config.batch.split) if is_file else _Rows(prompts)
+    if not len(pool):
+        raise MeasurementError("prompts", "there are none", "give at least two")
+    count = min(config.batch.num_prompts, len(pool))
+    if count < 2:
+        raise MeasurementError(
+            "prompts", "there is one, and a standard error needs two", "give at least two"
+        )
+    return list(draw_prompts(pool, count, seed=seed, with_replacement=False))
 
 
 class _Rows(Sequence[Prompt]):
@@ -377,25 +466,27 @@ def _derived(
 ) -> tuple[Derived, bool]:
     """D_v along the step, and the second derivative where the budget has it; the copy in float64 is made for that, and
     for models that have no forward-mode derivative."""
+    world = share.world
     if config.budget == "smoke":
         try:
-            at_theta = directional_derivatives(bound, share.own, step.move, config)
+            at_theta = directional_derivatives(bound, share.own, step.move, config, world=world)
         except NotImplementedError:
-            pass
-        else:
+            at_theta = None
+        if not world.any(at_theta is None):
+            assert at_theta is not None
             nothing = torch.zeros_like(at_theta.d_logp)
             twice = Second(nothing, nothing, torch.zeros_like(at_theta.d_seq_logp))
             return Derived(at_theta, twice, 0), False
     float64 = bound
     if bound.dtype is not torch.float64:
-        float64 = bind(beside(module), torch.float64, lend_frozen=True)
+        float64 = _in(module, torch.float64, world)
     return derived(bound, float64, share, step.move, config), True
 
 
-def _require_moved(step: LiveStep, of: Derived) -> None:
+def _require_moved(step: LiveStep, of: Derived, world: World) -> None:
     """A step that moves no logit at all is not seen by the model: something in its forward is bound to other
     parameters than those that are moved."""
-    if step.norm > 0 and not bool(of.at_theta.d_logit.any()):
+    if step.norm > 0 and not world.any(bool(of.at_theta.d_logit.any())):
         raise MeasurementError(
             "the model",
             "no logit moves along the step, so that its forward does not use the parameters that are trained",

@@ -36,10 +36,10 @@ from entropy_probe.integrations.of_trainer import (
     require_whole,
     tokenizer_of,
 )
-from entropy_probe.live import RECIPE, ProbedStep, measured, ready, whole
+from entropy_probe.live import RECIPE, ProbedStep, measured, ready_in_all, whole
 from entropy_probe.model.live_step import unwrapped
 from entropy_probe.model.sharded import is_sharded
-from entropy_probe.processes.of_training import is_first, of_first
+from entropy_probe.processes.of_training import agreed, is_first, of_first
 from entropy_probe.report import Estimate, Verdict
 from entropy_probe.step_report import SinceSection, StepReport
 
@@ -63,12 +63,14 @@ class _Setup:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the first process tells the others at the end of a step that was probed: all of them then do the same."""
+    """What the first process tells the others at the end of a step that was probed: all of them then do the same. And
+    before the first step, with what `config` they measure."""
 
     trouble: str | None
     figures: dict[str, float]
     failed: list[str]
     kept: dict[str, Any]
+    config: ProbeConfig | None = None
 
 
 class EntropyProbeCallback(TrainerCallback, ExportableState):
@@ -91,8 +93,9 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
 
     `max_share`: the interval grows where the probe would take more of the time than this. The training itself goes on
     as it would have without: the generators of random numbers, modes, gradients, hooks and caches are as they were.
-    With several processes (DDP, FSDP2) the first one measures while the others wait, and tells them what to do. Under
-    FSDP2 each takes the step of its own shards, and the first is given the whole model and the whole step.
+    With several processes all measure together, each some of the prompts. Under FSDP2 each takes the step of its own
+    shards, and the processes of the machine hold the model that is measured once; on several machines the first one
+    measures while the others wait. It tells all of them what to do.
 
     Whatever goes wrong, a misspelt gate as well as a full disk, is said in one warning, and the callback is off from
     then on. It never stops a training of its own accord.
@@ -121,6 +124,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         self._folder, self._config = folder, config
         self.kept: dict[str, Any] = {"recipe": f"{RECIPE.name} ({RECIPE.source})"}
         self._setup: _Setup | None = None
+        self._of_first: ProbeConfig | None = None
         self._off = self._due = self._has_written = False
         self._trouble: str | None = None
         self._probed: ProbedStep | None = None
@@ -155,9 +159,11 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
             except Exception as error:
                 self._trouble = _said(error)
             due = max(self.kept.get("next", 0), state.global_step)
-            told = _Told(self._trouble, {}, [], self.kept | {"next": due})
+            config = None if self._setup is None else self._setup.config
+            told = _Told(self._trouble, {}, [], self.kept | {"next": due}, config)
         told = of_first(told)
         assert told is not None
+        self._of_first = told.config
         self._obey(told, control)
         self._training_since, self._steps = time.perf_counter(), 0
 
@@ -177,8 +183,8 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._due:
             return
-        now = self._now()
-        told = of_first(self._judged(now, state.global_step) if is_first() else None)
+        came = self._came()
+        told = of_first(self._judged(came, state.global_step) if is_first() else None)
         assert told is not None
         self._due, self._probed = False, None
         self._obey(told, control)
@@ -214,35 +220,41 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
             folder,
         )
 
-    # What the first process does, and under FSDP2 the others with it
+    # What all processes do together
 
     def _measured(self, step: int) -> ProbedStep | None:
         trainer, setup = self._trainer, self._setup
-        goes_on = self._trouble is None
-        if is_sharded(trainer.model):
-            goes_on = of_first(goes_on)
-        elif not is_first():
-            goes_on = False
-        if not goes_on:
+        if not of_first(self._trouble is None):
             return None
         optimizer = unwrapped(trainer.optimizer)
-        found = ready(trainer.model, optimizer, gradient_scale(trainer, optimizer))
-        if setup is None or found is None or not found.step.finite:
+        found = ready_in_all(trainer.model, optimizer, gradient_scale(trainer, optimizer))
+        config = self._of_first
+        if config is None or found is None or not found.step.finite:
             return None
-        given = setup.tokenizer, setup.prompts, setup.config
-        return measured(found, *given, after_step=step, where=setup.where)
+        prompts, where = (None, "") if setup is None else (setup.prompts, setup.where)
 
-    def _now(self) -> torch.nn.Module | None:
-        """The model after the step, whole; `None` where it is not asked for."""
-        start = time.perf_counter()
+        def tokenizer() -> Any:
+            return tokenizer_of(trainer) if setup is None else setup.tokenizer
+
+        own = tokenizer() if found.world.size == 1 else agreed(tokenizer)
+        return measured(found, own, prompts, config, after_step=step, where=where)
+
+    def _came(self) -> StepReport | torch.nn.Module | None:
+        """The report with the change that came, where all processes measure it; where the first does so alone, the
+        model after the step, whole; `None` where nothing is asked."""
+        start, probed = time.perf_counter(), self._probed
         try:
             model = self._trainer.model
-            if not is_sharded(model):
-                return model
-            if not of_first(self._trouble is None and self._probed is not None):
+            asked, of_all = of_first(
+                (self._trouble is None and probed is not None, probed and probed.is_of_all)
+            )
+            if not asked:
                 return None
             with as_found():
-                return whole(model)
+                if of_all:
+                    assert probed is not None
+                    return probed.after(model)
+                return whole(model) if is_sharded(model) else model
         except Exception as error:
             self._trouble = _said(error)
             return None
@@ -251,16 +263,17 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
 
     # What the first process does
 
-    def _judged(self, now: torch.nn.Module | None, steps: int) -> _Told:
+    def _judged(self, came: StepReport | torch.nn.Module | None, steps: int) -> _Told:
         """The change that came, the verdicts, the report on disk, and when to probe again."""
         nothing = {"next": steps}  # the scaler left the step out: the next one is probed
-        if self._trouble is not None or self._probed is None or now is None:
+        if self._trouble is not None or self._probed is None or came is None:
             return _Told(self._trouble, {}, [], self.kept | nothing)
         start = time.perf_counter()
         training = start - self._training_since - self._spent
         try:
             with as_found():
-                report = self._judged_report(self._probed, now, steps - 1)
+                report = came if isinstance(came, StepReport) else self._probed.after(came)
+                report = self._judged_report(report, steps - 1)
             setup = self._setup
             assert setup is not None
             if self._has_written and not setup.folder.exists():
@@ -280,11 +293,10 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         kept |= {"next": steps - 1 + interval, "interval": interval}
         return _Told(None, figures, failed, kept)
 
-    def _judged_report(self, probed: ProbedStep, now: torch.nn.Module, step: int) -> StepReport:
+    def _judged_report(self, report: StepReport, step: int) -> StepReport:
         from entropy_probe_checks.step_gates import baseline_of_step, judged_step
 
         assert self._setup is not None
-        report = probed.after(now)
         report = report.model_copy(update={"since": self._since(report, step)})
         if "baseline" not in self.kept:
             first = baseline_of_step(report)

@@ -1,7 +1,8 @@
 """Parameters of which every process has a part, as FSDP2 (`fully_shard`) keeps them: DTensors.
 
-What is computed from a shard alone needs no other process (`local`). What needs whole tensors is brought together in
-the memory of the first process, one tensor after the other, while all take part (`whole`, `gathered`).
+What is computed from a shard alone needs no other process (`local`). What needs whole tensors is put together in memory
+that all processes of one machine see, where each writes its own part (`together`, `in_one_copy`). On several machines
+it is gathered in the first process, one tensor after the other, while all take part (`whole`, `gathered`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from entropy_probe.model.beside import beside
 from entropy_probe.model.placement import IN_MEMORY, place
 from entropy_probe.model.registry import unwrap
 from entropy_probe.processes import of_training
+from entropy_probe.processes.world import World
 
 _OF_A_STEP = 2
 """What a measurement holds beside θ that is as long as what is trained: the step, and its sum with θ."""
@@ -104,6 +106,68 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
+def in_one_copy(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], world: World
+) -> dict[str, Tensor]:
+    """The whole tensors by name, once, in memory that all processes of `world` see: each writes its own part, and
+    nothing is sent. All processes call this with the same names in the same order."""
+    found: dict[str, Tensor] = {}
+    for dtype in dict.fromkeys(dtypes.values()):
+        shapes = {n: tuple(t.shape) for n, t in tensors.items() if dtypes[n] is dtype}
+        found |= world.zeros(shapes, dtype)
+    for name, tensor in tensors.items():
+        own = _own_part(tensor) if is_spread(tensor) else (world.first, ())
+        if own is None:  # spread in a way that torch alone knows
+            full = tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+            if world.first:
+                found[name].copy_(full.detach())
+            del full
+        elif own[0]:
+            found[name][own[1]].copy_(local(tensor.detach()))
+    world.wait()
+    return found
+
+
+def _own_part(tensor: Any) -> tuple[bool, tuple[slice, ...]] | None:
+    """Whether this process writes its part of a DTensor, as one of those that have it does, and where that is in the
+    whole; `None` where it is not a plain block."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(type(placed) not in (Replicate, Shard) for placed in placements):
+        return None
+    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    coordinate = mesh.get_coordinate()
+    writes = not any(k and p.is_replicate() for k, p in zip(coordinate, placements, strict=True))
+    return writes, tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+
+
+def together(model: nn.Module, world: World) -> nn.Module:
+    """A module of the model's own class, without FSDP2, in each process, all with the same parameters in memory that is
+    there once. What is trained is in float32 at least. All processes of `world` call this, in `World.together`.
+
+    On an accelerator each layer is lent to it as it is used. Raises `ProbeError`.
+    """
+    module = resharded(model)
+    _require_possible(module, gathers=False)
+    parameters = dict(module.named_parameters())
+    dtypes = {
+        n: torch.promote_types(p.dtype, torch.float32) if p.requires_grad else p.dtype
+        for n, p in parameters.items()
+    }
+    found = in_one_copy(parameters, dtypes, world)
+    held = {
+        id(p): nn.Parameter(found[name], requires_grad=p.requires_grad)
+        for name, p in parameters.items()
+    }
+    made, device = beside(module, held), next(iter(parameters.values())).device
+    if device.type == "cpu":  # where FSDP2 keeps parameters there it leaves buffers on the device
+        return made.to(device)
+    place(made, IN_MEMORY, device)
+    return made
+
+
 def whole(model: nn.Module) -> nn.Module | None:
     """A module of the model's own class with all of its parameters, without FSDP2, in the first process; `None` in the
     others. All processes call this. A model of which each process has everything is returned as it is.
@@ -114,7 +178,7 @@ def whole(model: nn.Module) -> nn.Module | None:
     module = unwrap(model)
     if not is_sharded(module):
         return module
-    of_training.agreed(lambda: _require_possible(module))
+    of_training.agreed(lambda: _require_possible(module, gathers=True))
     parameters = dict(module.named_parameters())
     found = gathered((name, parameter.detach()) for name, parameter in parameters.items())
 
@@ -141,25 +205,26 @@ def _placed(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _require_possible(module: nn.Module) -> None:
-    """Raise where tensors cannot be gathered, before anything is sent: later an error would leave others waiting."""
+def _require_possible(module: nn.Module, *, gathers: bool) -> None:
+    """Raise where tensors cannot be brought together, before anything is sent: later an error would leave others
+    waiting. Whoever gathers them holds one at a time on the device."""
     parameters = list(module.parameters())
     for parameter in parameters:
         copies(parameter)  # raises for one that some process has no part of
     if any(hasattr(part, "quant_state") for part in (*parameters, *module.modules())):
         problem = "is quantised, and its packed weights cannot be brought together"
         raise MeasurementError("the model", problem, "probe the checkpoints instead")
-    device = parameters[0].device
+    cpu = torch.device("cpu")
+    device = parameters[0].device if gathers else cpu
     needed = {device: max(2 * _bytes([parameter]) for parameter in parameters)}
     if of_training.is_first():
-        cpu = torch.device("cpu")
         needed[cpu] = needed.get(cpu, 0) + _held(module)
     for of, size in needed.items():
         free = available_bytes(of)
         if free is not None and free < size:
             problem = f"has {free / 2**30:.1f} GiB free on {of}, and needs {size / 2**30:.1f}"
-            rank = torch.distributed.get_rank()
-            raise MeasurementError(f"process {rank}", problem, "probe the checkpoints instead")
+            where = f"process {torch.distributed.get_rank()}" if gathers else "memory"
+            raise MeasurementError(where, problem, "probe the checkpoints instead")
     if device.type != "cpu":  # free memory may lie in pieces that are too small
         torch.empty(needed[device], dtype=torch.uint8, device=device)
 

@@ -10,10 +10,65 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from entropy_probe.errors import MeasurementError, ProbeError, reason
 
 _T = TypeVar("_T")
+
+
+class Joined:
+    """What joins them while they measure together: `Connection` without a pulse of its own.
+
+    Sums over gloo, in a group beside that of the training, which may be NCCL's. All processes make it at one point.
+    """
+
+    lost = None
+
+    def __init__(self) -> None:
+        self.rank, self.size = torch.distributed.get_rank(), size()
+        self.agreed: Exception | None = None
+        self.bytes_sent = self.bytes_of_prompts = 0
+        self._group = _beside_the_training()
+
+    def all_reduce(self, values: Tensor, *, of_prompts: bool = False) -> Tensor:
+        """Σ over the processes, in place."""
+        if values.numel():
+            torch.distributed.all_reduce(values, group=self._group)
+        sent = 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
+        if of_prompts:
+            self.bytes_of_prompts += sent
+        else:
+            self.bytes_sent += sent
+        return values
+
+    def told(self, thing: Any, who: int) -> Any:
+        """The `thing` of rank `who`, on every process."""
+        held = [thing]
+        torch.distributed.broadcast_object_list(held, src=who, group=self._group)
+        return held[0]
+
+    def count_anew(self) -> None:
+        """Begin to count bytes: for a report of its own."""
+        self.bytes_sent = self.bytes_of_prompts = 0
+
+    def at(self, stage: str) -> None:
+        """Nobody asks."""
+
+    def close(self) -> None:
+        """The group goes with the training's."""
+
+
+_known: tuple[Any, Any] | None = None
+
+
+def _beside_the_training() -> Any:
+    """A group of the same processes over gloo, one for each group that a training has joined them in."""
+    global _known
+    training = torch.distributed.group.WORLD
+    if _known is None or _known[0] is not training:
+        _known = training, torch.distributed.new_group(backend="gloo")
+    return _known[1]
 
 
 def size() -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from entropy_probe.errors import MeasurementError, ProbeError
 from entropy_probe.processes import one_copy, torchrun
 from entropy_probe.processes.connection import Connection
+from entropy_probe.processes.of_training import Joined
 
 _BUCKET = 1 << 22  # numbers of a sum that are sent at once: 32 MiB
 _T = TypeVar("_T")
@@ -36,7 +37,9 @@ class World:
     `one_copy`: what is as long as the parameters is held once, in memory that all processes see.
     """
 
-    def __init__(self, connection: Connection | None = None, *, one_copy: bool = False) -> None:
+    def __init__(
+        self, connection: Connection | Joined | None = None, *, one_copy: bool = False
+    ) -> None:
         self.rank = 0 if connection is None else connection.rank
         self.size = 1 if connection is None else connection.size
         self.one_copy = one_copy and self.size > 1
@@ -50,6 +53,11 @@ class World:
         """
         size = torchrun.size()
         return cls(Connection(torchrun.rank(), size, line_to) if size > 1 else None)
+
+    @classmethod
+    def of_training(cls) -> World:
+        """The processes that a trainer has joined by torch.distributed. All of them call this."""
+        return cls(Joined())
 
     @property
     def first(self) -> bool:
