@@ -188,6 +188,12 @@ def in_replicas(model: Any) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows")))
 
 
+def in_a_way_of_torchs_own(model: Any) -> None:
+    """As of a placement that is no plain block."""
+    sharded._own_part = lambda tensor: None
+    sharded_by_layer(model)
+
+
 def of_each_its_own(model: Any) -> None:
     """Two trainings that know nothing of one another."""
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows"))["rows"])
@@ -205,7 +211,7 @@ def looped(shard: Callable[[Any], None], kind: Callable[..., Any], steps: int = 
         ids = torch.randint(2, 40, (4, 9), generator=generator)
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        if not hasattr(model.model.norm.weight, "to_local") and shard is sharded_by_layer:
+        if not hasattr(model.model.norm.weight, "to_local") and shard in (sharded_by_layer, in_a_way_of_torchs_own):
             dist.all_reduce(model.model.norm.weight.grad, dist.ReduceOp.AVG)
         if step < steps:
             model.reshard()
@@ -215,7 +221,11 @@ def looped(shard: Callable[[Any], None], kind: Callable[..., Any], steps: int = 
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, foreach=False)
 SGD = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1)
-LOOPS: list[tuple[Callable[[Any], None], Callable[..., Any]]] = [(sharded_by_layer, ADAMW), (in_replicas, SGD)]
+LOOPS: list[tuple[Callable[[Any], None], Callable[..., Any]]] = [
+    (sharded_by_layer, ADAMW),
+    (in_replicas, SGD),
+    (in_a_way_of_torchs_own, ADAMW),
+]
 
 
 def both_in_float64(shard: Callable[[Any], None], kind: Callable[..., Any]) -> tuple[Any, Any]:
@@ -421,7 +431,9 @@ def main() -> None:
         found[f"{name}, said"] = list(lines.said)
         if kept is not None:
             setattr(where, function, kept)
+    own_part = sharded._own_part
     found["loops"] = [both_in_float64(*loop) for loop in LOOPS]
+    sharded._own_part = own_part
     found["sent"] = what_is_sent()
     found["several machines"] = on_several_machines()
     found["not spread"] = each_some_prompts()

@@ -80,7 +80,7 @@ def test_each_figure_is_that_of_one_process(ranks: list[dict[str, Any]], case: s
         check_same(report, expected)
 
 
-@pytest.mark.parametrize("loop", [0, 1], ids=["AdamW", "SGD in replicas"])
+@pytest.mark.parametrize("loop", [0, 1, 2], ids=["AdamW", "SGD in replicas", "gathered"])
 def test_a_loop_of_ones_own(ranks: list[dict[str, Any]], loop: int) -> None:
     """`measure_step` in float64 with the curvature, with tied embeddings, and with tensors that several processes have
     whole: these count once in a norm."""
