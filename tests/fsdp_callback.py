@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from entropy_probe.integrations.of_trainer import config_of
 from entropy_probe.live import measure_step, whole
 from entropy_probe.model import live_step, sharded
 from entropy_probe.processes import one_copy
+from entropy_probe.processes.world import World
 from entropy_probe.step_report import StepReport
 
 PROBE = runs.PROBE | {"every": 2}
@@ -177,6 +179,18 @@ def tied() -> Any:
     return model.double()
 
 
+def experts() -> Any:
+    """In float32, in which torch has a product for all experts; in float64, in which the curvature is, it has none."""
+    torch.manual_seed(0)
+    like = trl_runs.tiny_model().config
+    config = transformers.MixtralConfig(
+        vocab_size=like.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, bos_token_id=None, eos_token_id=like.eos_token_id,
+        pad_token_id=like.pad_token_id,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
 def sharded_by_layer(model: Any) -> None:
     """All but the last norm, of which each process has a copy that it trains itself."""
     for part in (*model.model.layers, model):
@@ -199,10 +213,12 @@ def of_each_its_own(model: Any) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows"))["rows"])
 
 
-def looped(shard: Callable[[Any], None], kind: Callable[..., Any], steps: int = 2) -> tuple[Any, Any]:
+def looped(
+    shard: Callable[[Any], None], kind: Callable[..., Any], steps: int = 2, make: Callable[[], Any] = tied
+) -> tuple[Any, Any]:
     """A model with tied embeddings that has taken steps in float64, with the gradient of the next; whole parameters are
     left where they are after the backward pass."""
-    model = tied()
+    model = make()
     shard(model)
     model.set_reshard_after_backward(False)
     optimizer = kind(model.parameters())
@@ -221,25 +237,35 @@ def looped(shard: Callable[[Any], None], kind: Callable[..., Any], steps: int = 
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, foreach=False)
 SGD = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1)
-LOOPS: list[tuple[Callable[[Any], None], Callable[..., Any]]] = [
-    (sharded_by_layer, ADAMW),
-    (in_replicas, SGD),
-    (in_a_way_of_torchs_own, ADAMW),
-]
+SINGLE = ProbeConfig.from_mapping(
+    {"budget": "standard", "batch": {"num_prompts": 4}, "generation": {"max_new_tokens": 6, "num_return_sequences": 2}}
+)
 
 
-def both_in_float64(shard: Callable[[Any], None], kind: Callable[..., Any]) -> tuple[Any, Any]:
-    model, optimizer = looped(shard, kind)
-    given = trl_runs.tokenizer(), runs.PROMPTS if dist.get_rank() == 0 else [], LOOP
+def both_in_float64(
+    shard: Callable[[Any], None],
+    kind: Callable[..., Any],
+    make: Callable[[], Any] = tied,
+    config: ProbeConfig = LOOP,
+    *,
+    with_room: bool = False,
+) -> tuple[Any, Any]:
+    """The prompts of the second process are not asked. `with_room`: as if each had its own model on an accelerator."""
+    has_room = sharded._has_room
+    if with_room:
+        sharded._has_room = lambda device, size: True
+    model, optimizer = looped(shard, kind, make=make)
+    given = trl_runs.tokenizer(), runs.PROMPTS if dist.get_rank() == 0 else [], config
     probed = measure_step(model, optimizer, *given)
     before = taken(model, optimizer)
     optimizer.step()
     after = taken(model, optimizer)
     assert probed is not None
     report = probed.after(model).model_dump(mode="json")
+    sharded._has_room = has_room
     if dist.get_rank():
         return report, report
-    expected = alone(tied(), kind, before, after, LOOP, runs.PROMPTS, 0)
+    expected = alone(make(), kind, before, after, config, runs.PROMPTS, 0)
     return report, expected.model_dump(mode="json")
 
 
@@ -324,6 +350,12 @@ def each_some_prompts() -> tuple[Any, Any, list[int]]:
     return *reports, [step.share.own.num_prompts for step in (probed, expected)]
 
 
+def told_what_cannot_be_told() -> None:
+    world = World.of_training()
+    with world.together():
+        world.told(lambda: None)
+
+
 def said(work: Callable[[], object]) -> str:
     try:
         work()
@@ -344,6 +376,8 @@ def refusals() -> dict[str, str]:
         model.lm_head.weight.grad = None
     found["gradients"] = said(lambda: measure_step(model, optimizer, *given))
     found["steps"] = said(lambda: live.ready_in_all(*not_spread(-1.0)))
+    found["told"] = said(lambda: told_what_cannot_be_told())
+    found["not finite"] = str(live.ready_in_all(*not_spread(math.nan)))
     found["mesh"] = said(lambda: measure_step(*looped(of_each_its_own, ADAMW, 0), *given))
     return found
 
@@ -378,9 +412,9 @@ class FailsAgain:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.called = function, 0
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *given: Any, **options: Any) -> Any:
         self.called += 1
-        return self.function(*given) if self.called == 1 else raises()
+        return self.function(*given, **options) if self.called == 1 else raises()
 
 
 FAILURES: dict[str, tuple[Any, str, int, Any]] = {
@@ -432,8 +466,16 @@ def main() -> None:
         if kept is not None:
             setattr(where, function, kept)
     own_part = sharded._own_part
-    found["loops"] = [both_in_float64(*loop) for loop in LOOPS]
+    found["loops"] = [
+        both_in_float64(sharded_by_layer, ADAMW),
+        both_in_float64(in_replicas, SGD),
+        both_in_float64(in_a_way_of_torchs_own, ADAMW),
+    ]
     sharded._own_part = own_part
+    found["loops"] += [
+        both_in_float64(sharded_by_layer, ADAMW, with_room=True),
+        both_in_float64(sharded_by_layer, ADAMW, experts, SINGLE),
+    ]
     found["sent"] = what_is_sent()
     found["several machines"] = on_several_machines()
     found["not spread"] = each_some_prompts()

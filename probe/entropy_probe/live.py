@@ -6,7 +6,7 @@
     report = step.after(model)
 
 Where FSDP2 has spread the model over the processes of one machine, all of them do the same, and measure together: each
-some of the prompts, with one copy of the model in the memory of the machine. All have the same report.
+some of the prompts, with one copy of the model in the memory of the machine. All have the same numbers.
 
 On several machines the first process gathers the model and measures alone:
 
@@ -21,6 +21,7 @@ loss is: no U batch is sampled, no reward is asked and no gradient is taken.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -38,20 +39,20 @@ from entropy_probe.errors import ConfigError, MeasurementError
 from entropy_probe.estimators import prediction, resolution
 from entropy_probe.estimators.slope import PromptMean
 from entropy_probe.model.beside import beside, name_in_copy
-from entropy_probe.model.forward import BoundModel, bind
+from entropy_probe.model.forward import BoundModel, bind, without_grouped_experts
 from entropy_probe.model.live_step import LiveStep, live_step
 from entropy_probe.model.precision import numerics, str_to_dtype
 from entropy_probe.model.sharded import (
     gathered,
-    in_one_copy,
     is_sharded,
     resharded,
     spread_as,
     together,
     whole,
+    written_once,
 )
 from entropy_probe.pipeline.environment import environment
-from entropy_probe.processes.of_training import agreed, size
+from entropy_probe.processes.of_training import agreed, on_one_machine, size
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import fingerprint, with_limit
 from entropy_probe.stages.derivatives import Second, directional_derivatives
@@ -77,7 +78,7 @@ from entropy_probe.step_report import (
 _WHOLE = 1.0
 """η of the step: the direction is the step itself."""
 _APART = 1e-6
-"""Of the norm of a step: what the sums of two kernels may differ by."""
+"""Of the norm of a step: far above what two kernels leave of a sum in float64, and far below any other step."""
 RECIPE = r.RecipeSection(
     name="given",
     source="the optimizer's own step on the gradients of the loss, clipped as they were",
@@ -133,8 +134,10 @@ class ProbedStep:
             raise MeasurementError("the model", problem, remedy)
         seconds = _Seconds(dict(self.report.timing))
         with world.together(), _undisturbed(self.config, model), seconds("after"):
-            now = together(model, world) if world.one_copy else model
-            bound = _in(now, str_to_dtype(self.config.precision.dtype), world)
+            if is_sharded(model):
+                gc.collect()  # a copy that closes over itself is there until then
+                model, world = together(model, world.in_one_copy())
+            bound = _in(model, str_to_dtype(self.config.precision.dtype), world)
             (change,) = sweep(
                 bound, self.share, self.scores, {}, [_WHOLE], self.config,
                 tokens=self.tokens, coefficients=self.along.coefficients,
@@ -186,9 +189,13 @@ class Ready:
 
 
 def ready(
-    model: nn.Module, optimizer: torch.optim.Optimizer, gradient_scale: float = 1.0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gradient_scale: float = 1.0,
+    *,
+    wide: bool = False,
 ) -> Ready | None:
-    """The model and the step that its optimizer is about to take.
+    """The model and the step that its optimizer is about to take; `wide` where it will be measured in float64 too.
 
     Where FSDP2 has spread the model all processes call this, and an error of one is raised in all. Each takes the step
     of its own shards, and writes both into the memory of the machine. On several machines they are brought together in
@@ -202,35 +209,44 @@ def ready(
         if not step.finite:
             return None
         parts = agreed(lambda: {n: spread_as(parameters[n], of) for n, of in step.move.items()})
-        world = World.of_training()
-        with world.together():
-            world = world.in_one_copy() if world.is_of_one_machine() else ALONE
+        if on_one_machine():
+            world = World.of_training()
+            with world.together():
+                world = world.in_one_copy() if world.is_of_one_machine() else ALONE
         if world is ALONE:
             copied = whole(module)
             moves = gathered(parts.items())
             if copied is None:
                 return None
         else:
-            with world.together():
-                copied = together(module, world)
-                moves = in_one_copy(parts, {n: part.dtype for n, part in parts.items()}, world)
+            dtypes = {name: part.dtype for name, part in parts.items()}
+            here = world
+            with here.together():
+                copied, world = together(module, here, wide=wide)
+                moves = written_once(parts, dtypes, here)
         step, module = replace(step, move=moves), copied
     step = replace(step, move={name_in_copy(name): move for name, move in step.move.items()})
     return Ready(module, step, time.perf_counter() - start, world)
 
 
 def ready_in_all(
-    model: nn.Module, optimizer: torch.optim.Optimizer, gradient_scale: float = 1.0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gradient_scale: float = 1.0,
+    *,
+    wide: bool = False,
 ) -> Ready | None:
     """`ready`, for all processes of the training, where each of them has the whole model (DDP) as where FSDP2 has
     spread it: all call this and measure together."""
     if size() == 1 or is_sharded(model):
-        return ready(model, optimizer, gradient_scale)
+        return ready(model, optimizer, gradient_scale, wide=wide)
     found = agreed(lambda: ready(model, optimizer, gradient_scale))
     assert found is not None
     world, norm = World.of_training(), found.step.norm
     seen = norm, sum(float(move.double().sum()) for move in found.step.move.values())
     with world.together():
+        if world.any(not found.step.finite):
+            return None
         if any(world.largest(x) + world.largest(-x) > _APART * norm for x in seen):
             remedy = "look for what differs between them, or probe the checkpoints"
             raise MeasurementError("the step", "is another in each process", remedy)
@@ -261,16 +277,25 @@ def measure_step(
     error of one is raised in all; the `prompts` are the first one's. On several machines the first measures alone, and
     what then fails is raised in that one.
     """
-    config = (
-        config if isinstance(config, ProbeConfig) else ProbeConfig.from_mapping(dict(config or {}))
-    )
-    require_predicted(config)
-    found = ready(model, optimizer, gradient_scale)
+
+    def checked() -> ProbeConfig:
+        given = config if isinstance(config, ProbeConfig) else dict(config or {})
+        found = given if isinstance(given, ProbeConfig) else ProbeConfig.from_mapping(given)
+        require_predicted(found)
+        return found
+
+    config = agreed(checked) if is_sharded(model) else checked()
+    found = ready(model, optimizer, gradient_scale, wide=in_float64(config))
     if found is None or not found.step.finite:
         return None
     return measured(
         found, tokenizer, prompts, config, after_step=after_step, seed=seed, where=where
     )
+
+
+def in_float64(config: ProbeConfig) -> bool:
+    """Whether the model is measured in float64 as well."""
+    return config.budget != "smoke" or config.precision.dtype == "float64"
 
 
 def require_predicted(config: ProbeConfig) -> None:
@@ -294,7 +319,13 @@ def measured(
     world = found.world
     with world.together():
         require_predicted(config)
-        world.same({"configuration": config.model_dump_json()})
+        world.same(
+            {
+                "configuration": config.model_dump_json(),
+                "the seed": str(seed),
+                "after_step": str(after_step),
+            }
+        )
         return _measured(found, tokenizer, prompts, config, after_step, seed, where)
 
 
@@ -376,18 +407,20 @@ def _in(module: nn.Module, dtype: torch.dtype, world: World) -> BoundModel:
 
     Processes that hold one model together hold a copy of it once, but for an adapter, of which each has its own.
     """
-    parameters = dict(module.named_parameters())
+    parameters = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     is_adapter = 2 * trained < sum(p.numel() for p in parameters.values())
     if not world.one_copy or is_adapter or {p.dtype for p in parameters.values()} == {dtype}:
         return bind(beside(module), dtype, lend_frozen=True)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     found = world.made(shapes, lambda name: parameters[name].detach().to(dtype), dtype)
-    held = {
+    held = {id(p): p for p in module.parameters()}
+    held |= {
         id(p): nn.Parameter(found[name], requires_grad=p.requires_grad)
         for name, p in parameters.items()
     }
-    return bind(nn.Module.to(beside(module, held), dtype), dtype)
+    made = nn.Module.to(beside(module, held), dtype)
+    return bind(without_grouped_experts(made, dtype), dtype)
 
 
 def _sampled(
@@ -436,7 +469,8 @@ def _drawn(prompts: Any, config: ProbeConfig, seed: int) -> list[Prompt]:
         raise MeasurementError(
             "prompts", "there is one, and a standard error needs two", "give at least two"
         )
-    return list(draw_prompts(pool, count, seed=seed, with_replacement=False))
+    drawn = draw_prompts(pool, count, seed=seed, with_replacement=False)
+    return [replace(prompt, gold=None, columns={}) for prompt in drawn]  # nobody asks for a reward
 
 
 class _Rows(Sequence[Prompt]):

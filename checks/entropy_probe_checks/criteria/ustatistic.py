@@ -56,7 +56,7 @@ def gradient_witness(report: ProbeReport) -> Finding:
 def projections_agree(report: ProbeReport) -> Finding:
     """The largest |s_k − X_kᵀw| relative to ‖X_k‖·‖w‖, where s_k is the same projection computed in another way. For w
     = PȲ, s_k comes from a JVP and from the α-trick; for w = v, it comes from the run's own JVP. It is infinite where
-    the α-trick finds nothing, and `curvature_witness` finds the second derivative that it needs.
+    the α-trick finds nothing, and the same model has the second derivative that it needs.
 
     Several ways to compute the same projections of the entropy gradient give different results. A gradient is cut, a
     mode of differentiation is wrong for an operation of this model, or prompts are mixed up. Do not believe any
@@ -77,23 +77,11 @@ def projections_agree(report: ProbeReport) -> Finding:
         said.append(f"no α-trick: {report.memory.left_out}")
     if missing:
         said.append(f"no {', no '.join(missing)}: an operation of the model lacks that derivative")
-    value = largest(0.0, *map(by_two_ways, found.values()))
-    limit = limit_for(report, "projections_agree")
-    if "α-trick" in missing and _has_second_derivative(report):
-        said = [
-            "no α-trick, though the curvature witness found the second derivative that it needs"
-        ]
-        value = math.inf
     detail = f"[{'; '.join(said)}]" if said else ""
-    if not found and value < math.inf:
+    if not found:
         return unseen(detail)
-    return at_most(value, limit, detail=detail)
-
-
-def _has_second_derivative(report: ProbeReport) -> bool:
-    """Whether a second derivative in reverse mode was found, and is the right one."""
-    curvature = (report.witness or {}).get("curvature")
-    return curvature is not None and 0 < curvature <= limit_for(report, "curvature_witness")
+    value = largest(*map(by_two_ways, found.values()))
+    return at_most(value, limit_for(report, "projections_agree"), detail=detail)
 
 
 @second_moment

@@ -36,10 +36,10 @@ from entropy_probe.integrations.of_trainer import (
     require_whole,
     tokenizer_of,
 )
-from entropy_probe.live import RECIPE, ProbedStep, measured, ready_in_all, whole
+from entropy_probe.live import RECIPE, ProbedStep, in_float64, measured, ready_in_all, whole
 from entropy_probe.model.live_step import unwrapped
 from entropy_probe.model.sharded import is_sharded
-from entropy_probe.processes.of_training import agreed, is_first, of_first
+from entropy_probe.processes.of_training import agreed, is_first, of_first, part
 from entropy_probe.report import Estimate, Verdict
 from entropy_probe.step_report import SinceSection, StepReport
 
@@ -63,8 +63,8 @@ class _Setup:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the first process tells the others at the end of a step that was probed: all of them then do the same. And
-    before the first step, with what `config` they measure."""
+    """What the first process tells the others at the end of a step that was probed, so that all do the same. Before the
+    first step it tells them with what `config` they measure."""
 
     trouble: str | None
     figures: dict[str, float]
@@ -195,6 +195,9 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
                 self._warn_of(_said(error))
         self._training_since, self._steps = time.perf_counter(), 0
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        part()
+
     # What the first process does
 
     def _checked(self, output: Path) -> _Setup:
@@ -226,10 +229,11 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         trainer, setup = self._trainer, self._setup
         if not of_first(self._trouble is None):
             return None
-        optimizer = unwrapped(trainer.optimizer)
-        found = ready_in_all(trainer.model, optimizer, gradient_scale(trainer, optimizer))
-        config = self._of_first
-        if config is None or found is None or not found.step.finite:
+        optimizer, config = unwrapped(trainer.optimizer), self._of_first
+        assert config is not None
+        scale, wide = gradient_scale(trainer, optimizer), in_float64(config)
+        found = ready_in_all(trainer.model, optimizer, scale, wide=wide)
+        if found is None or not found.step.finite:
             return None
         prompts, where = (None, "") if setup is None else (setup.prompts, setup.where)
 

@@ -756,10 +756,7 @@ def bind(
     for parameter in clone.parameters():
         if id(parameter) not in shared:
             parameter.grad = None
-    for part in clone.modules():  # torch's grouped product of experts knows no float64
-        config = getattr(part, "config", None)
-        if dtype is torch.float64 and hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    without_grouped_experts(clone, dtype)
     if (
         not lends
     ):  # accelerate puts a `to` on a model that it spreads, and a copy's is that of the live model
@@ -776,6 +773,15 @@ def bind(
             if buffer is not None and buffer.is_floating_point():
                 part._buffers[name] = buffer.to(dtype)
     return BoundModel(Registry(clone), dtype, lending=_lending(clone, dtype, main))
+
+
+def without_grouped_experts(copy: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The copy; in float64, which torch's grouped product of experts does not know, it takes one after the other."""
+    for part in copy.modules():
+        config = getattr(part, "config", None)
+        if dtype is torch.float64 and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return copy
 
 
 def _lending(module: nn.Module, dtype: torch.dtype, main: torch.device | None) -> Lending | None:

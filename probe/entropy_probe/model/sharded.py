@@ -1,7 +1,7 @@
 """Parameters of which every process has a part, as FSDP2 (`fully_shard`) keeps them: DTensors.
 
 What is computed from a shard alone needs no other process (`local`). What needs whole tensors is put together in memory
-that all processes of one machine see, where each writes its own part (`together`, `in_one_copy`). On several machines
+that all processes of one machine see, where each writes its own part (`together`, `written_once`). On several machines
 it is gathered in the first process, one tensor after the other, while all take part (`whole`, `gathered`).
 """
 
@@ -106,24 +106,31 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-def in_one_copy(
+def written_once(
     tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], world: World
 ) -> dict[str, Tensor]:
     """The whole tensors by name, once, in memory that all processes of `world` see: each writes its own part, and
     nothing is sent. All processes call this with the same names in the same order."""
     found: dict[str, Tensor] = {}
+    parts = {n: _own_part(t) if is_spread(t) else (world.first, ()) for n, t in tensors.items()}
     for dtype in dict.fromkeys(dtypes.values()):
         shapes = {n: tuple(t.shape) for n, t in tensors.items() if dtypes[n] is dtype}
         found |= world.zeros(shapes, dtype)
+    trouble: Exception | None = None
     for name, tensor in tensors.items():
-        own = _own_part(tensor) if is_spread(tensor) else (world.first, ())
-        if own is None:  # spread in a way that torch alone knows
-            full = tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-            if world.first:
+        part = parts[name]
+        # spread in a way that torch alone knows: all take part
+        full = tensor.full_tensor() if part is None else None  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            if full is not None and world.first:
                 found[name].copy_(full.detach())
-            del full
-        elif own[0]:
-            found[name][own[1]].copy_(local(tensor.detach()))
+            elif part is not None and part[0]:
+                found[name][part[1]].copy_(local(tensor.detach()))
+        except Exception as error:  # the others are still there: go on with them to the end
+            trouble = trouble or error
+        del full
+    if trouble is not None:
+        raise trouble
     world.wait()
     return found
 
@@ -143,29 +150,39 @@ def _own_part(tensor: Any) -> tuple[bool, tuple[slice, ...]] | None:
     return writes, tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
 
 
-def together(model: nn.Module, world: World) -> nn.Module:
+def together(model: nn.Module, world: World, *, wide: bool = False) -> tuple[nn.Module, World]:
     """A module of the model's own class, without FSDP2, in each process, all with the same parameters in memory that is
-    there once. What is trained is in float32 at least. All processes of `world` call this, in `World.together`.
+    there once; and the processes as they hold it. What is trained is in float32 at least. All processes of `world` call
+    this, in `World.together`; `wide` where a copy in float64 will be asked for too. Raises `ProbeError`.
 
-    On an accelerator each layer is lent to it as it is used. Raises `ProbeError`.
+    Where the accelerator of every process has room, each has the module there. Else a layer is lent to it as it is
+    used, which is slower: the bus carries the model once for every batch of rows, and for every token that is sampled.
     """
     module = resharded(model)
-    _require_possible(module, gathers=False)
+    _require_possible(module, gathers=False, wide=wide)
     parameters = dict(module.named_parameters())
     dtypes = {
         n: torch.promote_types(p.dtype, torch.float32) if p.requires_grad else p.dtype
         for n, p in parameters.items()
     }
-    found = in_one_copy(parameters, dtypes, world)
+    found = written_once(parameters, dtypes, world)
     held = {
         id(p): nn.Parameter(found[name], requires_grad=p.requires_grad)
         for name, p in parameters.items()
     }
     made, device = beside(module, held), next(iter(parameters.values())).device
+    if not world.any(not _has_room(device, _held(module, wide=wide))):
+        return made.to(device), world.in_one_copy(one_copy=False)
     if device.type == "cpu":  # where FSDP2 keeps parameters there it leaves buffers on the device
-        return made.to(device)
+        return made.to(device), world
     place(made, IN_MEMORY, device)
-    return made
+    return made, world
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether an accelerator has so many bytes for what each process then holds by itself."""
+    free = None if device.type == "cpu" else available_bytes(device)
+    return free is not None and free > size
 
 
 def whole(model: nn.Module) -> nn.Module | None:
@@ -178,7 +195,7 @@ def whole(model: nn.Module) -> nn.Module | None:
     module = unwrap(model)
     if not is_sharded(module):
         return module
-    of_training.agreed(lambda: _require_possible(module, gathers=True))
+    of_training.agreed(lambda: _require_possible(module, gathers=True, wide=False))
     parameters = dict(module.named_parameters())
     found = gathered((name, parameter.detach()) for name, parameter in parameters.items())
 
@@ -205,7 +222,7 @@ def _placed(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _require_possible(module: nn.Module, *, gathers: bool) -> None:
+def _require_possible(module: nn.Module, *, gathers: bool, wide: bool) -> None:
     """Raise where tensors cannot be brought together, before anything is sent: later an error would leave others
     waiting. Whoever gathers them holds one at a time on the device."""
     parameters = list(module.parameters())
@@ -218,7 +235,7 @@ def _require_possible(module: nn.Module, *, gathers: bool) -> None:
     device = parameters[0].device if gathers else cpu
     needed = {device: max(2 * _bytes([parameter]) for parameter in parameters)}
     if of_training.is_first():
-        needed[cpu] = needed.get(cpu, 0) + _held(module)
+        needed[cpu] = needed.get(cpu, 0) + _held(module, wide=wide)
     for of, size in needed.items():
         free = available_bytes(of)
         if free is not None and free < size:
@@ -229,11 +246,15 @@ def _require_possible(module: nn.Module, *, gathers: bool) -> None:
         torch.empty(needed[device], dtype=torch.uint8, device=device)
 
 
-def _held(module: nn.Module) -> int:
-    """Bytes that the first process holds: the model, and what a measurement makes as long as its trained part."""
+def _held(module: nn.Module, *, wide: bool = False) -> int:
+    """Bytes of the model, and of what a measurement makes that is as long as its trained part; `wide` with the model
+    and θ + ηv in float64, and the step for it."""
     parameters = list(module.parameters())
-    trained = sum(_bytes([p]) for p in parameters if p.requires_grad)
-    return _bytes(parameters) + _OF_A_STEP * trained
+    trained = [p for p in parameters if p.requires_grad]
+    size = _bytes(parameters) + _OF_A_STEP * _bytes(trained)
+    if wide:
+        size += 8 * (sum(p.numel() for p in parameters) + 2 * sum(p.numel() for p in trained))
+    return size
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -10,7 +11,14 @@ from torch import Tensor
 from entropy_probe.pipeline.measured import Measured
 from entropy_probe.stages.slopes import Slopes
 from entropy_probe.stages.witnesses.projections import projection_agreement
-from entropy_probe.stages.witnesses.witness import curvature_witness, gradient_witness
+from entropy_probe.stages.witnesses.witness import (
+    curvature_witness,
+    gradient_witness,
+    off_in_reverse,
+)
+
+_HAS_SECOND_DERIVATIVE = 1e-4
+"""Of its terms: what float32 leaves of a second derivative in two ways; a cut graph lacks a part of them."""
 
 
 def witnessed(
@@ -47,8 +55,13 @@ def witnessed(
     witness["curvature"] = None  # without the second derivative that the α-trick needs too
     if along is None:
         return witness | dict.fromkeys(("u_cross", "u_cross_fast"))
-    # also where the α-trick found nothing: a second derivative that exists after all says that it was lost there
-    if second_order and "curvature witness" not in config.left_out:
+    if "curvature witness" in config.left_out or not e.share.world.first:
+        return witness
+    if witness.get("projections_alpha") is not None:
         curvature = curvature_witness(of.float64, e.rollouts, e.scores, along, v, config)
         witness["curvature"] = curvature
+    elif second_order and "projections_alpha" in witness:
+        off = off_in_reverse(of.bound, e.rollouts, e.scores, along, v, config)
+        if off is not None and off < _HAS_SECOND_DERIVATIVE:
+            witness["projections_alpha"] = math.inf  # lost: the same model has all that it needs
     return witness

@@ -37,7 +37,7 @@ _NUMBERS = itertools.count()
 class Connection:
     """This process's end of it. Waits, when made, until all `size` processes are there.
 
-    `lost` is the error that ended it, `agreed` the last that all processes have raised.
+    `lost` is the error that ended it.
 
     `bytes_sent` counts what this process sent for sums, counts and scalars, `bytes_of_prompts` for
     values of prompts, responses and tokens: 2(N−1)/N of its length for each all-reduce, as a ring
@@ -52,7 +52,6 @@ class Connection:
         self.rank, self.size = rank, size
         self.bytes_sent = self.bytes_of_prompts = 0
         self.lost: DistributedError | None = None
-        self.agreed: Exception | None = None
         seconds = _timeout()
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
         store = PrefixStore(f"entropy_probe/{next(_NUMBERS)}", store)

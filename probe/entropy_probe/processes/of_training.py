@@ -6,7 +6,11 @@ before all have said that they can (`agreed`), and an error of one process is an
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +19,8 @@ from torch import Tensor
 from entropy_probe.errors import MeasurementError, ProbeError, reason
 
 _T = TypeVar("_T")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Another one for each kernel, and each time that it starts."""
 
 
 class Joined:
@@ -27,7 +33,6 @@ class Joined:
 
     def __init__(self) -> None:
         self.rank, self.size = torch.distributed.get_rank(), size()
-        self.agreed: Exception | None = None
         self.bytes_sent = self.bytes_of_prompts = 0
         self._group = _beside_the_training()
 
@@ -56,7 +61,7 @@ class Joined:
         """Nobody asks."""
 
     def close(self) -> None:
-        """The group goes with the training's."""
+        """The group stays for the next step (`part`)."""
 
 
 _known: tuple[Any, Any] | None = None
@@ -67,8 +72,37 @@ def _beside_the_training() -> Any:
     global _known
     training = torch.distributed.group.WORLD
     if _known is None or _known[0] is not training:
-        _known = training, torch.distributed.new_group(backend="gloo")
+        if _known is None:
+            atexit.register(part)
+        made = torch.distributed.new_group(backend="gloo", timeout=_time_limit(training))
+        _known = training, made
     return _known[1]
+
+
+def part() -> None:
+    """End the group beside the training's, where there is one: gloo's threads may abort an interpreter that ends."""
+    global _known
+    of, _known = _known, None
+    if of is not None and of[0] is torch.distributed.group.WORLD:
+        torch.distributed.destroy_process_group(of[1])
+
+
+def _time_limit(training: Any) -> timedelta | None:
+    """The training's own; that of torch where it does not say."""
+    for device in ("cuda", "xpu", "cpu"):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return training._get_backend(torch.device(device)).options._timeout
+    return None
+
+
+def on_one_machine() -> bool:
+    """Whether all of them run under one kernel; they may yet not see one another's files."""
+    try:
+        boot = _BOOT.read_text()
+    except OSError:
+        boot = ""
+    known = set(of_all(boot))
+    return len(known) == 1 and "" not in known
 
 
 def size() -> int:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import math
 import os
+import pickle
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from entropy_probe.processes import one_copy, torchrun
 from entropy_probe.processes.connection import Connection
 from entropy_probe.processes.of_training import Joined
 
+_AGREED = "_all_processes_have_raised_it"
 _BUCKET = 1 << 22  # numbers of a sum that are sent at once: 32 MiB
 _T = TypeVar("_T")
 
@@ -131,8 +133,9 @@ class World:
         """Rank 0's `thing`, on every process; it must be small."""
         if self._connection is None:
             return thing
+        content = pickle.dumps(thing) if self.first else b""  # before any other waits for it
         self._agree(None)
-        return self._connection.told(thing, 0)
+        return pickle.loads(self._connection.told(content, 0))  # noqa: S301
 
     def same(self, known: Mapping[str, str]) -> None:
         """Raise `MeasurementError` where a process has something else than rank 0."""
@@ -244,7 +247,7 @@ class World:
         try:
             yield
         except Exception as error:
-            if connection is None or error in (connection.agreed, connection.lost):
+            if connection is None or error is connection.lost or hasattr(error, _AGREED):
                 raise
             self._agree(error)
         else:
@@ -273,8 +276,11 @@ class World:
         portable = None if error is None else _portable(error, who)
         told: ProbeError = self._connection.told(portable, who)
         agreed = told if error is None or isinstance(error, ProbeError) else error
-        self._connection.agreed = agreed
-        raise agreed from error
+        setattr(agreed, _AGREED, True)
+        try:
+            raise agreed from error
+        finally:
+            del agreed, error, told  # a traceback holds this frame, and all that was measured
 
 
 ALONE = World()

@@ -108,9 +108,7 @@ def directional_derivatives(
     shape = (6, len(rollouts.gen_lens), rollouts.max_gen_len)
     found = torch.zeros(shape, dtype=torch.float64)
     point = moved(bound, v, eta, world)
-    along = {
-        name: v[name].to(value) for name, value in point.items()
-    }  # moved once, not for every batch of rows
+    along = _along_as(v, point, world)  # moved once, not for every batch of rows
     temperature = config.generation.temperature
     read = partial(_along, temperature)
     size = rows_without_graph(rollouts, config.generation)
@@ -135,6 +133,17 @@ def directional_derivatives(
     logit, d_logit = logit / temperature, d_logit / temperature
     rounding = eps * logit.clamp(min=1.0) * d_logit
     return Derivatives(d_logp, d_entropy, logit, d_logit, rounding, torch.stack(values))
+
+
+def _along_as(
+    v: Mapping[str, Tensor], point: Mapping[str, Tensor], world: World
+) -> dict[str, Tensor]:
+    """v in the dtype and on the device of θ; of a world of one copy that is there once too."""
+    if not world.one_copy or all(v[n].dtype == value.dtype for n, value in point.items()):
+        return {name: v[name].to(value) for name, value in point.items()}
+    dtype = next(iter(point.values())).dtype
+    shapes = {name: tuple(value.shape) for name, value in point.items()}
+    return world.made(shapes, lambda name: v[name].to(dtype), dtype)
 
 
 def _dual(point: Mapping[str, Tensor], along: Mapping[str, Tensor]) -> dict[str, Tensor]:

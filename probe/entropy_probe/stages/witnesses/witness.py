@@ -296,10 +296,7 @@ def curvature_witness(
     over the prompt with the largest |ρ|. `None` where an operation of the model has no second derivative. Where its
     rows are `shortened`, the central difference is made again, of the same rows; ρ stays that of whole ones.
     """
-    rb_sum = scores.rb_sum
-    rho = rb_sum - (rb_sum.sum() - rb_sum) / (rb_sum.numel() - 1)
-    prompts = rho.abs().sum(1).topk(1).indices
-    rho, few = rho[prompts], rollouts.of_prompts(prompts)
+    rho, few, prompts = _most_extreme(rollouts, scores)
     short = shortened(few)
     try:
         expected = twice_in_reverse(float64, short, rho, v, config)
@@ -319,6 +316,41 @@ def curvature_witness(
     rounding = ((1 + rho.abs()) * rounding).square().sum().sqrt()
     size += _ROUNDINGS * float(rounding)
     return 0.0 if off == 0 else off / size if size > 0 else float("inf")
+
+
+def off_in_reverse(
+    bound: BoundModel,
+    rollouts: Rollouts,
+    scores: Scores,
+    along: Slopes,
+    v: Mapping[str, Tensor],
+    config: ProbeConfig,
+) -> float | None:
+    """The difference of `curvature_witness` in the precision of this model, over the terms without their rounding:
+    where it is small, the model has a second derivative in reverse mode. `None` where it lacks one, or rows are long.
+    """
+    rho, few, prompts = _most_extreme(rollouts, scores)
+    if shortened(few) is not few:
+        return None
+    try:
+        found = twice_in_reverse(bound, few, rho, v, config)
+    except RuntimeError as error:
+        if not lacks_derivative(error):
+            raise
+        return None
+    terms = torch.stack([along.d2_rb_sum[prompts], rho * along.d2_seq_logp[prompts]])
+    size = float(terms.abs().sum())
+    return abs(float(terms.sum()) - found) / size if size > 0 else None
+
+
+def _most_extreme(
+    rollouts: Rollouts, scores: Scores
+) -> tuple[Float[Tensor, "1 G"], Rollouts, Int[Tensor, " 1"]]:
+    """ρ of the prompt with the largest |ρ|, and that prompt."""
+    rb_sum = scores.rb_sum
+    rho = rb_sum - (rb_sum.sum() - rb_sum) / (rb_sum.numel() - 1)
+    prompts = rho.abs().sum(1).topk(1).indices
+    return rho[prompts], rollouts.of_prompts(prompts), prompts
 
 
 def twice_in_reverse(
@@ -346,7 +378,7 @@ def rows_twice_in_reverse(
 ) -> float:
     """The terms of some rows, with their ρ, in one pass."""
     theta = float64.registry.parameters
-    eta = torch.zeros((), dtype=torch.float64, device=float64.device, requires_grad=True)
+    eta = torch.zeros((), dtype=float64.dtype, device=float64.device, requires_grad=True)
     override = {
         n: theta[n].detach() + eta.to(theta[n].device) * d.to(theta[n].device, eta.dtype)
         for n, d in v.items()
