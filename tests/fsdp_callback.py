@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,8 +33,9 @@ from torch.utils._pytree import tree_leaves
 
 import callback_runs as runs
 import trl_runs
-from entropy_probe import live
+from entropy_probe import live, memory
 from entropy_probe.config import ProbeConfig
+from entropy_probe.integrations import transformers as by_trainer
 from entropy_probe.integrations.of_trainer import config_of
 from entropy_probe.live import measure_step, whole
 from entropy_probe.model import live_step, sharded
@@ -44,8 +47,25 @@ PROBE = runs.PROBE | {"every": 2}
 EVERY_STEP = runs.PROBE | {"every": 1}
 STEPS = 3
 PROBED = [0, 2]
+HELD: list[int] = []
+"""`mapped` at each step of the run, and at its end."""
 CASES: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "bf16": {"activation_checkpointing": True}}
 """Cases of `callback_runs`, with what accelerate's plugin is given."""
+
+
+def mapped() -> int:
+    """How many pieces of memory that processes share this one can see."""
+    return Path("/proc/self/maps").read_text().count("memfd:entropy-probe")
+
+
+class Mapped(transformers.TrainerCallback):
+    """Between what is measured and the optimizer's step, and after the training."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        HELD.append(mapped())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        HELD.append(mapped())
 
 
 def spread(folder: Path, case: str, **options: Any) -> Any:
@@ -65,6 +85,8 @@ def spread(folder: Path, case: str, **options: Any) -> Any:
         state._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     trainer.is_fsdp_enabled = True
+    HELD.clear()
+    trainer.add_callback(Mapped())
     return trainer
 
 
@@ -191,6 +213,18 @@ def experts() -> Any:
     return transformers.MixtralForCausalLM(config)
 
 
+def adapted() -> Any:
+    """Of rank 3, which is not the same number of rows in both processes; frozen layers stay in one memory."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(trl_runs.tiny_model(), settings).double()
+
+
+def by_adapted_layer(model: Any) -> None:
+    for part in (*model.base_model.model.model.layers, model):
+        fully_shard(part)
+
+
 def sharded_by_layer(model: Any) -> None:
     """All but the last norm, of which each process has a copy that it trains itself."""
     for part in (*model.model.layers, model):
@@ -227,7 +261,7 @@ def looped(
         ids = torch.randint(2, 40, (4, 9), generator=generator)
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        if not hasattr(model.model.norm.weight, "to_local") and shard in (sharded_by_layer, in_a_way_of_torchs_own):
+        if shard in (sharded_by_layer, in_a_way_of_torchs_own) and not hasattr(model.model.norm.weight, "to_local"):
             dist.all_reduce(model.model.norm.weight.grad, dist.ReduceOp.AVG)
         if step < steps:
             model.reshard()
@@ -269,27 +303,28 @@ def both_in_float64(
     return report, expected.model_dump(mode="json")
 
 
-class Gathered(TorchDispatchMode):
-    """The numbers of every gather that is sent, by dtype."""
+class Sent(TorchDispatchMode):
+    """The numbers of every tensor that is sent, by operation and dtype."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: list[tuple[torch.dtype, int]] = []
+        self.of: list[tuple[str, torch.dtype, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "gather" in str(func) and "c10d" in str(func):
-            self.of += [(t.dtype, t.numel()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if "c10d" in str(func):
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            self.of += [(str(func), t.dtype, t.numel()) for t in tensors]
         return func(*args, **(kwargs or {}))
 
 
 def what_is_sent() -> dict[str, Any]:
-    """Gathers of a step that is measured, and of whole tensors; and what one process reads where the other wrote."""
+    """For a step that is measured, and for whole tensors; and what one process reads where the other wrote."""
     model, optimizer = looped(sharded_by_layer, ADAMW)
-    with Gathered() as measuring:
+    with Sent() as measuring:
         probed = measure_step(model, optimizer, trl_runs.tokenizer(), runs.PROMPTS, LOOP)
         assert probed is not None
         probed.after(model)
-    with Gathered() as whole_tensors:
+    with Sent() as whole_tensors:
         whole(model)
     found = live.ready(model, optimizer)
     assert found is not None
@@ -299,7 +334,60 @@ def what_is_sent() -> dict[str, Any]:
             of_model.view(-1)[0] = of_step.view(-1)[0] = 17.0
         dist.barrier()
         seen = of_model.view(-1)[0].item(), of_step.view(-1)[0].item()
-    return {"measuring": measuring.of, "whole": whole_tensors.of, "seen": seen}
+    sizes = [p.numel() for p in model.parameters()]
+    sent = {"measuring": measuring.of, "whole": whole_tensors.of, "seen": seen, "sizes": sizes, "mapped": mapped()}
+    del found, of_model, of_step
+    return sent | {"mapped then": mapped()}
+
+
+class Highest:
+    """The most memory that this process has had for itself, above what it had at first, in bytes."""
+
+    def __enter__(self) -> Highest:
+        self.first = self.most = self._now()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def above(self) -> int:
+        return self.most - self.first
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.002):
+            self.most = max(self.most, self._now())
+
+    def _now(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def of_its_own() -> dict[str, int]:
+    """What a process holds by itself while a model is measured that is longer than all else, with the curvature."""
+    like = trl_runs.tiny_model().config
+    of_model = transformers.LlamaConfig(
+        vocab_size=like.vocab_size, hidden_size=256, intermediate_size=1024, num_hidden_layers=10, bos_token_id=None,
+        num_attention_heads=4, eos_token_id=like.eos_token_id, pad_token_id=like.pad_token_id,
+    )  # fmt: skip
+    model, optimizer = looped(sharded_by_layer, ADAMW, 1, lambda: transformers.LlamaForCausalLM(of_model))
+    model.reshard()
+    memory.trim()  # what is free would be taken again, and not be seen
+    few = {"num_return_sequences": 2, "max_new_tokens": 2}
+    config = ProbeConfig.from_mapping({"budget": "standard", "batch": {"num_prompts": 2}, "generation": few})
+    with Highest() as measuring:
+        probed = measure_step(model, optimizer, trl_runs.tokenizer(), runs.PROMPTS, config)
+    assert probed is not None
+    optimizer.step()
+    memory.trim()
+    with Highest() as after:
+        probed.after(model)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"model": size, "measuring": measuring.above, "after": after.above}
 
 
 def on_several_machines() -> tuple[Any, Any] | None:
@@ -341,9 +429,8 @@ def each_some_prompts() -> tuple[Any, Any, list[int]]:
     """The report of both processes, that of one, and the prompts of each."""
     model, optimizer = not_spread()
     given = trl_runs.tokenizer(), runs.PROMPTS, LOOP
-    found = live.ready_in_all(model, optimizer)
-    assert found is not None
-    probed, expected = live.measured(found, *given), measure_step(model, optimizer, *given)
+    probed, expected = measure_step(model, optimizer, *given, by_all=True), measure_step(model, optimizer, *given)
+    assert probed is not None
     assert expected is not None
     optimizer.step()
     reports = [step.after(model).model_dump(mode="json") for step in (probed, expected)]
@@ -375,9 +462,9 @@ def refusals() -> dict[str, str]:
     if dist.get_rank():
         model.lm_head.weight.grad = None
     found["gradients"] = said(lambda: measure_step(model, optimizer, *given))
-    found["steps"] = said(lambda: live.ready_in_all(*not_spread(-1.0)))
+    found["steps"] = said(lambda: measure_step(*not_spread(-1.0), *given, by_all=True))
     found["told"] = said(lambda: told_what_cannot_be_told())
-    found["not finite"] = str(live.ready_in_all(*not_spread(math.nan)))
+    found["not finite"] = str(measure_step(*not_spread(math.nan), *given, by_all=True))
     found["mesh"] = said(lambda: measure_step(*looped(of_each_its_own, ADAMW, 0), *given))
     return found
 
@@ -419,6 +506,7 @@ class FailsAgain:
 
 FAILURES: dict[str, tuple[Any, str, int, Any]] = {
     "a step of the second": (live_step, "_moved", 1, raises),
+    "the scaler of the second": (by_trainer, "gradient_scale", 1, raises),
     "memory of the second": (sharded, "available_bytes", 1, NoneLeft()),
     "a copy of the first": (sharded, "beside", 0, raises),
     "a part of the second": (sharded, "_own_part", 1, raises),
@@ -448,6 +536,7 @@ def main() -> None:
     for case in CASES:
         found[f"{case}, without"], _ = runs.run(folder / case, case, None, spread)
         found[f"{case}, with"], trainer, found[f"{case}, reports"] = probed(folder / case, case)
+        found[f"{case}, held"] = list(HELD)
         found[f"{case}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
     prompts = folder / "prompts.jsonl"
     for name in ("prompts of the first", *FAILURES):
@@ -461,6 +550,7 @@ def main() -> None:
             kept, at_step = getattr(where, function), partial(plant, *FAILURES[name])
         lines.said.clear()
         found[name], trainer = runs.run(folder / "full", "full", own, spread, at_step=at_step)
+        found[f"{name}, held"] = list(HELD)
         found[f"{name}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
         found[f"{name}, said"] = list(lines.said)
         if kept is not None:
@@ -475,7 +565,9 @@ def main() -> None:
     found["loops"] += [
         both_in_float64(sharded_by_layer, ADAMW, with_room=True),
         both_in_float64(sharded_by_layer, ADAMW, experts, SINGLE),
+        both_in_float64(by_adapted_layer, ADAMW, adapted),
     ]
+    found["of its own"] = of_its_own()
     found["sent"] = what_is_sent()
     found["several machines"] = on_several_machines()
     found["not spread"] = each_some_prompts()

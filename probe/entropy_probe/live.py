@@ -6,7 +6,8 @@
     report = step.after(model)
 
 Where FSDP2 has spread the model over the processes of one machine, all of them do the same, and measure together: each
-some of the prompts, with one copy of the model in the memory of the machine. All have the same numbers.
+some of the prompts, with one copy of the model in the memory of the machine. All have the same numbers. Processes that
+have the whole model each, as under DDP, measure together with `measure_step(…, by_all=True)`.
 
 On several machines the first process gathers the model and measures alone:
 
@@ -52,7 +53,7 @@ from entropy_probe.model.sharded import (
     written_once,
 )
 from entropy_probe.pipeline.environment import environment
-from entropy_probe.processes.of_training import agreed, on_one_machine, size
+from entropy_probe.processes.of_training import agreed, are_joined, on_one_machine, size
 from entropy_probe.processes.world import ALONE, World
 from entropy_probe.stages.batches import fingerprint, with_limit
 from entropy_probe.stages.derivatives import Second, directional_derivatives
@@ -134,16 +135,21 @@ class ProbedStep:
             raise MeasurementError("the model", problem, remedy)
         seconds = _Seconds(dict(self.report.timing))
         with world.together(), _undisturbed(self.config, model), seconds("after"):
-            if is_sharded(model):
-                gc.collect()  # a copy that closes over itself is there until then
-                model, world = together(model, world.in_one_copy())
-            bound = _in(model, str_to_dtype(self.config.precision.dtype), world)
-            (change,) = sweep(
-                bound, self.share, self.scores, {}, [_WHOLE], self.config,
-                tokens=self.tokens, coefficients=self.along.coefficients,
-            )  # fmt: skip
+            change = self._change(model)
+        give_back(self.config)
         came = self.predicted.beside(change, self.config)
         return self.report.model_copy(update={"came": came, "timing": seconds.of})
+
+    def _change(self, model: nn.Module) -> EntropyChange:
+        world = self.share.world
+        if is_sharded(model):
+            model, world = together(model, world.in_one_copy())
+        bound = _in(model, str_to_dtype(self.config.precision.dtype), world)
+        (change,) = sweep(
+            bound, self.share, self.scores, {}, [_WHOLE], self.config,
+            tokens=self.tokens, coefficients=self.along.coefficients,
+        )  # fmt: skip
+        return change
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,7 @@ def measure_step(
     seed: int | None = None,
     gradient_scale: float = 1.0,
     where: str = "",
+    by_all: bool = False,
 ) -> ProbedStep | None:
     """What the optimizer's next step does to the entropy, from `.grad` as it stands; `None` where gradient or step are
     not finite, so that there is nothing to be said, and in processes that only wait.
@@ -273,9 +280,12 @@ def measure_step(
     `batch.num_prompts` of the `prompts` (a file, or texts, lists of messages or rows with a `prompt`) are drawn with
     `seed`, by default that of the configuration plus `after_step`, and `generation.num_return_sequences` responses of
     each are sampled at θ with generators of their own. The curvature needs a copy in float64 and is left out under
-    budget `smoke`. Raises `ProbeError`. Where FSDP2 has spread the model over one machine all processes measure, and an
-    error of one is raised in all; the `prompts` are the first one's. On several machines the first measures alone, and
-    what then fails is raised in that one.
+    budget `smoke`. Raises `ProbeError`.
+
+    Where FSDP2 has spread the model over one machine all processes call this and measure together, and an error of one
+    is raised in all; the `prompts` are the first one's. On several machines the first measures alone, and what then
+    fails is raised in that one. With `by_all` processes that have the whole model each, as under DDP, do as under FSDP2
+    on one machine; without it each measures everything by itself.
     """
 
     def checked() -> ProbeConfig:
@@ -284,13 +294,20 @@ def measure_step(
         require_predicted(found)
         return found
 
-    config = agreed(checked) if is_sharded(model) else checked()
-    found = ready(model, optimizer, gradient_scale, wide=in_float64(config))
-    if found is None or not found.step.finite:
-        return None
-    return measured(
-        found, tokenizer, prompts, config, after_step=after_step, seed=seed, where=where
-    )
+    config = agreed(checked) if by_all or is_sharded(model) else checked()
+
+    def probed() -> ProbedStep | None:
+        of = ready_in_all if by_all else ready
+        found = of(model, optimizer, gradient_scale, wide=in_float64(config))
+        if found is None or not found.step.finite:
+            return None
+        return measured(
+            found, tokenizer, prompts, config, after_step=after_step, seed=seed, where=where
+        )
+
+    step = probed()
+    give_back(config)
+    return step
 
 
 def in_float64(config: ProbeConfig) -> bool:
@@ -395,6 +412,13 @@ def _measured(
         timing=seconds.of,
     )
     return ProbedStep(report, config, share, tokens, scores, along, predicted)
+
+
+def give_back(config: ProbeConfig) -> None:
+    """Free the copies that were measured beside the model. One that closes over itself, as that of TRL's models does,
+    would hold a whole model until Python looks for garbage by itself, which may be long after."""
+    if are_joined() or in_float64(config):
+        gc.collect()
 
 
 def _undisturbed(config: ProbeConfig, model: nn.Module) -> AbstractContextManager[int]:

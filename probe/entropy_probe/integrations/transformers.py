@@ -36,7 +36,15 @@ from entropy_probe.integrations.of_trainer import (
     require_whole,
     tokenizer_of,
 )
-from entropy_probe.live import RECIPE, ProbedStep, in_float64, measured, ready_in_all, whole
+from entropy_probe.live import (
+    RECIPE,
+    ProbedStep,
+    give_back,
+    in_float64,
+    measured,
+    ready_in_all,
+    whole,
+)
 from entropy_probe.model.live_step import unwrapped
 from entropy_probe.model.sharded import is_sharded
 from entropy_probe.processes.of_training import agreed, is_first, of_first, part
@@ -178,6 +186,7 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
                 self._probed = self._measured(state.global_step)
         except Exception as error:
             self._trouble = _said(error)
+        self._give_back()
         self._spent = time.perf_counter() - start
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -186,6 +195,9 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         came = self._came()
         told = of_first(self._judged(came, state.global_step) if is_first() else None)
         assert told is not None
+        if not isinstance(came, StepReport):  # else `ProbedStep.after` has done so
+            came = None
+            self._give_back()
         self._due, self._probed = False, None
         self._obey(told, control)
         if told.figures:
@@ -229,19 +241,20 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
         trainer, setup = self._trainer, self._setup
         if not of_first(self._trouble is None):
             return None
-        optimizer, config = unwrapped(trainer.optimizer), self._of_first
+        config = self._of_first
         assert config is not None
-        scale, wide = gradient_scale(trainer, optimizer), in_float64(config)
-        found = ready_in_all(trainer.model, optimizer, scale, wide=wide)
+
+        def given() -> tuple[Any, float, Any]:
+            optimizer = unwrapped(trainer.optimizer)
+            tokenizer = tokenizer_of(trainer) if setup is None else setup.tokenizer
+            return optimizer, gradient_scale(trainer, optimizer), tokenizer
+
+        optimizer, scale, tokenizer = agreed(given)
+        found = ready_in_all(trainer.model, optimizer, scale, wide=in_float64(config))
         if found is None or not found.step.finite:
             return None
         prompts, where = (None, "") if setup is None else (setup.prompts, setup.where)
-
-        def tokenizer() -> Any:
-            return tokenizer_of(trainer) if setup is None else setup.tokenizer
-
-        own = tokenizer() if found.world.size == 1 else agreed(tokenizer)
-        return measured(found, own, prompts, config, after_step=step, where=where)
+        return measured(found, tokenizer, prompts, config, after_step=step, where=where)
 
     def _came(self) -> StepReport | torch.nn.Module | None:
         """The report with the change that came, where all processes measure it; where the first does so alone, the
@@ -264,6 +277,10 @@ class EntropyProbeCallback(TrainerCallback, ExportableState):
             return None
         finally:
             self._spent += time.perf_counter() - start
+
+    def _give_back(self) -> None:
+        if self._of_first is not None:
+            give_back(self._of_first)
 
     # What the first process does
 

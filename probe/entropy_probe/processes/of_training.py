@@ -105,10 +105,13 @@ def on_one_machine() -> bool:
     return len(known) == 1 and "" not in known
 
 
+def are_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def size() -> int:
     """How many there are: 1 where none have been joined."""
-    of = torch.distributed
-    return of.get_world_size() if of.is_available() and of.is_initialized() else 1
+    return torch.distributed.get_world_size() if are_joined() else 1
 
 
 def is_first() -> bool:
