@@ -15,7 +15,8 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ HELD: list[int] = []
 """`mapped` at each step of the run, and at its end."""
 CASES: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "bf16": {"activation_checkpointing": True}}
 """Cases of `callback_runs`, with what accelerate's plugin is given."""
+APART = "several machines, full"
 
 
 def mapped() -> int:
@@ -390,18 +392,25 @@ def of_its_own() -> dict[str, int]:
     return {"model": size, "measuring": measuring.above, "after": after.above}
 
 
-def on_several_machines() -> tuple[Any, Any] | None:
-    """The second process does not see the first one's memory: the first measures alone."""
+@contextmanager
+def several_machines() -> Iterator[None]:
+    """The second process does not see the first one's memory."""
     kept = one_copy.has_content
     if dist.get_rank():
         one_copy.has_content = lambda path, content: False
+    yield
+    one_copy.has_content = kept
+
+
+@several_machines()
+def on_several_machines() -> tuple[Any, Any] | None:
+    """The first measures alone."""
     model, optimizer = looped(sharded_by_layer, ADAMW)
     probed = measure_step(model, optimizer, trl_runs.tokenizer(), runs.PROMPTS, LOOP)
     before = taken(model, optimizer)
     refused = "" if probed is None else said(lambda: probed.after(model))
     optimizer.step()
     now, after = whole(model), taken(model, optimizer)
-    one_copy.has_content = kept
     if dist.get_rank():
         assert probed is now is None
         return None
@@ -535,9 +544,12 @@ def main() -> None:
     logging.getLogger("entropy_probe").addHandler(lines)
     for case in CASES:
         found[f"{case}, without"], _ = runs.run(folder / case, case, None, spread)
-        found[f"{case}, with"], trainer, found[f"{case}, reports"] = probed(folder / case, case)
-        found[f"{case}, held"] = list(HELD)
-        found[f"{case}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
+    for name in (*CASES, APART):
+        with several_machines() if name == APART else nullcontext():
+            case = "full" if name == APART else name
+            found[f"{name}, with"], trainer, found[f"{name}, reports"] = probed(folder / name, case)
+        found[f"{name}, held"] = list(HELD)
+        found[f"{name}, logged"] = [entry["step"] - 1 for entry in runs.logged(trainer)]
     prompts = folder / "prompts.jsonl"
     for name in ("prompts of the first", *FAILURES):
         own = {**EVERY_STEP, "folder": folder / name, "prompts": prompts}

@@ -20,6 +20,7 @@ from entropy_probe.integrations.of_trainer import require_whole
 from entropy_probe.model import sharded
 
 CASES = ("full", "lora", "bf16")
+APART = "several machines, full"
 PROBED = [0, 2]
 NOT_MEASURED = ("config", "environment", "timing", "since")
 
@@ -105,6 +106,16 @@ def test_what_cannot_be_told_is_an_error_in_all(ranks: list[dict[str, Any]]) -> 
     assert ranks[1]["refusals"]["told"].startswith("MeasurementError: rank 0: ended with")
 
 
+def test_inside_of_a_trainer_on_several_machines(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found[f"{APART}, with"] == found["full, without"]
+        assert found[f"{APART}, logged"] == PROBED
+    reports = ranks[0][f"{APART}, reports"]
+    assert len(reports) == len(PROBED)
+    for report, expected in reports:
+        check_same(report, expected, alone=True)
+
+
 def test_on_several_machines_the_first_process_measures_alone(ranks: list[dict[str, Any]]) -> None:
     assert ranks[1]["several machines"] is None
     check_same(*ranks[0]["several machines"], alone=True)
@@ -145,7 +156,7 @@ def test_memory_that_is_shared_is_gone_before_the_training_goes_on(ranks: list[d
     one would have been seen: a model, and a step."""
     for found in ranks:
         assert (found["sent"]["mapped"], found["sent"]["mapped then"]) == (2, 0)
-        for name in (*CASES, *FAILURES):
+        for name in (*CASES, APART, *FAILURES):
             assert found[f"{name}, held"] == [0] * 4, name
 
 
