@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from entropy_probe.stages.responses.rollouts import Rollouts
 from entropy_probe.stages.scores import batches_by_length
 from entropy_probe.stages.share import Share, Units
 from entropy_probe.stages.witnesses.shortened import shortened
-from entropy_probe.stages.witnesses.witness import FEWER_ROWS, lacks_derivative, largest, terms
+from entropy_probe.stages.witnesses.witness import FEWER_ROWS, largest, terms, unless_lacking
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -31,7 +31,6 @@ _PROMPTS = 2
 # Σ_k s_k against the gradient's own product: rounding in float32 is far below, a missing path through the model above.
 _EULER = 1e-3
 _ROUNDINGS = 1e5
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -138,16 +137,6 @@ class _Captured:
             floor = rounding_of(self.payload, self.along, self.unit_of)
         found = means_over_units(of_prompts, self.unit_of)
         return _largest_difference(found, self.projections, self.scale, floor)
-
-
-def unless_lacking(way: Callable[[], Found]) -> Found | None:
-    """What a way finds, `None` where an operation of the model lacks the derivative that it needs."""
-    try:
-        return way()
-    except RuntimeError as error:
-        if not lacks_derivative(error):
-            raise
-        return None
 
 
 def _along_v(

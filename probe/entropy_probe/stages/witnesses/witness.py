@@ -6,9 +6,9 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ _CERTAIN = 1e-2
 """Nats of a response, below which the gradients of its logits cancel."""
 _ROUNDINGS_OF_GRADIENT = 1e3
 _ROUNDINGS = 1e6
+Found = TypeVar("Found")
 
 _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|once_differentiable|double backward")
 
@@ -298,11 +299,8 @@ def curvature_witness(
     """
     rho, few, prompts = _most_extreme(rollouts, scores)
     short = shortened(few)
-    try:
-        expected = twice_in_reverse(float64, short, rho, v, config)
-    except RuntimeError as error:
-        if not lacks_derivative(error):
-            raise
+    expected = unless_lacking(lambda: twice_in_reverse(float64, short, rho, v, config))
+    if expected is None:
         return None
     d2_r, d2_s = along.d2_rb_sum[prompts], along.d2_seq_logp[prompts]
     rounding = along.d2_rounding[prompts]
@@ -332,11 +330,8 @@ def off_in_reverse(
     rho, few, prompts = _most_extreme(rollouts, scores)
     if shortened(few) is not few:
         return None
-    try:
-        found = twice_in_reverse(bound, few, rho, v, config)
-    except RuntimeError as error:
-        if not lacks_derivative(error):
-            raise
+    found = unless_lacking(lambda: twice_in_reverse(bound, few, rho, v, config))
+    if found is None:
         return None
     terms = torch.stack([along.d2_rb_sum[prompts], rho * along.d2_seq_logp[prompts]])
     size = float(terms.abs().sum())
@@ -390,6 +385,16 @@ def rows_twice_in_reverse(
     with float64.recording():
         (first,) = torch.autograd.grad(f, eta, create_graph=True)
     return float(torch.autograd.grad(first, eta)[0]) if first.requires_grad else 0.0
+
+
+def unless_lacking(way: Callable[[], Found]) -> Found | None:
+    """What a way finds, `None` where an operation of the model lacks the derivative that it needs."""
+    try:
+        return way()
+    except RuntimeError as error:
+        if not lacks_derivative(error):
+            raise
+        return None
 
 
 def lacks_derivative(error: RuntimeError) -> bool:
